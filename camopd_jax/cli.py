@@ -1,0 +1,74 @@
+"""How every command starts and ends: flags, config files, and errors as one line with exit code 2."""
+
+import signal
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from camopd_jax.config import from_config_dict
+from camopd_jax.errors import UserError
+
+
+def config_flag(cls: type) -> Callable[[], Any]:
+    """Defines `--config=FILE` and its `--config.FIELD=VALUE`; returns a reader of the checked config."""
+    holder = config_flags.DEFINE_config_file("config", None, f"Python file whose get_config() returns a {cls.__name__}.")
+
+    def read() -> Any:
+        try:
+            values = holder.value
+        except OSError as error:
+            file = flags.FLAGS["config"].config_filename
+            raise UserError(f"--config: no config file {file}; give one, for example configs/quickstart.py") from error
+        if values is None:
+            raise UserError("--config is missing; give a config file, for example --config=configs/quickstart.py")
+        return from_config_dict(cls, values)
+
+    return read
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parses the flags and runs `main`. A user's mistake becomes one line on stderr and exit code 2."""
+    app.run(lambda _: _one_line(main), flags_parser=lambda argv: _one_line(lambda: _parse(argv)))
+
+
+def required(name: str, example: str) -> str:
+    """The value of a string flag that has to be given."""
+    value = flags.FLAGS[name].value
+    if not value:
+        raise UserError(f"--{name} is missing; for example --{name}={example}")
+    return value
+
+
+def _parse(argv: list[str]) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(f"{error}; see --help") from error
+    except AttributeError as error:  # ml_collections: an override of a field that is not there
+        name = next((a.split("=")[0] for a in argv if str(error).strip("\"'") in a), str(error))
+        raise UserError(f"{name} is not a field of the config; python -m ... --help lists them") from error
+    except (OSError, ImportError, SyntaxError, TypeError, ValueError, KeyError, NameError) as error:
+        raise UserError(f"--config: cannot read the config file: {_cause(error)}") from error
+    if len(rest) > 1:
+        raise UserError(f"{rest[1]!r} is not a flag; flags begin with --")
+    return rest
+
+
+def _cause(error: BaseException) -> str:
+    """The first reason of a chain of errors, which ml_collections wraps in its own."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return f"{type(error).__name__}: {error}"
+
+
+def _one_line(act: Callable[[], Any]) -> Any:
+    try:
+        return act()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(128 + signal.SIGINT)

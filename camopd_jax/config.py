@@ -1,0 +1,382 @@
+"""What a run is, as frozen dataclasses. A config file's `ConfigDict` becomes one of them at the edge.
+
+`TrainConfig` is the main job, `SftConfig` supervised fine-tuning. Every field is documented here and
+nowhere else; a key that is not a field is refused by name, with the nearest field as a hint.
+"""
+
+import dataclasses
+import difflib
+import hashlib
+import json
+import types
+import typing
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import ml_collections
+from ml_collections import config_dict
+
+from camopd_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Template:
+    """How a request is put before a model."""
+
+    system: str | None = None  # system prompt set before the conversation, unless the row has its own
+    options: dict[str, Any] = field(default_factory=dict)  # passed on to the chat template
+
+
+@dataclass(frozen=True)
+class Stream:
+    """A set of prompts, and how student and teacher read them."""
+
+    source: str = ""  # .jsonl or .parquet file, several with commas between, or the name of a `datasets` dataset
+    split: str = "train"  # of a `datasets` dataset
+    limit: int | None = None  # only the first rows
+    template: Template = Template()
+    teacher_template: Template | None = None  # None: the student's
+    too_long: Literal["drop", "truncate"] = "drop"  # a prompt above the cap: drop and count, or cut its front
+
+
+@dataclass(frozen=True)
+class RolloutConfig:
+    batch_size: int = 64  # prompts a step, one answer each
+    max_prompt_tokens: int = 512
+    max_response_tokens: int = 512
+    temperature: float = 1.0  # 0: greedy. Anything but 1 makes the update slightly off-policy
+    top_k: int = 0  # 0: off
+    top_p: float = 1.0  # 1: off
+    min_p: float = 0.0  # 0: off
+    smallest_bucket: int = 64  # prompt and answer lengths are padded to this times a power of two
+
+
+@dataclass(frozen=True)
+class Phase:
+    """One branch of the method: how its answers are ranked, how many are kept, how hard it pulls."""
+
+    score: Literal["absolute_gap", "positive_gap"] = "absolute_gap"  # Eq 6 and Eq 7
+    mass: float = 0.8  # rho: keep the smallest set of answers with this share of the gap mass (Eq 8); 1: all
+    scale: float = 1.0  # r: factor on the advantage (Eq 9)
+
+
+@dataclass(frozen=True)
+class Method:
+    """CaMOPD. The defaults are the paper's."""
+
+    recovery_steps: int = 3  # n_g: recovery updates before each review update (Eq 5)
+    review_steps: int = 1
+    recovery: Phase = Phase("absolute_gap", 0.8, 2.0)
+    review: Phase = Phase("positive_gap", 0.8, 1.0)
+    advantage_clip: float | None = None  # the gap is clipped to +- this; the paper names no clip
+    importance_gate: tuple[float, float] | None = None  # w_t = pi/mu inside, 0 outside (MiMo form); None: w_t = 1
+    normalise: Literal["sequence", "token"] = "sequence"  # token mean in each answer first (the paper), or over all
+    moments: Literal["shared", "separate"] = "shared"  # one Adam state for both phases (the paper), or one each
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    """AdamW with a warm-up and a constant or cosine learning rate."""
+
+    learning_rate: float = 2e-6
+    schedule: Literal["constant", "cosine"] = "constant"  # cosine falls to 0 at the last step
+    warmup_steps: int = 0
+    b1: float = 0.9
+    b2: float = 0.999
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float | None = 1.0  # global gradient norm; None: no clipping
+    micro_batch: int = 8  # sequences in one forward and backward
+
+
+@dataclass(frozen=True)
+class Compute:
+    """Precision and memory. "auto" is bfloat16 on TPU and GPU and float32 on CPU."""
+
+    params: Literal["float32", "bfloat16"] = "float32"  # the student's master weights
+    teacher: Literal["auto", "float32", "bfloat16"] = "auto"  # the teachers' weights
+    matmul: Literal["auto", "float32", "bfloat16"] = "auto"
+    remat: Literal["none", "dots", "block"] = "block"  # what the backward pass computes again
+    logits_chunk: int = 1024  # tokens whose logits exist at one time
+
+
+@dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one may be -1: what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    every: int = 20  # steps; one is always written at the end
+    keep_last: int = 2
+    keep_best: int = 1  # by the mean of general and domain accuracy, where evaluation.every > 0
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Questions with one right answer, answered greedily and graded by exact match."""
+
+    name: str = ""
+    source: str = ""  # as of a Stream; rows with "messages" (or "prompt") and "answer"
+    axis: Literal["general", "domain"] = "general"
+    grader: Literal["exact", "choice"] = "exact"  # the whole answer, or its last "Final answer: <letter>"
+    limit: int | None = None
+    max_response_tokens: int = 64
+    template: Template = Template()
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    every: int = 0  # steps; 0: only before and after
+    batch_size: int = 64
+    benchmarks: tuple[Benchmark, ...] = ()
+
+
+@dataclass(frozen=True)
+class Log:
+    samples: int = 2  # rollouts of a step written to samples.jsonl
+    tensorboard: bool = True
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """`python -m camopd_jax.train`."""
+
+    general_model: str  # Hugging Face folder or hub name of the original model
+    specialised_model: str  # the same of the specialised one: student and domain teacher
+    general: Stream  # proxy general prompts
+    domain: Stream  # domain prompts
+    steps: int = 120
+    seed: int = 0
+    rollout: RolloutConfig = RolloutConfig()
+    method: Method = Method()
+    optimizer: Optimizer = Optimizer()
+    compute: Compute = Compute()
+    mesh: MeshConfig = MeshConfig()
+    checkpoints: Checkpoints = Checkpoints()
+    evaluation: Evaluation = Evaluation()
+    log: Log = Log()
+    max_skipped: int = 5  # stop after this many non-finite updates in a row
+
+
+@dataclass(frozen=True)
+class SftConfig:
+    """`python -m camopd_jax.sft`: next-token cross-entropy on the answers."""
+
+    model: str  # Hugging Face folder or hub name
+    data: Stream  # rows with "messages" that end with an assistant turn, or with "messages" and "answer"
+    answer: str = "{answer}"  # what the model shall say, where a row has no assistant turn; row fields in braces
+    steps: int = 100
+    seed: int = 0
+    batch_size: int = 32
+    max_tokens: int = 512  # prompt and answer together; longer rows are dropped and counted
+    smallest_bucket: int = 64
+    optimizer: Optimizer = Optimizer(learning_rate=1e-5)
+    compute: Compute = Compute()
+    mesh: MeshConfig = MeshConfig()
+    checkpoints: Checkpoints = Checkpoints()
+    evaluation: Evaluation = Evaluation()
+    log: Log = Log()
+    max_skipped: int = 5
+
+
+Config = TrainConfig | SftConfig
+
+# ------------------------------------------------------------------------------------- reading
+
+
+def default(cls: type) -> ml_collections.ConfigDict:
+    """Every field of a config class at its default, for a config file to change.
+
+        config = default(TrainConfig)
+        config.optimizer.learning_rate = 1e-6
+    """
+    values = {}
+    hints = typing.get_type_hints(cls)
+    for f in dataclasses.fields(cls):
+        value = None if _required(f) else f.default if f.default is not dataclasses.MISSING else f.default_factory()
+        if _required(f) and dataclasses.is_dataclass(hints[f.name]):
+            value = hints[f.name]()
+        if dataclasses.is_dataclass(value):
+            values[f.name] = default(type(value)) if _required(f) else _with_values(default(type(value)), value)
+        elif value is None or type(None) in typing.get_args(hints[f.name]):  # stays open to None and to a value
+            values[f.name] = config_dict.FieldReference(value, field_type=_placeholder_type(hints[f.name]))
+        else:
+            values[f.name] = value
+    return ml_collections.ConfigDict(values)
+
+
+def _with_values(config: ml_collections.ConfigDict, instance: Any) -> ml_collections.ConfigDict:
+    for key, value in vars(instance).items():
+        if dataclasses.is_dataclass(value):
+            _with_values(config[key], value)
+        elif value is not None:
+            config[key] = value
+    return config
+
+
+def _placeholder_type(hint: Any) -> type:
+    option = next((a for a in typing.get_args(hint) if a is not type(None)), hint)
+    option = typing.get_origin(option) or option
+    return object if dataclasses.is_dataclass(option) else option
+
+
+def _required(f: dataclasses.Field) -> bool:
+    return f.default is f.default_factory is dataclasses.MISSING
+
+
+def from_config_dict(cls: type, config: ml_collections.ConfigDict) -> Any:
+    """Builds and checks a `TrainConfig` or `SftConfig`.
+
+    Raises:
+      UserError: naming the field, for unknown, missing or ill-typed keys and for values that cannot be.
+    """
+    built = _build(cls, config.to_dict(), "config")
+    _check(built)
+    return built
+
+
+def _build(cls: type, values: dict[str, Any], where: str) -> Any:
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"the fields here are {', '.join(fields)}"
+            raise UserError(f"{where}.{key} is not a field; {hint}")
+    for name, f in fields.items():
+        if _required(f) and values.get(name) is None:
+            raise UserError(f"{where}.{name} is missing; set it in the config file or with --{where}.{name}=...")
+    hints = typing.get_type_hints(cls)
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+    """`value` as the type `hint`, or a UserError that names the field."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (typing.Union, types.UnionType):
+        if value is None and type(None) in args:
+            return None
+        options = [a for a in args if a is not type(None)]
+        for option in options[:-1]:
+            try:
+                return _convert(option, value, where)
+            except UserError:
+                continue
+        return _convert(options[-1], value, where)
+    if origin is Literal:
+        if value not in args:
+            raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}")
+        return value
+    if dataclasses.is_dataclass(hint):
+        if isinstance(value, dict):
+            return _build(hint, value, where)
+        raise UserError(f"{where} must be a block of {', '.join(f.name for f in dataclasses.fields(hint))}")
+    if origin is tuple and isinstance(value, list | tuple):
+        items = args[:1] * len(value) if args[-1] is Ellipsis else args
+        if len(items) == len(value):
+            return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(items, value, strict=True)))
+    if origin is dict and isinstance(value, dict):
+        return value
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        return value
+    kind = getattr(hint, "__name__", str(hint)) if origin is None else str(hint).replace("typing.", "")
+    raise UserError(f"{where} is {value!r}; it must be of type {kind}")
+
+
+# ------------------------------------------------------------------------------------- checks
+
+
+def _check(config: Config) -> None:
+    def need(holds: bool, name: str, mend: str) -> None:
+        if not holds:
+            raise UserError(f"config.{name} is {_get(config, name)!r}; {mend}")
+
+    def positive(*names: str) -> None:
+        for name in names:
+            need(_get(config, name) > 0, name, "give a number > 0")
+
+    positive("steps", "optimizer.micro_batch", "compute.logits_chunk", "checkpoints.every", "checkpoints.keep_last",
+             "evaluation.batch_size", "max_skipped")
+    need(config.optimizer.learning_rate >= 0, "optimizer.learning_rate", "give a number >= 0")
+    need(config.optimizer.clip_norm is None or config.optimizer.clip_norm > 0, "optimizer.clip_norm",
+         "give a number > 0, or None to turn clipping off")
+    for name in ("b1", "b2"):
+        need(0 <= getattr(config.optimizer, name) < 1, f"optimizer.{name}", "give a number in [0, 1)")
+    need(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "give a number >= 0")
+    names = [b.name for b in config.evaluation.benchmarks]
+    need(len(set(names)) == len(names), "evaluation.benchmarks", "give each benchmark a name of its own")
+    if isinstance(config, TrainConfig):
+        _check_train(config, need, positive)
+    else:
+        positive("batch_size", "max_tokens", "smallest_bucket")
+        need(config.batch_size % config.optimizer.micro_batch == 0, "optimizer.micro_batch",
+             f"give a divisor of batch_size = {config.batch_size}")
+
+
+def _check_train(config: TrainConfig, need, positive) -> None:
+    positive("rollout.batch_size", "rollout.max_prompt_tokens", "rollout.max_response_tokens",
+             "rollout.smallest_bucket")
+    need(config.rollout.batch_size % config.optimizer.micro_batch == 0, "optimizer.micro_batch",
+         f"give a divisor of rollout.batch_size = {config.rollout.batch_size}")
+    need(config.rollout.temperature >= 0, "rollout.temperature", "give a number >= 0 (0: greedy)")
+    need(config.rollout.top_k >= 0, "rollout.top_k", "give a number >= 0 (0: off)")
+    need(0 < config.rollout.top_p <= 1, "rollout.top_p", "give a number in (0, 1]")
+    need(0 <= config.rollout.min_p < 1, "rollout.min_p", "give a number in [0, 1)")
+    need(config.method.recovery_steps >= 0, "method.recovery_steps", "give a number >= 0")
+    need(config.method.review_steps >= 0, "method.review_steps", "give a number >= 0")
+    need(config.method.recovery_steps + config.method.review_steps > 0, "method.recovery_steps",
+         "recovery_steps and review_steps cannot both be 0")
+    for name in ("recovery", "review"):
+        need(0 < getattr(config.method, name).mass <= 1, f"method.{name}.mass", "give a share in (0, 1]")
+    clip, gate = config.method.advantage_clip, config.method.importance_gate
+    need(clip is None or clip > 0, "method.advantage_clip", "give a number > 0, or None for no clip")
+    need(gate is None or 0 <= gate[0] <= 1 <= gate[1], "method.importance_gate",
+         "give (low, high) with low <= 1 <= high, or None")
+    need(bool(config.general.source), "general.source", "name a file or dataset of general prompts")
+    need(bool(config.domain.source), "domain.source", "name a file or dataset of domain prompts")
+
+
+def _get(config: Config, name: str) -> Any:
+    for part in name.split("."):
+        config = getattr(config, part)
+    return config
+
+
+# -------------------------------------------------------------------------------- what a run is
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The resolved config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+# Fields that may change between two starts of one run: they do not touch the mathematics.
+_FREE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation")
+
+
+def fingerprint(config: Config) -> str:
+    """A hash of everything that decides what a run computes, save how long it goes on."""
+    kept = {k: v for k, v in to_json(config).items() if k not in _FREE}
+    if config.optimizer.schedule != "constant":
+        kept["steps"] = config.steps
+    return hashlib.sha256(json.dumps([type(config).__name__, kept], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def different_fields(before: dict[str, Any], after: dict[str, Any], where: str = "config") -> list[str]:
+    """Names of the fields, other than the free ones, whose values differ between two resolved configs."""
+    names = []
+    for key in sorted(before.keys() | after.keys()):
+        if where == "config" and key in _FREE:
+            continue
+        a, b = before.get(key), after.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += different_fields(a, b, f"{where}.{key}")
+        elif a != b:
+            names.append(f"{where}.{key}")
+    return names

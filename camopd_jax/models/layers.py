@@ -1,0 +1,137 @@
+"""The parts of a decoder layer, as stateless Linen modules.
+
+Parameters are cast to the compute dtype where they are used; norms, rotations and softmax are float32.
+"""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from camopd_jax.models.attention import attend
+from camopd_jax.models.config import ModelConfig, Rope
+from camopd_jax.sharding import constrain
+
+ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+
+
+class RMSNorm(nn.Module):
+    """`x / rms(x) * (offset + scale)` over the last axis, in float32."""
+
+    eps: float
+    offset: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        initial = nn.initializers.constant(1.0 - self.offset)
+        scale = self.param("scale", initial, (x.shape[-1],)).astype(jnp.float32)
+        y = x.astype(jnp.float32)
+        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
+        return (y * jnp.broadcast_to(self.offset + scale, y.shape)).astype(x.dtype)
+
+
+class Linear(nn.Module):
+    """`einsum(equation, x, kernel) + bias`."""
+
+    equation: str
+    kernel_shape: tuple[int, ...]
+    bias_shape: tuple[int, ...] | None
+    initializer_range: float
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        kernel = self.param("kernel", nn.initializers.normal(self.initializer_range), self.kernel_shape)
+        y = jnp.einsum(self.equation, x, kernel.astype(x.dtype))
+        if self.bias_shape is not None:
+            bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
+            y += jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+        return y
+
+
+class Attention(nn.Module):
+    """Grouped-query attention with rotary positions; `cache` holds earlier keys and values of this layer."""
+
+    config: ModelConfig
+    mesh: Mesh | None
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array, shared: dict[str, Any], layer: dict[str, Any]):
+        c = self.config
+        std = c.initializer_range
+
+        def project(name: str, heads: int, axis: str) -> jax.Array:
+            shape = (heads, c.head_dim)
+            bias = shape if c.qkv_bias else None
+            y = Linear("bsd,dhk->bshk", (c.hidden_size, *shape), bias, std, name=name)(x_BSD)
+            return constrain(y, self.mesh, "batch", "sequence", axis, None)
+
+        query = project("query", c.num_heads, "heads")
+        key = project("key", c.num_kv_heads, "kv_heads")
+        value = project("value", c.num_kv_heads, "kv_heads")
+        if c.qk_norm:
+            query = RMSNorm(c.norm_eps, c.norm_offset, name="query_norm")(query)
+            key = RMSNorm(c.norm_eps, c.norm_offset, name="key_norm")(key)
+        cos, sin = (table[layer["rope"]] for table in shared["rotation"])
+        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+
+        cached = layer["cache"]  # (keys, values), each [B, S', G, K], or ()
+        out = attend(
+            query,
+            [*cached[:1], key],
+            [*cached[1:], value],
+            shared["positions"],
+            [*shared["cache_positions"], shared["positions"]],
+            window=layer["window"],
+            scale=c.query_scale,
+            softcap=c.attention_softcap,
+        )
+        bias = (c.hidden_size,) if c.output_bias else None
+        out = Linear("bshk,hkd->bsd", (c.num_heads, c.head_dim, c.hidden_size), bias, std, name="output")(out)
+        return out, (key, value)
+
+
+class FeedForward(nn.Module):
+    """`down(activation(gate x) * up x)`."""
+
+    config: ModelConfig
+    mesh: Mesh | None
+
+    @nn.compact
+    def __call__(self, x_BSD: jax.Array) -> jax.Array:
+        c = self.config
+        d, f, std = c.hidden_size, c.intermediate_size, c.initializer_range
+        wide, narrow = ((f,), (d,)) if c.mlp_bias else (None, None)
+        gate = Linear("bsd,df->bsf", (d, f), wide, std, name="gate")(x_BSD)
+        up = Linear("bsd,df->bsf", (d, f), wide, std, name="up")(x_BSD)
+        y = constrain(ACTIVATIONS[c.activation](gate) * up, self.mesh, "batch", "sequence", "mlp")
+        return Linear("bsf,fd->bsd", (f, d), narrow, std, name="down")(y)
+
+
+def rotate(x_BSHK: jax.Array, cos_BSK: jax.Array, sin_BSK: jax.Array) -> jax.Array:
+    """Turns the pairs (i, i + K/2) of each head by their angles."""
+    first, second = jnp.split(x_BSHK.astype(jnp.float32), 2, axis=-1)
+    cos, sin = cos_BSK[:, :, None, :], sin_BSK[:, :, None, :]
+    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSHK.dtype)
+
+
+def rotation(ropes: tuple[Rope, ...], head_dim: int, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of every RoPE of the model, float32[R, B, S, K / 2] each."""
+    frequencies = jnp.asarray(np.stack([rope_frequencies(rope, head_dim) for rope in ropes]), jnp.float32)
+    angles = positions_BS[None, :, :, None].astype(jnp.float32) * frequencies[:, None, None, :]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
+    """Radians per position of each pair, float[K / 2]. llama3: Llama 3.1's smooth stretch of the long waves."""
+    frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
+    if rope.kind == "linear":
+        return frequencies / rope.factor
+    if rope.kind == "llama3":
+        turns = rope.original_context * frequencies / (2 * np.pi)  # in the original context
+        share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        share = np.clip(share, 0.0, 1.0)  # of the unstretched frequency
+        return frequencies * share + frequencies / rope.factor * (1 - share)
+    return frequencies

@@ -1,0 +1,163 @@
+"""The phase loop of CaMOPD (arXiv 2605.27115, Algorithm 1).
+
+The life of one step:
+
+    1. phase     recovery, recovery, recovery, review, ...: only one branch acts             (Eq 5)
+    2. prompts   the next batch of that branch's own stream
+    3. rollout   the student answers, by sampling from itself
+    4. score     student and the branch's one teacher: log-probabilities of those answers
+    5. select    the smallest set of answers that holds 80 % of the gap mass                 (Eq 6-8)
+    6. update    the branch's own compiled update pulls the student toward that teacher      (Eq 9)
+
+Recovery: general prompts, the original model teaches. Review: domain prompts, the specialised model's
+frozen copy teaches. The two never share a gradient.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, Protocol
+
+import jax
+import jax.numpy as jnp
+
+from camopd_jax.config import Method, TrainConfig
+from camopd_jax.data.pipeline import bucket
+from camopd_jax.metrics import Stages
+from camopd_jax.sharding import global_rows
+from camopd_jax.steps.rollout import rollout
+from camopd_jax.steps.sampling import Sampling, row_keys
+from camopd_jax.steps.score import score
+from camopd_jax.steps.select import select
+from camopd_jax.steps.update import recovery_update, review_update
+from camopd_jax.types import LanguageModel, Params, PromptBatch, Rollout, Scores, Selection, TrainState
+
+PHASES = ("recovery", "review")
+
+
+def phase_at(step: int, method: Method) -> str:
+    """Eq 5: `recovery_steps` times recovery, then `review_steps` times review, and so on."""
+    within = step % (method.recovery_steps + method.review_steps)
+    return "recovery" if within < method.recovery_steps else "review"
+
+
+@dataclass(frozen=True)
+class Branch:
+    """What a phase has for itself: its prompts and its teacher."""
+
+    prompts: Any  # data.pipeline.PromptStream: iterator of host PromptBatches, with get_state()
+    teacher: LanguageModel
+    teacher_params: Params
+
+
+@dataclass(frozen=True)
+class Programs:
+    """The compiled functions of a step. Each compiles once per shape bucket, over a whole run."""
+
+    student: LanguageModel
+    rollout: Callable[[Params, PromptBatch, jax.Array], Rollout]
+    score: Callable[..., jax.Array]
+    select: dict[str, Callable[[Scores, jax.Array], Selection]]
+    update: dict[str, Callable[..., tuple[TrainState, dict[str, jax.Array]]]]
+
+
+def compile_programs(config: TrainConfig, model: LanguageModel, eos_ids: tuple[int, ...], state: TrainState) -> Programs:
+    """Jits the steps for this run; the state keeps its sharding and is donated to each update."""
+    sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
+
+    def answer(params: Params, prompts: PromptBatch, step: jax.Array) -> Rollout:
+        keys = row_keys(config.seed, step, prompts.index)
+        return rollout(model, params, prompts.student, keys, sampling=sampling, eos_ids=eos_ids,
+                       max_new=config.rollout.max_response_tokens)
+
+    kept_in_place = (jax.tree.map(lambda x: x.sharding, state), None)
+    update = {"recovery": recovery_update, "review": review_update}
+    branch = {"recovery": config.method.recovery, "review": config.method.review}
+    return Programs(
+        student=model,
+        rollout=jax.jit(answer),
+        score=jax.jit(partial(score, chunk=config.compute.logits_chunk), static_argnums=0),
+        select={name: jax.jit(partial(select, phase=branch[name])) for name in PHASES},
+        update={
+            name: jax.jit(partial(update[name], model=model, config=config), donate_argnums=0, out_shardings=kept_in_place)
+            for name in PHASES
+        },
+    )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a finished step leaves for the host. Arrays are global and still on the devices."""
+
+    step: int
+    phase: str
+    prompts: PromptBatch
+    rollout: Rollout
+    scores: Scores
+    selection: Selection
+    metrics: dict[str, jax.Array]
+    seconds: dict[str, float]
+
+
+class Observer(Protocol):
+    """What the host does beside the steps."""
+
+    def log(self, outcome: Outcome) -> None:
+        """Light work: metrics and samples. Called for step n-1 while the devices roll out step n."""
+
+    def due(self, steps_done: int) -> bool:
+        """Whether `milestone` is called between this step and the next."""
+
+    def milestone(self, steps_done: int, state: TrainState) -> bool:
+        """Checkpoints and evaluations, after `log` of every step so far. True ends the run here."""
+
+
+def run(
+    config: TrainConfig, branches: dict[str, Branch], programs: Programs, state: TrainState, observer: Observer
+) -> TrainState:
+    """Runs the steps from `state.step` to `config.steps`, or until the observer ends the run."""
+    waiting: Outcome | None = None
+    for step in range(int(state.step), config.steps):
+        phase = phase_at(step, config.method)
+        branch = branches[phase]
+        stages = Stages()
+
+        with stages("other"):
+            prompts = global_rows(programs.student.mesh, next(branch.prompts), config.rollout.batch_size)
+        with stages("rollout"):
+            answers = programs.rollout(state.params, prompts, state.step)
+        with stages("other"):
+            if waiting is not None:
+                observer.log(waiting)
+        with stages("rollout"):
+            answers = cut_to_bucket(answers, config.rollout.smallest_bucket)
+        with stages("score"):
+            scores = jax.block_until_ready(
+                Scores(
+                    student=programs.score(programs.student, state.params, prompts.student, answers.tokens, answers.lengths),
+                    teacher=programs.score(
+                        branch.teacher, branch.teacher_params, prompts.teacher, answers.tokens, answers.lengths
+                    ),
+                )
+            )
+        with stages("select"):
+            selection = jax.block_until_ready(programs.select[phase](scores, answers.lengths))
+        with stages("update"):
+            state, metrics = jax.block_until_ready(
+                programs.update[phase](state, prompts.student, answers, scores, selection)
+            )
+
+        waiting = Outcome(step, phase, prompts, answers, scores, selection, metrics, stages.seconds())
+        if observer.due(step + 1):
+            observer.log(waiting)
+            waiting = None
+            if observer.milestone(step + 1, state):
+                break
+    return state
+
+
+def cut_to_bucket(answers: Rollout, smallest_bucket: int) -> Rollout:
+    """Drops padding slots beyond the longest answer, to a bucket's width: what follows costs less."""
+    cap = answers.tokens.shape[1]
+    width = min(cap, bucket(int(jnp.max(answers.lengths)), smallest_bucket))
+    return answers.replace(tokens=answers.tokens[:, :width], logprobs=answers.logprobs[:, :width])

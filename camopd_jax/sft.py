@@ -1,0 +1,56 @@
+"""Supervised fine-tuning: makes the specialised model where there is none yet.
+
+    python -m camopd_jax.sft --config=configs/smollm2_sft.py --workdir=runs/smollm2_medical
+
+Next-token cross-entropy on the answers, token mean over each batch. Same models, data, checkpoints and
+export as the main job; the work directory ends with export/, which `camopd_jax.train` takes as
+`specialised_model`. The same command goes on from the last checkpoint; SIGTERM saves one first.
+"""
+
+import time
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+
+from camopd_jax import cli, engine
+from camopd_jax.config import SftConfig
+from camopd_jax.data.pipeline import SftStream
+from camopd_jax.host import Host
+from camopd_jax.metrics import memory_gib
+from camopd_jax.models import hf
+from camopd_jax.optim import init_moments
+from camopd_jax.sharding import check_rows, global_rows, make_mesh, rows_of_process
+from camopd_jax.steps.update import sft_update
+from camopd_jax.types import TrainState
+
+
+def sft(config: SftConfig, workdir: str) -> None:
+    """Runs the whole job: load, train, export."""
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_rows(mesh, "config.batch_size", config.batch_size)
+    check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
+    folder = engine.find(config.model, "config.model")
+    student = engine.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
+    stream = SftStream(config, student.tokenizer, rows_of_process(mesh, config.batch_size))
+
+    provenance = {"model": config.model, "fingerprint": hf.fingerprint(folder)}
+    host = Host(config, workdir, student, {"data": stream}, provenance)
+    state = TrainState(jnp.int32(0), student.params, init_moments(student.params, "shared"), jnp.int32(0))
+    state = host.restore(state)
+    host.progress.say(f"conversations: {stream.counts}")
+    kept_in_place = (jax.tree.map(lambda x: x.sharding, state), None)
+    update = jax.jit(partial(sft_update, model=student.model, config=config), donate_argnums=0, out_shardings=kept_in_place)
+
+    for step in range(int(state.step), config.steps):
+        started = time.perf_counter()
+        batch = global_rows(mesh, next(stream), config.batch_size)
+        state, metrics = update(state, batch)
+        row = {"step": step, "phase": "sft"} | {name: float(value) for name, value in metrics.items()}
+        seconds = time.perf_counter() - started
+        row |= {"seconds": {"update": seconds}, "tokens_per_second": row["response_tokens"] / seconds,
+                "memory_gib": memory_gib()}
+        host.record(row)
+        if host.due(step + 1) and host.milestone(step + 1, state):
+            break
+    host.finish(state)

@@ -1,0 +1,100 @@
+"""One mesh, and one table from the logical axes of arrays to the axes of the mesh."""
+
+import math
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from camopd_jax.errors import UserError
+
+MESH_AXES = ("data", "fsdp", "tensor")
+
+RULES: dict[str, str | tuple[str, ...] | None] = {
+    "batch": ("data", "fsdp"),  # rows of prompts, answers, activations, KV cache
+    "sequence": None,
+    "layers": None,  # scanned, never split
+    "embed": "fsdp",
+    "vocab": "tensor",
+    "heads": "tensor",
+    "kv_heads": "tensor",
+    "head_dim": None,
+    "mlp": "tensor",
+}
+
+# An activation's model width stays whole: its rows already lie on "fsdp".
+ACTIVATION = ("batch", "sequence", None)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+    """A mesh of all devices. One of the sizes may be -1: what the others leave.
+
+    Raises:
+      UserError: if the sizes do not multiply to the number of devices.
+    """
+    devices = jax.devices() if devices is None else devices
+    sizes = [data, fsdp, tensor]
+    if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
+        raise UserError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: give sizes >= 1, at most one of them -1")
+    if -1 in sizes:
+        sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(n for n in sizes if n != -1))
+    if math.prod(sizes) != len(devices):
+        wanted = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, sizes, strict=True))
+        raise UserError(f"mesh {wanted} needs {math.prod(sizes)} devices, {len(devices)} are here; change config.mesh")
+    return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+
+
+def spec(*axes: str | None) -> PartitionSpec:
+    """The mesh axes of an array whose dimensions have these logical axes (None: not split).
+
+    Raises:
+      KeyError: for an axis without a rule.
+      ValueError: if two dimensions want the same mesh axis.
+    """
+    mesh_axes = [None if axis is None else RULES[axis] for axis in axes]
+    used = [m for entry in mesh_axes for m in (entry if isinstance(entry, tuple) else (entry,)) if m]
+    if len(set(used)) != len(used):
+        raise ValueError(f"logical axes {axes} collide on the mesh: {mesh_axes}")
+    return PartitionSpec(*mesh_axes)
+
+
+def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
+    """`spec` on a mesh; without axes, replicated."""
+    return NamedSharding(mesh, spec(*axes))
+
+
+def constrain(array: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+    """Tells the compiler where an intermediate array lies; without a mesh, nothing."""
+    return array if mesh is None else jax.lax.with_sharding_constraint(array, sharding(mesh, *axes))
+
+
+def rows_of_process(mesh: Mesh, rows: int) -> slice:
+    """Which rows of a batch this process has to bring."""
+    index = sharding(mesh, "batch").addressable_devices_indices_map((rows,)).values()
+    starts = [i[0].start or 0 for i in index]
+    stops = [rows if i[0].stop is None else i[0].stop for i in index]
+    return slice(min(starts), max(stops))
+
+
+def check_rows(mesh: Mesh, field: str, rows: int) -> None:
+    """Raises UserError unless `rows` divides over the mesh axes that hold the batch."""
+    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    if rows % shards:
+        raise UserError(f"{field} is {rows}, which does not divide by data x fsdp = {shards} of the mesh; "
+                        f"make it a multiple of {shards} or change config.mesh")
+
+
+def global_rows(mesh: Mesh, tree, rows: int):
+    """Host arrays with this process's rows -> global arrays `[rows, ...]`, split over the batch axes."""
+    place = sharding(mesh, "batch")
+
+    def put(array: np.ndarray) -> jax.Array:
+        return jax.make_array_from_process_local_data(place, np.asarray(array), (rows, *array.shape[1:]))
+
+    return jax.tree.map(put, tree)
+
+
+def local_rows(array: jax.Array) -> np.ndarray:
+    """The rows of a global array `[rows, ...]` that this process holds, each once, in order."""
+    shards = {s.index[0].start or 0: s for s in array.addressable_shards}
+    return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])

@@ -1,0 +1,114 @@
+"""The arrays that flow through one step, and the legend of their axes.
+
+Axis letters, in names (`tokens_BT`) and comments (`int32[B, T]`) alike:
+
+    B  sequences of a batch (rows)       L  layers
+    P  prompt slots, right-padded        D  model width ("embed")
+    T  response slots, right-padded      H  query heads
+    S  sequence slots (prompt then       G  key/value heads
+       response without a hole), or      K  head width
+       slots of a KV cache               F  feed-forward width
+    V  vocabulary                        M  rows of one micro-batch
+
+A row's real tokens come first and its padding after; masks come from lengths, never from token ids,
+since the pad id may equal an EOS id. Gaps are always `log teacher - log student`, in nats.
+"""
+
+from typing import Any, Protocol
+
+import jax
+from flax import struct
+from jax.sharding import Mesh
+
+Params = Any  # a nested dict of arrays, see models/weights.py
+
+
+@struct.dataclass
+class Prompts:
+    """Tokenised prompts."""
+
+    tokens: jax.Array  # int32[B, P], right-padded
+    lengths: jax.Array  # int32[B], at least 1
+
+
+@struct.dataclass
+class PromptBatch:
+    """One batch of a stream. The teacher may read the same request under another template."""
+
+    student: Prompts  # what the student answers
+    teacher: Prompts  # the same request as the teacher reads it; often equal
+    index: jax.Array  # int32[B], the prompt's row in its source: names the row's random key
+
+
+@struct.dataclass
+class Rollout:
+    """The student's own answers."""
+
+    tokens: jax.Array  # int32[B, T], right-padded; a closing EOS is part of the answer
+    lengths: jax.Array  # int32[B], 1..T
+    logprobs: jax.Array  # float32[B, T], log pi(token) at temperature 1, unfiltered; 0 in padding
+    entropy: jax.Array  # float32[B], mean entropy in nats of the answer's distributions
+    stopped: jax.Array  # bool[B], True: ended by EOS; False: cut at the cap
+
+
+@struct.dataclass
+class Scores:
+    """Log-probabilities of the sampled tokens under both models; 0 in padding."""
+
+    student: jax.Array  # float32[B, T]
+    teacher: jax.Array  # float32[B, T]
+
+
+@struct.dataclass
+class Selection:
+    """Which answers are trained on (methods Eq 6-8)."""
+
+    score: jax.Array  # float32[B], the gap mass of each answer, >= 0
+    order: jax.Array  # int32[B], rows by falling score, ties by row
+    count: jax.Array  # int32[], the first `count` rows of `order` are trained on
+    weights: jax.Array  # float32[B], 1 for a selected row, else 0
+
+
+@struct.dataclass
+class TrainState:
+    """All that an update changes."""
+
+    step: jax.Array  # int32[], updates done or skipped
+    params: Params
+    moments: dict[str, Any]  # Adam state: {"shared": ...} or {"recovery": ..., "review": ...}
+    skipped: jax.Array  # int32[], non-finite updates skipped in a row
+
+
+@struct.dataclass
+class KVCache:
+    """Keys and values of earlier tokens. A slot whose position is `EMPTY` is attended by nobody."""
+
+    keys: jax.Array  # [L, B, S, G, K]
+    values: jax.Array  # [L, B, S, G, K]
+    positions: jax.Array  # int32[B, S], position of each slot's token in its row, or EMPTY
+
+
+EMPTY = 2**30  # a position later than any token's: a causal mask shuts it out by itself
+
+
+class LanguageModel(Protocol):
+    """What the steps ask of a model. Hashable: it is a static argument of every compiled function.
+
+    `models.transformer.Model` is the one implementation.
+    """
+
+    mesh: Mesh | None  # where its arrays lie; None: one device
+
+    def hidden(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
+        """Final hidden states `[B, S, D]` of whole rows; causal, so right-padding changes nothing."""
+
+    def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
+        """Hidden states `[B, P, D]` of the prompts, and a cache of P slots (padding slots EMPTY)."""
+
+    def decode(
+        self, params: Params, token_B: jax.Array, position_B: jax.Array, cache: KVCache, slot: jax.Array
+    ) -> tuple[jax.Array, KVCache]:
+        """Hidden states `[B, D]` of one more token a row, and the cache with it written at `slot`."""
+
+    def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
+        """float32 logits `[..., V]` of hidden states `[..., D]`."""

@@ -1,0 +1,23 @@
+"""Makes the specialised model of configs/smollm2.py: SmolLM2-135M-Instruct, fine-tuned on medical questions.
+
+Command      python -m camopd_jax.sft --config=configs/smollm2_sft.py --workdir=runs/smollm2_medical
+Data         JSONL rows with {"messages": [...], "answer": "C", "answer_text": "Ceftriaxone"}, at the path below:
+             MedQA-USMLE's dev split and MedMCQA were used for the numbers of docs/results.md.
+"""
+
+from camopd_jax.config import SftConfig, default
+
+
+def get_config():
+    config = default(SftConfig)
+    config.model = "HuggingFaceTB/SmolLM2-135M-Instruct"
+    config.data.source = "data/medqa_dev.jsonl,data/medmcqa.jsonl"
+    config.answer = "{answer}. {answer_text}\n\nFinal answer: {answer}"
+    config.steps = 100
+    config.batch_size = 16
+    config.max_tokens = 384
+    config.optimizer.learning_rate = 5e-5
+    config.optimizer.warmup_steps = 5
+    config.optimizer.micro_batch = 8
+    config.checkpoints.every = 50
+    return config
