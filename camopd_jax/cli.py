@@ -14,7 +14,9 @@ from camopd_jax.errors import UserError
 
 def config_flag(cls: type) -> Callable[[], Any]:
     """Defines `--config=FILE` and its `--config.FIELD=VALUE`; returns a reader of the checked config."""
-    holder = config_flags.DEFINE_config_file("config", None, f"Python file whose get_config() returns a {cls.__name__}.")
+    holder = config_flags.DEFINE_config_file(
+        "config", None, f"Python file whose get_config() returns a {cls.__name__}."
+    )
 
     def read() -> Any:
         try:

@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ml_collections
+from etils import epath
 from ml_collections import config_dict
 
 from camopd_jax.errors import UserError
@@ -192,8 +193,8 @@ Config = TrainConfig | SftConfig
 def default(cls: type) -> ml_collections.ConfigDict:
     """Every field of a config class at its default, for a config file to change.
 
-        config = default(TrainConfig)
-        config.optimizer.learning_rate = 1e-6
+    config = default(TrainConfig)
+    config.optimizer.learning_rate = 1e-6
     """
     values = {}
     hints = typing.get_type_hints(cls)
@@ -301,11 +302,21 @@ def _check(config: Config) -> None:
         for name in names:
             need(_get(config, name) > 0, name, "give a number > 0")
 
-    positive("steps", "optimizer.micro_batch", "compute.logits_chunk", "checkpoints.every", "checkpoints.keep_last",
-             "evaluation.batch_size", "max_skipped")
+    positive(
+        "steps",
+        "optimizer.micro_batch",
+        "compute.logits_chunk",
+        "checkpoints.every",
+        "checkpoints.keep_last",
+        "evaluation.batch_size",
+        "max_skipped",
+    )
     need(config.optimizer.learning_rate >= 0, "optimizer.learning_rate", "give a number >= 0")
-    need(config.optimizer.clip_norm is None or config.optimizer.clip_norm > 0, "optimizer.clip_norm",
-         "give a number > 0, or None to turn clipping off")
+    need(
+        config.optimizer.clip_norm is None or config.optimizer.clip_norm > 0,
+        "optimizer.clip_norm",
+        "give a number > 0, or None to turn clipping off",
+    )
     for name in ("b1", "b2"):
         need(0 <= getattr(config.optimizer, name) < 1, f"optimizer.{name}", "give a number in [0, 1)")
     need(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "give a number >= 0")
@@ -315,29 +326,42 @@ def _check(config: Config) -> None:
         _check_train(config, need, positive)
     else:
         positive("batch_size", "max_tokens", "smallest_bucket")
-        need(config.batch_size % config.optimizer.micro_batch == 0, "optimizer.micro_batch",
-             f"give a divisor of batch_size = {config.batch_size}")
+        need(
+            config.batch_size % config.optimizer.micro_batch == 0,
+            "optimizer.micro_batch",
+            f"give a divisor of batch_size = {config.batch_size}",
+        )
 
 
 def _check_train(config: TrainConfig, need, positive) -> None:
-    positive("rollout.batch_size", "rollout.max_prompt_tokens", "rollout.max_response_tokens",
-             "rollout.smallest_bucket")
-    need(config.rollout.batch_size % config.optimizer.micro_batch == 0, "optimizer.micro_batch",
-         f"give a divisor of rollout.batch_size = {config.rollout.batch_size}")
+    positive(
+        "rollout.batch_size", "rollout.max_prompt_tokens", "rollout.max_response_tokens", "rollout.smallest_bucket"
+    )
+    need(
+        config.rollout.batch_size % config.optimizer.micro_batch == 0,
+        "optimizer.micro_batch",
+        f"give a divisor of rollout.batch_size = {config.rollout.batch_size}",
+    )
     need(config.rollout.temperature >= 0, "rollout.temperature", "give a number >= 0 (0: greedy)")
     need(config.rollout.top_k >= 0, "rollout.top_k", "give a number >= 0 (0: off)")
     need(0 < config.rollout.top_p <= 1, "rollout.top_p", "give a number in (0, 1]")
     need(0 <= config.rollout.min_p < 1, "rollout.min_p", "give a number in [0, 1)")
     need(config.method.recovery_steps >= 0, "method.recovery_steps", "give a number >= 0")
     need(config.method.review_steps >= 0, "method.review_steps", "give a number >= 0")
-    need(config.method.recovery_steps + config.method.review_steps > 0, "method.recovery_steps",
-         "recovery_steps and review_steps cannot both be 0")
+    need(
+        config.method.recovery_steps + config.method.review_steps > 0,
+        "method.recovery_steps",
+        "recovery_steps and review_steps cannot both be 0",
+    )
     for name in ("recovery", "review"):
         need(0 < getattr(config.method, name).mass <= 1, f"method.{name}.mass", "give a share in (0, 1]")
     clip, gate = config.method.advantage_clip, config.method.importance_gate
     need(clip is None or clip > 0, "method.advantage_clip", "give a number > 0, or None for no clip")
-    need(gate is None or 0 <= gate[0] <= 1 <= gate[1], "method.importance_gate",
-         "give (low, high) with low <= 1 <= high, or None")
+    need(
+        gate is None or 0 <= gate[0] <= 1 <= gate[1],
+        "method.importance_gate",
+        "give (low, high) with low <= 1 <= high, or None",
+    )
     need(bool(config.general.source), "general.source", "name a file or dataset of general prompts")
     need(bool(config.domain.source), "domain.source", "name a file or dataset of domain prompts")
 
@@ -354,6 +378,18 @@ def _get(config: Config, name: str) -> Any:
 def to_json(config: Config) -> dict[str, Any]:
     """The resolved config as plain JSON values."""
     return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(file: epath.Path) -> Config:
+    """The config of a work directory, from its config.json."""
+    try:
+        stored = json.loads(file.read_text())
+        cls = {c.__name__: c for c in (TrainConfig, SftConfig)}[stored["kind"]]
+        return _build(cls, stored["config"], "config")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give the --workdir of a run") from None
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file}: not the config.json of a run; give the --workdir of one") from error
 
 
 # Fields that may change between two starts of one run: they do not touch the mathematics.

@@ -86,8 +86,10 @@ def find(name: str, field: str) -> Path:
     try:
         return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
     except Exception as error:  # the hub's client raises its own, requests' and OS errors
-        raise UserError(f"{field}: no folder {name}, and the hub does not give it ({type(error).__name__}); "
-                        "check the name, log in with `hf auth login`, or give a local folder") from error
+        raise UserError(
+            f"{field}: no folder {name}, and the hub does not give it ({type(error).__name__}); "
+            "check the name, log in with `hf auth login`, or give a local folder"
+        ) from error
 
 
 def matmul_dtype(compute: Compute) -> str:
@@ -149,8 +151,15 @@ def answer(
     for rows in length_batches([len(p) for p in prompts], batch_size):
         batch = _prompts(loaded.mesh, [prompts[i] for i in rows], smallest_bucket)
         index = global_rows(loaded.mesh, np.asarray(rows, np.int32)[rows_of_process(loaded.mesh, len(rows))], len(rows))
-        out = _rollout(loaded.model, loaded.params, batch, row_keys(seed, jnp.int32(0), index), sampling=sampling,
-                       eos_ids=loaded.eos_ids, max_new=max_new)
+        out = _rollout(
+            loaded.model,
+            loaded.params,
+            batch,
+            row_keys(seed, jnp.int32(0), index),
+            sampling=sampling,
+            eos_ids=loaded.eos_ids,
+            max_new=max_new,
+        )
         tokens, lengths, logprobs, stopped = _to_host((out.tokens, out.lengths, out.logprobs, out.stopped))
         done = {}
         for row, ids, n, logp, stop in zip(rows, tokens, lengths, logprobs, stopped, strict=True):
@@ -176,8 +185,17 @@ def score_responses(
     for rows in length_batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], batch_size):
         batch = _prompts(loaded.mesh, [prompts[i] for i in rows], smallest_bucket)
         answers = _prompts(loaded.mesh, [responses[i] for i in rows], smallest_bucket)
-        logprobs = _to_host(_score(loaded.model, loaded.params, batch, answers.tokens, answers.lengths, chunk=chunk,
-                                   temperature=temperature))
+        logprobs = _to_host(
+            _score(
+                loaded.model,
+                loaded.params,
+                batch,
+                answers.tokens,
+                answers.lengths,
+                chunk=chunk,
+                temperature=temperature,
+            )
+        )
         results |= {int(row): logp[: len(responses[row])] for row, logp in zip(rows, logprobs, strict=True)}
     return [results[i] for i in range(len(prompts))]
 

@@ -6,49 +6,131 @@
 
 The folder holds the configuration, tokenizer, chat template and generation settings of the model the
 run started from, the trained weights as sharded safetensors in that model's own dtypes, and a model
-card that tells where they come from.
+card that tells where they come from. A run exports its last step by itself, to workdir/export.
 """
 
+import contextlib
 import json
 import shutil
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import jax
+import jax.numpy as jnp
 from absl import flags
+from etils import epath
 
-from camopd_jax import __version__, cli
+from camopd_jax import __version__, cli, engine
+from camopd_jax.checkpoint import Checkpoints
+from camopd_jax.config import SftConfig, TrainConfig, from_json
 from camopd_jax.engine import Loaded
 from camopd_jax.errors import UserError
 from camopd_jax.models import hf
-
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run.")
-_OUT = flags.DEFINE_string("out", None, "Folder to write; must not exist.")
-_STEP = flags.DEFINE_integer("step", None, "Checkpoint to take; default: the last.")
-_BEST = flags.DEFINE_bool("best", False, "Take the checkpoint with the highest accuracy.")
+from camopd_jax.optim import init_moments
+from camopd_jax.sharding import make_mesh
+from camopd_jax.types import TrainState
 
 # Files of the original folder that stay true of the trained model.
-_KEPT = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab*", "merges.txt", "*.model",
-         "generation_config.json", "LICENSE*", "NOTICE*")
+_KEPT = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
+         "generation_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
 
 
-def write_folder(out: Path, loaded: Loaded, provenance: dict[str, Any]) -> None:
-    """Writes weights, configuration, tokenizer and model card to a folder, whole or not at all.
+def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) -> None:
+    """Writes weights, configuration, tokenizer and model card, whole or not at all; replaces what is at `out`.
 
     Args:
-      loaded: the model; its `folder` gives all that training does not change, and the dtypes.
+      loaded: the model; its `folder` gives all that training does not change, and the tensors' dtypes.
       provenance: named facts for the model card.
+
+    Raises:
+      UserError: if it cannot be written.
     """
-    part = out.with_name(out.name + ".part")
+    try:
+        with _part(out) as part:
+            if jax.process_index() == 0:
+                for pattern in _KEPT:
+                    for file in loaded.folder.glob(pattern):
+                        shutil.copyfile(file, part / file.name)
+                (part / "README.md").write_text(model_card(out.parent.name, provenance))
+            hf.save(
+                part, loaded.params, loaded.model.config, hf.read_config(loaded.folder), hf.tensor_dtypes(loaded.folder)
+            )
+    except OSError as error:
+        raise UserError(
+            f"{out}: cannot write ({error.strerror}); free some room, then export with python -m camopd_jax.export"
+        ) from error
+
+
+@contextlib.contextmanager
+def _part(out: epath.Path) -> Iterator[Path]:
+    """A local folder that becomes `out` when all is written."""
+    local = "://" not in str(out)
+    part = Path(str(out) + ".part") if local else Path(tempfile.mkdtemp())
     if jax.process_index() == 0:
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-        for pattern in _KEPT:
-            for file in loaded.folder.glob(pattern):
-                shutil.copyfile(file, part / file.name)
-        (part / "README.md").write_text(model_card(provenance))
-    hf.save(part, loaded.params, loaded.model.config, hf.read_config(loaded.folder), hf.tensor_dtypes(loaded.folder))
+    yield part
     if jax.process_index() == 0:
         if out.exists():
-            shutil.rmtree(out)
-        part.rename(out)
+            out.rmtree()
+        if local:
+            part.rename(out)
+        else:
+            out.mkdir(parents=True)
+            for file in part.iterdir():
+                epath.Path(file).copy(out / file.name)
+            shutil.rmtree(part)
+
+
+def model_card(name: str, provenance: dict[str, str]) -> str:
+    """README.md of an exported folder."""
+    base = provenance.get("specialised_model", provenance.get("model"))
+    method = "CaMOPD (arXiv 2605.27115)" if "general_model" in provenance else "supervised fine-tuning"
+    facts = "\n".join(f"| {key.replace('_', ' ')} | `{value}` |" for key, value in provenance.items())
+    front = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nbase_model: {json.dumps(base)}\n---\n"
+    return (
+        f"{front}\n# {name}\n\nMade from `{base}` by {method} with camopd_jax {__version__}.\n\n"
+        f"| | |\n|---|---|\n{facts}\n\nThe base model's licence applies.\n"
+    )
+
+
+def _export(workdir: str, out: str, step: int | None, best: bool) -> None:
+    folder = epath.Path(workdir)
+    config = from_json(folder / "config.json")
+    target = epath.Path(out)
+    if target.exists():
+        raise UserError(f"--out: {out} exists; give a new folder")
+    checkpoints = Checkpoints(workdir, config.checkpoints)
+    chosen = step if step is not None else checkpoints.best() if best else checkpoints.latest()
+    if chosen is None or chosen not in checkpoints.steps():
+        raise UserError(
+            f"{folder / 'checkpoints'}: no checkpoint {'' if chosen is None else chosen} there, only "
+            f"{checkpoints.steps()}; give one of them with --step"
+        )
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    moments = config.method.moments if isinstance(config, TrainConfig) else "shared"
+    base, field = (
+        (config.model, "model") if isinstance(config, SftConfig) else (config.specialised_model, "specialised_model")
+    )
+    loaded = engine.load(
+        engine.find(base, f"config.{field}"), mesh, config.compute, dtype=config.compute.params, context=1
+    )
+    state = TrainState(jnp.int32(0), loaded.params, init_moments(loaded.params, moments), jnp.int32(0))
+    state, _, provenance = checkpoints.restore(chosen, state)
+    write_folder(target, loaded.with_params(state.params), provenance | {"steps": str(chosen)})
+    print(f"exported step {chosen}: {out}")
+
+
+def main() -> None:
+    engine.start()
+    values = flags.FLAGS
+    _export(cli.required("workdir", "runs/medqa"), cli.required("out", "recovered"), values.step, values.best)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Directory of the run.")
+    flags.DEFINE_string("out", None, "Folder to write; must not exist.")
+    flags.DEFINE_integer("step", None, "Checkpoint to take; default: the last.")
+    flags.DEFINE_bool("best", False, "Take the checkpoint with the highest accuracy.")
+    cli.run(main)

@@ -1,26 +1,42 @@
-"""JSON lines written whole: a reader never sees half a file."""
+"""JSON lines, written whole and read back after a kill."""
 
 import json
-import os
 from collections.abc import Iterable
-from pathlib import Path
 from typing import Any
+
+from etils import epath
 
 from camopd_jax.errors import UserError
 
 
-def write_jsonl(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: str | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     """Writes one object a line to a part file beside `path`, then moves it there.
 
     Raises:
       UserError: if the file cannot be written; what was at `path` before is still there.
     """
-    path = Path(path)
-    part = path.with_name(path.name + ".part")
+    path = epath.Path(path)
+    part = path.parent / (path.name + ".part")
     try:
-        with part.open("w") as file:
-            file.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        os.replace(part, path)
+        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write ({error.strerror}); choose another place or free some room") from error
+
+
+def read_rows(path: epath.Path) -> list[dict[str, Any]]:
+    """The rows of a file that a run appends to; none if it is not there. A last line cut by a kill is passed over."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else ():
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+def drop_rows_after(path: epath.Path, steps_done: int) -> None:
+    """Keeps the rows of the first `steps_done` steps: a run that goes on from a checkpoint writes none twice."""
+    if path.exists():
+        write_rows(path, (row for row in read_rows(path) if row["step"] < steps_done))

@@ -61,14 +61,23 @@ class Programs:
     update: dict[str, Callable[..., tuple[TrainState, dict[str, jax.Array]]]]
 
 
-def compile_programs(config: TrainConfig, model: LanguageModel, eos_ids: tuple[int, ...], state: TrainState) -> Programs:
+def compile_programs(
+    config: TrainConfig, model: LanguageModel, eos_ids: tuple[int, ...], state: TrainState
+) -> Programs:
     """Jits the steps for this run; the state keeps its sharding and is donated to each update."""
     sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
 
     def answer(params: Params, prompts: PromptBatch, step: jax.Array) -> Rollout:
         keys = row_keys(config.seed, step, prompts.index)
-        return rollout(model, params, prompts.student, keys, sampling=sampling, eos_ids=eos_ids,
-                       max_new=config.rollout.max_response_tokens)
+        return rollout(
+            model,
+            params,
+            prompts.student,
+            keys,
+            sampling=sampling,
+            eos_ids=eos_ids,
+            max_new=config.rollout.max_response_tokens,
+        )
 
     kept_in_place = (jax.tree.map(lambda x: x.sharding, state), None)
     update = {"recovery": recovery_update, "review": review_update}
@@ -79,7 +88,9 @@ def compile_programs(config: TrainConfig, model: LanguageModel, eos_ids: tuple[i
         score=jax.jit(partial(score, chunk=config.compute.logits_chunk), static_argnums=0),
         select={name: jax.jit(partial(select, phase=branch[name])) for name in PHASES},
         update={
-            name: jax.jit(partial(update[name], model=model, config=config), donate_argnums=0, out_shardings=kept_in_place)
+            name: jax.jit(
+                partial(update[name], model=model, config=config), donate_argnums=0, out_shardings=kept_in_place
+            )
             for name in PHASES
         },
     )
@@ -134,7 +145,9 @@ def run(
         with stages("score"):
             scores = jax.block_until_ready(
                 Scores(
-                    student=programs.score(programs.student, state.params, prompts.student, answers.tokens, answers.lengths),
+                    student=programs.score(
+                        programs.student, state.params, prompts.student, answers.tokens, answers.lengths
+                    ),
                     teacher=programs.score(
                         branch.teacher, branch.teacher_params, prompts.teacher, answers.tokens, answers.lengths
                     ),

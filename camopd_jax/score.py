@@ -14,37 +14,40 @@ from camopd_jax import cli, engine
 from camopd_jax.config import Compute, Template
 from camopd_jax.data import sources, templates
 from camopd_jax.errors import UserError
-from camopd_jax.jsonl import write_jsonl
+from camopd_jax.jsonl import write_rows
 from camopd_jax.sharding import check_rows, make_mesh
-
-_MODEL = flags.DEFINE_string("model", None, "Hugging Face folder or hub name.")
-_INPUT = flags.DEFINE_string("input", None, "JSONL file of prompts with responses.")
-_OUTPUT = flags.DEFINE_string("output", None, "JSONL file to write.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 1.0, "Logits are divided by this.", lower_bound=1e-6)
-_SYSTEM = flags.DEFINE_string("system", None, "System prompt for conversations without one.")
-_BATCH = flags.DEFINE_integer("batch_size", 16, "Rows scored together.", lower_bound=1)
-_DTYPE = flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of weights and products.")
 
 
 def main() -> None:
-    model, source, output = cli.required("model", "HF_DIR"), cli.required("input", "x.jsonl"), cli.required("output", "y.jsonl")
+    model, source = cli.required("model", "HF_DIR"), cli.required("input", "x.jsonl")
+    output = cli.required("output", "y.jsonl")
+    values = flags.FLAGS
     engine.start()
     mesh = make_mesh()
-    check_rows(mesh, "--batch_size", _BATCH.value)
-    compute = Compute(teacher=_DTYPE.value, matmul=_DTYPE.value)
+    check_rows(mesh, "--batch_size", values.batch_size)
+    compute = Compute(teacher=values.dtype, matmul=values.dtype)
     rows = sources.read_jsonl(source)
     folder = engine.find(model, "--model")
     tokenizer = templates.load_tokenizer(folder)
-    prompts = [templates.prompt_ids(tokenizer, row, Template(system=_SYSTEM.value)) for row in rows]
+    prompts = [templates.prompt_ids(tokenizer, row, Template(system=values.system)) for row in rows]
     responses = [_response_ids(tokenizer, row, f"{source}:{i + 1}") for i, row in enumerate(rows)]
     context = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     loaded = engine.load(folder, mesh, compute, dtype=engine.teacher_dtype(compute), context=context)
-    logprobs = engine.score_responses(loaded, prompts, responses, batch_size=_BATCH.value,
-                                      temperature=_TEMPERATURE.value)
-    write_jsonl(output, (
-        row | {"response": row.get("response", tokenizer.decode(ids)), "response_ids": list(ids), "logprobs": logp.tolist()}
-        for row, ids, logp in zip(rows, responses, logprobs, strict=True)
-    ))
+    logprobs = engine.score_responses(
+        loaded, prompts, responses, batch_size=values.batch_size, temperature=values.temperature
+    )
+    write_rows(
+        output,
+        (
+            row
+            | {
+                "response": row.get("response", tokenizer.decode(ids)),
+                "response_ids": list(ids),
+                "logprobs": logp.tolist(),
+            }
+            for row, ids, logp in zip(rows, responses, logprobs, strict=True)
+        ),
+    )
 
 
 def _response_ids(tokenizer, row: dict, where: str) -> list[int]:
@@ -56,4 +59,11 @@ def _response_ids(tokenizer, row: dict, where: str) -> list[int]:
 
 
 if __name__ == "__main__":
+    flags.DEFINE_string("model", None, "Hugging Face folder or hub name.")
+    flags.DEFINE_string("input", None, "JSONL file of prompts with responses.")
+    flags.DEFINE_string("output", None, "JSONL file to write.")
+    flags.DEFINE_float("temperature", 1.0, "Logits are divided by this.", lower_bound=1e-6)
+    flags.DEFINE_string("system", None, "System prompt for conversations without one.")
+    flags.DEFINE_integer("batch_size", 16, "Rows scored together.", lower_bound=1)
+    flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of weights and products.")
     cli.run(main)

@@ -12,6 +12,7 @@ from functools import partial
 
 import jax
 import jax.numpy as jnp
+from absl import flags
 
 from camopd_jax import cli, engine
 from camopd_jax.config import SftConfig
@@ -26,31 +27,45 @@ from camopd_jax.types import TrainState
 
 
 def sft(config: SftConfig, workdir: str) -> None:
-    """Runs the whole job: load, train, export."""
+    """Runs the whole job: load, train, measure, export."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_rows(mesh, "config.batch_size", config.batch_size)
     check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
+    check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)
     folder = engine.find(config.model, "config.model")
     student = engine.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
     stream = SftStream(config, student.tokenizer, rows_of_process(mesh, config.batch_size))
 
     provenance = {"model": config.model, "fingerprint": hf.fingerprint(folder)}
     host = Host(config, workdir, student, {"data": stream}, provenance)
-    state = TrainState(jnp.int32(0), student.params, init_moments(student.params, "shared"), jnp.int32(0))
-    state = host.restore(state)
-    host.progress.say(f"conversations: {stream.counts}")
+    state = host.restore(TrainState(jnp.int32(0), student.params, init_moments(student.params, "shared"), jnp.int32(0)))
+    host.display.say(f"conversations: {stream.counts}")
+    host.evaluate("start", 0, student)
     kept_in_place = (jax.tree.map(lambda x: x.sharding, state), None)
-    update = jax.jit(partial(sft_update, model=student.model, config=config), donate_argnums=0, out_shardings=kept_in_place)
-
+    update = jax.jit(
+        partial(sft_update, model=student.model, config=config), donate_argnums=0, out_shardings=kept_in_place
+    )
     for step in range(int(state.step), config.steps):
         started = time.perf_counter()
         batch = global_rows(mesh, next(stream), config.batch_size)
         state, metrics = update(state, batch)
         row = {"step": step, "phase": "sft"} | {name: float(value) for name, value in metrics.items()}
         seconds = time.perf_counter() - started
-        row |= {"seconds": {"update": seconds}, "tokens_per_second": row["response_tokens"] / seconds,
-                "memory_gib": memory_gib()}
-        host.record(row)
+        speed = {"tokens_per_second": row["response_tokens"] / seconds, "memory_gib": memory_gib()}
+        host.record(row | {"seconds": {"update": seconds}} | speed)
         if host.due(step + 1) and host.milestone(step + 1, state):
-            break
+            return
     host.finish(state)
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Directory of the run, made if it is not there; gs:// paths work.")
+    read_config = cli.config_flag(SftConfig)
+
+    def main() -> None:
+        workdir = cli.required("workdir", "runs/sft")
+        config = read_config()
+        engine.start()
+        sft(config, workdir)
+
+    cli.run(main)

@@ -80,8 +80,10 @@ def check_rows(mesh: Mesh, field: str, rows: int) -> None:
     """Raises UserError unless `rows` divides over the mesh axes that hold the batch."""
     shards = mesh.shape["data"] * mesh.shape["fsdp"]
     if rows % shards:
-        raise UserError(f"{field} is {rows}, which does not divide by data x fsdp = {shards} of the mesh; "
-                        f"make it a multiple of {shards} or change config.mesh")
+        raise UserError(
+            f"{field} is {rows}, which does not divide by data x fsdp = {shards} of the mesh; "
+            f"make it a multiple of {shards} or change config.mesh"
+        )
 
 
 def global_rows(mesh: Mesh, tree, rows: int):

@@ -12,18 +12,18 @@ recovered model as a Hugging Face folder.
 Started again with the same command, a run goes on from its last checkpoint; SIGTERM saves one first.
 """
 
-import jax
+from pathlib import Path
+
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
 from camopd_jax import cli, engine, phases
-from camopd_jax.config import Stream, TrainConfig
-from camopd_jax.data import sources, templates
+from camopd_jax.config import TrainConfig
+from camopd_jax.data import templates
 from camopd_jax.data.pipeline import PromptStream
 from camopd_jax.engine import Loaded
-from camopd_jax.errors import UserError
-from camopd_jax.evals.run import table
+from camopd_jax.evals.report import table
 from camopd_jax.host import Host
 from camopd_jax.metrics import memory_gib
 from camopd_jax.models import hf
@@ -32,8 +32,6 @@ from camopd_jax.phases import Branch, Outcome
 from camopd_jax.sharding import check_rows, local_rows, make_mesh, rows_of_process
 from camopd_jax.steps.statistics import repetition
 from camopd_jax.types import TrainState
-
-flags.DEFINE_string("workdir", None, "Directory of the run, made if it is not there; gs:// paths work.")
 
 
 def train(config: TrainConfig, workdir: str) -> None:
@@ -46,11 +44,11 @@ def train(config: TrainConfig, workdir: str) -> None:
     # -------------------------------------------------------------------------- the three models
     general_folder = engine.find(config.general_model, "config.general_model")
     specialised_folder = engine.find(config.specialised_model, "config.specialised_model")
-    templates.check_same_tokenizer(specialised_folder, general_folder)
+    warning = templates.check_same_tokenizer(specialised_folder, general_folder)
     context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    vocab = min(engine.model_config(f, context).vocab_size for f in (general_folder, specialised_folder))
+    vocab = min(engine.model_config(folder, context).vocab_size for folder in (general_folder, specialised_folder))
 
-    def load(folder, dtype: str) -> Loaded:
+    def load(folder: Path, dtype: str) -> Loaded:
         return engine.load(folder, mesh, config.compute, dtype=dtype, context=context, output_vocab_size=vocab)
 
     general_teacher = load(general_folder, engine.teacher_dtype(config.compute))
@@ -58,57 +56,96 @@ def train(config: TrainConfig, workdir: str) -> None:
     student = load(specialised_folder, config.compute.params)
 
     # ---------------------------------------------------------------- the two streams of prompts
-    def stream(part: Stream, teacher: Loaded, seed: int) -> PromptStream:
-        return PromptStream(part, config.rollout, student.tokenizer, teacher.tokenizer, seed,
-                            rows_of_process(mesh, config.rollout.batch_size))
+    mine = rows_of_process(mesh, config.rollout.batch_size)
 
-    general_prompts = stream(config.general, general_teacher, config.seed)
-    domain_prompts = stream(config.domain, domain_teacher, config.seed + 1)
+    def stream(name: str, teacher: Loaded, seed: int) -> PromptStream:
+        return PromptStream(getattr(config, name), config.rollout, student.tokenizer, teacher.tokenizer, seed, mine,
+                            f"config.{name}")  # fmt: skip
+
+    streams = {
+        "general": stream("general", general_teacher, 2 * config.seed),
+        "domain": stream("domain", domain_teacher, 2 * config.seed + 1),
+    }
     branches = {
-        "recovery": Branch(general_prompts, general_teacher.model, general_teacher.params),
-        "review": Branch(domain_prompts, domain_teacher.model, domain_teacher.params),
+        "recovery": Branch(streams["general"], general_teacher.model, general_teacher.params),
+        "review": Branch(streams["domain"], domain_teacher.model, domain_teacher.params),
     }
 
     # ------------------------------------------------------------------------- state, then steps
     provenance = {
-        "general_model": config.general_model, "general_fingerprint": hf.fingerprint(general_folder),
-        "specialised_model": config.specialised_model, "specialised_fingerprint": hf.fingerprint(specialised_folder),
+        "general_model": config.general_model,
+        "general_fingerprint": hf.fingerprint(general_folder),
+        "specialised_model": config.specialised_model,
+        "specialised_fingerprint": hf.fingerprint(specialised_folder),
     }
-    host = TrainHost(config, workdir, student, {"general": general_prompts, "domain": domain_prompts}, provenance)
-    state = TrainState(step=jnp.int32(0), params=student.params, moments=init_moments(student.params, config.method.moments),
-                       skipped=jnp.int32(0))
-    state = host.restore(state)
-    host.progress.say(f"general prompts: {general_prompts.counts}; domain prompts: {domain_prompts.counts}")
-    before = {"general teacher": host.evaluate("general", 0, general_teacher),
-              "specialised": host.evaluate("specialised", 0, domain_teacher)}
+    host = TrainHost(config, workdir, student, streams, provenance)
+    moments = init_moments(student.params, config.method.moments)
+    state = host.restore(TrainState(jnp.int32(0), student.params, moments, jnp.int32(0)))
+    if warning:
+        host.display.say(f"warning: {warning}")
+    host.display.say(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
+    general_scores = host.evaluate("general", 0, general_teacher)
+    specialised_scores = host.evaluate("specialised", 0, domain_teacher)
+
     programs = phases.compile_programs(config, student.model, student.eos_ids, state)
     state = phases.run(config, branches, programs, state, host)
     if host.terminated:
-        host.progress.say(f"asked to end: saved at step {int(state.step)}; the same command goes on from there")
         return
+    student_scores = host.evaluate("student", int(state.step), student.with_params(state.params))
     host.finish(state)
-    recovered = host.evaluate("student", int(state.step), student.with_params(state.params))
-    host.progress.say(table(before["general teacher"], before["specialised"], recovered))
+    if student_scores:
+        host.display.say(table(general_scores, specialised_scores, student_scores))
 
 
 class TrainHost(Host):
     """Turns a step's outcome into a row of metrics.jsonl and a few samples."""
 
     def log(self, outcome: Outcome) -> None:
-        rollout, scores = outcome.rollout, outcome.scores
-        prompt_tokens = int(np.sum(multihost(outcome.prompts.student.lengths)))
+        rollout = outcome.rollout
         tokens, lengths = local_rows(rollout.tokens), local_rows(rollout.lengths)
-        seconds = outcome.seconds
-        response_tokens = int(np.sum(multihost(rollout.lengths)))
+        metrics = {name: float(value) for name, value in outcome.metrics.items()}
         row = {
             "step": outcome.step,
             "phase": outcome.phase,
-            **{name: float(value) for name, value in outcome.metrics.items()},
+            **metrics,
             "repetition": repetition(tokens, lengths),
-            "prompt_tokens": prompt_tokens,
-            "response_tokens": response_tokens,
-            "seconds": seconds,
-            "tokens_per_second": response_tokens / sum(seconds.values()),
+            "seconds": outcome.seconds,
+            "tokens_per_second": metrics["response_tokens"] / sum(outcome.seconds.values()),
             "memory_gib": memory_gib(),
         }
         self.record(row, self._samples(outcome, tokens, lengths))
+
+    def _samples(self, outcome: Outcome, tokens: np.ndarray, lengths: np.ndarray) -> list[dict]:
+        """The first answers of the batch, with the gap of each token."""
+        prompts = outcome.prompts
+        arrays = (prompts.student.tokens, prompts.student.lengths, prompts.index, outcome.scores.student,
+                  outcome.scores.teacher, outcome.selection.weights, outcome.rollout.stopped)  # fmt: skip
+        asked, asked_lengths, index, student, teacher, weights, stopped = map(local_rows, arrays)
+        decode = self.student.tokenizer.decode
+        return [
+            {
+                "step": outcome.step,
+                "phase": outcome.phase,
+                "prompt_index": int(index[i]),
+                "prompt": decode(asked[i, : asked_lengths[i]]),
+                "response": decode(tokens[i, : lengths[i]]),
+                "tokens": [decode([t]) for t in tokens[i, : lengths[i]]],
+                "gaps": [round(float(g), 4) for g in (teacher - student)[i, : lengths[i]]],
+                "selected": bool(weights[i]),
+                "finish_reason": "stop" if stopped[i] else "length",
+            }
+            for i in range(min(self.config.log.samples, len(tokens)))
+        ]
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("workdir", None, "Directory of the run, made if it is not there; gs:// paths work.")
+    read_config = cli.config_flag(TrainConfig)
+
+    def main() -> None:
+        workdir = cli.required("workdir", "runs/quickstart")
+        config = read_config()
+        engine.start()
+        train(config, workdir)
+
+    cli.run(main)

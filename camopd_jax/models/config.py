@@ -108,8 +108,10 @@ def from_hf(config: dict[str, Any], *, context: int | None = None, where: str = 
     known = _DEFAULTS[family].keys() | {*_REQUIRED} | _HARMLESS | _ROPE_FIELDS
     for name, value in config.items():
         if name not in known and value not in (None, False, [], {}):
-            raise UserError(f"{where}: field {name} = {value!r} is not understood for {family} and may change the "
-                            "model's maths; use a checkpoint without it")
+            raise UserError(
+                f"{where}: field {name} = {value!r} is not understood for {family} and may change the "
+                "model's maths; use a checkpoint without it"
+            )
     for name in _REQUIRED:
         if not isinstance(config.get(name), int):
             raise UserError(f"{where}: field {name} is {config.get(name)!r}; a whole number is needed")
@@ -153,7 +155,7 @@ def from_hf(config: dict[str, Any], *, context: int | None = None, where: str = 
 
 
 def _layer_types(family: str, get, where: str) -> list[str]:
-    """"full_attention" or "sliding_attention" for each layer."""
+    """ "full_attention" or "sliding_attention" for each layer."""
     layers = get("num_hidden_layers")
     types = get("layer_types")
     if types is None:
@@ -167,7 +169,9 @@ def _layer_types(family: str, get, where: str) -> list[str]:
         }[family]
         types = ["sliding_attention" if sliding(i) else "full_attention" for i in range(layers)]
     if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
-        raise UserError(f"{where}: layer_types {types} must name full_attention or sliding_attention for {layers} layers")
+        raise UserError(
+            f"{where}: layer_types {types} must name full_attention or sliding_attention for {layers} layers"
+        )
     off = get("sliding_window") is None or not get("use_sliding_window", True)
     return ["full_attention"] * layers if off else types
 
@@ -209,6 +213,12 @@ def _rope(fields: dict[str, Any], head_dim: int, max_positions: int, context: in
         growth = float(fields["factor"]) * stretch - (float(fields["factor"]) - 1)
         return dataclasses.replace(rope, theta=rope.theta * growth ** (head_dim / (head_dim - 2)))
     if kind == "llama3":
-        return Rope(rope.theta, "llama3", float(fields["factor"]), float(fields["low_freq_factor"]),
-                    float(fields["high_freq_factor"]), int(fields["original_max_position_embeddings"]))
+        return Rope(
+            rope.theta,
+            "llama3",
+            float(fields["factor"]),
+            float(fields["low_freq_factor"]),
+            float(fields["high_freq_factor"]),
+            int(fields["original_max_position_embeddings"]),
+        )
     return rope

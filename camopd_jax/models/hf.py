@@ -48,8 +48,10 @@ def read_config(folder: Path) -> dict[str, Any]:
     """
     config = _read_json(folder / "config.json")
     if "auto_map" in config:
-        raise UserError(f"{folder / 'config.json'}: auto_map asks for code from the checkpoint, which is never run; "
-                        "use a checkpoint of a built-in architecture")
+        raise UserError(
+            f"{folder / 'config.json'}: auto_map asks for code from the checkpoint, which is never run; "
+            "use a checkpoint of a built-in architecture"
+        )
     return config
 
 
@@ -63,7 +65,9 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     """
     found = tensors(folder)
     rows = table(config)
-    names = {row.hf_name.format(i): row.hf_shape for row in rows for i in range(config.num_layers if row.stacked else 1)}
+    names = {
+        row.hf_name.format(i): row.hf_shape for row in rows for i in range(config.num_layers if row.stacked else 1)
+    }
     if config.tied_head and "lm_head.weight" in found:
         _check_tied(found, folder)
         names["lm_head.weight"] = (config.vocab_size, config.hidden_size)
@@ -71,12 +75,16 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     if missing:
         raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); fetch the checkpoint again")
     if extra:
-        raise UserError(f"{folder}: tensor {extra[0]} ({len(extra)} in all) has no place in a model of this config.json; "
-                        "config.json and weights belong to different models")
+        raise UserError(
+            f"{folder}: tensor {extra[0]} ({len(extra)} in all) has no place in a model of this config.json; "
+            "config.json and weights belong to different models"
+        )
     for name, shape in names.items():
         if found[name].shape != shape:
-            raise UserError(f"{found[name].file}: tensor {name} has shape {list(found[name].shape)}, "
-                            f"config.json asks for {list(shape)}")
+            raise UserError(
+                f"{found[name].file}: tensor {name} has shape {list(found[name].shape)}, "
+                f"config.json asks for {list(shape)}"
+            )
     places = shardings(config, mesh)
     leaves = {}
     for row in rows:
@@ -113,8 +121,9 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     else:
         pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
         if pickles:
-            raise UserError(f"{folder}: {pickles[0]} is a pickle, which can run code and is never read; convert it to "
-                            "safetensors")
+            raise UserError(
+                f"{folder}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors"
+            )
         raise UserError(f"{folder}: no {_SINGLE} and no {_INDEX}; give a Hugging Face folder with safetensors")
     found: dict[str, Tensor] = {}
     for name in files:
@@ -162,8 +171,10 @@ def _header(file: Path) -> dict[str, Tensor]:
         for name, entry in entries.items():
             start, stop = entry["data_offsets"]
             if entry["dtype"] not in _DTYPES:
-                raise UserError(f"{file}: tensor {name} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} are read "
-                                "(quantised checkpoints: give the original)")
+                raise UserError(
+                    f"{file}: tensor {name} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} are read "
+                    "(quantised checkpoints: give the original)"
+                )
             dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
             if stop - start != dtype.itemsize * int(np.prod(shape)) or start < 0:
                 raise ValueError(name)
@@ -178,8 +189,10 @@ def _header(file: Path) -> dict[str, Tensor]:
 def _check_tied(found: dict[str, Tensor], folder: Path) -> None:
     head, embedding = found["lm_head.weight"], found["model.embed_tokens.weight"]
     if head.dtype != embedding.dtype or not np.array_equal(head.map().view(np.uint8), embedding.map().view(np.uint8)):
-        raise UserError(f"{folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs from the "
-                        "embedding; set it to false")
+        raise UserError(
+            f"{folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs from the "
+            "embedding; set it to false"
+        )
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -6,7 +6,6 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from camopd_jax.models.config import ModelConfig
@@ -55,7 +54,9 @@ class Decoder(nn.Module):
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
 
     @nn.compact
-    def __call__(self, tokens_BS: jax.Array, positions_BS: jax.Array, cache: KVCache | None = None, keep_kv: bool = False):
+    def __call__(
+        self, tokens_BS: jax.Array, positions_BS: jax.Array, cache: KVCache | None = None, keep_kv: bool = False
+    ):
         """Hidden states `[B, S, D]`, and with `keep_kv` the new keys and values `[L, B, S, G, K]`."""
         c = self.config
         x = jnp.take(self.embedding, tokens_BS, axis=0).astype(self.dtype)
@@ -77,7 +78,11 @@ class Decoder(nn.Module):
         }
         block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
-            block, variable_axes={"params": 0}, split_rngs={"params": True}, in_axes=(nn.broadcast, 0), length=c.num_layers
+            block,
+            variable_axes={"params": 0},
+            split_rngs={"params": True},
+            in_axes=(nn.broadcast, 0),
+            length=c.num_layers,
         )
         x, kv = scanned(c, self.mesh, keep_kv, name="layers")(x, shared, layers)
         return self.final_norm(x), kv

@@ -1,0 +1,133 @@
+"""Tokenizers and chat templates: how a request is put before a model."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+from camopd_jax.config import Template
+from camopd_jax.errors import UserError
+
+Row = dict[str, Any]
+
+
+def load_tokenizer(folder: Path) -> Any:
+    """The tokenizer of a Hugging Face folder; code that comes with a checkpoint is never run."""
+    from transformers import AutoTokenizer  # slow to import
+
+    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
+        raise UserError(f"{folder}: no tokenizer.json; copy the tokenizer's files of the original model there")
+    try:
+        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+    except Exception as error:  # transformers and tokenizers raise many kinds
+        raise UserError(
+            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); copy the tokenizer's "
+            "files of the original model there"
+        ) from error
+
+
+def prompt_ids(tokenizer: Any, row: Row, template: Template = Template()) -> list[int]:
+    """The tokens of a row's prompt.
+
+    "messages" go through the chat template, with the generation prompt and the template's options; its
+    system prompt is set before a conversation that has none. "prompt" is tokenised as the tokenizer does
+    by default, "prompt_ids" are taken as they are.
+    """
+    if "messages" in row:
+        return _render(tokenizer, _with_system(_request(row["messages"]), template), template, open_answer=True)
+    if "prompt" in row:
+        return list(tokenizer(row["prompt"])["input_ids"])
+    return list(row["prompt_ids"])
+
+
+def answer_ids(tokenizer: Any, row: Row, answer: str, template: Template = Template()) -> tuple[list[int], list[int]]:
+    """Prompt and answer of a row to learn from: the answer is what the template writes after the prompt.
+
+    The answer is the row's last assistant turn, else `answer`. It ends with the template's closing
+    tokens up to the last special one, which tells the model to stop.
+
+    Raises:
+      UserError: if the template does not write the conversation after the open prompt.
+    """
+    prompt = prompt_ids(tokenizer, row, template)
+    messages = row["messages"]
+    if messages[-1]["role"] != "assistant":
+        messages = [*messages, {"role": "assistant", "content": answer}]
+    whole = _render(tokenizer, _with_system(messages, template), template, open_answer=False)
+    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
+        raise UserError(
+            "chat template: the rendered conversation does not begin with the rendered prompt; give template "
+            "options that make it so, for instance enable_thinking=False"
+        )
+    response = whole[len(prompt) :]
+    special = set(tokenizer.all_special_ids)
+    while len(response) > 1 and response[-1] not in special and any(i in special for i in response):
+        response.pop()  # a line break after the turn's end is not the model's to say
+    return prompt, response
+
+
+def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends an answer, by generation_config.json, config.json and the tokenizer."""
+    ids: set[int] = set()
+    for name in ("generation_config.json", "config.json"):
+        if (folder / name).exists():
+            value = json.loads((folder / name).read_text()).get("eos_token_id")
+            ids |= set(value if isinstance(value, list) else [] if value is None else [value])
+    if tokenizer.eos_token_id is not None:
+        ids.add(tokenizer.eos_token_id)
+    return tuple(sorted(ids))
+
+
+def check_same_tokenizer(student: Path, teacher: Path) -> str | None:
+    """Raises UserError unless both folders' tokenizers give every token the same id.
+
+    Returns:
+      A warning, if the two models end their answers with different tokens; else None.
+    """
+    ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
+    a, b = ours.get_vocab(), theirs.get_vocab()
+    if a != b:
+        token = min((t for t in a.keys() | b.keys() if a.get(t) != b.get(t)), key=lambda t: (a.get(t, b.get(t)), t))
+        raise UserError(
+            f"{student} and {teacher}: their tokenizers differ, first at token {token!r} (id {a.get(token)} and "
+            f"{b.get(token)}); student and teacher must share one tokenizer"
+        )
+    ours_end, theirs_end = eos_ids(student, ours), eos_ids(teacher, theirs)
+    if ours_end != theirs_end:
+        name = ours.convert_ids_to_tokens
+        return (
+            f"answers end with {name(list(ours_end))} in {student} but with {name(list(theirs_end))} in {teacher}; "
+            f"the student's are used"
+        )
+    return None
+
+
+def _request(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+    """The conversation up to the last turn that is not the assistant's."""
+    messages = list(messages)
+    while len(messages) > 1 and messages[-1]["role"] == "assistant":
+        messages.pop()
+    return messages
+
+
+def _with_system(messages: list[dict[str, str]], template: Template) -> list[dict[str, str]]:
+    if template.system is None or messages[0]["role"] == "system":
+        return messages
+    return [{"role": "system", "content": template.system}, *messages]
+
+
+def _render(tokenizer: Any, messages: list[dict[str, str]], template: Template, open_answer: bool) -> list[int]:
+    if not tokenizer.chat_template:
+        raise UserError(
+            f"{tokenizer.name_or_path}: no chat template in tokenizer_config.json or chat_template.jinja; copy "
+            'that of the original model, or give rows with "prompt" instead of "messages"'
+        )
+    try:
+        text = tokenizer.apply_chat_template(
+            messages, tokenize=False, add_generation_prompt=open_answer, **template.options
+        )
+    except Exception as error:  # jinja2 raises what the template raises
+        raise UserError(
+            f"{tokenizer.name_or_path}: the chat template refuses a conversation of roles "
+            f"{[m['role'] for m in messages]} ({error})"
+        ) from error
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

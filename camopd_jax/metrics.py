@@ -1,0 +1,152 @@
+"""What a run tells while it goes: metrics.jsonl, TensorBoard files, samples, and a live display.
+
+It deals in numbers of the host and knows nothing of JAX's arrays.
+"""
+
+import contextlib
+import json
+import math
+import resource
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import jax
+from etils import epath
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+from camopd_jax.errors import UserError
+
+COLOURS = {"recovery": "cyan", "review": "magenta", "sft": "green"}
+
+
+class Stages:
+    """Seconds of a step, by stage. Stages may be entered more than once; they do not nest."""
+
+    def __init__(self):
+        self._seconds: dict[str, float] = {}
+
+    @contextlib.contextmanager
+    def __call__(self, name: str) -> Iterator[None]:
+        started = time.perf_counter()
+        yield
+        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+
+    def seconds(self) -> dict[str, float]:
+        return dict(self._seconds)
+
+
+def memory_gib() -> float:
+    """Peak memory in GiB: of the fullest local device where the backend tells, else of this process."""
+    peaks = [(d.memory_stats() or {}).get("peak_bytes_in_use", 0) for d in jax.local_devices()]
+    if max(peaks):
+        return max(peaks) / 2**30
+    unit = 1 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
+
+
+class MetricsWriter:
+    """Appends to the files of a work directory; of many processes, the first one writes."""
+
+    def __init__(self, workdir: epath.Path, tensorboard: bool):
+        self._workdir, self._writes = workdir, jax.process_index() == 0
+        self._events = None
+        if tensorboard and self._writes:
+            from tensorboardX import SummaryWriter  # slow to import
+
+            self._events = SummaryWriter(str(workdir / "tensorboard"), flush_secs=10)
+
+    def step(self, row: dict[str, Any]) -> None:
+        """One line of metrics.jsonl. Numbers that are not finite become null."""
+        self._append("metrics.jsonl", [row])
+        if self._events:
+            for name, value in _flat(row):
+                self._events.add_scalar(f"{row['phase']}/{name}", value, row["step"])
+
+    def samples(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._append("samples.jsonl", rows)
+
+    def evaluation(self, row: dict[str, Any]) -> None:
+        self._append("eval.jsonl", [row])
+        if self._events:
+            self._events.add_scalar(f"accuracy/{row['model']}/{row['benchmark']}", row["accuracy"], row["step"])
+
+    def close(self) -> None:
+        if self._events:
+            self._events.close()
+
+    def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
+        if not self._writes or not rows:
+            return
+        try:
+            with (self._workdir / name).open("a") as file:
+                file.write("".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows))
+        except OSError as error:
+            raise UserError(
+                f"{self._workdir / name}: cannot write ({error.strerror}); free some room and start the same "
+                "command again"
+            ) from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    for name, value in row.items():
+        if isinstance(value, dict):
+            yield from _flat(value, f"{prefix}{name}/")
+        elif isinstance(value, int | float) and name != "step":
+            yield prefix + name, value
+
+
+class Display:
+    """A live line on a terminal; without one, a plain line a step."""
+
+    def __init__(self, total: int, start: int):
+        self._console = Console(stderr=False, highlight=False, soft_wrap=not sys.stdout.isatty())
+        self._quiet = jax.process_index() != 0
+        self._total, self._started, self._first = total, time.perf_counter(), start
+        self._live = None
+        if self._console.is_terminal and not self._quiet:
+            self._live = Progress(
+                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
+                TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self._console,
+            )  # fmt: skip
+            self._task = self._live.add_task("starting", total=total, completed=start, figures="")
+            self._live.start()
+
+    def step(self, row: dict[str, Any]) -> None:
+        """Shows a step's row of metrics."""
+        figures = [f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:.0f} tok/s"]
+        if "gap_mean" in row:
+            figures += [
+                f"gap {row['gap_mean']:+.4f} |{row['gap_abs_mean']:.4f}|",
+                f"kept {100 * row['selected_fraction']:.0f} %",
+                f"length {row['length_mean']:.0f}",
+            ]
+        if row["skipped"]:
+            figures.append("SKIPPED: not finite")
+        done, text = row["step"] + 1, " · ".join(figures)
+        if self._live:
+            colour = COLOURS[row["phase"]]
+            self._live.update(self._task, description=f"[{colour}]{row['phase']}[/]", completed=done, figures=text)
+            return
+        rate = (time.perf_counter() - self._started) / max(1, done - self._first)
+        left = time.strftime("%H:%M:%S", time.gmtime(rate * (self._total - done)))
+        self.say(f"step {done}/{self._total} {row['phase']:<8} {text} · {left} left")
+
+    def say(self, message: Any) -> None:
+        """Prints a line, or anything rich can print, above the live line."""
+        if not self._quiet:
+            self._console.print(message)
+
+    def close(self) -> None:
+        if self._live:
+            self._live.stop()

@@ -1,0 +1,76 @@
+"""AdamW, a learning rate that follows the run's own step, and a clip that tells when it bites."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from camopd_jax.config import Optimizer
+from camopd_jax.types import Params
+
+# Parameters that decay; norms and biases do not.
+_DECAYED = ("kernel", "embedding", "head")
+
+
+def init_moments(params: Params, moments: str) -> dict[str, Any]:
+    """Adam's moments in float32: one state "shared" by both phases, or one for "recovery" and one for "review".
+
+    One shared state is the published method. With it, what the moments remember of one phase acts in the
+    other: a phase's scale r is its weight in that memory, not the length of its step.
+    """
+    names = ("shared",) if moments == "shared" else ("recovery", "review")
+    like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), params)
+    return {name: _zeros(jax.eval_shape(optax.scale_by_adam().init, like), params) for name in names}
+
+
+def learning_rate(config: Optimizer, steps: int, step: jax.Array) -> jax.Array:
+    """The rate of update number `step` (from 0) of `steps`: linear warm-up, then constant or a cosine to 0."""
+    warm = jnp.minimum(1.0, (step + 1) / max(1, config.warmup_steps))
+    if config.schedule == "constant":
+        return config.learning_rate * warm
+    done = jnp.clip((step - config.warmup_steps) / max(1, steps - config.warmup_steps), 0, 1)
+    return config.learning_rate * warm * 0.5 * (1 + jnp.cos(jnp.pi * done))
+
+
+def apply(
+    params: Params, moments: Any, grads: Params, rate: jax.Array, config: Optimizer
+) -> tuple[Params, Any, dict[str, jax.Array]]:
+    """One AdamW step.
+
+    The gradient is scaled down to global norm `clip_norm` where it is longer. A clip that bites at every
+    step makes all gradients equally long and so cancels the phases' scales r: `grad_clipped` tells.
+
+    Returns:
+      New parameters and moments, and {"grad_norm", "grad_clipped" (0 or 1), "learning_rate"}.
+    """
+    norm = optax.global_norm(grads)
+    clipped = jnp.bool_(False)
+    if config.clip_norm is not None:
+        clipped = norm > config.clip_norm
+        factor = jnp.where(clipped, config.clip_norm / norm, 1.0)
+        grads = jax.tree.map(lambda g: g * factor, grads)
+    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
+    updates, moments = adam.update(grads, moments)
+
+    def move(path, p: jax.Array, u: jax.Array) -> jax.Array:
+        wide = p.astype(jnp.float32)
+        if path[-1].key in _DECAYED:
+            u = u + config.weight_decay * wide
+        return (wide - rate * u).astype(p.dtype)
+
+    params = jax.tree_util.tree_map_with_path(move, params, updates)
+    stats = {"grad_norm": norm, "grad_clipped": clipped.astype(jnp.float32), "learning_rate": jnp.asarray(rate)}
+    return params, moments, stats
+
+
+def _zeros(shapes: Any, params: Params) -> Any:
+    """Zeros of the given shapes; those that mirror the parameters lie where the parameters lie."""
+    mirrors = jax.tree.structure(params)
+
+    def fill(node: Any) -> Any:
+        if jax.tree.structure(node) == mirrors:
+            return jax.tree.map(lambda s, p: jnp.zeros(s.shape, s.dtype, device=p.sharding), node, params)
+        return jnp.zeros(node.shape, node.dtype)
+
+    return jax.tree.map(fill, shapes, is_leaf=lambda node: jax.tree.structure(node) == mirrors)

@@ -1,0 +1,51 @@
+"""Drawing the next token. Every row has a random key of its own."""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How tokens are drawn; the default is the distribution itself. The filters act in this order."""
+
+    temperature: float = 1.0  # 0: greedy
+    top_k: int = 0  # keep the k likeliest; 0: all
+    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability; 1: all
+    min_p: float = 0.0  # keep tokens of at least this share of the likeliest one's probability; 0: all
+
+
+def row_keys(seed: int, step: jax.Array, index_B: jax.Array) -> jax.Array:
+    """A key for each row from (seed, step, the prompt's index): not from its place in the batch."""
+    key = jax.random.fold_in(jax.random.key(seed), step)
+    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index_B)
+
+
+def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
+    """Tokens int32[B], each drawn from its row's filtered distribution with its row's key."""
+    if sampling.temperature == 0:
+        return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
+    logits_BV = filtered(logits_BV / sampling.temperature, sampling)
+    return jax.vmap(jax.random.categorical)(keys_B, logits_BV).astype(jnp.int32)
+
+
+def filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
+    """Logits with the tokens that top-k, top-p and min-p exclude at -inf. The likeliest always stays.
+
+    Ties at the edge stay in: equal tokens are treated alike.
+    """
+    if sampling.top_k > 0:
+        kth_B1 = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]
+        logits_BV = jnp.where(logits_BV >= kth_B1, logits_BV, -jnp.inf)
+    if sampling.top_p < 1:
+        descending_BV = jnp.sort(logits_BV, axis=-1, descending=True)
+        probabilities_BV = jax.nn.softmax(descending_BV, axis=-1)
+        mass_before_BV = jnp.cumsum(probabilities_BV, axis=-1) - probabilities_BV
+        kept_B1 = jnp.maximum(jnp.sum(mass_before_BV < sampling.top_p, axis=-1, keepdims=True), 1)
+        least_B1 = jnp.take_along_axis(descending_BV, kept_B1 - 1, axis=-1)
+        logits_BV = jnp.where(logits_BV >= least_B1, logits_BV, -jnp.inf)
+    if sampling.min_p > 0:
+        best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
+        logits_BV = jnp.where(logits_BV >= best_B1 + jnp.log(sampling.min_p), logits_BV, -jnp.inf)
+    return logits_BV

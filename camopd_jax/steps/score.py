@@ -1,0 +1,77 @@
+"""Log-probabilities of given answers. No array of shape [B, T, V] exists, forward or backward."""
+
+import jax
+import jax.numpy as jnp
+
+from camopd_jax.masked import length_mask
+from camopd_jax.types import LanguageModel, Params, Prompts
+
+
+def join(prompts: Prompts, tokens_BT: jax.Array) -> jax.Array:
+    """Prompt and response of each row without a hole between them: int32[B, P + T], right-padded."""
+    prompt_slots, slots = prompts.tokens.shape[1], prompts.tokens.shape[1] + tokens_BT.shape[1]
+    slot_BS = jnp.arange(slots)[None, :]
+    from_response_BS = slot_BS - prompts.lengths[:, None]  # which response token is at this slot
+    prompt_BS = jnp.pad(prompts.tokens, ((0, 0), (0, slots - prompt_slots)))
+    response_BS = jnp.take_along_axis(tokens_BT, jnp.clip(from_response_BS, 0, tokens_BT.shape[1] - 1), axis=1)
+    joined_BS = jnp.where(from_response_BS < 0, prompt_BS, response_BS)
+    return jnp.where(from_response_BS < tokens_BT.shape[1], joined_BS, 0)
+
+
+def token_logprobs(
+    model: LanguageModel,
+    params: Params,
+    hidden_BTD: jax.Array,
+    tokens_BT: jax.Array,
+    chunk: int,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """log softmax(logits)[token] in nats, float32[B, T], of the tokens that the hidden states predict.
+
+    Slots are taken a few at a time, so that about `chunk` tokens' logits (at least one slot of every
+    row) exist at once; the backward pass makes them again.
+    """
+    batch, slots, width = hidden_BTD.shape
+    step = min(slots, max(1, chunk // batch))
+    steps = -(-slots // step)
+    padding = steps * step - slots
+
+    @jax.checkpoint
+    def piece(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+        logits = model.logits(params, hidden) / temperature
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
+        return chosen - jax.nn.logsumexp(logits, axis=-1)
+
+    if steps == 1:
+        return piece(hidden_BTD, tokens_BT)
+    hidden = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0))).reshape(batch, steps, step, width).swapaxes(0, 1)
+    tokens = jnp.pad(tokens_BT, ((0, 0), (0, padding))).reshape(batch, steps, step).swapaxes(0, 1)
+    logprobs = jax.lax.map(lambda xs: piece(*xs), (hidden, tokens))
+    return logprobs.swapaxes(0, 1).reshape(batch, steps * step)[:, :slots]
+
+
+def score(
+    model: LanguageModel,
+    params: Params,
+    prompts: Prompts,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    chunk: int,
+    temperature: float = 1.0,
+) -> jax.Array:
+    """Log-probability of each response token given its prompt and the tokens before it.
+
+    Args:
+      tokens_BT: responses, right-padded; lengths_B: their lengths.
+      chunk: tokens whose logits may exist at one time.
+      temperature: the logits are divided by it.
+
+    Returns:
+      float32[B, T] in nats; 0 in padding.
+    """
+    slots = tokens_BT.shape[1]
+    hidden_BSD = model.hidden(params, join(prompts, tokens_BT))
+    predicts_BT = (prompts.lengths - 1)[:, None] + jnp.arange(slots)[None, :]
+    hidden_BTD = jnp.take_along_axis(hidden_BSD, predicts_BT[..., None], axis=1)
+    logprobs_BT = token_logprobs(model, params, hidden_BTD, tokens_BT, chunk, temperature)
+    return jnp.where(length_mask(lengths_B, slots), logprobs_BT, 0)
