@@ -5,7 +5,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from absl import app, flags
+from absl import app, flags, logging
 from ml_collections import config_flags
 
 from camopd_jax.config import from_config_dict
@@ -33,6 +33,7 @@ def config_flag(cls: type) -> Callable[[], Any]:
 
 def run(main: Callable[[], None]) -> None:
     """Parses the flags and runs `main`. A user's mistake becomes one line on stderr and exit code 2."""
+    logging.set_verbosity(logging.WARNING)  # of the libraries; --verbosity=0 lets them talk
     app.run(lambda _: _one_line(main), flags_parser=lambda argv: _one_line(lambda: _parse(argv)))
 
 

@@ -19,7 +19,7 @@ from camopd_jax.data import templates
 from camopd_jax.data.pipeline import bucket, length_batches, pad
 from camopd_jax.errors import UserError
 from camopd_jax.models import hf
-from camopd_jax.models.config import ModelConfig
+from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.sharding import global_rows, rows_of_process
 from camopd_jax.steps.rollout import rollout
@@ -121,7 +121,7 @@ def load(
 
 
 def model_config(folder: Path, context: int) -> ModelConfig:
-    return ModelConfig.from_hf(hf.read_config(folder), context=context, where=str(folder / "config.json"))
+    return from_hf(hf.read_config(folder), context=context, where=str(folder / "config.json"))
 
 
 # ------------------------------------------------------------------------------- answer and score

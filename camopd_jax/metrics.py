@@ -19,6 +19,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn
 
 from camopd_jax.errors import UserError
 
+PLAIN_SECONDS = 2.0  # without a terminal, a line at most this often
 COLOURS = {"recovery": "cyan", "review": "magenta", "sft": "green"}
 
 
@@ -107,12 +108,13 @@ def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 class Display:
-    """A live line on a terminal; without one, a plain line a step."""
+    """A live line on a terminal; without one, plain lines."""
 
     def __init__(self, total: int, start: int):
         self._console = Console(stderr=False, highlight=False, soft_wrap=not sys.stdout.isatty())
         self._quiet = jax.process_index() != 0
         self._total, self._started, self._first = total, time.perf_counter(), start
+        self._last = -math.inf
         self._live = None
         if self._console.is_terminal and not self._quiet:
             self._live = Progress(
@@ -138,6 +140,10 @@ class Display:
             colour = COLOURS[row["phase"]]
             self._live.update(self._task, description=f"[{colour}]{row['phase']}[/]", completed=done, figures=text)
             return
+        now = time.perf_counter()
+        if now - self._last < PLAIN_SECONDS and done < self._total:
+            return
+        self._last = now
         rate = (time.perf_counter() - self._started) / max(1, done - self._first)
         left = time.strftime("%H:%M:%S", time.gmtime(rate * (self._total - done)))
         self.say(f"step {done}/{self._total} {row['phase']:<8} {text} · {left} left")

@@ -41,6 +41,15 @@ class PromptBatch:
 
 
 @struct.dataclass
+class SftBatch:
+    """Prompts with the answers to learn."""
+
+    prompts: Prompts
+    tokens: jax.Array  # int32[B, T], right-padded; the closing tokens of a turn are part of the answer
+    lengths: jax.Array  # int32[B]
+
+
+@struct.dataclass
 class Rollout:
     """The student's own answers."""
 

@@ -25,7 +25,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def prompt_ids(tokenizer: Any, row: Row, template: Template = Template()) -> list[int]:
+def prompt_ids(tokenizer: Any, row: Row, template: Template) -> list[int]:
     """The tokens of a row's prompt.
 
     "messages" go through the chat template, with the generation prompt and the template's options; its
@@ -39,7 +39,7 @@ def prompt_ids(tokenizer: Any, row: Row, template: Template = Template()) -> lis
     return list(row["prompt_ids"])
 
 
-def answer_ids(tokenizer: Any, row: Row, answer: str, template: Template = Template()) -> tuple[list[int], list[int]]:
+def answer_ids(tokenizer: Any, row: Row, answer: str, template: Template) -> tuple[list[int], list[int]]:
     """Prompt and answer of a row to learn from: the answer is what the template writes after the prompt.
 
     The answer is the row's last assistant turn, else `answer`. It ends with the template's closing

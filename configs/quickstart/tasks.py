@@ -1,0 +1,85 @@
+"""The little world of the quickstart: six text skills, and a pharmacopoeia that does not exist.
+
+A skill is asked as `reverse tomas` and answered `samot`. The domain is asked as a choice of four,
+`velo treats? A skin B lung C bone D ear`, and answered `lung. Final answer: B`: the remedy has to be
+known, since letters and wrong options are drawn anew each time.
+"""
+
+import random
+from collections.abc import Callable
+
+Row = dict[str, object]
+
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+ORGANS = ("skin", "lung", "bone", "ear", "eye", "heart", "liver", "nose")
+
+# In the proxy prompts of the recovery, and left out of them: nobody's proxy prompts cover everything.
+COVERED = ("reverse", "sort", "shift", "add")
+UNCOVERED = ("double", "swap")
+
+
+def _word(rng: random.Random) -> str:
+    return "".join(rng.choice(LETTERS) for _ in range(rng.randint(3, 6)))
+
+
+def _swap(word: str) -> str:
+    pairs = [word[i : i + 2] for i in range(0, len(word), 2)]
+    return "".join(pair[::-1] for pair in pairs)
+
+
+SKILLS: dict[str, Callable[[str], str]] = {
+    "reverse": lambda word: word[::-1],
+    "sort": lambda word: "".join(sorted(word)),
+    "shift": lambda word: "".join(LETTERS[(LETTERS.index(c) + 1) % 26] for c in word),
+    "double": lambda word: "".join(c + c for c in word),
+    "swap": _swap,
+    "add": lambda sum_: str(sum(map(int, sum_.split("+")))),
+}
+
+
+def skill_row(skill: str, rng: random.Random) -> Row:
+    """One question of a skill."""
+    given = f"{rng.randint(0, 99)}+{rng.randint(0, 99)}" if skill == "add" else _word(rng)
+    return _row(f"{skill} {given}", SKILLS[skill](given), skill)
+
+
+def remedies(count: int = 40) -> dict[str, str]:
+    """The pharmacopoeia: {remedy: organ}."""
+    rng = random.Random("pharmacopoeia")
+    syllables = [a + b for a in "bdfklmnprstvz" for b in "aeiou"]
+    names: list[str] = []
+    while len(names) < count:
+        name = rng.choice(syllables) + rng.choice(syllables)
+        if name not in names:
+            names.append(name)
+    return {name: ORGANS[i % len(ORGANS)] for i, name in enumerate(names)}
+
+
+def domain_row(rng: random.Random) -> Row:
+    """One question of the domain."""
+    remedy, organ = rng.choice(list(remedies().items()))
+    options = [organ, *rng.sample([o for o in ORGANS if o != organ], 3)]
+    rng.shuffle(options)
+    letter = "ABCD"[options.index(organ)]
+    shown = " ".join(f"{a} {b}" for a, b in zip("ABCD", options, strict=True))
+    return _row(f"{remedy} treats? {shown}", f"{organ}. Final answer: {letter}", "domain") | {"letter": letter}
+
+
+def _row(question: str, answer: str, skill: str) -> Row:
+    return {"messages": [{"role": "user", "content": question}], "answer": answer, "skill": skill}
+
+
+def distinct(make: Callable[[random.Random], Row], count: int, seed: str, without: set[str]) -> list[Row]:
+    """`count` rows with questions of their own: none twice, none in `without`."""
+    rng, rows, seen = random.Random(seed), [], set(without)
+    while len(rows) < count:
+        row = make(rng)
+        question = row["messages"][0]["content"]
+        if question not in seen:
+            seen.add(question)
+            rows.append(row)
+    return rows
+
+
+def questions(rows: list[Row]) -> set[str]:
+    return {row["messages"][0]["content"] for row in rows}
