@@ -1,6 +1,12 @@
 """Checkpoints by Orbax, and the work directory they belong to."""
 
+import contextlib
 import json
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import jax
@@ -13,26 +19,39 @@ from camopd_jax.config import different_fields, fingerprint, to_json
 from camopd_jax.errors import UserError
 from camopd_jax.types import TrainState
 
+policies = ocp.checkpoint_managers.preservation_policy
+
+# Orbax logs its errors with their tracebacks before it raises them; here they become one line.
+logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.exc_info))
+
 
 class Checkpoints:
-    """`workdir/checkpoints`: one folder a step, written in the background, whole or not at all."""
+    """`workdir/checkpoints`: one folder a step, written in the background, whole or not at all.
+
+    Kept are the last `keep_last` steps, and of the steps whose accuracy was measured the `keep_best` best.
+    """
 
     def __init__(self, workdir: str, config: CheckpointsConfig):
-        policies = ocp.checkpoint_managers.preservation_policy
-        kept = [policies.LatestN(config.keep_last)]
-        if config.keep_best:
-            kept.append(
-                policies.BestN(
-                    get_metric_fn=lambda metrics: metrics["accuracy"],
-                    n=config.keep_best,
-                    keep_checkpoints_without_metrics=False,
-                )
-            )
         options = ocp.CheckpointManagerOptions(
-            preservation_policy=policies.AnyPreservationPolicy(kept), enable_async_checkpointing=True
+            preservation_policy=policies.AnyPreservationPolicy(
+                [policies.LatestN(config.keep_last), _MostAccurate(config.keep_best)]
+            ),
+            best_fn=lambda metrics: metrics.get("accuracy", -math.inf),
+            enable_async_checkpointing=True,
         )
-        self._folder = epath.Path(workdir).resolve() / "checkpoints"
-        self._manager = ocp.CheckpointManager(self._folder, options=options)
+        handlers = {
+            "state": ocp.StandardCheckpointHandler(),
+            "positions": ocp.JsonCheckpointHandler(),
+            "provenance": ocp.JsonCheckpointHandler(),
+        }
+        self._folder = checkpoints_folder(workdir)
+        try:
+            self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
+        except (OSError, ValueError) as error:
+            raise UserError(
+                f"{self._folder}: the checkpoints cannot be read ({_reason(error)}); delete what is broken there, or "
+                "give a new --workdir"
+            ) from error
 
     def latest(self) -> int | None:
         """The last whole checkpoint's step."""
@@ -43,8 +62,9 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best(self) -> int | None:
-        """The step with the highest accuracy, of those that were measured."""
-        return self._manager.best_step()
+        """The step with the highest accuracy, of those that were measured; of equals, the last."""
+        step = self._manager.best_step()
+        return step if step is not None and self._manager.metrics(step) else None
 
     def save(
         self,
@@ -60,6 +80,9 @@ class Checkpoints:
           positions: of the data streams, as JSON values.
           provenance: of the run's models, as JSON values.
           accuracy: what keep_best goes by, if it was measured.
+
+        Raises:
+          UserError: if this checkpoint, or the one before in the background, cannot be written.
         """
         if step in self.steps():
             return
@@ -68,40 +91,107 @@ class Checkpoints:
             positions=ocp.args.JsonSave(positions),
             provenance=ocp.args.JsonSave(provenance),
         )
-        metrics = None if accuracy is None else {"accuracy": accuracy}
-        self._manager.save(step, args=arguments, metrics=metrics, force=True)
+        with self._writing():
+            self._manager.save(
+                step, args=arguments, metrics={} if accuracy is None else {"accuracy": accuracy}, force=True
+            )
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-        """State, positions and provenance of a checkpoint.
+        """State, positions and provenance of a checkpoint, bit for bit.
 
         Args:
-          like: a state whose shapes, dtypes and shardings the restored one takes.
+          like: a state whose shardings the restored one takes; its shapes and dtypes must be the stored ones.
 
         Raises:
           UserError: if the checkpoint cannot be read, or holds another model's state.
         """
-        abstract = jax.tree.map(ocp.utils.to_shape_dtype_struct, like)
+        abstract = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
         arguments = ocp.args.Composite(
             state=ocp.args.StandardRestore(abstract),
             positions=ocp.args.JsonRestore(),
             provenance=ocp.args.JsonRestore(),
         )
         try:
-            found = self._manager.restore(step, args=arguments)
+            with _one_error():
+                stored = _shapes(self._manager.item_metadata(step)["state"].tree)
+                wanted = _shapes(abstract)
+                found = self._manager.restore(step, args=arguments) if stored == wanted else None
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            reason = str(error).splitlines()[0] if str(error) else ""
             raise UserError(
-                f"{self._folder / str(step)}: this checkpoint cannot be read ({type(error).__name__}: {reason}); "
-                "delete the folder, and the run goes on from the one before"
+                f"{self._folder / str(step)}: this checkpoint cannot be read ({_reason(error)}); delete the folder, "
+                "and the run goes on from the one before"
             ) from error
+        if found is None:
+            name = min(name for name in stored.keys() | wanted.keys() if stored.get(name) != wanted.get(name))
+            raise UserError(
+                f"{self._folder / str(step)}: the state of another model ({name} is {stored.get(name, 'not there')}, "
+                f"here {wanted.get(name, 'not there')}); give the model that the run began with, or a new --workdir"
+            )
         return found["state"], found["positions"], found["provenance"]
 
     def wait(self) -> None:
-        """Returns when all checkpoints are on disk."""
-        self._manager.wait_until_finished()
+        """Returns when all checkpoints are on disk.
+
+        Raises:
+          UserError: if one cannot be written.
+        """
+        with self._writing():
+            self._manager.wait_until_finished()
 
     def close(self) -> None:
         self._manager.close()
+
+    @contextlib.contextmanager
+    def _writing(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, ValueError) as error:  # TensorStore raises a full disk as a ValueError
+            raise UserError(
+                f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); free some room and start the "
+                "same command again, the checkpoints before it are whole"
+            ) from error
+
+
+class _MostAccurate:
+    """Preserves the `n` checkpoints with the highest accuracy, of those that have one."""
+
+    def __init__(self, n: int):
+        self._n = n
+
+    def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
+        measured = sorted((c for c in checkpoints if c.metrics), key=lambda c: c.metrics["accuracy"], reverse=True)
+        best = {c.step for c in measured[: self._n]}
+        return [c.step in best for c in checkpoints]
+
+
+def checkpoints_folder(workdir: str) -> epath.Path:
+    """Where a work directory's checkpoints lie: an absolute path, as Orbax asks for, or a gs:// one."""
+    folder = epath.Path(workdir) / "checkpoints"
+    return folder if "://" in workdir else folder.resolve()  # epath would resolve gs:// to a local folder
+
+
+def _shapes(tree: Any) -> dict[str, str]:
+    """The arrays of a tree by name, as in "float32[5, 7]"."""
+    return {name: f"{a.dtype}{list(a.shape)}" for name, a in ocp.tree.to_flat_dict(tree, sep="/").items()}
+
+
+def _reason(error: Exception) -> str:
+    """What went wrong: the end of the chain that TensorStore prints, without the specification after it."""
+    return str(error).split(" [tensorstore_spec")[0].split('": ')[-1].splitlines()[0] or type(error).__name__
+
+
+@contextlib.contextmanager
+def _one_error() -> Iterator[None]:
+    """Of many reads that fail at once Orbax raises one; Python's hooks would print the others' tracebacks."""
+    hooks = sys.unraisablehook, sys.excepthook
+    sys.unraisablehook = sys.excepthook = lambda *_: None
+    try:
+        yield
+    except Exception:
+        time.sleep(0.5)  # the others are failing still, in threads of TensorStore
+        raise
+    finally:
+        sys.unraisablehook, sys.excepthook = hooks
 
 
 def claim_workdir(workdir: epath.Path, config: RunConfig) -> None:
@@ -116,9 +206,13 @@ def claim_workdir(workdir: epath.Path, config: RunConfig) -> None:
     try:
         workdir.mkdir(parents=True, exist_ok=True)
         if file.exists():
-            owner = json.loads(file.read_text())
+            owner, kind = json.loads(file.read_text()), type(config).__name__
+            if owner["kind"] != kind:
+                raise UserError(
+                    f"{workdir}: it belongs to a run of a {owner['kind']}, not of a {kind}; give a new --workdir"
+                )
             if owner["fingerprint"] != fingerprint(config):
-                fields = ", ".join(different_fields(owner["config"], to_json(config))) or "another kind of run"
+                fields = ", ".join(different_fields(owner["config"], to_json(config))) or "of another version"
                 raise UserError(
                     f"{workdir}: it belongs to a run with another config ({fields}); give that config, or a new "
                     "--workdir"
@@ -128,7 +222,9 @@ def claim_workdir(workdir: epath.Path, config: RunConfig) -> None:
             record = {"kind": type(config).__name__, "fingerprint": fingerprint(config), "config": to_json(config)}
             part.write_text(json.dumps(record, indent=2) + "\n")
             part.replace(file)
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{file}: not readable; delete it, or give a new --workdir") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not the config.json of a run; move it away, or give a new --workdir") from error
+    except ImportError as error:  # the file system of a bucket is a package of its own
+        raise UserError(f"{workdir}: {error}, or give a local --workdir") from error
     except OSError as error:
         raise UserError(f"{workdir}: cannot write there ({error.strerror}); give another --workdir") from error

@@ -3,7 +3,9 @@
 It deals in numbers of the host and knows nothing of JAX's arrays.
 """
 
+import atexit
 import contextlib
+import datetime
 import json
 import math
 import resource
@@ -14,10 +16,13 @@ from typing import Any
 
 import jax
 from etils import epath
-from rich.console import Console
+from rich.console import Console, Group
+from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+from rich.text import Text
 
 from camopd_jax.errors import UserError
+from camopd_jax.jsonl import read_rows, write_rows
 
 PLAIN_SECONDS = 2.0  # without a terminal, a line at most this often
 COLOURS = {"recovery": "cyan", "review": "magenta", "sft": "green"}
@@ -53,6 +58,8 @@ class MetricsWriter:
 
     def __init__(self, workdir: epath.Path, tensorboard: bool):
         self._workdir, self._writes = workdir, jax.process_index() == 0
+        if self._writes and (workdir / "eval.jsonl").exists():  # the next row must not join one cut by a kill
+            write_rows(workdir / "eval.jsonl", read_rows(workdir / "eval.jsonl"))
         self._events = None
         if tensorboard and self._writes:
             from tensorboardX import SummaryWriter  # slow to import
@@ -65,6 +72,7 @@ class MetricsWriter:
         if self._events:
             for name, value in _flat(row):
                 self._events.add_scalar(f"{row['phase']}/{name}", value, row["step"])
+            self._events.flush()
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         self._append("samples.jsonl", rows)
@@ -81,12 +89,17 @@ class MetricsWriter:
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         if not self._writes or not rows:
             return
+        file = self._workdir / name
+        text = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
         try:
-            with (self._workdir / name).open("a") as file:
-                file.write("".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows))
+            if "://" in str(file):  # object stores do not append: gcsfs takes "a" for "w"
+                file.write_text((file.read_text() if file.exists() else "") + text)
+            else:
+                with file.open("a") as stream:
+                    stream.write(text)
         except OSError as error:
             raise UserError(
-                f"{self._workdir / name}: cannot write ({error.strerror}); free some room and start the same "
+                f"{file}: cannot write ({error.strerror}); free some room and start the same "
                 "command again"
             ) from error
 
@@ -108,45 +121,52 @@ def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
 
 
 class Display:
-    """A live line on a terminal; without one, plain lines."""
+    """Two live lines on a terminal; without one, plain lines. NO_COLOR is honoured."""
 
     def __init__(self, total: int, start: int):
-        self._console = Console(stderr=False, highlight=False, soft_wrap=not sys.stdout.isatty())
+        on_terminal = sys.stdout.isatty()
+        self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not on_terminal)
         self._quiet = jax.process_index() != 0
         self._total, self._started, self._first = total, time.perf_counter(), start
         self._last = -math.inf
         self._live = None
-        if self._console.is_terminal and not self._quiet:
-            self._live = Progress(
-                SpinnerColumn(), TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                TimeRemainingColumn(), TextColumn("{task.fields[figures]}"), console=self._console,
+        if on_terminal and self._console.is_interactive and not self._quiet:
+            self._bar = Progress(
+                SpinnerColumn(style="dim"), TextColumn("{task.description}"),
+                BarColumn(bar_width=24, complete_style="default", finished_style="default"),
+                MofNCompleteColumn(), TimeRemainingColumn(), TextColumn("{task.fields[speed]}"),
             )  # fmt: skip
-            self._task = self._live.add_task("starting", total=total, completed=start, figures="")
+            self._task = self._bar.add_task("starting", total=total, completed=start, speed="")
+            self._figures = Text(style="dim", no_wrap=True, overflow="ellipsis")
+            self._live = Live(Group(self._bar, self._figures), console=self._console, refresh_per_second=8)
             self._live.start()
+            atexit.register(self._live.stop)  # an error must not leave the terminal without its cursor
 
     def step(self, row: dict[str, Any]) -> None:
         """Shows a step's row of metrics."""
-        figures = [f"loss {row['loss']:.4f}", f"{row['tokens_per_second']:.0f} tok/s"]
+        figures = [f"loss {row['loss']:.4f}"]
         if "gap_mean" in row:
             figures += [
-                f"gap {row['gap_mean']:+.4f} |{row['gap_abs_mean']:.4f}|",
+                f"gap {row['gap_mean']:+.4f}",
+                f"|gap| {row['gap_abs_mean']:.4f}",
                 f"kept {100 * row['selected_fraction']:.0f} %",
                 f"length {row['length_mean']:.0f}",
             ]
         if row["skipped"]:
             figures.append("SKIPPED: not finite")
-        done, text = row["step"] + 1, " · ".join(figures)
+        done, text, speed = row["step"] + 1, " · ".join(figures), f"{row['tokens_per_second']:.0f} tok/s"
         if self._live:
-            colour = COLOURS[row["phase"]]
-            self._live.update(self._task, description=f"[{colour}]{row['phase']}[/]", completed=done, figures=text)
+            phase = f"[{COLOURS[row['phase']]}]{row['phase']:<8}[/]"
+            self._bar.update(self._task, description=phase, completed=done, speed=speed)
+            self._figures.plain = f"  {text}"
             return
         now = time.perf_counter()
-        if now - self._last < PLAIN_SECONDS and done < self._total:
+        if now - self._last < PLAIN_SECONDS and done < self._total and not row["skipped"]:
             return
         self._last = now
-        rate = (time.perf_counter() - self._started) / max(1, done - self._first)
-        left = time.strftime("%H:%M:%S", time.gmtime(rate * (self._total - done)))
-        self.say(f"step {done}/{self._total} {row['phase']:<8} {text} · {left} left")
+        left = (now - self._started) / max(1, done - self._first) * (self._total - done)
+        left = datetime.timedelta(seconds=round(left))
+        self.say(f"step {done}/{self._total} {row['phase']:<8} {text} · {speed} · {left} left")
 
     def say(self, message: Any) -> None:
         """Prints a line, or anything rich can print, above the live line."""

@@ -1,6 +1,6 @@
 """Makes all that lies beside it from nothing: data, tokenizer, and the two tiny checkpoints.
 
-    python configs/quickstart/make.py            # about 20 minutes on 2 CPU cores
+    python configs/quickstart/make.py            # about 15 minutes on 2 CPU cores
 
 generalist/  a 3-layer, 96-wide Llama that learnt the six skills of tasks.py
 specialist/  its copy, fine-tuned on the invented pharmacopoeia alone: it knows the domain and lost skills
@@ -125,7 +125,7 @@ def main(scratch: Path) -> None:
     newborn = scratch / "newborn"
     newborn.mkdir(exist_ok=True)
     make_newborn(newborn)
-    first = lesson(newborn, scratch / "skills.jsonl", steps=8000, rate=2e-3, schedule="cosine", every=1000)
+    first = lesson(newborn, scratch / "skills.jsonl", steps=4000, rate=2e-3, schedule="cosine", every=1000)
     sft(first, str(scratch / "generalist"))
     second = lesson(
         scratch / "generalist" / "export", scratch / "domain.jsonl", steps=400, rate=1e-3, schedule="constant", every=50

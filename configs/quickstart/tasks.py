@@ -19,7 +19,7 @@ UNCOVERED = ("double", "swap")
 
 
 def _word(rng: random.Random) -> str:
-    return "".join(rng.choice(LETTERS) for _ in range(rng.randint(3, 6)))
+    return "".join(rng.choice(LETTERS) for _ in range(rng.randint(3, 5)))
 
 
 def _swap(word: str) -> str:

@@ -1,0 +1,203 @@
+"""Hugging Face folders: round trips byte for byte, and each mistake's one line."""
+
+import json
+import shutil
+
+import jax
+import ml_dtypes
+import numpy as np
+import pytest
+from safetensors.numpy import load_file, save_file
+
+from camopd_jax.errors import UserError
+from camopd_jax.models import hf
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.weights import check_rows_cover, shardings, table
+from camopd_jax.sharding import make_mesh
+
+FAMILIES = ["llama-untied-biased", "smollm2", "qwen2", "qwen3", "gemma3"]
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(data=1, devices=jax.devices()[:1])
+
+
+@pytest.fixture
+def folder(checkpoint, tmp_path):
+    """A copy of a checkpoint, to be spoilt."""
+    return shutil.copytree(checkpoint("smollm2")[1], tmp_path / "model")
+
+
+def read(folder, mesh):
+    config = from_hf(hf.read_config(folder), where=str(folder / "config.json"))
+    return config, hf.load(folder, config, mesh, "float32")
+
+
+def raw(folder):
+    """{name: (dtype, shape, bytes)} of every tensor."""
+    return {name: (t.dtype, t.shape, t.map().tobytes()) for name, t in hf.tensors(folder).items()}
+
+
+def recast(folder, dtype):
+    """Rewrites the weights: matrices in `dtype`, vectors in float32."""
+    tensors = load_file(folder / "model.safetensors")
+    save_file({n: t.astype(dtype) if t.ndim > 1 else t for n, t in tensors.items()}, folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("max_shard_bytes", [2**30, 20_000])
+def test_round_trip_is_byte_for_byte(family, max_shard_bytes, checkpoint, mesh, tmp_path):
+    source = checkpoint(family)[1]
+    config, params = read(source, mesh)
+    hf.save(tmp_path, params, config, hf.read_config(source), hf.tensor_dtypes(source), max_shard_bytes)
+    assert raw(tmp_path) == raw(source)
+    assert hf.read_config(tmp_path) == hf.read_config(source)
+    assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_bytes < 2**30)
+    assert hf.fingerprint(tmp_path) == hf.fingerprint(source)
+    read(tmp_path, mesh)  # and sharded files load
+
+
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+def test_mixed_dtypes_come_back_as_they_were(dtype, folder, mesh, tmp_path):
+    recast(folder, dtype)
+    config, params = read(folder, mesh)
+    out = tmp_path / "out"
+    out.mkdir()
+    hf.save(out, params, config, hf.read_config(folder), hf.tensor_dtypes(folder))
+    assert {t.dtype for t in hf.tensors(out).values()} == {np.dtype(dtype), np.dtype(np.float32)}
+    assert raw(out) == raw(folder)
+
+
+def test_a_tied_head_in_the_file_is_kept_if_it_is_the_embedding(folder, mesh, tmp_path):
+    tensors = load_file(folder / "model.safetensors")
+    twin = tensors | {"lm_head.weight": tensors["model.embed_tokens.weight"].copy()}
+    save_file(twin, folder / "model.safetensors")
+    config, params = read(folder, mesh)
+    out = tmp_path / "out"
+    out.mkdir()
+    hf.save(out, params, config, hf.read_config(folder), hf.tensor_dtypes(folder))
+    assert raw(out) == raw(folder)
+    save_file(twin | {"lm_head.weight": twin["lm_head.weight"] + 1}, folder / "model.safetensors")
+    with pytest.raises(UserError, match="tie_word_embeddings is true, but lm_head.weight differs"):
+        read(folder, mesh)
+
+
+def test_loading_onto_a_mesh_reads_the_same_numbers_piece_by_piece(checkpoint, mesh):
+    folder = checkpoint("qwen3")[1]
+    config, whole = read(folder, mesh)
+    eight = make_mesh(data=2, fsdp=2, tensor=2)
+    pieces = hf.load(folder, config, eight, "float32")
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(pieces), jax.device_get(whole))
+    jax.tree.map(lambda array, place: array.sharding == place or pytest.fail(str(place)), pieces, shardings(config, eight))
+
+
+def test_every_parameter_has_a_row(checkpoint, mesh):
+    config, params = read(checkpoint("qwen2")[1], mesh)
+    check_rows_cover(params, config)
+    with pytest.raises(KeyError, match="final_norm"):
+        check_rows_cover({k: v for k, v in params.items() if k != "final_norm"}, config)
+    with pytest.raises(KeyError, match="extra"):
+        check_rows_cover(params | {"extra": np.zeros(1)}, config)
+
+
+def test_row_example():
+    row = next(r for r in table(from_hf(CONFIG)) if r.path[-2:] == ("query", "kernel"))
+    tensor = np.arange(6 * 14 * 60).reshape(84, 60)
+    ours = row.from_hf(tensor)
+    assert ours.shape == (60, 6, 14)
+    assert ours[7, 2, 3] == tensor[2 * 14 + 3, 7]
+    np.testing.assert_array_equal(row.to_hf(ours), tensor)
+
+
+CONFIG = dict(model_type="llama", vocab_size=98, hidden_size=60, intermediate_size=56, num_hidden_layers=3,
+              num_attention_heads=6, num_key_value_heads=2, head_dim=14)  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------ mistakes
+
+
+def spoil(folder, **tensors):
+    """Sets tensors of the file (with __ for a dot); None removes one."""
+    values = load_file(folder / "model.safetensors") | {k.replace("__", "."): v for k, v in tensors.items()}
+    save_file({k: v for k, v in values.items() if v is not None}, folder / "model.safetensors")
+
+
+def refused(folder, mesh, message):
+    with pytest.raises(UserError, match=message) as caught:
+        read(folder, mesh)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_tensor(folder, mesh):
+    spoil(folder, model__norm__weight=None)
+    refused(folder, mesh, "model: tensor model.norm.weight is missing")
+
+
+def test_extra_tensor(folder, mesh):
+    spoil(folder, model__adapter=np.zeros(3, np.float32))
+    refused(folder, mesh, "tensor model.adapter .* has no place")
+
+
+def test_misshaped_tensor(folder, mesh):
+    spoil(folder, model__norm__weight=np.zeros(71, np.float32))
+    refused(folder, mesh, r"tensor model.norm.weight has shape \[71\], config.json asks for \[72\]")
+
+
+def test_wrong_dtype(folder, mesh):
+    spoil(folder, model__norm__weight=np.zeros(72, np.int8))
+    refused(folder, mesh, "dtype I8; only F32, F16, BF16 are read")
+
+
+def test_file_cut_short(folder, mesh):
+    file = folder / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-10])
+    refused(folder, mesh, "model.safetensors is cut short at tensor")
+
+
+@pytest.mark.parametrize("content", [b"", b"garbage, not safetensors", b"\xff" * 100, (5).to_bytes(8, "little") + b"[1,2]"])
+def test_no_safetensors(content, folder, mesh):
+    (folder / "model.safetensors").write_bytes(content)
+    refused(folder, mesh, "is no safetensors file")
+
+
+def test_pickles_are_refused(folder, mesh):
+    (folder / "model.safetensors").rename(folder / "pytorch_model.bin")
+    refused(folder, mesh, "pytorch_model.bin is a pickle")
+
+
+def test_nothing_there(folder, mesh):
+    (folder / "model.safetensors").unlink()
+    refused(folder, mesh, "no model.safetensors and no model.safetensors.index.json")
+
+
+@pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/model.safetensors", "weights.bin"])
+def test_index_that_leaves_the_folder(name, folder, mesh):
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
+    refused(folder, mesh, "only .safetensors files beside it are read")
+
+
+def test_index_names_what_is_not_there(folder, mesh):
+    index = folder / "model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}}))
+    refused(folder, mesh, "model-1.safetensors is missing")
+    index.write_text(json.dumps({"weight_map": {"unheard.of": "model.safetensors"}}))
+    refused(folder, mesh, "tensor unheard.of is in none of the files")
+
+
+def test_remote_code(folder, mesh, edit_json):
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
+    refused(folder, mesh, "auto_map asks for code")
+
+
+def test_config_missing_or_broken(folder, mesh):
+    (folder / "config.json").write_text("{")
+    refused(folder, mesh, "config.json: not readable as JSON")
+    (folder / "config.json").unlink()
+    refused(folder, mesh, "config.json is missing")
+
+
+def test_mesh_that_does_not_divide_the_heads(folder):
+    config = from_hf(hf.read_config(folder))
+    with pytest.raises(UserError, match="config.mesh.tensor is 2, which does not divide the model's heads = 9"):
+        hf.load(folder, config, make_mesh(data=4, tensor=2), "float32")

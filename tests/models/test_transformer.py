@@ -1,0 +1,144 @@
+"""Our models against transformers on torch, and against themselves: cached, padded, sharded."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+
+from camopd_jax.models import hf
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.transformer import Model
+from camopd_jax.sharding import make_mesh
+
+FAMILIES = ["llama", "llama-untied-biased", "llama-linear", "llama-dynamic", "llama-llama3", "smollm2", "mistral", "qwen2",
+            "qwen3", "gemma2", "gemma3"]  # fmt: skip
+LENGTH = 23
+
+
+@pytest.fixture(scope="module")
+def mesh():
+    return make_mesh(data=1, devices=jax.devices()[:1])
+
+
+@pytest.fixture(scope="module")
+def tokens():
+    return np.random.default_rng(0).integers(3, 98, (2, LENGTH)).astype(np.int32)
+
+
+def load(folder, mesh, dtype="float32", **fields):
+    config = from_hf(hf.read_config(folder), context=LENGTH)
+    return Model(config, mesh=mesh, dtype=dtype, **fields), hf.load(folder, config, mesh, dtype)
+
+
+def logprobs(model, params, tokens):
+    """Log-probability of each token from the second on."""
+    logits = jax.jit(lambda p, t: model.logits(p, model.hidden(p, t)))(params, tokens)
+    logp = jax.nn.log_softmax(logits, axis=-1)
+    return np.take_along_axis(np.asarray(logp)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+def torch_logprobs(model, tokens):
+    with torch.no_grad():
+        logp = torch.log_softmax(model(torch.tensor(tokens, dtype=torch.long)).logits.float(), -1).numpy()
+    return np.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_float32_logprobs_equal_transformers(family, checkpoint, mesh, tokens):
+    torch_model, folder = checkpoint(family)
+    model, params = load(folder, mesh)
+    np.testing.assert_allclose(logprobs(model, params, tokens), torch_logprobs(torch_model, tokens), atol=2e-5, rtol=0)
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+def test_bfloat16_logprobs_are_as_near_as_transformers_own(family, checkpoint, mesh, tokens):
+    """bfloat16 keeps 8 bits: our error to the float32 truth is at most twice torch's own in bfloat16."""
+    torch_model, folder = checkpoint(family)
+    truth = torch_logprobs(torch_model, tokens)
+    theirs = type(torch_model).from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    model, params = load(folder, mesh, "bfloat16")
+    our_error = np.abs(logprobs(model, params, tokens) - truth).mean()
+    assert our_error < 2 * np.abs(torch_logprobs(theirs, tokens) - truth).mean()
+    assert our_error < 0.05
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2", "gemma2", "gemma3"])
+def test_prefill_and_decode_equal_the_full_forward(family, checkpoint, mesh, tokens):
+    _, folder = checkpoint(family)
+    model, params = load(folder, mesh)
+    whole = np.asarray(jax.jit(model.hidden)(params, tokens))
+    lengths = np.array([11, 7], np.int32)  # rows of unequal length: decode slots are common, positions are not
+    prompt = np.where(np.arange(13) < lengths[:, None], tokens[:, :13], 97)  # padding is rubbish
+    hidden, cache = jax.jit(model.prefill)(params, prompt, lengths)
+    for row, length in enumerate(lengths):
+        np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=2e-5)
+    room = [(0, 0), (0, 0), (0, 9), (0, 0), (0, 0)]
+    cache = cache.replace(keys=jnp.pad(cache.keys, room), values=jnp.pad(cache.values, room),
+                          positions=jnp.pad(cache.positions, room[1:3], constant_values=2**30))  # fmt: skip
+    decode = jax.jit(model.decode)
+    for turn in range(9):
+        position = lengths + turn
+        hidden, cache = decode(params, tokens[[0, 1], position], position, cache, jnp.int32(13 + turn))
+        np.testing.assert_allclose(hidden, whole[[0, 1], position], atol=2e-5)
+
+
+def test_padding_and_neighbours_change_nothing(checkpoint, mesh, tokens):
+    _, folder = checkpoint("qwen3")
+    model, params = load(folder, mesh)
+    hidden = jax.jit(model.hidden)
+    alone = np.asarray(hidden(params, tokens[:1, :9]))
+    padded = np.concatenate([tokens[:, :9], np.full((2, 14), 5, np.int32)], axis=1)
+    np.testing.assert_allclose(hidden(params, padded)[:1, :9], alone, atol=1e-5)
+
+
+def test_long_sequences_attend_in_pieces(checkpoint, mesh, tokens, monkeypatch):
+    _, folder = checkpoint("gemma2")
+    model, params = load(folder, mesh)
+
+    def mean_and_gradient():
+        return jax.jit(jax.value_and_grad(lambda p: jnp.mean(jnp.square(model.hidden(p, tokens)))))(params)
+
+    value, gradient = mean_and_gradient()
+    monkeypatch.setattr("camopd_jax.models.attention._MAX_SCORES", 2 * 6 * LENGTH * 5)  # five queries at a time
+    pieces_value, pieces_gradient = mean_and_gradient()
+    np.testing.assert_allclose(pieces_value, value, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4), pieces_gradient, gradient)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots"])
+def test_remat_changes_no_gradient(remat, checkpoint, mesh, tokens):
+    _, folder = checkpoint("llama")
+
+    def gradient(remat):
+        model, params = load(folder, mesh, remat=remat)
+        return jax.jit(jax.grad(lambda p: jnp.mean(jnp.square(model.hidden(p, tokens)))))(params)
+
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-4), gradient(remat), gradient("block"))
+
+
+def test_logits_are_cut_to_the_shared_vocabulary(checkpoint, mesh, tokens):
+    _, folder = checkpoint("smollm2")
+    config = from_hf(hf.read_config(folder))
+    params = hf.load(folder, config, mesh, "float32")
+    hidden = Model(config, mesh=mesh).hidden(params, tokens)
+    whole = Model(config, mesh=mesh).logits(params, hidden)
+    cut = Model(dataclasses.replace(config, output_vocab_size=89), mesh=mesh).logits(params, hidden)
+    assert cut.shape == (2, LENGTH, 89)
+    np.testing.assert_allclose(cut, whole[..., :89], atol=1e-5)
+
+
+def test_a_mesh_changes_nothing(checkpoint, mesh, tokens):
+    _, folder = checkpoint("llama")
+    model, params = load(folder, mesh)
+    eight = make_mesh(data=2, fsdp=2, tensor=2)
+    sharded_model, sharded_params = load(folder, eight)
+    rows = np.concatenate([tokens, tokens[::-1]])
+    np.testing.assert_allclose(
+        jax.jit(sharded_model.hidden)(sharded_params, rows), jax.jit(model.hidden)(params, rows), atol=2e-5
+    )
+    kernel = sharded_params["layers"]["attention"]["query"]["kernel"]
+    assert kernel.addressable_shards[0].data.shape == (3, 30, 3, 14)
