@@ -1,0 +1,117 @@
+"""Rollouts against a plain loop of full forwards, and a row's independence of its batch."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camopd_jax.sharding import make_mesh
+from camopd_jax.steps import rollout as rollout_module
+from camopd_jax.steps.rollout import rollout
+from camopd_jax.steps.sampling import Sampling, row_keys
+from camopd_jax.steps.score import score
+from camopd_jax.types import Prompts
+
+GREEDY = Sampling(temperature=0.0)
+MAX_NEW = 9
+program = jax.jit(rollout, static_argnums=0, static_argnames=("sampling", "eos_ids", "max_new"))
+
+
+def run(tiny, prompts, index=None, sampling=Sampling(), eos_ids=(2,), max_new=MAX_NEW, model=None):
+    """One rollout; each row's key is named by `index`."""
+    index = jnp.arange(len(prompts.lengths)) if index is None else jnp.asarray(index)
+    keys = row_keys(0, jnp.int32(1), index)
+    return program(model or tiny[0], tiny[1], prompts, keys, sampling=sampling, eos_ids=eos_ids, max_new=max_new)
+
+
+def test_greedy_equals_a_loop_of_full_forwards(tiny, batch):
+    model, params = tiny
+    prompts = batch[0]
+    out = run(tiny, prompts, sampling=GREEDY)
+    hidden = jax.jit(model.hidden)
+    for row, length in enumerate(np.asarray(prompts.lengths)):
+        ids = np.asarray(prompts.tokens)[row, :length].tolist()
+        for t in range(MAX_NEW):
+            padded = np.array([ids + [0] * (20 - len(ids))])
+            logits = np.asarray(model.logits(params, hidden(params, padded)[0, len(ids) - 1]), np.float64)
+            logp = logits - np.log(np.exp(logits).sum())
+            assert out.tokens[row, t] == logits.argmax()
+            np.testing.assert_allclose(out.logprobs[row, t], logp.max(), atol=1e-5)
+            ids.append(int(logits.argmax()))
+            if ids[-1] == 2:
+                break
+        assert out.lengths[row] == t + 1
+        assert out.stopped[row] == (ids[-1] == 2)
+        np.testing.assert_array_equal(out.logprobs[row, t + 1 :], 0)
+    assert 0 < int(jnp.sum(out.stopped)) < len(prompts.lengths), "the case should hold both kinds of ending"
+
+
+def test_a_row_depends_on_its_own_prompt_and_key_only(tiny, batch):
+    prompts = batch[0]
+    whole = run(tiny, prompts)
+    order = np.array([6, 1, 4])
+    wider = jnp.pad(prompts.tokens[order], ((0, 0), (0, 3)), constant_values=7)  # other batch, order and padding
+    part = run(tiny, Prompts(wider, prompts.lengths[order]), index=order)
+    np.testing.assert_array_equal(part.tokens, whole.tokens[order])
+    np.testing.assert_array_equal(part.lengths, whole.lengths[order])
+    np.testing.assert_allclose(part.logprobs, whole.logprobs[order], atol=1e-5)
+    assert not np.array_equal(run(tiny, prompts, index=np.arange(8) + 100).tokens, whole.tokens)
+
+
+def test_a_mesh_changes_nothing(tiny, batch):
+    whole = run(tiny, batch[0])
+    for shape in ((8, 1, 1), (2, 2, 2)):
+        model = dataclasses.replace(tiny[0], mesh=make_mesh(*shape))
+        np.testing.assert_array_equal(run(tiny, batch[0], model=model).tokens, whole.tokens)
+
+
+def test_sampler_logprobs_are_the_models_own_whatever_the_filter(tiny, batch):
+    model, params = tiny
+    prompts = batch[0]
+    for sampling in (Sampling(), Sampling(temperature=0.7, top_k=4), Sampling(top_p=0.8, min_p=0.05)):
+        out = run(tiny, prompts, sampling=sampling)
+        again = score(model, params, prompts, out.tokens, out.lengths, chunk=16)
+        np.testing.assert_allclose(out.logprobs, again, atol=1e-5)
+
+
+def test_entropy_is_the_mean_over_the_answer(tiny, batch):
+    model, params = tiny
+    prompts = batch[0]
+    out = run(tiny, prompts)
+    ids = np.concatenate([np.asarray(prompts.tokens)[3, : int(prompts.lengths[3])], np.asarray(out.tokens)[3]])
+    logp = jax.nn.log_softmax(model.logits(params, model.hidden(params, ids[None].astype(np.int32))[0]), axis=-1)
+    entropy = -np.sum(np.exp(logp) * logp, axis=-1)
+    first = int(prompts.lengths[3]) - 1
+    np.testing.assert_allclose(out.entropy[3], entropy[first : first + int(out.lengths[3])].mean(), rtol=1e-4)
+
+
+def test_without_eos_every_answer_is_full(tiny, batch):
+    out = run(tiny, batch[0], eos_ids=())
+    np.testing.assert_array_equal(out.lengths, MAX_NEW)
+    assert not out.stopped.any()
+
+
+def test_any_of_several_eos_ends_a_row(tiny, batch):
+    out = run(tiny, batch[0], eos_ids=(2, 5, 9))
+    for row in range(8):
+        answer = np.asarray(out.tokens)[row, : int(out.lengths[row])]
+        assert not np.isin(answer[:-1], (2, 5, 9)).any()
+        assert np.isin(answer[-1], (2, 5, 9)) == out.stopped[row]
+
+
+def test_it_stops_when_all_rows_are_done(tiny, batch):
+    """All rows end at once, at a cap no loop could walk through in a test: the turns are counted."""
+    out = run(tiny, batch[0], eos_ids=tuple(range(14)), max_new=100_000)
+    np.testing.assert_array_equal(out.lengths, 1)
+
+
+@pytest.mark.parametrize("segment", [1, 3, 4])
+def test_a_growing_cache_changes_nothing(tiny, batch, segment, monkeypatch):
+    whole = run(tiny, batch[0], max_new=11)
+    monkeypatch.setattr(rollout_module, "SEGMENT", segment)
+    jax.clear_caches()
+    grown = run(tiny, batch[0], max_new=11)
+    np.testing.assert_array_equal(grown.tokens, whole.tokens)
+    np.testing.assert_allclose(grown.logprobs, whole.logprobs, atol=1e-5)

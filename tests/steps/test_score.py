@@ -1,0 +1,69 @@
+"""Scoring against a direct softmax, and the size of every array it makes."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camopd_jax.steps.score import join, score, token_logprobs
+from camopd_jax.types import Prompts
+
+
+def direct(model, params, prompts, rollout, temperature=1.0):
+    """Log-probabilities by whole logits of one row at a time."""
+    out = np.zeros(rollout.tokens.shape, np.float64)
+    for row in range(len(rollout.lengths)):
+        p, t = int(prompts.lengths[row]), int(rollout.lengths[row])
+        ids = np.concatenate([np.asarray(prompts.tokens)[row, :p], np.asarray(rollout.tokens)[row, :t]])
+        logits = np.asarray(model.logits(params, model.hidden(params, ids[None].astype(np.int32))), np.float64)[0]
+        logp = logits / temperature - np.log(np.exp(logits / temperature).sum(-1, keepdims=True))
+        out[row, :t] = logp[np.arange(p - 1, p + t - 1), ids[p:]]
+    return out
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 24, 10_000])
+def test_score_equals_whole_softmax(tiny, batch, chunk):
+    model, params = tiny
+    prompts, rollout, _ = batch
+    got = jax.jit(score, static_argnums=(0, 5))(model, params, prompts, rollout.tokens, rollout.lengths, chunk)
+    np.testing.assert_allclose(got, direct(model, params, prompts, rollout), atol=1e-5)
+
+
+def test_temperature_divides_the_logits(tiny, batch):
+    model, params = tiny
+    prompts, rollout, _ = batch
+    got = score(model, params, prompts, rollout.tokens, rollout.lengths, 64, 0.6)
+    np.testing.assert_allclose(got, direct(model, params, prompts, rollout, 0.6), atol=1e-5)
+
+
+def test_join_leaves_no_hole():
+    prompts = Prompts(jnp.array([[1, 2, 99], [3, 98, 97]]), jnp.array([2, 1]))
+    joined = join(prompts, jnp.array([[4, 5], [6, 7]]))
+    np.testing.assert_array_equal(joined, [[1, 2, 4, 5, 0], [3, 6, 7, 0, 0]])
+
+
+def array_sizes(jaxpr) -> set[int]:
+    """Element counts of every array in a jaxpr, inner ones included."""
+    sizes = set()
+    for equation in jaxpr.eqns:
+        sizes |= {int(np.prod(v.aval.shape)) for v in equation.outvars if hasattr(v.aval, "shape")}
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                sizes |= array_sizes(inner)
+    return sizes
+
+
+def test_no_array_of_all_logits_forward_or_backward(tiny):
+    """With B = 4, T = 50, V = 14 and chunks of 8 tokens, the largest logits are 4 x 2 x 14 = 112 numbers."""
+    model, params = tiny
+    hidden, tokens = jnp.ones((4, 50, 12)), jnp.ones((4, 50), jnp.int32)
+
+    def loss(params, hidden):
+        return jnp.sum(token_logprobs(model, params, hidden, tokens, chunk=8))
+
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden).jaxpr
+    sizes = array_sizes(jaxpr)
+    assert 4 * 2 * 14 in sizes, "the walk should see the chunk's logits"
+    assert 4 * 50 * 14 not in sizes and 4 * 52 * 14 not in sizes
+    assert max(sizes) <= 4 * 52 * 12  # the hidden states themselves, padded to whole chunks
