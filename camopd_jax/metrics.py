@@ -99,8 +99,7 @@ class MetricsWriter:
                     stream.write(text)
         except OSError as error:
             raise UserError(
-                f"{file}: cannot write ({error.strerror}); free some room and start the same "
-                "command again"
+                f"{file}: cannot write ({error.strerror}); free some room and start the same command again"
             ) from error
 
 

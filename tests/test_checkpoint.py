@@ -184,7 +184,9 @@ def flip_a_bit(folder):
 def test_a_broken_checkpoint(whole, tmp_path, damage):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "checkpoints/7")
-    with pytest.raises(UserError, match=r"checkpoints/7: this checkpoint cannot be read \(.+\); delete the folder") as e:
+    with pytest.raises(
+        UserError, match=r"checkpoints/7: this checkpoint cannot be read \(.+\); delete the folder"
+    ) as e:
         Checkpoints(str(tmp_path), CheckpointsConfig()).restore(7, state_at(0))
     assert "\n" not in str(e.value)
 

@@ -4,6 +4,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
+from rich import box
 from rich.table import Table
 
 from camopd_jax.config import Benchmark
@@ -56,23 +57,30 @@ def retention(specialised: float, student: float) -> float | None:
 
 def table(general: Sequence[Result], specialised: Sequence[Result], student: Sequence[Result]) -> Table:
     """Accuracy in % of the three models: each benchmark, then the mean of each axis with recovery and retention."""
-    view = Table(title="accuracy in %, ± one standard error", title_justify="left")
-    for name in ("axis", "benchmark", "general teacher", "specialised", "recovered", "lost ability back", "kept"):
-        view.add_column(name, justify="left" if name in ("axis", "benchmark") else "right")
+    view = Table(
+        title="Accuracy in %, ± one standard error",
+        caption="back: share of the lost general ability regained; kept: share of the domain's accuracy",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name in ("", "general teacher", "specialised", "recovered", "back", "kept"):
+        view.add_column(name, justify="right" if name else "left")
 
-    def row(axis: str, name: str, scores: list[tuple[float, float]], style: str = "") -> None:
+    def row(name: str, axis: str, scores: list[tuple[float, float]], style: str = "") -> None:
         g, s, r = (score[0] for score in scores)
         share = recovery(g, s, r) if axis == "general" else None
         kept = retention(s, r) if axis == "domain" else None
         cells = [f"{100 * mean:.1f} ± {100 * error:.1f}" for mean, error in scores]
-        view.add_row(axis, name, *cells, *("" if x is None else f"{100 * x:.0f} %" for x in (share, kept)), style=style)
+        view.add_row(name, *cells, *("" if x is None else f"{100 * x:.0f} %" for x in (share, kept)), style=style)
 
     models = (general, specialised, student)
     for axis in ("general", "domain"):
         names = [r["benchmark"] for r in general if r["axis"] == axis]
         for name in names:
             picked = [next(r for r in results if r["benchmark"] == name) for results in models]
-            row(axis, name, [(r["accuracy"], r["standard_error"]) for r in picked])
+            row(f"{axis}: {name}", axis, [(r["accuracy"], r["standard_error"]) for r in picked])
         if len(names) > 1:
-            row(axis, "mean", [axis_mean(results, axis) for results in models], style="bold")
+            row(f"{axis}: mean", axis, [axis_mean(results, axis) for results in models], style="bold")
     return view

@@ -42,7 +42,9 @@ def build(family: str, **changes):
     model = getattr(transformers, name + "ForCausalLM")._from_config(config, attn_implementation="eager")
     with torch.no_grad():
         for parameter in model.parameters():  # biases and norms too, which start at 0 and 1
-            parameter.add_(0.3 * torch.randn_like(parameter) if parameter.ndim == 1 else 0.1 * torch.randn_like(parameter))
+            parameter.add_(
+                0.3 * torch.randn_like(parameter) if parameter.ndim == 1 else 0.1 * torch.randn_like(parameter)
+            )
     return model.eval()
 
 

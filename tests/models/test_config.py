@@ -34,7 +34,9 @@ def test_old_llama_2_scaling_type():
 
 
 def test_dynamic_scaling_is_settled_by_the_context():
-    config = SIZES | dict(model_type="llama", max_position_embeddings=100, rope_scaling={"type": "dynamic", "factor": 2.0})
+    config = SIZES | dict(
+        model_type="llama", max_position_embeddings=100, rope_scaling={"type": "dynamic", "factor": 2.0}
+    )
     assert from_hf(config, context=100).ropes[0].theta == 1e4
     assert from_hf(config, context=300).ropes[0].theta == pytest.approx(1e4 * (2.0 * 3 - 1) ** (14 / 12))
 

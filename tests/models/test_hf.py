@@ -89,7 +89,9 @@ def test_loading_onto_a_mesh_reads_the_same_numbers_piece_by_piece(checkpoint, m
     eight = make_mesh(data=2, fsdp=2, tensor=2)
     pieces = hf.load(folder, config, eight, "float32")
     jax.tree.map(np.testing.assert_array_equal, jax.device_get(pieces), jax.device_get(whole))
-    jax.tree.map(lambda array, place: array.sharding == place or pytest.fail(str(place)), pieces, shardings(config, eight))
+    jax.tree.map(
+        lambda array, place: array.sharding == place or pytest.fail(str(place)), pieces, shardings(config, eight)
+    )
 
 
 def test_every_parameter_has_a_row(checkpoint, mesh):
@@ -155,7 +157,9 @@ def test_file_cut_short(folder, mesh):
     refused(folder, mesh, "model.safetensors is cut short at tensor")
 
 
-@pytest.mark.parametrize("content", [b"", b"garbage, not safetensors", b"\xff" * 100, (5).to_bytes(8, "little") + b"[1,2]"])
+@pytest.mark.parametrize(
+    "content", [b"", b"garbage, not safetensors", b"\xff" * 100, (5).to_bytes(8, "little") + b"[1,2]"]
+)
 def test_no_safetensors(content, folder, mesh):
     (folder / "model.safetensors").write_bytes(content)
     refused(folder, mesh, "is no safetensors file")

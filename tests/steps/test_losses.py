@@ -18,7 +18,9 @@ GAP = np.array([[0.5, -2.0, 0.0], [0.0, 0.5, 2.0]])
 
 
 def case(chosen=(1.0, 1.0)):
-    rollout = Rollout(jnp.zeros((2, 3), jnp.int32), jnp.asarray(LENGTHS), jnp.asarray(SAMPLER), jnp.zeros(2), jnp.ones(2, bool))
+    rollout = Rollout(
+        jnp.zeros((2, 3), jnp.int32), jnp.asarray(LENGTHS), jnp.asarray(SAMPLER), jnp.zeros(2), jnp.ones(2, bool)
+    )
     order = jnp.argsort(-jnp.asarray(chosen)).astype(jnp.int32)
     selection = Selection(jnp.ones(2), order, jnp.int32(sum(chosen)), jnp.asarray(chosen, jnp.float32))
     return Scores(jnp.asarray(STUDENT), jnp.asarray(TEACHER)), rollout, selection
@@ -29,7 +31,9 @@ def weights(chosen=(1.0, 1.0), scale=1.0, **method):
 
 
 def test_sequence_mean_then_mean_over_the_selected():
-    np.testing.assert_allclose(weights(scale=2.0), [[0.5 / 4 * 2, -2.0 / 4 * 2, 0], [0, 0.5 / 6 * 2, 2.0 / 6 * 2]], rtol=1e-6)
+    np.testing.assert_allclose(
+        weights(scale=2.0), [[0.5 / 4 * 2, -2.0 / 4 * 2, 0], [0, 0.5 / 6 * 2, 2.0 / 6 * 2]], rtol=1e-6
+    )
 
 
 def test_an_answer_that_was_not_selected_weighs_nothing():

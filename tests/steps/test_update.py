@@ -39,7 +39,9 @@ def update(tiny, batch, selection=None, config=None, branch=recovery_update, sta
     phase = config.method.recovery if branch is recovery_update else config.method.review
     selection = select(scores, rollout.lengths, phase) if selection is None else selection
     program = compiled(branch, model or tiny[0], config)
-    return program(fresh(tiny[1], config.method.moments) if state is None else state, prompts, rollout, scores, selection)
+    return program(
+        fresh(tiny[1], config.method.moments) if state is None else state, prompts, rollout, scores, selection
+    )
 
 
 PROGRAMS = {}
@@ -164,7 +166,9 @@ def test_review_never_enters_a_recovery(tiny, batch):
     prompts, rollout, scores = batch
     other = (prompts, rollout, Scores(scores.student, scores.student - 1.0))
     state, _ = update(tiny, batch, config=train_config(Method(moments="separate")))
-    after_other, _ = update(tiny, other, branch=review_update, config=train_config(Method(moments="separate")), state=state)
+    after_other, _ = update(
+        tiny, other, branch=review_update, config=train_config(Method(moments="separate")), state=state
+    )
     same(after_other.moments["recovery"], state.moments["recovery"], rtol=0)
     changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), after_other.moments["review"], state.moments["review"])
     assert all(jax.tree.leaves(changed))
@@ -261,7 +265,9 @@ def test_a_clip_that_always_bites_cancels_the_scale(tiny, batch):
     same(hundredfold.params, once.params, atol=1e-7, rtol=1e-5)
     (once, free), (hundredfold, _) = step(1.0, None), step(100.0, None)
     assert free["grad_clipped"] == 0
-    moved = max(jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), hundredfold.params, once.params)))
+    moved = max(
+        jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), hundredfold.params, once.params))
+    )
     assert moved > 1e-3
 
 

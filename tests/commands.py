@@ -1,0 +1,61 @@
+"""Runs a command of the package as a user would, without paying its imports each time.
+
+A fork server imports what the commands import; every command then runs in a fork of it, with flags,
+devices and exit code of its own.
+"""
+
+import multiprocessing
+import os
+import runpy
+import signal
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+_server = multiprocessing.get_context("forkserver")
+_server.set_forkserver_preload(["camopd_jax.train", "camopd_jax.sft", "transformers", "tokenizers", "tensorboardX"])
+
+
+@dataclass
+class Ended:
+    code: int
+    out: str
+    err: str
+
+
+class Running:
+    """A command that was started; its output is in `out` and `err`."""
+
+    def __init__(self, folder: Path, module: str, *args: str, devices: int = 1, env: dict[str, str] | None = None):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.out, self.err = folder / "stdout", folder / "stderr"
+        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+                       "XDG_CACHE_HOME": str(folder.parent / "cache"), **(env or {})}  # fmt: skip
+        arguments = (module, [str(a) for a in args], environment, str(self.out), str(self.err))
+        self._process = _server.Process(target=_main, args=arguments)
+        self._process.start()
+
+    def wait(self, seconds: float = 240) -> Ended:
+        self._process.join(seconds)
+        if self._process.is_alive():
+            self._process.kill()
+            raise TimeoutError(self.out.read_text() + self.err.read_text())
+        return Ended(self._process.exitcode, self.out.read_text(), self.err.read_text())
+
+    def when(self, condition, number: signal.Signals, seconds: float = 240) -> Ended:
+        """Sends a signal as soon as `condition()` holds, and waits."""
+        end = time.monotonic() + seconds
+        while not condition():
+            assert self._process.is_alive() and time.monotonic() < end, self.out.read_text() + self.err.read_text()
+            time.sleep(0.002)
+        os.kill(self._process.pid, number)
+        return self.wait()
+
+
+def _main(module: str, args: list[str], environment: dict[str, str], out: str, err: str) -> None:
+    for path, number in ((out, 1), (err, 2)):
+        os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    os.environ.update(environment)
+    sys.argv = [module, *args]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)

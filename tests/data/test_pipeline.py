@@ -1,0 +1,147 @@
+"""Streams: every prompt once an epoch, a position that can be taken up again, each process its own rows."""
+
+import dataclasses
+import itertools
+
+import numpy as np
+import pytest
+from rows import ask
+
+from camopd_jax.config import RolloutConfig, SftConfig, Stream, Template
+from camopd_jax.data.pipeline import BatchStream, PromptStream, SftStream, bucket, length_batches, pad
+from camopd_jax.errors import UserError
+
+ROLLOUT = RolloutConfig(batch_size=4, max_prompt_tokens=16, smallest_bucket=8)
+
+
+def stream(tokenizer, source, mine=slice(0, 4), seed=0, rollout=ROLLOUT, **fields):
+    return PromptStream(Stream(source, **fields), rollout, tokenizer, tokenizer, seed, mine, "config.general")
+
+
+def words(count):
+    return [ask("ab" * (1 + i % 3)) for i in range(count)]
+
+
+def indices(batches):
+    return [batch.index.tolist() for batch in batches]
+
+
+def test_buckets_are_powers_of_two():
+    assert [bucket(n, 16) for n in (1, 16, 17, 100)] == [16, 16, 32, 128]
+
+
+def test_pad_fills_with_zero_to_the_right():
+    np.testing.assert_array_equal(pad([[1, 2], [3]], 3), [[1, 2, 0], [3, 0, 0]])
+
+
+def test_length_batches_hold_every_row():
+    batches = list(length_batches([5, 1, 4, 2, 3], 2))
+    assert [b.tolist() for b in batches] == [[1, 3], [4, 2], [0, 0]]
+
+
+def test_every_prompt_once_an_epoch_in_another_order_each(tokenizer, write):
+    batches = list(itertools.islice(stream(tokenizer, write(words(8))), 6))
+    epochs = [sum(indices(batches[i : i + 2]), []) for i in (0, 2, 4)]
+    assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
+    assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(8))
+
+
+def test_the_seed_names_the_order(tokenizer, write):
+    path = write(words(40))
+    first = [indices(itertools.islice(stream(tokenizer, path, seed=s), 5)) for s in (0, 0, 1)]
+    assert first[0] == first[1] != first[2]
+
+
+def test_a_position_is_taken_up_again_in_the_middle_of_an_epoch(tokenizer, write):
+    path = write(words(10))
+    whole = stream(tokenizer, path)
+    list(itertools.islice(whole, 3))
+    position = whole.get_state()
+    rest = indices(itertools.islice(whole, 5))
+    again = stream(tokenizer, path)
+    again.set_state(position)
+    assert indices(itertools.islice(again, 5)) == rest
+
+
+def test_processes_take_their_own_rows_of_one_global_batch(tokenizer, write):
+    path = write(words(10))
+    whole, left, right = (stream(tokenizer, path, mine=m) for m in (slice(0, 4), slice(0, 2), slice(2, 4)))
+    for a, b, c in itertools.islice(zip(whole, left, right, strict=True), 4):
+        assert b.student.tokens.shape == (2, a.student.tokens.shape[1])
+        np.testing.assert_array_equal(np.concatenate([b.student.tokens, c.student.tokens]), a.student.tokens)
+        np.testing.assert_array_equal(np.concatenate([b.index, c.index]), a.index)
+
+
+def test_batches_hold_the_rows_that_their_index_names(tokenizer, write):
+    rows = words(9)
+    batch = next(stream(tokenizer, write(rows)))
+    for tokens, length, index in zip(batch.student.tokens, batch.student.lengths, batch.index, strict=True):
+        assert (
+            tokenizer.decode(tokens[:length]) == f"<|user|>{rows[index]['messages'][0]['content']}<|end|><|assistant|>"
+        )
+        assert not tokens[length:].any()
+    assert batch.student.tokens.shape[1] in (8, 16)
+
+
+def test_long_prompts_are_dropped_and_counted_or_cut_in_front(tokenizer, write):
+    path = write([ask("a"), ask("b" * 30), ask("c")])
+    dropped = stream(tokenizer, path)
+    assert dropped.counts == {"kept": 2, "dropped": 1, "truncated": 0}
+    assert {i for batch in itertools.islice(dropped, 4) for i in batch.index.tolist()} == {0, 2}
+    cut = stream(tokenizer, path, too_long="truncate")
+    assert cut.counts == {"kept": 3, "dropped": 0, "truncated": 1}
+    batch = next(b for b in cut if 1 in b.index.tolist())
+    row = batch.index.tolist().index(1)
+    assert tokenizer.decode(batch.student.tokens[row]) == "b" * 14 + "<|end|><|assistant|>"
+
+
+def test_no_prompt_that_fits(tokenizer, write):
+    with pytest.raises(UserError, match=r"config\.general\.source: none .*max_prompt_tokens = 16"):
+        stream(tokenizer, write([ask("b" * 30)]))
+
+
+def test_the_teacher_may_read_another_system_prompt(tokenizer, write):
+    rollout = dataclasses.replace(ROLLOUT, max_prompt_tokens=64)
+    made = stream(
+        tokenizer,
+        write([ask("a")] * 4),
+        rollout=rollout,
+        template=Template(system="s"),
+        teacher_template=Template(system="teach"),
+    )
+    batch = next(made)
+    text = [tokenizer.decode(side.tokens[0, : side.lengths[0]]) for side in (batch.student, batch.teacher)]
+    assert text == [f"<|system|>{s}<|end|><|user|>a<|end|><|assistant|>" for s in ("s", "teach")]
+
+
+# ------------------------------------------------------------------------------------------- sft
+
+
+def sft_stream(tokenizer, source, **fields):
+    config = SftConfig("m", Stream(source), batch_size=2, max_tokens=16, smallest_bucket=8, **fields)
+    return SftStream(config, tokenizer, slice(0, 2))
+
+
+def test_sft_learns_the_last_turn_or_the_answer_field(tokenizer, write):
+    path = write([ask("a", "b"), ask("c") | {"answer": "d"}])
+    batch = next(sft_stream(tokenizer, path, answer="x{answer}"))
+    pairs = {
+        (tokenizer.decode(p[:n]), tokenizer.decode(a[:m]))
+        for p, n, a, m in zip(batch.prompts.tokens, batch.prompts.lengths, batch.tokens, batch.lengths, strict=True)
+    }
+    assert pairs == {("<|user|>a<|end|><|assistant|>", "b<|end|>"), ("<|user|>c<|end|><|assistant|>", "xd<|end|>")}
+
+
+def test_sft_rows_that_cannot_be_learnt(tokenizer, write):
+    with pytest.raises(UserError, match=r"row 2: config\.answer '\{answer\}' asks for the field 'answer'"):
+        sft_stream(tokenizer, write([ask("a", "b"), ask("a")]))
+    with pytest.raises(UserError, match=r'row 1: no "messages"'):
+        sft_stream(tokenizer, write([{"prompt": "a"}]))
+    with pytest.raises(UserError, match=r"none of its rows fits config\.max_tokens = 16"):
+        sft_stream(tokenizer, write([ask("a" * 20, "b")]))
+    assert sft_stream(tokenizer, write([ask("a" * 20, "b"), ask("a", "b")])).counts == {"kept": 1, "dropped": 1}
+
+
+def test_a_stream_of_anything():
+    made = BatchStream(5, 3, 0, lambda numbers: numbers.sum())
+    assert isinstance(made.get_state(), dict) and next(made) >= 3
