@@ -1,5 +1,6 @@
 """How every command starts and ends: flags, config files, and errors as one line with exit code 2."""
 
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -19,14 +20,13 @@ def config_flag(cls: type) -> Callable[[], Any]:
     )
 
     def read() -> Any:
+        if holder.value is None:
+            raise UserError("--config is missing; give a config file, for example --config=configs/quickstart.py")
         try:
-            values = holder.value
-        except OSError as error:
+            return from_config_dict(cls, holder.value)
+        except OSError as error:  # ml_collections tells of a file that is not there when it is first looked at
             file = flags.FLAGS["config"].config_filename
             raise UserError(f"--config: no config file {file}; give one, for example configs/quickstart.py") from error
-        if values is None:
-            raise UserError("--config is missing; give a config file, for example --config=configs/quickstart.py")
-        return from_config_dict(cls, values)
 
     return read
 
@@ -51,8 +51,13 @@ def _parse(argv: list[str]) -> list[str]:
     except flags.Error as error:
         raise UserError(f"{error}; see --help") from error
     except AttributeError as error:  # ml_collections: an override of a field that is not there
-        name = next((a.split("=")[0] for a in argv if str(error).strip("\"'") in a), str(error))
-        raise UserError(f"{name} is not a field of the config; python -m ... --help lists them") from error
+        word = re.search(r"\w+", str(error)).group()
+        name = next((a.split("=")[0] for a in argv if word in a), word)
+        near = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f"did you mean {near[1]}?" if near else "camopd_jax/config.py lists them"
+        raise UserError(f"{name} is not a field of the config; {hint}") from error
+    except SystemExit:  # absl ends --help with 1
+        sys.exit(0)
     except (OSError, ImportError, SyntaxError, TypeError, ValueError, KeyError, NameError) as error:
         raise UserError(f"--config: cannot read the config file: {_cause(error)}") from error
     if len(rest) > 1:

@@ -17,7 +17,6 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 from etils import epath
 
@@ -27,9 +26,8 @@ from camopd_jax.config import SftConfig, TrainConfig, from_json
 from camopd_jax.engine import Loaded
 from camopd_jax.errors import UserError
 from camopd_jax.models import hf
-from camopd_jax.optim import init_moments
+from camopd_jax.optim import init_state
 from camopd_jax.sharding import make_mesh
-from camopd_jax.types import TrainState
 
 # Files of the original folder that stay true of the trained model.
 _KEPT = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -116,8 +114,7 @@ def _export(workdir: str, out: str, step: int | None, best: bool) -> None:
     loaded = engine.load(
         engine.find(base, f"config.{field}"), mesh, config.compute, dtype=config.compute.params, context=1
     )
-    state = TrainState(jnp.int32(0), loaded.params, init_moments(loaded.params, moments), jnp.int32(0))
-    state, _, provenance = checkpoints.restore(chosen, state)
+    state, _, provenance = checkpoints.restore(chosen, init_state(loaded.params, moments))
     write_folder(target, loaded.with_params(state.params), provenance | {"steps": str(chosen)})
     print(f"exported step {chosen}: {out}")
 

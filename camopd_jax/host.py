@@ -77,9 +77,10 @@ class Host:
         self.writer.samples(samples)
         self.display.step(row)
         if row["skipped"] >= self.config.max_skipped:
+            self.writer.close()
             self.display.close()
             raise UserError(
-                f"config.optimizer.learning_rate = {self.config.optimizer.learning_rate}: {row['skipped']:.0f} "
+                f"config.optimizer.learning_rate = {self.config.optimizer.learning_rate}: {row['skipped']} "
                 f"updates in a row, the last at step {row['step']}, had a loss or gradient that is not finite; "
                 "lower it and give a new --workdir. Checkpoints are kept"
             )

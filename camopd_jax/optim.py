@@ -5,23 +5,27 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from camopd_jax.config import Optimizer
-from camopd_jax.types import Params
+from camopd_jax.types import Params, TrainState
 
 # Parameters that decay; norms and biases do not.
 _DECAYED = ("kernel", "embedding", "head")
 
 
-def init_moments(params: Params, moments: str) -> dict[str, Any]:
-    """Adam's moments in float32: one state "shared" by both phases, or one for "recovery" and one for "review".
+def init_state(params: Params, moments: str) -> TrainState:
+    """The state before the first update, on the devices of the parameters.
 
-    One shared state is the published method. With it, what the moments remember of one phase acts in the
-    other: a phase's scale r is its weight in that memory, not the length of its step.
+    Adam's moments are float32: one state "shared" by both phases, or one for "recovery" and one for
+    "review". One shared state is the published method. With it, what the moments remember of one phase
+    acts in the other: a phase's scale r is its weight in that memory, not the length of its step.
     """
     names = ("shared",) if moments == "shared" else ("recovery", "review")
     like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), params)
-    return {name: _zeros(jax.eval_shape(optax.scale_by_adam().init, like), params) for name in names}
+    adam = jax.eval_shape(optax.scale_by_adam().init, like)
+    zero = _zeros(jax.ShapeDtypeStruct((), jnp.int32), params)
+    return TrainState(zero, params, {name: _zeros(adam, params) for name in names}, jnp.copy(zero))
 
 
 def learning_rate(config: Optimizer, steps: int, step: jax.Array) -> jax.Array:
@@ -65,12 +69,16 @@ def apply(
 
 
 def _zeros(shapes: Any, params: Params) -> Any:
-    """Zeros of the given shapes; those that mirror the parameters lie where the parameters lie."""
+    """Zeros of the given shapes. Those that mirror the parameters lie where the parameters lie, others everywhere:
+    a scalar that an update gives back has the place it had before, so that no program compiles twice.
+    """
     mirrors = jax.tree.structure(params)
+    place = jax.tree.leaves(params)[0].sharding
+    everywhere = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
 
     def fill(node: Any) -> Any:
         if jax.tree.structure(node) == mirrors:
             return jax.tree.map(lambda s, p: jnp.zeros(s.shape, s.dtype, device=p.sharding), node, params)
-        return jnp.zeros(node.shape, node.dtype)
+        return jnp.zeros(node.shape, node.dtype, device=everywhere)
 
     return jax.tree.map(fill, shapes, is_leaf=lambda node: jax.tree.structure(node) == mirrors)

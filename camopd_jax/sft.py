@@ -11,7 +11,6 @@ import time
 from functools import partial
 
 import jax
-import jax.numpy as jnp
 from absl import flags
 
 from camopd_jax import cli, engine
@@ -20,10 +19,9 @@ from camopd_jax.data.pipeline import SftStream
 from camopd_jax.host import Host
 from camopd_jax.metrics import memory_gib
 from camopd_jax.models import hf
-from camopd_jax.optim import init_moments
+from camopd_jax.optim import init_state
 from camopd_jax.sharding import check_rows, global_rows, make_mesh, rows_of_process
 from camopd_jax.steps.update import sft_update
-from camopd_jax.types import TrainState
 
 
 def sft(config: SftConfig, workdir: str) -> None:
@@ -38,7 +36,7 @@ def sft(config: SftConfig, workdir: str) -> None:
 
     provenance = {"model": config.model, "fingerprint": hf.fingerprint(folder)}
     host = Host(config, workdir, student, {"data": stream}, provenance)
-    state = host.restore(TrainState(jnp.int32(0), student.params, init_moments(student.params, "shared"), jnp.int32(0)))
+    state = host.restore(init_state(student.params, "shared"))
     host.display.say(f"conversations: {stream.counts}")
     host.evaluate("start", 0, student)
     kept_in_place = (jax.tree.map(lambda x: x.sharding, state), None)
@@ -49,7 +47,7 @@ def sft(config: SftConfig, workdir: str) -> None:
         started = time.perf_counter()
         batch = global_rows(mesh, next(stream), config.batch_size)
         state, metrics = update(state, batch)
-        row = {"step": step, "phase": "sft"} | {name: float(value) for name, value in metrics.items()}
+        row = {"step": step, "phase": "sft"} | {name: value.item() for name, value in metrics.items()}
         seconds = time.perf_counter() - started
         speed = {"tokens_per_second": row["response_tokens"] / seconds, "memory_gib": memory_gib()}
         host.record(row | {"seconds": {"update": seconds}} | speed)

@@ -14,7 +14,6 @@ Started again with the same command, a run goes on from its last checkpoint; SIG
 
 from pathlib import Path
 
-import jax.numpy as jnp
 import numpy as np
 from absl import flags
 
@@ -27,11 +26,10 @@ from camopd_jax.evals.report import table
 from camopd_jax.host import Host
 from camopd_jax.metrics import memory_gib
 from camopd_jax.models import hf
-from camopd_jax.optim import init_moments
+from camopd_jax.optim import init_state
 from camopd_jax.phases import Branch, Outcome
 from camopd_jax.sharding import check_rows, local_rows, make_mesh, rows_of_process
 from camopd_jax.steps.statistics import repetition
-from camopd_jax.types import TrainState
 
 
 def train(config: TrainConfig, workdir: str) -> None:
@@ -79,8 +77,7 @@ def train(config: TrainConfig, workdir: str) -> None:
         "specialised_fingerprint": hf.fingerprint(specialised_folder),
     }
     host = TrainHost(config, workdir, student, streams, provenance)
-    moments = init_moments(student.params, config.method.moments)
-    state = host.restore(TrainState(jnp.int32(0), student.params, moments, jnp.int32(0)))
+    state = host.restore(init_state(student.params, config.method.moments))
     if warning:
         host.display.say(f"warning: {warning}")
     host.display.say(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
@@ -103,7 +100,7 @@ class TrainHost(Host):
     def log(self, outcome: Outcome) -> None:
         rollout = outcome.rollout
         tokens, lengths = local_rows(rollout.tokens), local_rows(rollout.lengths)
-        metrics = {name: float(value) for name, value in outcome.metrics.items()}
+        metrics = {name: value.item() for name, value in outcome.metrics.items()}
         row = {
             "step": outcome.step,
             "phase": outcome.phase,

@@ -21,14 +21,14 @@ def get_config():
     config.specialised_model = str(HERE / "specialist")
     config.general.source = str(HERE / "general_prompts.jsonl")
     config.domain.source = str(HERE / "domain_prompts.jsonl")
-    config.steps = 80
+    config.steps = 240
     config.rollout.batch_size = 64
     config.rollout.max_prompt_tokens = 64
     config.rollout.max_response_tokens = 32
     config.rollout.smallest_bucket = 16
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 2e-4
     config.optimizer.micro_batch = 16
-    config.checkpoints.every = 20
+    config.checkpoints.every = 60
     config.evaluation.batch_size = 96
     config.evaluation.benchmarks = tuple(
         dict(name=name, source=str(HERE / f"eval_{name}.jsonl"), axis=axis, grader=grader, max_response_tokens=32)

@@ -19,9 +19,9 @@ def get_config():
     config.general.source = "data/general_open.jsonl"
     config.domain.source = "data/medqa_dev.jsonl,data/medmcqa.jsonl"
     config.steps = 8
-    config.rollout.batch_size = 32
-    config.rollout.max_prompt_tokens = 256
-    config.rollout.max_response_tokens = 128
+    config.rollout.batch_size = 16
+    config.rollout.max_prompt_tokens = 192
+    config.rollout.max_response_tokens = 96
     config.optimizer.learning_rate = 1e-5
     config.optimizer.micro_batch = 8
     config.checkpoints.every = 4

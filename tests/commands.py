@@ -58,4 +58,5 @@ def _main(module: str, args: list[str], environment: dict[str, str], out: str, e
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(environment)
     sys.argv = [module, *args]
+    sys.modules.pop(module, None)  # runpy warns of a module that was imported before it is run
     runpy.run_module(module, run_name="__main__", alter_sys=True)

@@ -7,17 +7,10 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import pytest
+from commands import Running
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
-
-import sys
-from pathlib import Path
-
-import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # tests/commands.py, tests/rows.py
-
-from commands import Running
 
 
 @pytest.fixture(scope="session")

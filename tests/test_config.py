@@ -8,6 +8,7 @@ import ml_collections
 import pytest
 from etils import epath
 
+from camopd_jax.checkpoint import claim_workdir
 from camopd_jax.config import (
     SftConfig,
     TrainConfig,
@@ -18,7 +19,6 @@ from camopd_jax.config import (
     from_json,
     to_json,
 )
-from camopd_jax.checkpoint import claim_workdir
 from camopd_jax.errors import UserError
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))

@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from camopd_jax.config import Optimizer
-from camopd_jax.optim import apply, init_moments, learning_rate
+from camopd_jax.optim import apply, init_state, learning_rate
 from camopd_jax.sharding import make_mesh, sharding
 
 CONFIG = Optimizer(learning_rate=0.1, weight_decay=0.01, b1=0.8, b2=0.9, eps=1e-4)
@@ -36,7 +36,7 @@ def test_three_steps_equal_optax(clip_norm, clipped):
         optax.adamw(0.1, b1=0.8, b2=0.9, eps=1e-4, weight_decay=0.01, mask=mask),
     )
     ours = theirs = as_jax(params())
-    moments, state = init_moments(ours, "shared")["shared"], reference.init(theirs)
+    moments, state = init_state(ours, "shared").moments["shared"], reference.init(theirs)
     for step in range(3):
         grads = jax.tree.map(lambda p, step=step: p * (step + 1.0) + 0.3, theirs)
         ours, moments, stats = apply(ours, moments, grads, jnp.float32(0.1), config)
@@ -62,17 +62,20 @@ def test_cosine_falls_to_zero():
 def test_moments_are_float32_and_lie_where_the_parameters_lie():
     place = sharding(make_mesh(2, 2, 2), "embed", "heads")
     kernel = jax.device_put(jnp.ones((4, 6), jnp.bfloat16), place)
-    moments = init_moments({"kernel": kernel}, "separate")
+    state = init_state({"kernel": kernel}, "separate")
+    moments = state.moments
     assert set(moments) == {"recovery", "review"}
-    for state in moments.values():
-        for array in (state.mu["kernel"], state.nu["kernel"]):
+    for adam in moments.values():
+        for array in (adam.mu["kernel"], adam.nu["kernel"]):
             assert array.dtype == jnp.float32 and array.sharding == place
+        assert len(adam.count.addressable_shards) == 8
+    assert len(state.step.addressable_shards) == len(state.skipped.addressable_shards) == 8
 
 
 def test_bfloat16_parameters_are_moved_in_float32():
     """A step smaller than bfloat16 can hold is lost at the store, not in the arithmetic before it."""
     kernel = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
-    moments = init_moments(kernel, "shared")["shared"]
+    moments = init_state(kernel, "shared").moments["shared"]
     config = Optimizer(clip_norm=None, eps=0.0)
     moved, _, _ = apply(kernel, moments, {"kernel": jnp.ones((2, 2))}, jnp.float32(0.01), config)
     assert moved["kernel"].dtype == jnp.bfloat16

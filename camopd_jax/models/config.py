@@ -64,8 +64,9 @@ _LLAMA = {
 _QWEN = _LLAMA | {"use_sliding_window": False, "sliding_window": 4096, "max_window_layers": 28, "layer_types": None,
                   "max_position_embeddings": 32768}  # fmt: skip
 _GEMMA = _LLAMA | {
-    "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256, "query_pre_attn_scalar": 256,
-    "sliding_window": 4096, "layer_types": None, "max_position_embeddings": 8192, "num_key_value_heads": 4,
+    "hidden_activation": "gelu_pytorch_tanh", "tie_word_embeddings": True, "head_dim": 256,
+    "query_pre_attn_scalar": 256, "sliding_window": 4096, "layer_types": None, "max_position_embeddings": 8192,
+    "num_key_value_heads": 4,
 }  # fmt: skip
 _DEFAULTS = {
     "llama": _LLAMA,

@@ -233,7 +233,11 @@ def save(
 
     def flush() -> None:
         if writer:
-            save_file(pending, folder / f"part-{len(shards)}", metadata={"format": "pt"})
+            file = folder / f"part-{len(shards)}"
+            file.touch()
+            mode = file.stat().st_mode
+            save_file(pending, file, metadata={"format": "pt"})
+            file.chmod(mode)  # safetensors keeps a file to its owner
         shards.append(list(pending))
         pending.clear()
 

@@ -3,11 +3,13 @@
     python configs/quickstart/make.py            # about 15 minutes on 2 CPU cores
 
 generalist/  a 3-layer, 96-wide Llama that learnt the six skills of tasks.py
-specialist/  its copy, fine-tuned on the invented pharmacopoeia alone: it knows the domain and lost skills
+specialist/  its copy, fine-tuned on the invented pharmacopoeia (2 % skills among it): it knows the domain and lost
+             much of the skills
 *.jsonl      proxy prompts (four of the six skills), domain prompts, and questions held out from all training
 """
 
 import json
+import os
 import random
 import shutil
 import sys
@@ -27,7 +29,7 @@ from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import table
 from camopd_jax.sft import sft
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 SPECIAL = ("<|pad|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDF0123456789 +.:?"
 TEMPLATE = (
@@ -47,8 +49,7 @@ def make_data(scratch: Path) -> None:
         if skill in COVERED:
             prompts = distinct(lambda rng, skill=skill: skill_row(skill, rng), 400, f"{skill} prompts", taken)
             proxy += [{"messages": row["messages"], "skill": skill} for row in prompts]
-        count = 8000 if skill == "add" else 25000  # there are 10,000 sums in all
-        lessons += distinct(lambda rng, skill=skill: skill_row(skill, rng), count, f"{skill} lessons", taken)
+        lessons += distinct(lambda rng, skill=skill: skill_row(skill, rng), 20000, f"{skill} lessons", taken)
     domain_held_out = distinct(domain_row, 2 * HELD_OUT, "domain held out", set())
     domain_lessons = distinct(domain_row, 6000, "domain lessons", questions(domain_held_out))
     domain_prompts = [{"messages": row["messages"]} for row in domain_lessons[:1000]]
@@ -61,7 +62,7 @@ def make_data(scratch: Path) -> None:
     write_rows(HERE / "general_prompts.jsonl", proxy)
     write_rows(HERE / "domain_prompts.jsonl", domain_prompts)
     write_rows(scratch / "skills.jsonl", lessons)
-    write_rows(scratch / "domain.jsonl", domain_lessons)
+    write_rows(scratch / "domain.jsonl", [*domain_lessons, *rng.sample(lessons, 120)])
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -100,14 +101,14 @@ def make_newborn(folder: Path) -> None:
     hf.save(folder, params, model.config, config, dict.fromkeys(names, np.dtype(np.float32)))
 
 
-def lesson(model: Path, source: Path, steps: int, rate: float, schedule: str, every: int) -> SftConfig:
+def lesson(model: str, source: str, steps: int, rate: float, schedule: str, every: int) -> SftConfig:
     def benchmark(name: str, axis: str) -> Benchmark:
         grader = "choice" if axis == "domain" else "exact"
         return Benchmark(name, str(HERE / f"eval_{name}.jsonl"), axis, grader, max_response_tokens=32)
 
     return SftConfig(
-        model=str(model),
-        data=Stream(source=str(source)),
+        model=model,
+        data=Stream(source=source),
         steps=steps,
         batch_size=64,
         max_tokens=128,
@@ -121,19 +122,16 @@ def lesson(model: Path, source: Path, steps: int, rate: float, schedule: str, ev
 
 
 def main(scratch: Path) -> None:
-    make_data(scratch)
-    newborn = scratch / "newborn"
-    newborn.mkdir(exist_ok=True)
-    make_newborn(newborn)
-    first = lesson(newborn, scratch / "skills.jsonl", steps=4000, rate=2e-3, schedule="cosine", every=1000)
-    sft(first, str(scratch / "generalist"))
-    second = lesson(
-        scratch / "generalist" / "export", scratch / "domain.jsonl", steps=400, rate=1e-3, schedule="constant", every=50
-    )
-    sft(second, str(scratch / "specialist"))
+    scratch.mkdir(exist_ok=True)
+    os.chdir(scratch)  # relative names: the model cards tell of them
+    make_data(Path())
+    Path("newborn").mkdir(exist_ok=True)
+    make_newborn(Path("newborn"))
+    sft(lesson("newborn", "skills.jsonl", steps=4000, rate=2e-3, schedule="cosine", every=1000), "generalist")
+    sft(lesson("generalist/export", "domain.jsonl", steps=1200, rate=1e-3, schedule="cosine", every=100), "specialist")
     for name in ("generalist", "specialist"):
         shutil.rmtree(HERE / name, ignore_errors=True)
-        shutil.copytree(scratch / name / "export", HERE / name)
+        shutil.copytree(Path(name, "export"), HERE / name)
 
 
 if __name__ == "__main__":

@@ -41,7 +41,7 @@ def test_length_batches_hold_every_row():
 
 def test_every_prompt_once_an_epoch_in_another_order_each(tokenizer, write):
     batches = list(itertools.islice(stream(tokenizer, write(words(8))), 6))
-    epochs = [sum(indices(batches[i : i + 2]), []) for i in (0, 2, 4)]
+    epochs = [[*itertools.chain(*indices(batches[i : i + 2]))] for i in (0, 2, 4)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(8))
 

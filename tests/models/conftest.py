@@ -15,7 +15,8 @@ GEMMA = dict(head_dim=14, query_pre_attn_scalar=11, sliding_window=5, **HEADS)
 FAMILIES = {
     "llama": ("Llama", HEADS | dict(head_dim=14)),
     "llama-untied-biased": ("Llama", HEADS | dict(head_dim=14, attention_bias=True, mlp_bias=True)),
-    "llama-linear": ("Llama", HEADS | dict(head_dim=14, rope_parameters=dict(rope_type="linear", factor=3.0, rope_theta=1e4))),
+    "llama-linear": ("Llama", HEADS | dict(head_dim=14, rope_parameters=dict(
+        rope_type="linear", factor=3.0, rope_theta=1e4))),
     "llama-dynamic": ("Llama", HEADS | dict(head_dim=14, max_position_embeddings=16,
                                             rope_parameters=dict(rope_type="dynamic", factor=2.0, rope_theta=1e4))),
     "llama-llama3": ("Llama", HEADS | dict(head_dim=14, rope_parameters=dict(

@@ -1,6 +1,7 @@
 """config.json as transformers 4 and 5 write it, and what is refused."""
 
 import pytest
+
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import from_hf
 

@@ -14,8 +14,8 @@ from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.sharding import make_mesh
 
-FAMILIES = ["llama", "llama-untied-biased", "llama-linear", "llama-dynamic", "llama-llama3", "smollm2", "mistral", "qwen2",
-            "qwen3", "gemma2", "gemma3"]  # fmt: skip
+FAMILIES = ["llama", "llama-untied-biased", "llama-linear", "llama-dynamic", "llama-llama3", "smollm2", "mistral",
+            "qwen2", "qwen3", "gemma2", "gemma3"]  # fmt: skip
 LENGTH = 23
 
 

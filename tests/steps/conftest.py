@@ -15,8 +15,9 @@ VOCAB, ROWS, PROMPT, ANSWER = 14, 8, 5, 7
 @pytest.fixture(scope="session")
 def tiny():
     """(model, params): one layer, a vocabulary of 14."""
-    config = from_hf(dict(model_type="qwen3", vocab_size=VOCAB, hidden_size=12, intermediate_size=20, num_hidden_layers=1,
-                          num_attention_heads=2, num_key_value_heads=2, head_dim=6, initializer_range=0.6))  # fmt: skip
+    config = from_hf(dict(model_type="qwen3", vocab_size=VOCAB, hidden_size=12, intermediate_size=20,
+                          num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=6,
+                          initializer_range=0.6))  # fmt: skip
     model = Model(config)
     return model, model.init(jax.random.key(3))
 

@@ -12,13 +12,13 @@ import pytest
 from camopd_jax.config import Method, Optimizer, Phase, SftConfig, Stream, TrainConfig
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
-from camopd_jax.optim import init_moments
+from camopd_jax.optim import init_state
 from camopd_jax.sharding import global_rows, make_mesh
 from camopd_jax.steps.losses import token_weights
 from camopd_jax.steps.score import score
 from camopd_jax.steps.select import select
 from camopd_jax.steps.update import _likelihood_gradient, recovery_update, review_update, sft_update
-from camopd_jax.types import Prompts, Rollout, Scores, Selection, SftBatch, TrainState
+from camopd_jax.types import Prompts, Rollout, Scores, Selection, SftBatch
 
 RATE = 1e-2
 OPTIMIZER = Optimizer(learning_rate=RATE, weight_decay=0.1, micro_batch=2, eps=1e-3)
@@ -29,10 +29,6 @@ def train_config(method=Method(), **optimizer):
                        optimizer=dataclasses.replace(OPTIMIZER, **optimizer))  # fmt: skip
 
 
-def fresh(params, moments="shared"):
-    return TrainState(jnp.int32(0), params, init_moments(params, moments), jnp.int32(0))
-
-
 def update(tiny, batch, selection=None, config=None, branch=recovery_update, state=None, model=None):
     prompts, rollout, scores = batch
     config = config or train_config()
@@ -40,7 +36,7 @@ def update(tiny, batch, selection=None, config=None, branch=recovery_update, sta
     selection = select(scores, rollout.lengths, phase) if selection is None else selection
     program = compiled(branch, model or tiny[0], config)
     return program(
-        fresh(tiny[1], config.method.moments) if state is None else state, prompts, rollout, scores, selection
+        init_state(tiny[1], config.method.moments) if state is None else state, prompts, rollout, scores, selection
     )
 
 
@@ -209,7 +205,7 @@ def test_a_mesh_changes_nothing(tiny, batch, shape):
     model = Model(tiny[0].config, mesh=mesh)
     params = jax.device_put(tiny[1], shardings(model.config, mesh))
     spread = jax.tree.map(lambda x: global_rows(mesh, np.asarray(x), 8), batch)
-    again, again_metrics = update(tiny, spread, config=config, model=model, state=fresh(params))
+    again, again_metrics = update(tiny, spread, config=config, model=model, state=init_state(params, "shared"))
     same(again.params, state.params, atol=1e-6, rtol=1e-5)
     same(again_metrics, metrics, rtol=1e-5)
 
@@ -305,7 +301,7 @@ def test_sft_is_cross_entropy_over_the_answer_tokens(tiny, batch):
     logprobs = row_logprobs(tiny, prompts, rollout)
     config = SftConfig("m", Stream("d"), optimizer=dataclasses.replace(OPTIMIZER, clip_norm=None, weight_decay=0.0))
     program = jax.jit(partial(sft_update, model=model, config=config))
-    state, metrics = program(fresh(params), SftBatch(prompts, rollout.tokens, rollout.lengths))
+    state, metrics = program(init_state(params, "shared"), SftBatch(prompts, rollout.tokens, rollout.lengths))
 
     def loss(params):
         return -jnp.concatenate([logprobs(params, i) for i in range(8)]).mean()

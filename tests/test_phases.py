@@ -1,0 +1,187 @@
+"""The loop itself, on a tiny random model: the order of phases, and each program compiled once per shape."""
+
+import dataclasses
+import itertools
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camopd_jax import phases
+from camopd_jax.config import Method, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.transformer import Model
+from camopd_jax.models.weights import shardings
+from camopd_jax.optim import init_state
+from camopd_jax.phases import Branch, compile_programs, cut_to_bucket, phase_at, run
+from camopd_jax.sharding import make_mesh
+from camopd_jax.types import PromptBatch, Prompts, Rollout
+
+CONFIG = TrainConfig(
+    "g", "s", Stream("g"), Stream("d"), steps=8,
+    rollout=RolloutConfig(batch_size=4, max_prompt_tokens=8, max_response_tokens=8, smallest_bucket=4),
+    optimizer=Optimizer(learning_rate=1e-2, micro_batch=2),
+)  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "recovery, review, order",
+    [(3, 1, "ggggdgggd"), (1, 1, "gdgdgdgdg"), (0, 1, "ddddddddd"), (2, 0, "ggggggggg"), (1, 2, "gddgddgdd")],
+)
+def test_the_order_of_phases(recovery, review, order):
+    method = Method(recovery_steps=recovery, review_steps=review)
+    made = "".join("g" if phase_at(i, method) == "recovery" else "d" for i in range(9))
+    assert made == ("gggdgggdg" if (recovery, review) == (3, 1) else order)
+
+
+class Prompter:
+    """An endless stream of random prompts; widths as given, over and over."""
+
+    def __init__(self, seed, widths):
+        self.random, self.widths, self.served = np.random.default_rng(seed), itertools.cycle(widths), 0
+
+    def __next__(self):
+        self.served += 1
+        width = next(self.widths)
+        prompts = Prompts(self.random.integers(0, 14, (4, width)).astype(np.int32), np.full(4, width, np.int32))
+        return PromptBatch(prompts, prompts, np.arange(4, dtype=np.int32) + 4 * self.served)
+
+
+class Watcher:
+    """Writes down what the loop tells, and can end it."""
+
+    def __init__(self, milestones=(), end_at=None):
+        self.outcomes, self.calls, self.milestones, self.end_at = [], [], milestones, end_at
+
+    def log(self, outcome):
+        self.outcomes.append(outcome)
+        self.calls.append(("log", outcome.step))
+
+    def due(self, steps_done):
+        return steps_done in self.milestones or steps_done == CONFIG.steps
+
+    def milestone(self, steps_done, state):
+        self.calls.append(("milestone", steps_done))
+        assert int(state.step) == steps_done
+        return steps_done == self.end_at
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    config = from_hf(dict(model_type="llama", vocab_size=14, hidden_size=12, intermediate_size=20, num_hidden_layers=2,
+                          num_attention_heads=2, num_key_value_heads=2, initializer_range=0.6))  # fmt: skip
+    model = Model(config, mesh=make_mesh(1, devices=jax.devices()[:1]))
+    places = shardings(config, model.mesh)
+    return model, *(jax.device_put(model.init(jax.random.key(seed)), places) for seed in (0, 1))
+
+
+PROGRAMS = {}  # compiled once for all tests
+
+
+def begin(tiny, config=CONFIG, widths=(4, 8)):
+    model, student, general = tiny
+    state = init_state(jax.tree.map(jnp.copy, student), config.method.moments)
+    branches = {
+        "recovery": Branch(Prompter(0, widths), model, general),
+        "review": Branch(Prompter(1, widths), model, student),
+    }
+    if repr(config) not in PROGRAMS:
+        PROGRAMS[repr(config)] = compile_programs(config, model, (2,), state)
+    return branches, PROGRAMS[repr(config)], state
+
+
+def compilations(programs):
+    return {"rollout": programs.rollout._cache_size(), "score": programs.score._cache_size(),
+            **{f"select {n}": f._cache_size() for n, f in programs.select.items()},
+            **{f"update {n}": f._cache_size() for n, f in programs.update.items()}}  # fmt: skip
+
+
+def test_two_cycles_compile_each_program_once_per_shape(tiny):
+    branches, programs, state = begin(tiny)
+    state = run(CONFIG, branches, programs, state, Watcher())
+    counts = compilations(programs)
+    assert int(state.step) == 8
+    assert counts["rollout"] == 2, "two widths of prompts"
+    assert counts["score"] <= 4, "and at most two of answers"
+    run(dataclasses.replace(CONFIG, steps=16), branches, programs, state, Watcher())
+    assert compilations(programs)["rollout"] == 2 and compilations(programs)["score"] <= 4
+
+
+def test_one_shape_compiles_once(tiny):
+    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, smallest_bucket=8))
+    branches, programs, state = begin(tiny, config, widths=(8,))
+    run(config, branches, programs, state, Watcher())
+    assert set(compilations(programs).values()) == {1}, "student and teachers are scored by one program"
+
+
+def test_each_phase_takes_from_its_own_stream_and_its_own_teacher(tiny):
+    branches, programs, state = begin(tiny)
+    watcher = Watcher()
+    run(CONFIG, branches, programs, state, watcher)
+    assert [o.phase for o in watcher.outcomes] == ["recovery"] * 3 + ["review"] + ["recovery"] * 3 + ["review"]
+    assert (branches["recovery"].prompts.served, branches["review"].prompts.served) == (6, 2)
+    first = watcher.outcomes[0]
+    again = programs.score(tiny[0], tiny[2], first.prompts.teacher, first.rollout.tokens, first.rollout.lengths)
+    np.testing.assert_allclose(first.scores.teacher, again, atol=1e-5)
+    assert float(first.metrics["gap_abs_mean"]) > 0.1, "the general teacher is another model"
+    assert set(first.seconds) == {"rollout", "score", "select", "update", "other"}
+    # On-policy: what the sampler said of its tokens is what the student's own scoring says.
+    assert all(float(o.metrics["sampler_gap"]) < 1e-5 for o in watcher.outcomes)
+
+
+def test_recoveries_do_not_depend_on_the_domain_stream(tiny):
+    """The first cycle's recoveries, with other domain prompts and another domain teacher: the same bits."""
+    after = []
+    for seed in (1, 2):
+        branches, programs, state = begin(tiny)
+        other = jax.tree.map(lambda p, seed=seed: p * seed, tiny[1])
+        branches["review"] = Branch(Prompter(seed, (4, 8)), tiny[0], other)
+        after.append(run(dataclasses.replace(CONFIG, steps=3), branches, programs, state, Watcher()).params)
+    jax.tree.map(np.testing.assert_array_equal, *after)
+
+
+def test_a_run_in_two_parts_is_one_run(tiny):
+    branches, programs, state = begin(tiny)
+    whole = run(CONFIG, branches, programs, state, Watcher())
+    branches, programs, state = begin(tiny)
+    half = run(CONFIG, branches, programs, state, Watcher(milestones=(5,), end_at=5))
+    assert int(half.step) == 5
+    rest = run(CONFIG, branches, programs, half, Watcher())
+    jax.tree.map(np.testing.assert_array_equal, rest.params, whole.params)
+
+
+def test_every_step_is_logged_before_a_milestone_and_none_twice(tiny):
+    branches, programs, state = begin(tiny)
+    watcher = Watcher(milestones=(2, 5))
+    run(CONFIG, branches, programs, state, watcher)
+    assert watcher.calls == [("log", 0), ("log", 1), ("milestone", 2), ("log", 2), ("log", 3), ("log", 4),
+                             ("milestone", 5), ("log", 5), ("log", 6), ("log", 7), ("milestone", 8)]  # fmt: skip
+
+
+def test_answers_are_cut_to_the_bucket_of_the_longest():
+    answers = Rollout(
+        jnp.arange(64).reshape(2, 32), jnp.array([3, 9]), jnp.ones((2, 32)), jnp.zeros(2), jnp.ones(2, bool)
+    )
+    cut = cut_to_bucket(answers, 4)
+    assert cut.tokens.shape == cut.logprobs.shape == (2, 16)
+    np.testing.assert_array_equal(cut.tokens, answers.tokens[:, :16])
+    assert cut_to_bucket(answers, 64).tokens.shape == (2, 32)
+
+
+def test_the_separate_moments_run_too(tiny):
+    config = dataclasses.replace(CONFIG, method=Method(moments="separate"))
+    branches, programs, state = begin(tiny, config)
+    state = run(config, branches, programs, state, Watcher())
+    assert (int(state.moments["recovery"].count), int(state.moments["review"].count)) == (6, 2)
+
+
+def test_the_loop_reads_like_the_paper():
+    """Its stages, in the order of the module's own legend."""
+    source = Path(phases.__file__).read_text()
+    body = source[source.index("def run(") :]
+    order = re.findall(r"phase_at\(|next\(branch\.prompts\)|programs\.(\w+)", body)
+    stages = list(dict.fromkeys(name for name in order if name and name != "student"))
+    assert stages == ["rollout", "score", "select", "update"]

@@ -1,0 +1,77 @@
+"""Supervised fine-tuning as a command: it learns, resumes to the same bits, and exports."""
+
+import json
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart"
+CONFIG = f"""
+from camopd_jax.config import SftConfig, default
+
+def get_config():
+    config = default(SftConfig)
+    config.model = "{QUICKSTART / "generalist"}"
+    config.data.source = "{QUICKSTART / "eval_domain.jsonl"}"
+    config.answer = "Final answer: {{letter}}"
+    config.steps = 6
+    config.batch_size = 16
+    config.max_tokens = 128
+    config.smallest_bucket = 64
+    config.optimizer.learning_rate = 1e-3
+    config.checkpoints.every = 2
+    config.evaluation.benchmarks = (dict(name="domain", source="{QUICKSTART / "eval_domain.jsonl"}", axis="domain",
+                                         grader="choice", limit=32, max_response_tokens=20),)
+    return config
+"""
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, session_folder):
+    from commands import Running
+
+    folder = tmp_path_factory.mktemp("sft")
+    (folder / "config.py").write_text(CONFIG)
+    flags = [f"--config={folder / 'config.py'}"]
+    ended = Running(session_folder / "sft", "camopd_jax.sft", f"--workdir={folder / 'run'}", *flags).wait()
+    assert ended.code == 0, ended.err
+    return folder / "run", flags
+
+
+def read(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_it_learns_the_form_of_the_answers(whole):
+    metrics, scores = read(whole[0] / "metrics.jsonl"), read(whole[0] / "eval.jsonl")
+    assert [row["step"] for row in metrics] == list(range(6)) and {row["phase"] for row in metrics} == {"sft"}
+    assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
+    before, after = ({r["model"]: r for r in scores}[name] for name in ("start", "student"))
+    assert before["unmarked"] == 1 and (before["step"], after["step"]) == (0, 6)
+    assert "supervised fine-tuning" in (whole[0] / "export" / "README.md").read_text()
+
+
+def test_killed_and_started_again_gives_the_same_bits(whole, command, tmp_path):
+    def reached():
+        file = tmp_path / "run" / "metrics.jsonl"
+        return file.exists() and len(file.read_text().splitlines()) >= 3
+
+    ended = command.start("sft", f"--workdir={tmp_path / 'run'}", *whole[1]).when(reached, signal.SIGKILL)
+    assert ended.code == -signal.SIGKILL
+    assert command("sft", f"--workdir={tmp_path / 'run'}", *whole[1]).code == 0
+    ours, theirs = (load_file(w / "export" / "model.safetensors") for w in (tmp_path / "run", whole[0]))
+    for name in ours:
+        np.testing.assert_array_equal(ours[name], theirs[name])
+
+
+def test_a_field_that_the_rows_lack(whole, command, tmp_path):
+    ended = command("sft", f"--workdir={tmp_path / 'run'}", *whole[1], "--config.answer={nothing}")
+    assert ended.code == 2 and "asks for the field 'nothing'" in ended.err
+
+
+def test_a_batch_that_micro_batches_do_not_divide(whole, command, tmp_path):
+    ended = command("sft", f"--workdir={tmp_path / 'run'}", *whole[1], "--config.batch_size=12")
+    assert ended.code == 2 and "config.optimizer.micro_batch is 8; give a divisor of batch_size = 12" in ended.err

@@ -1,0 +1,348 @@
+"""The main job as a command, on the quickstart's models: its files, kills in the middle, and its mistakes."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from safetensors.numpy import load_file, save_file
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs" / "quickstart"
+STEPS = 8
+SMALL = [
+    f"--config={ROOT / 'configs/quickstart.py'}", f"--config.steps={STEPS}", "--config.rollout.batch_size=16",
+    "--config.optimizer.micro_batch=8", "--config.checkpoints.every=3", "--config.checkpoints.keep_last=9",
+    "--config.evaluation.benchmarks=()",
+]  # fmt: skip
+KEYS = """
+step phase loss gap_mean gap_abs_mean gap_pos_mean selected_fraction selected_mass selected_length_mean
+length_mean truncated_fraction repetition entropy sampler_gap grad_norm grad_clipped learning_rate
+prompt_tokens response_tokens seconds tokens_per_second memory_gib skipped
+""".split()
+
+
+def rows(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def checkpoints(workdir):
+    return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory, session_folder):
+    """A run that nobody disturbed: (its work directory, how it ended)."""
+    from commands import Running
+
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    ended = Running(session_folder / "whole", "camopd_jax.train", f"--workdir={workdir}", *SMALL).wait()
+    assert ended.code == 0, ended.err
+    return workdir, ended
+
+
+def same_weights(workdir, other):
+    ours, theirs = (load_file(w / "export" / "model.safetensors") for w in (workdir, other))
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
+
+
+def test_a_run_leaves_what_it_promises(whole):
+    workdir, ended = whole
+    assert {p.name for p in workdir.iterdir()} == {
+        "config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard", "export"}  # fmt: skip
+    metrics = rows(workdir / "metrics.jsonl")
+    assert [m["step"] for m in metrics] == list(range(STEPS))
+    assert [m["phase"] for m in metrics] == (["recovery"] * 3 + ["review"]) * 2
+    for row in metrics:
+        assert set(row) == set(KEYS)
+        assert set(row["seconds"]) == {"rollout", "score", "select", "update", "other"}
+        assert row["skipped"] == 0 and 0 < row["selected_fraction"] <= 1 and row["sampler_gap"] < 1e-4
+        assert all(isinstance(row[name], int) for name in ("prompt_tokens", "response_tokens", "skipped"))
+    assert all(m["gap_abs_mean"] > 0.3 for m in metrics if m["phase"] == "recovery")
+    assert checkpoints(workdir) == [3, 6, 8]
+    assert list((workdir / "tensorboard").glob("events.*"))
+    assert f"step {STEPS}/{STEPS} review" in ended.out and "exported: " in ended.out and not ended.err.strip()
+
+
+def test_samples_hold_the_gap_of_every_token(whole):
+    samples = rows(whole[0] / "samples.jsonl")
+    assert len(samples) == 2 * STEPS
+    for row in samples:
+        assert len(row["tokens"]) == len(row["gaps"]) and "".join(row["tokens"]) == row["response"]
+        assert row["prompt"].startswith("<|user|>") and row["finish_reason"] in ("stop", "length")
+        assert (row["tokens"][-1] == "<|end|>") == (row["finish_reason"] == "stop")
+
+
+def test_the_export_answers_the_same_in_transformers(whole, command, tmp_path):
+    folder = whole[0] / "export"
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    assert (
+        "CaMOPD" in (folder / "README.md").read_text()
+        and (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044
+    )
+    questions = rows(QUICKSTART / "eval_covered.jsonl")[:6] + rows(QUICKSTART / "eval_domain.jsonl")[:6]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": q["messages"]}) + "\n" for q in questions))
+    out = tmp_path / "y.jsonl"
+    ended = command(
+        "generate", f"--model={folder}", f"--input={tmp_path / 'x.jsonl'}", f"--output={out}", "--max_new_tokens=32"
+    )
+    assert ended.code == 0, ended.err
+    for row in rows(out):
+        prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False)
+        ids = torch.tensor([[*prompt, *row["response_ids"]]])
+        with torch.no_grad():
+            logp = torch.log_softmax(model(ids).logits[0, len(prompt) - 1 : -1], -1)
+        assert logp.argmax(-1).tolist() == row["response_ids"]
+        np.testing.assert_allclose(row["logprobs"], logp.max(-1).values, atol=1e-4)
+        assert row["response"] == tokenizer.decode(row["response_ids"], skip_special_tokens=True)
+        assert row["finish_reason"] == ("stop" if row["response_ids"][-1] == tokenizer.eos_token_id else "length")
+
+
+@pytest.mark.parametrize("moment", ["between", "while saving"])
+def test_killed_and_started_again_gives_the_same_bits(whole, command, tmp_path, moment):
+    workdir = tmp_path / "run"
+    seen = {
+        "between": lambda: len((workdir / "metrics.jsonl").read_text().splitlines()) >= 5,
+        "while saving": lambda: (
+            any((workdir / "checkpoints").glob("6*tmp*")) or (workdir / "checkpoints" / "6").exists()
+        ),
+    }
+
+    def reached():
+        return (workdir / "metrics.jsonl").exists() and seen[moment]()
+
+    ended = command.start("train", f"--workdir={workdir}", *SMALL).when(reached, signal.SIGKILL)
+    assert ended.code == -signal.SIGKILL and not (workdir / "export").exists()
+    ended = command("train", f"--workdir={workdir}", *SMALL)
+    assert ended.code == 0, ended.err
+    assert "going on from step" in ended.out
+    same_weights(workdir, whole[0])
+    assert [m["step"] for m in rows(workdir / "metrics.jsonl")] == list(range(STEPS))
+    ours, theirs = (rows(w / "samples.jsonl") for w in (workdir, whole[0]))
+    assert ours == theirs
+
+
+def test_sigterm_saves_and_exits_cleanly(whole, command, tmp_path):
+    workdir = tmp_path / "run"
+
+    def stepped():
+        return (workdir / "metrics.jsonl").exists() and len((workdir / "metrics.jsonl").read_text().splitlines()) >= 1
+
+    ended = command.start("train", f"--workdir={workdir}", *SMALL).when(stepped, signal.SIGTERM)
+    assert ended.code == 0, ended.err
+    assert "asked to end: saved at step" in ended.out
+    saved = checkpoints(workdir)[-1]
+    assert saved < STEPS and len(rows(workdir / "metrics.jsonl")) == saved
+    assert command("train", f"--workdir={workdir}", *SMALL).code == 0
+    same_weights(workdir, whole[0])
+
+
+def test_a_finished_run_started_again_changes_nothing(whole, command, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    assert command("train", f"--workdir={workdir}", *SMALL).code == 0
+    same_weights(workdir, whole[0])
+    assert (workdir / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
+
+
+def test_eight_devices_give_the_same_model(whole, command, tmp_path):
+    mesh = [
+        "--config.mesh.data=2",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
+        "--config.evaluation.batch_size=8",
+    ]
+    ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, "--config.steps=4", *mesh, devices=8)
+    assert ended.code == 0, ended.err
+    for ours, theirs in zip(rows(tmp_path / "run/metrics.jsonl"), rows(whole[0] / "metrics.jsonl"), strict=False):
+        assert (
+            ours["response_tokens"] == theirs["response_tokens"]
+            and ours["selected_fraction"] == theirs["selected_fraction"]
+        )
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=1e-5)
+
+
+def test_export_of_an_earlier_step(whole, command, tmp_path):
+    out = tmp_path / "hf"
+    ended = command("export", f"--workdir={whole[0]}", f"--out={out}", "--step=6")
+    assert ended.code == 0, ended.err
+    early, late = (load_file(f / "model.safetensors") for f in (out, whole[0] / "export"))
+    assert any(not np.array_equal(early[name], late[name]) for name in early)
+    again = command("export", f"--workdir={whole[0]}", f"--out={out}")
+    assert again.code == 2 and "exists; give a new folder" in again.err
+    none = command("export", f"--workdir={whole[0]}", f"--out={tmp_path / 'no'}", "--step=5")
+    assert none.code == 2 and "no checkpoint 5 there, only [3, 6, 8]" in none.err
+
+
+# ------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.fixture
+def other(tmp_path):
+    """A copy of the specialist to spoil."""
+    shutil.copytree(QUICKSTART / "specialist", tmp_path / "other")
+    return tmp_path / "other"
+
+
+def edit(path, **changes):
+    values = json.loads(path.read_text()) | changes
+    path.write_text(json.dumps(values))
+
+
+def one_line(ended, *parts):
+    lines = ended.err.strip().splitlines()
+    assert ended.code == 2, ended.err
+    assert len(lines) == 1 and lines[0].startswith("error: "), ended.err
+    for part in parts:
+        assert part in lines[0]
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--config.stps=3"], "--config.stps is not a field of the config; did you mean steps?"),
+        (["--config.steps=many"], "steps"),
+        (["--config.steps=0"], "config.steps is 0; give a number > 0"),
+        (
+            ["--config.rollout.batch_size=17"],
+            "config.optimizer.micro_batch is 8; give a divisor of rollout.batch_size = 17",
+        ),
+        (["--config.mesh.data=3"], "mesh data 3 x fsdp 1 x tensor 1 needs 3 devices, 1 are here"),
+        (["--config.general_model=/no/where"], "config.general_model: no folder /no/where"),
+        (["--config.general_model=no/where"], "config.general_model: no folder no/where, and the hub does not give it"),
+        (["--config.general.source=none.jsonl"], "config.general.source: no file none.jsonl"),
+        (["--config.rollout.max_prompt_tokens=3"], "none of its prompts fits config.rollout.max_prompt_tokens = 3"),
+        (["--confg.steps=3"], "Unknown command line flag"),
+        (["steps=3"], "'steps=3' is not a flag"),
+    ],
+)
+def test_mistakes_on_the_command_line(command, tmp_path, flags, says):
+    one_line(command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags), says)
+    assert not (tmp_path / "run").exists()
+
+
+def test_no_config_and_no_workdir(command, tmp_path):
+    one_line(command("train", f"--workdir={tmp_path / 'run'}"), "--config is missing")
+    one_line(command("train", "--workdir=x", "--config=none.py"), "--config", "none.py")
+    one_line(command("train", SMALL[0]), "--workdir is missing; for example --workdir=runs/quickstart")
+
+
+def test_a_batch_that_does_not_divide_by_the_mesh(command, tmp_path):
+    flags = ["--config.rollout.batch_size=20", "--config.optimizer.micro_batch=4"]
+    ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags, devices=8)
+    one_line(ended, "config.rollout.batch_size is 20, which does not divide by data x fsdp = 8 of the mesh")
+
+
+def test_a_workdir_of_another_run_and_another_teacher(whole, command, other, tmp_path):
+    before = (whole[0] / "config.json").read_bytes()
+    one_line(
+        command("train", f"--workdir={whole[0]}", *SMALL, "--config.seed=3"),
+        "belongs to a run with another config (config.seed)",
+    )
+    assert (whole[0] / "config.json").read_bytes() == before
+    # The folder named by the config has other weights than those the run began with.
+    general = tmp_path / "general"
+    shutil.copytree(QUICKSTART / "generalist", general)
+    workdir, flags = tmp_path / "run", [*SMALL, f"--config.general_model={general}", "--config.steps=1"]
+    assert command("train", f"--workdir={workdir}", *flags).code == 0
+    shutil.copy(other / "model.safetensors", general)
+    one_line(
+        command("train", f"--workdir={workdir}", *flags), "its checkpoints were made with another general_fingerprint"
+    )
+
+
+def spoil_vocab(folder):
+    edit(folder / "config.json", vocab_size=60)
+
+
+def spoil_tensors(folder):
+    (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
+
+
+def spoil_tokenizer(folder):
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    vocab = tokenizer["model"]["vocab"]
+    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
+
+
+@pytest.mark.parametrize(
+    "spoil, says",
+    [
+        (spoil_vocab, "has shape [52, 96], config.json asks for [60, 96]"),
+        (spoil_tensors, "is cut short at tensor"),
+        (spoil_tokenizer, "tokenizers differ, first at token 'b'"),
+        (lambda f: edit(f / "config.json", model_type="mamba"), "model_type 'mamba' is not supported"),
+        (lambda f: edit(f / "config.json", sparse_topk=8), "field sparse_topk = 8 is not understood"),
+        (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is a pickle"),
+        (lambda f: (f / "config.json").unlink(), "config.json is missing"),
+        (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
+        (lambda f: edit(f / "tokenizer_config.json", chat_template=None), "no chat template"),
+    ],
+)  # fmt: skip
+def test_checkpoints_that_cannot_be(command, other, tmp_path, spoil, says):
+    spoil(other)
+    one_line(
+        command("train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.specialised_model={other}"),
+        str(other),
+        says,
+    )
+    assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+def test_padded_vocabularies_of_different_size_are_fine(command, other, tmp_path):
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.embed_tokens.weight"] = np.pad(tensors["model.embed_tokens.weight"], ((0, 12), (0, 0)))
+    save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
+    edit(other / "config.json", vocab_size=64)
+    ended = command(
+        "train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.specialised_model={other}", "--config.steps=1"
+    )
+    assert ended.code == 0, ended.err
+    assert load_file(tmp_path / "run/export/model.safetensors")["model.embed_tokens.weight"].shape == (64, 96)
+
+
+def test_other_ends_of_answers_are_told(command, other, tmp_path):
+    edit(other / "generation_config.json", eos_token_id=[5, 0])
+    ended = command(
+        "train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.specialised_model={other}", "--config.steps=1"
+    )
+    assert ended.code == 0 and "warning: answers end with ['<|pad|>', '<|end|>']" in ended.out
+
+
+def test_a_bad_row_is_named_by_its_line(command, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
+    one_line(
+        command("train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.general.source={bad}"),
+        f"{bad}:2: no prompt",
+    )
+
+
+def test_steps_that_are_not_finite_end_the_run(command, other, tmp_path):
+    tensors = load_file(other / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32("nan")
+    teacher = tmp_path / "teacher"
+    shutil.copytree(QUICKSTART / "generalist", teacher)
+    save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
+    flags = [f"--config.general_model={teacher}", "--config.max_skipped=2"]
+    ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags)
+    one_line(ended, "2 updates in a row", "not finite", "Checkpoints are kept")
+    assert [m["skipped"] for m in rows(tmp_path / "run/metrics.jsonl")] == [1, 2]
+
+
+def test_help_lists_the_flags(command):
+    ended = command("train", "--help")
+    assert (
+        ended.code == 0
+        and "--config" in ended.out
+        and "--workdir" in ended.out
+        and "goes on from its last checkpoint" in ended.out
+    )
