@@ -63,8 +63,12 @@ class Loaded:
 
 
 def start() -> None:
-    """Joins the other processes where there are any, and keeps compiled programs between runs."""
-    if "JAX_COORDINATOR_ADDRESS" in os.environ or os.environ.get("TPU_WORKER_HOSTNAMES", "").count(","):
+    """Joins the other processes where there are any, and keeps compiled programs between runs.
+
+    With CAMOPD_DISTRIBUTED=1 (launch_tpu.sh sets it) JAX finds the others itself: on Cloud TPU, under SLURM or
+    MPI, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    """
+    if os.environ.get("CAMOPD_DISTRIBUTED") == "1":
         jax.distributed.initialize()
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "camopd_jax" / "xla"

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from camopd_jax import engine
 from camopd_jax.checkpoint import Checkpoints, claim_workdir
-from camopd_jax.config import Benchmark, Config
+from camopd_jax.config import Benchmark, Config, fingerprint
 from camopd_jax.data import sources, templates
 from camopd_jax.engine import Loaded
 from camopd_jax.errors import UserError
@@ -41,7 +41,8 @@ class Host:
         Raises:
           UserError: if the work directory belongs to a run with another config.
         """
-        self.config, self.student, self.streams, self.provenance = config, student, streams, provenance
+        self.config, self.student, self.streams = config, student, streams
+        self.provenance = provenance | {"config_fingerprint": fingerprint(config)}
         self.workdir = epath.Path(workdir)
         self.terminated = False
         claim_workdir(self.workdir, config)

@@ -92,9 +92,11 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
         views = [row.from_hf(found[row.hf_name.format(i)].map()) for i in layers]
 
         def piece(index: tuple[slice, ...], views=views, stacked=row.stacked) -> np.ndarray:
-            if not stacked:
-                return np.ascontiguousarray(views[0][index]).astype(dtype)
-            return np.stack([view[index[1:]].astype(dtype) for view in views[index[0]]])
+            wanted = [view[index[1:]] for view in views[index[0]]] if stacked else [views[0][index]]
+            out = np.empty((len(wanted), *wanted[0].shape), dtype)
+            for layer, view in zip(out, wanted, strict=True):
+                layer[...] = view
+            return out if stacked else out[0]
 
         leaves[row.path] = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(places, row.path), piece)
     return tree_of(leaves)

@@ -1,7 +1,11 @@
 """Hugging Face folders: round trips byte for byte, and each mistake's one line."""
 
 import json
+import os
 import shutil
+import subprocess
+import sys
+import textwrap
 
 import jax
 import ml_dtypes
@@ -205,3 +209,49 @@ def test_mesh_that_does_not_divide_the_heads(folder):
     config = from_hf(hf.read_config(folder))
     with pytest.raises(UserError, match="config.mesh.tensor is 2, which does not divide the model's heads = 9"):
         hf.load(folder, config, make_mesh(data=4, tensor=2), "float32")
+
+
+def test_loading_holds_about_one_stacked_parameter_beside_the_model(tmp_path):
+    """A checkpoint of 24 layers in bfloat16, read in float32 in a process of its own, whose memory is watched."""
+    script = f"""
+        import json, sys, threading, time
+        from pathlib import Path
+        import jax, ml_dtypes, numpy as np
+        from safetensors.numpy import save_file
+        from camopd_jax.models import hf
+        from camopd_jax.models.config import from_hf
+        from camopd_jax.models.weights import table
+        from camopd_jax.sharding import make_mesh
+
+        folder, layers = Path({str(tmp_path)!r}), 24
+        config = from_hf(dict(model_type="llama", vocab_size=1000, hidden_size=512, intermediate_size=1536,
+                              num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8))
+        shapes = {{r.hf_name.format(i): r.hf_shape for r in table(config) for i in range(layers if r.stacked else 1)}}
+        save_file({{n: np.ones(s, ml_dtypes.bfloat16) for n, s in shapes.items()}}, folder / "model.safetensors")
+
+        def held():  # MiB that are this process's own, without the mapped file
+            return int(next(l for l in open("/proc/self/status") if l.startswith("RssAnon")).split()[1]) / 1024
+
+        def watch():
+            while not done:
+                peaks.append(held())
+                time.sleep(0.001)
+
+        mesh = make_mesh(devices=jax.devices()[:1])
+        jax.block_until_ready(jax.device_put(np.zeros(8)))
+        before, peaks, done = held(), [], False
+        watcher = threading.Thread(target=watch)
+        watcher.start()
+        params = jax.block_until_ready(hf.load(folder, config, mesh, "float32"))
+        done = True
+        watcher.join()
+        sizes = [x.nbytes / 2**20 for x in jax.tree.leaves(params)]
+        print(json.dumps([sum(sizes), max(sizes), max(peaks) - before]))
+    """
+    environment = os.environ | {"XLA_FLAGS": "", "MALLOC_MMAP_THRESHOLD_": "65536"}
+    ended = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script)], env=environment, capture_output=True, text=True
+    )
+    model, stacked, peak = json.loads(ended.stdout.splitlines()[-1])
+    assert model > 300 and 70 < stacked < 80
+    assert model * 0.9 < peak < model + 1.5 * stacked, "on a CPU the model itself is in the process's memory"
