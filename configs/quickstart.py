@@ -1,9 +1,9 @@
-"""The whole job in two minutes on 2 CPU cores, with nothing to download.
+"""The whole job in about a minute on 2 CPU cores, with nothing to download.
 
 Command   python -m camopd_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
 Models    configs/quickstart/: a generalist of 0.3M parameters that learnt six text skills (reverse, sort, shift,
           add, double, swap), and its copy fine-tuned on an invented pharmacopoeia, which knows the domain and
-          lost much of the skills. configs/quickstart/make.py trained both from nothing.
+          lost a third of the skills. configs/quickstart/make.py trained both from nothing.
 Prompts   four of the six skills; the other two (double, swap) are in no prompt, as proxy prompts cover no
           one's every ability.
 """

@@ -1,0 +1,144 @@
+"""Times the same on-policy distillation work in TRL, the library most users would pick instead.
+
+One full optimiser step = sample `--new-tokens` from the student for every prompt, score the
+student's own text under one teacher, and apply one AdamW update of the full-vocabulary reverse KL
+(TRL's DistillationTrainer, beta=1).  Models are random-weight Llama checkpoints of SmolLM2-135M's
+shape unless `--model` names a Hugging Face folder, so that nothing is downloaded.
+
+    pip install torch==2.13.0 trl==1.16.0 transformers datasets accelerate
+    python trl_distill.py --batch 16 --prompt-len 64 --new-tokens 64 --steps 3 --dtype float32
+
+Prints one JSON line: seconds per step (median, after one warm-up step), completion tokens per
+second, and peak resident memory in GiB.
+"""
+
+import argparse
+import json
+import os
+import resource
+import statistics
+import tempfile
+import time
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("CUDA_DEVICE_ORDER", "PCI_BUS_ID")
+
+
+def main():
+    ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    ap.add_argument("--model", help="Hugging Face folder; default: random weights of SmolLM2-135M's shape")
+    ap.add_argument("--tokenizer", help="Hugging Face folder with a tokenizer; default: --model")
+    ap.add_argument("--batch", type=int, default=16)
+    ap.add_argument("--prompt-len", type=int, default=64)
+    ap.add_argument("--new-tokens", type=int, default=64)
+    ap.add_argument("--steps", type=int, default=3)
+    ap.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    args = ap.parse_args()
+
+    import torch
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM, TrainerCallback
+    from trl import DistillationConfig, DistillationTrainer
+
+    torch.set_num_threads(os.cpu_count())
+    dtype = getattr(torch, args.dtype)
+    if args.model:
+        student = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+    else:
+        shape = LlamaConfig(
+            vocab_size=49152,
+            hidden_size=576,
+            intermediate_size=1536,
+            num_hidden_layers=30,
+            num_attention_heads=9,
+            num_key_value_heads=3,
+            max_position_embeddings=8192,
+            rope_theta=100000.0,
+            tie_word_embeddings=True,
+            bos_token_id=1,
+            eos_token_id=2,
+            pad_token_id=2,
+        )
+        student, teacher = LlamaForCausalLM(shape).to(dtype), LlamaForCausalLM(shape).to(dtype)
+    tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
+
+    # A prompt of exactly prompt-len tokens: repeat one plain word.
+    word = tokenizer.encode(" the", add_special_tokens=False)[0]
+    prompt = tokenizer.decode([word] * args.prompt_len)
+    rows = Dataset.from_dict({"prompt": [prompt] * (args.batch * (args.steps + 2))})
+
+    # What was done, counted where it is done: tokens that generate() returned, teacher forwards, weights moved.
+    done = {"sampled": 0, "teacher_calls": 0}
+    generate, forward = student.generate, teacher.forward
+
+    def counted_generate(*positional, **named):
+        out = generate(*positional, **named)
+        done["sampled"] += out.shape[0] * (out.shape[1] - args.prompt_len)
+        return out
+
+    def counted_forward(*positional, **named):
+        done["teacher_calls"] += 1
+        return forward(*positional, **named)
+
+    student.generate, teacher.forward = counted_generate, counted_forward
+    before = student.model.layers[0].mlp.up_proj.weight.detach().clone()
+
+    stamps = []
+
+    class Clock(TrainerCallback):
+        def on_step_end(self, *_, **__):
+            stamps.append(time.perf_counter())
+
+    with tempfile.TemporaryDirectory() as out:
+        config = DistillationConfig(
+            output_dir=out,
+            per_device_train_batch_size=args.batch,
+            gradient_accumulation_steps=1,
+            max_steps=args.steps + 1,
+            max_completion_length=args.new_tokens,
+            temperature=1.0,
+            beta=1.0,
+            generation_kwargs={"min_new_tokens": args.new_tokens},
+            learning_rate=1e-6,
+            report_to=[],
+            save_strategy="no",
+            logging_strategy="no",
+            gradient_checkpointing=False,
+            disable_tqdm=True,
+            bf16=False,
+            use_cpu=not torch.cuda.is_available(),
+        )
+        trainer = DistillationTrainer(
+            model=student,
+            teacher_model=teacher,
+            args=config,
+            train_dataset=rows,
+            processing_class=tokenizer,
+            callbacks=[Clock()],
+        )
+        trainer.train()
+    seconds = [b - a for a, b in zip(stamps, stamps[1:])]
+    step = statistics.median(seconds)
+    moved = (student.model.layers[0].mlp.up_proj.weight.detach().to(before.device) - before).abs().max().item()
+    print(
+        json.dumps(
+            {
+                "system": "trl",
+                "dtype": args.dtype,
+                "batch": args.batch,
+                "prompt_len": args.prompt_len,
+                "new_tokens": args.new_tokens,
+                "seconds_per_step": round(step, 3),
+                "completion_tokens_per_second": round(args.batch * args.new_tokens / step, 1),
+                "tokens_sampled_per_step": done["sampled"] / (args.steps + 1),
+                "teacher_calls": done["teacher_calls"],
+                "largest_move": moved,
+                "peak_rss_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2),
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

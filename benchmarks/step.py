@@ -1,0 +1,192 @@
+"""Times one training step and each of its stages: rollout, score (student, teacher), select, update.
+
+    python benchmarks/step.py --shape=smollm2-135m --batch=16 --prompt=64 --answer=64
+    python benchmarks/step.py --model=HF_DIR --batch=64 --answer=512 --mesh=1,8,1 --profile=/tmp/trace
+
+Every prompt and every answer has exactly the given length (no token ends an answer), so that two
+programs on the same flags do the same work. Prints one JSON line: medians after a warm-up step, in seconds.
+
+FLOPs are counted from the model, not from the compiler: 2 per weight of a matrix product and token (twice
+that again in a backward pass; recomputation by remat is not counted), and 4 x heads x head width per pair of
+positions in attention. Bytes of a decode turn: all weights once, and the keys and values that are there.
+"""
+
+import datetime
+import json
+import platform
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import app, flags
+from shapes import SHAPES
+
+from camopd_jax import __version__, engine, phases
+from camopd_jax.config import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
+from camopd_jax.metrics import memory_gib
+from camopd_jax.models import hf
+from camopd_jax.models.config import ModelConfig, from_hf
+from camopd_jax.models.transformer import Model
+from camopd_jax.models.weights import shardings, table
+from camopd_jax.optim import init_state
+from camopd_jax.sharding import global_rows, make_mesh
+from camopd_jax.types import PromptBatch, Prompts, Scores
+
+HISTORY = Path(__file__).parent / "history.jsonl"
+
+flags.DEFINE_string("model", None, "Hugging Face folder of the student; default: random weights of --shape.")
+flags.DEFINE_string("teacher", None, "Hugging Face folder of the teacher; default: --model.")
+flags.DEFINE_enum("shape", "smollm2-135m", list(SHAPES), "Shape of the random weights.")
+flags.DEFINE_integer("batch", 16, "Prompts a step.")
+flags.DEFINE_integer("prompt", 64, "Tokens of every prompt.")
+flags.DEFINE_integer("answer", 64, "Tokens of every answer.")
+flags.DEFINE_integer("micro_batch", 8, "Sequences in one forward and backward.")
+flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of matrix products and teachers.")
+flags.DEFINE_enum("remat", "none", ["none", "dots", "block"], "What the backward pass computes again.")
+flags.DEFINE_float("mass", 0.8, "Share of the gap mass that is trained on; 1: every answer.", 0.01, 1.0)
+flags.DEFINE_string("mesh", "-1,1,1", "data,fsdp,tensor.")
+flags.DEFINE_integer("steps", 3, "Steps timed, after one that compiles.", lower_bound=1)
+flags.DEFINE_bool("record", False, f"Append the line to {HISTORY.name}.")
+flags.DEFINE_string("profile", None, "Folder for an XProf trace of one more step.")
+
+
+def matrix_weights(config: ModelConfig) -> int:
+    """Weights that a token meets in a matrix product: all kernels and the head, without the embedding's look-up."""
+    kernels = sum(int(np.prod(row.shape(config.num_layers))) for row in table(config) if row.path[-1] == "kernel")
+    return kernels + config.vocab_size * config.hidden_size
+
+
+def forward_flops(config: ModelConfig, batch: int, start: int, end: int, logits: int) -> float:
+    """Of `batch` rows, positions start..end, with logits at `logits` positions of each."""
+    pairs = sum(range(start + 1, end + 1))
+    head = config.vocab_size * config.hidden_size
+    dense = 2 * ((matrix_weights(config) - head) * (end - start) + head * logits)
+    return batch * (dense + 4 * config.num_layers * config.num_heads * config.head_dim * pairs)
+
+
+def decode_bytes(
+    config: ModelConfig, batch: int, prompt: int, answer: int, weight_bytes: int, cache_bytes: int
+) -> float:
+    """Read by a whole rollout's decode turns: weights once a turn, keys and values of the tokens before."""
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cache_bytes
+    return answer * matrix_weights(config) * weight_bytes + batch * cache * sum(range(prompt, prompt + answer))
+
+
+def build():
+    """(config, student model, student parameters, teacher parameters) on the mesh."""
+    values = flags.FLAGS
+    mesh = make_mesh(*map(int, values.mesh.split(",")))
+    compute = Compute(teacher=values.dtype, matmul=values.dtype, remat=values.remat)
+    length = values.prompt + values.answer
+    method = Method(recovery=Phase("absolute_gap", values.mass, 2.0))
+    config = TrainConfig(
+        "general", "specialised", Stream("g"), Stream("d"), method=method, compute=compute,
+        rollout=RolloutConfig(batch_size=values.batch, max_prompt_tokens=values.prompt,
+                              max_response_tokens=values.answer, smallest_bucket=min(64, values.answer)),
+        optimizer=Optimizer(learning_rate=1e-6, micro_batch=values.micro_batch),
+    )  # fmt: skip
+    shape = hf.read_config(Path(values.model)) if values.model else SHAPES[values.shape]
+    model = Model(from_hf(shape, context=length), mesh=mesh, dtype=engine.matmul_dtype(compute), remat=values.remat)
+    if values.model:
+        student = hf.load(Path(values.model), model.config, mesh, compute.params)
+        teacher = hf.load(Path(values.teacher or values.model), model.config, mesh, engine.teacher_dtype(compute))
+    else:
+        places = shardings(model.config, mesh)
+        make = jax.jit(model.init, out_shardings=places)
+        student = make(jax.random.key(0))
+        cast = jax.jit(partial(jax.tree.map, lambda p: p.astype(engine.teacher_dtype(compute))), out_shardings=places)
+        teacher = cast(make(jax.random.key(1)))
+    return config, model, student, teacher
+
+
+def main(_) -> None:
+    engine.start()
+    values = flags.FLAGS
+    config, model, student, teacher = build()
+    state = init_state(student, "shared")
+    before = np.asarray(student["final_norm"]["scale"])
+    programs = phases.compile_programs(config, model, (), state)
+    random = np.random.default_rng(0)
+
+    def step(number: int, state):
+        """The same calls as phases.run, each waited for."""
+        seconds: dict[str, float] = {}
+
+        def timed(name, call):
+            started = time.perf_counter()
+            out = jax.block_until_ready(call())
+            seconds[name] = time.perf_counter() - started
+            return out
+
+        tokens = random.integers(0, model.config.vocab_size, (values.batch, values.prompt)).astype(np.int32)
+        host = Prompts(tokens, np.full(values.batch, values.prompt, np.int32))
+        prompts = global_rows(
+            model.mesh, PromptBatch(host, host, np.arange(values.batch, dtype=np.int32)), values.batch
+        )
+        answers = timed("rollout", lambda: programs.rollout(state.params, prompts, state.step))
+        asked = prompts.student, answers.tokens, answers.lengths
+        ours = timed("score_student", lambda: programs.score(model, state.params, *asked))
+        theirs = timed("score_teacher", lambda: programs.score(model, teacher, *asked))
+        scores = Scores(ours, theirs)
+        selection = timed("select", lambda: programs.select["recovery"](scores, answers.lengths))
+        state, _ = timed(
+            "update", lambda: programs.update["recovery"](state, prompts.student, answers, scores, selection)
+        )
+        return state, seconds, {"selected": int(selection.count), "sampled": int(jnp.sum(answers.lengths))}
+
+    started = time.perf_counter()
+    state, _, _ = step(0, state)
+    compiled = time.perf_counter() - started
+    all_seconds, selected, sampled = [], [], []
+    for number in range(1, values.steps + 1):
+        state, seconds, done = step(number, state)
+        all_seconds.append(seconds)
+        selected.append(done["selected"])
+        sampled.append(done["sampled"])
+    if values.profile:
+        with jax.profiler.trace(values.profile):
+            step(values.steps + 1, state)
+
+    median = {name: statistics.median(s[name] for s in all_seconds) for name in all_seconds[0]}
+    total = statistics.median(sum(s.values()) for s in all_seconds)
+    c, batch, prompt, answer = model.config, values.batch, values.prompt, values.answer
+    length = prompt + answer
+    forward = forward_flops(c, batch, 0, length, answer)
+    flops = {
+        "rollout": forward_flops(c, batch, 0, prompt, 0) + forward_flops(c, batch, prompt, length, answer),
+        "score_student": forward,
+        "score_teacher": forward,
+        "update": 3 * forward * statistics.median(selected) / batch,
+    }
+    weight_bytes = jnp.dtype(config.compute.params).itemsize
+    read = decode_bytes(c, batch, prompt, answer, weight_bytes, jnp.dtype(model.dtype).itemsize)
+    line = {
+        "date": datetime.date.today().isoformat(),
+        "version": __version__,
+        "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {platform.machine()}",
+        "model": Path(values.model).name if values.model else values.shape,
+        "batch": batch, "prompt": prompt, "answer": answer, "micro_batch": values.micro_batch, "mesh": values.mesh,
+        "dtype": str(model.dtype), "remat": values.remat, "mass": values.mass, "steps": values.steps,
+        "selected": statistics.median(selected),
+        "tokens_sampled_per_step": statistics.median(sampled),
+        "largest_move": float(np.max(np.abs(np.asarray(state.params["final_norm"]["scale"]) - before))),
+        "seconds_per_step": round(total, 4),
+        "seconds": {name: round(s, 4) for name, s in median.items()},
+        "answer_tokens_per_second": round(batch * answer / total, 1),
+        "gflop_per_second": {name: round(f / median[name] / 1e9, 1) for name, f in flops.items()},
+        "decode_gb_per_second": round(read / median["rollout"] / 1e9, 2),
+        "first_step_seconds": round(compiled, 1),
+        "peak_memory_gib": round(memory_gib(), 2),
+    }  # fmt: skip
+    print(json.dumps(line), flush=True)
+    if values.record:
+        with HISTORY.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+
+
+if __name__ == "__main__":
+    app.run(main)

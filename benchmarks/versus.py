@@ -1,0 +1,110 @@
+"""Our step beside what users would pick instead, alternating on one machine, same shapes.
+
+    python -m venv peers && peers/bin/pip install torch trl==1.16.0 transformers datasets accelerate \
+        google-tunix jax flax
+    python benchmarks/versus.py --peers_python=peers/bin/python --tokenizer=HF_DIR --rounds=5
+
+TRL's DistillationTrainer does a whole step (sample, score under one teacher, one AdamW update of the full-vocabulary
+reverse KL); Tunix's sampler does the sampling alone. All are random weights of SmolLM2-135M's shape. Each contender is
+a process of its own, so that peak memory is its own; every round runs each of them once. What is compared are medians
+over rounds; a contender that did other work than ours (tokens sampled, teacher scored, weights moved) ends the run.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
+HERE = Path(__file__).parent
+
+flags.DEFINE_string("peers_python", None, "Python that has TRL and Tunix installed.", required=True)
+flags.DEFINE_string("tokenizer", None, "Hugging Face folder with SmolLM2's tokenizer, for the peers.", required=True)
+flags.DEFINE_integer("batch", 16, "Prompts a step.")
+flags.DEFINE_integer("prompt", 64, "Tokens of every prompt.")
+flags.DEFINE_integer("answer", 64, "Tokens of every answer.")
+flags.DEFINE_integer("rounds", 5, "Rounds of alternation.")
+flags.DEFINE_integer("steps", 2, "Timed steps of each process.")
+flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of all contenders.")
+flags.DEFINE_string("out", None, "JSON file for every line that the contenders printed.")
+
+
+def contenders() -> dict[str, list[str]]:
+    """{name: command}."""
+    v = flags.FLAGS
+    ours = [sys.executable, HERE / "step.py", f"--batch={v.batch}", f"--prompt={v.prompt}", f"--answer={v.answer}",
+            f"--dtype={v.dtype}", f"--steps={v.steps}"]  # fmt: skip
+    sizes = [f"--batch={v.batch}", f"--prompt-len={v.prompt}", f"--new-tokens={v.answer}", f"--dtype={v.dtype}",
+             f"--tokenizer={v.tokenizer}"]  # fmt: skip
+    return {
+        "ours, every answer": [*ours, "--mass=1"],
+        "ours, CaMOPD": [*ours, "--mass=0.8"],
+        "TRL": [v.peers_python, HERE / "peers" / "trl_distill.py", *sizes, f"--steps={v.steps}"],
+        "Tunix": [v.peers_python, HERE / "peers" / "tunix_sample.py", *sizes, f"--repeats={v.steps}"],
+    }
+
+
+def run(command: list[str]) -> dict:
+    """The JSON line that a contender prints last."""
+    ended = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+    if ended.returncode:
+        raise SystemExit(f"{' '.join(map(str, command))}\n{ended.stderr[-3000:]}")
+    return json.loads(next(line for line in reversed(ended.stdout.splitlines()) if line.startswith("{")))
+
+
+def check_same_work(name: str, line: dict) -> None:
+    """Ends the run unless the contender sampled every token, and where it trains, scored and moved its weights."""
+    wanted = flags.FLAGS.batch * flags.FLAGS.answer
+    sampled = line.get("tokens_sampled_per_step", line.get("tokens_sampled_per_call"))
+    if sampled != wanted:
+        raise SystemExit(f"{name} sampled {sampled} tokens a step, not {wanted}")
+    if name != "Tunix" and not line["largest_move"] > 0:
+        raise SystemExit(f"{name} moved no weight")
+    if name == "TRL" and line["teacher_calls"] < flags.FLAGS.steps + 1:
+        raise SystemExit(f"{name} asked its teacher {line['teacher_calls']} times")
+
+
+def main(_) -> None:
+    lines: dict[str, list[dict]] = {name: [] for name in contenders()}
+    for number in range(flags.FLAGS.rounds):
+        for name, command in contenders().items():
+            line = run(command)
+            check_same_work(name, line)
+            lines[name].append(line)
+            seconds = line.get("seconds_per_step", line.get("seconds_per_call"))
+            print(f"round {number + 1}: {name} {seconds:.2f} s", flush=True)
+    if flags.FLAGS.out:
+        Path(flags.FLAGS.out).write_text(json.dumps(lines, indent=1) + "\n")
+
+    def figures(name: str, sampling: bool) -> list[float]:
+        of = {True: lambda l: l["seconds"]["rollout"] if "seconds" in l else l["seconds_per_call"],
+              False: lambda l: l["seconds_per_step"]}[sampling]  # fmt: skip
+        return [of(line) for line in lines[name]]
+
+    def row(view: Table, name: str, sampling: bool, peer: float) -> None:
+        seconds = figures(name, sampling)
+        memory = statistics.median(line.get("peak_memory_gib", line.get("peak_rss_gib")) for line in lines[name])
+        middle = statistics.median(seconds)
+        view.add_row(
+            name, f"{middle:.2f}", f"{min(seconds):.2f} - {max(seconds):.2f}", f"{peer / middle:.2f}", f"{memory:.2f}"
+        )
+
+    for title, sampling, peer, names in (
+        ("A whole step", False, "TRL", ["TRL", "ours, every answer", "ours, CaMOPD"]),
+        ("Sampling alone", True, "Tunix", ["Tunix", "ours, every answer"]),
+    ):
+        view = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
+        for column in ("", "median seconds", "spread", f"times {peer}", "peak GiB"):
+            view.add_column(column, justify="right" if column else "left")
+        for name in names:
+            row(view, name, sampling, statistics.median(figures(peer, sampling)))
+        Console().print(view)
+
+
+if __name__ == "__main__":
+    app.run(main)
