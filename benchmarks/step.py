@@ -1,7 +1,7 @@
 """Times one training step and each of its stages: rollout, score (student, teacher), select, update.
 
     python benchmarks/step.py --shape=smollm2-135m --batch=16 --prompt=64 --answer=64
-    python benchmarks/step.py --model=HF_DIR --batch=64 --answer=512 --mesh=1,8,1 --profile=/tmp/trace
+    python benchmarks/step.py --model=HF_DIR --batch=64 --answer=512 --mesh=1,8,1 --profile=trace
 
 Every prompt and every answer has exactly the given length (no token ends an answer), so that two
 programs on the same flags do the same work. Prints one JSON line: medians after a warm-up step, in seconds.

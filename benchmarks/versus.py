@@ -1,6 +1,6 @@
 """Our step beside what users would pick instead, alternating on one machine, same shapes.
 
-    python -m venv peers && peers/bin/pip install torch trl==1.16.0 transformers datasets accelerate \
+    python -m venv peers && peers/bin/pip install torch trl==1.16.0 transformers datasets accelerate \\
         google-tunix jax flax
     python benchmarks/versus.py --peers_python=peers/bin/python --tokenizer=HF_DIR --rounds=5
 

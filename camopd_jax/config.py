@@ -398,21 +398,27 @@ _FREE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation")
 
 def fingerprint(config: Config) -> str:
     """A hash of everything that decides what a run computes, save how long it goes on."""
-    kept = {k: v for k, v in to_json(config).items() if k not in _FREE}
-    if config.optimizer.schedule != "constant":
-        kept["steps"] = config.steps
+    kept = _deciding(to_json(config))
     return hashlib.sha256(json.dumps([type(config).__name__, kept], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def different_fields(before: dict[str, Any], after: dict[str, Any], where: str = "config") -> list[str]:
-    """Names of the fields, other than the free ones, whose values differ between two resolved configs."""
+def different_fields(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Names of the fields that decide what a run computes and differ between two resolved configs."""
+    return _different(_deciding(before), _deciding(after), "config")
+
+
+def _deciding(values: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config without its free fields. A learning rate that ends with the last step depends on `steps`."""
+    free = set(_FREE) - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
+    return {name: value for name, value in values.items() if name not in free}
+
+
+def _different(before: dict[str, Any], after: dict[str, Any], where: str) -> list[str]:
     names = []
     for key in sorted(before.keys() | after.keys()):
-        if where == "config" and key in _FREE:
-            continue
         a, b = before.get(key), after.get(key)
         if isinstance(a, dict) and isinstance(b, dict):
-            names += different_fields(a, b, f"{where}.{key}")
+            names += _different(a, b, f"{where}.{key}")
         elif a != b:
             names.append(f"{where}.{key}")
     return names
