@@ -26,10 +26,10 @@ def test_every_command_and_config_that_is_named_exists():
             assert (ROOT / config).exists() or config == "configs/mine.py", config
 
 
-def test_ci_runs_the_test_command_word_for_word():
-    (command,) = (line for line in TEXT.splitlines() if re.fullmatch("python .*/pytest", line))
-    assert "requirements.lock" in command
-    assert "grep -x 'python .*/pytest' README.md" in (ROOT / ".ci" / "run").read_text()
+def test_ci_runs_both_commands_word_for_word():
+    for pattern in ("python .*--workdir=runs/quickstart", "python .*/pytest"):
+        assert len([line for line in TEXT.splitlines() if re.fullmatch(pattern, line)]) == 1
+        assert f"grep -x '{pattern}' README.md" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_the_lock_holds_every_requirement():

@@ -1,6 +1,7 @@
 """Tokenizers and chat templates: how a request is put before a model."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ Row = dict[str, Any]
 
 def load_tokenizer(folder: Path) -> Any:
     """The tokenizer of a Hugging Face folder; code that comes with a checkpoint is never run."""
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch, which nobody needs here
     from transformers import AutoTokenizer  # slow to import
 
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
