@@ -24,6 +24,7 @@ from camopd_jax.data.pipeline import PromptStream
 from camopd_jax.engine import Loaded
 from camopd_jax.evals.report import table
 from camopd_jax.host import Host
+from camopd_jax.jsonl import read_rows
 from camopd_jax.metrics import memory_gib
 from camopd_jax.models import hf
 from camopd_jax.optim import init_state
@@ -90,6 +91,7 @@ def train(config: TrainConfig, workdir: str) -> None:
         return
     student_scores = host.evaluate("student", int(state.step), student.with_params(state.params))
     host.finish(state)
+    host.display.say(clip_rates(read_rows(host.workdir / "metrics.jsonl")))
     if student_scores:
         host.display.say(table(general_scores, specialised_scores, student_scores))
 
@@ -113,11 +115,12 @@ class TrainHost(Host):
         self.record(row, self._samples(outcome, tokens, lengths))
 
     def _samples(self, outcome: Outcome, tokens: np.ndarray, lengths: np.ndarray) -> list[dict]:
-        """The first answers of the batch, with the gap of each token."""
+        """The first answers of the batch, with each token's gap, and its log-probability as scored and as sampled."""
         prompts = outcome.prompts
         arrays = (prompts.student.tokens, prompts.student.lengths, prompts.index, outcome.scores.student,
-                  outcome.scores.teacher, outcome.selection.weights, outcome.rollout.stopped)  # fmt: skip
-        asked, asked_lengths, index, student, teacher, weights, stopped = map(local_rows, arrays)
+                  outcome.scores.teacher, outcome.rollout.logprobs, outcome.selection.weights,
+                  outcome.rollout.stopped)  # fmt: skip
+        asked, asked_lengths, index, student, teacher, sampler, weights, stopped = map(local_rows, arrays)
         decode = self.student.tokenizer.decode
         return [
             {
@@ -127,12 +130,31 @@ class TrainHost(Host):
                 "prompt": decode(asked[i, : asked_lengths[i]]),
                 "response": decode(tokens[i, : lengths[i]]),
                 "tokens": [decode([t]) for t in tokens[i, : lengths[i]]],
-                "gaps": [round(float(g), 4) for g in (teacher - student)[i, : lengths[i]]],
+                "gaps": _rounded((teacher - student)[i, : lengths[i]]),
+                "logprobs": _rounded(student[i, : lengths[i]]),
+                "sampler_logprobs": _rounded(sampler[i, : lengths[i]]),
                 "selected": bool(weights[i]),
                 "finish_reason": "stop" if stopped[i] else "length",
             }
             for i in range(min(self.config.log.samples, len(tokens)))
         ]
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    return [round(float(value), 4) for value in values]
+
+
+def clip_rates(metrics: list[dict]) -> str:
+    """How often each phase's gradient was clipped, and what it means where that was always."""
+    clipped = {phase: [row["grad_clipped"] for row in metrics if row["phase"] == phase] for phase in phases.PHASES}
+    rates = {phase: sum(steps) / len(steps) for phase, steps in clipped.items() if steps}
+    told = "gradients clipped: " + ", ".join(f"{100 * rate:.0f} % of {phase} steps" for phase, rate in rates.items())
+    if min(rates.values()) > 0.95:
+        told += (
+            "; a clip that always bites makes all gradients equally long and cancels the phases' scales: raise "
+            "config.optimizer.clip_norm to let them act"
+        )
+    return told
 
 
 if __name__ == "__main__":

@@ -74,7 +74,9 @@ def test_samples_hold_the_gap_of_every_token(whole):
     samples = rows(whole[0] / "samples.jsonl")
     assert len(samples) == 2 * STEPS
     for row in samples:
-        assert len(row["tokens"]) == len(row["gaps"]) and "".join(row["tokens"]) == row["response"]
+        assert len(row["tokens"]) == len(row["gaps"]) == len(row["logprobs"])
+        np.testing.assert_allclose(row["logprobs"], row["sampler_logprobs"], atol=1e-3)
+        assert "".join(row["tokens"]) == row["response"]
         assert row["prompt"].startswith("<|user|>") and row["finish_reason"] in ("stop", "length")
         assert (row["tokens"][-1] == "<|end|>") == (row["finish_reason"] == "stop")
 
@@ -336,6 +338,15 @@ def test_steps_that_are_not_finite_end_the_run(command, other, tmp_path):
     ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags)
     one_line(ended, "2 updates in a row", "not finite", "Checkpoints are kept")
     assert [m["skipped"] for m in rows(tmp_path / "run/metrics.jsonl")] == [1, 2]
+
+
+def test_clip_rates_by_phase():
+    from camopd_jax.train import clip_rates
+
+    steps = [("recovery", 1.0), ("recovery", 0.0), ("review", 1.0)]
+    metrics = [{"phase": phase, "grad_clipped": clipped} for phase, clipped in steps]
+    assert clip_rates(metrics) == "gradients clipped: 50 % of recovery steps, 100 % of review steps"
+    assert "cancels the phases' scales" in clip_rates(metrics[:1] + metrics[2:])
 
 
 def test_help_lists_the_flags(command):
