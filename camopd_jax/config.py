@@ -50,6 +50,9 @@ class RolloutConfig:
     top_p: float = 1.0  # 1: off
     min_p: float = 0.0  # 0: off
     smallest_bucket: int = 64  # prompt and answer lengths are padded to this times a power of two
+    # The student's log-probabilities of its answers: a forward pass of their own, or what the sampler knew of them.
+    # The two are checked against each other now and then. "auto": the sampler's where products are float32
+    student_logprobs: Literal["auto", "forward", "sampler"] = "auto"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ import jax.numpy as jnp
 
 from camopd_jax.config import Method, TrainConfig
 from camopd_jax.data.pipeline import bucket
+from camopd_jax.errors import UserError
 from camopd_jax.metrics import Stages
 from camopd_jax.sharding import global_rows
 from camopd_jax.steps.rollout import rollout
@@ -33,6 +34,8 @@ from camopd_jax.steps.update import recovery_update, review_update
 from camopd_jax.types import LanguageModel, Params, PromptBatch, Rollout, Scores, Selection, TrainState
 
 PHASES = ("recovery", "review")
+CHECK_EVERY = 16  # steps, where the sampler's log-probabilities are taken for the student's
+LARGEST_SAMPLER_GAP = 1e-3  # nats per token between the two, beyond which they may not be
 
 
 def phase_at(step: int, method: Method) -> str:
@@ -55,6 +58,7 @@ class Programs:
     """The compiled functions of a step. Each compiles once per shape bucket, over a whole run."""
 
     student: LanguageModel
+    trusts_sampler: bool  # its log-probabilities are the student's, and spare a forward pass
     rollout: Callable[[Params, PromptBatch, jax.Array], Rollout]
     score: Callable[..., jax.Array]
     select: dict[str, Callable[[Scores, jax.Array], Selection]]
@@ -82,8 +86,10 @@ def compile_programs(
     kept_in_place = (jax.tree.map(lambda x: x.sharding, state), None)
     update = {"recovery": recovery_update, "review": review_update}
     branch = {"recovery": config.method.recovery, "review": config.method.review}
+    exact = jnp.dtype(model.dtype) == jnp.float32
     return Programs(
         student=model,
+        trusts_sampler={"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs],
         rollout=jax.jit(answer),
         score=jax.jit(partial(score, chunk=config.compute.logits_chunk), static_argnums=0),
         select={name: jax.jit(partial(select, phase=branch[name])) for name in PHASES},
@@ -143,16 +149,8 @@ def run(
         with stages("rollout"):
             answers = cut_to_bucket(answers, config.rollout.smallest_bucket)
         with stages("score"):
-            scores = jax.block_until_ready(
-                Scores(
-                    student=programs.score(
-                        programs.student, state.params, prompts.student, answers.tokens, answers.lengths
-                    ),
-                    teacher=programs.score(
-                        branch.teacher, branch.teacher_params, prompts.teacher, answers.tokens, answers.lengths
-                    ),
-                )
-            )
+            two_ways = not programs.trusts_sampler or step % CHECK_EVERY == 0
+            scores = jax.block_until_ready(score_both(programs, branch, state, prompts, answers, two_ways))
         with stages("select"):
             selection = jax.block_until_ready(programs.select[phase](scores, answers.lengths))
         with stages("update"):
@@ -160,6 +158,7 @@ def run(
                 programs.update[phase](state, prompts.student, answers, scores, selection)
             )
 
+        compare(metrics, two_ways, programs.trusts_sampler, step)
         waiting = Outcome(step, phase, prompts, answers, scores, selection, metrics, stages.seconds())
         if observer.due(step + 1):
             observer.log(waiting)
@@ -167,6 +166,35 @@ def run(
             if observer.milestone(step + 1, state):
                 break
     return state
+
+
+def score_both(
+    programs: Programs, branch: Branch, state: TrainState, prompts: PromptBatch, answers: Rollout, forward: bool
+) -> Scores:
+    """Log-probabilities of the answers under the student and the branch's teacher.
+
+    The student's were known when it sampled: where they are trusted, only `forward` asks for a pass of their own.
+    """
+    said = answers.tokens, answers.lengths
+    teacher = programs.score(branch.teacher, branch.teacher_params, prompts.teacher, *said)
+    if not forward:
+        return Scores(answers.logprobs, teacher)
+    return Scores(programs.score(programs.student, state.params, prompts.student, *said), teacher)
+
+
+def compare(metrics: dict[str, jax.Array], forward: bool, trusts_sampler: bool, step: int) -> None:
+    """Drops a sampler gap that compares nothing.
+
+    Raises:
+      UserError: if the sampler is trusted, and off.
+    """
+    if not forward:
+        del metrics["sampler_gap"]
+    elif trusts_sampler and metrics["sampler_gap"] > LARGEST_SAMPLER_GAP:
+        raise UserError(
+            f"config.rollout.student_logprobs: at step {step} the sampler's log-probabilities are "
+            f'{metrics["sampler_gap"]:.4f} nats a token off a forward pass; set it to "forward"'
+        )
 
 
 def cut_to_bucket(answers: Rollout, smallest_bucket: int) -> Rollout:

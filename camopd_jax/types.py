@@ -92,8 +92,8 @@ class TrainState:
 class KVCache:
     """Keys and values of earlier tokens. A slot whose position is `EMPTY` is attended by nobody."""
 
-    keys: jax.Array  # [L, B, S, G, K]
-    values: jax.Array  # [L, B, S, G, K]
+    keys: tuple[jax.Array, ...]  # of each layer, [B, G, S, K]
+    values: tuple[jax.Array, ...]  # the same
     positions: jax.Array  # int32[B, S], position of each slot's token in its row, or EMPTY
 
 
@@ -107,9 +107,13 @@ class LanguageModel(Protocol):
     """
 
     mesh: Mesh | None  # where its arrays lie; None: one device
+    dtype: str  # of activations and matrix products
 
     def hidden(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
         """Final hidden states `[B, S, D]` of whole rows; causal, so right-padding changes nothing."""
+
+    def for_decoding(self, params: Params) -> Params:
+        """Parameters as `prefill`, `decode` and `logits` take them: cast once, each layer's apart."""
 
     def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
         """Hidden states `[B, P, D]` of the prompts, and a cache of P slots (padding slots EMPTY)."""

@@ -1,5 +1,6 @@
 """The decoder-only transformer, and `Model`: the face of it that the compiled steps see."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,20 +22,20 @@ class Block(nn.Module):
 
     config: ModelConfig
     mesh: Mesh | None
-    keep_kv: bool
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, shared: dict[str, Any], layer: dict[str, Any]):
+        """The layer's output, and its cache with the new keys and values; None without a cache."""
         c = self.config
 
         def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
-        y, kv = Attention(c, self.mesh, name="attention")(norm("attention_norm", x_BSD), shared, layer)
+        y, cache = Attention(c, self.mesh, name="attention")(norm("attention_norm", x_BSD), shared, layer)
         x_BSD = x_BSD + (norm("post_attention_norm", y) if c.post_norms else y)
         y = FeedForward(c, self.mesh, name="mlp")(norm("mlp_norm", x_BSD))
         x_BSD = x_BSD + (norm("post_mlp_norm", y) if c.post_norms else y)
-        return constrain(x_BSD, self.mesh, *ACTIVATION), kv if self.keep_kv else None
+        return constrain(x_BSD, self.mesh, *ACTIVATION), cache
 
 
 class Decoder(nn.Module):
@@ -54,28 +55,13 @@ class Decoder(nn.Module):
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
 
     @nn.compact
-    def __call__(
-        self, tokens_BS: jax.Array, positions_BS: jax.Array, cache: KVCache | None = None, keep_kv: bool = False
-    ):
-        """Hidden states `[B, S, D]`, and with `keep_kv` the new keys and values `[L, B, S, G, K]`."""
+    def __call__(self, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
+        """Hidden states `[B, S, D]`, through scanned layers: one layer is compiled, whatever the depth."""
         c = self.config
-        x = jnp.take(self.embedding, tokens_BS, axis=0).astype(self.dtype)
-        if c.embed_scale != 1.0:
-            x *= jnp.asarray(c.embed_scale, self.dtype)
-        x = constrain(x, self.mesh, *ACTIVATION)
-        shared = {
-            "positions": positions_BS,
-            "rotation": rotation(c.ropes, c.head_dim, positions_BS),
-            "cache_positions": () if cache is None else (cache.positions,),
-        }
         windows = None
         if any(w is not None for w in c.windows):
             windows = jnp.asarray([EMPTY if w is None else w for w in c.windows], jnp.int32)
-        layers = {
-            "rope": jnp.asarray(c.layer_rope, jnp.int32),
-            "window": windows,
-            "cache": () if cache is None else (cache.keys, cache.values),
-        }
+        layers = {"rope": jnp.asarray(c.layer_rope, jnp.int32), "window": windows, "cache": None}
         block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
             block,
@@ -84,8 +70,49 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=c.num_layers,
         )
-        x, kv = scanned(c, self.mesh, keep_kv, name="layers")(x, shared, layers)
-        return self.final_norm(x), kv
+        x, _ = scanned(c, self.mesh, name="layers")(
+            self.embed(tokens_BS), self.shared(positions_BS, positions_BS), layers
+        )
+        return self.final_norm(x)
+
+    def extend(
+        self,
+        layers: Sequence[Params],
+        tokens_BS: jax.Array,
+        positions_BS: jax.Array,
+        key_positions_BS: jax.Array,
+        cache: KVCache,
+        slot: jax.Array,
+    ) -> tuple[jax.Array, KVCache]:
+        """Hidden states of tokens that join a cache at `slot`.
+
+        Layer by layer, each with parameters of its own: a scan would copy every layer's weights and cache
+        out of their stacks, at every token of an answer.
+        """
+        c = self.config
+        key_positions = jax.lax.dynamic_update_slice(cache.positions, key_positions_BS, (0, slot))
+        shared = self.shared(positions_BS, key_positions) | {"slot": slot}
+        x, kv = self.embed(tokens_BS), []
+        for i, params in enumerate(layers):
+            layer = {"rope": c.layer_rope[i], "window": c.windows[i], "cache": (cache.keys[i], cache.values[i])}
+            x, new = Block(c, self.mesh, parent=None).apply({"params": params}, x, shared, layer)
+            kv.append(new)
+        keys, values = zip(*kv, strict=True)
+        return self.final_norm(x), KVCache(keys, values, key_positions)
+
+    def embed(self, tokens_BS: jax.Array) -> jax.Array:
+        x = jnp.take(self.embedding, tokens_BS, axis=0).astype(self.dtype)
+        if self.config.embed_scale != 1.0:
+            x *= jnp.asarray(self.config.embed_scale, self.dtype)
+        return constrain(x, self.mesh, *ACTIVATION)
+
+    def shared(self, positions_BS: jax.Array, key_positions_BS: jax.Array) -> dict[str, Any]:
+        """What is the same for all layers."""
+        return {
+            "positions": positions_BS,
+            "key_positions": key_positions_BS,
+            "rotation": rotation(self.config.ropes, self.config.head_dim, positions_BS),
+        }
 
     def logits(self, hidden: jax.Array) -> jax.Array:
         c = self.config
@@ -118,27 +145,36 @@ class Model:
 
     def hidden(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None, :]
-        return self._decoder.apply({"params": params}, tokens_BS, positions)[0]
+        return self._decoder.apply({"params": params}, tokens_BS, positions)
+
+    def for_decoding(self, params: Params) -> Params:
+        def cast(path, p: jax.Array) -> jax.Array:
+            return p if path[-1].key == "scale" else p.astype(self.dtype)  # norms stay as they are: they act in float32
+
+        params = jax.tree_util.tree_map_with_path(cast, params)
+        layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(self.config.num_layers)]
+        return params | {"layers": tuple(layers)}
 
     def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
-        slots = jnp.arange(tokens_BP.shape[1], dtype=jnp.int32)[None, :]
-        hidden, (keys, values) = self._decoder.apply({"params": params}, tokens_BP, slots, keep_kv=True)
-        return hidden, KVCache(keys, values, jnp.where(slots < lengths_B[:, None], slots, EMPTY))
+        c, (batch, prompt_slots) = self.config, tokens_BP.shape
+        empty = jnp.zeros((batch, c.num_kv_heads, prompt_slots, c.head_dim), self.dtype)
+        empty = constrain(empty, self.mesh, "batch", "kv_heads", "sequence", "head_dim")
+        nobody = jnp.full(tokens_BP.shape, EMPTY)
+        cache = KVCache((empty,) * c.num_layers, (empty,) * c.num_layers, nobody)
+        slots = jnp.broadcast_to(jnp.arange(prompt_slots, dtype=jnp.int32), tokens_BP.shape)
+        seen = jnp.where(slots < lengths_B[:, None], slots, EMPTY)
+        return self._extend(params, tokens_BP, slots, seen, cache, jnp.int32(0))
 
     def decode(
         self, params: Params, token_B: jax.Array, position_B: jax.Array, cache: KVCache, slot: jax.Array
     ) -> tuple[jax.Array, KVCache]:
-        hidden, (keys, values) = self._decoder.apply(
-            {"params": params}, token_B[:, None], position_B[:, None], cache, keep_kv=True
-        )
-        # The layers only read the cache; all of them are written here at once, in place.
-        zero = jnp.zeros_like(slot)
-        place = (zero, zero, slot, zero, zero)
-        return hidden[:, 0], KVCache(
-            jax.lax.dynamic_update_slice(cache.keys, keys, place),
-            jax.lax.dynamic_update_slice(cache.values, values, place),
-            jax.lax.dynamic_update_slice(cache.positions, position_B[:, None], (zero, slot)),
-        )
+        position_B1 = position_B[:, None]
+        hidden, cache = self._extend(params, token_B[:, None], position_B1, position_B1, cache, slot)
+        return hidden[:, 0], cache
+
+    def _extend(self, params: Params, *args) -> tuple[jax.Array, KVCache]:
+        others = {name: p for name, p in params.items() if name != "layers"}
+        return self._decoder.apply({"params": others}, params["layers"], *args, method=Decoder.extend)
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
         return self._decoder.apply({"params": params}, hidden, method=Decoder.logits)

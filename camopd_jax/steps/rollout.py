@@ -35,6 +35,7 @@ def rollout(
       eos_ids: tokens that end an answer; without any, every answer has `max_new` tokens.
     """
     batch, prompt_slots = prompts.tokens.shape
+    params = model.for_decoding(params)
     hidden_BPD, cache = model.prefill(params, prompts.tokens, prompts.lengths)
     last_B11 = (prompts.lengths - 1)[:, None, None]
     state = {
@@ -90,8 +91,8 @@ def _grow(cache: KVCache, slots: int, model: LanguageModel) -> KVCache:
     more = slots - cache.positions.shape[1]
 
     def pad(array: jax.Array) -> jax.Array:
-        array = jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0), (0, 0)))
-        return constrain(array, model.mesh, "layers", "batch", "sequence", "kv_heads", "head_dim")
+        array = jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0)))
+        return constrain(array, model.mesh, "batch", "kv_heads", "sequence", "head_dim")
 
     positions = jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=EMPTY)
-    return KVCache(pad(cache.keys), pad(cache.values), positions)
+    return KVCache(tuple(map(pad, cache.keys)), tuple(map(pad, cache.values)), positions)

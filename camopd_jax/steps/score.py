@@ -29,14 +29,13 @@ def token_logprobs(
     """log softmax(logits)[token] in nats, float32[B, T], of the tokens that the hidden states predict.
 
     Slots are taken a few at a time, so that about `chunk` tokens' logits (at least one slot of every
-    row) exist at once; the backward pass makes them again.
+    row) exist at once; where there are several pieces, the backward pass makes them again.
     """
     batch, slots, width = hidden_BTD.shape
     step = min(slots, max(1, chunk // batch))
     steps = -(-slots // step)
     padding = steps * step - slots
 
-    @jax.checkpoint
     def piece(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
         logits = model.logits(params, hidden) / temperature
         chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
@@ -46,7 +45,7 @@ def token_logprobs(
         return piece(hidden_BTD, tokens_BT)
     hidden = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0))).reshape(batch, steps, step, width).swapaxes(0, 1)
     tokens = jnp.pad(tokens_BT, ((0, 0), (0, padding))).reshape(batch, steps, step).swapaxes(0, 1)
-    logprobs = jax.lax.map(lambda xs: piece(*xs), (hidden, tokens))
+    logprobs = jax.lax.map(lambda xs: jax.checkpoint(piece)(*xs), (hidden, tokens))
     return logprobs.swapaxes(0, 1).reshape(batch, steps * step)[:, :slots]
 
 

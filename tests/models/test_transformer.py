@@ -13,6 +13,7 @@ from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.sharding import make_mesh
+from camopd_jax.types import EMPTY, KVCache
 
 FAMILIES = ["llama", "llama-untied-biased", "llama-linear", "llama-dynamic", "llama-llama3", "smollm2", "mistral",
             "qwen2", "qwen3", "gemma2", "gemma3"]  # fmt: skip
@@ -73,17 +74,30 @@ def test_prefill_and_decode_equal_the_full_forward(family, checkpoint, mesh, tok
     whole = np.asarray(jax.jit(model.hidden)(params, tokens))
     lengths = np.array([11, 7], np.int32)  # rows of unequal length: decode slots are common, positions are not
     prompt = np.where(np.arange(13) < lengths[:, None], tokens[:, :13], 97)  # padding is rubbish
-    hidden, cache = jax.jit(model.prefill)(params, prompt, lengths)
+    apart = jax.jit(model.for_decoding)(params)
+    hidden, cache = jax.jit(model.prefill)(apart, prompt, lengths)
     for row, length in enumerate(lengths):
         np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=2e-5)
-    room = [(0, 0), (0, 0), (0, 9), (0, 0), (0, 0)]
-    cache = cache.replace(keys=jnp.pad(cache.keys, room), values=jnp.pad(cache.values, room),
-                          positions=jnp.pad(cache.positions, room[1:3], constant_values=2**30))  # fmt: skip
+
+    def room(array):
+        return jnp.pad(array, ((0, 0), (0, 0), (0, 9), (0, 0)))
+
+    cache = KVCache(tuple(map(room, cache.keys)), tuple(map(room, cache.values)),
+                    jnp.pad(cache.positions, ((0, 0), (0, 9)), constant_values=EMPTY))  # fmt: skip
     decode = jax.jit(model.decode)
     for turn in range(9):
         position = lengths + turn
-        hidden, cache = decode(params, tokens[[0, 1], position], position, cache, jnp.int32(13 + turn))
+        hidden, cache = decode(apart, tokens[[0, 1], position], position, cache, jnp.int32(13 + turn))
         np.testing.assert_allclose(hidden, whole[[0, 1], position], atol=2e-5)
+
+
+def test_decoding_casts_all_but_the_norms(checkpoint, mesh):
+    _, folder = checkpoint("qwen3")
+    model, params = load(folder, mesh)
+    apart = dataclasses.replace(model, dtype="bfloat16").for_decoding(params)
+    assert len(apart["layers"]) == 3
+    for path, leaf in jax.tree_util.tree_leaves_with_path(apart):
+        assert leaf.dtype == (jnp.float32 if path[-1].key == "scale" else jnp.bfloat16)
 
 
 def test_padding_and_neighbours_change_nothing(checkpoint, mesh, tokens):
