@@ -98,7 +98,8 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
                 layer[...] = view
             return out if stacked else out[0]
 
-        leaves[row.path] = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(places, row.path), piece)
+        leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(places, row.path), piece)
+        leaves[row.path] = jax.block_until_ready(leaf)  # else the next piece is read while this one is still held
     return tree_of(leaves)
 
 
