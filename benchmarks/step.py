@@ -68,12 +68,10 @@ def forward_flops(config: ModelConfig, batch: int, start: int, end: int, logits:
     return batch * (dense + 4 * config.num_layers * config.num_heads * config.head_dim * pairs)
 
 
-def decode_bytes(
-    config: ModelConfig, batch: int, prompt: int, answer: int, weight_bytes: int, cache_bytes: int
-) -> float:
+def decode_bytes(config: ModelConfig, batch: int, prompt: int, answer: int, item_bytes: int) -> float:
     """Read by a whole rollout's decode turns: weights once a turn, keys and values of the tokens before."""
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * cache_bytes
-    return answer * matrix_weights(config) * weight_bytes + batch * cache * sum(range(prompt, prompt + answer))
+    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
+    return answer * matrix_weights(config) * item_bytes + batch * cache * sum(range(prompt, prompt + answer))
 
 
 def build():
@@ -112,7 +110,7 @@ def main(_) -> None:
     programs = phases.compile_programs(config, model, (), state)
     random = np.random.default_rng(0)
 
-    def step(number: int, state):
+    def step(state):
         """The same calls as phases.run, each waited for."""
         seconds: dict[str, float] = {}
 
@@ -141,17 +139,17 @@ def main(_) -> None:
         return state, seconds, {"selected": int(selection.count), "sampled": int(jnp.sum(answers.lengths))}
 
     started = time.perf_counter()
-    state, _, _ = step(0, state)
+    state, _, _ = step(state)
     compiled = time.perf_counter() - started
     all_seconds, selected, sampled = [], [], []
-    for number in range(1, values.steps + 1):
-        state, seconds, done = step(number, state)
+    for _ in range(values.steps):
+        state, seconds, done = step(state)
         all_seconds.append(seconds)
         selected.append(done["selected"])
         sampled.append(done["sampled"])
     if values.profile:
         with jax.profiler.trace(values.profile):
-            step(values.steps + 1, state)
+            step(state)
 
     median = {name: statistics.median(s[name] for s in all_seconds) for name in all_seconds[0]}
     total = statistics.median(sum(s.values()) for s in all_seconds)
@@ -165,8 +163,7 @@ def main(_) -> None:
     }
     if "score_student" in median:
         flops["score_student"] = forward
-    weight_bytes = jnp.dtype(config.compute.params).itemsize
-    read = decode_bytes(c, batch, prompt, answer, weight_bytes, jnp.dtype(model.dtype).itemsize)
+    read = decode_bytes(c, batch, prompt, answer, jnp.dtype(model.dtype).itemsize)
     line = {
         "date": datetime.date.today().isoformat(),
         "version": __version__,

@@ -149,7 +149,7 @@ def clip_rates(metrics: list[dict]) -> str:
     clipped = {phase: [row["grad_clipped"] for row in metrics if row["phase"] == phase] for phase in phases.PHASES}
     rates = {phase: sum(steps) / len(steps) for phase, steps in clipped.items() if steps}
     told = "gradients clipped: " + ", ".join(f"{100 * rate:.0f} % of {phase} steps" for phase, rate in rates.items())
-    if min(rates.values()) > 0.95:
+    if min(rates.values(), default=0.0) > 0.95:
         told += (
             "; a clip that always bites makes all gradients equally long and cancels the phases' scales: raise "
             "config.optimizer.clip_norm to let them act"

@@ -1,5 +1,6 @@
 """Eight simulated devices, no hub, and JAX's strict modes for every test."""
 
+import itertools
 import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
@@ -14,20 +15,15 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 
 
 @pytest.fixture(scope="session")
-def session_folder(tmp_path_factory):
-    return tmp_path_factory.mktemp("commands")
-
-
-@pytest.fixture
-def command(session_folder):
+def command(tmp_path_factory):
     """command(module, *args) -> exit code and output of `python -m camopd_jax.MODULE`."""
+    folder, numbers = tmp_path_factory.mktemp("commands"), itertools.count()
 
     def run(module: str, *args, **options):
         return start(module, *args, **options).wait()
 
     def start(module: str, *args, **options) -> Running:
-        number = sum(1 for _ in session_folder.iterdir())
-        return Running(session_folder / f"{number}", f"camopd_jax.{module}", *args, **options)
+        return Running(folder / f"{next(numbers)}", f"camopd_jax.{module}", *args, **options)
 
     run.start = start
     return run

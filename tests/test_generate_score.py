@@ -1,12 +1,12 @@
 """`generate` and `score` against transformers on torch, over every form of row."""
 
-import json
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from rows import read_lines, write_lines
 
 FOLDER = Path(__file__).parents[1] / "configs" / "quickstart" / "generalist"
 ROWS = [
@@ -38,16 +38,11 @@ def torch_logprobs(model, prompt, response, temperature=1.0):
     return torch.log_softmax(logits, -1)[range(len(response)), response].numpy()
 
 
-def write(path, rows):
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def run(command, name, folder, rows, *flags):
-    source, out = write(folder / "x.jsonl", rows), folder / "y.jsonl"
+    source, out = write_lines(folder / "x.jsonl", rows), folder / "y.jsonl"
     ended = command(name, f"--model={FOLDER}", f"--input={source}", f"--output={out}", "--batch_size=3", *flags)
     assert ended.code == 0, ended.err
-    return [json.loads(line) for line in out.read_text().splitlines()]
+    return read_lines(out)
 
 
 def test_greedy_answers_are_those_of_transformers(command, tmp_path, torch_side):
@@ -106,7 +101,7 @@ def test_scores_are_those_of_transformers(command, tmp_path, torch_side, tempera
     ],
 )
 def test_bad_rows_leave_no_output(command, tmp_path, name, rows, says):
-    source, out = write(tmp_path / "x.jsonl", rows), tmp_path / "y.jsonl"
+    source, out = write_lines(tmp_path / "x.jsonl", rows), tmp_path / "y.jsonl"
     out.write_text("before")
     ended = command(name, f"--model={FOLDER}", f"--input={source}", f"--output={out}")
     assert ended.code == 2 and says in ended.err and len(ended.err.strip().splitlines()) == 1
@@ -114,7 +109,7 @@ def test_bad_rows_leave_no_output(command, tmp_path, name, rows, says):
 
 
 def test_bad_flags(command, tmp_path):
-    source = write(tmp_path / "x.jsonl", ROWS)
+    source = write_lines(tmp_path / "x.jsonl", ROWS)
     for flags, says in [
         ([f"--input={source}", f"--output={tmp_path / 'y'}"], "--model is missing"),
         ([f"--model={FOLDER}", f"--output={tmp_path / 'y'}"], "--input is missing"),

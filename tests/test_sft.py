@@ -1,11 +1,11 @@
 """Supervised fine-tuning as a command: it learns, resumes to the same bits, and exports."""
 
-import json
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
+from rows import read_lines
 from safetensors.numpy import load_file
 
 QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart"
@@ -30,23 +30,17 @@ def get_config():
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, session_folder):
-    from commands import Running
-
+def whole(tmp_path_factory, command):
     folder = tmp_path_factory.mktemp("sft")
     (folder / "config.py").write_text(CONFIG)
     flags = [f"--config={folder / 'config.py'}"]
-    ended = Running(session_folder / "sft", "camopd_jax.sft", f"--workdir={folder / 'run'}", *flags).wait()
+    ended = command("sft", f"--workdir={folder / 'run'}", *flags)
     assert ended.code == 0, ended.err
     return folder / "run", flags
 
 
-def read(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def test_it_learns_the_form_of_the_answers(whole):
-    metrics, scores = read(whole[0] / "metrics.jsonl"), read(whole[0] / "eval.jsonl")
+    metrics, scores = read_lines(whole[0] / "metrics.jsonl"), read_lines(whole[0] / "eval.jsonl")
     assert [row["step"] for row in metrics] == list(range(6)) and {row["phase"] for row in metrics} == {"sft"}
     assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
     before, after = ({r["model"]: r for r in scores}[name] for name in ("start", "student"))

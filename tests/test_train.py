@@ -1,6 +1,5 @@
 """The main job as a command, on the quickstart's models: its files, kills in the middle, and its mistakes."""
 
-import json
 import shutil
 import signal
 from pathlib import Path
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from rows import edit_json, read_lines, swap_tokens, write_lines
 from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
@@ -26,21 +26,15 @@ prompt_tokens response_tokens seconds tokens_per_second memory_gib skipped
 """.split()
 
 
-def rows(file):
-    return [json.loads(line) for line in file.read_text().splitlines()]
-
-
 def checkpoints(workdir):
     return sorted(int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit())
 
 
 @pytest.fixture(scope="module")
-def whole(tmp_path_factory, session_folder):
+def whole(tmp_path_factory, command):
     """A run that nobody disturbed: (its work directory, how it ended)."""
-    from commands import Running
-
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    ended = Running(session_folder / "whole", "camopd_jax.train", f"--workdir={workdir}", *SMALL).wait()
+    ended = command("train", f"--workdir={workdir}", *SMALL)
     assert ended.code == 0, ended.err
     return workdir, ended
 
@@ -56,7 +50,7 @@ def test_a_run_leaves_what_it_promises(whole):
     workdir, ended = whole
     assert {p.name for p in workdir.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard", "export"}  # fmt: skip
-    metrics = rows(workdir / "metrics.jsonl")
+    metrics = read_lines(workdir / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(STEPS))
     assert [m["phase"] for m in metrics] == (["recovery"] * 3 + ["review"]) * 2
     for row in metrics:
@@ -72,7 +66,7 @@ def test_a_run_leaves_what_it_promises(whole):
 
 
 def test_samples_hold_the_gap_of_every_token(whole):
-    samples = rows(whole[0] / "samples.jsonl")
+    samples = read_lines(whole[0] / "samples.jsonl")
     assert len(samples) == 2 * STEPS
     for row in samples:
         assert len(row["tokens"]) == len(row["gaps"]) == len(row["logprobs"])
@@ -90,14 +84,14 @@ def test_the_export_answers_the_same_in_transformers(whole, command, tmp_path):
         "CaMOPD" in (folder / "README.md").read_text()
         and (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044
     )
-    questions = rows(QUICKSTART / "eval_covered.jsonl")[:6] + rows(QUICKSTART / "eval_domain.jsonl")[:6]
-    (tmp_path / "x.jsonl").write_text("".join(json.dumps({"messages": q["messages"]}) + "\n" for q in questions))
+    questions = read_lines(QUICKSTART / "eval_covered.jsonl")[:6] + read_lines(QUICKSTART / "eval_domain.jsonl")[:6]
+    write_lines(tmp_path / "x.jsonl", [{"messages": q["messages"]} for q in questions])
     out = tmp_path / "y.jsonl"
     ended = command(
         "generate", f"--model={folder}", f"--input={tmp_path / 'x.jsonl'}", f"--output={out}", "--max_new_tokens=32"
     )
     assert ended.code == 0, ended.err
-    for row in rows(out):
+    for row in read_lines(out):
         prompt = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, return_dict=False)
         ids = torch.tensor([[*prompt, *row["response_ids"]]])
         with torch.no_grad():
@@ -127,8 +121,8 @@ def test_killed_and_started_again_gives_the_same_bits(whole, command, tmp_path, 
     assert ended.code == 0, ended.err
     assert "going on from step" in ended.out
     same_weights(workdir, whole[0])
-    assert [m["step"] for m in rows(workdir / "metrics.jsonl")] == list(range(STEPS))
-    ours, theirs = (rows(w / "samples.jsonl") for w in (workdir, whole[0]))
+    assert [m["step"] for m in read_lines(workdir / "metrics.jsonl")] == list(range(STEPS))
+    ours, theirs = (read_lines(w / "samples.jsonl") for w in (workdir, whole[0]))
     assert ours == theirs
 
 
@@ -142,7 +136,7 @@ def test_sigterm_saves_and_exits_cleanly(whole, command, tmp_path):
     assert ended.code == 0, ended.err
     assert "asked to end: saved at step" in ended.out
     saved = checkpoints(workdir)[-1]
-    assert saved < STEPS and len(rows(workdir / "metrics.jsonl")) == saved
+    assert saved < STEPS and len(read_lines(workdir / "metrics.jsonl")) == saved
     assert command("train", f"--workdir={workdir}", *SMALL).code == 0
     same_weights(workdir, whole[0])
 
@@ -164,7 +158,9 @@ def test_eight_devices_give_the_same_model(whole, command, tmp_path):
     ]
     ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, "--config.steps=4", *mesh, devices=8)
     assert ended.code == 0, ended.err
-    for ours, theirs in zip(rows(tmp_path / "run/metrics.jsonl"), rows(whole[0] / "metrics.jsonl"), strict=False):
+    for ours, theirs in zip(
+        read_lines(tmp_path / "run/metrics.jsonl"), read_lines(whole[0] / "metrics.jsonl"), strict=False
+    ):
         assert (
             ours["response_tokens"] == theirs["response_tokens"]
             and ours["selected_fraction"] == theirs["selected_fraction"]
@@ -192,11 +188,6 @@ def other(tmp_path):
     """A copy of the specialist to spoil."""
     shutil.copytree(QUICKSTART / "specialist", tmp_path / "other")
     return tmp_path / "other"
-
-
-def edit(path, **changes):
-    values = json.loads(path.read_text()) | changes
-    path.write_text(json.dumps(values))
 
 
 def one_line(ended, *parts):
@@ -262,18 +253,11 @@ def test_a_workdir_of_another_run_and_another_teacher(whole, command, other, tmp
 
 
 def spoil_vocab(folder):
-    edit(folder / "config.json", vocab_size=60)
+    edit_json(folder / "config.json", vocab_size=60)
 
 
 def spoil_tensors(folder):
     (folder / "model.safetensors").write_bytes((folder / "model.safetensors").read_bytes()[:-1000])
-
-
-def spoil_tokenizer(folder):
-    tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    vocab = tokenizer["model"]["vocab"]
-    vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-    (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
 
 
 @pytest.mark.parametrize(
@@ -281,13 +265,13 @@ def spoil_tokenizer(folder):
     [
         (spoil_vocab, "has shape [52, 96], config.json asks for [60, 96]"),
         (spoil_tensors, "is cut short at tensor"),
-        (spoil_tokenizer, "tokenizers differ, first at token 'b'"),
-        (lambda f: edit(f / "config.json", model_type="mamba"), "model_type 'mamba' is not supported"),
-        (lambda f: edit(f / "config.json", sparse_topk=8), "field sparse_topk = 8 is not understood"),
+        (lambda f: swap_tokens(f, "a", "b"), "tokenizers differ, first at token 'b'"),
+        (lambda f: edit_json(f / "config.json", model_type="mamba"), "model_type 'mamba' is not supported"),
+        (lambda f: edit_json(f / "config.json", sparse_topk=8), "field sparse_topk = 8 is not understood"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is a pickle"),
         (lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
-        (lambda f: edit(f / "tokenizer_config.json", chat_template=None), "no chat template"),
+        (lambda f: edit_json(f / "tokenizer_config.json", chat_template=None), "no chat template"),
     ],
 )  # fmt: skip
 def test_checkpoints_that_cannot_be(command, other, tmp_path, spoil, says):
@@ -304,7 +288,7 @@ def test_padded_vocabularies_of_different_size_are_fine(command, other, tmp_path
     tensors = load_file(other / "model.safetensors")
     tensors["model.embed_tokens.weight"] = np.pad(tensors["model.embed_tokens.weight"], ((0, 12), (0, 0)))
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
-    edit(other / "config.json", vocab_size=64)
+    edit_json(other / "config.json", vocab_size=64)
     ended = command(
         "train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.specialised_model={other}", "--config.steps=1"
     )
@@ -313,7 +297,7 @@ def test_padded_vocabularies_of_different_size_are_fine(command, other, tmp_path
 
 
 def test_other_ends_of_answers_are_told(command, other, tmp_path):
-    edit(other / "generation_config.json", eos_token_id=[5, 0])
+    edit_json(other / "generation_config.json", eos_token_id=[5, 0])
     ended = command(
         "train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.specialised_model={other}", "--config.steps=1"
     )
@@ -338,7 +322,7 @@ def test_steps_that_are_not_finite_end_the_run(command, other, tmp_path):
     flags = [f"--config.general_model={teacher}", "--config.max_skipped=2"]
     ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags)
     one_line(ended, "2 updates in a row", "not finite", "Checkpoints are kept")
-    assert [m["skipped"] for m in rows(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    assert [m["skipped"] for m in read_lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
 
 
 def test_clip_rates_by_phase():

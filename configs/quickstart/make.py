@@ -39,8 +39,8 @@ TEMPLATE = (
 HELD_OUT = 96  # questions of each skill; twice as many of the domain
 
 
-def make_data(scratch: Path) -> None:
-    """The committed prompts and questions, and in `scratch` what the two models learn from."""
+def make_data() -> None:
+    """The committed prompts and questions, and here what the two models learn from."""
     held_out, proxy, lessons = [], [], []
     for skill in SKILLS:
         rows = distinct(lambda rng, skill=skill: skill_row(skill, rng), HELD_OUT, f"{skill} held out", set())
@@ -61,8 +61,8 @@ def make_data(scratch: Path) -> None:
     write_rows(HERE / "eval_domain.jsonl", [row | {"answer": row["letter"]} for row in domain_held_out])
     write_rows(HERE / "general_prompts.jsonl", proxy)
     write_rows(HERE / "domain_prompts.jsonl", domain_prompts)
-    write_rows(scratch / "skills.jsonl", lessons)
-    write_rows(scratch / "domain.jsonl", [*domain_lessons, *rng.sample(lessons, 120)])
+    write_rows("skills.jsonl", lessons)
+    write_rows("domain.jsonl", [*domain_lessons, *rng.sample(lessons, 120)])
 
 
 def make_tokenizer(folder: Path) -> None:
@@ -124,7 +124,7 @@ def lesson(model: str, source: str, steps: int, rate: float, schedule: str, ever
 def main(scratch: Path) -> None:
     scratch.mkdir(exist_ok=True)
     os.chdir(scratch)  # relative names: the model cards tell of them
-    make_data(Path())
+    make_data()
     Path("newborn").mkdir(exist_ok=True)
     make_newborn(Path("newborn"))
     sft(lesson("newborn", "skills.jsonl", steps=4000, rate=2e-3, schedule="cosine", every=1000), "generalist")

@@ -1,10 +1,9 @@
 """Requests as the chat template writes them, and what the tokenizers of a pair must share."""
 
-import json
 import shutil
 
 import pytest
-from rows import ask
+from rows import ask, edit_json, swap_tokens
 
 from camopd_jax.config import Template
 from camopd_jax.data import templates
@@ -85,32 +84,22 @@ def other(folder, tmp_path):
     return tmp_path
 
 
-def edit(path, change):
-    values = json.loads(path.read_text())
-    change(values)
-    path.write_text(json.dumps(values))
-
-
 def test_eos_ids_of_all_files(folder, other, tokenizer):
     assert templates.eos_ids(folder, tokenizer) == (5,)
-    edit(other / "generation_config.json", lambda c: c.update(eos_token_id=[5, 0]))
-    edit(other / "config.json", lambda c: c.update(eos_token_id=3))
+    edit_json(other / "generation_config.json", eos_token_id=[5, 0])
+    edit_json(other / "config.json", eos_token_id=3)
     assert templates.eos_ids(other, tokenizer) == (0, 3, 5)
 
 
 def test_the_same_tokenizer_passes_and_other_ends_are_told(folder, other):
     assert templates.check_same_tokenizer(folder, other) is None
-    edit(other / "generation_config.json", lambda c: c.update(eos_token_id=[5, 0]))
+    edit_json(other / "generation_config.json", eos_token_id=[5, 0])
     told = templates.check_same_tokenizer(folder, other)
     assert "['<|end|>']" in told and "['<|pad|>', '<|end|>']" in told
 
 
 def test_another_tokenizer_is_refused_by_its_first_token(folder, other):
-    def swap(values):
-        vocab = values["model"]["vocab"]
-        vocab["a"], vocab["b"] = vocab["b"], vocab["a"]
-
-    edit(other / "tokenizer.json", swap)
+    swap_tokens(other, "a", "b")
     with pytest.raises(UserError, match=r"tokenizers differ, first at token 'a' \(id 6 and 7\)"):
         templates.check_same_tokenizer(folder, other)
 

@@ -1,7 +1,5 @@
 """Tiny random checkpoints of every family, made by transformers on torch."""
 
-import json
-
 import pytest
 import torch
 import transformers
@@ -63,14 +61,3 @@ def checkpoint(tmp_path_factory):
         return made[family]
 
     return get
-
-
-@pytest.fixture
-def edit_json():
-    """edit_json(file, **changes): sets fields of a JSON file; None removes one."""
-
-    def edit(file, **changes):
-        values = json.loads(file.read_text()) | changes
-        file.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
-
-    return edit

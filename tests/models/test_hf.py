@@ -11,6 +11,7 @@ import jax
 import ml_dtypes
 import numpy as np
 import pytest
+from rows import edit_json
 from safetensors.numpy import load_file, save_file
 
 from camopd_jax.errors import UserError
@@ -193,7 +194,7 @@ def test_index_names_what_is_not_there(folder, mesh):
     refused(folder, mesh, "tensor unheard.of is in none of the files")
 
 
-def test_remote_code(folder, mesh, edit_json):
+def test_remote_code(folder, mesh):
     edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
     refused(folder, mesh, "auto_map asks for code")
 
