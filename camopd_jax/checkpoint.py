@@ -3,10 +3,9 @@
 import contextlib
 import json
 import logging
-import math
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -28,15 +27,20 @@ logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathna
 class Checkpoints:
     """`workdir/checkpoints`: one folder a step, written in the background, whole or not at all.
 
-    Kept are the last `keep_last` steps, and of the steps whose accuracy was measured the `keep_best` best.
+    Kept are the last `keep_last` steps, and of the steps in `standings` the `keep_best` best.
     """
 
-    def __init__(self, workdir: str, config: CheckpointsConfig):
+    def __init__(self, workdir: str, config: CheckpointsConfig, standings: Mapping[int, Any]):
+        """
+        Args:
+          standings: of the steps that were evaluated, by step: what compares greater is better. Looked at anew
+            whenever a checkpoint is written.
+        """
+        self._standings = standings
         options = ocp.CheckpointManagerOptions(
             preservation_policy=policies.AnyPreservationPolicy(
-                [policies.LatestN(config.keep_last), _MostAccurate(config.keep_best)]
+                [policies.LatestN(config.keep_last), _Best(config.keep_best, standings)]
             ),
-            best_fn=lambda metrics: metrics.get("accuracy", -math.inf),
             enable_async_checkpointing=True,
         )
         handlers = {
@@ -62,9 +66,9 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def best(self) -> int | None:
-        """The step with the highest accuracy, of those that were measured; of equals, the last."""
-        step = self._manager.best_step()
-        return step if step is not None and self._manager.metrics(step) else None
+        """The best step that is there, of those that were evaluated; of equals, the last."""
+        measured = [step for step in self.steps() if step in self._standings]
+        return max(reversed(measured), key=self._standings.__getitem__, default=None)
 
     def save(
         self,
@@ -72,14 +76,12 @@ class Checkpoints:
         state: TrainState,
         positions: dict[str, Any],
         provenance: dict[str, Any],
-        accuracy: float | None,
     ) -> None:
         """Starts writing a checkpoint; `wait` waits for it. A step that is there already is left as it is.
 
         Args:
           positions: of the data streams, as JSON values.
           provenance: of the run's models, as JSON values.
-          accuracy: what keep_best goes by, if it was measured.
 
         Raises:
           UserError: if this checkpoint, or the one before in the background, cannot be written.
@@ -92,9 +94,7 @@ class Checkpoints:
             provenance=ocp.args.JsonSave(provenance),
         )
         with self._writing():
-            self._manager.save(
-                step, args=arguments, metrics={} if accuracy is None else {"accuracy": accuracy}, force=True
-            )
+            self._manager.save(step, args=arguments, force=True)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
         """State, positions and provenance of a checkpoint, bit for bit.
@@ -152,15 +152,15 @@ class Checkpoints:
             ) from error
 
 
-class _MostAccurate:
-    """Preserves the `n` checkpoints with the highest accuracy, of those that have one."""
+class _Best:
+    """Preserves the `n` checkpoints that stand best."""
 
-    def __init__(self, n: int):
-        self._n = n
+    def __init__(self, n: int, standings: Mapping[int, Any]):
+        self._n, self._standings = n, standings
 
     def should_preserve(self, checkpoints: Sequence[Any], *, context: Any) -> list[bool]:
-        measured = sorted((c for c in checkpoints if c.metrics), key=lambda c: c.metrics["accuracy"], reverse=True)
-        best = {c.step for c in measured[: self._n]}
+        measured = [c.step for c in checkpoints if c.step in self._standings]
+        best = sorted(measured, key=lambda step: (self._standings[step], step))[len(measured) - self._n :]
         return [c.step in best for c in checkpoints]
 
 

@@ -1,5 +1,6 @@
 """How every command starts and ends: flags, config files, and errors as one line with exit code 2."""
 
+import dataclasses
 import re
 import signal
 import sys
@@ -13,16 +14,20 @@ from camopd_jax.config import from_config_dict
 from camopd_jax.errors import UserError
 
 
-def config_flag(cls: type) -> Callable[[], Any]:
-    """Defines `--config=FILE` and its `--config.FIELD=VALUE`; returns a reader of the checked config."""
-    holder = config_flags.DEFINE_config_file(
-        "config", None, f"Python file whose get_config() returns a {cls.__name__}."
-    )
+def config_flag(*classes: type) -> Callable[[], Any]:
+    """Defines `--config=FILE` and its `--config.FIELD=VALUE`; returns a reader of the checked config.
+
+    Of several classes, the config is of the first one that has all its fields; else of the first.
+    """
+    names = " or a ".join(cls.__name__ for cls in classes)
+    holder = config_flags.DEFINE_config_file("config", None, f"Python file whose get_config() returns a {names}.")
 
     def read() -> Any:
         if holder.value is None:
             raise UserError("--config is missing; give a config file, for example --config=configs/quickstart.py")
         try:
+            fields = set(holder.value)
+            cls = next((c for c in classes if fields <= {f.name for f in dataclasses.fields(c)}), classes[0])
             return from_config_dict(cls, holder.value)
         except OSError as error:  # ml_collections tells of a file that is not there when it is first looked at
             file = flags.FLAGS["config"].config_filename

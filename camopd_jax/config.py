@@ -8,6 +8,7 @@ import dataclasses
 import difflib
 import hashlib
 import json
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -117,27 +118,64 @@ class MeshConfig:
 class Checkpoints:
     every: int = 20  # steps; one is always written at the end
     keep_last: int = 2
-    keep_best: int = 1  # by the mean of general and domain accuracy, where evaluation.every > 0
+    # Where evaluation.every > 0. Best: the highest recovery of those whose retention is at least 1 less one standard
+    # error; while there is none, the highest retention. Runs of `sft`: the highest mean accuracy
+    keep_best: int = 1
+    export: Literal["last", "best"] = "last"  # which one becomes workdir/export
 
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Questions with one right answer, answered greedily and graded by exact match."""
+    """Questions, how they are asked and how the answers are graded."""
 
     name: str = ""
-    source: str = ""  # as of a Stream; rows with "messages" (or "prompt") and "answer"
+    # Its rules: evals/tasks.py. exact: the whole answer; choice: the letter after the last "Final answer:"
+    task: Literal[
+        "exact",
+        "choice",
+        "medqa",
+        "medmcqa",
+        "pubmedqa",
+        "arc",
+        "gsm8k",
+        "zebra",
+        "ifeval",
+        "mbpp",
+        "roleplay",
+        "writing",
+    ] = "exact"
+    source: str = ""  # as of a Stream; "": the task's own dataset
+    split: str = ""  # of a `datasets` dataset; "": the task's own
     axis: Literal["general", "domain"] = "general"
-    grader: Literal["exact", "choice"] = "exact"  # the whole answer, or its last "Final answer: <letter>"
-    limit: int | None = None
+    limit: int | None = None  # only the first questions
     max_response_tokens: int = 64
+    instruction: str | None = None  # put behind each question; None: the task's own
     template: Template = Template()
+    samples: int = 1  # answers to a question; its score is their mean
+    temperature: float = 0.0  # 0: greedy
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+
+
+@dataclass(frozen=True)
+class Judge:
+    """The language model that marks tasks `roleplay` and `writing`. Its key: OPENAI_API_KEY in the environment."""
+
+    endpoint: str = ""  # of an OpenAI-compatible server, as in "http://localhost:8000/v1"
+    model: str = ""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     every: int = 0  # steps; 0: only before and after
+    questions: int | None = None  # the first of each benchmark, for evaluations between the steps; None: all
+    patience: int = 0  # end after this many evaluations in a row without a new best (`Checkpoints`); 0: off
     batch_size: int = 64
+    seed: int = 0
+    answers: str = ""  # folder of answers that several runs share, by fingerprint; "": in the work directory
     benchmarks: tuple[Benchmark, ...] = ()
+    judge: Judge = Judge()
 
 
 @dataclass(frozen=True)
@@ -323,8 +361,7 @@ def _check(config: Config) -> None:
     for name in ("b1", "b2"):
         need(0 <= getattr(config.optimizer, name) < 1, f"optimizer.{name}", "give a number in [0, 1)")
     need(config.optimizer.warmup_steps >= 0, "optimizer.warmup_steps", "give a number >= 0")
-    names = [b.name for b in config.evaluation.benchmarks]
-    need(len(set(names)) == len(names), "evaluation.benchmarks", "give each benchmark a name of its own")
+    _check_evaluation(config.evaluation, need)
     if isinstance(config, TrainConfig):
         _check_train(config, need, positive)
     else:
@@ -334,6 +371,29 @@ def _check(config: Config) -> None:
             "optimizer.micro_batch",
             f"give a divisor of batch_size = {config.batch_size}",
         )
+
+
+def _check_evaluation(config: Evaluation, need) -> None:
+    names = [b.name for b in config.benchmarks]
+    need(len(set(names)) == len(names), "evaluation.benchmarks", "give each benchmark a name of its own")
+    need(config.every >= 0, "evaluation.every", "give a number >= 0 (0: only before and after)")
+    need(config.patience >= 0, "evaluation.patience", "give a number >= 0 (0: off)")
+    need(config.questions is None or config.questions > 0, "evaluation.questions", "give a number > 0, or None for all")
+    for b in config.benchmarks:
+
+        def holds(well: bool, name: str, mend: str, b: Benchmark = b) -> None:
+            if not well:
+                value = getattr(b, name)
+                raise UserError(f"config.evaluation.benchmarks {b.name!r}: {name} is {value!r}; {mend}")
+
+        holds(re.fullmatch(r"[\w.-]+", b.name) is not None, "name", "give one of letters, digits, - and _")
+        holds(b.max_response_tokens > 0, "max_response_tokens", "give a number > 0")
+        holds(b.samples > 0, "samples", "give a number > 0")
+        holds(b.temperature >= 0, "temperature", "give a number >= 0 (0: greedy)")
+        holds(b.samples == 1 or b.temperature > 0, "samples", "greedy answers are all alike; 1, or a temperature > 0")
+        holds(b.top_k >= 0, "top_k", "give a number >= 0 (0: off)")
+        holds(0 < b.top_p <= 1, "top_p", "give a number in (0, 1]")
+        holds(0 <= b.min_p < 1, "min_p", "give a number in [0, 1)")
 
 
 def _check_train(config: TrainConfig, need, positive) -> None:

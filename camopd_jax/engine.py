@@ -143,35 +143,40 @@ def answer(
     batch_size: int,
     sampling: Sampling = GREEDY,
     seed: int = 0,
+    draw: int = 0,
+    rows: Sequence[int] | None = None,
     smallest_bucket: int = 64,
     on_batch: Callable[[dict[int, Answer]], None] = lambda done: None,
 ) -> list[Answer]:
-    """Answers to prompts, in their order. Row i samples with the key of (seed, 0, i), whatever its batch.
+    """Answers to prompts, in their order. Row i samples with the key of (seed, draw, i), whatever its batch.
 
     Args:
+      rows: the number of each prompt, where they are not 0, 1, 2, ...
       on_batch: called with {row: answer} as batches come in, shortest prompts first.
     """
     answers: dict[int, Answer] = {}
-    for rows in length_batches([len(p) for p in prompts], batch_size):
-        batch = _prompts(loaded.mesh, [prompts[i] for i in rows], smallest_bucket)
-        index = global_rows(loaded.mesh, np.asarray(rows, np.int32)[rows_of_process(loaded.mesh, len(rows))], len(rows))
+    numbers = np.arange(len(prompts)) if rows is None else np.asarray(rows)
+    for picked in length_batches([len(p) for p in prompts], batch_size):
+        batch = _prompts(loaded.mesh, [prompts[i] for i in picked], smallest_bucket)
+        row = numbers[picked].astype(np.int32)
+        index = global_rows(loaded.mesh, row[rows_of_process(loaded.mesh, len(row))], len(row))
         out = _rollout(
             loaded.model,
             loaded.params,
             batch,
-            row_keys(seed, jnp.int32(0), index),
+            row_keys(seed, jnp.int32(draw), index),
             sampling=sampling,
             eos_ids=loaded.eos_ids,
             max_new=max_new,
         )
         tokens, lengths, logprobs, stopped = _to_host((out.tokens, out.lengths, out.logprobs, out.stopped))
         done = {}
-        for row, ids, n, logp, stop in zip(rows, tokens, lengths, logprobs, stopped, strict=True):
+        for number, ids, n, logp, stop in zip(row, tokens, lengths, logprobs, stopped, strict=True):
             text = loaded.tokenizer.decode(ids[:n], skip_special_tokens=True)
-            done[int(row)] = Answer(ids[:n].tolist(), logp[:n].tolist(), text, bool(stop))
+            done[int(number)] = Answer(ids[:n].tolist(), logp[:n].tolist(), text, bool(stop))
         answers |= done
         on_batch(done)
-    return [answers[i] for i in range(len(prompts))]
+    return [answers[int(number)] for number in numbers]
 
 
 def score_responses(

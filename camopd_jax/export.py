@@ -25,6 +25,7 @@ from camopd_jax.checkpoint import Checkpoints
 from camopd_jax.config import SftConfig, TrainConfig, from_json
 from camopd_jax.engine import Loaded
 from camopd_jax.errors import UserError
+from camopd_jax.evaluation import read_standings
 from camopd_jax.models import hf
 from camopd_jax.optim import init_state
 from camopd_jax.sharding import make_mesh
@@ -93,13 +94,18 @@ def model_card(name: str, provenance: dict[str, str]) -> str:
     )
 
 
-def _export(workdir: str, out: str, step: int | None, best: bool) -> None:
+def restored(workdir: str, step: int | None = None, best: bool = False) -> tuple[Loaded, dict[str, str]]:
+    """The model of a run's checkpoint, and where it comes from.
+
+    Args:
+      step: of the checkpoint; None: the last, or the best.
+
+    Raises:
+      UserError: if there is no such checkpoint.
+    """
     folder = epath.Path(workdir)
     config = from_json(folder / "config.json")
-    target = epath.Path(out)
-    if target.exists():
-        raise UserError(f"--out: {out} exists; give a new folder")
-    checkpoints = Checkpoints(workdir, config.checkpoints)
+    checkpoints = Checkpoints(workdir, config.checkpoints, read_standings(folder))
     chosen = step if step is not None else checkpoints.best() if best else checkpoints.latest()
     if chosen is None or chosen not in checkpoints.steps():
         raise UserError(
@@ -115,19 +121,23 @@ def _export(workdir: str, out: str, step: int | None, best: bool) -> None:
         engine.find(base, f"config.{field}"), mesh, config.compute, dtype=config.compute.params, context=1
     )
     state, _, provenance = checkpoints.restore(chosen, init_state(loaded.params, moments))
-    write_folder(target, loaded.with_params(state.params), provenance | {"steps": str(chosen)})
-    print(f"exported step {chosen}: {out}")
+    return loaded.with_params(state.params), provenance | {"steps": str(chosen)}
 
 
 def main() -> None:
     engine.start()
     values = flags.FLAGS
-    _export(cli.required("workdir", "runs/medqa"), cli.required("out", "recovered"), values.step, values.best)
+    workdir, out = cli.required("workdir", "runs/medqa"), cli.required("out", "recovered")
+    if epath.Path(out).exists():
+        raise UserError(f"--out: {out} exists; give a new folder")
+    loaded, provenance = restored(workdir, values.step, values.best)
+    write_folder(epath.Path(out), loaded, provenance)
+    print(f"exported step {provenance['steps']}: {out}")
 
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     flags.DEFINE_string("out", None, "Folder to write; must not exist.")
     flags.DEFINE_integer("step", None, "Checkpoint to take; default: the last.")
-    flags.DEFINE_bool("best", False, "Take the checkpoint with the highest accuracy.")
+    flags.DEFINE_bool("best", False, "Take the best checkpoint of those that were evaluated.")
     cli.run(main)

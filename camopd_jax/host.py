@@ -11,15 +11,15 @@ import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
-from camopd_jax import engine
+from camopd_jax import evaluation
 from camopd_jax.checkpoint import Checkpoints, claim_workdir
-from camopd_jax.config import Benchmark, Config, fingerprint
-from camopd_jax.data import sources, templates
+from camopd_jax.config import Config, fingerprint
 from camopd_jax.engine import Loaded
 from camopd_jax.errors import UserError
 from camopd_jax.evals import report
+from camopd_jax.evals.report import Result, Standing
 from camopd_jax.export import write_folder
-from camopd_jax.jsonl import drop_rows_after, read_rows
+from camopd_jax.jsonl import drop_rows_after
 from camopd_jax.metrics import Display, MetricsWriter
 from camopd_jax.types import TrainState
 
@@ -45,8 +45,10 @@ class Host:
         self.provenance = provenance | {"config_fingerprint": fingerprint(config)}
         self.workdir = epath.Path(workdir)
         self.terminated = False
+        evaluation.check(config.evaluation)
         claim_workdir(self.workdir, config)
-        self.checkpoints = Checkpoints(workdir, config.checkpoints)
+        self.standings = evaluation.read_standings(self.workdir)
+        self.checkpoints = Checkpoints(workdir, config.checkpoints, self.standings)
 
     def restore(self, state: TrainState) -> TrainState:
         """The last checkpoint's state, on the given state's shardings; without a checkpoint, `state`."""
@@ -93,45 +95,93 @@ class Host:
         return self.terminated or self._save_due(steps_done) or self._evaluation_due(steps_done)
 
     def milestone(self, steps_done: int, state: TrainState) -> bool:
-        """Evaluates and saves where due. True: the process was asked to end, and all is saved."""
-        accuracy = None
-        if self._evaluation_due(steps_done) and not self.terminated:
-            accuracy = _overall(self.evaluate("student", steps_done, self.student.with_params(state.params)))
-        if self.terminated or self._save_due(steps_done):
+        """Saves and evaluates where due, in this order: what was computed is safe before a long evaluation.
+
+        True ends the run: the process was asked to end and all is saved, or patience is at its end.
+        """
+        if self.terminated or self._save_due(steps_done) or self._evaluation_due(steps_done):
             positions = {name: stream.get_state() for name, stream in self.streams.items()}
-            self.checkpoints.save(steps_done, state, positions, self.provenance, accuracy)
+            self.checkpoints.save(steps_done, state, positions, self.provenance)
         if self.terminated:
             self.checkpoints.wait()
             self.display.close()
             self.display.say(f"asked to end: saved at step {steps_done}; the same command goes on from there")
-        return self.terminated
+            return True
+        return self.measure(steps_done, state)
 
     def _save_due(self, steps_done: int) -> bool:
         return steps_done % self.config.checkpoints.every == 0 or steps_done == self.config.steps
 
     def _evaluation_due(self, steps_done: int) -> bool:
         every = self.config.evaluation.every
-        return steps_done == self.config.steps or (every > 0 and steps_done % every == 0)
+        return every > 0 and (steps_done % every == 0 or steps_done == self.config.steps)
 
     def _terminate(self, *_) -> None:
         self.terminated = True
 
     # ----------------------------------------------------------------- evaluation and export
 
-    def evaluate(self, name: str, step: int, loaded: Loaded) -> list[report.Result]:
-        """Every benchmark of the config, on one model; what eval.jsonl holds already is taken from there."""
-        known = {(row["model"], row["step"], row["benchmark"]): row for row in read_rows(self.workdir / "eval.jsonl")}
-        rows = []
-        for benchmark in self.config.evaluation.benchmarks:
-            row = known.get((name, step, benchmark.name))
-            if row is None:
-                row = {"step": step, "model": name} | run_benchmark(
-                    benchmark, loaded, self.config.evaluation.batch_size
-                )
-                self.writer.evaluation(row)
-                self.display.say(f"{name} at step {step}: {benchmark.name} {100 * row['accuracy']:.1f} %")
-            rows.append(row)
-        return rows
+    def measure(self, steps_done: int, state: TrainState) -> bool:
+        """The evaluation between the steps, if one is due here and not done; whether patience is at its end."""
+        if steps_done == 0 or not self._evaluation_due(steps_done):
+            return False
+        if steps_done not in self.standings:
+            student, key = self.student.with_params(state.params), self.student_key(steps_done)
+            results = self.evaluate("student", steps_done, student, key, self.config.evaluation.questions)
+            standing = self.standing(results)
+            if standing is None:
+                return False
+            self.standings[steps_done] = standing
+            self.writer.evaluation(
+                evaluation.standing_row(steps_done, standing, self.comparison(results)), "merit", standing.merit
+            )
+        in_order = [self.standings[step] for step in sorted(self.standings) if step <= steps_done]
+        if ended := report.out_of_patience(in_order, self.config.evaluation.patience):
+            best = max(sorted(self.standings, reverse=True), key=self.standings.__getitem__)
+            self.display.say(f"no better than step {best} for {self.config.evaluation.patience} evaluations: ends here")
+        return ended
+
+    def standing(self, results: Sequence[Result]) -> Standing | None:
+        """What a checkpoint's scores are worth: here, their mean."""
+        means = [mean for axis in report.AXES if (mean := report.axis_mean(results, axis))]
+        return Standing(True, sum(mean for mean, _ in means) / len(means)) if means else None
+
+    def comparison(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Further facts on a checkpoint's scores."""
+        return {}
+
+    def student_key(self, steps_done: int) -> str:
+        return f"{self.provenance['config_fingerprint']}-{steps_done:06d}"
+
+    def evaluate(
+        self, name: str, step: int, loaded: Loaded, key: str | None = None, questions: int | None = None
+    ) -> list[Result]:
+        """Every benchmark of the config, on one model; eval.jsonl gets a row of each.
+
+        Args:
+          key: what the model's answers are kept under; None: its folder's fingerprint.
+          questions: only the first of each benchmark.
+        """
+        settings = self.config.evaluation
+        answers = epath.Path(settings.answers) if settings.answers else self.workdir / "answers"
+        key = key or (evaluation.model_key(loaded) if settings.benchmarks else "")
+        results = []
+        for benchmark in settings.benchmarks:
+            row = evaluation.run(benchmark, loaded, settings, answers / key, questions, self.display.progress)
+            self.writer.evaluation({"step": step, "model": name} | row, "accuracy", row["accuracy"])
+            figures = f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} %"
+            self.display.say(f"{name} at step {step}: {benchmark.name} {figures}")
+            results.append(row)
+        return results
+
+    def chosen(self, state: TrainState) -> TrainState:
+        """The state to export: the last, or the best checkpoint's where the config asks for it."""
+        best = self.checkpoints.best()
+        if self.config.checkpoints.export == "last" or best is None or best == int(state.step):
+            return state
+        self.checkpoints.wait()
+        self.display.say(f"the best checkpoint is that of step {best}")
+        return self.checkpoints.restore(best, state)[0]
 
     def finish(self, state: TrainState) -> None:
         """Waits for the last checkpoint and exports the model to workdir/export."""
@@ -145,26 +195,3 @@ class Host:
             self.provenance | {"steps": str(int(state.step))},
         )
         self.display.say(f"exported: {self.workdir / 'export'}")
-
-
-def run_benchmark(benchmark: Benchmark, loaded: Loaded, batch_size: int) -> report.Result:
-    """Answers a benchmark's questions greedily and grades them."""
-    rows = sources.read(benchmark.source, limit=benchmark.limit, field=f"config.evaluation.benchmarks {benchmark.name}")
-    missing = next((i for i, row in enumerate(rows, 1) if "answer" not in row), None)
-    if missing is not None:
-        raise UserError(f'{benchmark.source} row {missing}: no "answer" to grade against')
-    prompts = [templates.prompt_ids(loaded.tokenizer, row, benchmark.template) for row in rows]
-    answers = engine.answer(loaded, prompts, max_new=benchmark.max_response_tokens, batch_size=batch_size)
-    return report.result(
-        benchmark,
-        [row["answer"] for row in rows],
-        [a.text for a in answers],
-        [len(a.ids) for a in answers],
-        [a.stopped for a in answers],
-    )
-
-
-def _overall(results: list[report.Result]) -> float | None:
-    """Mean of general and domain accuracy: what keep_best goes by."""
-    means = [mean for axis in ("general", "domain") if (mean := report.axis_mean(results, axis))]
-    return sum(mean[0] for mean in means) / len(means) if means else None

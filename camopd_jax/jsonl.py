@@ -1,6 +1,7 @@
 """JSON lines, written whole and read back after a kill."""
 
 import json
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,34 @@ def write_rows(path: str | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise UserError(f"{path}: cannot write ({error.strerror}); choose another place or free some room") from error
+
+
+def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
+    """Adds one object a line to a file. Numbers that are not finite become null.
+
+    Raises:
+      UserError: if the file cannot be written.
+    """
+    text = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if "://" in str(path):  # object stores do not append: gcsfs takes "a" for "w"
+            path.write_text((path.read_text() if path.exists() else "") + text)
+        else:
+            with path.open("a") as stream:
+                stream.write(text)
+    except OSError as error:
+        raise UserError(
+            f"{path}: cannot write ({error.strerror}); free some room and start the same command again"
+        ) from error
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {k: _finite(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_finite(v) for v in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_rows(path: epath.Path) -> list[dict[str, Any]]:

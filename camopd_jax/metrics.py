@@ -6,7 +6,6 @@ It deals in numbers of the host and knows nothing of JAX's arrays.
 import atexit
 import contextlib
 import datetime
-import json
 import math
 import resource
 import sys
@@ -21,10 +20,10 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from camopd_jax.errors import UserError
-from camopd_jax.jsonl import read_rows, write_rows
+from camopd_jax.jsonl import append_rows, read_rows, write_rows
 
 PLAIN_SECONDS = 2.0  # without a terminal, a line at most this often
+PROGRESS_SECONDS = 15.0  # the same, of a work that is no step
 COLOURS = {"recovery": "cyan", "review": "magenta", "sft": "green"}
 
 
@@ -77,10 +76,14 @@ class MetricsWriter:
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         self._append("samples.jsonl", rows)
 
-    def evaluation(self, row: dict[str, Any]) -> None:
+    def evaluation(self, row: dict[str, Any], figure: str, value: float) -> None:
+        """One line of eval.jsonl, unless it is there already, and one figure of it for TensorBoard."""
+        if row in read_rows(self._workdir / "eval.jsonl"):
+            return
         self._append("eval.jsonl", [row])
         if self._events:
-            self._events.add_scalar(f"accuracy/{row['model']}/{row['benchmark']}", row["accuracy"], row["step"])
+            self._events.add_scalar(f"{figure}/{row['model']}/{row['benchmark']}", value, row["step"])
+            self._events.flush()
 
     def close(self) -> None:
         if self._events:
@@ -89,26 +92,7 @@ class MetricsWriter:
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         if not self._writes or not rows:
             return
-        file = self._workdir / name
-        text = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
-        try:
-            if "://" in str(file):  # object stores do not append: gcsfs takes "a" for "w"
-                file.write_text((file.read_text() if file.exists() else "") + text)
-            else:
-                with file.open("a") as stream:
-                    stream.write(text)
-        except OSError as error:
-            raise UserError(
-                f"{file}: cannot write ({error.strerror}); free some room and start the same command again"
-            ) from error
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
-        return [_finite(v) for v in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+        append_rows(self._workdir / name, rows)
 
 
 def _flat(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
@@ -166,6 +150,14 @@ class Display:
         left = (now - self._started) / max(1, done - self._first) * (self._total - done)
         left = datetime.timedelta(seconds=round(left))
         self.say(f"step {done}/{self._total} {row['phase']:<8} {text} · {speed} · {left} left")
+
+    def progress(self, text: str) -> None:
+        """Shows how far a long work is: on a terminal in place, else a line now and then."""
+        if self._live:
+            self._figures.plain = f"  {text}"
+        elif time.perf_counter() - self._last >= PROGRESS_SECONDS:
+            self._last = time.perf_counter()
+            self.say(text)
 
     def say(self, message: Any) -> None:
         """Prints a line, or anything rich can print, above the live line."""

@@ -43,7 +43,8 @@ def sft(config: SftConfig, workdir: str) -> None:
     update = jax.jit(
         partial(sft_update, model=student.model, config=config), donate_argnums=0, out_shardings=kept_in_place
     )
-    for step in range(int(state.step), config.steps):
+    ended = host.measure(int(state.step), state)  # the last start may have ended in the middle of an evaluation
+    for step in range(int(state.step), 0 if ended else config.steps):
         started = time.perf_counter()
         batch = global_rows(mesh, next(stream), config.batch_size)
         state, metrics = update(state, batch)
@@ -52,7 +53,12 @@ def sft(config: SftConfig, workdir: str) -> None:
         speed = {"tokens_per_second": row["response_tokens"] / seconds, "memory_gib": memory_gib()}
         host.record(row | {"seconds": {"update": seconds}} | speed)
         if host.due(step + 1) and host.milestone(step + 1, state):
-            return
+            break
+    if host.terminated:
+        return
+    state = host.chosen(state)
+    steps = int(state.step)
+    host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
     host.finish(state)
 
 

@@ -12,7 +12,9 @@ recovered model as a Hugging Face folder.
 Started again with the same command, a run goes on from its last checkpoint; SIGTERM saves one first.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from absl import flags
@@ -22,7 +24,8 @@ from camopd_jax.config import TrainConfig
 from camopd_jax.data import templates
 from camopd_jax.data.pipeline import PromptStream
 from camopd_jax.engine import Loaded
-from camopd_jax.evals.report import table
+from camopd_jax.evals import report
+from camopd_jax.evals.report import Result, Standing
 from camopd_jax.host import Host
 from camopd_jax.jsonl import read_rows
 from camopd_jax.metrics import memory_gib
@@ -82,22 +85,42 @@ def train(config: TrainConfig, workdir: str) -> None:
     if warning:
         host.display.say(f"warning: {warning}")
     host.display.say(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
-    general_scores = host.evaluate("general", 0, general_teacher)
-    specialised_scores = host.evaluate("specialised", 0, domain_teacher)
-
-    programs = phases.compile_programs(config, student.model, student.eos_ids, state)
-    state = phases.run(config, branches, programs, state, host)
+    host.baselines = {
+        "general": host.evaluate("general", 0, general_teacher),
+        "specialised": host.evaluate("specialised", 0, domain_teacher),
+    }
+    if not host.measure(int(state.step), state):  # the last start may have ended in the middle of an evaluation
+        programs = phases.compile_programs(config, student.model, student.eos_ids, state)
+        state = phases.run(config, branches, programs, state, host)
     if host.terminated:
         return
-    student_scores = host.evaluate("student", int(state.step), student.with_params(state.params))
+    state = host.chosen(state)
+    steps = int(state.step)
+    scores = host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
     host.finish(state)
     host.display.say(clip_rates(read_rows(host.workdir / "metrics.jsonl")))
-    if student_scores:
-        host.display.say(table(general_scores, specialised_scores, student_scores))
+    if scores:
+        host.display.say(report.table(host.baselines | {"student": scores}))
 
 
 class TrainHost(Host):
-    """Turns a step's outcome into a row of metrics.jsonl and a few samples."""
+    """Turns a step's outcome into a row of metrics.jsonl and a few samples, and scores into recovery and retention."""
+
+    baselines: dict[str, list[Result]]  # scores of the general and the specialised model
+
+    def standing(self, results: Sequence[Result]) -> Standing | None:
+        return report.standing(*self._baselines(results), results)
+
+    def comparison(self, results: Sequence[Result]) -> dict[str, Any]:
+        """Recovery or retention of every benchmark and of the axis means, each with its standard error."""
+        return report.comparison(*self._baselines(results), results)
+
+    def _baselines(self, results: Sequence[Result]) -> list[list[Result]]:
+        """The teachers' scores on the questions that the student was asked."""
+        return [
+            [report.first(row, asked["n"]) for row, asked in zip(self.baselines[name], results, strict=True)]
+            for name in ("general", "specialised")
+        ]
 
     def log(self, outcome: Outcome) -> None:
         rollout = outcome.rollout

@@ -31,8 +31,8 @@ def get_config():
     config.checkpoints.every = 60
     config.evaluation.batch_size = 96
     config.evaluation.benchmarks = tuple(
-        dict(name=name, source=str(HERE / f"eval_{name}.jsonl"), axis=axis, grader=grader, max_response_tokens=32)
-        for name, axis, grader in (
+        dict(name=name, source=str(HERE / f"eval_{name}.jsonl"), axis=axis, task=task, max_response_tokens=32)
+        for name, axis, task in (
             ("covered", "general", "exact"),
             ("uncovered", "general", "exact"),
             ("domain", "domain", "choice"),

@@ -24,7 +24,7 @@ def get_config():
     config.optimizer.learning_rate = 1e-3
     config.checkpoints.every = 2
     config.evaluation.benchmarks = (dict(name="domain", source="{QUICKSTART / "eval_domain.jsonl"}", axis="domain",
-                                         grader="choice", limit=32, max_response_tokens=20),)
+                                         task="choice", limit=32, max_response_tokens=20),)
     return config
 """
 

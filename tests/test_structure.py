@@ -13,9 +13,10 @@ LAYERS = [
     ["steps", "models", "data", "evals"],
     ["metrics", "checkpoint"],
     ["phases", "engine", "cli"],
+    ["evaluation"],
     ["export"],
     ["host"],
-    ["train", "sft", "generate", "score"],
+    ["train", "sft", "generate", "score", "evaluate", "lm_eval"],
 ]
 STRANGERS = {"steps", "models", "data", "evals"}
 

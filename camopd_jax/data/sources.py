@@ -1,13 +1,17 @@
 """Rows of prompts from JSONL or parquet files, or from a `datasets` dataset.
 
 A row is a dict with one of "messages" ([{"role", "content"}, ...]), "prompt" (text) and "prompt_ids"
-([int, ...]); commonly "answer", "response" or "response_ids"; whatever else it holds is kept.
+([int, ...]); commonly "answer", "response" or "response_ids"; whatever else it holds is kept. Rows with the columns
+of a dataset that columns.py knows become such rows.
 """
 
+import itertools
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from camopd_jax.data import columns
 from camopd_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -19,7 +23,8 @@ def read(source: str, split: str = "train", limit: int | None = None, field: str
     """The rows of a source.
 
     Args:
-      source: .jsonl or .parquet file, several with commas between them; else the name of a dataset.
+      source: .jsonl or .parquet file, several with commas between them; else the name of a dataset, with its
+        configuration behind a colon where it has several ("openai/gsm8k:main").
       split: of a dataset.
       limit: only the first rows.
       field: how errors name the source.
@@ -79,24 +84,33 @@ def _read_parquet(path: Path) -> list[Row]:
 
 
 def _read_dataset(name: str, split: str, limit: int | None, field: str) -> list[Row]:
+    rows = stream_dataset(name, split, field) if limit is not None else _load_dataset(name, split, field)
+    return [_checked(row, f"{name}[{split}] row {i}") for i, row in enumerate(itertools.islice(rows, limit))]
+
+
+def stream_dataset(name: str, split: str, field: str) -> Iterator[Row]:
+    """The raw rows of a dataset as they come, never the whole of it."""
+    yield from _load_dataset(name, split, field, streaming=True)
+
+
+def _load_dataset(name: str, split: str, field: str, **options: Any) -> Any:
     import datasets  # slow to import, and only needed here
 
+    path, _, configuration = name.partition(":")
     try:
-        rows = datasets.load_dataset(name, split=split, streaming=limit is not None)
-        rows = list(rows if limit is None else rows.take(limit))
+        return datasets.load_dataset(path, configuration or None, split=split, **options)
     except Exception as error:  # the hub's client raises its own, requests' and OS errors
         raise UserError(
             f"{field}: no dataset {name!r} with split {split!r} ({type(error).__name__}); check the name, or "
             "give a .jsonl or .parquet file"
         ) from error
-    return [_checked(row, f"{name}[{split}] row {i}") for i, row in enumerate(rows)]
 
 
 def _checked(row: Any, where: str) -> Row:
     """The row, if it is one; parquet and datasets leave None where a row has no value."""
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be a JSON object, this is {type(row).__name__}")
-    row = {name: value for name, value in row.items() if value is not None}
+    row = columns.normalise({name: value for name, value in row.items() if value is not None})
     if "messages" in row:
         messages = row["messages"]
         if not isinstance(messages, list) or not messages:

@@ -103,8 +103,8 @@ def make_newborn(folder: Path) -> None:
 
 def lesson(model: str, source: str, steps: int, rate: float, schedule: str, every: int) -> SftConfig:
     def benchmark(name: str, axis: str) -> Benchmark:
-        grader = "choice" if axis == "domain" else "exact"
-        return Benchmark(name, str(HERE / f"eval_{name}.jsonl"), axis, grader, max_response_tokens=32)
+        task = "choice" if axis == "domain" else "exact"
+        return Benchmark(name, task, str(HERE / f"eval_{name}.jsonl"), axis=axis, max_response_tokens=32)
 
     return SftConfig(
         model=model,
@@ -114,8 +114,8 @@ def lesson(model: str, source: str, steps: int, rate: float, schedule: str, ever
         max_tokens=128,
         smallest_bucket=16,
         optimizer=Optimizer(learning_rate=rate, schedule=schedule, warmup_steps=20, micro_batch=64),
-        evaluation=Evaluation(every, 96, (benchmark("covered", "general"), benchmark("uncovered", "general"),
-                                          benchmark("domain", "domain"))),
+        evaluation=Evaluation(every, batch_size=96, benchmarks=(
+            benchmark("covered", "general"), benchmark("uncovered", "general"), benchmark("domain", "domain"))),
         checkpoints=Checkpoints(every=1000, keep_last=1, keep_best=0),
         log=Log(tensorboard=False),
     )  # fmt: skip

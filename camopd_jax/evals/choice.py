@@ -1,0 +1,68 @@
+"""Multiple choice: the letter after `Final answer:`. MedQA-USMLE, MedMCQA, ARC, PubMedQA.
+
+MedQA is graded as in the CaMOPD paper (Appendix B): the answer must end with "Final answer: <letter>", exact match.
+An answer without the marker is wrong, however clear it may be, and counted as unmarked.
+"""
+
+import re
+
+from camopd_jax.evals.task import Grade, Row, Task
+
+# The answer is one letter: "(B)", "**B**" and "B." are; "A or B", "Because" and "B12" are not.
+_MARKER = re.compile(r"final answer\W*?:\s*(.*)", re.IGNORECASE)
+_ORNAMENT = r"[\s*_`$()\[\]{}]*"
+_LETTER = re.compile(
+    rf"{_ORNAMENT}(?:\\boxed|\\text|option|choice)?{_ORNAMENT}([a-z])(?![\w'\u2019])(.*)", re.IGNORECASE
+)
+_SECOND = re.compile(r"\s*(?:,|/|&|\bor\b|\band\b)\s*[*(\[]*[a-z](?![\w'\u2019])", re.IGNORECASE)
+
+
+def final_answer(answer: str) -> str | None:
+    """The rest of the line after the last `Final answer:`; None without one."""
+    found = _MARKER.findall(answer)
+    return found[-1].strip() if found else None
+
+
+def letter(answer: str) -> str | None:
+    r"""The one letter that an answer ends on, in upper case; None where it names none, or several.
+
+    >>> letter("A looks right at first. **Final answer: (B)**")
+    'B'
+    >>> letter(r"Final answer: $\boxed{C}$. Ceftriaxone")
+    'C'
+    >>> letter("Final answer: A or B") is letter("The answer is B") is letter("Final answer: Because") is None
+    True
+    """
+    found = _LETTER.fullmatch(final_answer(answer) or "")
+    if found is None or _SECOND.match(found[2].lstrip("*_`$)]} ")):
+        return None
+    return found[1].upper()
+
+
+def grade(answer: str, row: Row) -> Grade:
+    given = letter(answer)
+    return Grade(float(given == str(row["answer"]).strip().upper()), marked=given is not None)
+
+
+_WORDS = ("yes", "no", "maybe")
+
+
+def grade_pubmedqa(answer: str, row: Row) -> Grade:
+    """PubMedQA: one of yes, no and maybe, by its word or by its letter."""
+    rest = (final_answer(answer) or "").lower()
+    words = {word for word in re.findall(r"[a-z]+", rest) if word in _WORDS}
+    given = letter(answer)
+    if given is None and len(words) == 1:
+        given = "ABC"[_WORDS.index(words.pop())]
+    right = str(row["answer"]).strip()
+    right = "ABC"[_WORDS.index(right.lower())] if right.lower() in _WORDS else right.upper()
+    return Grade(float(given == right), marked=given is not None)
+
+
+_INSTRUCTION = 'Please reason step by step. End with "Final answer: <letter>".'
+
+CHOICE = Task(grade)
+MEDQA = Task(grade, _INSTRUCTION, dataset="GBaker/MedQA-USMLE-4-options")
+MEDMCQA = Task(grade, _INSTRUCTION, dataset="openlifescienceai/medmcqa", split="validation")
+ARC = Task(grade, _INSTRUCTION, dataset="allenai/ai2_arc:ARC-Challenge")
+PUBMEDQA = Task(grade_pubmedqa, _INSTRUCTION, dataset="qiaojin/PubMedQA:pqa_labeled", split="train")

@@ -1,0 +1,55 @@
+"""GSM8K: a number. Taken from the last `Final answer:`, `#### ` or \\boxed{...}, compared as a value."""
+
+import re
+from fractions import Fraction
+
+from camopd_jax.evals.task import Grade, Row, Task
+
+_MARKED = re.compile(r"final answer\W*?:(.*)|####(.*)", re.IGNORECASE)
+_BOXED = re.compile(r"\\f?boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
+_NUMBER = re.compile(r"-?\s*\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?|-?\s*\.\d+")
+_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}")
+
+
+def number(text: str) -> Fraction | None:
+    r"""The only number of a text, whatever its commas, units and LaTeX; None for none, or several.
+
+    >>> number(r"\$1,234.50 dollars")
+    Fraction(2469, 2)
+    >>> number(r"$\frac{3}{4}$ of a mile"), number("80 %"), number("3 or 4")
+    (Fraction(3, 4), Fraction(80, 1), None)
+    """
+    text = _FRACTION.sub(r" \1/\2 ", text)
+    text = re.sub(r"\\[,!;: ]|\{,\}", "", re.sub("[\u2212\u2013]", "-", text))
+    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
+    found = {_value(part) for part in _NUMBER.findall(re.sub(r"(?<=-)[\s$\\]+(?=\d)", "", text))}
+    return found.pop() if len(found) == 1 else None
+
+
+def _value(part: str) -> Fraction | None:
+    try:
+        return Fraction(re.sub(r"[\s,]", "", part))
+    except (ValueError, ZeroDivisionError):
+        return None
+
+
+def given(answer: str) -> Fraction | None:
+    """The number that an answer ends on."""
+    marks = [(m.start(), m[1] or m[2] or "") for m in _MARKED.finditer(answer)]
+    marks += [(m.start(), m[1]) for m in _BOXED.finditer(answer)]
+    for _, text in sorted(marks, reverse=True)[:1]:
+        boxed = _BOXED.search(text)
+        return number(boxed[1] if boxed else text)
+    return None
+
+
+def grade(answer: str, row: Row) -> Grade:
+    value = given(answer)
+    return Grade(float(value is not None and value == number(str(row["answer"]))), marked=value is not None)
+
+
+TASK = Task(
+    grade,
+    'Please reason step by step. End with "Final answer: <number>".',
+    dataset="openai/gsm8k:main",
+)

@@ -1,0 +1,86 @@
+"""IFEval (arXiv 2311.07911): instructions whose following a program can check.
+
+The checkers are the official ones, as lm_eval keeps them. Four figures: strict and loose (the answer also without its
+first line, last line and asterisks), by prompt (all its instructions) and by instruction. The score: strict, by prompt.
+
+Two checkers, of 77 of the 541 prompts, split sentences with NLTK's English Punkt parameters ("punkt_tab"), which NLTK
+downloads. Where they are not there and cannot be had, Punkt works without them and says so: it then takes the point of
+an abbreviation for the end of a sentence more often.
+"""
+
+import contextlib
+import functools
+import importlib.util
+import io
+import random
+import warnings
+from types import ModuleType
+
+from camopd_jax.errors import UserError
+from camopd_jax.evals.task import Grade, Row, Task
+
+NEEDS_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
+
+
+def check() -> None:
+    missing = [m for m in ("lm_eval", "nltk", "langdetect", "immutabledict") if importlib.util.find_spec(m) is None]
+    if missing:
+        raise UserError(f"task ifeval: its checkers need {', '.join(missing)}; pip install 'camopd_jax[eval]'")
+
+
+@functools.cache
+def _official() -> ModuleType:
+    check()
+    import langdetect
+    import nltk
+
+    with contextlib.redirect_stdout(io.StringIO()):  # the module downloads punkt_tab when imported, aloud
+        from lm_eval.tasks.ifeval import instructions_util, utils
+    langdetect.DetectorFactory.seed = 0  # else it answers as chance has it
+    if not has_punkt():
+        warnings.warn(
+            "IFEval: NLTK's punkt_tab is not there and cannot be downloaded; sentences are split without its English "
+            "parameters (python -m nltk.downloader punkt_tab)",
+            stacklevel=2,
+        )
+        plain = nltk.tokenize.punkt.PunktSentenceTokenizer()
+        instructions_util._get_sentence_tokenizer = lambda: plain
+        words = nltk.tokenize.NLTKWordTokenizer()
+        instructions_util.nltk.word_tokenize = lambda text: [
+            word for sentence in plain.tokenize(text) for word in words.tokenize(sentence)
+        ]
+    return utils
+
+
+def has_punkt() -> bool:
+    """Whether NLTK's English Punkt parameters are on this machine."""
+    import nltk
+
+    try:
+        nltk.data.find("tokenizers/punkt_tab")
+    except LookupError:
+        return False
+    return True
+
+
+def grade(answer: str, row: Row) -> Grade:
+    official = _official()
+    kwargs = [{k: v for k, v in given.items() if v is not None} for given in row["kwargs"]]
+    prompt = row.get("prompt") or row["messages"][-1]["content"]
+    asked = official.InputExample(row.get("key", 0), row["instruction_id_list"], prompt, kwargs)
+    random.seed(0)  # checkers without arguments draw some
+    strict = official.test_instruction_following_strict(asked, answer)
+    random.seed(0)
+    loose = official.test_instruction_following_loose(asked, answer)
+    n = len(strict.follow_instruction_list)
+    return Grade(
+        float(strict.follow_all_instructions),
+        parts={
+            "prompt_loose": (float(loose.follow_all_instructions), 1),
+            "instruction_strict": (sum(strict.follow_instruction_list), n),
+            "instruction_loose": (sum(loose.follow_instruction_list), n),
+        },
+    )
+
+
+TASK = Task(grade, needs=("instruction_id_list", "kwargs"), dataset="google/IFEval", split="train", check=check)

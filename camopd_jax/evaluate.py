@@ -1,0 +1,101 @@
+"""Scores models on the benchmarks of a config: any Hugging Face folder, hub name, or run.
+
+    python -m camopd_jax.evaluate --config=configs/smollm2.py
+    python -m camopd_jax.evaluate --config=configs/smollm2.py --checkpoint=runs/smollm2/export
+    python -m camopd_jax.evaluate --config=configs/smollm2.py --checkpoint=runs/smollm2,runs/smollm2/checkpoints/4
+
+Without --checkpoint it scores the config's own models: the general teacher and the specialised one. With it, the
+checkpoints, each a Hugging Face folder, a run's work directory (its last checkpoint) or one step of it, beside those of
+the two that --workdir has scores of. Prints a table with standard errors, adds to WORKDIR/eval.jsonl and keeps every
+answer in WORKDIR/answers. An evaluation that was killed goes on when the same command is given again.
+"""
+
+import re
+from pathlib import Path
+
+from absl import flags
+from etils import epath
+from jax.sharding import Mesh
+from rich.console import Console
+
+from camopd_jax import cli, engine, evaluation, export
+from camopd_jax.config import SftConfig, TrainConfig
+from camopd_jax.engine import Loaded
+from camopd_jax.errors import UserError
+from camopd_jax.evals import report
+from camopd_jax.evals.report import Result
+from camopd_jax.jsonl import read_rows
+from camopd_jax.metrics import Display, MetricsWriter
+from camopd_jax.sharding import check_rows, make_mesh
+
+Config = TrainConfig | SftConfig
+
+
+def evaluate(config: Config, checkpoints: list[str], workdir: str) -> dict[str, list[Result]]:
+    """The results of each model on each benchmark, by the model's name."""
+    settings, folder = config.evaluation, epath.Path(workdir)
+    if not settings.benchmarks:
+        raise UserError("config.evaluation.benchmarks: there is none; name at least one")
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_rows(mesh, "config.evaluation.batch_size", settings.batch_size)
+    evaluation.check(settings)
+    answers = epath.Path(settings.answers) if settings.answers else folder / "answers"
+    folder.mkdir(parents=True, exist_ok=True)
+    writer, display = MetricsWriter(folder, tensorboard=False), Display(0, 0)
+    models: dict[str, list[Result]] = {}
+    for name, source in ((s, s) for s in checkpoints) if checkpoints else own_models(config).items():
+        loaded, key = load(config, source, mesh)
+        models[name] = []
+        for benchmark in settings.benchmarks:
+            row = evaluation.run(benchmark, loaded, settings, answers / key, say=display.progress)
+            writer.evaluation({"model": name, "step": 0, "checkpoint": key} | row, "accuracy", row["accuracy"])
+            display.say(f"{name}: {benchmark.name} {100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} %")
+            models[name].append(row)
+    return known_baselines(folder, models) | models
+
+
+def own_models(config: Config) -> dict[str, str]:
+    if isinstance(config, SftConfig):
+        return {"start": config.model}
+    return {"general": config.general_model, "specialised": config.specialised_model}
+
+
+def load(config: Config, source: str, mesh: Mesh) -> tuple[Loaded, str]:
+    """A model and the key of its answers."""
+    step = re.fullmatch(r"(.+)/checkpoints/(\d+)/?", source)
+    run = step[1] if step else source
+    if (epath.Path(run) / "checkpoints").exists():
+        loaded, provenance = export.restored(run, int(step[2]) if step else None)
+        return loaded, f"{provenance['config_fingerprint']}-{int(provenance['steps']):06d}"
+    folder: Path = engine.find(source, "--checkpoint")
+    dtype = engine.teacher_dtype(config.compute)
+    context = max((b.max_response_tokens for b in config.evaluation.benchmarks), default=0)
+    loaded = engine.load(folder, mesh, config.compute, dtype=dtype, context=context)
+    return loaded, evaluation.model_key(loaded)
+
+
+def known_baselines(folder: epath.Path, models: dict[str, list[Result]]) -> dict[str, list[Result]]:
+    """The general and the specialised model's results on the very same questions, where eval.jsonl has them all."""
+    asked = [row["asked"] for row in next(iter(models.values()))]
+    rows = {(row["model"], row.get("asked")): row for row in read_rows(folder / "eval.jsonl")}
+    names = ("general", "specialised")
+    if not all((name, questions) in rows for name in names for questions in asked):
+        return {}
+    return {name: [rows[name, questions] for questions in asked] for name in names}
+
+
+if __name__ == "__main__":
+    flags.DEFINE_list("checkpoint", [], "Hugging Face folders, hub names, work directories or their checkpoints/STEP.")
+    flags.DEFINE_string("workdir", "runs/evaluation", "Directory for eval.jsonl and the answers; may be a run's own.")
+    read_config = cli.config_flag(TrainConfig, SftConfig)
+
+    def main() -> None:
+        config = read_config()
+        engine.start()
+        models = evaluate(config, flags.FLAGS.checkpoint, flags.FLAGS.workdir)
+        console = Console(highlight=False)
+        console.print(report.table(models))
+        for name, results in models.items():
+            console.print(report.details(results, report.TITLES.get(name, name)))
+
+    cli.run(main)

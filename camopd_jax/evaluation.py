@@ -1,0 +1,191 @@
+"""Benchmarks on a model in memory: asks, keeps every answer, grades.
+
+Answers lie in `FOLDER/MODEL/BENCHMARK.jsonl`, a line each, written as they come: an evaluation that was killed goes on
+with the questions that are open, and a model's score is computed once. A row belongs to its prompt's tokens and the way
+it was sampled; what was asked otherwise is asked again.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import jax
+from etils import epath
+
+from camopd_jax import engine
+from camopd_jax.config import Benchmark, Evaluation, Template
+from camopd_jax.data import sources, templates
+from camopd_jax.engine import Answer, Loaded
+from camopd_jax.errors import UserError
+from camopd_jax.evals import report, tasks
+from camopd_jax.evals.report import Standing
+from camopd_jax.evals.task import Grade, Row, Task
+from camopd_jax.jsonl import append_rows, read_rows, write_rows
+from camopd_jax.models import hf
+from camopd_jax.steps.sampling import Sampling
+
+Say = Callable[[str], None]
+
+
+def check(evaluation: Evaluation) -> None:
+    """Finds out before a run what grading would miss after it.
+
+    Raises:
+      UserError: naming the package or setting, or the questions' file and field.
+    """
+    for benchmark in evaluation.benchmarks:
+        task = tasks.find(benchmark.task, evaluation.judge)
+        task.check()
+        questions(benchmark, task, limit=1)
+
+
+def model_key(loaded: Loaded) -> str:
+    """What tells a checkpoint's answers from all others': its contents and the precision it runs at."""
+    return f"{loaded.folder.name}-{hf.fingerprint(loaded.folder)}-{loaded.model.dtype}"
+
+
+def standing_row(step: int, standing: Standing, comparison: dict[str, Any]) -> dict[str, Any]:
+    """The line of eval.jsonl that tells how a checkpoint stands."""
+    return {"step": step, "model": "student", "benchmark": "standing", **vars(standing), **comparison}
+
+
+def read_standings(workdir: epath.Path) -> dict[int, Standing]:
+    """How the checkpoints of a work directory stand, by step, from its eval.jsonl."""
+    rows = [row for row in read_rows(workdir / "eval.jsonl") if row["benchmark"] == "standing"]
+    return {row["step"]: Standing(row["keeps"], row["merit"]) for row in rows}
+
+
+def questions(benchmark: Benchmark, task: Task, limit: int | None = None) -> list[Row]:
+    """The rows of a benchmark, checked to hold what its task grades by."""
+    where = f"config.evaluation.benchmarks {benchmark.name}"
+    source, split = benchmark.source or task.dataset, benchmark.split or task.split
+    if not source:
+        raise UserError(f"{where}: task {benchmark.task} has no dataset of its own; name its source")
+    limits = [n for n in (limit, benchmark.limit) if n is not None]
+    rows = sources.read(source, split, min(limits, default=None), f"{where}.source")
+    for i, row in enumerate(rows, 1):
+        missing = [name for name in task.needs if name not in row]
+        if missing:
+            raise UserError(f'{source} row {i}: no "{missing[0]}" to grade against, which task {benchmark.task} needs')
+    return rows
+
+
+def run(
+    benchmark: Benchmark,
+    loaded: Loaded,
+    evaluation: Evaluation,
+    folder: epath.Path,
+    limit: int | None = None,
+    say: Say = lambda text: None,
+) -> report.Result:
+    """Asks one model one benchmark's questions and grades the answers.
+
+    Args:
+      folder: of this model's answers.
+      limit: only the first questions.
+      say: told of the progress.
+    """
+    task = tasks.find(benchmark.task, evaluation.judge)
+    rows = questions(benchmark, task, limit)
+    instruction = task.instruction if benchmark.instruction is None else benchmark.instruction
+    prompts = [ask(loaded.tokenizer, row, instruction, benchmark.template) for row in rows]
+    answers = [
+        collect(benchmark, loaded, evaluation, folder / f"{benchmark.name}.jsonl", prompts, sample, say)
+        for sample in range(benchmark.samples)
+    ]
+
+    def grade(answer: dict[str, Any], row: Row) -> Grade:
+        if task.costly and "score" in answer:
+            return Grade(answer["score"], answer["marked"], answer["parts"])
+        return task.grade(answer["response"], row)
+
+    with ThreadPoolExecutor(task.threads) as pool:
+        graded = [list(pool.map(grade, given, rows)) for given in answers]
+    flat = [answer for given in answers for answer in given]
+    if jax.process_index() == 0:
+        keep_grades(folder / f"{benchmark.name}.jsonl", flat, [grade for given in graded for grade in given])
+    asked = hashlib.sha256("".join(answer["key"] for answer in flat).encode()).hexdigest()[:16]
+    return {"asked": asked} | report.result(
+        benchmark, list(zip(*graded, strict=True)), [a["length"] for a in flat], [a["stopped"] for a in flat]
+    )
+
+
+def ask(tokenizer: Any, row: Row, instruction: str, template: Template) -> list[int]:
+    """A question's tokens, with the instruction behind its last request."""
+    if instruction and "messages" in row:
+        messages = [dict(message) for message in row["messages"]]
+        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
+        messages[last]["content"] += f"\n\n{instruction}"
+        row = row | {"messages": messages}
+    elif instruction and "prompt" in row:
+        row = row | {"prompt": f"{row['prompt']}\n\n{instruction}"}
+    return templates.prompt_ids(tokenizer, row, template)
+
+
+def collect(
+    benchmark: Benchmark,
+    loaded: Loaded,
+    evaluation: Evaluation,
+    file: epath.Path,
+    prompts: Sequence[Sequence[int]],
+    sample: int,
+    say: Say,
+) -> list[dict[str, Any]]:
+    """One answer to each prompt: those in the file, and the missing ones from the model."""
+    sampling = Sampling(benchmark.temperature, benchmark.top_k, benchmark.top_p, benchmark.min_p)
+    how = (repr(sampling), benchmark.max_response_tokens, loaded.eos_ids, sample)
+    how = how if sampling.temperature == 0 else (*how, evaluation.seed)
+    keys = [hashlib.sha256(json.dumps([list(p), how]).encode()).hexdigest()[:16] for p in prompts]
+    if sampling.temperature > 0:  # two questions with the same words have answers of their own
+        keys = [f"{key}-{i}" for i, key in enumerate(keys)]
+    known = {row["key"]: row for row in read_rows(file)}
+    if jax.process_index() == 0 and known:
+        write_rows(file, known.values())  # a line cut by a kill must not join the next
+    missing = [i for i, key in enumerate(keys) if key not in known]
+    done = len(keys) - len(missing)
+
+    def keep(answers: dict[int, Answer]) -> None:
+        nonlocal done
+        new = {i: _row(keys[i], i, sample, answer) for i, answer in answers.items()}
+        known.update({row["key"]: row for row in new.values()})
+        if jax.process_index() == 0:
+            append_rows(file, list(new.values()))
+        done += len(new)
+        of = f", answer {sample + 1} of {benchmark.samples}" if benchmark.samples > 1 else ""
+        say(f"{benchmark.name}{of}: {done} of {len(keys)} questions")
+
+    if missing:
+        engine.answer(
+            loaded,
+            [prompts[i] for i in missing],
+            max_new=benchmark.max_response_tokens,
+            batch_size=evaluation.batch_size,
+            sampling=sampling,
+            seed=evaluation.seed,
+            draw=sample,
+            rows=missing,
+            on_batch=keep,
+        )
+    return [known[key] for key in keys]
+
+
+def _row(key: str, question: int, sample: int, answer: Answer) -> dict[str, Any]:
+    return {
+        "key": key,
+        "question": question,
+        "sample": sample,
+        "response": answer.text,
+        "length": len(answer.ids),
+        "stopped": answer.stopped,
+    }
+
+
+def keep_grades(file: epath.Path, answers: Sequence[dict[str, Any]], grades: Sequence[Grade]) -> None:
+    """Writes what each answer was worth beside it, for people to read."""
+    marks = {
+        answer["key"]: {"score": grade.score, "marked": grade.marked, "parts": grade.parts}
+        for answer, grade in zip(answers, grades, strict=True)
+    }
+    write_rows(file, [row | marks.get(row["key"], {}) for row in read_rows(file)])
