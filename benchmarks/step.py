@@ -34,7 +34,7 @@ from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings, table
 from camopd_jax.optim import init_state
 from camopd_jax.sharding import global_rows, make_mesh
-from camopd_jax.types import PromptBatch, Prompts, Scores
+from camopd_jax.types import PromptBatch, Prompts, Scored, Scores
 
 HISTORY = Path(__file__).parent / "history.jsonl"
 
@@ -134,7 +134,10 @@ def main(_) -> None:
         scores = Scores(ours, theirs)
         selection = timed("select", lambda: programs.select["recovery"](scores, answers.lengths))
         state, _ = timed(
-            "update", lambda: programs.update["recovery"](state, prompts.student, answers, scores, selection)
+            "update",
+            lambda: programs.update["recovery"](
+                state, Scored(prompts.student, prompts.index, answers, scores, selection)
+            ),
         )
         return state, seconds, {"selected": int(selection.count), "sampled": int(jnp.sum(answers.lengths))}
 

@@ -69,6 +69,9 @@ class Phase:
 class Method:
     """CaMOPD. The defaults are the paper's."""
 
+    # alternate: each step is a recovery or a review. mixed: each step is both, in one gradient over a batch that is
+    # split recovery_steps : review_steps between the streams (vanilla multi-teacher distillation, Eq 3)
+    schedule: Literal["alternate", "mixed"] = "alternate"
     recovery_steps: int = 3  # n_g: recovery updates before each review update (Eq 5)
     review_steps: int = 1
     recovery: Phase = Phase("absolute_gap", 0.8, 2.0)
@@ -416,6 +419,19 @@ def _check_train(config: TrainConfig, need, positive) -> None:
         "method.recovery_steps",
         "recovery_steps and review_steps cannot both be 0",
     )
+    if config.method.schedule == "mixed":
+        cycle = config.method.recovery_steps + config.method.review_steps
+        need(
+            config.method.recovery_steps > 0 and config.method.review_steps > 0,
+            "method.schedule",
+            "recovery_steps and review_steps both have to be > 0 for a mixed batch",
+        )
+        need(
+            config.rollout.batch_size % cycle == 0,
+            "rollout.batch_size",
+            f"give a multiple of method.recovery_steps + review_steps = {cycle}: a mixed batch is split so",
+        )
+        need(config.method.moments == "shared", "method.moments", 'a mixed batch has one gradient; give "shared"')
     for name in ("recovery", "review"):
         need(0 < getattr(config.method, name).mass <= 1, f"method.{name}.mass", "give a share in (0, 1]")
     clip, gate = config.method.advantage_clip, config.method.importance_gate

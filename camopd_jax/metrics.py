@@ -24,7 +24,7 @@ from camopd_jax.jsonl import append_rows, read_rows, write_rows
 
 PLAIN_SECONDS = 2.0  # without a terminal, a line at most this often
 PROGRESS_SECONDS = 15.0  # the same, of a work that is no step
-COLOURS = {"recovery": "cyan", "review": "magenta", "sft": "green"}
+COLOURS = {"recovery": "cyan", "review": "magenta", "mixed": "blue", "sft": "green"}
 
 
 class Stages:

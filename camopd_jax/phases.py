@@ -10,7 +10,8 @@ The life of one step:
     6. update    the branch's own compiled update pulls the student toward that teacher      (Eq 9)
 
 Recovery: general prompts, the original model teaches. Review: domain prompts, the specialised model's
-frozen copy teaches. The two never share a gradient.
+frozen copy teaches. The two never share a gradient, save under `config.method.schedule = "mixed"`, the control:
+there both branches go through 2 to 5, and one update takes both.
 """
 
 from collections.abc import Callable
@@ -30,23 +31,36 @@ from camopd_jax.steps.rollout import rollout
 from camopd_jax.steps.sampling import Sampling, row_keys
 from camopd_jax.steps.score import score
 from camopd_jax.steps.select import select
-from camopd_jax.steps.update import recovery_update, review_update
-from camopd_jax.types import LanguageModel, Params, PromptBatch, Rollout, Scores, Selection, TrainState
+from camopd_jax.steps.update import mixed_update, recovery_update, review_update
+from camopd_jax.types import LanguageModel, Params, PromptBatch, Rollout, Scored, Scores, Selection, TrainState
 
-PHASES = ("recovery", "review")
+BRANCHES = ("recovery", "review")
+ACTING = {"recovery": ("recovery",), "review": ("review",), "mixed": BRANCHES}
+UPDATES = {"recovery": recovery_update, "review": review_update, "mixed": mixed_update}
 CHECK_EVERY = 16  # steps, where the sampler's log-probabilities are taken for the student's
 LARGEST_SAMPLER_GAP = 1e-3  # nats per token between the two, beyond which they may not be
 
 
 def phase_at(step: int, method: Method) -> str:
-    """Eq 5: `recovery_steps` times recovery, then `review_steps` times review, and so on."""
+    """Eq 5: `recovery_steps` times recovery, then `review_steps` times review, and so on. Or always "mixed"."""
+    if method.schedule == "mixed":
+        return "mixed"
     within = step % (method.recovery_steps + method.review_steps)
     return "recovery" if within < method.recovery_steps else "review"
 
 
+def batch_rows(config: TrainConfig) -> dict[str, int]:
+    """Prompts of each branch in a step in which it acts."""
+    rows, method = config.rollout.batch_size, config.method
+    if method.schedule == "alternate":
+        return dict.fromkeys(BRANCHES, rows)
+    recovery = rows * method.recovery_steps // (method.recovery_steps + method.review_steps)
+    return {"recovery": recovery, "review": rows - recovery}
+
+
 @dataclass(frozen=True)
 class Branch:
-    """What a phase has for itself: its prompts and its teacher."""
+    """What a branch has for itself: its prompts and its teacher."""
 
     prompts: Any  # data.pipeline.PromptStream: iterator of host PromptBatches, with get_state()
     teacher: LanguageModel
@@ -71,8 +85,8 @@ def compile_programs(
     """Jits the steps for this run; the state keeps its sharding and is donated to each update."""
     sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
 
-    def answer(params: Params, prompts: PromptBatch, step: jax.Array) -> Rollout:
-        keys = row_keys(config.seed, step, prompts.index)
+    def answer(params: Params, prompts: PromptBatch, draw: jax.Array) -> Rollout:
+        keys = row_keys(config.seed, draw, prompts.index)
         return rollout(
             model,
             params,
@@ -84,20 +98,19 @@ def compile_programs(
         )
 
     kept_in_place = (jax.tree.map(lambda x: x.sharding, state), None)
-    update = {"recovery": recovery_update, "review": review_update}
-    branch = {"recovery": config.method.recovery, "review": config.method.review}
+    phases = ("mixed",) if config.method.schedule == "mixed" else BRANCHES
     exact = jnp.dtype(model.dtype) == jnp.float32
     return Programs(
         student=model,
         trusts_sampler={"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs],
         rollout=jax.jit(answer),
         score=jax.jit(partial(score, chunk=config.compute.logits_chunk), static_argnums=0),
-        select={name: jax.jit(partial(select, phase=branch[name])) for name in PHASES},
+        select={name: jax.jit(partial(select, phase=getattr(config.method, name))) for name in BRANCHES},
         update={
-            name: jax.jit(
-                partial(update[name], model=model, config=config), donate_argnums=0, out_shardings=kept_in_place
+            phase: jax.jit(
+                partial(UPDATES[phase], model=model, config=config), donate_argnums=0, out_shardings=kept_in_place
             )
-            for name in PHASES
+            for phase in phases
         },
     )
 
@@ -108,11 +121,8 @@ class Outcome:
 
     step: int
     phase: str
-    prompts: PromptBatch
-    rollout: Rollout
-    scores: Scores
-    selection: Selection
-    metrics: dict[str, jax.Array]
+    parts: dict[str, Scored]  # of each acting branch
+    metrics: dict[str, Any]  # scalars; in a mixed step, a branch's own under its name
     seconds: dict[str, float]
 
 
@@ -133,33 +143,37 @@ def run(
     config: TrainConfig, branches: dict[str, Branch], programs: Programs, state: TrainState, observer: Observer
 ) -> TrainState:
     """Runs the steps from `state.step` to `config.steps`, or until the observer ends the run."""
+    rows = batch_rows(config)
     waiting: Outcome | None = None
     for step in range(int(state.step), config.steps):
         phase = phase_at(step, config.method)
-        branch = branches[phase]
+        two_ways = not programs.trusts_sampler or step % CHECK_EVERY == 0
         stages = Stages()
+        parts: dict[str, Scored] = {}
 
-        with stages("other"):
-            prompts = global_rows(programs.student.mesh, next(branch.prompts), config.rollout.batch_size)
-        with stages("rollout"):
-            answers = programs.rollout(state.params, prompts, state.step)
-        with stages("other"):
-            if waiting is not None:
-                observer.log(waiting)
-        with stages("rollout"):
-            answers = cut_to_bucket(answers, config.rollout.smallest_bucket)
-        with stages("score"):
-            two_ways = not programs.trusts_sampler or step % CHECK_EVERY == 0
-            scores = jax.block_until_ready(score_both(programs, branch, state, prompts, answers, two_ways))
-        with stages("select"):
-            selection = jax.block_until_ready(programs.select[phase](scores, answers.lengths))
+        for i, name in enumerate(ACTING[phase]):
+            branch = branches[name]
+            with stages("other"):
+                prompts = global_rows(programs.student.mesh, next(branch.prompts), rows[name])
+            with stages("rollout"):
+                answers = programs.rollout(state.params, prompts, jnp.int32(step * len(ACTING[phase]) + i))
+            with stages("other"):
+                if waiting is not None:
+                    observer.log(waiting)
+                    waiting = None
+            with stages("rollout"):
+                answers = cut_to_bucket(answers, config.rollout.smallest_bucket)
+            with stages("score"):
+                scores = jax.block_until_ready(score_both(programs, branch, state, prompts, answers, two_ways))
+            with stages("select"):
+                selection = jax.block_until_ready(programs.select[name](scores, answers.lengths))
+            parts[name] = Scored(prompts.student, prompts.index, answers, scores, selection)
         with stages("update"):
-            state, metrics = jax.block_until_ready(
-                programs.update[phase](state, prompts.student, answers, scores, selection)
-            )
+            state, metrics = jax.block_until_ready(programs.update[phase](state, *parts.values()))
 
-        compare(metrics, two_ways, programs.trusts_sampler, step)
-        waiting = Outcome(step, phase, prompts, answers, scores, selection, metrics, stages.seconds())
+        for name in parts:
+            compare(metrics[name] if len(parts) > 1 else metrics, two_ways, programs.trusts_sampler, step)
+        waiting = Outcome(step, phase, parts, metrics, stages.seconds())
         if observer.due(step + 1):
             observer.log(waiting)
             waiting = None

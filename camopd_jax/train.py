@@ -12,10 +12,12 @@ recovered model as a Hugging Face folder.
 Started again with the same command, a run goes on from its last checkpoint; SIGTERM saves one first.
 """
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 from absl import flags
 
@@ -34,12 +36,17 @@ from camopd_jax.optim import init_state
 from camopd_jax.phases import Branch, Outcome
 from camopd_jax.sharding import check_rows, local_rows, make_mesh, rows_of_process
 from camopd_jax.steps.statistics import repetition
+from camopd_jax.types import Scored
+
+BATCH_SHARE = "a stream's share of config.rollout.batch_size under config.method"
 
 
 def train(config: TrainConfig, workdir: str) -> None:
     """Runs the whole job: load, measure, alternate recovery and review, measure again, export."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    check_rows(mesh, "config.rollout.batch_size", config.rollout.batch_size)
+    rows = phases.batch_rows(config)
+    for n in rows.values():
+        check_rows(mesh, "config.rollout.batch_size" if n == config.rollout.batch_size else BATCH_SHARE, n)
     check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
     check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)
 
@@ -58,15 +65,14 @@ def train(config: TrainConfig, workdir: str) -> None:
     student = load(specialised_folder, config.compute.params)
 
     # ---------------------------------------------------------------- the two streams of prompts
-    mine = rows_of_process(mesh, config.rollout.batch_size)
-
-    def stream(name: str, teacher: Loaded, seed: int) -> PromptStream:
-        return PromptStream(getattr(config, name), config.rollout, student.tokenizer, teacher.tokenizer, seed, mine,
-                            f"config.{name}")  # fmt: skip
+    def stream(name: str, rows: int, teacher: Loaded, seed: int) -> PromptStream:
+        rollout = dataclasses.replace(config.rollout, batch_size=rows)
+        return PromptStream(getattr(config, name), rollout, student.tokenizer, teacher.tokenizer, seed,
+                            rows_of_process(mesh, rows), f"config.{name}")  # fmt: skip
 
     streams = {
-        "general": stream("general", general_teacher, 2 * config.seed),
-        "domain": stream("domain", domain_teacher, 2 * config.seed + 1),
+        "general": stream("general", rows["recovery"], general_teacher, 2 * config.seed),
+        "domain": stream("domain", rows["review"], domain_teacher, 2 * config.seed + 1),
     }
     branches = {
         "recovery": Branch(streams["general"], general_teacher.model, general_teacher.params),
@@ -123,32 +129,33 @@ class TrainHost(Host):
         ]
 
     def log(self, outcome: Outcome) -> None:
-        rollout = outcome.rollout
-        tokens, lengths = local_rows(rollout.tokens), local_rows(rollout.lengths)
-        metrics = {name: value.item() for name, value in outcome.metrics.items()}
+        metrics = jax.tree.map(lambda value: value.item(), outcome.metrics)
+        said = [(local_rows(part.rollout.tokens), local_rows(part.rollout.lengths)) for part in outcome.parts.values()]
         row = {
             "step": outcome.step,
             "phase": outcome.phase,
             **metrics,
-            "repetition": repetition(tokens, lengths),
+            "repetition": float(np.mean([repetition(tokens, lengths) for tokens, lengths in said])),
             "seconds": outcome.seconds,
             "tokens_per_second": metrics["response_tokens"] / sum(outcome.seconds.values()),
             "memory_gib": memory_gib(),
         }
-        self.record(row, self._samples(outcome, tokens, lengths))
+        samples = [sample for name, part in outcome.parts.items() for sample in self._samples(outcome.step, name, part)]
+        self.record(row, samples)
 
-    def _samples(self, outcome: Outcome, tokens: np.ndarray, lengths: np.ndarray) -> list[dict]:
+    def _samples(self, step: int, branch: str, part: Scored) -> list[dict]:
         """The first answers of the batch, with each token's gap, and its log-probability as scored and as sampled."""
-        prompts = outcome.prompts
-        arrays = (prompts.student.tokens, prompts.student.lengths, prompts.index, outcome.scores.student,
-                  outcome.scores.teacher, outcome.rollout.logprobs, outcome.selection.weights,
-                  outcome.rollout.stopped)  # fmt: skip
-        asked, asked_lengths, index, student, teacher, sampler, weights, stopped = map(local_rows, arrays)
+        arrays = (part.prompts.tokens, part.prompts.lengths, part.index, part.rollout.tokens, part.rollout.lengths,
+                  part.rollout.logprobs, part.rollout.stopped, part.scores.student, part.scores.teacher,
+                  part.selection.weights)  # fmt: skip
+        (asked, asked_lengths, index, tokens, lengths, sampler, stopped, student, teacher, weights) = map(
+            local_rows, arrays
+        )
         decode = self.student.tokenizer.decode
         return [
             {
-                "step": outcome.step,
-                "phase": outcome.phase,
+                "step": step,
+                "phase": branch,
                 "prompt_index": int(index[i]),
                 "prompt": decode(asked[i, : asked_lengths[i]]),
                 "response": decode(tokens[i, : lengths[i]]),
@@ -169,10 +176,10 @@ def _rounded(values: np.ndarray) -> list[float]:
 
 def clip_rates(metrics: list[dict]) -> str:
     """How often each phase's gradient was clipped, and what it means where that was always."""
-    clipped = {phase: [row["grad_clipped"] for row in metrics if row["phase"] == phase] for phase in phases.PHASES}
+    clipped = {phase: [row["grad_clipped"] for row in metrics if row["phase"] == phase] for phase in phases.UPDATES}
     rates = {phase: sum(steps) / len(steps) for phase, steps in clipped.items() if steps}
     told = "gradients clipped: " + ", ".join(f"{100 * rate:.0f} % of {phase} steps" for phase, rate in rates.items())
-    if min(rates.values(), default=0.0) > 0.95:
+    if len(rates) > 1 and min(rates.values()) > 0.95:
         told += (
             "; a clip that always bites makes all gradients equally long and cancels the phases' scales: raise "
             "config.optimizer.clip_norm to let them act"

@@ -79,6 +79,17 @@ class Selection:
 
 
 @struct.dataclass
+class Scored:
+    """A branch's answers in one step, ranked: what an update takes."""
+
+    prompts: Prompts  # as the student read them
+    index: jax.Array  # int32[B], the prompts' rows in their source
+    rollout: Rollout
+    scores: Scores
+    selection: Selection
+
+
+@struct.dataclass
 class TrainState:
     """All that an update changes."""
 

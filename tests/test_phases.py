@@ -15,7 +15,7 @@ from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.optim import init_state
-from camopd_jax.phases import Branch, compile_programs, cut_to_bucket, phase_at, run
+from camopd_jax.phases import Branch, batch_rows, compile_programs, cut_to_bucket, phase_at, run
 from camopd_jax.sharding import make_mesh
 from camopd_jax.types import PromptBatch, Prompts, Rollout
 
@@ -39,14 +39,16 @@ def test_the_order_of_phases(recovery, review, order):
 class Prompter:
     """An endless stream of random prompts; widths as given, over and over."""
 
-    def __init__(self, seed, widths):
+    def __init__(self, seed, widths, rows=4):
         self.random, self.widths, self.served = np.random.default_rng(seed), itertools.cycle(widths), 0
+        self.rows = rows
 
     def __next__(self):
         self.served += 1
         width = next(self.widths)
-        prompts = Prompts(self.random.integers(0, 14, (4, width)).astype(np.int32), np.full(4, width, np.int32))
-        return PromptBatch(prompts, prompts, np.arange(4, dtype=np.int32) + 4 * self.served)
+        n = self.rows
+        prompts = Prompts(self.random.integers(0, 14, (n, width)).astype(np.int32), np.full(n, width, np.int32))
+        return PromptBatch(prompts, prompts, np.arange(n, dtype=np.int32) + n * self.served)
 
 
 class Watcher:
@@ -83,9 +85,10 @@ PROGRAMS = {}  # compiled once for all tests
 def begin(tiny, config=CONFIG, widths=(4, 8)):
     model, student, general = tiny
     state = init_state(jax.tree.map(jnp.copy, student), config.method.moments)
+    rows = batch_rows(config)
     branches = {
-        "recovery": Branch(Prompter(0, widths), model, general),
-        "review": Branch(Prompter(1, widths), model, student),
+        "recovery": Branch(Prompter(0, widths, rows["recovery"]), model, general),
+        "review": Branch(Prompter(1, widths, rows["review"]), model, student),
     }
     if repr(config) not in PROGRAMS:
         PROGRAMS[repr(config)] = compile_programs(config, model, (2,), state)
@@ -123,10 +126,27 @@ def test_each_phase_takes_from_its_own_stream_and_its_own_teacher(tiny):
     assert [o.phase for o in watcher.outcomes] == ["recovery"] * 3 + ["review"] + ["recovery"] * 3 + ["review"]
     assert (branches["recovery"].prompts.served, branches["review"].prompts.served) == (6, 2)
     first = watcher.outcomes[0]
-    again = programs.score(tiny[0], tiny[2], first.prompts.teacher, first.rollout.tokens, first.rollout.lengths)
-    np.testing.assert_allclose(first.scores.teacher, again, atol=1e-5)
+    part = first.parts["recovery"]
+    again = programs.score(tiny[0], tiny[2], part.prompts, part.rollout.tokens, part.rollout.lengths)
+    np.testing.assert_allclose(part.scores.teacher, again, atol=1e-5)
     assert float(first.metrics["gap_abs_mean"]) > 0.1, "the general teacher is another model"
     assert set(first.seconds) == {"rollout", "score", "select", "update", "other"}
+
+
+def test_a_mixed_step_takes_both_streams_and_one_update(tiny):
+    config = dataclasses.replace(CONFIG, steps=3, method=Method(schedule="mixed"))
+    branches, programs, state = begin(tiny, config)
+    watcher = Watcher(milestones=(3,))
+    state = run(config, branches, programs, state, watcher)
+    assert int(state.step) == 3 and int(state.moments["shared"].count) == 3
+    assert (branches["recovery"].prompts.served, branches["review"].prompts.served) == (3, 3)
+    outcome = watcher.outcomes[1]
+    assert outcome.phase == "mixed" and list(outcome.parts) == ["recovery", "review"]
+    assert [len(part.index) for part in outcome.parts.values()] == [3, 1], "the batch of 4 is split 3 : 1"
+    lengths = [int(jnp.sum(part.rollout.lengths)) for part in outcome.parts.values()]
+    assert int(outcome.metrics["response_tokens"]) == sum(lengths)
+    assert "sampler_gap" not in outcome.metrics["recovery"], "compared in the first step of sixteen"
+    assert [call[1] for call in watcher.calls if call[0] == "log"] == [0, 1, 2], "each step told once"
 
 
 def with_student_logprobs(way):

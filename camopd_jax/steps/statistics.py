@@ -5,11 +5,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from camopd_jax.masked import token_mean
-from camopd_jax.types import Prompts, Rollout, Scores, Selection
+from camopd_jax.types import Scored
 
 
-def step_statistics(prompts: Prompts, rollout: Rollout, scores: Scores, selection: Selection) -> dict[str, jax.Array]:
+def step_statistics(scored: Scored) -> dict[str, jax.Array]:
     """Scalars of one batch. Means "of tokens" are over the whole batch's tokens, selected or not."""
+    rollout, scores, selection = scored.rollout, scored.scores, scored.selection
     gap_BT = scores.teacher - scores.student
     lengths_B = rollout.lengths.astype(jnp.float32)
     total = jnp.sum(selection.score)
@@ -24,7 +25,7 @@ def step_statistics(prompts: Prompts, rollout: Rollout, scores: Scores, selectio
         "truncated_fraction": jnp.mean(~rollout.stopped),
         "entropy": jnp.mean(rollout.entropy),
         "sampler_gap": token_mean(jnp.abs(scores.student - rollout.logprobs), rollout.lengths),
-        "prompt_tokens": jnp.sum(prompts.lengths),
+        "prompt_tokens": jnp.sum(scored.prompts.lengths),
         "response_tokens": jnp.sum(rollout.lengths),
     }
 

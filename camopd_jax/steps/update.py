@@ -1,4 +1,4 @@
-"""The two updates of CaMOPD, and supervised fine-tuning: one weighted log-likelihood, three sets of weights.
+"""The two updates of CaMOPD, their mixture and supervised fine-tuning: one weighted log-likelihood.
 
 `recovery_update` and `review_update` are compiled apart and share no gradient. Their cost follows what
 was selected: rows go in selection order, in micro-batches, and the loop ends with the last selected one.
@@ -14,37 +14,45 @@ from camopd_jax.sharding import constrain
 from camopd_jax.steps.losses import token_weights
 from camopd_jax.steps.score import score
 from camopd_jax.steps.statistics import step_statistics
-from camopd_jax.types import LanguageModel, Params, Prompts, Rollout, Scores, Selection, SftBatch, TrainState
+from camopd_jax.types import LanguageModel, Params, Prompts, Scored, SftBatch, TrainState
 
 Metrics = dict[str, jax.Array]
 
 
 def recovery_update(
-    state: TrainState,
-    prompts: Prompts,
-    rollout: Rollout,
-    scores: Scores,
-    selection: Selection,
-    *,
-    model: LanguageModel,
-    config: TrainConfig,
+    state: TrainState, general: Scored, *, model: LanguageModel, config: TrainConfig
 ) -> tuple[TrainState, Metrics]:
     """One step toward the original model on general prompts (Eq 9 with r_g)."""
-    return _branch_update("recovery", state, prompts, rollout, scores, selection, model, config)
+    return _branch_update("recovery", state, general, model, config)
 
 
 def review_update(
-    state: TrainState,
-    prompts: Prompts,
-    rollout: Rollout,
-    scores: Scores,
-    selection: Selection,
-    *,
-    model: LanguageModel,
-    config: TrainConfig,
+    state: TrainState, domain: Scored, *, model: LanguageModel, config: TrainConfig
 ) -> tuple[TrainState, Metrics]:
     """One step toward the specialised model on domain prompts (Eq 9 with r_d)."""
-    return _branch_update("review", state, prompts, rollout, scores, selection, model, config)
+    return _branch_update("review", state, domain, model, config)
+
+
+def mixed_update(
+    state: TrainState, general: Scored, domain: Scored, *, model: LanguageModel, config: TrainConfig
+) -> tuple[TrainState, Metrics]:
+    """One step along both gradients at once (Eq 3), each weighted by its share of the batch's prompts.
+
+    The control that alternation is measured against. Metrics of each branch stand under its name.
+    """
+    rows = {"recovery": general.index.shape[0], "review": domain.index.shape[0]}
+    parts = {"recovery": general, "review": domain}
+    share = {name: n / sum(rows.values()) for name, n in rows.items()}
+    found = {name: _branch_gradient(name, state.params, part, model, config) for name, part in parts.items()}
+    loss = sum(share[name] * value for name, (value, _) in found.items())
+    grads = jax.tree.map(
+        lambda g, d: share["recovery"] * g + share["review"] * d, *(gradient for _, gradient in found.values())
+    )
+    sound = jnp.all(jnp.stack([_rankable(part) for part in parts.values()]))
+    state, stats = _take_step(state, loss, grads, sound, "shared", config)
+    told = {name: {"loss": found[name][0]} | step_statistics(part) for name, part in parts.items()}
+    counts = {name: told["recovery"][name] + told["review"][name] for name in ("prompt_tokens", "response_tokens")}
+    return state, {"loss": loss} | counts | stats | told
 
 
 def sft_update(
@@ -64,25 +72,29 @@ def sft_update(
 
 
 def _branch_update(
-    branch: str,
-    state: TrainState,
-    prompts: Prompts,
-    rollout: Rollout,
-    scores: Scores,
-    selection: Selection,
-    model: LanguageModel,
-    config: TrainConfig,
+    branch: str, state: TrainState, scored: Scored, model: LanguageModel, config: TrainConfig
 ) -> tuple[TrainState, Metrics]:
-    method = config.method
-    weights_BT = token_weights(scores, rollout, selection, method, getattr(method, branch))
-    loss, grads = _likelihood_gradient(
-        model, state.params, prompts, rollout.tokens, rollout.lengths, weights_BT, selection.order, selection.count,
+    loss, grads = _branch_gradient(branch, state.params, scored, model, config)
+    moments = "shared" if config.method.moments == "shared" else branch
+    state, stats = _take_step(state, loss, grads, _rankable(scored), moments, config)
+    return state, {"loss": loss} | step_statistics(scored) | stats
+
+
+def _branch_gradient(
+    branch: str, params: Params, scored: Scored, model: LanguageModel, config: TrainConfig
+) -> tuple[jax.Array, Params]:
+    """Loss and gradient of Eq 9 on a branch's selected answers."""
+    prompts, rollout, selection = scored.prompts, scored.rollout, scored.selection
+    weights_BT = token_weights(scored.scores, rollout, selection, config.method, getattr(config.method, branch))
+    return _likelihood_gradient(
+        model, params, prompts, rollout.tokens, rollout.lengths, weights_BT, selection.order, selection.count,
         config.optimizer.micro_batch, config.compute.logits_chunk,
     )  # fmt: skip
-    moments = "shared" if method.moments == "shared" else branch
-    sound = jnp.all(jnp.isfinite(selection.score))  # a row that could not be ranked spoils the selection
-    state, stats = _take_step(state, loss, grads, sound, moments, config)
-    return state, {"loss": loss} | step_statistics(prompts, rollout, scores, selection) | stats
+
+
+def _rankable(scored: Scored) -> jax.Array:
+    """Whether every answer could be ranked: one that could not spoils the selection."""
+    return jnp.all(jnp.isfinite(scored.selection.score))
 
 
 def _likelihood_gradient(

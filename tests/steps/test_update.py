@@ -17,8 +17,8 @@ from camopd_jax.sharding import global_rows, make_mesh
 from camopd_jax.steps.losses import token_weights
 from camopd_jax.steps.score import score
 from camopd_jax.steps.select import select
-from camopd_jax.steps.update import _likelihood_gradient, recovery_update, review_update, sft_update
-from camopd_jax.types import Prompts, Rollout, Scores, Selection, SftBatch
+from camopd_jax.steps.update import _likelihood_gradient, mixed_update, recovery_update, review_update, sft_update
+from camopd_jax.types import Prompts, Rollout, Scored, Scores, Selection, SftBatch
 
 RATE = 1e-2
 OPTIMIZER = Optimizer(learning_rate=RATE, weight_decay=0.1, micro_batch=2, eps=1e-3)
@@ -35,9 +35,8 @@ def update(tiny, batch, selection=None, config=None, branch=recovery_update, sta
     phase = config.method.recovery if branch is recovery_update else config.method.review
     selection = select(scores, rollout.lengths, phase) if selection is None else selection
     program = compiled(branch, model or tiny[0], config)
-    return program(
-        init_state(tiny[1], config.method.moments) if state is None else state, prompts, rollout, scores, selection
-    )
+    scored = Scored(prompts, jnp.arange(len(prompts.lengths)), rollout, scores, selection)
+    return program(init_state(tiny[1], config.method.moments) if state is None else state, scored)
 
 
 PROGRAMS = {}
@@ -143,6 +142,33 @@ def by_hand(tiny, batch, scale, kind, clip_norm=1.0):
     value, gradient = jax.value_and_grad(loss)(params)
     step, _ = optimizer.update(gradient, optimizer.init(params), params)
     return optax.apply_updates(params, step), value, optax.global_norm(gradient), len(chosen)
+
+
+def test_a_mixed_update_steps_along_the_share_weighted_sum_of_both_gradients(tiny, batch):
+    """Six general rows and two domain ones: Adam's first moment, linear in the gradient, shows it."""
+    config = train_config(Method(schedule="mixed"), clip_norm=None)
+    parts = [jax.tree.map(lambda a, rows=rows: a[rows], batch) for rows in (slice(0, 6), slice(6, 8))]
+
+    def scored(part, phase):
+        prompts, rollout, scores = part
+        return Scored(
+            prompts, jnp.arange(len(prompts.lengths)), rollout, scores, select(scores, rollout.lengths, phase)
+        )
+
+    general, domain = scored(parts[0], config.method.recovery), scored(parts[1], config.method.review)
+    state = init_state(tiny[1], "shared")
+    mixed, metrics = jax.jit(partial(mixed_update, model=tiny[0], config=config))(state, general, domain)
+    alone = [
+        jax.jit(partial(branch, model=tiny[0], config=config))(state, part)
+        for branch, part in ((recovery_update, general), (review_update, domain))
+    ]
+
+    general_moment, domain_moment, moment = (s.moments["shared"].mu for s in (alone[0][0], alone[1][0], mixed))
+    same(moment, jax.tree.map(lambda g, d: 0.75 * g + 0.25 * d, general_moment, domain_moment), atol=1e-6)
+    assert float(optax.global_norm(domain_moment)) > 1e-3
+    np.testing.assert_allclose(metrics["loss"], 0.75 * alone[0][1]["loss"] + 0.25 * alone[1][1]["loss"], rtol=1e-5)
+    assert metrics["response_tokens"] == jnp.sum(batch[1].lengths)
+    np.testing.assert_allclose(metrics["review"]["gap_mean"], alone[1][1]["gap_mean"], rtol=1e-6)
 
 
 @pytest.mark.parametrize("branch, scale, kind", [(recovery_update, 2.0, "absolute"), (review_update, 1.0, "positive")])
