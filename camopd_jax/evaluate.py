@@ -95,7 +95,6 @@ if __name__ == "__main__":
         models = evaluate(config, flags.FLAGS.checkpoint, flags.FLAGS.workdir)
         console = Console(highlight=False)
         console.print(report.table(models))
-        for name, results in models.items():
-            console.print(report.details(results, report.TITLES.get(name, name)))
+        console.print(report.details(models))
 
     cli.run(main)

@@ -2,11 +2,14 @@
 
 First        python -m camopd_jax.sft --config=configs/smollm2_sft.py --workdir=runs/smollm2_medical
 Command      python -m camopd_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
+Control      the same with --config.method.schedule=mixed --config.method.recovery_steps=1
+             --config.method.recovery.mass=1 --config.method.review.mass=1 --config.method.recovery.scale=1:
+             vanilla multi-teacher distillation, both streams 1:1 in each step, as many tokens sampled
 Without hub  --config.general_model=DIR takes a local Hugging Face folder.
-Data         JSONL rows with {"messages": [...]}, at the paths below. Any general and medical prompts do; those
-             of docs/results.md are self-instruct, T0, Open Assistant, MT-bench and Arena-Hard requests
-             (general), MedQA-USMLE's dev split and MedMCQA (domain).
-Hardware     2 CPU cores and 24 GiB: two full cycles (8 steps); docs/results.md has the time and the numbers.
+Data         JSONL at the paths below, rows with {"messages": [...]}. Any general and medical prompts do; those of
+             docs/results.md are self-instruct, T0, Open Assistant, MT-bench and Arena-Hard requests (general),
+             MedQA-USMLE's dev split and MedMCQA (domain); IFEval and MedQA-USMLE's test split are the benchmarks.
+Hardware     2 CPU cores and 24 GiB; docs/results.md has time and numbers.
 """
 
 from camopd_jax.config import TrainConfig, default
@@ -18,12 +21,18 @@ def get_config():
     config.specialised_model = "runs/smollm2_medical/export"
     config.general.source = "data/general_open.jsonl"
     config.domain.source = "data/medqa_dev.jsonl,data/medmcqa.jsonl"
-    config.steps = 8
+    config.steps = 20
     config.rollout.batch_size = 16
     config.rollout.max_prompt_tokens = 192
     config.rollout.max_response_tokens = 96
-    config.optimizer.learning_rate = 1e-5
+    config.optimizer.learning_rate = 3e-5
     config.optimizer.micro_batch = 8
-    config.checkpoints.every = 4
+    config.checkpoints.every = 20
+    config.evaluation.batch_size = 32
+    config.evaluation.benchmarks = (
+        dict(name="ifeval", task="ifeval", source="data/ifeval.jsonl", limit=128, max_response_tokens=384),
+        dict(name="medqa", task="medqa", source="data/medqa_test.jsonl", limit=128, max_response_tokens=64,
+             axis="domain"),
+    )  # fmt: skip
     config.log.samples = 4
     return config

@@ -13,7 +13,7 @@ def get_config():
     config.model = "HuggingFaceTB/SmolLM2-135M-Instruct"
     config.data.source = "data/medqa_dev.jsonl,data/medmcqa.jsonl"
     config.answer = "{answer}. {answer_text}\n\nFinal answer: {answer}"
-    config.steps = 100
+    config.steps = 50
     config.batch_size = 8
     config.max_tokens = 192
     config.optimizer.learning_rate = 5e-5

@@ -56,9 +56,13 @@ def same_bits(a, b):
         assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def save(workdir, step, accuracy=None, config=CheckpointsConfig(), **kwargs):
-    checkpoints = Checkpoints(str(workdir), config)
-    checkpoints.save(step, state_at(step, **kwargs), POSITIONS, PROVENANCE, accuracy)
+def open_at(workdir, config=CheckpointsConfig(), standings=None):
+    return Checkpoints(str(workdir), config, {} if standings is None else standings)
+
+
+def save(workdir, step, config=CheckpointsConfig(), standings=None, **kwargs):
+    checkpoints = open_at(workdir, config, standings)
+    checkpoints.save(step, state_at(step, **kwargs), POSITIONS, PROVENANCE)
     checkpoints.wait()
     checkpoints.close()
     return checkpoints.steps()
@@ -70,7 +74,7 @@ def save(workdir, step, accuracy=None, config=CheckpointsConfig(), **kwargs):
 def test_another_mesh_gets_the_same_bits(tmp_path):
     save(tmp_path, 3, place=on_mesh(fsdp=2, tensor=4))
     like = state_at(0, place=on_mesh(fsdp=8, tensor=1))
-    state, positions, provenance = Checkpoints(str(tmp_path), CheckpointsConfig()).restore(3, like)
+    state, positions, provenance = open_at(tmp_path).restore(3, like)
     same_bits(state, state_at(3))
     for restored, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
         assert restored.sharding == wanted.sharding
@@ -80,8 +84,8 @@ def test_another_mesh_gets_the_same_bits(tmp_path):
 def test_an_update_during_the_save_does_not_reach_the_checkpoint(tmp_path):
     update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = state_at(1, width=40_000)
-    checkpoints = Checkpoints(str(tmp_path), CheckpointsConfig())
-    checkpoints.save(1, state, POSITIONS, PROVENANCE, None)
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(1, state, POSITIONS, PROVENANCE)
     for _ in range(3):
         state = update(state)
     jax.block_until_ready(state)
@@ -91,8 +95,8 @@ def test_an_update_during_the_save_does_not_reach_the_checkpoint(tmp_path):
 
 def test_a_step_that_is_there_is_left_as_it_is(tmp_path):
     save(tmp_path, 1)
-    checkpoints = Checkpoints(str(tmp_path), CheckpointsConfig())
-    checkpoints.save(1, state_at(2), {}, {}, None)
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(1, state_at(2), {}, {})
     checkpoints.wait()
     same_bits(checkpoints.restore(1, state_at(0))[0], state_at(1))
 
@@ -102,18 +106,28 @@ def test_a_step_that_is_there_is_left_as_it_is(tmp_path):
 
 def test_keeps_the_last_and_the_best_over_restarts(tmp_path):
     config = CheckpointsConfig(keep_last=2, keep_best=1)
-    accuracy = {1: 0.5, 2: 0.9, 3: None, 4: 0.7, 5: 0.1, 6: None}
-    kept = [save(tmp_path, step, value, config) for step, value in accuracy.items()]
+    worth = {1: 0.5, 2: 0.9, 4: 0.7, 5: 0.1}
+    kept, standings = [], {}
+    for step in range(1, 7):  # a step is evaluated after it was saved
+        kept.append(save(tmp_path, step, config, standings))
+        standings |= {step: worth[step]} if step in worth else {}
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6]]
-    checkpoints = Checkpoints(str(tmp_path), config)
+    checkpoints = open_at(tmp_path, config, standings)
     assert (checkpoints.latest(), checkpoints.best()) == (6, 2)
+
+
+def test_of_equals_the_last_is_best(tmp_path):
+    standings = {1: 0.5, 2: 0.5}
+    config = CheckpointsConfig(keep_last=1, keep_best=1)
+    assert [save(tmp_path, step, config, standings) for step in (1, 2, 3)] == [[1], [2], [2, 3]]
+    assert open_at(tmp_path, config, standings).best() == 2
 
 
 def test_without_a_measurement_only_the_last_are_kept_and_none_is_best(tmp_path):
     config = CheckpointsConfig(keep_last=1, keep_best=3)
-    assert Checkpoints(str(tmp_path), config).latest() is None
-    assert [save(tmp_path, step, None, config) for step in (1, 2, 3)] == [[1], [2], [3]]
-    assert Checkpoints(str(tmp_path), config).best() is None
+    assert open_at(tmp_path, config).latest() is None
+    assert [save(tmp_path, step, config) for step in (1, 2, 3)] == [[1], [2], [3]]
+    assert open_at(tmp_path, config).best() is None
 
 
 # -------------------------------------------------------------------------------- what goes wrong
@@ -136,26 +150,26 @@ def test_kill_in_the_middle_of_a_save(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
         params = {{"kernel": jnp.asarray(np.random.default_rng(0).standard_normal(2**23, np.float32))}}
-        checkpoints = Checkpoints({str(tmp_path)!r}, CheckpointsConfig())
+        checkpoints = Checkpoints({str(tmp_path)!r}, CheckpointsConfig(), {{}})
         threading.Thread(target=kill_when_half_written).start()
-        checkpoints.save(2, TrainState(jnp.int32(2), params, {{}}, jnp.int32(0)), {{}}, {{}}, None)
+        checkpoints.save(2, TrainState(jnp.int32(2), params, {{}}, jnp.int32(0)), {{}}, {{}})
         checkpoints.wait()
         time.sleep(60)
     """
     assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)]).returncode == -signal.SIGKILL
     assert [p.name for p in (tmp_path / "checkpoints").glob("2*")] == ["2.orbax-checkpoint-tmp"]
 
-    checkpoints = Checkpoints(str(tmp_path), CheckpointsConfig())
+    checkpoints = open_at(tmp_path)
     assert (checkpoints.steps(), checkpoints.latest()) == ([1], 1)
     same_bits(checkpoints.restore(1, state_at(0))[0], state_at(1))
     assert save(tmp_path, 2) == [1, 2]
-    same_bits(Checkpoints(str(tmp_path), CheckpointsConfig()).restore(2, state_at(0))[0], state_at(2))
+    same_bits(open_at(tmp_path).restore(2, state_at(0))[0], state_at(2))
 
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole")
-    save(workdir, 7, accuracy=0.5)
+    save(workdir, 7)
     return workdir
 
 
@@ -187,19 +201,12 @@ def test_a_broken_checkpoint(whole, tmp_path, damage):
     with pytest.raises(
         UserError, match=r"checkpoints/7: this checkpoint cannot be read \(.+\); delete the folder"
     ) as e:
-        Checkpoints(str(tmp_path), CheckpointsConfig()).restore(7, state_at(0))
+        open_at(tmp_path).restore(7, state_at(0))
     assert "\n" not in str(e.value)
 
 
-def test_broken_accuracies(whole, tmp_path):
-    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
-    (tmp_path / "checkpoints/7/metrics/metrics").write_text("{")
-    with pytest.raises(UserError, match="checkpoints: the checkpoints cannot be read"):
-        Checkpoints(str(tmp_path), CheckpointsConfig())
-
-
 def test_another_models_state_is_not_called_broken(whole):
-    checkpoints = Checkpoints(str(whole), CheckpointsConfig())
+    checkpoints = open_at(whole)
     wider = r"another model \(moments/shared/mu/block/kernel is float32\[16, 40\], here float32\[16, 41\]\)"
     with pytest.raises(UserError, match=wider):
         checkpoints.restore(7, state_at(0, width=41))
@@ -210,16 +217,16 @@ def test_another_models_state_is_not_called_broken(whole):
 
 def test_a_full_disk(tmp_path):
     save(tmp_path, 1)
-    checkpoints = Checkpoints(str(tmp_path), CheckpointsConfig())
+    checkpoints = open_at(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
     try:
         with pytest.raises(UserError, match=r"checkpoints: a checkpoint cannot be written \(.*free some room"):
-            checkpoints.save(2, state_at(2, width=40_000), {}, {}, None)
+            checkpoints.save(2, state_at(2, width=40_000), {}, {})
             checkpoints.wait()
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    assert Checkpoints(str(tmp_path), CheckpointsConfig()).steps() == [1]
+    assert open_at(tmp_path).steps() == [1]
 
 
 def test_the_folder_is_absolute_and_a_bucket_stays_a_bucket(tmp_path, monkeypatch):

@@ -12,15 +12,17 @@ from camopd_jax.evals.task import Grade, Row, Task
 _MARKER = re.compile(r"final answer\W*?:\s*(.*)", re.IGNORECASE)
 _ORNAMENT = r"[\s*_`$()\[\]{}]*"
 _LETTER = re.compile(
-    rf"{_ORNAMENT}(?:\\boxed|\\text|option|choice)?{_ORNAMENT}([a-z])(?![\w'\u2019])(.*)", re.IGNORECASE
+    rf"(?:{_ORNAMENT}(?:\\boxed|\\text|option|choice))*{_ORNAMENT}([a-z])(?![\w'\u2019])(.*)", re.IGNORECASE
 )
 _SECOND = re.compile(r"\s*(?:,|/|&|\bor\b|\band\b)\s*[*(\[]*[a-z](?![\w'\u2019])", re.IGNORECASE)
 
 
 def final_answer(answer: str) -> str | None:
-    """The rest of the line after the last `Final answer:`; None without one."""
-    found = _MARKER.findall(answer)
-    return found[-1].strip() if found else None
+    """What stands behind the `Final answer:` that the answer ends on; None where it ends on something else."""
+    last = max(_MARKER.finditer(answer), key=re.Match.start, default=None)
+    if last is None or answer[last.end() :].strip("*_`$ \n"):
+        return None
+    return last[1].strip()
 
 
 def letter(answer: str) -> str | None:

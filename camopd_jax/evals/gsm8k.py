@@ -5,7 +5,7 @@ from fractions import Fraction
 
 from camopd_jax.evals.task import Grade, Row, Task
 
-_MARKED = re.compile(r"final answer\W*?:(.*)|####(.*)", re.IGNORECASE)
+_MARKED = re.compile(r"final answer\W*?:\s*(.*)|####\s*(.*)", re.IGNORECASE)
 _BOXED = re.compile(r"\\f?boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
 _NUMBER = re.compile(r"-?\s*\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?|-?\s*\.\d+")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}")

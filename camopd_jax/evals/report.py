@@ -218,16 +218,29 @@ def table(models: dict[str, Sequence[Result]]) -> Table:
     return view
 
 
-def details(results: Sequence[Result], title: str) -> Table:
-    """Each benchmark's conditions, and what its accuracy does not tell."""
-    view = Table(box=box.SIMPLE_HEAD, pad_edge=False)
-    for name in (title, "questions", "answers each", "sampling", "tokens", "truncated", "without the form", "also"):
-        view.add_column(name, justify="right" if name in ("questions", "answers each", "tokens") else "left")
-    for r in results:
-        also = ", ".join(f"{name.replace('_', ' ')} {100 * value:.1f} %" for name, value in r["parts"].items())
-        how = "greedy" if r["temperature"] == 0 else f"T {r['temperature']:g}, p {r['top_p']:g}, k {r['top_k']}"
-        view.add_row(
-            r["benchmark"], str(r["n"]), str(r["samples"]), how,
-            f"{r['length_mean']:.0f} of {r['max_response_tokens']}", f"{100 * r['truncated']:.0f} %", f"{100 * r['unmarked']:.0f} %", also,
-        )  # fmt: skip
+def details(models: dict[str, Sequence[Result]]) -> Table:
+    """What an accuracy does not tell: a row for each benchmark and model."""
+    view = Table(
+        title="Answers: tokens on average, in % cut at the cap (cut) and without the form asked for (formless)",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name in ("", "", "questions", "sampling", "tokens", "cut", "formless", "also, in %"):
+        view.add_column(name, justify="right" if name in ("questions", "tokens", "cut", "formless") else "left")
+    for rows in zip(*models.values(), strict=True):
+        for i, (model, r) in enumerate(zip(models, rows, strict=True)):
+            also = ", ".join(f"{name.replace('_', ' ')} {100 * value:.1f}" for name, value in r["parts"].items())
+            view.add_row(
+                "" if i else f"{r['benchmark']}, at most {r['max_response_tokens']} tokens", TITLES.get(model, model),
+                str(r["n"]), _sampling(r), f"{r['length_mean']:.0f}", f"{100 * r['truncated']:.0f}",
+                f"{100 * r['unmarked']:.0f}", also,
+            )  # fmt: skip
     return view
+
+
+def _sampling(r: Result) -> str:
+    if r["temperature"] == 0:
+        return "greedy"
+    filters = [f"{name} {r[name]:g}" for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)) if r[name] != off]
+    return ", ".join([f"{r['samples']} at T {r['temperature']:g}", *filters])

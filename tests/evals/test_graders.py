@@ -1,0 +1,139 @@
+"""Answers as models give them: several letters, prose, boxes, units, commas, cut short, empty."""
+
+import typing
+
+import pytest
+
+from camopd_jax.config import Benchmark, Judge
+from camopd_jax.errors import UserError
+from camopd_jax.evals import choice, exact, gsm8k, tasks, zebra
+
+
+def test_every_benchmark_of_the_config_has_its_rules():
+    named = set(typing.get_args(typing.get_type_hints(Benchmark)["task"]))
+    assert named == set(tasks.TASKS) | set(tasks.JUDGED)
+    for name in named:
+        assert callable(tasks.find(name, Judge()).grade)
+
+
+def test_exact_is_the_whole_answer():
+    assert exact.grade(" olleh\n", {"answer": "olleh"}).score == 1
+    assert exact.grade("olleh.", {"answer": "olleh"}).score == 0
+    assert exact.grade("", {"answer": 3}).score == 0 and exact.grade("3", {"answer": 3}).score == 1
+
+
+@pytest.mark.parametrize(
+    "answer, letter",
+    [
+        ("Thinking... so it is C.\nFinal answer: C", "C"),
+        ("Final answer: c", "C"),
+        ("**Final Answer:** (B).", "B"),
+        ("Final answer:\n\nD", "D"),
+        (r"Final answer: $\boxed{\text{A}}$", "A"),
+        ("Final answer: B. Ceftriaxone", "B"),
+        ("Final answer: option D", "D"),
+        ("Final answer: A\nI was wrong.\nFinal answer: B", "B"),
+        ("```\nFinal answer: A\n```", "A"),
+        ("Final answer: A or B", None),
+        ("Final answer: A, B", None),
+        ("Final answer: A and C are both right", None),
+        ("Final answer: A\n\nBut it could also be B.", None),
+        ("Final answer: Because of its half-life", None),
+        ("Final answer: B12", None),
+        ("Final answer: none", None),
+        ("Final answer:", None),
+        ("Final ans", None),
+        ("The answer is B.", None),
+        ("B", None),
+        ("", None),
+    ],
+)
+def test_the_letter_of_a_choice(answer, letter):
+    assert choice.letter(answer) == letter
+    grade = choice.grade(answer, {"answer": "B"})
+    assert (grade.score, grade.marked) == (float(letter == "B"), letter is not None)
+
+
+@pytest.mark.parametrize(
+    "answer, score, marked",
+    [
+        ("Final answer: yes", 1, True),
+        ("Final answer: A. Yes", 1, True),
+        ("Final answer: (A)", 1, True),
+        ("Final answer: maybe", 0, True),
+        ("Final answer: yes or no", 0, False),
+        ("Yes.", 0, False),
+    ],
+)
+def test_pubmedqa_takes_the_word_or_its_letter(answer, score, marked):
+    for right in ("yes", "A"):
+        grade = choice.grade_pubmedqa(answer, {"answer": right})
+        assert (grade.score, grade.marked) == (score, marked)
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        ("6 * 7 = 42.\n#### 42", True),
+        ("Final answer: 42", True),
+        ("Final answer:\n42", True),
+        ("**Final answer:** $42.00 dollars", True),
+        (r"So the total is \boxed{42}.", True),
+        (r"Final answer: $\boxed{\frac{84}{2}}$ apples", True),
+        ("Final answer: 42 = 42", True),
+        ("Final answer: 41\nWait. Final answer: 42", True),
+        ("Final answer: 1,042", False),
+        ("Final answer: -42", False),
+        ("Final answer: 42 %, that is 0.42", None),
+        ("Final answer: 42 or 43", None),
+        ("Final answer: forty-two", None),
+        ("The result is 42", None),
+        ("Final answer:", None),
+        (r"\boxed{4", None),
+        ("", None),
+    ],
+)
+def test_the_number_of_gsm8k(answer, right):
+    grade = gsm8k.grade(answer, {"answer": "42"})
+    assert (grade.score, grade.marked) == (float(right is True), right is not None)
+
+
+@pytest.mark.parametrize(
+    "answer, gold",
+    [("Final answer: 1,234,567", "1234567"), (r"#### 1{,}200", "1,200"), ("#### \u22123", "-3"),
+     ("Final answer: 3/4", "0.75"), ("Final answer: 2.50 euros", "2.5"), ("Final answer: 18.", "18")],
+)  # fmt: skip
+def test_numbers_are_compared_as_values(answer, gold):
+    assert gsm8k.grade(answer, {"answer": gold}).score == 1
+
+
+GRID = {"House 1": {"Name": "Arnold", "Music": "pop"}, "House 2": {"Name": "Eric", "Music": "rock"}}
+
+
+@pytest.mark.parametrize(
+    "answer, score, cells",
+    [
+        ('So {"solution": {"House 1": {"Name": "Arnold", "Music": "pop"}, '
+         '"House 2": {"Name": "eric ", "Music": "rock"}}} is it.', 1, 4),
+        ('```json\n{"solution": {"House 1": {"Name": "Arnold", "Music": "rock"}, '
+         '"House 2": {"Name": "Eric", "Music": "pop"}}}\n```', 0, 2),
+        ('{"solution": {"House 1": {"Name": "x"}}} no: {"solution": {"House 1": {"Name": "Arnold"}}}', 0, 1),
+        ('{"solution": {"House 1": "Arnold", "House 2": null}}', 0, 0),
+    ],
+)  # fmt: skip
+def test_a_zebra_grid_by_puzzle_and_by_cell(answer, score, cells):
+    grade = zebra.grade(answer, {"answer": GRID})
+    assert (grade.score, grade.marked, grade.parts["cells"]) == (score, True, (cells, 4))
+
+
+@pytest.mark.parametrize(
+    "answer", ["", "Arnold lives in house 1", '{"solution": {"House 1": {"Name": "Arn', "{}", "[{"]
+)
+def test_a_zebra_answer_without_a_grid(answer):
+    grade = zebra.grade(answer, {"answer": GRID})
+    assert (grade.score, grade.marked, grade.parts["cells"]) == (0, False, (0, 4))
+
+
+def test_a_judge_is_off_until_it_is_named():
+    with pytest.raises(UserError, match=r"config\.evaluation\.judge: tasks roleplay and writing need its endpoint"):
+        tasks.find("roleplay", Judge()).check()

@@ -1,0 +1,57 @@
+"""IFEval: the official checkers' verdicts, and the four figures made of them."""
+
+import pytest
+
+from camopd_jax.errors import UserError
+from camopd_jax.evals import ifeval
+
+
+def row(*instructions):
+    names, kwargs = zip(*instructions, strict=True)
+    return {"prompt": "Write.", "key": 1, "instruction_id_list": list(names), "kwargs": list(kwargs)}
+
+
+COMMAS = ("punctuation:no_comma", {})
+WORDS = ("length_constraints:number_words", {"relation": "at least", "num_words": 3, "num_bullets": None})
+LOWER = ("change_case:english_lowercase", {})
+
+
+def figures(answer, *instructions):
+    grade = ifeval.grade(answer, row(*instructions))
+    parts = grade.parts
+    return grade.score, parts["prompt_loose"][0], parts["instruction_strict"], parts["instruction_loose"]
+
+
+def test_strict_and_loose_by_prompt_and_by_instruction():
+    assert figures("one two three four", COMMAS, WORDS) == (1, 1, (2, 2), (2, 2))
+    assert figures("one two", COMMAS, WORDS) == (0, 0, (1, 2), (1, 2))
+    assert figures("", COMMAS) == (0, 0, (0, 1), (0, 1)), "an empty answer follows nothing"
+
+
+def test_loose_forgives_a_first_line():
+    assert figures("Sure, here it is:\nno commas in this", COMMAS) == (0, 1, (0, 1), (1, 1))
+
+
+def test_a_verdict_is_the_same_every_time():
+    """langdetect draws at random unless told not to."""
+    answer = "nur ein wort mehr than one language and so on"
+    assert len({figures(answer, LOWER) for _ in range(5)}) == 1
+
+
+@pytest.mark.parametrize(
+    "name, kwargs, good, bad",
+    [
+        ("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 3}, "One. Two.",
+         "One went. Two came. Three saw."),
+        ("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 2},
+         "THIS is LOUD", "this is quiet"),
+    ],
+)  # fmt: skip
+def test_the_checkers_that_split_sentences_work_without_a_download(name, kwargs, good, bad):
+    assert figures(good, (name, kwargs))[0] == 1 and figures(bad, (name, kwargs))[0] == 0
+
+
+def test_the_packages_it_needs_are_named(monkeypatch):
+    monkeypatch.setattr(ifeval.importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"task ifeval: its checkers need lm_eval, .*pip install 'camopd_jax\[eval\]'"):
+        ifeval.check()

@@ -1,0 +1,85 @@
+"""A language model as judge: marks are read, asked for again, and the key goes to the endpoint alone."""
+
+import json
+import threading
+from http.server import BaseHTTPRequestHandler, HTTPServer
+
+import pytest
+
+from camopd_jax.config import Judge
+from camopd_jax.errors import UserError
+from camopd_jax.evals import judge
+
+KEY = "sk-a-very-secret-key"
+ROW = {"messages": [{"role": "system", "content": "You are Ahab."}, {"role": "user", "content": "Where is the whale?"}]}
+
+
+@pytest.fixture
+def endpoint():
+    """A server that answers chat completions with the texts in `replies`, and keeps what it was asked."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self):
+            body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            server.asked.append((self.path, self.headers["Authorization"], body))
+            status, text = server.replies.pop(0)
+            message = {"role": "assistant", "content": text}
+            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
+                     "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
+            data = json.dumps(reply if status == 200 else {"error": {"message": "denied"}}).encode()
+            self.send_response(status)
+            self.send_header("Content-Type", "application/json")
+            self.send_header("Content-Length", str(len(data)))
+            self.end_headers()
+            self.wfile.write(data)
+
+        def log_message(self, *_):
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    server.asked, server.replies = [], []
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def task(endpoint, monkeypatch):
+    monkeypatch.setenv(judge.KEY, KEY)
+    return judge.task("roleplay", Judge(f"http://127.0.0.1:{endpoint.server_port}/v1", "marker"))
+
+
+def test_a_mark_from_one_to_ten(task, endpoint):
+    task.check()
+    endpoint.replies = [(200, "Vivid.\nScore: 10"), (200, "Flat. **Score:** 1"), (200, "Score: 3? No.\nScore: 4")]
+    assert [task.grade("Thar she blows", ROW).score for _ in range(3)] == [1.0, 0.0, pytest.approx(1 / 3)]
+    path, key, body = endpoint.asked[0]
+    assert path == "/v1/chat/completions" and key == f"Bearer {KEY}" and body["model"] == "marker"
+    case = body["messages"][0]["content"]
+    assert all(part in case for part in ("You are Ahab.", "Where is the whale?", "Thar she blows", "Score: N"))
+    assert body["temperature"] == 0
+
+
+def test_a_mark_that_cannot_be_read_is_asked_for_again(task, endpoint):
+    endpoint.replies = [(200, "Lovely."), (200, "Score: 11"), (200, "Score: 7")]
+    assert task.grade("x", ROW).score == pytest.approx(6 / 9)
+    endpoint.replies = [(200, "Score: 7.5")] * 3
+    grade = task.grade("x", ROW)
+    assert (grade.score, grade.marked) == (0, False) and len(endpoint.asked) == 6
+
+
+def test_the_key_is_in_no_error_and_no_output(task, endpoint, capfd, caplog):
+    endpoint.replies = [(401, "")]
+    with caplog.at_level("DEBUG"), pytest.raises(UserError, match="does not answer .*Answers are kept") as error:
+        task.grade("x", ROW)
+    told = capfd.readouterr()
+    assert KEY not in str(error.value) + told.out + told.err + caplog.text
+
+
+def test_what_a_judge_needs(monkeypatch):
+    monkeypatch.delenv(judge.KEY, raising=False)
+    with pytest.raises(UserError, match="needs its endpoint and model|need its endpoint and model"):
+        judge.check(Judge("http://127.0.0.1/v1", ""))
+    with pytest.raises(UserError, match="set OPENAI_API_KEY in the environment"):
+        judge.check(Judge("http://127.0.0.1/v1", "m"))

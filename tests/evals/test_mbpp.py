@@ -1,0 +1,77 @@
+"""Code is run apart: it may hang, eat memory, lie about its end or reach for the network, and nothing happens."""
+
+import subprocess
+import sys
+import time
+
+import pytest
+
+from camopd_jax.evals import mbpp
+
+ROW = {"test_list": ["assert double(2) == 4", "assert double(-1) == -2"]}
+
+
+@pytest.mark.parametrize(
+    "answer, score, marked",
+    [
+        ("Sure:\n```python\ndef double(x):\n    return 2 * x\n```\nDone.", 1, True),
+        ("```py\ndef one(): return 1\n```\nand\n```\ndef double(x): return x + x * one()\n```", 1, True),
+        ("```python\ndef double(x):\n    return x * x\n```", 0, True),
+        ("```python\ndef double(x:\n```", 0, True),
+        ("```python\nimport sys\nsys.exit(0)\n```", 0, True),
+        ("```python\nimport os\nos._exit(0)\n```", 0, True),
+        ("def double(x): return 2 * x", 0, False),
+        ("```python\ndef double(x): return 2", 0, False),
+        ("", 0, False),
+    ],
+)
+def test_an_answer_passes_when_its_code_passes_every_test(answer, score, marked):
+    grade = mbpp.grade(answer, ROW)
+    assert (grade.score, grade.marked) == (score, marked)
+
+
+def test_set_up_code_runs_first():
+    row = {
+        "test_setup_code": "BASE = 3",
+        "test_imports": ["import math"],
+        "test_list": ["assert f() == math.pi + BASE"],
+    }
+    assert mbpp.grade("```python\ndef f():\n    return math.pi + BASE\n```", row).score == 1
+
+
+def test_a_program_that_hangs_is_ended_with_all_it_started():
+    mark = f"time.sleep(4{time.time_ns() % 10**9})"
+    program = (
+        f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; {mark}'])\nwhile True: pass"
+    )
+    started = time.monotonic()
+    assert not mbpp.passes(program, seconds=2)
+    assert time.monotonic() - started < 8
+    assert mark not in subprocess.run(["ps", "-ef"], capture_output=True, text=True).stdout
+
+
+def test_memory_and_files_have_limits():
+    assert mbpp.passes("x = bytearray(2**20)")
+    assert not mbpp.passes("x = bytearray(2**30)", memory=2**28)
+    assert not mbpp.passes("open('big', 'wb').write(bytes(2**22))")
+
+
+def test_it_sees_no_environment_and_no_input(monkeypatch):
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    assert mbpp.passes("import os, sys\nassert 'OPENAI_API_KEY' not in os.environ and sys.stdin.read() == ''")
+    assert mbpp.passes("import os\nassert os.listdir('.') == []")
+
+
+def has_network_namespaces():
+    probe = "import ctypes; raise SystemExit(ctypes.CDLL(None).unshare(0x10000000 | 0x40000000) != 0)"
+    return subprocess.run([sys.executable, "-c", probe]).returncode == 0
+
+
+@pytest.mark.skipif(not has_network_namespaces(), reason="this kernel lets no user leave the network")
+def test_it_has_no_network():
+    import socket
+
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        reach = f"import socket\nsocket.create_connection(('127.0.0.1', {server.getsockname()[1]}), 1)"
+        assert not mbpp.passes(reach)
+    assert mbpp.passes("import socket\nsocket.socket()")
