@@ -4,7 +4,7 @@ import dataclasses
 import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from absl import app, flags, logging
@@ -36,10 +36,17 @@ def config_flag(*classes: type) -> Callable[[], Any]:
     return read
 
 
-def run(main: Callable[[], None]) -> None:
-    """Parses the flags and runs `main`. A user's mistake becomes one line on stderr and exit code 2."""
+def run(main: Callable[..., None], *words: str) -> None:
+    """Parses the flags and runs `main`. A user's mistake becomes one line on stderr and exit code 2.
+
+    Args:
+      words: names of the arguments without dashes that the command takes; `main` gets their values.
+    """
     logging.set_verbosity(logging.WARNING)  # of the libraries; --verbosity=0 lets them talk
-    app.run(lambda _: _one_line(main), flags_parser=lambda argv: _one_line(lambda: _parse(argv)))
+    app.run(
+        lambda argv: _one_line(lambda: main(*argv[1:])),
+        flags_parser=lambda argv: _one_line(lambda: _parse(argv, words)),
+    )
 
 
 def required(name: str, example: str) -> str:
@@ -50,7 +57,7 @@ def required(name: str, example: str) -> str:
     return value
 
 
-def _parse(argv: list[str]) -> list[str]:
+def _parse(argv: list[str], words: Sequence[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -65,8 +72,10 @@ def _parse(argv: list[str]) -> list[str]:
         sys.exit(0)
     except (OSError, ImportError, SyntaxError, TypeError, ValueError, KeyError, NameError) as error:
         raise UserError(f"--config: cannot read the config file: {_cause(error)}") from error
-    if len(rest) > 1:
-        raise UserError(f"{rest[1]!r} is not a flag; flags begin with --")
+    if len(rest) > 1 + len(words):
+        raise UserError(f"{rest[1 + len(words)]!r} is not a flag; flags begin with --")
+    if len(rest) < 1 + len(words):
+        raise UserError(f"{words[len(rest) - 1]} is missing; see --help")
     return rest
 
 

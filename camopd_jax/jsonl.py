@@ -1,9 +1,10 @@
 """JSON lines, written whole and read back after a kill."""
 
+import contextlib
 import json
 import math
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Iterable, Iterator
+from typing import Any, TextIO
 
 from etils import epath
 
@@ -16,10 +17,23 @@ def write_rows(path: str | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises:
       UserError: if the file cannot be written; what was at `path` before is still there.
     """
+    with whole_file(path) as file:
+        for row in rows:
+            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+
+
+@contextlib.contextmanager
+def whole_file(path: str | epath.Path) -> Iterator[TextIO]:
+    """A text file to write, which takes the place of `path` when all is written.
+
+    Raises:
+      UserError: if it cannot be written; what was at `path` before is still there.
+    """
     path = epath.Path(path)
     part = path.parent / (path.name + ".part")
     try:
-        part.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+        with part.open("w") as file:
+            yield file
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)

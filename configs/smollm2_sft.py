@@ -13,11 +13,11 @@ def get_config():
     config.model = "HuggingFaceTB/SmolLM2-135M-Instruct"
     config.data.source = "data/medqa_dev.jsonl,data/medmcqa.jsonl"
     config.answer = "{answer}. {answer_text}\n\nFinal answer: {answer}"
-    config.steps = 50
+    config.steps = 60
     config.batch_size = 8
     config.max_tokens = 192
-    config.optimizer.learning_rate = 5e-5
+    config.optimizer.learning_rate = 3e-4
     config.optimizer.warmup_steps = 5
     config.optimizer.micro_batch = 8
-    config.checkpoints.every = 50
+    config.checkpoints.every = 30
     return config

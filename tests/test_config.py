@@ -105,7 +105,7 @@ def test_unknown_missing_and_ill_typed_fields():
     with pytest.raises(UserError, match=r"config\.steps is 'many'; it must be of type int"):
         from_config_dict(TrainConfig, ml_collections.ConfigDict(values))
     values = minimal().to_dict() | {"method": 3}
-    with pytest.raises(UserError, match=r"config\.method must be a block of recovery_steps"):
+    with pytest.raises(UserError, match=r"config\.method must be a block of schedule"):
         from_config_dict(TrainConfig, ml_collections.ConfigDict(values))
 
 
@@ -142,3 +142,14 @@ def test_different_fields_are_named():
     other = built(optimizer__learning_rate=1.0, steps=1, method__recovery__scale=3.0)
     assert different_fields(to_json(built()), to_json(other)) == [
         "config.method.recovery.scale", "config.optimizer.learning_rate"]  # fmt: skip
+
+
+def test_a_mixed_batch_has_to_be_split():
+    assert built(method__schedule="mixed", rollout__batch_size=64).method.schedule == "mixed"
+    for changes, says in (
+        ({"rollout__batch_size": 8, "optimizer__micro_batch": 8, "method__recovery_steps": 2}, "multiple of .* = 3"),
+        ({"method__review_steps": 0}, "both have to be > 0"),
+        ({"method__moments": "separate"}, 'give "shared"'),
+    ):
+        with pytest.raises(UserError, match=says):
+            built(method__schedule="mixed", **changes)

@@ -8,6 +8,7 @@ PACKAGE = Path(__file__).parents[1] / "camopd_jax"
 # From the ground up. A module imports from its own layer and below; the parts of one layer marked * not each other.
 LAYERS = [
     ["errors"],
+    ["configdict"],
     ["types", "masked", "sharding", "jsonl", "config"],
     ["optim"],
     ["steps", "models", "data", "evals"],
@@ -16,13 +17,13 @@ LAYERS = [
     ["evaluation"],
     ["export"],
     ["host"],
-    ["train", "sft", "generate", "score", "evaluate", "lm_eval"],
+    ["train", "sft", "generate", "score", "evaluate", "lm_eval", "data.recipe"],
 ]
 STRANGERS = {"steps", "models", "data", "evals"}
 
 
 def part(name):
-    return name.split(".")[0]
+    return name if name == "data.recipe" else name.split(".")[0]  # a command that lies beside its data
 
 
 def imports(file):

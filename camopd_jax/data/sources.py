@@ -24,39 +24,41 @@ def read(source: str, split: str = "train", limit: int | None = None, field: str
 
     Args:
       source: .jsonl or .parquet file, several with commas between them; else the name of a dataset, with its
-        configuration behind a colon where it has several ("openai/gsm8k:main").
+        configuration behind a colon and its revision behind an at sign where wanted ("openai/gsm8k:main@cc7b047").
       split: of a dataset.
-      limit: only the first rows.
+      limit: only the first rows; a dataset is then not downloaded whole.
       field: how errors name the source.
 
     Raises:
       UserError: naming the file and line of a malformed row, or the field of a source that is not there.
     """
-    rows: list[Row] = []
-    for name in (part.strip() for part in source.split(",")):
-        if name.endswith(".parquet"):
-            rows += _read_parquet(_existing(name, field))
-        elif name.endswith(_FILES):
-            rows += read_jsonl(_existing(name, field))
-        else:
-            rows += _read_dataset(name, split, limit, field)
-    return rows if limit is None else rows[:limit]
+    found = stream(source, split, field, whole=limit is None)
+    return [checked(row, where) for row, where in itertools.islice(found, limit)]
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
     """The rows of a JSONL file, each checked; blank lines are passed over."""
-    path = _existing(path, "--input")
-    rows = []
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    rows.append(_checked(_parsed(line, f"{path}:{number}"), f"{path}:{number}"))
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    if not rows:
-        raise UserError(f"{path}: no rows; give at least one")
-    return rows
+    return [checked(row, where) for row, where in _jsonl(_existing(path, "--input"))]
+
+
+def stream(source: str, split: str, field: str, whole: bool = False) -> Iterator[tuple[Any, str]]:
+    """The rows of a source as they come, unchecked, each with the words that name it in an error.
+
+    Args:
+      whole: a dataset is downloaded before its first row, and kept for the next time.
+    """
+    for name in (part.strip() for part in source.split(",")):
+        if name.endswith(".parquet"):
+            yield from _parquet(_existing(name, field))
+        elif name.endswith(_FILES):
+            yield from _jsonl(_existing(name, field))
+        else:
+            rows = _load_dataset(name, split, field, streaming=not whole)
+            yield from ((row, f"{name}[{split}] row {i}") for i, row in enumerate(rows))
+
+
+def is_file(source: str) -> bool:
+    return source.endswith(_FILES)
 
 
 def _existing(path: str | Path, field: str) -> Path:
@@ -66,6 +68,20 @@ def _existing(path: str | Path, field: str) -> Path:
     return path
 
 
+def _jsonl(path: Path) -> Iterator[tuple[Any, str]]:
+    empty = True
+    with path.open(encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                if line.strip():
+                    yield _parsed(line, f"{path}:{number}"), f"{path}:{number}"
+                    empty = False
+        except UnicodeDecodeError as error:
+            raise UserError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
+    if empty:
+        raise UserError(f"{path}: no rows; give at least one")
+
+
 def _parsed(line: str, where: str) -> Any:
     try:
         return json.loads(line)
@@ -73,32 +89,27 @@ def _parsed(line: str, where: str) -> Any:
         raise UserError(f"{where}: not JSON ({error}); every line must be one JSON object") from error
 
 
-def _read_parquet(path: Path) -> list[Row]:
+def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
     import pyarrow.parquet  # slow to import, and only needed here
 
     try:
-        rows = pyarrow.parquet.read_table(path).to_pylist()
+        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
+        rows = (row for batch in batches for row in batch.to_pylist())
+        yield from ((row, f"{path} row {i}") for i, row in enumerate(rows))
     except (pyarrow.ArrowInvalid, OSError) as error:
         raise UserError(f"{path}: not a parquet file; write it again") from error
-    return [_checked(row, f"{path} row {i}") for i, row in enumerate(rows)]
 
 
-def _read_dataset(name: str, split: str, limit: int | None, field: str) -> list[Row]:
-    rows = stream_dataset(name, split, field) if limit is not None else _load_dataset(name, split, field)
-    return [_checked(row, f"{name}[{split}] row {i}") for i, row in enumerate(itertools.islice(rows, limit))]
+# ---------------------------------------------------------------------------------------- the hub
 
 
-def stream_dataset(name: str, split: str, field: str) -> Iterator[Row]:
-    """The raw rows of a dataset as they come, never the whole of it."""
-    yield from _load_dataset(name, split, field, streaming=True)
-
-
-def _load_dataset(name: str, split: str, field: str, **options: Any) -> Any:
+def _load_dataset(name: str, split: str, field: str, streaming: bool) -> Any:
     import datasets  # slow to import, and only needed here
 
-    path, _, configuration = name.partition(":")
+    path, configuration, revision = _parts(name)
+    options = {"revision": revision} if revision else {}
     try:
-        return datasets.load_dataset(path, configuration or None, split=split, **options)
+        return datasets.load_dataset(path, configuration, split=split, streaming=streaming, **options)
     except Exception as error:  # the hub's client raises its own, requests' and OS errors
         raise UserError(
             f"{field}: no dataset {name!r} with split {split!r} ({type(error).__name__}); check the name, or "
@@ -106,11 +117,41 @@ def _load_dataset(name: str, split: str, field: str, **options: Any) -> Any:
         ) from error
 
 
-def _checked(row: Any, where: str) -> Row:
-    """The row, if it is one; parquet and datasets leave None where a row has no value."""
+def resolved(name: str, field: str) -> tuple[str, str | None]:
+    """A dataset's name with the revision it has now, and the licence that its card states."""
+    from huggingface_hub import HfApi  # slow to import, and only needed here
+
+    path, configuration, revision = _parts(name)
+    try:
+        info = HfApi().dataset_info(path, revision=revision)
+    except Exception as error:
+        raise UserError(
+            f"{field}: no dataset {path!r} on the hub ({type(error).__name__}); check the name, or give a .jsonl or "
+            ".parquet file"
+        ) from error
+    licence = info.card_data.get("license") if info.card_data else None
+    return f"{path}{':' + configuration if configuration else ''}@{info.sha}", licence
+
+
+def _parts(name: str) -> tuple[str, str | None, str | None]:
+    """The path, configuration and revision of "path:configuration@revision"."""
+    name, _, revision = name.partition("@")
+    path, _, configuration = name.partition(":")
+    return path, configuration or None, revision or None
+
+
+# ------------------------------------------------------------------------------------------- rows
+
+
+def checked(row: Any, where: str) -> Row:
+    """The row as one of ours.
+
+    Raises:
+      UserError: if it is none; `where` names it.
+    """
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be a JSON object, this is {type(row).__name__}")
-    row = columns.normalise({name: value for name, value in row.items() if value is not None})
+    row = columns.normalise({name: value for name, value in row.items() if value is not None})  # parquet's empty cells
     if "messages" in row:
         messages = row["messages"]
         if not isinstance(messages, list) or not messages:

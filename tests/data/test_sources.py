@@ -34,14 +34,15 @@ def test_a_dataset_by_name(monkeypatch):
     made = datasets.Dataset.from_list([GOOD, GOOD, GOOD])
     asked = []
 
-    def load_dataset(name, split, streaming):
-        asked.append((name, split, streaming))
+    def load_dataset(*name, split, streaming, **revision):
+        asked.append((*name, split, streaming, revision))
         return made.to_iterable_dataset() if streaming else made
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read("owner/name", "test") == [GOOD] * 3
-    assert read("owner/name", "test", limit=2) == [GOOD] * 2
-    assert asked == [("owner/name", "test", False), ("owner/name", "test", True)]
+    assert read("owner/name:part@0a1b", "test", limit=2) == [GOOD] * 2
+    assert asked == [("owner/name", None, "test", False, {}),
+                     ("owner/name", "part", "test", True, {"revision": "0a1b"})]  # fmt: skip
 
 
 @pytest.mark.parametrize(
