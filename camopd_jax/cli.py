@@ -44,8 +44,8 @@ def run(main: Callable[..., None], *words: str) -> None:
     """
     logging.set_verbosity(logging.WARNING)  # of the libraries; --verbosity=0 lets them talk
     app.run(
-        lambda argv: _one_line(lambda: main(*argv[1:])),
-        flags_parser=lambda argv: _one_line(lambda: _parse(argv, words)),
+        lambda argv: one_line(lambda: main(*argv[1:])),
+        flags_parser=lambda argv: one_line(lambda: _parse(argv, words)),
     )
 
 
@@ -86,7 +86,8 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def _one_line(act: Callable[[], Any]) -> Any:
+def one_line(act: Callable[[], Any]) -> Any:
+    """Runs a command; a user's mistake becomes one line on stderr and exit code 2."""
     try:
         return act()
     except UserError as error:

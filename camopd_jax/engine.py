@@ -132,7 +132,7 @@ def model_config(folder: Path, context: int) -> ModelConfig:
 
 _STATIC = ("model", "sampling", "eos_ids", "max_new")
 _rollout = jax.jit(rollout, static_argnames=_STATIC)
-_score = jax.jit(score, static_argnames=("model", "chunk", "temperature"))
+_score = jax.jit(score, static_argnames=("model", "chunk", "temperature", "with_top"))
 
 
 def answer(
@@ -188,8 +188,12 @@ def score_responses(
     temperature: float = 1.0,
     chunk: int = 1024,
     smallest_bucket: int = 64,
+    with_top: bool = False,
 ) -> list[np.ndarray]:
-    """Log-probabilities (nats, float32) of each token of the given responses, in their order."""
+    """Log-probabilities (nats, float32) of each token of the given responses, in their order.
+
+    With `with_top`, rows of two: the token's, and that of the likeliest token in its place.
+    """
     results: dict[int, np.ndarray] = {}
     for rows in length_batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], batch_size):
         batch = _prompts(loaded.mesh, [prompts[i] for i in rows], smallest_bucket)
@@ -203,6 +207,7 @@ def score_responses(
                 answers.lengths,
                 chunk=chunk,
                 temperature=temperature,
+                with_top=with_top,
             )
         )
         results |= {int(row): logp[: len(responses[row])] for row, logp in zip(rows, logprobs, strict=True)}

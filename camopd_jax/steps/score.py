@@ -25,8 +25,11 @@ def token_logprobs(
     tokens_BT: jax.Array,
     chunk: int,
     temperature: float = 1.0,
+    with_top: bool = False,
 ) -> jax.Array:
     """log softmax(logits)[token] in nats, float32[B, T], of the tokens that the hidden states predict.
+
+    With `with_top` float32[B, T, 2]: beside it that of the likeliest token.
 
     Slots are taken a few at a time, so that about `chunk` tokens' logits (at least one slot of every
     row) exist at once; where there are several pieces, the backward pass makes them again.
@@ -38,15 +41,18 @@ def token_logprobs(
 
     def piece(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
         logits = model.logits(params, hidden) / temperature
-        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)[..., 0]
-        return chosen - jax.nn.logsumexp(logits, axis=-1)
+        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+        if with_top:
+            chosen = jnp.concatenate([chosen, jnp.max(logits, axis=-1, keepdims=True)], axis=-1)
+        logprobs = chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+        return logprobs if with_top else logprobs[..., 0]
 
     if steps == 1:
         return piece(hidden_BTD, tokens_BT)
     hidden = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0))).reshape(batch, steps, step, width).swapaxes(0, 1)
     tokens = jnp.pad(tokens_BT, ((0, 0), (0, padding))).reshape(batch, steps, step).swapaxes(0, 1)
     logprobs = jax.lax.map(lambda xs: jax.checkpoint(piece)(*xs), (hidden, tokens))
-    return logprobs.swapaxes(0, 1).reshape(batch, steps * step)[:, :slots]
+    return logprobs.swapaxes(0, 1).reshape(batch, steps * step, *logprobs.shape[3:])[:, :slots]
 
 
 def score(
@@ -57,6 +63,7 @@ def score(
     lengths_B: jax.Array,
     chunk: int,
     temperature: float = 1.0,
+    with_top: bool = False,
 ) -> jax.Array:
     """Log-probability of each response token given its prompt and the tokens before it.
 
@@ -64,13 +71,15 @@ def score(
       tokens_BT: responses, right-padded; lengths_B: their lengths.
       chunk: tokens whose logits may exist at one time.
       temperature: the logits are divided by it.
+      with_top: also the log-probability of the likeliest token at each place.
 
     Returns:
-      float32[B, T] in nats; 0 in padding.
+      float32[B, T] in nats; 0 in padding. With `with_top` float32[B, T, 2].
     """
     slots = tokens_BT.shape[1]
     hidden_BSD = model.hidden(params, join(prompts, tokens_BT))
     predicts_BT = (prompts.lengths - 1)[:, None] + jnp.arange(slots)[None, :]
     hidden_BTD = jnp.take_along_axis(hidden_BSD, predicts_BT[..., None], axis=1)
-    logprobs_BT = token_logprobs(model, params, hidden_BTD, tokens_BT, chunk, temperature)
-    return jnp.where(length_mask(lengths_B, slots), logprobs_BT, 0)
+    logprobs_BT = token_logprobs(model, params, hidden_BTD, tokens_BT, chunk, temperature, with_top)
+    mask_BT = length_mask(lengths_B, slots)
+    return jnp.where(mask_BT[..., None] if with_top else mask_BT, logprobs_BT, 0)
