@@ -3,9 +3,12 @@
 Reproduces   Qwen3-8B (general teacher) gives general ability back to II-Medical-8B (student and
              domain teacher; SFT + DAPO on Qwen3-8B) without losing the medical one.
 Command      python -m camopd_jax.train --config=configs/medqa.py --workdir=gs://BUCKET/medqa
-Prompts      general: 10K of nvidia/Nemotron-Post-Training-Dataset-v1, by its categories' shares;
-             domain: 4K MedMCQA, 3K MedReason, 2K English Medical-R1-Distill-Data, 1K m23k-tokenized.
-             Bring both as JSONL with {"messages": [...]} a line, at the paths below.
+Prompts      python -m camopd_jax.data.recipe general --out=data/general
+             10K of nvidia/Nemotron-Post-Training-Dataset-v1, by its categories' shares
+             python -m camopd_jax.data.recipe medical --out=data/medical
+             4K MedMCQA, 3K MedReason, 2K English Medical-R1-Distill-Data, 1K m23k-tokenized
+Benchmarks   IFEval, GSM8K (200), MedQA-USMLE, from the hub, before and after; the first 64 of each every 40 steps.
+             The paper's others: python -m camopd_jax.lm_eval, or their own harnesses.
 Hardware     the paper: 32 H100, about 7 hours. Here: a mesh of fsdp x tensor over what is there.
 Expected     the paper (single runs): mean of nine general benchmarks 41.02 -> 45.84 (teacher 53.36; IFEval
              48.98 -> 59.89), mean of two medical ones 54.54 -> 54.71.
@@ -18,19 +21,13 @@ and top-p 1, Qwen3's thinking template.
 
 from camopd_jax.config import TrainConfig, default
 
-SYSTEM = (
-    "You are a careful medical reasoning assistant. Provide educational medical information, mention "
-    "uncertainty when relevant, and recommend professional medical care for diagnosis or treatment decisions."
-)
-
 
 def get_config():
     config = default(TrainConfig)
     config.general_model = "Qwen/Qwen3-8B"
     config.specialised_model = "Intelligent-Internet/II-Medical-8B"
-    config.general.source = "data/general_10k.jsonl"
-    config.domain.source = "data/medical_10k.jsonl"
-    config.domain.template.system = SYSTEM
+    config.general.source = "data/general/general.jsonl"
+    config.domain.source = "data/medical/medical.jsonl"
     config.steps = 120
     config.rollout.batch_size = 512
     config.rollout.max_prompt_tokens = 4096
@@ -41,4 +38,11 @@ def get_config():
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.checkpoints.every = 10
+    config.evaluation.every = 40
+    config.evaluation.questions = 64
+    config.evaluation.benchmarks = (
+        dict(name="ifeval", task="ifeval", max_response_tokens=8192),
+        dict(name="gsm8k", task="gsm8k", limit=200, max_response_tokens=8192),
+        dict(name="medqa", task="medqa", axis="domain", max_response_tokens=8192),
+    )
     return config

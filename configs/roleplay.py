@@ -5,9 +5,13 @@ Reproduces   Qwen3-4B-Instruct-2507 (general teacher) gives general ability back
 Command      python -m camopd_jax.train --config=configs/roleplay.py --workdir=gs://BUCKET/roleplay \\
                  --config.specialised_model=DIR_OF_YOUR_COSER_SFT
              The paper does not publish its SFT, nor that SFT's hyper-parameters; camopd_jax.sft makes one.
-Prompts      general: 10K of nvidia/Nemotron-Post-Training-Dataset-v1, by its categories' shares;
-             domain: the 10K CoSER conversations with most turns, held out of the SFT; the first n-1 turns
-             are the prompt. Bring both as JSONL with {"messages": [...]} a line, at the paths below.
+Prompts      python -m camopd_jax.data.recipe general --out=data/general
+             10K of nvidia/Nemotron-Post-Training-Dataset-v1, by its categories' shares
+             python -m camopd_jax.data.recipe roleplay --out=data/roleplay
+             the 10K CoSER conversations with most turns, the first n-1 turns as prompt (roleplay.jsonl); the others,
+             for the SFT, whole (roleplay_sft.jsonl)
+Benchmarks   IFEval and GSM8K (200), from the hub, before and after. Role-play by a judge: name one in
+             config.evaluation.judge and add dict(name="roleplay", task="roleplay", axis="domain", source=...)
 Hardware     the paper: 32 H100, about 7 hours. Here: a mesh of fsdp x tensor over what is there.
 Expected     the paper (single runs): mean of nine general benchmarks 30.88 -> 49.07 (teacher 53.39), CoSER
              mean 41.08 -> 45.00; vanilla MOPD 43.78 and 42.86.
@@ -23,8 +27,8 @@ def get_config():
     config = default(TrainConfig)
     config.general_model = "Qwen/Qwen3-4B-Instruct-2507"
     config.specialised_model = "runs/coser_sft/export"
-    config.general.source = "data/general_10k.jsonl"
-    config.domain.source = "data/coser_10k.jsonl"
+    config.general.source = "data/general/general.jsonl"
+    config.domain.source = "data/roleplay/roleplay.jsonl"
     config.steps = 120
     config.rollout.batch_size = 512
     config.rollout.max_prompt_tokens = 4096
@@ -35,4 +39,8 @@ def get_config():
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.checkpoints.every = 10
+    config.evaluation.benchmarks = (
+        dict(name="ifeval", task="ifeval", max_response_tokens=8192),
+        dict(name="gsm8k", task="gsm8k", limit=200, max_response_tokens=8192),
+    )
     return config

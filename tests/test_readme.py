@@ -20,8 +20,8 @@ def test_links_lead_somewhere(document):
 def test_every_command_and_config_that_is_named_exists():
     for document in DOCUMENTS:
         text = document.read_text()
-        for module in re.findall(r"python -m camopd_jax\.(\w+)", text):
-            assert (ROOT / "camopd_jax" / f"{module}.py").exists(), module
+        for module in re.findall(r"python -m camopd_jax\.([\w.]+)", text):
+            assert (ROOT / "camopd_jax" / (module.strip(".").replace(".", "/") + ".py")).exists(), module
         for config in re.findall(r"--config=(configs/\w+\.py)", text):
             assert (ROOT / config).exists() or config == "configs/mine.py", config
 
