@@ -130,9 +130,11 @@ class Benchmark:
     """Questions, how they are asked and how the answers are graded."""
 
     name: str = ""
-    # Its rules: evals/tasks.py. exact: the whole answer; choice: the letter after the last "Final answer:"
+    # Its rules: evals/tasks.py. exact: the whole answer; choice: the letter after the last "Final answer:"; likelihood:
+    # how likely the model holds a given answer
     task: Literal[
         "exact",
+        "likelihood",
         "choice",
         "medqa",
         "medmcqa",
@@ -151,6 +153,7 @@ class Benchmark:
     limit: int | None = None  # only the first questions
     max_response_tokens: int = 64
     instruction: str | None = None  # put behind each question; None: the task's own
+    answer: str = "{answer}"  # of task likelihood: the given answer, row fields in braces
     template: Template = Template()
     samples: int = 1  # answers to a question; its score is their mean
     temperature: float = 0.0  # 0: greedy

@@ -27,6 +27,7 @@ from camopd_jax.models import hf
 from camopd_jax.steps.sampling import Sampling
 
 Say = Callable[[str], None]
+Kept = dict[str, Any]  # an answer's row in its file
 
 
 def check(evaluation: Evaluation) -> None:
@@ -89,12 +90,15 @@ def run(
     """
     task = tasks.find(benchmark.task, evaluation.judge)
     rows = questions(benchmark, task, limit)
-    instruction = task.instruction if benchmark.instruction is None else benchmark.instruction
-    prompts = [ask(loaded.tokenizer, row, instruction, benchmark.template) for row in rows]
-    answers = [
-        collect(benchmark, loaded, evaluation, folder / f"{benchmark.name}.jsonl", prompts, sample, say)
-        for sample in range(benchmark.samples)
-    ]
+    file = folder / f"{benchmark.name}.jsonl"
+    if task.given:
+        answers = [weigh(benchmark, loaded, evaluation, file, rows, say)]
+    else:
+        instruction = task.instruction if benchmark.instruction is None else benchmark.instruction
+        prompts = [ask(loaded.tokenizer, row, instruction, benchmark.template) for row in rows]
+        answers = [
+            collect(benchmark, loaded, evaluation, file, prompts, sample, say) for sample in range(benchmark.samples)
+        ]
 
     def grade(answer: dict[str, Any], row: Row) -> Grade:
         if task.costly and "score" in answer:
@@ -105,7 +109,7 @@ def run(
         graded = [list(pool.map(grade, given, rows)) for given in answers]
     flat = [answer for given in answers for answer in given]
     if jax.process_index() == 0:
-        keep_grades(folder / f"{benchmark.name}.jsonl", flat, [grade for given in graded for grade in given])
+        keep_grades(file, flat, [grade for given in graded for grade in given])
     asked = hashlib.sha256("".join(answer["key"] for answer in flat).encode()).hexdigest()[:16]
     return {"asked": asked} | report.result(
         benchmark, list(zip(*graded, strict=True)), [a["length"] for a in flat], [a["stopped"] for a in flat]
@@ -140,23 +144,8 @@ def collect(
     keys = [hashlib.sha256(json.dumps([list(p), how]).encode()).hexdigest()[:16] for p in prompts]
     if sampling.temperature > 0:  # two questions with the same words have answers of their own
         keys = [f"{key}-{i}" for i, key in enumerate(keys)]
-    known = {row["key"]: row for row in read_rows(file)}
-    if jax.process_index() == 0 and known:
-        write_rows(file, known.values())  # a line cut by a kill must not join the next
-    missing = [i for i, key in enumerate(keys) if key not in known]
-    done = len(keys) - len(missing)
 
-    def keep(answers: dict[int, Answer]) -> None:
-        nonlocal done
-        new = {i: _row(keys[i], i, sample, answer) for i, answer in answers.items()}
-        known.update({row["key"]: row for row in new.values()})
-        if jax.process_index() == 0:
-            append_rows(file, list(new.values()))
-        done += len(new)
-        of = f", answer {sample + 1} of {benchmark.samples}" if benchmark.samples > 1 else ""
-        say(f"{benchmark.name}{of}: {done} of {len(keys)} questions")
-
-    if missing:
+    def answer(missing: list[int], keep: Callable[[dict[int, Kept]], None]) -> None:
         engine.answer(
             loaded,
             [prompts[i] for i in missing],
@@ -166,20 +155,64 @@ def collect(
             seed=evaluation.seed,
             draw=sample,
             rows=missing,
-            on_batch=keep,
+            on_batch=lambda answers: keep({i: _kept(answer, sample) for i, answer in answers.items()}),
         )
+
+    of = f"{benchmark.name}, answer {sample + 1} of {benchmark.samples}" if benchmark.samples > 1 else benchmark.name
+    return resume(file, keys, answer, lambda done: say(f"{of}: {done} of {len(keys)} questions"))
+
+
+def weigh(
+    benchmark: Benchmark, loaded: Loaded, evaluation: Evaluation, file: epath.Path, rows: Sequence[Row], say: Say
+) -> list[dict[str, Any]]:
+    """The mean log-probability of each row's given answer: what was found before, and the missing ones anew."""
+    pairs = []
+    for number, row in enumerate(rows, 1):
+        given = templates.fill(benchmark.answer, row, f"config.evaluation.benchmarks {benchmark.name} row {number}")
+        prompt, answer = templates.answer_ids(loaded.tokenizer, row, given, benchmark.template)
+        pairs.append((prompt, answer[: benchmark.max_response_tokens]))
+    keys = [hashlib.sha256(json.dumps(pair).encode()).hexdigest()[:16] for pair in pairs]
+
+    def score(missing: list[int], keep: Callable[[dict[int, Kept]], None]) -> None:
+        for start in range(0, len(missing), evaluation.batch_size):
+            part = missing[start : start + evaluation.batch_size]
+            prompts, answers = zip(*(pairs[i] for i in part), strict=True)
+            found = engine.score_responses(loaded, prompts, answers, batch_size=evaluation.batch_size)
+            keep({i: {"sample": 0, "response": repr(float(logprobs.mean())), "length": len(logprobs), "stopped": True}
+                  for i, logprobs in zip(part, found, strict=True)})  # fmt: skip
+
+    return resume(file, keys, score, lambda done: say(f"{benchmark.name}: {done} of {len(keys)} answers weighed"))
+
+
+def resume(
+    file: epath.Path,
+    keys: Sequence[str],
+    work: Callable[[list[int], Callable[[dict[int, Kept]], None]], None],
+    say: Callable[[int], None],
+) -> list[Kept]:
+    """The rows of a file by their keys; those it lacks come from `work(missing, keep)`, kept as they come."""
+    known = {row["key"]: row for row in read_rows(file)}
+    if jax.process_index() == 0 and known:
+        write_rows(file, known.values())  # a line cut by a kill must not join the next
+    missing = [i for i, key in enumerate(keys) if key not in known]
+    done = len(keys) - len(missing)
+
+    def keep(results: dict[int, Kept]) -> None:
+        nonlocal done
+        new = {i: {"key": keys[i], "question": i, **result} for i, result in results.items()}
+        known.update({row["key"]: row for row in new.values()})
+        if jax.process_index() == 0:
+            append_rows(file, list(new.values()))
+        done += len(new)
+        say(done)
+
+    if missing:
+        work(missing, keep)
     return [known[key] for key in keys]
 
 
-def _row(key: str, question: int, sample: int, answer: Answer) -> dict[str, Any]:
-    return {
-        "key": key,
-        "question": question,
-        "sample": sample,
-        "response": answer.text,
-        "length": len(answer.ids),
-        "stopped": answer.stopped,
-    }
+def _kept(answer: Answer, sample: int) -> Kept:
+    return {"sample": sample, "response": answer.text, "length": len(answer.ids), "stopped": answer.stopped}
 
 
 def keep_grades(file: epath.Path, answers: Sequence[dict[str, Any]], grades: Sequence[Grade]) -> None:

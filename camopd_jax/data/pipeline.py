@@ -127,7 +127,7 @@ class SftStream(BatchStream):
             where = f"{data.source} row {number}"
             if "messages" not in row:
                 raise UserError(f'{where}: no "messages" to learn from')
-            answer = "" if row["messages"][-1]["role"] == "assistant" else _fill(config.answer, row, where)
+            answer = "" if row["messages"][-1]["role"] == "assistant" else templates.fill(config.answer, row, where)
             pair = templates.answer_ids(tokenizer, row, answer, data.template)
             if len(pair[0]) + len(pair[1]) > config.max_tokens:
                 self.counts["dropped"] += 1
@@ -151,13 +151,3 @@ class SftStream(BatchStream):
             return SftBatch(prompts, answers.tokens, answers.lengths)
 
         super().__init__(len(pairs), config.batch_size, config.seed, make)
-
-
-def _fill(answer: str, row: dict[str, Any], where: str) -> str:
-    try:
-        return answer.format_map(row)
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"{where}: config.answer {answer!r} asks for the field {error}, which the row lacks; add it, or end "
-            '"messages" with an assistant turn'
-        ) from error

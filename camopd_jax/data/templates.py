@@ -41,6 +41,21 @@ def prompt_ids(tokenizer: Any, row: Row, template: Template) -> list[int]:
     return list(row["prompt_ids"])
 
 
+def fill(answer: str, row: dict[str, Any], where: str) -> str:
+    """An answer with a row's fields in the place of its braces.
+
+    Raises:
+      UserError: naming the row by `where` and the field that it lacks.
+    """
+    try:
+        return answer.format_map(row)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"{where}: the answer {answer!r} asks for the field {error}, which the row lacks; add it, or change "
+            "the config's answer"
+        ) from error
+
+
 def answer_ids(tokenizer: Any, row: Row, answer: str, template: Template) -> tuple[list[int], list[int]]:
     """Prompt and answer of a row to learn from: the answer is what the template writes after the prompt.
 

@@ -240,6 +240,8 @@ def details(models: dict[str, Sequence[Result]]) -> Table:
 
 
 def _sampling(r: Result) -> str:
+    if r["task"] == "likelihood":
+        return "given"
     if r["temperature"] == 0:
         return "greedy"
     filters = [f"{name} {r[name]:g}" for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)) if r[name] != off]

@@ -27,4 +27,5 @@ class Task:
     split: str = "test"
     threads: int = 1  # answers graded at one time
     costly: bool = False  # a grade that was given is kept, not given again
+    given: bool = False  # the model is not asked for answers but for the likelihood of given ones
     check: Callable[[], None] = lambda: None  # raises a UserError where something that grading needs is not there

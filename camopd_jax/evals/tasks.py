@@ -1,11 +1,12 @@
 """The benchmarks by name: what `config.Benchmark.task` may say."""
 
 from camopd_jax.config import Judge
-from camopd_jax.evals import choice, exact, gsm8k, ifeval, judge, mbpp, zebra
+from camopd_jax.evals import choice, exact, gsm8k, ifeval, judge, likelihood, mbpp, zebra
 from camopd_jax.evals.task import Task
 
 TASKS: dict[str, Task] = {
     "exact": exact.TASK,
+    "likelihood": likelihood.TASK,
     "choice": choice.CHOICE,
     "medqa": choice.MEDQA,
     "medmcqa": choice.MEDMCQA,
