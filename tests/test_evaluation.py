@@ -6,12 +6,14 @@ import shutil
 import signal
 from pathlib import Path
 
+import numpy as np
 import pytest
 from etils import epath
 from rows import read_lines, write_lines
 
 from camopd_jax import engine, evaluation
 from camopd_jax.config import Benchmark, Compute, Evaluation, Judge
+from camopd_jax.data import templates
 from camopd_jax.errors import UserError
 from camopd_jax.sharding import make_mesh
 
@@ -91,6 +93,30 @@ def test_sampled_answers_differ_by_draw_and_come_again_with_the_seed(specialist,
         responses.setdefault(row["question"], set()).add(row["response"])
     assert any(len(said) > 1 for said in responses.values())
     assert len(rows_of(tmp_path / "a")) == 12 and asked == [4] * 6 and len(first["scores"]) == 4
+
+
+def test_the_likelihood_of_given_answers(specialist, tmp_path, monkeypatch):
+    """By hand from each answer's log-probabilities, closing tokens included; what is known is not weighed again."""
+    weighed, score = [], engine.score_responses
+
+    def counted(loaded, prompts, responses, **options):
+        weighed.append(len(prompts))
+        return score(loaded, prompts, responses, **options)
+
+    monkeypatch.setattr(engine, "score_responses", counted)
+    benchmark = dataclasses.replace(COVERED, task="likelihood", limit=10)
+    folder = epath.Path(tmp_path)
+    result = evaluation.run(benchmark, specialist, SETTINGS, folder)
+    rows = read_lines(QUICKSTART / "eval_covered.jsonl")[:10]
+    pairs = [templates.answer_ids(specialist.tokenizer, row, row["answer"], benchmark.template) for row in rows]
+    by_hand = [np.exp(score(specialist, [p], [a], batch_size=8)[0].mean()) for p, a in pairs]
+    np.testing.assert_allclose(result["scores"], by_hand, rtol=1e-4)
+    assert all(pair[1][-1] == specialist.eos_ids[0] for pair in pairs) and min(by_hand) < 0.9 < max(by_hand)
+    lines = (tmp_path / "covered.jsonl").read_text().splitlines()
+    (tmp_path / "covered.jsonl").write_text("\n".join(lines[:7]))
+    assert evaluation.run(benchmark, specialist, SETTINGS, folder) == result and weighed[:3] == [8, 2, 3]
+    with pytest.raises(UserError, match=r"benchmarks covered row 1: the answer '\{no\}' asks for the field 'no'"):
+        evaluation.run(dataclasses.replace(benchmark, answer="{no}"), specialist, SETTINGS, folder)
 
 
 def test_the_instruction_goes_behind_the_last_request(specialist):

@@ -219,29 +219,29 @@ def table(models: dict[str, Sequence[Result]]) -> Table:
 
 
 def details(models: dict[str, Sequence[Result]]) -> Table:
-    """What an accuracy does not tell: a row for each benchmark and model."""
+    """What an accuracy does not tell: how each benchmark was asked, and under it how each model answered."""
     view = Table(
-        title="Answers: tokens on average, in % cut at the cap (cut) and without the form asked for (formless)",
+        title="Answers: tokens on average; in %: cut at the cap, without the form asked for",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
-    for name in ("", "", "questions", "sampling", "tokens", "cut", "formless", "also, in %"):
-        view.add_column(name, justify="right" if name in ("questions", "tokens", "cut", "formless") else "left")
+    for name in ("", "tokens", "cut", "no form", "also, in %"):
+        view.add_column(name, justify="left" if name in ("", "also, in %") else "right")
     for rows in zip(*models.values(), strict=True):
-        for i, (model, r) in enumerate(zip(models, rows, strict=True)):
+        asked = rows[0]
+        view.add_row(f"{asked['benchmark']}: {asked['n']} questions", style="bold")
+        view.add_row(f"{_sampling(asked)}, at most {asked['max_response_tokens']} tokens", style="dim")
+        for model, r in zip(models, rows, strict=True):
             also = ", ".join(f"{name.replace('_', ' ')} {100 * value:.1f}" for name, value in r["parts"].items())
-            view.add_row(
-                "" if i else f"{r['benchmark']}, at most {r['max_response_tokens']} tokens", TITLES.get(model, model),
-                str(r["n"]), _sampling(r), f"{r['length_mean']:.0f}", f"{100 * r['truncated']:.0f}",
-                f"{100 * r['unmarked']:.0f}", also,
-            )  # fmt: skip
+            shares = (f"{100 * r[name]:.0f}" for name in ("truncated", "unmarked"))
+            view.add_row(f"  {TITLES.get(model, model)}", f"{r['length_mean']:.0f}", *shares, also)
     return view
 
 
 def _sampling(r: Result) -> str:
     if r["task"] == "likelihood":
-        return "given"
+        return "given answers"
     if r["temperature"] == 0:
         return "greedy"
     filters = [f"{name} {r[name]:g}" for name, off in (("top_k", 0), ("top_p", 1), ("min_p", 0)) if r[name] != off]

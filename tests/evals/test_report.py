@@ -181,6 +181,7 @@ def test_details_tell_what_an_accuracy_does_not():
     benchmark = Benchmark("ifeval", samples=2, temperature=0.7, top_p=0.9, max_response_tokens=384)
     grades = [[Grade(1.0, parts={"prompt_loose": (1, 1)}), Grade(0.0, False)]]
     row = report.result(benchmark, grades, [10, 20], [True, False])
-    shown = text(report.details({"mine": [row]}), 140)
-    for part in ("ifeval, at most 384 tokens", "2 at T 0.7, top_p 0.9", "15", "50", "prompt loose 100.0"):
+    shown = text(report.details({"mine": [row], "student": [row]}), 120)
+    for part in ("ifeval: 1 questions", "2 at T 0.7, top_p 0.9, at most 384 tokens", "15", "50", "prompt loose 100.0"):
         assert part in shown
+    assert shown.count("prompt loose") == 2 and "recovered" in shown and "…" not in shown
