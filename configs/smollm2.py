@@ -23,19 +23,19 @@ def get_config():
     config.specialised_model = "runs/smollm2_medical/export"
     config.general.source = "data/general_open.jsonl"
     config.domain.source = "data/medqa_dev.jsonl,data/medmcqa.jsonl"
-    config.steps = 20
-    config.rollout.batch_size = 16
-    config.rollout.max_prompt_tokens = 192
-    config.rollout.max_response_tokens = 96
+    config.steps = 12
+    config.rollout.batch_size = 8
+    config.rollout.max_prompt_tokens = 128
+    config.rollout.max_response_tokens = 64
     config.optimizer.learning_rate = 1e-4
     config.optimizer.micro_batch = 8
-    config.checkpoints.every = 20
+    config.checkpoints.every = 12
     config.evaluation.batch_size = 32
     config.evaluation.benchmarks = (
-        dict(name="gsm8k_solutions", task="likelihood", source="data/gsm8k_test.jsonl", answer="{solution}", limit=96,
+        dict(name="gsm8k_solutions", task="likelihood", source="data/gsm8k_test.jsonl", answer="{solution}", limit=64,
              max_response_tokens=256),
         dict(name="ifeval", task="ifeval", source="data/ifeval.jsonl", limit=64, max_response_tokens=256),
-        dict(name="medqa", task="medqa", source="data/medqa_test.jsonl", limit=96, max_response_tokens=64,
+        dict(name="medqa", task="medqa", source="data/medqa_test.jsonl", limit=64, max_response_tokens=64,
              axis="domain"),
     )  # fmt: skip
     config.log.samples = 4

@@ -6,6 +6,7 @@ import shutil
 import signal
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 from etils import epath
@@ -72,6 +73,14 @@ def test_first_questions_are_part_of_the_whole(specialist, tmp_path, asked):
     few = evaluation.run(COVERED, specialist, SETTINGS, folder, limit=6)
     whole = evaluation.run(COVERED, specialist, SETTINGS, folder)
     assert asked == [6, 14] and whole["scores"][:6] == few["scores"] and few["asked"] != whole["asked"]
+
+
+def test_another_models_answers_compile_nothing_anew(specialist, tmp_path):
+    evaluation.run(COVERED, specialist, SETTINGS, epath.Path(tmp_path / "a"))
+    compiled = engine._rollout._cache_size()
+    student = specialist.with_params(jax.tree.map(lambda p: p * 1.01, specialist.params))
+    evaluation.run(COVERED, student, SETTINGS, epath.Path(tmp_path / "b"))
+    assert engine._rollout._cache_size() == compiled > 0
 
 
 def test_another_question_or_way_of_asking_is_asked_anew(specialist, tmp_path, asked):

@@ -34,7 +34,8 @@ def _official() -> ModuleType:
     import langdetect
     import nltk
 
-    with contextlib.redirect_stdout(io.StringIO()):  # the module downloads punkt_tab when imported, aloud
+    silence = io.StringIO()  # the module downloads punkt_tab when imported, aloud
+    with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         from lm_eval.tasks.ifeval import instructions_util, utils
     langdetect.DetectorFactory.seed = 0  # else it answers as chance has it
     if not has_punkt():

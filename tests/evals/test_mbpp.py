@@ -1,8 +1,10 @@
 """Code is run apart: it may hang, eat memory, lie about its end or reach for the network, and nothing happens."""
 
+import contextlib
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -39,6 +41,12 @@ def test_set_up_code_runs_first():
     assert mbpp.grade("```python\ndef f():\n    return math.pi + BASE\n```", row).score == 1
 
 
+def command_lines():
+    for file in Path("/proc").glob("[0-9]*/cmdline"):
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            yield file.read_text()
+
+
 def test_a_program_that_hangs_is_ended_with_all_it_started():
     mark = f"time.sleep(4{time.time_ns() % 10**9})"
     program = (
@@ -47,7 +55,7 @@ def test_a_program_that_hangs_is_ended_with_all_it_started():
     started = time.monotonic()
     assert not mbpp.passes(program, seconds=2)
     assert time.monotonic() - started < 8
-    assert mark not in subprocess.run(["ps", "-ef"], capture_output=True, text=True).stdout
+    assert not any(mark in line for line in command_lines())
 
 
 def test_memory_and_files_have_limits():
