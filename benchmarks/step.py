@@ -132,7 +132,7 @@ def main(_) -> None:
             ours = timed("score_student", lambda: programs.score(model, state.params, *asked))
         theirs = timed("score_teacher", lambda: programs.score(model, teacher, *asked))
         scores = Scores(ours, theirs)
-        selection = timed("select", lambda: programs.select["recovery"](scores, answers.lengths))
+        selection = timed("select", lambda: programs.select["recovery"](scores, answers.lengths, state.step))
         state, _ = timed(
             "update",
             lambda: programs.update["recovery"](

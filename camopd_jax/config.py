@@ -59,8 +59,11 @@ class Phase:
     """One branch of the method: how its answers are ranked, how many are kept, how hard it pulls."""
 
     score: Literal["absolute_gap", "positive_gap"] = "absolute_gap"  # Eq 6 and Eq 7
-    mass: float = 0.8  # rho: keep the smallest set of answers with this share of the gap mass (Eq 8); 1: all
+    mass: float = 0.8  # rho: the share that is kept; 1: all
     scale: float = 1.0  # r: factor on the advantage (Eq 9)
+    # Which answers are kept. mass: the smallest set with a share of the gap mass (Eq 8). Controls: fraction, that share
+    # of the rows, by falling score; random, as many rows as by mass, drawn by lot
+    keep: Literal["mass", "fraction", "random"] = "mass"
 
 
 @dataclass(frozen=True)
@@ -78,6 +81,8 @@ class Method:
     importance_gate: tuple[float, float] | None = None  # w_t = pi/mu inside, 0 outside (MiMo form); None: w_t = 1
     normalise: Literal["sequence", "token"] = "sequence"  # token mean in each answer first (the paper), or over all
     moments: Literal["shared", "separate"] = "shared"  # one Adam state for both phases (the paper), or one each
+    # In a mixed step: the plain sum of both gradients, or without what of each opposes the other (PCGrad)
+    conflict: Literal["sum", "pcgrad"] = "sum"
 
 
 @dataclass(frozen=True)
@@ -344,6 +349,12 @@ def _check_train(config: TrainConfig, need, positive) -> None:
             f"give a multiple of method.recovery_steps + review_steps = {cycle}: a mixed batch is split so",
         )
         need(config.method.moments == "shared", "method.moments", 'a mixed batch has one gradient; give "shared"')
+    mixed = config.method.schedule == "mixed"
+    need(
+        mixed or config.method.conflict == "sum",
+        "method.conflict",
+        'only two gradients of one step can conflict; give "sum"',
+    )
     for name in ("recovery", "review"):
         need(0 < getattr(config.method, name).mass <= 1, f"method.{name}.mass", "give a share in (0, 1]")
     clip, gate = config.method.advantage_clip, config.method.importance_gate

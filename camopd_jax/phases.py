@@ -75,7 +75,7 @@ class Programs:
     trusts_sampler: bool  # its log-probabilities are the student's, and spare a forward pass
     rollout: Callable[[Params, PromptBatch, jax.Array], Rollout]
     score: Callable[..., jax.Array]
-    select: dict[str, Callable[[Scores, jax.Array], Selection]]
+    select: dict[str, Callable[[Scores, jax.Array, jax.Array], Selection]]
     update: dict[str, Callable[..., tuple[TrainState, dict[str, jax.Array]]]]
 
 
@@ -97,6 +97,10 @@ def compile_programs(
             max_new=config.rollout.max_response_tokens,
         )
 
+    def choose(branch: str, scores: Scores, lengths: jax.Array, draw: jax.Array) -> Selection:
+        key = jax.random.fold_in(jax.random.key(config.seed), draw)
+        return select(scores, lengths, key, getattr(config.method, branch))
+
     kept_in_place = (jax.tree.map(lambda x: x.sharding, state), None)
     phases = ("mixed",) if config.method.schedule == "mixed" else BRANCHES
     exact = jnp.dtype(model.dtype) == jnp.float32
@@ -105,7 +109,7 @@ def compile_programs(
         trusts_sampler={"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs],
         rollout=jax.jit(answer),
         score=jax.jit(partial(score, chunk=config.compute.logits_chunk), static_argnums=0),
-        select={name: jax.jit(partial(select, phase=getattr(config.method, name))) for name in BRANCHES},
+        select={name: jax.jit(partial(choose, name)) for name in BRANCHES},
         update={
             phase: jax.jit(
                 partial(UPDATES[phase], model=model, config=config), donate_argnums=0, out_shardings=kept_in_place
@@ -152,11 +156,11 @@ def run(
         parts: dict[str, Scored] = {}
 
         for i, name in enumerate(ACTING[phase]):
-            branch = branches[name]
+            branch, draw = branches[name], jnp.int32(step * len(ACTING[phase]) + i)
             with stages("other"):
                 prompts = global_rows(programs.student.mesh, next(branch.prompts), rows[name])
             with stages("rollout"):
-                answers = programs.rollout(state.params, prompts, jnp.int32(step * len(ACTING[phase]) + i))
+                answers = programs.rollout(state.params, prompts, draw)
             with stages("other"):
                 if waiting is not None:
                     observer.log(waiting)
@@ -166,7 +170,7 @@ def run(
             with stages("score"):
                 scores = jax.block_until_ready(score_both(programs, branch, state, prompts, answers, two_ways))
             with stages("select"):
-                selection = jax.block_until_ready(programs.select[name](scores, answers.lengths))
+                selection = jax.block_until_ready(programs.select[name](scores, answers.lengths, draw))
             parts[name] = Scored(prompts.student, prompts.index, answers, scores, selection)
         with stages("update"):
             state, metrics = jax.block_until_ready(programs.update[phase](state, *parts.values()))

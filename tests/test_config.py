@@ -153,3 +153,5 @@ def test_a_mixed_batch_has_to_be_split():
     ):
         with pytest.raises(UserError, match=says):
             built(method__schedule="mixed", **changes)
+    with pytest.raises(UserError, match="only two gradients of one step can conflict"):
+        built(method__conflict="pcgrad")

@@ -1,5 +1,7 @@
 """Which answers carry the signal: the smallest set that holds a share of the gap mass (Eq 6-8)."""
 
+import math
+
 import jax
 import jax.numpy as jnp
 
@@ -21,9 +23,17 @@ def positive_gap(gap_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
 SCORES = {"absolute_gap": absolute_gap, "positive_gap": positive_gap}
 
 
-def select(scores: Scores, lengths_B: jax.Array, phase: Phase) -> Selection:
-    """Keeps the rows of a branch's batch that hold the share `phase.mass` of its gap mass."""
-    return smallest_mass(SCORES[phase.score](scores.teacher - scores.student, lengths_B), phase.mass)
+def select(scores: Scores, lengths_B: jax.Array, key: jax.Array, phase: Phase) -> Selection:
+    """Keeps the rows of a branch's batch that hold the share `phase.mass` of its gap mass, or a control's choice.
+
+    Args:
+      key: of the lot that `phase.keep == "random"` draws.
+    """
+    score_B = SCORES[phase.score](scores.teacher - scores.student, lengths_B)
+    if phase.keep == "fraction":
+        return largest_fraction(score_B, phase.mass)
+    by_mass = smallest_mass(score_B, phase.mass)
+    return random_subset(by_mass, key) if phase.keep == "random" else by_mass
 
 
 def smallest_mass(score_B: jax.Array, mass: float) -> Selection:
@@ -38,10 +48,32 @@ def smallest_mass(score_B: jax.Array, mass: float) -> Selection:
     """
     rows = score_B.shape[0]
     mass_B = jnp.where(jnp.isfinite(score_B), score_B, 0)
-    order_B = jnp.argsort(-mass_B, stable=True).astype(jnp.int32)
+    order_B = _by_falling_score(mass_B)
     sums_B = jnp.cumsum(mass_B[order_B])
     # The last sum is the total, so that a share of 1 ends exactly where the mass does.
     reached_B = sums_B >= mass * sums_B[-1]
     count = jnp.where(sums_B[-1] > 0, jnp.argmax(reached_B) + 1, rows).astype(jnp.int32)
-    weights_B = jnp.zeros((rows,), jnp.float32).at[order_B].set((jnp.arange(rows) < count).astype(jnp.float32))
+    return _first(score_B, order_B, count)
+
+
+def largest_fraction(score_B: jax.Array, fraction: float) -> Selection:
+    """The control of a fixed number: the `ceil(fraction B)` rows of the largest score, whatever their mass."""
+    count = jnp.int32(math.ceil(round(fraction * score_B.shape[0], 6)))
+    return _first(score_B, _by_falling_score(jnp.where(jnp.isfinite(score_B), score_B, 0)), count)
+
+
+def random_subset(selection: Selection, key: jax.Array) -> Selection:
+    """The control of equal size: as many rows as were selected, drawn by lot."""
+    rows = selection.score.shape[0]
+    return _first(selection.score, jax.random.permutation(key, rows).astype(jnp.int32), selection.count)
+
+
+def _by_falling_score(score_B: jax.Array) -> jax.Array:
+    return jnp.argsort(-score_B, stable=True).astype(jnp.int32)
+
+
+def _first(score_B: jax.Array, order_B: jax.Array, count: jax.Array) -> Selection:
+    """The first `count` rows of an order."""
+    kept = (jnp.arange(score_B.shape[0]) < count).astype(jnp.float32)
+    weights_B = jnp.zeros(score_B.shape, jnp.float32).at[order_B].set(kept)
     return Selection(score=score_B, order=order_B, count=count, weights=weights_B)

@@ -6,6 +6,7 @@ was selected: rows go in selection order, in micro-batches, and the loop ends wi
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from camopd_jax import optim
 from camopd_jax.config import SftConfig, TrainConfig
@@ -45,14 +46,23 @@ def mixed_update(
     share = {name: n / sum(rows.values()) for name, n in rows.items()}
     found = {name: _branch_gradient(name, state.params, part, model, config) for name, part in parts.items()}
     loss = sum(share[name] * value for name, (value, _) in found.items())
-    grads = jax.tree.map(
-        lambda g, d: share["recovery"] * g + share["review"] * d, *(gradient for _, gradient in found.values())
-    )
+    weighted = [jax.tree.map(lambda g, s=share[name]: s * g, gradient) for name, (_, gradient) in found.items()]
+    grads = jax.tree.map(jnp.add, *(pcgrad(*weighted) if config.method.conflict == "pcgrad" else weighted))
     sound = jnp.all(jnp.stack([_rankable(part) for part in parts.values()]))
     state, stats = _take_step(state, loss, grads, sound, "shared", config)
     told = {name: {"loss": found[name][0]} | step_statistics(part) for name, part in parts.items()}
     counts = {name: told["recovery"][name] + told["review"][name] for name in ("prompt_tokens", "response_tokens")}
     return state, {"loss": loss} | counts | stats | told
+
+
+def pcgrad(g: Params, d: Params) -> tuple[Params, Params]:
+    """Two gradients, each without its part against the other (arXiv 2001.06782, Algorithm 1).
+
+    Where `g . d < 0`: `g - (g . d / |d|^2) d` and `d - (g . d / |g|^2) g`; else as they are.
+    """
+    dot = jnp.minimum(optax.tree.vdot(g, d), 0)
+    on_d, on_g = (dot / jnp.maximum(optax.tree.vdot(tree, tree), 1e-30) for tree in (d, g))
+    return jax.tree.map(lambda a, b: a - on_d * b, g, d), jax.tree.map(lambda a, b: b - on_g * a, g, d)
 
 
 def sft_update(

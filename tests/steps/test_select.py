@@ -6,11 +6,12 @@ import numpy as np
 import pytest
 
 from camopd_jax.config import Phase
-from camopd_jax.steps.select import absolute_gap, positive_gap, select, smallest_mass
+from camopd_jax.steps.select import absolute_gap, largest_fraction, positive_gap, random_subset, select, smallest_mass
 from camopd_jax.types import Scores
 
 GAP = jnp.array([[1.0, -3.0, 50.0], [-2.0, 50.0, 50.0]])  # the 50s are padding
 LENGTHS = jnp.array([2, 1])
+KEY = jax.random.key(0)
 
 
 def test_scores_by_hand():
@@ -20,7 +21,7 @@ def test_scores_by_hand():
 
 def test_gap_is_teacher_minus_student():
     scores = Scores(student=jnp.array([[-1.0], [-3.0]]), teacher=jnp.array([[-3.0], [-1.0]]))
-    selection = select(scores, jnp.array([1, 1]), Phase("positive_gap", 0.8))
+    selection = select(scores, jnp.array([1, 1]), KEY, Phase("positive_gap", mass=0.8))
     np.testing.assert_array_equal(selection.score, [0.0, 2.0])
     np.testing.assert_array_equal(selection.weights, [0.0, 1.0])
 
@@ -72,3 +73,39 @@ def test_a_score_that_is_not_finite_is_ranked_last():
     assert selection.order.tolist() == [1, 3, 0, 2]
     assert selection.count == 1
     assert np.isnan(selection.score[0])  # and the update sees it
+
+
+# --------------------------------------------------------------------------------------- controls
+
+SCORE = jnp.array([1.0, 6.0, 0.0, 3.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    "fraction, kept", [(0.2, [1]), (0.4, [1, 3]), (0.41, [0, 1, 3]), (0.6, [0, 1, 3]), (1.0, [0, 1, 2, 3, 4])]
+)
+def test_a_fixed_fraction_keeps_the_largest_rows_whatever_their_mass(fraction, kept):
+    selection = largest_fraction(SCORE, fraction)
+    assert np.flatnonzero(selection.weights).tolist() == kept and selection.count == len(kept)
+    assert sorted(selection.order[: len(kept)].tolist()) == kept
+    assert largest_fraction(jnp.array([jnp.nan, 1.0]), 0.5).weights.tolist() == [0, 1]
+
+
+def test_a_random_subset_has_the_same_size_and_another_draw_other_rows():
+    by_mass = smallest_mass(jnp.arange(1.0, 65.0), 0.8)
+    drawn = [random_subset(by_mass, jax.random.key(seed)) for seed in range(200)]
+    for selection in drawn:
+        assert selection.count == by_mass.count == jnp.sum(selection.weights)
+        assert sorted(selection.order.tolist()) == list(range(64))
+        np.testing.assert_array_equal(np.sort(selection.order[: selection.count]), np.flatnonzero(selection.weights))
+        np.testing.assert_array_equal(selection.score, by_mass.score)
+    frequency = np.mean([selection.weights for selection in drawn], axis=0)
+    np.testing.assert_allclose(frequency, int(by_mass.count) / 64, atol=0.15)
+
+
+def test_the_phase_says_which_rows_are_kept():
+    scores = Scores(student=jnp.zeros((5, 1)), teacher=SCORE[:, None])
+    kept = {
+        keep: select(scores, jnp.ones(5, jnp.int32), KEY, Phase("absolute_gap", 0.8, keep=keep)).count.item()
+        for keep in ("mass", "fraction", "random")
+    }
+    assert kept == {"mass": 2, "fraction": 4, "random": 2}

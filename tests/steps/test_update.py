@@ -17,10 +17,18 @@ from camopd_jax.sharding import global_rows, make_mesh
 from camopd_jax.steps.losses import token_weights
 from camopd_jax.steps.score import score
 from camopd_jax.steps.select import select
-from camopd_jax.steps.update import _likelihood_gradient, mixed_update, recovery_update, review_update, sft_update
+from camopd_jax.steps.update import (
+    _likelihood_gradient,
+    mixed_update,
+    pcgrad,
+    recovery_update,
+    review_update,
+    sft_update,
+)
 from camopd_jax.types import Prompts, Rollout, Scored, Scores, Selection, SftBatch
 
 RATE = 1e-2
+KEY = jax.random.key(7)
 OPTIMIZER = Optimizer(learning_rate=RATE, weight_decay=0.1, micro_batch=2, eps=1e-3)
 
 
@@ -33,7 +41,7 @@ def update(tiny, batch, selection=None, config=None, branch=recovery_update, sta
     prompts, rollout, scores = batch
     config = config or train_config()
     phase = config.method.recovery if branch is recovery_update else config.method.review
-    selection = select(scores, rollout.lengths, phase) if selection is None else selection
+    selection = select(scores, rollout.lengths, KEY, phase) if selection is None else selection
     program = compiled(branch, model or tiny[0], config)
     scored = Scored(prompts, jnp.arange(len(prompts.lengths)), rollout, scores, selection)
     return program(init_state(tiny[1], config.method.moments) if state is None else state, scored)
@@ -152,7 +160,7 @@ def test_a_mixed_update_steps_along_the_share_weighted_sum_of_both_gradients(tin
     def scored(part, phase):
         prompts, rollout, scores = part
         return Scored(
-            prompts, jnp.arange(len(prompts.lengths)), rollout, scores, select(scores, rollout.lengths, phase)
+            prompts, jnp.arange(len(prompts.lengths)), rollout, scores, select(scores, rollout.lengths, KEY, phase)
         )
 
     general, domain = scored(parts[0], config.method.recovery), scored(parts[1], config.method.review)
@@ -169,6 +177,19 @@ def test_a_mixed_update_steps_along_the_share_weighted_sum_of_both_gradients(tin
     np.testing.assert_allclose(metrics["loss"], 0.75 * alone[0][1]["loss"] + 0.25 * alone[1][1]["loss"], rtol=1e-5)
     assert metrics["response_tokens"] == jnp.sum(batch[1].lengths)
     np.testing.assert_allclose(metrics["review"]["gap_mean"], alone[1][1]["gap_mean"], rtol=1e-6)
+
+
+def test_pcgrad_by_hand():
+    g, d = {"a": jnp.array([1.0, 0.0]), "b": jnp.array([1.0])}, {"a": jnp.array([-2.0, 1.0]), "b": jnp.array([0.0])}
+    # g . d = -2, |g|^2 = 2, |d|^2 = 5
+    left, right = pcgrad(g, d)
+    same(left, {"a": jnp.array([1 - 0.8, 0.4]), "b": jnp.array([1.0])}, atol=1e-6)
+    same(right, {"a": jnp.array([-2 + 1.0, 1.0]), "b": jnp.array([1.0])}, atol=1e-6)
+    assert abs(float(optax.tree.vdot(left, d))) < 1e-6 and abs(float(optax.tree.vdot(right, g))) < 1e-6
+    opposed = jax.tree.map(lambda x: -x, d)
+    same(pcgrad(g, opposed), (g, opposed), atol=0)
+    zero = jax.tree.map(jnp.zeros_like, g)
+    same(pcgrad(g, zero), (g, zero), atol=0)
 
 
 @pytest.mark.parametrize("branch, scale, kind", [(recovery_update, 2.0, "absolute"), (review_update, 1.0, "positive")])
