@@ -28,6 +28,7 @@ from camopd_jax.steps.sampling import Sampling
 
 Say = Callable[[str], None]
 Kept = dict[str, Any]  # an answer's row in its file
+GRADED_AT_ONCE = 64  # answers, between two writes of their grades
 
 
 def check(evaluation: Evaluation) -> None:
@@ -100,19 +101,12 @@ def run(
             collect(benchmark, loaded, evaluation, file, prompts, sample, say) for sample in range(benchmark.samples)
         ]
 
-    def grade(answer: dict[str, Any], row: Row) -> Grade:
-        if task.costly and "score" in answer:
-            return Grade(answer["score"], answer["marked"], answer["parts"])
-        return task.grade(answer["response"], row)
-
-    with ThreadPoolExecutor(task.threads) as pool:
-        graded = [list(pool.map(grade, given, rows)) for given in answers]
     flat = [answer for given in answers for answer in given]
-    if jax.process_index() == 0:
-        keep_grades(file, flat, [grade for given in graded for grade in given])
+    grades = grade_all(task, flat, rows * len(answers), file, lambda n: say(f"{benchmark.name}: {n} answers graded"))
+    of_question = [grades[i :: len(rows)] for i in range(len(rows))]
     asked = hashlib.sha256("".join(answer["key"] for answer in flat).encode()).hexdigest()[:16]
     return {"asked": asked} | report.result(
-        benchmark, list(zip(*graded, strict=True)), [a["length"] for a in flat], [a["stopped"] for a in flat]
+        benchmark, of_question, [answer["length"] for answer in flat], [answer["stopped"] for answer in flat]
     )
 
 
@@ -215,10 +209,33 @@ def _kept(answer: Answer, sample: int) -> Kept:
     return {"sample": sample, "response": answer.text, "length": len(answer.ids), "stopped": answer.stopped}
 
 
-def keep_grades(file: epath.Path, answers: Sequence[dict[str, Any]], grades: Sequence[Grade]) -> None:
-    """Writes what each answer was worth beside it, for people to read."""
+def grade_all(
+    task: Task, answers: Sequence[Kept], rows: Sequence[Row], file: epath.Path, say: Callable[[int], None]
+) -> list[Grade]:
+    """What each answer is worth. Grades are kept beside the answers as they come; what costs is not graded twice."""
+
+    def grade(answer: Kept, row: Row) -> Grade:
+        if task.grader and answer.get("grader") == task.grader:
+            return Grade(answer["score"], answer["marked"], answer["parts"])
+        return task.grade(answer["response"], row)
+
+    grades: list[Grade] = []
+    with ThreadPoolExecutor(task.threads) as pool:
+        for start in range(0, len(answers), GRADED_AT_ONCE):
+            part = answers[start : start + GRADED_AT_ONCE]
+            found = list(pool.map(grade, part, rows[start : start + GRADED_AT_ONCE]))
+            if jax.process_index() == 0:
+                keep_grades(file, part, found, task.grader)
+            grades += found
+            if task.grader:
+                say(len(grades))
+    return grades
+
+
+def keep_grades(file: epath.Path, answers: Sequence[Kept], grades: Sequence[Grade], grader: str) -> None:
+    """Writes what each answer was worth beside it, and who said so, for people to read."""
     marks = {
-        answer["key"]: {"score": grade.score, "marked": grade.marked, "parts": grade.parts}
+        answer["key"]: {"score": grade.score, "marked": grade.marked, "parts": grade.parts, "grader": grader}
         for answer, grade in zip(answers, grades, strict=True)
     }
     write_rows(file, [row | marks.get(row["key"], {}) for row in read_rows(file)])

@@ -150,9 +150,10 @@ def test_a_judges_mark_is_paid_for_once(specialist, tmp_path, monkeypatch):
 
     monkeypatch.setattr(evaluation.tasks.judge, "grade", grade)
     benchmark = dataclasses.replace(COVERED, task="writing", limit=4)
-    for _ in range(2):
-        assert evaluation.run(benchmark, specialist, SETTINGS, epath.Path(tmp_path))["accuracy"] == 0.5
-    assert marks == ["writing"] * 4
+    for model in ("a", "a", "b"):
+        settings = dataclasses.replace(SETTINGS, judge=Judge("http://127.0.0.1/v1", model))
+        assert evaluation.run(benchmark, specialist, settings, epath.Path(tmp_path))["accuracy"] == 0.5
+    assert marks == ["writing"] * 8, "four by each judge"
 
 
 def test_what_grading_would_miss_is_told_before_a_run(tmp_path):

@@ -36,7 +36,8 @@ _SCORE = re.compile(r"score\W*:\W*(10|[1-9])(?![\d.])", re.IGNORECASE)
 def task(kind: str, config: Judge) -> Task:
     """The benchmark `roleplay` or `writing`, with its judge."""
     marks = partial(grade, kind=kind, config=config)
-    return Task(marks, needs=(), threads=8, costly=True, check=partial(check, config))
+    grader = f"{config.model} at {config.endpoint}"
+    return Task(marks, needs=(), threads=8, grader=grader, check=partial(check, config))
 
 
 def check(config: Judge) -> None:

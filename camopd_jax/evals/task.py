@@ -26,6 +26,6 @@ class Task:
     dataset: str = ""  # where the benchmark itself lies, as a Stream's source
     split: str = "test"
     threads: int = 1  # answers graded at one time
-    costly: bool = False  # a grade that was given is kept, not given again
+    grader: str = ""  # who grades, where that costs: a grade that it gave is not asked for again
     given: bool = False  # the model is not asked for answers but for the likelihood of given ones
     check: Callable[[], None] = lambda: None  # raises a UserError where something that grading needs is not there
