@@ -55,7 +55,10 @@ def test_a_program_that_hangs_is_ended_with_all_it_started():
     started = time.monotonic()
     assert not mbpp.passes(program, seconds=2)
     assert time.monotonic() - started < 8
-    assert not any(mark in line for line in command_lines())
+    until = time.monotonic() + 5  # the kernel ends a killed process when it comes to it
+    while any(mark in line for line in command_lines()):
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def test_memory_and_files_have_limits():

@@ -259,7 +259,7 @@ def test_a_mesh_changes_nothing(tiny, batch, shape):
 
 def test_unselected_rows_may_hold_anything(tiny, batch):
     prompts, rollout, scores = batch
-    selection = select(scores, rollout.lengths, Method().recovery)
+    selection = select(scores, rollout.lengths, KEY, Method().recovery)
     out = np.asarray(selection.weights) == 0
     assert out.any()
     poisoned = scores.replace(teacher=jnp.where(out[:, None], jnp.nan, scores.teacher))
