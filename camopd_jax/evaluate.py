@@ -66,7 +66,7 @@ def load(config: Config, source: str, mesh: Mesh) -> tuple[Loaded, str]:
     run = step[1] if step else source
     if (epath.Path(run) / "checkpoints").exists():
         loaded, provenance = export.restored(run, int(step[2]) if step else None)
-        return loaded, f"{provenance['config_fingerprint']}-{int(provenance['steps']):06d}"
+        return loaded, evaluation.run_key(provenance["config_fingerprint"], int(provenance["steps"]))
     folder: Path = engine.find(source, "--checkpoint")
     dtype = engine.teacher_dtype(config.compute)
     context = max((b.max_response_tokens for b in config.evaluation.benchmarks), default=0)

@@ -28,7 +28,7 @@ from camopd_jax.steps.sampling import Sampling
 
 Say = Callable[[str], None]
 Kept = dict[str, Any]  # an answer's row in its file
-GRADED_AT_ONCE = 64  # answers, between two writes of their grades
+GRADED_AT_ONCE = 64  # answers, between two writes of grades that cost
 
 
 def check(evaluation: Evaluation) -> None:
@@ -46,6 +46,11 @@ def check(evaluation: Evaluation) -> None:
 def model_key(loaded: Loaded) -> str:
     """What tells a checkpoint's answers from all others': its contents and the precision it runs at."""
     return f"{loaded.folder.name}-{hf.fingerprint(loaded.folder)}-{loaded.model.dtype}"
+
+
+def run_key(config_fingerprint: str, step: int) -> str:
+    """The same of a run's checkpoint."""
+    return f"{config_fingerprint}-{step:06d}"
 
 
 def standing_row(step: int, standing: Standing, comparison: dict[str, Any]) -> dict[str, Any]:
@@ -220,10 +225,11 @@ def grade_all(
         return task.grade(answer["response"], row)
 
     grades: list[Grade] = []
+    at_once = GRADED_AT_ONCE if task.grader else max(1, len(answers))
     with ThreadPoolExecutor(task.threads) as pool:
-        for start in range(0, len(answers), GRADED_AT_ONCE):
-            part = answers[start : start + GRADED_AT_ONCE]
-            found = list(pool.map(grade, part, rows[start : start + GRADED_AT_ONCE]))
+        for start in range(0, len(answers), at_once):
+            part = answers[start : start + at_once]
+            found = list(pool.map(grade, part, rows[start : start + at_once]))
             if jax.process_index() == 0:
                 keep_grades(file, part, found, task.grader)
             grades += found

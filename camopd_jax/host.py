@@ -151,7 +151,7 @@ class Host:
         return {}
 
     def student_key(self, steps_done: int) -> str:
-        return f"{self.provenance['config_fingerprint']}-{steps_done:06d}"
+        return evaluation.run_key(self.provenance["config_fingerprint"], steps_done)
 
     def evaluate(
         self, name: str, step: int, loaded: Loaded, key: str | None = None, questions: int | None = None

@@ -130,27 +130,27 @@ class TrainHost(Host):
 
     def log(self, outcome: Outcome) -> None:
         metrics = jax.tree.map(lambda value: value.item(), outcome.metrics)
-        said = [(local_rows(part.rollout.tokens), local_rows(part.rollout.lengths)) for part in outcome.parts.values()]
+        said = {
+            name: (local_rows(part.rollout.tokens), local_rows(part.rollout.lengths))
+            for name, part in outcome.parts.items()
+        }
         row = {
             "step": outcome.step,
             "phase": outcome.phase,
             **metrics,
-            "repetition": float(np.mean([repetition(tokens, lengths) for tokens, lengths in said])),
+            "repetition": float(np.mean([repetition(tokens, lengths) for tokens, lengths in said.values()])),
             "seconds": outcome.seconds,
             "tokens_per_second": metrics["response_tokens"] / sum(outcome.seconds.values()),
             "memory_gib": memory_gib(),
         }
-        samples = [sample for name, part in outcome.parts.items() for sample in self._samples(outcome.step, name, part)]
-        self.record(row, samples)
+        samples = [self._samples(outcome.step, name, part, *said[name]) for name, part in outcome.parts.items()]
+        self.record(row, [sample for of_branch in samples for sample in of_branch])
 
-    def _samples(self, step: int, branch: str, part: Scored) -> list[dict]:
+    def _samples(self, step: int, branch: str, part: Scored, tokens: np.ndarray, lengths: np.ndarray) -> list[dict]:
         """The first answers of the batch, with each token's gap, and its log-probability as scored and as sampled."""
-        arrays = (part.prompts.tokens, part.prompts.lengths, part.index, part.rollout.tokens, part.rollout.lengths,
-                  part.rollout.logprobs, part.rollout.stopped, part.scores.student, part.scores.teacher,
-                  part.selection.weights)  # fmt: skip
-        (asked, asked_lengths, index, tokens, lengths, sampler, stopped, student, teacher, weights) = map(
-            local_rows, arrays
-        )
+        arrays = (part.prompts.tokens, part.prompts.lengths, part.index, part.rollout.logprobs, part.rollout.stopped,
+                  part.scores.student, part.scores.teacher, part.selection.weights)  # fmt: skip
+        asked, asked_lengths, index, sampler, stopped, student, teacher, weights = map(local_rows, arrays)
         decode = self.student.tokenizer.decode
         return [
             {
