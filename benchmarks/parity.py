@@ -50,8 +50,7 @@ def compare(benchmark, loaded, model, config) -> dict:
     values = flags.FLAGS
     task = tasks.find(benchmark.task, config.evaluation.judge)
     rows = evaluation.questions(benchmark, task, values.questions)
-    instruction = task.instruction if benchmark.instruction is None else benchmark.instruction
-    prompts = [evaluation.ask(loaded.tokenizer, row, instruction, benchmark.template) for row in rows]
+    prompts = evaluation.prompts(benchmark, task, loaded.tokenizer, rows)
     cap = values.tokens or benchmark.max_response_tokens
     started = time.perf_counter()
     ours = engine.answer(loaded, prompts, max_new=cap, batch_size=config.evaluation.batch_size)

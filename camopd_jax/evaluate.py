@@ -39,18 +39,12 @@ def evaluate(config: Config, checkpoints: list[str], workdir: str) -> dict[str, 
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     check_rows(mesh, "config.evaluation.batch_size", settings.batch_size)
     evaluation.check(settings)
-    answers = epath.Path(settings.answers) if settings.answers else folder / "answers"
     folder.mkdir(parents=True, exist_ok=True)
     writer, display = MetricsWriter(folder, tensorboard=False), Display(0, 0)
     models: dict[str, list[Result]] = {}
     for name, source in ((s, s) for s in checkpoints) if checkpoints else own_models(config).items():
         loaded, key = load(config, source, mesh)
-        models[name] = []
-        for benchmark in settings.benchmarks:
-            row = evaluation.run(benchmark, loaded, settings, answers / key, say=display.progress)
-            writer.evaluation({"model": name, "step": 0, "checkpoint": key} | row, "accuracy", row["accuracy"])
-            display.say(f"{name}: {benchmark.name} {100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} %")
-            models[name].append(row)
+        models[name] = evaluation.run_all(settings, loaded, folder, writer, display, name, key=key)
     return known_baselines(folder, models) | models
 
 

@@ -23,6 +23,7 @@ from camopd_jax.evals import report, tasks
 from camopd_jax.evals.report import Standing
 from camopd_jax.evals.task import Grade, Row, Task
 from camopd_jax.jsonl import append_rows, read_rows, write_rows
+from camopd_jax.metrics import Display, MetricsWriter
 from camopd_jax.models import hf
 from camopd_jax.steps.sampling import Sampling
 
@@ -79,6 +80,39 @@ def questions(benchmark: Benchmark, task: Task, limit: int | None = None) -> lis
     return rows
 
 
+def run_all(
+    evaluation: Evaluation,
+    loaded: Loaded,
+    workdir: epath.Path,
+    writer: MetricsWriter,
+    display: Display,
+    model: str,
+    step: int = 0,
+    key: str | None = None,
+    limit: int | None = None,
+) -> list[report.Result]:
+    """Every benchmark of a config, on one model; eval.jsonl gets a row of each.
+
+    Args:
+      workdir: its `answers` folder keeps the answers, if the config names no other.
+      model: what the model is called in eval.jsonl.
+      key: what its answers are kept under; None: `model_key`.
+      limit: only the first questions of each benchmark.
+    """
+    if not evaluation.benchmarks:
+        return []
+    key = key or model_key(loaded)
+    answers = epath.Path(evaluation.answers) if evaluation.answers else workdir / "answers"
+    results = []
+    for benchmark in evaluation.benchmarks:
+        row = run(benchmark, loaded, evaluation, answers / key, limit, display.progress)
+        writer.evaluation({"model": model, "step": step, "checkpoint": key} | row, "accuracy", row["accuracy"])
+        figures = f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} %"
+        display.say(f"{model}{f' at step {step}' if step else ''}: {benchmark.name} {figures}")
+        results.append(row)
+    return results
+
+
 def run(
     benchmark: Benchmark,
     loaded: Loaded,
@@ -100,19 +134,24 @@ def run(
     if task.given:
         answers = [weigh(benchmark, loaded, evaluation, file, rows, say)]
     else:
-        instruction = task.instruction if benchmark.instruction is None else benchmark.instruction
-        prompts = [ask(loaded.tokenizer, row, instruction, benchmark.template) for row in rows]
+        asked = prompts(benchmark, task, loaded.tokenizer, rows)
         answers = [
-            collect(benchmark, loaded, evaluation, file, prompts, sample, say) for sample in range(benchmark.samples)
+            collect(benchmark, loaded, evaluation, file, asked, sample, say) for sample in range(benchmark.samples)
         ]
 
     flat = [answer for given in answers for answer in given]
     grades = grade_all(task, flat, rows * len(answers), file, lambda n: say(f"{benchmark.name}: {n} answers graded"))
     of_question = [grades[i :: len(rows)] for i in range(len(rows))]
-    asked = hashlib.sha256("".join(answer["key"] for answer in flat).encode()).hexdigest()[:16]
-    return {"asked": asked} | report.result(
+    keys = hashlib.sha256("".join(answer["key"] for answer in flat).encode()).hexdigest()[:16]
+    return {"asked": keys} | report.result(
         benchmark, of_question, [answer["length"] for answer in flat], [answer["stopped"] for answer in flat]
     )
+
+
+def prompts(benchmark: Benchmark, task: Task, tokenizer: Any, rows: Sequence[Row]) -> list[list[int]]:
+    """The tokens that each question of a benchmark is asked in."""
+    instruction = task.instruction if benchmark.instruction is None else benchmark.instruction
+    return [ask(tokenizer, row, instruction, benchmark.template) for row in rows]
 
 
 def ask(tokenizer: Any, row: Row, instruction: str, template: Template) -> list[int]:

@@ -85,11 +85,10 @@ def _part(out: epath.Path) -> Iterator[Path]:
 def model_card(name: str, provenance: dict[str, str]) -> str:
     """README.md of an exported folder."""
     base = provenance.get("specialised_model", provenance.get("model"))
-    method = "CaMOPD (arXiv 2605.27115)" if "general_model" in provenance else "supervised fine-tuning"
     facts = "\n".join(f"| {key.replace('_', ' ')} | `{value}` |" for key, value in provenance.items())
     front = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nbase_model: {json.dumps(base)}\n---\n"
     return (
-        f"{front}\n# {name}\n\nMade from `{base}` by {method} with camopd_jax {__version__}.\n\n"
+        f"{front}\n# {name}\n\nMade from `{base}` by {provenance['method']} with camopd_jax {__version__}.\n\n"
         f"| | |\n|---|---|\n{facts}\n\nThe base model's licence applies.\n"
     )
 

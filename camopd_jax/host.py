@@ -156,23 +156,10 @@ class Host:
     def evaluate(
         self, name: str, step: int, loaded: Loaded, key: str | None = None, questions: int | None = None
     ) -> list[Result]:
-        """Every benchmark of the config, on one model; eval.jsonl gets a row of each.
-
-        Args:
-          key: what the model's answers are kept under; None: its folder's fingerprint.
-          questions: only the first of each benchmark.
-        """
-        settings = self.config.evaluation
-        answers = epath.Path(settings.answers) if settings.answers else self.workdir / "answers"
-        key = key or (evaluation.model_key(loaded) if settings.benchmarks else "")
-        results = []
-        for benchmark in settings.benchmarks:
-            row = evaluation.run(benchmark, loaded, settings, answers / key, questions, self.display.progress)
-            self.writer.evaluation({"step": step, "model": name} | row, "accuracy", row["accuracy"])
-            figures = f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} %"
-            self.display.say(f"{name} at step {step}: {benchmark.name} {figures}")
-            results.append(row)
-        return results
+        """`evaluation.run_all` with this run's benchmarks, in its work directory."""
+        return evaluation.run_all(
+            self.config.evaluation, loaded, self.workdir, self.writer, self.display, name, step, key, questions
+        )
 
     def chosen(self, state: TrainState) -> TrainState:
         """The state to export: the last, or the best checkpoint's where the config asks for it."""

@@ -34,7 +34,7 @@ def sft(config: SftConfig, workdir: str) -> None:
     student = engine.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
     stream = SftStream(config, student.tokenizer, rows_of_process(mesh, config.batch_size))
 
-    provenance = {"model": config.model, "fingerprint": hf.fingerprint(folder)}
+    provenance = {"method": "supervised fine-tuning", "model": config.model, "fingerprint": hf.fingerprint(folder)}
     host = Host(config, workdir, student, {"data": stream}, provenance)
     state = host.restore(init_state(student.params, "shared"))
     host.display.say(f"conversations: {stream.counts}")

@@ -223,6 +223,18 @@ def test_a_checkpoint_is_compared_with_teachers_that_were_scored_before(teachers
     }
 
 
+def test_a_run_and_its_checkpoints_are_scored_as_the_run_scored_itself(few, command, tmp_path):
+    run = tmp_path / "run"
+    ended = command("train", f"--workdir={run}", *few, "--config.steps=2", "--config.checkpoints.every=1")
+    assert ended.code == 0, ended.err
+    of_run = {row["checkpoint"]: row["scores"] for row in read_lines(run / "eval.jsonl") if row["model"] == "student"}
+    ended = command("evaluate", f"--workdir={tmp_path / 'e'}", f"--checkpoint={run},{run}/checkpoints/1", *few)
+    assert ended.code == 0, ended.err
+    rows = {(row["model"], row["benchmark"]): row for row in read_lines(tmp_path / "e" / "eval.jsonl")}
+    last, first = rows[str(run), "domain"], rows[f"{run}/checkpoints/1", "domain"]
+    assert of_run == {last["checkpoint"]: last["scores"]} and first["checkpoint"] != last["checkpoint"]
+
+
 def test_killed_and_started_again_it_asks_only_what_is_open(teachers, few, command, tmp_path):
     workdir = tmp_path / "evaluation"
     flags = [f"--workdir={workdir}", *few, "--config.evaluation.batch_size=2"]

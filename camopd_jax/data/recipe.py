@@ -128,7 +128,8 @@ def origin(source: str, field: str) -> tuple[str, dict[str, Any]]:
     digest = hashlib.sha256()
     for name in source.split(","):
         try:
-            digest.update(Path(name.strip()).expanduser().read_bytes())
+            with Path(name.strip()).expanduser().open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
         except OSError as error:
             raise UserError(
                 f"{field}: cannot read {name} ({error.strerror}); give a .jsonl or .parquet file"
