@@ -81,7 +81,7 @@ def train(config: TrainConfig, workdir: str) -> None:
 
     # ------------------------------------------------------------------------- state, then steps
     provenance = {
-        "method": "CaMOPD (arXiv 2605.27115)" if config.method.schedule == "alternate" else "mixed on-policy distillation",
+        "method": {"alternate": "CaMOPD (arXiv 2605.27115)", "mixed": "mixed distillation"}[config.method.schedule],
         "general_model": config.general_model,
         "general_fingerprint": hf.fingerprint(general_folder),
         "specialised_model": config.specialised_model,
