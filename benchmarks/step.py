@@ -125,7 +125,8 @@ def main(_) -> None:
         prompts = global_rows(
             model.mesh, PromptBatch(host, host, np.arange(values.batch, dtype=np.int32)), values.batch
         )
-        answers = timed("rollout", lambda: programs.rollout(state.params, prompts, state.step))
+        asked = prompts.student, prompts.index, state.step
+        answers = timed("rollout", lambda: programs.rollout(model, state.params, *asked))
         asked = prompts.student, answers.tokens, answers.lengths
         ours = answers.logprobs
         if not programs.trusts_sampler:

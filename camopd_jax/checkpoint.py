@@ -14,8 +14,8 @@ from etils import epath
 
 from camopd_jax.config import Checkpoints as CheckpointsConfig
 from camopd_jax.config import Config as RunConfig
-from camopd_jax.config import different_fields, fingerprint, to_json
 from camopd_jax.errors import UserError
+from camopd_jax.resolved import different_fields, fingerprint, to_json
 from camopd_jax.types import TrainState
 
 policies = ocp.checkpoint_managers.preservation_policy
@@ -197,7 +197,7 @@ def _one_error() -> Iterator[None]:
 def claim_workdir(workdir: epath.Path, config: RunConfig) -> None:
     """Writes workdir/config.json, or checks that the one there is of the same run.
 
-    Fields that do not touch a run's numbers (`config.fingerprint`) may change between its starts.
+    Fields that do not touch a run's numbers (`resolved.fingerprint`) may change between its starts.
 
     Raises:
       UserError: naming the fields in which the run that owns the directory differs.

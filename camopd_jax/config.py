@@ -4,15 +4,11 @@
 nowhere else; a key that is not a field is refused by name, with the nearest field as a hint.
 """
 
-import dataclasses
-import hashlib
-import json
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import ml_collections
-from etils import epath
 
 from camopd_jax.configdict import build
 from camopd_jax.configdict import default as default  # what config files start from
@@ -81,6 +77,10 @@ class Method:
     importance_gate: tuple[float, float] | None = None  # w_t = pi/mu inside, 0 outside (MiMo form); None: w_t = 1
     normalise: Literal["sequence", "token"] = "sequence"  # token mean in each answer first (the paper), or over all
     moments: Literal["shared", "separate"] = "shared"  # one Adam state for both phases (the paper), or one each
+    # Who answers the prompts: the student, and the gaps say what it learns of that; or each branch's teacher, and the
+    # answers are learnt by heart (the control of distillation on teachers' answers)
+    answers: Literal["student", "teacher"] = "student"
+    domain_teacher: Literal["specialised", "general"] = "specialised"  # general: one teacher for both streams
     # In a mixed step: the plain sum of both gradients, or without what of each opposes the other (PCGrad)
     conflict: Literal["sum", "pcgrad"] = "sum"
 
@@ -246,15 +246,19 @@ def from_config_dict(cls: type, config: ml_collections.ConfigDict) -> Any:
     Raises:
       UserError: naming the field, for unknown, missing or ill-typed keys and for values that cannot be.
     """
-    built = build(cls, config.to_dict(), "config")
-    _check(built)
-    return built
+    return checked(build(cls, config.to_dict(), "config"))
 
 
 # ------------------------------------------------------------------------------------- checks
 
 
-def _check(config: Config) -> None:
+def checked(config: Config) -> Config:
+    """The config, whose values can be.
+
+    Raises:
+      UserError: naming the field, for one that cannot.
+    """
+
     def need(holds: bool, name: str, mend: str) -> None:
         if not holds:
             raise UserError(f"config.{name} is {_get(config, name)!r}; {mend}")
@@ -291,6 +295,7 @@ def _check(config: Config) -> None:
             "optimizer.micro_batch",
             f"give a divisor of batch_size = {config.batch_size}",
         )
+    return config
 
 
 def _check_evaluation(config: Evaluation, need) -> None:
@@ -364,6 +369,11 @@ def _check_train(config: TrainConfig, need, positive) -> None:
         "method.importance_gate",
         "give (low, high) with low <= 1 <= high, or None",
     )
+    need(
+        gate is None or config.method.answers == "student",
+        "method.importance_gate",
+        "what a teacher answers has no sampler of the student's; give None",
+    )
     need(bool(config.general.source), "general.source", "name a file or dataset of general prompts")
     need(bool(config.domain.source), "domain.source", "name a file or dataset of domain prompts")
 
@@ -372,55 +382,3 @@ def _get(config: Config, name: str) -> Any:
     for part in name.split("."):
         config = getattr(config, part)
     return config
-
-
-# -------------------------------------------------------------------------------- what a run is
-
-
-def to_json(config: Config) -> dict[str, Any]:
-    """The resolved config as plain JSON values."""
-    return json.loads(json.dumps(dataclasses.asdict(config)))
-
-
-def from_json(file: epath.Path) -> Config:
-    """The config of a work directory, from its config.json."""
-    try:
-        stored = json.loads(file.read_text())
-        cls = {c.__name__: c for c in (TrainConfig, SftConfig)}[stored["kind"]]
-        return build(cls, stored["config"], "config")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; give the --workdir of a run") from None
-    except (ValueError, KeyError) as error:
-        raise UserError(f"{file}: not the config.json of a run; give the --workdir of one") from error
-
-
-# Fields that may change between two starts of one run: they do not touch the mathematics.
-_FREE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation")
-
-
-def fingerprint(config: Config) -> str:
-    """A hash of everything that decides what a run computes, save how long it goes on."""
-    kept = _deciding(to_json(config))
-    return hashlib.sha256(json.dumps([type(config).__name__, kept], sort_keys=True).encode()).hexdigest()[:16]
-
-
-def different_fields(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Names of the fields that decide what a run computes and differ between two resolved configs."""
-    return _different(_deciding(before), _deciding(after), "config")
-
-
-def _deciding(values: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config without its free fields. A learning rate that ends with the last step depends on `steps`."""
-    free = set(_FREE) - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
-    return {name: value for name, value in values.items() if name not in free}
-
-
-def _different(before: dict[str, Any], after: dict[str, Any], where: str) -> list[str]:
-    names = []
-    for key in sorted(before.keys() | after.keys()):
-        a, b = before.get(key), after.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            names += _different(a, b, f"{where}.{key}")
-        elif a != b:
-            names.append(f"{where}.{key}")
-    return names

@@ -22,12 +22,13 @@ from etils import epath
 
 from camopd_jax import __version__, cli, engine
 from camopd_jax.checkpoint import Checkpoints
-from camopd_jax.config import SftConfig, TrainConfig, from_json
+from camopd_jax.config import SftConfig, TrainConfig
 from camopd_jax.engine import Loaded
 from camopd_jax.errors import UserError
 from camopd_jax.evaluation import read_standings
 from camopd_jax.models import hf
 from camopd_jax.optim import init_state
+from camopd_jax.resolved import from_json
 from camopd_jax.sharding import make_mesh
 
 # Files of the original folder that stay true of the trained model.

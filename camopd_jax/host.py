@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 
 from camopd_jax import evaluation
 from camopd_jax.checkpoint import Checkpoints, claim_workdir
-from camopd_jax.config import Config, fingerprint
+from camopd_jax.config import Config
 from camopd_jax.engine import Loaded
 from camopd_jax.errors import UserError
 from camopd_jax.evals import report
@@ -21,6 +21,7 @@ from camopd_jax.evals.report import Result, Standing
 from camopd_jax.export import write_folder
 from camopd_jax.jsonl import drop_rows_after
 from camopd_jax.metrics import Display, MetricsWriter
+from camopd_jax.resolved import fingerprint
 from camopd_jax.types import TrainState
 
 

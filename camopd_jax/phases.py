@@ -32,7 +32,7 @@ from camopd_jax.steps.sampling import Sampling, row_keys
 from camopd_jax.steps.score import score
 from camopd_jax.steps.select import select
 from camopd_jax.steps.update import mixed_update, recovery_update, review_update
-from camopd_jax.types import LanguageModel, Params, PromptBatch, Rollout, Scored, Scores, Selection, TrainState
+from camopd_jax.types import LanguageModel, Params, PromptBatch, Prompts, Rollout, Scored, Scores, Selection, TrainState
 
 BRANCHES = ("recovery", "review")
 ACTING = {"recovery": ("recovery",), "review": ("review",), "mixed": BRANCHES}
@@ -73,7 +73,7 @@ class Programs:
 
     student: LanguageModel
     trusts_sampler: bool  # its log-probabilities are the student's, and spare a forward pass
-    rollout: Callable[[Params, PromptBatch, jax.Array], Rollout]
+    rollout: Callable[[LanguageModel, Params, Prompts, jax.Array, jax.Array], Rollout]
     score: Callable[..., jax.Array]
     select: dict[str, Callable[[Scores, jax.Array, jax.Array], Selection]]
     update: dict[str, Callable[..., tuple[TrainState, dict[str, jax.Array]]]]
@@ -85,17 +85,10 @@ def compile_programs(
     """Jits the steps for this run; the state keeps its sharding and is donated to each update."""
     sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
 
-    def answer(params: Params, prompts: PromptBatch, draw: jax.Array) -> Rollout:
-        keys = row_keys(config.seed, draw, prompts.index)
-        return rollout(
-            model,
-            params,
-            prompts.student,
-            keys,
-            sampling=sampling,
-            eos_ids=eos_ids,
-            max_new=config.rollout.max_response_tokens,
-        )
+    def answer(model: LanguageModel, params: Params, prompts: Prompts, index: jax.Array, draw: jax.Array) -> Rollout:
+        keys = row_keys(config.seed, draw, index)
+        longest = config.rollout.max_response_tokens
+        return rollout(model, params, prompts, keys, sampling=sampling, eos_ids=eos_ids, max_new=longest)
 
     def choose(branch: str, scores: Scores, lengths: jax.Array, draw: jax.Array) -> Selection:
         key = jax.random.fold_in(jax.random.key(config.seed), draw)
@@ -104,10 +97,11 @@ def compile_programs(
     kept_in_place = (jax.tree.map(lambda x: x.sharding, state), None)
     phases = ("mixed",) if config.method.schedule == "mixed" else BRANCHES
     exact = jnp.dtype(model.dtype) == jnp.float32
+    trusts = {"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs]
     return Programs(
         student=model,
-        trusts_sampler={"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs],
-        rollout=jax.jit(answer),
+        trusts_sampler=trusts and config.method.answers == "student",
+        rollout=jax.jit(answer, static_argnums=0),
         score=jax.jit(partial(score, chunk=config.compute.logits_chunk), static_argnums=0),
         select={name: jax.jit(partial(choose, name)) for name in BRANCHES},
         update={
@@ -160,7 +154,11 @@ def run(
             with stages("other"):
                 prompts = global_rows(programs.student.mesh, next(branch.prompts), rows[name])
             with stages("rollout"):
-                answers = programs.rollout(state.params, prompts, draw)
+                if config.method.answers == "student":
+                    said = programs.student, state.params, prompts.student
+                else:
+                    said = branch.teacher, branch.teacher_params, prompts.teacher
+                answers = programs.rollout(*said, prompts.index, draw)
             with stages("other"):
                 if waiting is not None:
                     observer.log(waiting)
@@ -176,7 +174,8 @@ def run(
             state, metrics = jax.block_until_ready(programs.update[phase](state, *parts.values()))
 
         for name in parts:
-            compare(metrics[name] if len(parts) > 1 else metrics, two_ways, programs.trusts_sampler, step)
+            compares = two_ways and config.method.answers == "student"
+            compare(metrics[name] if len(parts) > 1 else metrics, compares, programs.trusts_sampler, step)
         waiting = Outcome(step, phase, parts, metrics, stages.seconds())
         if observer.due(step + 1):
             observer.log(waiting)

@@ -63,6 +63,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     general_teacher = load(general_folder, engine.teacher_dtype(config.compute))
     domain_teacher = load(specialised_folder, engine.teacher_dtype(config.compute))
     student = load(specialised_folder, config.compute.params)
+    on_domain = domain_teacher if config.method.domain_teacher == "specialised" else general_teacher
 
     # ---------------------------------------------------------------- the two streams of prompts
     def stream(name: str, rows: int, teacher: Loaded, seed: int) -> PromptStream:
@@ -72,11 +73,11 @@ def train(config: TrainConfig, workdir: str) -> None:
 
     streams = {
         "general": stream("general", rows["recovery"], general_teacher, 2 * config.seed),
-        "domain": stream("domain", rows["review"], domain_teacher, 2 * config.seed + 1),
+        "domain": stream("domain", rows["review"], on_domain, 2 * config.seed + 1),
     }
     branches = {
         "recovery": Branch(streams["general"], general_teacher.model, general_teacher.params),
-        "review": Branch(streams["domain"], domain_teacher.model, domain_teacher.params),
+        "review": Branch(streams["domain"], on_domain.model, on_domain.params),
     }
 
     # ------------------------------------------------------------------------- state, then steps
@@ -125,7 +126,7 @@ class TrainHost(Host):
     def _baselines(self, results: Sequence[Result]) -> list[list[Result]]:
         """The teachers' scores on the questions that the student was asked."""
         return [
-            [report.first(row, asked["n"]) for row, asked in zip(self.baselines[name], results, strict=True)]
+            [report.some(row, range(asked["n"])) for row, asked in zip(self.baselines[name], results, strict=True)]
             for name in ("general", "specialised")
         ]
 

@@ -9,17 +9,9 @@ import pytest
 from etils import epath
 
 from camopd_jax.checkpoint import claim_workdir
-from camopd_jax.config import (
-    SftConfig,
-    TrainConfig,
-    default,
-    different_fields,
-    fingerprint,
-    from_config_dict,
-    from_json,
-    to_json,
-)
+from camopd_jax.config import SftConfig, TrainConfig, default, from_config_dict
 from camopd_jax.errors import UserError
+from camopd_jax.resolved import different_fields, fingerprint, from_json, to_json
 
 CONFIGS = sorted((Path(__file__).parents[1] / "configs").glob("*.py"))
 
@@ -49,7 +41,8 @@ def test_every_config_file_is_sound_and_says_what_it_is(file):
     cls = SftConfig if "model" in config else TrainConfig
     from_config_dict(cls, config)
     head = module["__doc__"]
-    assert f"python -m camopd_jax.{'sft' if cls is SftConfig else 'train'} --config=configs/{file.name}" in head
+    command = "sft" if cls is SftConfig else "compare" if file.stem == "sandbox" else "train"
+    assert f"python -m camopd_jax.{command} --config=configs/{file.name}" in head
 
 
 @pytest.mark.parametrize("name", ["medqa", "roleplay"])

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from camopd_jax import phases
-from camopd_jax.config import Method, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config import Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
@@ -147,6 +147,21 @@ def test_a_mixed_step_takes_both_streams_and_one_update(tiny):
     assert int(outcome.metrics["response_tokens"]) == sum(lengths)
     assert "sampler_gap" not in outcome.metrics["recovery"], "compared in the first step of sixteen"
     assert [call[1] for call in watcher.calls if call[0] == "log"] == [0, 1, 2], "each step told once"
+
+
+def test_a_teachers_answers_are_learnt_by_heart(tiny):
+    """The control of sequence-level distillation: the teacher samples, and the update is cross-entropy."""
+    method = Method(answers="teacher", recovery=Phase(mass=1.0))
+    config = dataclasses.replace(CONFIG, steps=1, method=method)
+    branches, programs, state = begin(tiny, config)
+    model, student, _ = tiny
+    watcher = Watcher(milestones=(1,))
+    run(config, branches, programs, state, watcher)
+    part, metrics = watcher.outcomes[0].parts["recovery"], watcher.outcomes[0].metrics
+    np.testing.assert_allclose(part.rollout.logprobs, part.scores.teacher, atol=1e-5)
+    ours = programs.score(model, student, part.prompts, part.rollout.tokens, part.rollout.lengths)
+    assert float(metrics["loss"]) == pytest.approx(float(jnp.mean(-jnp.sum(ours, 1) / part.rollout.lengths)), rel=1e-5)
+    assert "sampler_gap" not in metrics and not programs.trusts_sampler
 
 
 def with_student_logprobs(way):

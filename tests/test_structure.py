@@ -9,15 +9,17 @@ PACKAGE = Path(__file__).parents[1] / "camopd_jax"
 LAYERS = [
     ["errors"],
     ["configdict"],
-    ["types", "masked", "sharding", "jsonl", "config"],
+    ["types", "masked", "sharding", "jsonl", "config", "resolved", "controls"],
     ["optim"],
     ["steps", "models", "data", "evals"],
+    ["analysis"],
     ["metrics", "checkpoint"],
     ["phases", "engine", "cli"],
     ["evaluation"],
     ["export"],
     ["host"],
-    ["train", "sft", "generate", "score", "evaluate", "lm_eval", "data.recipe"],
+    ["train", "sft", "generate", "score", "evaluate", "lm_eval", "interpolate", "data.recipe"],
+    ["compare"],
 ]
 STRANGERS = {"steps", "models", "data", "evals"}
 

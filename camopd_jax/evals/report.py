@@ -65,9 +65,9 @@ def _mean(scores: Sequence[float]) -> Result:
     return {"accuracy": sum(scores) / n, "standard_error": error, "n": n, "scores": list(scores)}
 
 
-def first(row: Result, questions: int | None) -> Result:
-    """The result on the first questions alone. Its other figures stay those of all."""
-    return row if questions is None else row | _mean(row["scores"][:questions])
+def some(row: Result, questions: Sequence[int]) -> Result:
+    """The result on some of the questions alone. Its other figures stay those of all."""
+    return row | _mean([row["scores"][i] for i in questions])
 
 
 def axis_mean(results: Sequence[Result], axis: str) -> tuple[float, float] | None:

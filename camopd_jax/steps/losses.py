@@ -30,12 +30,15 @@ def token_weights(scores: Scores, rollout: Rollout, selection: Selection, method
     """The weight of each token's log-probability in the loss, float32[B, T].
 
     Eq 9: `L = -1/|S| sum_{i in S} 1/T_i sum_t w_t (r A_t) log pi_theta(y_{i,t})`. With `method.normalise ==
-    "token"` the sum over all selected tokens is divided by their number instead.
+    "token"` the sum over all selected tokens is divided by their number instead. With `method.answers == "teacher"`
+    `r` stands for `r A_t`: plain cross-entropy on what the teacher said.
     """
     mask_BT = length_mask(rollout.lengths, rollout.tokens.shape[1])
-    weight_BT = importance(scores, rollout, method.importance_gate) * advantage(
-        scores, phase.scale, method.advantage_clip
-    )
+    if method.answers == "student":
+        pull_BT = advantage(scores, phase.scale, method.advantage_clip)
+        weight_BT = importance(scores, rollout, method.importance_gate) * pull_BT
+    else:
+        weight_BT = jnp.full_like(scores.teacher, phase.scale)
     if method.normalise == "sequence":
         share_B = selection.weights / (selection.count * jnp.maximum(rollout.lengths, 1))
     else:

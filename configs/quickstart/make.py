@@ -5,6 +5,7 @@
 generalist/  a 3-layer, 96-wide Llama that learnt the six skills of tasks.py
 specialist/  its copy, fine-tuned on the invented pharmacopoeia (2 % skills among it): it knows the domain and lost
              much of the skills
+../sandbox/  questions for comparisons of methods, in no other file
 *.jsonl      proxy prompts (four of the six skills), domain prompts, and questions held out from all training
 """
 
@@ -14,11 +15,12 @@ import random
 import shutil
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 import jax
 import numpy as np
-from tasks import COVERED, SKILLS, UNCOVERED, distinct, domain_row, questions, skill_row
+from tasks import COVERED, SKILLS, UNCOVERED, Row, distinct, domain_row, questions, skill_row
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from camopd_jax.config import Benchmark, Checkpoints, Evaluation, Log, Optimizer, SftConfig, Stream
@@ -30,6 +32,7 @@ from camopd_jax.models.weights import table
 from camopd_jax.sft import sft
 
 HERE = Path(__file__).resolve().parent
+FRESH = HERE.parent / "sandbox"
 SPECIAL = ("<|pad|>", "<|unk|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>")
 CHARACTERS = "abcdefghijklmnopqrstuvwxyzABCDF0123456789 +.:?"
 TEMPLATE = (
@@ -61,8 +64,31 @@ def make_data() -> None:
     write_rows(HERE / "eval_domain.jsonl", [row | {"answer": row["letter"]} for row in domain_held_out])
     write_rows(HERE / "general_prompts.jsonl", proxy)
     write_rows(HERE / "domain_prompts.jsonl", domain_prompts)
+    for name, skills in {"covered": COVERED, "uncovered": UNCOVERED}.items():
+        write_rows(
+            FRESH / f"{name}.jsonl",
+            [
+                row
+                for skill in skills
+                for row in fresh(
+                    lambda rng, skill=skill: skill_row(skill, rng),
+                    400 // len(skills),
+                    skill,
+                    [*held_out, *proxy, *lessons],
+                )
+            ],
+        )
+    rows = fresh(domain_row, 400, "domain", [*domain_held_out, *domain_lessons])
+    write_rows(FRESH / "domain.jsonl", [row | {"answer": row["letter"]} for row in rows])
     write_rows("skills.jsonl", lessons)
     write_rows("domain.jsonl", [*domain_lessons, *rng.sample(lessons, 120)])
+
+
+def fresh(make: Callable[[random.Random], Row], count: int, name: str, seen: list[Row]) -> list[Row]:
+    """Questions for the study alone: neither the models nor the people who tuned the quickstart have seen them."""
+    rows = distinct(make, count, f"{name} fresh", questions(seen))
+    random.Random(name).shuffle(rows)
+    return rows
 
 
 def make_tokenizer(folder: Path) -> None:

@@ -42,10 +42,10 @@ def test_parts_are_pooled_over_answers():
     assert report.result(Benchmark("z"), grades, [1] * 3, [True] * 3)["parts"] == {"cells": 9 / 12}
 
 
-def test_the_first_questions_alone():
-    row = report.first(scored([1, 1, 0, 0]), 2)
+def test_some_of_the_questions_alone():
+    row = report.some(scored([1, 1, 0, 0]), range(2))
     assert (row["accuracy"], row["n"], row["standard_error"]) == (1.0, 2, 0.0)
-    assert report.first(row, None) is row
+    assert report.some(scored([1, 1, 0, 0]), [1, 3])["scores"] == [1, 0]
 
 
 def test_axis_mean_and_its_error():

@@ -1,0 +1,131 @@
+"""Many methods over many seeds: what each gets back and keeps, and paired tests of their differences.
+
+A run's outcome is a number for each benchmark: the recovery of a general one, the retention of a domain one
+(`report.recovery`, `report.retention`). Runs of one seed see the same prompts in the same order, so methods are
+compared seed by seed.
+"""
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from rich import box
+from rich.table import Table
+from scipy import stats
+
+from camopd_jax.evals import report
+from camopd_jax.evals.report import Result
+
+Shares = dict[str, float]  # by benchmark
+TUNING_EVERY = 4  # of the questions, one in so many chooses settings; results are of the others
+
+
+def tuning(number: int) -> bool:
+    """Whether a question chooses settings instead of measuring results."""
+    return number % TUNING_EVERY == 0
+
+
+def shares(models: Sequence[Sequence[Result]], for_tuning: bool) -> Shares:
+    """Recovery or retention of each benchmark, on the questions that tune or on the others.
+
+    Args:
+      models: results of the general teacher, the specialised model and a student, benchmark by benchmark.
+    """
+    found = {}
+    for rows in zip(*models, strict=True):
+        chosen = [i for i in range(rows[0]["n"]) if tuning(i) == for_tuning]
+        general, specialised, student = ([report.some(row, chosen)] for row in rows)
+        if rows[0]["axis"] == "general":
+            share = report.recovery(general, specialised, student)
+        else:
+            share = report.retention(specialised, student)
+        found[rows[0]["benchmark"]] = math.nan if share is None else share.value
+    return found
+
+
+def merit(of_run: Shares, axes: dict[str, str]) -> float:
+    """What settings are chosen by: the mean of mean recovery and mean retention."""
+    means = [np.mean([of_run[name] for name in axes if axes[name] == axis]) for axis in set(axes.values())]
+    return float(np.mean(means))
+
+
+@dataclass(frozen=True)
+class Mean:
+    """Over seeds. `error` is the standard error; None of a single one."""
+
+    value: float
+    error: float | None
+    n: int
+
+
+def mean(values: Iterable[float]) -> Mean:
+    values = list(values)
+    n = len(values)
+    return Mean(float(np.mean(values)), float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else None, n)
+
+
+@dataclass(frozen=True)
+class Difference:
+    """Of two methods on one benchmark, seed by seed. `p`: two-sided paired t-test; None where it says nothing."""
+
+    value: float
+    error: float
+    p: float | None
+
+
+def difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
+    """`ours - theirs` over the seeds that both have; None with fewer than two."""
+    seeds = sorted(ours.keys() & theirs.keys())
+    if len(seeds) < 2:
+        return None
+    apart = np.asarray([ours[seed] - theirs[seed] for seed in seeds])
+    error = float(np.std(apart, ddof=1)) / math.sqrt(len(apart))
+    return Difference(float(np.mean(apart)), error, float(stats.ttest_1samp(apart, 0).pvalue) if error else None)
+
+
+def table(
+    outcomes: dict[str, dict[int, Shares]], axes: dict[str, str], against: Sequence[str], notes: dict[str, str]
+) -> Table:
+    """A row of each method: its shares in %, and how far they are from the methods in `against`.
+
+    Args:
+      outcomes: by method and seed. axes: of each benchmark. notes: a word on each method, as its setting.
+    """
+    view = Table(
+        title="In %, ± one standard error over seeds: of the lost ability, what is back; of the domain, what is kept",
+        caption="in brackets: less that of " + " | ".join(against) + ", with * where a paired t-test has p < 0.05 and "
+        "** where it stays so after Bonferroni's correction for the table's rows",
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )  # fmt: skip
+    view.add_column("")
+    view.add_column("setting", justify="right")
+    for name, axis in axes.items():
+        view.add_column(f"{axis}: {name}", justify="right")
+    for method, of_seeds in outcomes.items():
+        cells = []
+        for name in axes:
+            ours = {seed: found[name] for seed, found in of_seeds.items()}
+            told = _percent(mean(ours.values()))
+            others = [
+                _less(difference(ours, {seed: found[name] for seed, found in outcomes[other].items()}), len(outcomes))
+                if other in outcomes and other != method else "-"
+                for other in against
+            ]  # fmt: skip
+            cells.append(f"{told} ({' | '.join(others)})")
+        view.add_row(method, notes.get(method, ""), *cells)
+    return view
+
+
+def _percent(of: Mean) -> str:
+    return f"{100 * of.value:.1f}" + ("" if of.error is None else f" ± {100 * of.error:.1f}")
+
+
+def _less(found: Difference | None, comparisons: int) -> str:
+    if found is None:
+        return "-"
+    sure = "" if found.p is None or found.p >= 0.05 else "**" if found.p < 0.05 / comparisons else "*"
+    return f"{100 * found.value:+.1f}{sure}"

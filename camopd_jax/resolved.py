@@ -1,0 +1,77 @@
+"""A resolved config as runs keep it: its JSON, its fingerprint, what differs between two, and changes by field name."""
+
+import dataclasses
+import hashlib
+import json
+from typing import Any
+
+from etils import epath
+
+from camopd_jax.config import Config, SftConfig, TrainConfig, checked
+from camopd_jax.configdict import build
+from camopd_jax.errors import UserError
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The resolved config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+def from_json(file: epath.Path) -> Config:
+    """The config of a work directory, from its config.json."""
+    try:
+        stored = json.loads(file.read_text())
+        cls = {c.__name__: c for c in (TrainConfig, SftConfig)}[stored["kind"]]
+        return build(cls, stored["config"], "config")
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give the --workdir of a run") from None
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file}: not the config.json of a run; give the --workdir of one") from error
+
+
+# Fields that may change between two starts of one run: they do not touch the mathematics.
+_FREE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation")
+
+
+def fingerprint(config: Config) -> str:
+    """A hash of everything that decides what a run computes, save how long it goes on."""
+    kept = _deciding(to_json(config))
+    return hashlib.sha256(json.dumps([type(config).__name__, kept], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def different_fields(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
+    """Names of the fields that decide what a run computes and differ between two resolved configs."""
+    return _different(_deciding(before), _deciding(after), "config")
+
+
+def _deciding(values: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config without its free fields. A learning rate that ends with the last step depends on `steps`."""
+    free = set(_FREE) - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
+    return {name: value for name, value in values.items() if name not in free}
+
+
+def _different(before: dict[str, Any], after: dict[str, Any], where: str) -> list[str]:
+    names = []
+    for key in sorted(before.keys() | after.keys()):
+        a, b = before.get(key), after.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += _different(a, b, f"{where}.{key}")
+        elif a != b:
+            names.append(f"{where}.{key}")
+    return names
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The config with other values in fields named like "method.recovery.mass".
+
+    Raises:
+      UserError: for a field that there is not, and for values that cannot be.
+    """
+    values = to_json(config)
+    for name, value in changes.items():
+        *blocks, last = name.split(".")
+        block = values
+        for part in blocks:
+            block = block[part]
+        block[last] = value
+    return checked(build(type(config), values, "config"))
