@@ -190,6 +190,7 @@ class Evaluation:
 @dataclass(frozen=True)
 class Log:
     samples: int = 2  # rollouts of a step written to samples.jsonl
+    selection: bool = True  # a line a step in selection.jsonl: every answer's prompt, score, length, entropy, losses
     tensorboard: bool = True
 
 

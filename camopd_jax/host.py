@@ -64,7 +64,7 @@ class Host:
             for name, stream in self.streams.items():
                 stream.set_state(positions[name])
         if jax.process_index() == 0:
-            for name in ("metrics.jsonl", "samples.jsonl"):
+            for name in ("metrics.jsonl", "samples.jsonl", "selection.jsonl"):
                 drop_rows_after(self.workdir / name, int(state.step))
         self.writer = MetricsWriter(self.workdir, self.config.log.tensorboard)
         self.display = Display(self.config.steps, int(state.step))

@@ -76,6 +76,9 @@ class MetricsWriter:
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         self._append("samples.jsonl", rows)
 
+    def selection(self, rows: Sequence[dict[str, Any]]) -> None:
+        self._append("selection.jsonl", rows)
+
     def evaluation(self, row: dict[str, Any], figure: str, value: float) -> None:
         """One line of eval.jsonl, unless it is there already, and one figure of it for TensorBoard."""
         if row in read_rows(self._workdir / "eval.jsonl"):

@@ -94,7 +94,8 @@ def compile_programs(
         key = jax.random.fold_in(jax.random.key(config.seed), draw)
         return select(scores, lengths, key, getattr(config.method, branch))
 
-    kept_in_place = (jax.tree.map(lambda x: x.sharding, state), None)
+    places = jax.tree.map(lambda x: x.sharding, state)
+    kept_in_place = (places, places.step)  # metrics, as the step's number, are whole on every device
     phases = ("mixed",) if config.method.schedule == "mixed" else BRANCHES
     exact = jnp.dtype(model.dtype) == jnp.float32
     trusts = {"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs]
@@ -120,7 +121,7 @@ class Outcome:
     step: int
     phase: str
     parts: dict[str, Scored]  # of each acting branch
-    metrics: dict[str, Any]  # scalars; in a mixed step, a branch's own under its name
+    metrics: dict[str, Any]  # scalars, and the table of answers; in a mixed step, a branch's own under its name
     seconds: dict[str, float]
 
 

@@ -6,14 +6,14 @@
 
 Needs two Hugging Face checkpoints (the original model and the specialised one) and two files of
 prompts; the config names them. The work directory then holds config.json, metrics.jsonl,
-TensorBoard event files, samples.jsonl, eval.jsonl, checkpoints/ and, at the end, export/: the
+TensorBoard event files, samples.jsonl, selection.jsonl, eval.jsonl, checkpoints/ and, at the end, export/: the
 recovered model as a Hugging Face folder.
 
 Started again with the same command, a run goes on from its last checkpoint; SIGTERM saves one first.
 """
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +131,8 @@ class TrainHost(Host):
         ]
 
     def log(self, outcome: Outcome) -> None:
-        metrics = jax.tree.map(lambda value: value.item(), outcome.metrics)
+        metrics = jax.tree.map(lambda value: np.asarray(value).tolist(), outcome.metrics)
+        tables = {name: metrics.get(name, metrics).pop("answers") for name in outcome.parts}
         said = {
             name: (local_rows(part.rollout.tokens), local_rows(part.rollout.lengths))
             for name, part in outcome.parts.items()
@@ -147,6 +148,12 @@ class TrainHost(Host):
         }
         samples = [self._samples(outcome.step, name, part, *said[name]) for name, part in outcome.parts.items()]
         self.record(row, [sample for of_branch in samples for sample in of_branch])
+        if self.config.log.selection:
+            self.writer.selection([
+                {"step": outcome.step, "phase": name}
+                | {column: _rounded(values) if column in _MEASURES else values for column, values in table.items()}
+                for name, table in tables.items()
+            ])  # fmt: skip
 
     def _samples(self, step: int, branch: str, part: Scored, tokens: np.ndarray, lengths: np.ndarray) -> list[dict]:
         """The first answers of the batch, with each token's gap, and its log-probability as scored and as sampled."""
@@ -172,7 +179,10 @@ class TrainHost(Host):
         ]
 
 
-def _rounded(values: np.ndarray) -> list[float]:
+_MEASURES = ("score", "entropy", "student_loss", "teacher_loss")
+
+
+def _rounded(values: Iterable[float]) -> list[float]:
     return [round(float(value), 4) for value in values]
 
 

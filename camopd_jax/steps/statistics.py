@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from camopd_jax.masked import token_mean
+from camopd_jax.masked import row_mean, token_mean
 from camopd_jax.types import Scored
 
 
@@ -27,6 +27,21 @@ def step_statistics(scored: Scored) -> dict[str, jax.Array]:
         "sampler_gap": token_mean(jnp.abs(scores.student - rollout.logprobs), rollout.lengths),
         "prompt_tokens": jnp.sum(scored.prompts.lengths),
         "response_tokens": jnp.sum(rollout.lengths),
+    }
+
+
+def answer_table(scored: Scored) -> dict[str, jax.Array]:
+    """What there is to know of each answer of a batch, `[B]` each. Losses: nats per token, how hard it was to say."""
+    rollout, scores, selection = scored.rollout, scored.scores, scored.selection
+    return {
+        "index": scored.index,
+        "score": selection.score,
+        "selected": selection.weights > 0,
+        "length": rollout.lengths,
+        "truncated": ~rollout.stopped,
+        "entropy": rollout.entropy,
+        "student_loss": -row_mean(scores.student, rollout.lengths),
+        "teacher_loss": -row_mean(scores.teacher, rollout.lengths),
     }
 
 

@@ -14,7 +14,7 @@ from camopd_jax.masked import length_mask
 from camopd_jax.sharding import constrain
 from camopd_jax.steps.losses import token_weights
 from camopd_jax.steps.score import score
-from camopd_jax.steps.statistics import step_statistics
+from camopd_jax.steps.statistics import answer_table, step_statistics
 from camopd_jax.types import LanguageModel, Params, Prompts, Scored, SftBatch, TrainState
 
 Metrics = dict[str, jax.Array]
@@ -50,7 +50,10 @@ def mixed_update(
     grads = jax.tree.map(jnp.add, *(pcgrad(*weighted) if config.method.conflict == "pcgrad" else weighted))
     sound = jnp.all(jnp.stack([_rankable(part) for part in parts.values()]))
     state, stats = _take_step(state, loss, grads, sound, "shared", config)
-    told = {name: {"loss": found[name][0]} | step_statistics(part) for name, part in parts.items()}
+    told = {
+        name: {"loss": found[name][0], "answers": answer_table(part)} | step_statistics(part)
+        for name, part in parts.items()
+    }
     counts = {name: told["recovery"][name] + told["review"][name] for name in ("prompt_tokens", "response_tokens")}
     return state, {"loss": loss} | counts | stats | told
 
@@ -87,7 +90,7 @@ def _branch_update(
     loss, grads = _branch_gradient(branch, state.params, scored, model, config)
     moments = "shared" if config.method.moments == "shared" else branch
     state, stats = _take_step(state, loss, grads, _rankable(scored), moments, config)
-    return state, {"loss": loss} | step_statistics(scored) | stats
+    return state, {"loss": loss, "answers": answer_table(scored)} | step_statistics(scored) | stats
 
 
 def _branch_gradient(
