@@ -188,6 +188,20 @@ class Evaluation:
 
 
 @dataclass(frozen=True)
+class Diagnostics:
+    """Of gradients (analysis/gradients.py), on prompts of their own: a run is the same with and without them."""
+
+    every: int = 0  # steps, and before the first; 0: off
+    rows: int = 64  # answers of each branch
+    # Only parameters whose name holds one of these words, commas between, as in "attention.output,mlp"; "": all
+    parameters: str = ""
+    # Numbers kept of each matrix's gradient, by a random projection: little memory, an error of about sqrt(2 / sketch).
+    # Take an odd number: it folds no matrix along its columns. 0: whole gradients, exact
+    sketch: int = 0
+    micro_batch: int = 4  # answers whose gradients are in memory at one time
+
+
+@dataclass(frozen=True)
 class Log:
     samples: int = 2  # rollouts of a step written to samples.jsonl
     selection: bool = True  # a line a step in selection.jsonl: every answer's prompt, score, length, entropy, losses
@@ -211,6 +225,7 @@ class TrainConfig:
     mesh: MeshConfig = MeshConfig()
     checkpoints: Checkpoints = Checkpoints()
     evaluation: Evaluation = Evaluation()
+    diagnostics: Diagnostics = Diagnostics()
     log: Log = Log()
     max_skipped: int = 5  # stop after this many non-finite updates in a row
 
@@ -374,6 +389,14 @@ def _check_train(config: TrainConfig, need, positive) -> None:
         gate is None or config.method.answers == "student",
         "method.importance_gate",
         "what a teacher answers has no sampler of the student's; give None",
+    )
+    positive("diagnostics.rows", "diagnostics.micro_batch")
+    need(config.diagnostics.every >= 0, "diagnostics.every", "give a number >= 0 (0: off)")
+    need(config.diagnostics.sketch >= 0, "diagnostics.sketch", "give a number >= 0 (0: whole gradients)")
+    need(
+        config.diagnostics.rows % config.diagnostics.micro_batch == 0,
+        "diagnostics.micro_batch",
+        f"give a divisor of diagnostics.rows = {config.diagnostics.rows}",
     )
     need(bool(config.general.source), "general.source", "name a file or dataset of general prompts")
     need(bool(config.domain.source), "domain.source", "name a file or dataset of domain prompts")

@@ -11,6 +11,7 @@ answer in WORKDIR/answers. An evaluation that was killed goes on when the same c
 """
 
 import re
+from dataclasses import dataclass
 from pathlib import Path
 
 from absl import flags
@@ -43,8 +44,8 @@ def evaluate(config: Config, checkpoints: list[str], workdir: str) -> dict[str, 
     writer, display = MetricsWriter(folder, tensorboard=False), Display(0, 0)
     models: dict[str, list[Result]] = {}
     for name, source in ((s, s) for s in checkpoints) if checkpoints else own_models(config).items():
-        loaded, key = load(config, source, mesh)
-        models[name] = evaluation.run_all(settings, loaded, folder, writer, display, name, key=key)
+        found = load(config, source, mesh)
+        models[name] = evaluation.run_all(settings, found.loaded, folder, writer, display, name, key=found.key)
     return known_baselines(folder, models) | models
 
 
@@ -54,18 +55,29 @@ def own_models(config: Config) -> dict[str, str]:
     return {"general": config.general_model, "specialised": config.specialised_model}
 
 
-def load(config: Config, source: str, mesh: Mesh) -> tuple[Loaded, str]:
-    """A model and the key of its answers."""
+@dataclass(frozen=True)
+class Checkpoint:
+    """A model in memory, and where it comes from."""
+
+    loaded: Loaded
+    key: str  # of its answers
+    run: epath.Path | None  # the work directory, where it is a run's
+    step: int  # of the run; else 0
+
+
+def load(config: Config, source: str, mesh: Mesh) -> Checkpoint:
+    """What --checkpoint names: a Hugging Face folder, a work directory (its last checkpoint) or one step of it."""
     step = re.fullmatch(r"(.+)/checkpoints/(\d+)/?", source)
     run = step[1] if step else source
     if (epath.Path(run) / "checkpoints").exists():
         loaded, provenance = export.restored(run, int(step[2]) if step else None)
-        return loaded, evaluation.run_key(provenance["config_fingerprint"], int(provenance["steps"]))
+        done = int(provenance["steps"])
+        return Checkpoint(loaded, evaluation.run_key(provenance["config_fingerprint"], done), epath.Path(run), done)
     folder: Path = engine.find(source, "--checkpoint")
     dtype = engine.teacher_dtype(config.compute)
     context = max((b.max_response_tokens for b in config.evaluation.benchmarks), default=0)
     loaded = engine.load(folder, mesh, config.compute, dtype=dtype, context=context)
-    return loaded, evaluation.model_key(loaded)
+    return Checkpoint(loaded, evaluation.model_key(loaded), None, 0)
 
 
 def known_baselines(folder: epath.Path, models: dict[str, list[Result]]) -> dict[str, list[Result]]:

@@ -66,6 +66,7 @@ class Host:
         if jax.process_index() == 0:
             for name in ("metrics.jsonl", "samples.jsonl", "selection.jsonl"):
                 drop_rows_after(self.workdir / name, int(state.step))
+            drop_rows_after(self.workdir / "diagnostics.jsonl", int(state.step) + 1)  # these tell of the model after it
         self.writer = MetricsWriter(self.workdir, self.config.log.tensorboard)
         self.display = Display(self.config.steps, int(state.step))
         if step is not None:

@@ -79,6 +79,18 @@ class MetricsWriter:
     def selection(self, rows: Sequence[dict[str, Any]]) -> None:
         self._append("selection.jsonl", rows)
 
+    def diagnosis(self, row: dict[str, Any]) -> None:
+        """One line of diagnostics.jsonl, and its figures for TensorBoard."""
+        self._append("diagnostics.jsonl", [row])
+        if self._events:
+            for name, value in _flat(row):
+                self._events.add_scalar(f"diagnostics/{name}", value, row["step"])
+            self._events.flush()
+
+    def diagnosed(self) -> set[int]:
+        """Steps whose line diagnostics.jsonl has."""
+        return {row["step"] for row in read_rows(self._workdir / "diagnostics.jsonl")}
+
     def evaluation(self, row: dict[str, Any], figure: str, value: float) -> None:
         """One line of eval.jsonl, unless it is there already, and one figure of it for TensorBoard."""
         if row in read_rows(self._workdir / "eval.jsonl"):

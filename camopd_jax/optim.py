@@ -14,14 +14,15 @@ from camopd_jax.types import Params, TrainState
 _DECAYED = ("kernel", "embedding", "head")
 
 
-def init_state(params: Params, moments: str) -> TrainState:
+def init_state(params: Params, moments: str | None) -> TrainState:
     """The state before the first update, on the devices of the parameters.
 
     Adam's moments are float32: one state "shared" by both phases, or one for "recovery" and one for
     "review". One shared state is the published method. With it, what the moments remember of one phase
-    acts in the other: a phase's scale r is its weight in that memory, not the length of its step.
+    acts in the other: a phase's scale r is its weight in that memory, not the length of its step. None: no moments,
+    where nothing is updated.
     """
-    names = ("shared",) if moments == "shared" else ("recovery", "review")
+    names = {None: (), "shared": ("shared",), "separate": ("recovery", "review")}[moments]
     like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), params)
     adam = jax.eval_shape(optax.scale_by_adam().init, like)
     zero = _zeros(jax.ShapeDtypeStruct((), jnp.int32), params)

@@ -155,11 +155,7 @@ def run(
             with stages("other"):
                 prompts = global_rows(programs.student.mesh, next(branch.prompts), rows[name])
             with stages("rollout"):
-                if config.method.answers == "student":
-                    said = programs.student, state.params, prompts.student
-                else:
-                    said = branch.teacher, branch.teacher_params, prompts.teacher
-                answers = programs.rollout(*said, prompts.index, draw)
+                answers = ask(config, programs, branch, state.params, prompts, draw)
             with stages("other"):
                 if waiting is not None:
                     observer.log(waiting)
@@ -167,7 +163,7 @@ def run(
             with stages("rollout"):
                 answers = cut_to_bucket(answers, config.rollout.smallest_bucket)
             with stages("score"):
-                scores = jax.block_until_ready(score_both(programs, branch, state, prompts, answers, two_ways))
+                scores = jax.block_until_ready(score_both(programs, branch, state.params, prompts, answers, two_ways))
             with stages("select"):
                 selection = jax.block_until_ready(programs.select[name](scores, answers.lengths, draw))
             parts[name] = Scored(prompts.student, prompts.index, answers, scores, selection)
@@ -186,8 +182,17 @@ def run(
     return state
 
 
+def ask(
+    config: TrainConfig, programs: Programs, branch: Branch, params: Params, prompts: PromptBatch, draw: jax.Array
+) -> Rollout:
+    """The student's answers to a batch of a branch's prompts; under a control, the branch's teacher's."""
+    if config.method.answers == "student":
+        return programs.rollout(programs.student, params, prompts.student, prompts.index, draw)
+    return programs.rollout(branch.teacher, branch.teacher_params, prompts.teacher, prompts.index, draw)
+
+
 def score_both(
-    programs: Programs, branch: Branch, state: TrainState, prompts: PromptBatch, answers: Rollout, forward: bool
+    programs: Programs, branch: Branch, params: Params, prompts: PromptBatch, answers: Rollout, forward: bool
 ) -> Scores:
     """Log-probabilities of the answers under the student and the branch's teacher.
 
@@ -197,7 +202,7 @@ def score_both(
     teacher = programs.score(branch.teacher, branch.teacher_params, prompts.teacher, *said)
     if not forward:
         return Scores(answers.logprobs, teacher)
-    return Scores(programs.score(programs.student, state.params, prompts.student, *said), teacher)
+    return Scores(programs.score(programs.student, params, prompts.student, *said), teacher)
 
 
 def compare(metrics: dict[str, jax.Array], forward: bool, trusts_sampler: bool, step: int) -> None:

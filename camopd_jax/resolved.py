@@ -30,7 +30,7 @@ def from_json(file: epath.Path) -> Config:
 
 
 # Fields that may change between two starts of one run: they do not touch the mathematics.
-_FREE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation")
+_FREE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation", "diagnostics")
 
 
 def fingerprint(config: Config) -> str:

@@ -12,9 +12,7 @@ recovered model as a Hugging Face folder.
 Started again with the same command, a run goes on from its last checkpoint; SIGTERM saves one first.
 """
 
-import dataclasses
 from collections.abc import Iterable, Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -22,21 +20,19 @@ import numpy as np
 from absl import flags
 
 from camopd_jax import cli, engine, phases
-from camopd_jax.config import TrainConfig
-from camopd_jax.data import templates
-from camopd_jax.data.pipeline import PromptStream
-from camopd_jax.engine import Loaded
+from camopd_jax.branches import load_models, make_branches
+from camopd_jax.config import Method, TrainConfig
+from camopd_jax.diagnosis import Diagnosis
 from camopd_jax.evals import report
 from camopd_jax.evals.report import Result, Standing
 from camopd_jax.host import Host
 from camopd_jax.jsonl import read_rows
 from camopd_jax.metrics import memory_gib
-from camopd_jax.models import hf
 from camopd_jax.optim import init_state
-from camopd_jax.phases import Branch, Outcome
-from camopd_jax.sharding import check_rows, local_rows, make_mesh, rows_of_process
+from camopd_jax.phases import Outcome
+from camopd_jax.sharding import check_rows, local_rows, make_mesh
 from camopd_jax.steps.statistics import repetition
-from camopd_jax.types import Scored
+from camopd_jax.types import Scored, TrainState
 
 BATCH_SHARE = "a stream's share of config.rollout.batch_size under config.method"
 
@@ -49,56 +45,29 @@ def train(config: TrainConfig, workdir: str) -> None:
         check_rows(mesh, "config.rollout.batch_size" if n == config.rollout.batch_size else BATCH_SHARE, n)
     check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
     check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)
+    if config.diagnostics.every:
+        check_rows(mesh, "config.diagnostics.rows", config.diagnostics.rows)
 
-    # -------------------------------------------------------------------------- the three models
-    general_folder = engine.find(config.general_model, "config.general_model")
-    specialised_folder = engine.find(config.specialised_model, "config.specialised_model")
-    warning = templates.check_same_tokenizer(specialised_folder, general_folder)
-    context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    vocab = min(engine.model_config(folder, context).vocab_size for folder in (general_folder, specialised_folder))
-
-    def load(folder: Path, dtype: str) -> Loaded:
-        return engine.load(folder, mesh, config.compute, dtype=dtype, context=context, output_vocab_size=vocab)
-
-    general_teacher = load(general_folder, engine.teacher_dtype(config.compute))
-    domain_teacher = load(specialised_folder, engine.teacher_dtype(config.compute))
-    student = load(specialised_folder, config.compute.params)
-    on_domain = domain_teacher if config.method.domain_teacher == "specialised" else general_teacher
-
-    # ---------------------------------------------------------------- the two streams of prompts
-    def stream(name: str, rows: int, teacher: Loaded, seed: int) -> PromptStream:
-        rollout = dataclasses.replace(config.rollout, batch_size=rows)
-        return PromptStream(getattr(config, name), rollout, student.tokenizer, teacher.tokenizer, seed,
-                            rows_of_process(mesh, rows), f"config.{name}")  # fmt: skip
-
-    streams = {
-        "general": stream("general", rows["recovery"], general_teacher, 2 * config.seed),
-        "domain": stream("domain", rows["review"], on_domain, 2 * config.seed + 1),
-    }
-    branches = {
-        "recovery": Branch(streams["general"], general_teacher.model, general_teacher.params),
-        "review": Branch(streams["domain"], on_domain.model, on_domain.params),
-    }
+    models = load_models(config, mesh)
+    student = models.student
+    branches = make_branches(config, models, mesh, rows, config.seed)
+    streams = {"general": branches["recovery"].prompts, "domain": branches["review"].prompts}
 
     # ------------------------------------------------------------------------- state, then steps
-    provenance = {
-        "method": {"alternate": "CaMOPD (arXiv 2605.27115)", "mixed": "mixed distillation"}[config.method.schedule],
-        "general_model": config.general_model,
-        "general_fingerprint": hf.fingerprint(general_folder),
-        "specialised_model": config.specialised_model,
-        "specialised_fingerprint": hf.fingerprint(specialised_folder),
-    }
+    provenance = {"method": method_name(config.method)} | models.provenance(config)
     host = TrainHost(config, workdir, student, streams, provenance)
     state = host.restore(init_state(student.params, config.method.moments))
-    if warning:
-        host.display.say(f"warning: {warning}")
+    if models.warning:
+        host.display.say(f"warning: {models.warning}")
     host.display.say(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
     host.baselines = {
-        "general": host.evaluate("general", 0, general_teacher),
-        "specialised": host.evaluate("specialised", 0, domain_teacher),
+        "general": host.evaluate("general", 0, models.general),
+        "specialised": host.evaluate("specialised", 0, models.specialised),
     }
-    if not host.measure(int(state.step), state):  # the last start may have ended in the middle of an evaluation
-        programs = phases.compile_programs(config, student.model, student.eos_ids, state)
+    programs = phases.compile_programs(config, student.model, student.eos_ids, state)
+    if config.diagnostics.every:
+        host.diagnosis = Diagnosis(config, models, mesh, programs)
+    if not host.measure(int(state.step), state):  # the last start may have ended in the middle of it
         state = phases.run(config, branches, programs, state, host)
     if host.terminated:
         return
@@ -115,6 +84,20 @@ class TrainHost(Host):
     """Turns a step's outcome into a row of metrics.jsonl and a few samples, and scores into recovery and retention."""
 
     baselines: dict[str, list[Result]]  # scores of the general and the specialised model
+    diagnosis: Diagnosis | None = None
+
+    def due(self, steps_done: int) -> bool:
+        return super().due(steps_done) or self._diagnosis_due(steps_done)
+
+    def measure(self, steps_done: int, state: TrainState) -> bool:
+        if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed():
+            self.display.progress("looking at the gradients")
+            self.writer.diagnosis(self.diagnosis(steps_done, state.params)[0])
+        return super().measure(steps_done, state)
+
+    def _diagnosis_due(self, steps_done: int) -> bool:
+        every = self.config.diagnostics.every
+        return every > 0 and (steps_done % every == 0 or steps_done == self.config.steps)
 
     def standing(self, results: Sequence[Result]) -> Standing | None:
         return report.standing(*self._baselines(results), results)
@@ -177,6 +160,13 @@ class TrainHost(Host):
             }
             for i in range(min(self.config.log.samples, len(tokens)))
         ]
+
+
+def method_name(method: Method) -> str:
+    """What a model card calls the method."""
+    if method.answers == "teacher":
+        return "distillation on teachers' answers"
+    return {"alternate": "CaMOPD (arXiv 2605.27115)", "mixed": "mixed on-policy distillation"}[method.schedule]
 
 
 _MEASURES = ("score", "entropy", "student_loss", "teacher_loss")

@@ -1,4 +1,4 @@
-"""Eight simulated devices, no hub, and JAX's strict modes for every test."""
+"""Eight simulated devices, no hub, and JAX's strict modes for every test; a tiny transformer and a batch of answers."""
 
 import itertools
 import os
@@ -8,10 +8,18 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 import pytest
 from commands import Running
 
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.transformer import Model
+from camopd_jax.types import Prompts, Rollout, Scores
+
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+VOCAB, ROWS, PROMPT, ANSWER = 14, 8, 5, 7
 
 
 @pytest.fixture(scope="session")
@@ -27,3 +35,34 @@ def command(tmp_path_factory):
 
     run.start = start
     return run
+
+
+@pytest.fixture(scope="session")
+def tiny():
+    """(model, params): one layer, a vocabulary of 14."""
+    config = from_hf(dict(model_type="qwen3", vocab_size=VOCAB, hidden_size=12, intermediate_size=20,
+                          num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=6,
+                          initializer_range=0.6))  # fmt: skip
+    model = Model(config)
+    return model, model.init(jax.random.key(3))
+
+
+@pytest.fixture(scope="session")
+def batch():
+    """(prompts, rollout, scores) of eight rows of many lengths; padding is rubbish, not zero."""
+    rng = np.random.default_rng(5)
+    lengths = np.array([7, 3, 1, 5, 7, 2, 6, 4], np.int32)
+    prompts = Prompts(
+        jnp.asarray(rng.integers(0, VOCAB, (ROWS, PROMPT)), jnp.int32), jnp.array([5, 1, 3, 4, 2, 5, 3, 1], jnp.int32)
+    )
+    mask = np.arange(ANSWER) < lengths[:, None]
+    student = np.where(mask, -rng.exponential(1.0, (ROWS, ANSWER)), 0).astype(np.float32)
+    teacher = np.where(mask, -rng.exponential(1.0, (ROWS, ANSWER)), 0).astype(np.float32)
+    rollout = Rollout(
+        tokens=jnp.asarray(rng.integers(0, VOCAB, (ROWS, ANSWER)), jnp.int32),
+        lengths=jnp.asarray(lengths),
+        logprobs=jnp.asarray(np.where(mask, student + 0.1 * rng.normal(size=student.shape), 0), jnp.float32),
+        entropy=jnp.ones(ROWS, jnp.float32),
+        stopped=jnp.asarray(lengths < ANSWER),
+    )
+    return prompts, rollout, Scores(jnp.asarray(student), jnp.asarray(teacher))

@@ -15,10 +15,11 @@ LAYERS = [
     ["analysis"],
     ["metrics", "checkpoint"],
     ["phases", "engine", "cli"],
-    ["evaluation"],
+    ["evaluation", "branches"],
+    ["diagnosis"],
     ["export"],
     ["host"],
-    ["train", "sft", "generate", "score", "evaluate", "lm_eval", "interpolate", "data.recipe"],
+    ["train", "sft", "generate", "score", "evaluate", "lm_eval", "interpolate", "analyze", "data.recipe"],
     ["compare"],
 ]
 STRANGERS = {"steps", "models", "data", "evals"}

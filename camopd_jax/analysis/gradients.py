@@ -1,0 +1,182 @@
+"""Gradients answer by answer: how far a set of answers pulls one way, and how far two branches pull apart.
+
+With `g_i` the gradient of answer i's own loss, the bracket of Eq 9:
+
+    coherence   Coh(A) = |sum_A g_i| / sum_A |g_i| of a set A of answers       (arXiv 2605.27115, section 4.4)
+    GCG         (Coh(selected) - Coh(all)) / Coh(all): what the selection gains. Small sets cohere by being small (n
+                gradients at right angles: 1 / sqrt(n)), so the gain is also given over sets of equal size drawn by lot
+    signal      |sum_A g_i| / |A|: the length of the gradient that an update on A follows
+    conflict    g . d and cos(g, d) of the two branches' mean gradients; survives = |g + d| / (|g| + |d|), the share of
+                their lengths that a mixed step is left with
+
+Few gradients are in memory at one time: those of one micro-batch, and a sum for each set. With `sketch > 0` neither the
+sums nor anything else is as large as the model: of each matrix's gradient only a random projection is kept.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from camopd_jax.config import Diagnostics, TrainConfig
+from camopd_jax.errors import UserError
+from camopd_jax.steps.losses import token_weights
+from camopd_jax.steps.score import score
+from camopd_jax.steps.select import random_subset
+from camopd_jax.types import LanguageModel, Params, Prompts, Scored
+
+SETS = ("selected", "all")
+LOTS = 4  # sets of as many answers as were selected, drawn by lot: what any set of that size would do
+Named = dict[str, jax.Array]  # arrays by their parameter's name, as in "layers.attention.query.kernel"
+
+
+def measure(
+    params: Params, parts: dict[str, Scored], key: jax.Array, *, model: LanguageModel, config: TrainConfig
+) -> dict[str, Any]:
+    """Lengths and products of the gradients of both branches' answers under the same parameters.
+
+    Args:
+      parts: of each branch.
+      key: of the lots and of the random projection.
+
+    Returns:
+      "branches", of each branch float32[2 + LOTS] with an entry for each of SETS, then for each lot: "sum", the length
+      of the set's summed gradient; "lengths", the sum of its answers' gradients' lengths; "count", its size.
+      "products", of each of SETS the inner products of the branches' mean gradients by group (`products`); "squares",
+      of each branch and set those with itself.
+    """
+    means: dict[str, list[Named]] = {}
+    told: dict[str, Any] = {"branches": {}, "squares": {}}
+    for number, (branch, scored) in enumerate(parts.items()):
+        lots = jax.random.split(jax.random.fold_in(key, number), LOTS)
+        random = [random_subset(scored.selection, lot).weights for lot in lots]
+        sets_AB = jnp.stack([scored.selection.weights, jnp.ones_like(random[0]), *random])
+        sums, lengths_B = set_gradients(branch, params, scored, sets_AB, key, model, config)
+        counts = jnp.sum(sets_AB, axis=1)
+        squares = jax.vmap(lambda one: whole(products(one, one)))(sums)
+        told["branches"][branch] = {"sum": jnp.sqrt(squares), "lengths": sets_AB @ lengths_B, "count": counts}
+        means[branch] = [{name: s[i] / counts[i] for name, s in sums.items()} for i in range(len(SETS))]
+        told["squares"][branch] = {name: products(m, m) for name, m in zip(SETS, means[branch], strict=True)}
+    told["products"] = {name: products(g, d) for name, g, d in zip(SETS, *means.values(), strict=True)}
+    return told
+
+
+def set_gradients(
+    branch: str,
+    params: Params,
+    scored: Scored,
+    sets_AB: jax.Array,
+    key: jax.Array,
+    model: LanguageModel,
+    config: TrainConfig,
+) -> tuple[Named, jax.Array]:
+    """The summed gradient of each set of answers, and the length of every answer's gradient.
+
+    Args:
+      sets_AB: float32[A, B], 1 where an answer is in a set.
+      model: without a mesh: each answer's gradient is its own program, and the compiler spreads them as it likes.
+
+    Returns:
+      {parameter: float32[A, ...]}, or the sums' projections float32[A, (L,) sketch]; and float32[B].
+    """
+    settings = config.diagnostics
+    everyone = scored.selection.replace(weights=jnp.ones_like(scored.selection.weights), count=jnp.int32(1))
+    weights_BT = token_weights(scored.scores, scored.rollout, everyone, config.method, getattr(config.method, branch))
+    chosen, rebuild = split(params, settings)
+
+    def loss(chosen: Named, row: tuple[jax.Array, ...]) -> jax.Array:
+        prompt, prompt_length, tokens, length, weights = (array[None] for array in row)
+        asked = Prompts(prompt, prompt_length)
+        logprobs = score(model, rebuild(chosen), asked, tokens, length, config.compute.logits_chunk)
+        return -jnp.sum(weights * logprobs)
+
+    rollout, micro = scored.rollout, settings.micro_batch
+    rows = (scored.prompts.tokens, scored.prompts.lengths, rollout.tokens, rollout.lengths, weights_BT)
+    pieces = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), (*rows, sets_AB.T))
+
+    def add(sums: Named, piece: tuple[jax.Array, ...]) -> tuple[Named, jax.Array]:
+        *row, member_MA = piece
+        grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(chosen, tuple(row))
+        grads = {name: g.astype(jnp.float32) for name, g in grads.items()}
+        squares_M = sum(jnp.sum(jnp.square(g).reshape(micro, -1), axis=1) for g in grads.values())
+        if settings.sketch:
+            grads = sketch(grads, settings.sketch, key)
+        sums = {name: sums[name] + jnp.tensordot(member_MA.T, g, axes=1) for name, g in grads.items()}
+        return sums, jnp.sqrt(squares_M)
+
+    one = jax.eval_shape(lambda: {name: jnp.zeros((1, *p.shape), jnp.float32) for name, p in chosen.items()})
+    if settings.sketch:
+        one = jax.eval_shape(lambda g: sketch(g, settings.sketch, key), one)
+    zeros = {name: jnp.zeros((len(sets_AB), *s.shape[1:]), jnp.float32) for name, s in one.items()}
+    sums, lengths = jax.lax.scan(add, zeros, pieces)
+    return sums, lengths.reshape(-1)
+
+
+def split(params: Params, settings: Diagnostics):
+    """The parameters whose gradients are looked at, by name, and a function that puts them back among the others.
+
+    Raises:
+      UserError: if no name holds one of the words of `settings.parameters`.
+    """
+    leaves, structure = jax.tree_util.tree_flatten_with_path(params)
+    names = [".".join(key.key for key in path) for path, _ in leaves]
+    words = [word.strip() for word in settings.parameters.split(",") if word.strip()]
+    chosen = {n: p for n, (_, p) in zip(names, leaves, strict=True) if not words or any(w in n for w in words)}
+    if not chosen:
+        raise UserError(
+            f"config.diagnostics.parameters is {settings.parameters!r}, which is in no parameter's name; they are "
+            f"{', '.join(names)}"
+        )
+
+    def rebuild(chosen: Named) -> Params:
+        values = [chosen.get(name, p) for name, (_, p) in zip(names, leaves, strict=True)]
+        return jax.tree_util.tree_unflatten(structure, values)
+
+    return chosen, rebuild
+
+
+def sketch(grads: Named, width: int, key: jax.Array) -> Named:
+    """A random projection of each matrix to `width` numbers: random signs, then folded (a count sketch).
+
+    Products of projections are products of the gradients on average over the signs; for a projection of the whole, the
+    error of a squared length is about `sqrt(2 / width)` of it. A layer's matrices share their signs with the other
+    layers'; matrices of other names have signs of their own, so that errors do not add up.
+
+    Args:
+      grads: float[M, ...] or, stacked, float[M, L, ...].
+
+    Returns:
+      float[M, width] or float[M, L, width]; what is smaller than `width` stays as it is.
+    """
+    found = {}
+    for number, (name, g) in enumerate(sorted(grads.items())):
+        flat = g.reshape(*g.shape[: 1 + stacked(name)], -1)
+        size = flat.shape[-1]
+        if size > width:
+            folds = -(-size // width)
+            signs = jax.random.rademacher(jax.random.fold_in(key, number), (folds * width,), jnp.float32)
+            padded = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, folds * width - size)])
+            signed = padded * jnp.broadcast_to(signs, padded.shape)
+            flat = jnp.sum(signed.reshape(*flat.shape[:-1], folds, width), axis=-2)
+        found[name] = flat
+    return found
+
+
+def products(a: Named, b: Named) -> Named:
+    """Inner products by group: "embedding", "head", "final_norm", and float32[L] of "layers"."""
+    groups: Named = {}
+    for name in a:
+        axes = tuple(range(stacked(name), a[name].ndim))
+        group = name.split(".")[0]
+        groups[group] = groups.get(group, 0) + jnp.sum(a[name] * b[name], axis=axes)
+    return groups
+
+
+def whole(groups: Named) -> jax.Array:
+    """The inner product over all groups."""
+    return sum(jnp.sum(value) for value in groups.values())
+
+
+def stacked(name: str) -> int:
+    """1 for a parameter whose first axis is the layer, else 0."""
+    return int(name.startswith("layers."))

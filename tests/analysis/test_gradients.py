@@ -1,0 +1,201 @@
+"""Per-answer gradients against loops of plain gradients, whole and projected."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camopd_jax.analysis import gradients
+from camopd_jax.config import Diagnostics, Method, Phase, Stream, TrainConfig
+from camopd_jax.diagnosis import figures
+from camopd_jax.errors import UserError
+from camopd_jax.steps.select import random_subset, select
+from camopd_jax.types import Prompts, Scored, Scores
+
+KEY = jax.random.key(11)
+CONFIG = TrainConfig(
+    "g", "s", Stream("g"), Stream("d"), method=Method(recovery=Phase("absolute_gap", 0.7, 2.0)),
+    diagnostics=Diagnostics(rows=8, micro_batch=4),
+)  # fmt: skip
+
+
+def two_parts(batch, config=CONFIG):
+    """The same answers under two teachers: as given, and with the gaps of a row given to the next."""
+    prompts, rollout, scores = batch
+    mask = np.arange(rollout.tokens.shape[1]) < np.asarray(rollout.lengths)[:, None]
+    gaps = np.roll(np.asarray(scores.teacher - scores.student), 1, axis=0)
+    other = Scores(scores.student, jnp.asarray(np.where(mask, scores.student + gaps, 0)))
+    found = {}
+    for name, given in {"recovery": scores, "review": other}.items():
+        ranked = select(given, rollout.lengths, KEY, getattr(config.method, name))
+        found[name] = Scored(prompts, jnp.arange(8, dtype=jnp.int32), rollout, given, ranked)
+    return found
+
+
+PROGRAMS = {}
+
+
+def measured(tiny, parts, config=CONFIG):
+    model, params = tiny
+    program = PROGRAMS.setdefault(config, jax.jit(partial(gradients.measure, model=model, config=config)))
+    return jax.tree.map(np.asarray, program(params, parts, KEY))
+
+
+@pytest.fixture(scope="module")
+def by_hand(tiny, batch):
+    """{branch: float64[8, N]}: each answer's gradient from whole softmaxes, one answer at a time."""
+    model, params = tiny
+    flat, rebuild = jax.flatten_util.ravel_pytree(params)
+
+    @jax.jit
+    def loss(flat, ids, weights):
+        params = rebuild(flat)
+        logp = jax.nn.log_softmax(model.logits(params, model.hidden(params, ids[None])), axis=-1)[0]
+        return -jnp.sum(weights * jnp.take_along_axis(logp[:-1], ids[1:, None], axis=1)[:, 0])
+
+    found = {}
+    for branch, scored in two_parts(batch).items():
+        scale, rows = getattr(CONFIG.method, branch).scale, []
+        for i in range(8):
+            p, t = int(scored.prompts.lengths[i]), int(scored.rollout.lengths[i])
+            ids = np.zeros(13, np.int32)
+            ids[: p + t] = [*scored.prompts.tokens[i, :p].tolist(), *scored.rollout.tokens[i, :t].tolist()]
+            weights = np.zeros(12, np.float32)
+            weights[p - 1 : p + t - 1] = scale * (scored.scores.teacher - scored.scores.student)[i, :t] / t
+            rows.append(np.asarray(jax.grad(loss)(flat, ids, weights), np.float64))
+        found[branch] = np.stack(rows)
+    return found
+
+
+def test_coherence_signal_and_conflict_are_those_of_a_loop_over_answers(tiny, batch, by_hand):
+    parts = two_parts(batch)
+    row = figures(measured(tiny, parts))
+    means = {}
+    for number, (branch, g) in enumerate(by_hand.items()):
+        selected = np.asarray(parts[branch].selection.weights) > 0
+        assert 1 < selected.sum() < 8
+        lots = [np.asarray(random_subset(parts[branch].selection, key).weights) > 0
+                for key in jax.random.split(jax.random.fold_in(KEY, number), gradients.LOTS)]  # fmt: skip
+
+        def coherence(rows, g=g):
+            return np.linalg.norm(g[rows].sum(0)) / np.linalg.norm(g[rows], axis=1).sum()
+
+        wanted = {
+            "selected": coherence(selected),
+            "all": coherence(slice(None)),
+            "random": np.mean([*map(coherence, lots)]),
+        }
+        told = row["branches"][branch]
+        assert told["coherence"] == pytest.approx(wanted, rel=1e-4)
+        assert told["gcg"] == pytest.approx(wanted["selected"] / wanted["all"] - 1, rel=1e-3)
+        assert told["gcg_random"] == pytest.approx(wanted["selected"] / wanted["random"] - 1, rel=1e-3)
+        assert told["signal"]["selected"] == pytest.approx(np.linalg.norm(g[selected].mean(0)), rel=1e-4)
+        assert told["selected_fraction"] == selected.mean()
+        means[branch] = {"selected": g[selected].mean(0), "all": g.mean(0)}
+    for name in gradients.SETS:
+        g, d = means["recovery"][name], means["review"][name]
+        lengths = np.linalg.norm(g), np.linalg.norm(d)
+        assert row["conflict"][name]["dot"] == pytest.approx(g @ d, rel=1e-3)
+        assert row["conflict"][name]["cosine"] == pytest.approx(g @ d / np.prod(lengths), rel=1e-3)
+        assert row["conflict"][name]["survives"] == pytest.approx(np.linalg.norm(g + d) / sum(lengths), rel=1e-4)
+
+
+def test_each_group_has_its_own_cosine(tiny, batch, by_hand):
+    row = figures(measured(tiny, two_parts(batch)))
+    assert list(row["layers"]) == ["embedding", "final_norm", "head", "layer 0"]
+    size = tiny[1]["embedding"].size  # the first leaf of the flat gradient
+    g, d = (by_hand[branch].mean(0)[:size] for branch in ("recovery", "review"))
+    assert row["layers"]["embedding"] == pytest.approx(g @ d / np.linalg.norm(g) / np.linalg.norm(d), rel=1e-3)
+
+
+def test_a_subset_of_the_parameters(tiny, batch):
+    config = dataclasses.replace(CONFIG, diagnostics=Diagnostics(rows=8, parameters="embedding, mlp.up"))
+    row = figures(measured(tiny, two_parts(batch), config))
+    everything = figures(measured(tiny, two_parts(batch)))
+    assert list(row["layers"]) == ["embedding", "layer 0"]
+    assert row["layers"]["embedding"] == pytest.approx(everything["layers"]["embedding"], rel=1e-4)
+    assert row["layers"]["layer 0"] != pytest.approx(everything["layers"]["layer 0"], rel=1e-2)
+    with pytest.raises(UserError, match=r"config\.diagnostics\.parameters is 'mpl'.* in no parameter's name"):
+        gradients.split(tiny[1], Diagnostics(parameters="mpl"))
+
+
+def test_the_micro_batch_changes_nothing(tiny, batch):
+    config = dataclasses.replace(CONFIG, diagnostics=Diagnostics(rows=8, micro_batch=8))
+    ours, theirs = measured(tiny, two_parts(batch), config), measured(tiny, two_parts(batch))
+    jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), ours, theirs)
+
+
+def test_projections_of_gradients_come_close_to_the_whole(tiny, batch):
+    """Of the batch's own gradients: the width decides the error, and the answers' own lengths stay exact."""
+    whole = measured(tiny, two_parts(batch))
+    errors = {}
+    for width in (15, 61):
+        settings = dataclasses.replace(CONFIG.diagnostics, sketch=width)
+        found = measured(tiny, two_parts(batch), dataclasses.replace(CONFIG, diagnostics=settings))
+        np.testing.assert_allclose(
+            found["branches"]["review"]["lengths"], whole["branches"]["review"]["lengths"], rtol=1e-4
+        )
+        ratios = [(found["branches"][b]["sum"] / whole["branches"][b]["sum"]) ** 2 for b in ("recovery", "review")]
+        errors[width] = np.sqrt(np.mean((np.concatenate(ratios) - 1) ** 2))
+    assert 0 < errors[61] < 2 * np.sqrt(2 / 61) and errors[61] < errors[15] < 2 * np.sqrt(2 / 15)
+
+
+def test_a_projection_is_right_on_average_and_its_spread_is_as_said():
+    random = np.random.default_rng(2)
+    a, b = (random.normal(size=(1, 7, 13, 11)).astype(np.float32) for _ in range(2))  # 7 layers of a matrix
+    b = 0.6 * a + 0.8 * b
+    width, exact = 31, float(np.sum(a * b))
+
+    @jax.jit
+    def product(key):
+        sketch = partial(gradients.sketch, width=width, key=key)
+        ours, theirs = (sketch({"layers.x": x})["layers.x"] for x in (a, b))
+        return jnp.sum(ours * theirs), jnp.sum(ours**2)
+
+    found, squares = map(np.asarray, zip(*(product(jax.random.key(i)) for i in range(400)), strict=True))
+    spread = found.std() / abs(exact)
+    assert abs(found.mean() / exact - 1) < 4 * spread / 20
+    assert abs(squares.mean() / np.sum(a * a) - 1) < 0.05
+    assert squares.std() / np.sum(a * a) < np.sqrt(2 / width)
+
+
+def test_what_is_small_is_kept_as_it_is():
+    g = {"final_norm.scale": jnp.arange(10.0).reshape(2, 5), "embedding": jnp.ones((2, 3, 4))}
+    kept = gradients.sketch(g, 5, KEY)
+    np.testing.assert_array_equal(kept["final_norm.scale"], g["final_norm.scale"])
+    assert kept["embedding"].shape == (2, 5)
+
+
+def test_no_gradient_is_told_as_nothing(tiny, batch):
+    """Before the first step the review's gaps are all 0."""
+    parts = two_parts(batch)
+    scores = parts["review"].scores
+    still = Scores(scores.student, scores.student)
+    review = Method().review
+    parts["review"] = parts["review"].replace(
+        scores=still, selection=select(still, parts["review"].rollout.lengths, KEY, review)
+    )
+    row = figures(measured(tiny, parts))
+    assert row["branches"]["review"]["coherence"] == {"selected": None, "all": None, "random": None}
+    assert row["branches"]["review"]["gcg"] is None and row["branches"]["review"]["signal"]["all"] == 0
+    assert row["conflict"]["all"] == {"dot": 0, "cosine": None, "survives": pytest.approx(1)}
+
+
+def test_rows_alone_see_no_neighbours(tiny, batch):
+    """An answer's gradient is its own: with the others' tokens changed, its length is the same."""
+    parts = two_parts(batch)
+    prompts, rollout = parts["recovery"].prompts, parts["recovery"].rollout
+    others = jnp.arange(8)[:, None] != 3
+    changed = Scored(
+        Prompts(jnp.where(others, 1, prompts.tokens), prompts.lengths), parts["recovery"].index,
+        rollout.replace(tokens=jnp.where(others, 2, rollout.tokens)),
+        parts["recovery"].scores, parts["recovery"].selection,
+    )  # fmt: skip
+    one = jnp.eye(8)[3:4]
+    lengths = [gradients.set_gradients("recovery", tiny[1], part, one, KEY, tiny[0], CONFIG)[1]
+               for part in (parts["recovery"], changed)]  # fmt: skip
+    assert lengths[0][3] == pytest.approx(float(lengths[1][3]), rel=1e-5)
+    assert lengths[0][0] != pytest.approx(float(lengths[1][0]), rel=1e-2)
