@@ -58,7 +58,7 @@ class Diagnosis:
         draw = jnp.int32(FIRST_DRAW + len(self._branches) * step + number)
         answers = ask(self._config, programs, branch, params, prompts, draw)
         answers = cut_to_bucket(answers, self._config.rollout.smallest_bucket)
-        scores = score_both(programs, branch, params, prompts, answers, not programs.trusts_sampler)
+        scores = score_both(programs, branch, params, prompts, answers, forward=True)  # equal models, gaps of 0
         ranked = programs.select[name](scores, answers.lengths, draw)
         return Scored(prompts.student, prompts.index, answers, scores, ranked)
 

@@ -49,7 +49,8 @@ def same_weights(workdir, other):
 def test_a_run_leaves_what_it_promises(whole):
     workdir, ended = whole
     assert {p.name for p in workdir.iterdir()} == {
-        "config.json", "metrics.jsonl", "samples.jsonl", "checkpoints", "tensorboard", "export"}  # fmt: skip
+        "config.json", "metrics.jsonl", "samples.jsonl", "selection.jsonl", "checkpoints", "tensorboard", "export",
+    }  # fmt: skip
     metrics = read_lines(workdir / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(STEPS))
     assert [m["phase"] for m in metrics] == (["recovery"] * 3 + ["review"]) * 2
@@ -74,6 +75,60 @@ def test_samples_hold_the_gap_of_every_token(whole):
         assert "".join(row["tokens"]) == row["response"]
         assert row["prompt"].startswith("<|user|>") and row["finish_reason"] in ("stop", "length")
         assert (row["tokens"][-1] == "<|end|>") == (row["finish_reason"] == "stop")
+
+
+def test_selection_tells_of_every_answer(whole):
+    metrics, rows = (read_lines(whole[0] / f"{name}.jsonl") for name in ("metrics", "selection"))
+    samples = read_lines(whole[0] / "samples.jsonl")
+    assert len(rows) == STEPS
+    for step, row in zip(metrics, rows, strict=True):
+        assert (row["step"], row["phase"]) == (step["step"], step["phase"])
+        assert {len(column) for column in row.values() if isinstance(column, list)} == {16}
+        assert np.mean(row["selected"]) == pytest.approx(step["selected_fraction"])
+        assert np.mean(row["length"]) == pytest.approx(step["length_mean"])
+        assert np.mean(row["truncated"]) == pytest.approx(step["truncated_fraction"])
+        assert np.mean(row["entropy"]) == pytest.approx(step["entropy"], abs=1e-3)
+        first = next(sample for sample in samples if sample["step"] == step["step"])
+        assert (first["prompt_index"], first["selected"]) == (row["index"][0], row["selected"][0])
+        assert row["student_loss"][0] == pytest.approx(-np.mean(first["logprobs"]), abs=1e-3)
+        gap = np.asarray(first["gaps"])
+        wanted = np.abs(gap).mean() if step["phase"] == "recovery" else np.maximum(gap, 0).mean()
+        assert row["score"][0] == pytest.approx(wanted, abs=1e-3)
+        assert row["student_loss"][0] - row["teacher_loss"][0] == pytest.approx(gap.mean(), abs=1e-3)
+
+
+def test_diagnostics_change_nothing_and_come_again_after_a_kill(whole, command, tmp_path):
+    workdir, file = tmp_path / "run", tmp_path / "run" / "diagnostics.jsonl"
+    flags = [*SMALL, "--config.diagnostics.every=4", "--config.diagnostics.rows=8"]
+    seen = lambda: file.exists() and len(file.read_text().splitlines()) == 2  # noqa: E731
+    command.start("train", f"--workdir={workdir}", *flags).when(seen, signal.SIGKILL)
+    before = read_lines(file)
+    ended = command("train", f"--workdir={workdir}", *flags)
+    assert ended.code == 0, ended.err
+    rows = read_lines(file)
+    assert [row["step"] for row in rows] == [0, 4, 8] and rows[0] == before[0] and rows[1] == before[1]
+    same_weights(whole[0], workdir)
+    assert rows[0]["branches"]["review"]["signal"]["all"] == 0, "before the first step there is nothing to review"
+    assert (
+        0 < rows[1]["branches"]["review"]["coherence"]["all"] <= 1 and -1 <= rows[1]["conflict"]["all"]["cosine"] <= 1
+    )
+    assert list(rows[1]["layers"]) == ["embedding", "final_norm", "layer 0", "layer 1", "layer 2"]
+
+
+def test_analyze_tells_of_a_run_s_gradients_and_selection(whole, command, tmp_path):
+    out = tmp_path / "x.jsonl"
+    ended = command("analyze", f"--checkpoint={whole[0]}", "--source_field=skill", f"--out={out}", *SMALL,
+                    "--config.diagnostics.rows=8", "--config.diagnostics.sketch=255")  # fmt: skip
+    assert ended.code == 0, ended.err
+    (row,) = read_lines(out)
+    assert row["step"] == STEPS and row["checkpoint"] == str(whole[0]) and row["sketch"] == 255
+    assert row["training"]["recovery"]["steps"] == 6 and row["training"]["review"]["steps"] == 2
+    assert set(row["training"]["recovery"]["by_source"]) == {"reverse", "sort", "shift", "add"}
+    assert "by_source" not in row["training"]["review"] and "source: add" in row["training"]["recovery"]["correlations"]
+    for words in ("Gradients of 8 answers a branch, after 8 steps", "Recovery's gradient against review's", "cosine",
+                  "Rank correlation of an answer's score with", "What was selected over the run"):  # fmt: skip
+        assert words in ended.out
+    assert max(map(len, ended.out.splitlines())) <= 80
 
 
 def test_the_export_answers_the_same_in_transformers(whole, command, tmp_path):

@@ -93,29 +93,31 @@ def table(
       outcomes: by method and seed. axes: of each benchmark. notes: a word on each method, as its setting.
     """
     view = Table(
-        title="In %, ± one standard error over seeds: of the lost ability, what is back; of the domain, what is kept",
-        caption="in brackets: less that of " + " | ".join(against) + ", with * where a paired t-test has p < 0.05 and "
-        "** where it stays so after Bonferroni's correction for the table's rows",
+        title="In %, ± one standard error over seeds: back, of the lost ability; kept, of the domain",
+        caption="below each: less that of "
+        + " | ".join(against)
+        + "; * where a paired t-test over seeds has p < 0.05, "
+        "** where it has after Bonferroni's correction for the table's rows",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
-    )  # fmt: skip
-    view.add_column("")
+    )
+    view.add_column("", no_wrap=True)
     view.add_column("setting", justify="right")
     for name, axis in axes.items():
-        view.add_column(f"{axis}: {name}", justify="right")
+        view.add_column(f"{name}, {'back' if axis == 'general' else 'kept'}", justify="right")
     for method, of_seeds in outcomes.items():
+        if not of_seeds:  # all its runs failed
+            continue
         cells = []
         for name in axes:
             ours = {seed: found[name] for seed, found in of_seeds.items()}
-            told = _percent(mean(ours.values()))
-            others = [
+            less = [
                 _less(difference(ours, {seed: found[name] for seed, found in outcomes[other].items()}), len(outcomes))
-                if other in outcomes and other != method else "-"
-                for other in against
+                for other in against if other in outcomes and other != method
             ]  # fmt: skip
-            cells.append(f"{told} ({' | '.join(others)})")
+            cells.append(f"{_percent(mean(ours.values()))}\n{' | '.join(less)}")
         view.add_row(method, notes.get(method, ""), *cells)
     return view
 

@@ -40,7 +40,7 @@ PROGRAMS = {}
 
 def measured(tiny, parts, config=CONFIG):
     model, params = tiny
-    program = PROGRAMS.setdefault(config, jax.jit(partial(gradients.measure, model=model, config=config)))
+    program = PROGRAMS.setdefault(repr(config), jax.jit(partial(gradients.measure, model=model, config=config)))
     return jax.tree.map(np.asarray, program(params, parts, KEY))
 
 

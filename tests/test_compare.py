@@ -1,0 +1,91 @@
+"""The grid of methods, rates and seeds: what is done, what is not, and the whole of it as a command."""
+
+import json
+from pathlib import Path
+
+import pytest
+from rows import read_lines, write_lines
+
+from camopd_jax import compare
+from camopd_jax.compare import INTERPOLATION, Run
+from camopd_jax.config import Benchmark, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.errors import UserError
+from camopd_jax.resolved import to_json
+
+ROOT = Path(__file__).parents[1]
+BASE = TrainConfig(
+    "g", "s", Stream("g"), Stream("d"), steps=4, rollout=RolloutConfig(batch_size=8), optimizer=Optimizer(),
+    evaluation=Evaluation(every=2, benchmarks=(Benchmark("a", source="x"), Benchmark("b", source="y", axis="domain"))),
+)  # fmt: skip
+RUN = Run("vanilla", 1e-4, 3)
+
+
+def leave(workdir, run, benchmarks=("a", "b"), step=4, config=None):
+    folder = run.folder(workdir)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.json").write_text(json.dumps({"config": to_json(config or run.config(BASE))}))
+    write_lines(folder / "eval.jsonl", [{"model": "student", "step": step, "benchmark": name} for name in benchmarks])
+
+
+def test_a_run_of_the_grid_is_its_method_at_its_rate_and_seed():
+    config = RUN.config(BASE)
+    assert (config.seed, config.optimizer.learning_rate, config.method.schedule) == (3, 1e-4, "mixed")
+    assert config.evaluation.every == 0, "compared at the end alone"
+    assert str(RUN.folder("w")) == "w/vanilla/0.0001/seed-3"
+    assert Run(INTERPOLATION, 0.3, 0).config(BASE) == BASE
+
+
+def test_only_a_run_with_all_its_last_scores_is_finished(tmp_path):
+    assert not compare.finished(RUN, BASE, str(tmp_path))
+    leave(tmp_path, RUN, benchmarks=("a",))
+    assert not compare.finished(RUN, BASE, str(tmp_path))
+    leave(tmp_path, RUN, step=2)
+    assert not compare.finished(RUN, BASE, str(tmp_path))
+    leave(tmp_path, RUN)
+    assert compare.finished(RUN, BASE, str(tmp_path))
+
+
+def test_a_grid_of_another_config_is_refused_by_the_field(tmp_path):
+    leave(tmp_path, RUN, config=Run("vanilla", 2e-4, 3).config(BASE))
+    with pytest.raises(UserError, match=r"seed-3: made with another config\.optimizer\.learning_rate; give the old"):
+        compare.finished(RUN, BASE, str(tmp_path))
+
+
+def test_mistakes(command, tmp_path):
+    config = f"--config={ROOT / 'configs/sandbox.py'}"
+    for flags, says in (
+        ([config], "--workdir is missing"),
+        ([config, f"--workdir={tmp_path}", "--methods=camopd,vanila"], "--methods: there is no vanila; give some of"),
+        ([config, f"--workdir={tmp_path}", "--rates=1e-4,fast"], "--rates=1e-4,fast: give numbers with commas between"),
+        ([f"--config={ROOT / 'configs/quickstart.py'}", "--config.evaluation.benchmarks=()", f"--workdir={tmp_path}",
+          "--workers=1"], "config.evaluation.benchmarks: there is none to compare by"),
+    ):  # fmt: skip
+        ended = command("compare", *flags)
+        assert (ended.code, ended.err.count("\n")) == (2, 1) and says in ended.err, ended.err
+
+
+@pytest.mark.slow
+def test_a_small_grid_from_begin_to_end_and_again(command, tmp_path):
+    """Two methods, two rates, two seeds and the interpolation; a run whose scores are lost runs again, and no other."""
+    flags = [f"--config={ROOT / 'configs/sandbox.py'}", f"--workdir={tmp_path / 'w'}", "--config.steps=4",
+             "--config.rollout.batch_size=16", "--methods=camopd,distillation,interpolation", "--rates=1e-4,4e-4",
+             "--seeds=2"]  # fmt: skip
+    ended = command("compare", *flags)
+    assert ended.code == 0, ended.err
+    assert "choosing among 2 rates: 13 of 13" in ended.out and "3 methods, 2 seeds: 4 of 4" in ended.out
+    study = json.loads((tmp_path / "w" / "study.json").read_text())
+    assert study["failed"] == {} and set(study["outcomes"]) == {"camopd", "distillation", "interpolation"}
+    assert all(set(of) == {"0", "1"} for of in study["outcomes"].values())
+    assert len(study["merits"]["interpolation"]) == 9 and len(study["merits"]["camopd"]) == 2
+    for method, merits in study["merits"].items():
+        assert merits[str(study["settings"][method])] == max(merits.values())
+    rate = f"{study['settings']['camopd']:g}"
+    run = tmp_path / "w" / "camopd" / rate / "seed-1"
+    assert len(read_lines(run / "metrics.jsonl")) == 4 and "exported" in (run / "log.txt").read_text()
+
+    times = {file: file.stat().st_mtime_ns for file in (tmp_path / "w").rglob("metrics.jsonl")}
+    (run / "eval.jsonl").unlink()
+    again = command("compare", *flags)
+    assert again.code == 0 and "3 methods, 2 seeds: 3 of 4 runs are there" in again.out
+    assert json.loads((tmp_path / "w" / "study.json").read_text())["outcomes"] == study["outcomes"]
+    assert {file for file, time in times.items() if file.stat().st_mtime_ns != time} <= {run / "metrics.jsonl"}
