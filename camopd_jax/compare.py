@@ -270,7 +270,7 @@ if __name__ == "__main__":
     flags.DEFINE_list(
         "rates",
         [],
-        "Learning rates to choose from, the same for every method. Default: half, once and twice the config's.",
+        "Learning rates to choose from, the same for every method. Default: from a quarter to four times the config's.",
     )
     flags.DEFINE_integer("seeds", 5, "Runs of each method.", 1)
     flags.DEFINE_integer("workers", None, "Runs at one time. Default: one a core, and 1 on an accelerator.", 1)
@@ -289,7 +289,7 @@ if __name__ == "__main__":
         except ValueError:
             raise UserError(f"--rates={','.join(values.rates)}: give numbers with commas between") from None
         rate = base.optimizer.learning_rate
-        rates = [rate] if values.quick else rates or [rate / 2, rate, 2 * rate]
+        rates = [rate] if values.quick else rates or [factor * rate for factor in (0.25, 0.5, 1, 2, 4)]
         workers = values.workers or default_workers()
         facts = compare(base, workdir, methods, rates, 2 if values.quick else values.seeds, workers)
         console = Console(highlight=False)

@@ -44,6 +44,7 @@ CONTROLS = {
     # --------------------------------------------------------------------------------- the optimizer
     "moments": Control("CaMOPD with Adam moments for each phase", {"method.moments": "separate"}),
     "no-clip": Control("CaMOPD without clipping of the gradient's norm", {"optimizer.clip_norm": None}),
+    "no-clip-r1": Control("CaMOPD without clipping, equal pull", {**_EQUAL_PULL, "optimizer.clip_norm": None}),
     "vanilla-no-clip": Control("vanilla without clipping", {**_VANILLA, "optimizer.clip_norm": None}),
     "pcgrad": Control("vanilla with PCGrad", {**_VANILLA, "method.conflict": "pcgrad"}),
     # ------------------------------------------------------------------------------------ one teacher
