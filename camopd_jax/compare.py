@@ -18,6 +18,7 @@ import json
 import multiprocessing
 import os
 import shutil
+import threading
 import time
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -225,11 +226,18 @@ def _cores(count: int) -> Iterable[list[int] | None]:
 
 
 def _begin(cores: multiprocessing.Queue) -> None:
+    threading.Thread(target=_end_with_parent, daemon=True).start()
     mine = cores.get()
     if mine is not None:
         os.sched_setaffinity(0, mine)  # before XLA counts its threads
     engine.start()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # every run compiles the same small programs
+
+
+def _end_with_parent() -> None:
+    """A command that was killed leaves no worker behind that goes on writing where the next one's write."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
 
 
 def _score_teachers(base: TrainConfig, folder: str) -> None:

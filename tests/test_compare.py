@@ -1,6 +1,8 @@
 """The grid of methods, rates and seeds: what is done, what is not, and the whole of it as a command."""
 
 import json
+import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -62,6 +64,18 @@ def test_mistakes(command, tmp_path):
     ):  # fmt: skip
         ended = command("compare", *flags)
         assert (ended.code, ended.err.count("\n")) == (2, 1) and says in ended.err, ended.err
+
+
+@pytest.mark.slow
+def test_a_killed_grid_leaves_no_worker_behind(command, tmp_path):
+    flags = [f"--config={ROOT / 'configs/sandbox.py'}", f"--workdir={tmp_path / 'w'}", "--config.steps=400",
+             "--methods=camopd", "--rates=1e-4", "--seeds=1", "--workers=1"]  # fmt: skip
+    metrics = Run("camopd", 1e-4, 0).folder(tmp_path / "w") / "metrics.jsonl"
+    command.start("compare", *flags).when(metrics.exists, signal.SIGKILL)
+    time.sleep(2)
+    size = metrics.stat().st_size
+    time.sleep(5)
+    assert metrics.stat().st_size == size
 
 
 @pytest.mark.slow
