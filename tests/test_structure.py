@@ -17,8 +17,8 @@ LAYERS = [
     ["phases", "engine", "cli"],
     ["evaluation"],
     ["export"],
-    ["host"],
-    ["train", "sft", "generate", "score", "evaluate", "lm_eval", "interpolate", "data.recipe"],
+    ["host", "reporting"],
+    ["train", "sft", "generate", "score", "evaluate", "lm_eval", "interpolate", "report", "data.recipe"],
     ["compare"],
 ]
 STRANGERS = {"steps", "models", "data", "evals"}
