@@ -24,24 +24,24 @@ def pairs(cast: Cast) -> list[Pair]:
 
 
 def _early_and_late(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
-    """Answers to one prompt that came again, those furthest apart; else of the first and of the last step."""
+    """Answers to one prompt that came again; else those of the first and the last quarter with the largest gaps."""
     if not rows or rows[0]["step"] == rows[-1]["step"]:
         return []
-    first: dict[int, Row] = {}
-    again: list[tuple[Row, Row]] = []
-    for row in rows:
-        early = first.setdefault(row["prompt_index"], row)
-        if early["prompt"] == row["prompt"] and early["step"] < row["step"]:
-            again.append((early, row))
-    again.sort(key=lambda pair: pair[0]["step"] - pair[1]["step"])
-    half = (rows[-1]["step"] - rows[0]["step"]) / 2
-    found: dict[int, tuple[Row, Row]] = {}
-    for early, late in again:
-        if late["step"] - early["step"] >= half:
-            found.setdefault(early["prompt_index"], (early, late))
-    ends = zip(*([row for row in rows if row["step"] == step] for step in (rows[0]["step"], rows[-1]["step"])),
-               strict=False)  # fmt: skip
-    return [*found.values(), *ends][:PAIRS]
+    first, last = rows[0]["step"], rows[-1]["step"]
+    early = [row for row in rows if row["step"] <= first + (last - first) / 4]
+    late = [row for row in rows if row["step"] >= last - (last - first) / 4]
+    again = {row["prompt"]: row for row in late}
+    same = [(row, again[row["prompt"]]) for row in early if row["prompt"] in again]
+    by_gap = [sorted(part, key=_size, reverse=True) for part in (early, late)]
+    same.sort(key=lambda pair: _size(pair[0]), reverse=True)
+    apart = [pair for pair in zip(*by_gap, strict=False) if pair not in same]
+    return [*{early["prompt"]: (early, late) for early, late in [*same, *apart]}.values()][:PAIRS]
+
+
+def _size(row: Row) -> float:
+    """Mean size of an answer's gaps."""
+    found = [abs(gap) for gap in row["gaps"] if gap is not None]
+    return sum(found) / max(1, len(found))
 
 
 def _answer(row: Row) -> Answer:

@@ -46,7 +46,9 @@ class Cast:
         """Names and colours; the grey ones are one line."""
         keys = [(group.name, self.style(group).colour) for group in self.groups if not self.style(group).muted]
         grey = len(self.groups) - len(keys)
-        return keys + ([(f"{grey} others (hover or touch a line for its name)", "muted")] if grey else [])
+        return keys + (
+            [(f"{grey} others (hovering names them; \u2191 \u2193 lie beyond the frame)", "muted")] if grey else []
+        )
 
 
 def cast(groups: Sequence[Group]) -> Cast:

@@ -17,6 +17,7 @@ from camopd_jax.reporting.svg import SMALL, STAGES
 
 BRANCH_LEGEND: Legend = [(name, name) for name in BRANCHES]
 MEASURES = {"recovery": "Recovery", "retention": "Retention"}
+RATES = ("truncated_fraction", "repetition", "grad_clipped")
 LONE = {"mixed": "ink"}  # colours of phases that are no branch's
 
 
@@ -33,7 +34,7 @@ def over_steps(cast: Cast) -> Section:
         figures += _one_by_one(cast)
     bands = "Bands: ± one standard error, over seeds or, of a run alone, over questions. "
     dashed = "Dashed: where the specialised model is, which the student starts as."
-    return Section("Recovery and retention over steps", bands + dashed, cast.legend, figures)
+    return _over_groups("Recovery and retention over steps", bands + dashed, cast, figures)
 
 
 def _columns_of_standings(cast: Cast) -> list[Column]:
@@ -101,7 +102,8 @@ def _thirds(scores: Sequence[tuple[int, list[float]]]) -> list[list[float]]:
 def _third_note(rows: Sequence[dict]) -> str:
     last = max(row["step"] for row in rows) + 1
     ends = [-(-last * i // 3) for i in range(4)]
-    return "Pale to full: steps " + ", ".join(f"{a} to {b - 1}" for a, b in itertools.pairwise(ends) if a < b)
+    thirds = ", ".join(f"{a} to {b - 1}" for a, b in itertools.pairwise(ends) if a < b)
+    return f"Pale to full: steps {thirds}. Scores under {plots.LOWEST:g} are counted at the left edge."
 
 
 def answers(cast: Cast) -> Section:
@@ -117,8 +119,8 @@ def answers(cast: Cast) -> Section:
 def optimisation(cast: Cast) -> Section:
     figures = [
         *_by_phase(cast, "loss", "Loss", "nats"),
-        *_by_phase(cast, "grad_norm", "Norm of the gradient, before clipping", "norm", floor=0),
-        *_by_phase(cast, "grad_clipped", "Steps whose gradient was clipped", "of the steps", True, floor=0),
+        *_by_phase(cast, "grad_norm", "Gradient before clipping", "its norm", floor=0),
+        *_by_phase(cast, "grad_clipped", "Gradients that were clipped", "of the steps", True, floor=0),
     ]
     return _over_groups("Optimisation", "", cast, figures)
 
@@ -135,7 +137,7 @@ def throughput(cast: Cast) -> Section:
     if rows:
         size = (SMALL[0], max(SMALL[1] - 60, 60 + 26 * len(rows)))
         legend = [(name, f"stage-{name}") for name in STAGES]
-        note = "Medians: the steps that compiled do not count." + (
+        note = "Medians over steps: compiling hardly counts." + (
             f" The first {len(rows)} of {len(cast.groups)}." if len(rows) < len(cast.groups) > 12 else ""
         )
         drawing = svg.draw(plots.stages(rows), "Seconds of a step by stage", size, left=128)
@@ -193,8 +195,11 @@ def _apart(
     floor: float | None,
 ) -> list[Figure]:
     """A figure for each branch or phase with a line for each group; of a lone group, one with a line for each part."""
+    bins = series.RATE_BINS if key in RATES else series.BINS
     drawn = {
-        part: _group_lines(cast, partial(series.curve_of, points=lambda run, part=part: points(run, part, key)))
+        part: _group_lines(
+            cast, partial(series.curve_of, points=lambda run, part=part: points(run, part, key), at_most=bins)
+        )
         for part in parts
     }
     drawn = {part: found for part, found in drawn.items() if found}

@@ -16,7 +16,8 @@ from camopd_jax.reporting.svg import WIDE
 
 TINTS = (
     "The student's own answers. Each token is tinted by its gap: the teacher holds it likelier than the student does, "
-    "or less likely (underlined)."
+    "or less likely (underlined). Shown are answers to one prompt that came in the first and again in the last quarter "
+    "of the run, and else those of both with the largest gaps."
 )
 
 
@@ -84,7 +85,8 @@ def _pareto(found: Sequence[Outcome], sources: Sequence[Source], drawn: Cast) ->
     if not points:
         return []
     title = "What came back against what was kept"
-    note = "Up and to the right is better. Bars: ± one standard error. Dashed: all of the domain is kept."
+    note = "Up and to the right is better. Bars: ± one standard error. Dashed: all of the domain is kept. Hollow: the "
+    note += "specialised model, which every student starts as."
     if between:
         note += " Squares: the weighted mean of the two models' parameters, without training."
     return [Figure(title, svg.draw(pareto(points, between), title, WIDE, left=58), note=note, wide=True)]

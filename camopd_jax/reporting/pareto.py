@@ -31,6 +31,7 @@ def pareto(points: Sequence[Point], between: Sequence[tuple[float, Estimate, Est
     def paint(axes: Axes) -> None:
         axes.grid(axis="x")
         axes.axhline(1, color=colour("soft"), lw=0.9, ls=(0, (4, 3)))
+        axes.plot(0, 1, "o", ms=7, mfc=colour("surface"), mec=colour("soft"), zorder=2)
         if between:
             xs, ys = [back.value for _, back, _ in between], [kept.value for _, _, kept in between]
             (path,) = axes.plot(xs, ys, "-", color=colour("soft"), lw=1, marker="s", ms=3.5, zorder=2)
@@ -45,7 +46,7 @@ def pareto(points: Sequence[Point], between: Sequence[tuple[float, Estimate, Est
             svg.named(dot, point.name)
         axes.set_xlabel("recovery: share of the lost general ability that is back")
         axes.set_ylabel("retention: share of the domain that is kept")
-        axes.margins(x=0.12, y=0.12)
+        _frame(axes, points)
         svg.percent(axes.xaxis)
         svg.percent(axes.yaxis)
         _label(axes, points, between)
@@ -53,17 +54,34 @@ def pareto(points: Sequence[Point], between: Sequence[tuple[float, Estimate, Est
     return paint
 
 
+def _frame(axes: Axes, points: Sequence[Point]) -> None:
+    """Limits by the models that were trained and the one they start as; the interpolation may leave them."""
+    for limit, at, found in (
+        (axes.set_xlim, 0.0, [p.back for p in points]),
+        (axes.set_ylim, 1.0, [p.kept for p in points]),
+    ):
+        low = min([at, *(share.value - share.error for share in found)])
+        high = max([at, *(share.value + share.error for share in found)])
+        limit(low - 0.1 * (high - low), high + 0.1 * (high - low))
+
+
 def _label(axes: Axes, points: Sequence[Point], between: Sequence[tuple[float, Estimate, Estimate]]) -> None:
     """Names beside the points, those in colour first; a name that would lie on another or on a point is left out."""
     axes.figure.canvas.draw()  # the limits are those of the drawing from here on
     place = axes.transData.transform
     dots = [place((p.back.value, p.kept.value)) for p in points]
+    dots += [place((0.0, 1.0))]
     dots += [place((back.value, kept.value)) for _, back, kept in between]
+    frame = axes.get_window_extent()
     taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in dots]
+    taken.append(Bbox.from_bounds(frame.x0, place((0.0, 1.0))[1] - 1, frame.width, 2))  # the dashed line
     wanted = [(p.name, dots[i], p.style.muted) for i, p in enumerate(points)]
     wanted.sort(key=lambda of: of[2])
-    ends = [(f"{100 * weight:.0f} % original", dots[len(points) + i], True) for i, (weight, _, _) in enumerate(between)]
-    frame = axes.get_window_extent()
+    wanted.append(("specialised", dots[len(points)], True))
+    ends = [
+        (f"{100 * weight:.0f} % original", dots[len(points) + 1 + i], True) for i, (weight, _, _) in enumerate(between)
+    ]
+    ends = [end for end in ends if frame.contains(*end[1])]
     for name, (x, y), soft in [*wanted, *ends[:1], *ends[-1:]]:
         width, height = 6.2 * len(name) + 4, 13
         for dx, dy in ((8, -5), (8, 7), (8, -18), (-8 - width, -5), (-8 - width, 7), (-8 - width, -18),

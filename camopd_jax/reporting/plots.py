@@ -14,6 +14,7 @@ from camopd_jax.reporting.series import Curve
 from camopd_jax.reporting.svg import LEVELS, STAGES, colour
 
 Paint = Callable[[Axes], None]
+LOWEST = 1e-3  # nats per token: of a score that a histogram tells from zero
 FEW = 12  # points of a line that are marked each
 
 
@@ -51,8 +52,40 @@ def lines(
         _step_axes(axes, unit, share)
         if floor is not None:
             axes.set_ylim(bottom=floor)
+        if any(line.style.muted for line in drawn):
+            _frame(axes, drawn, floor)
+            _name_ends(axes, drawn)
 
     return paint
+
+
+def _frame(axes: Axes, drawn: Sequence[Line], floor: float | None) -> None:
+    """Limits by the lines in colour and by four fifths of all: one that is far out must not flatten the rest."""
+    most = np.quantile([value for line in drawn for value in line.curve.values], (0.1, 0.9)).tolist()
+    shown = most + [value for line in drawn if not line.style.muted for value in line.curve.values]
+    low, high = min(shown), max(shown)
+    if low < high:
+        margin = 0.12 * (high - low)
+        axes.set_ylim(low - margin if floor is None else floor, high + margin)
+
+
+def _name_ends(axes: Axes, drawn: Sequence[Line]) -> None:
+    """Names at the right ends of lines where there is room: first of those in colour, then of the outermost."""
+    box = axes.get_position()
+    axes.set_position((box.x0, box.y0, box.width * 0.76, box.height))
+    axes.set_ylim(axes.get_ylim())
+    frame = axes.get_window_extent()
+    ends = {line.name: axes.transData.transform((line.curve.steps[-1], line.curve.values[-1]))[1] for line in drawn}
+    middle = sorted(ends.values())[len(ends) // 2]
+    taken: list[float] = []
+    for line in sorted(drawn, key=lambda line: (line.style.muted, -abs(ends[line.name] - middle))):
+        height = min(max(ends[line.name], frame.y0), frame.y1)
+        away = "\u2193 " if ends[line.name] < frame.y0 - 1 else "\u2191 " if ends[line.name] > frame.y1 + 1 else ""
+        if all(abs(height - other) >= 11 for other in taken):
+            taken.append(height)
+            place = (1.02, axes.transAxes.inverted().transform((0, height))[1])
+            axes.text(*place, away + _cut(line.name, 12), transform=axes.transAxes, va="center", fontsize=10,
+                      color=colour("soft" if line.style.muted else line.style.colour))  # fmt: skip
 
 
 def _step_axes(axes: Axes, unit: str, share: bool) -> None:
@@ -63,7 +96,7 @@ def _step_axes(axes: Axes, unit: str, share: bool) -> None:
     (svg.percent if share else svg.plain)(axes.yaxis)
 
 
-def histograms(values: Sequence[Sequence[float]], of: str, lowest: float = 1e-3) -> Paint:
+def histograms(values: Sequence[Sequence[float]], of: str, lowest: float = LOWEST) -> Paint:
     """Outlines of the shares of answers by score, on a logarithmic axis: from early, pale, to late, full.
 
     Args:

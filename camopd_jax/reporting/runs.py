@@ -200,7 +200,7 @@ def _tuning_groups(
     """Of each method without results yet, the best run of its sweep so far, or the one that is furthest."""
     best: dict[str, Group] = {}
     for (method, setting), of_seeds in runs.items():
-        group = Group(f"{prefix}{method}, tuning", method, origin, of_seeds, setting, tuning=True)
+        group = Group(prefix + method, method, origin, of_seeds, setting, tuning=True)
 
         def rank(group: Group) -> tuple[float, int]:
             return merits.get(group.method, {}).get(str(group.setting), -math.inf), group.run.steps

@@ -8,6 +8,7 @@ from camopd_jax.phases import BRANCHES
 from camopd_jax.reporting.runs import Row, Run, standings
 
 BINS = 60  # points of a line at most: what a small figure can show
+RATE_BINS = 12  # of what is yes or no in a step, or rare: shares need many steps
 Points = list[tuple[int, float]]  # step, value
 
 
@@ -64,15 +65,15 @@ def standing_curve(run: Run, measure: str, benchmark: str) -> Curve:
     return Curve(*map(list, zip(*found, strict=True))) if found else Curve([], [], [])
 
 
-def pooled(of_runs: Sequence[Points]) -> Curve:
+def pooled(of_runs: Sequence[Points], at_most: int = BINS) -> Curve:
     """Means over bins of steps within each run, then over runs, with the standard error over runs.
 
-    A bin holds one step while there are no more than `BINS` of them.
+    A bin holds one step while there are no more than `at_most` of them.
     """
     steps = sorted({step for points in of_runs for step, _ in points})
     if not steps:
         return Curve([], [], [])
-    width = max(1, -(-len(steps) // BINS))
+    width = max(1, -(-len(steps) // at_most))
     bin_of = {step: i // width for i, step in enumerate(steps)}
     curve = Curve([], [], [])
     bins: list[list[float]] = [[] for _ in range(bin_of[steps[-1]] + 1)]
@@ -91,8 +92,8 @@ def pooled(of_runs: Sequence[Points]) -> Curve:
     return curve
 
 
-def curve_of(runs: Sequence[Run], points: Callable[[Run], Points]) -> Curve:
-    return pooled([found for run in runs if (found := points(run))])
+def curve_of(runs: Sequence[Run], points: Callable[[Run], Points], at_most: int = BINS) -> Curve:
+    return pooled([found for run in runs if (found := points(run))], at_most)
 
 
 def standing_over(runs: Sequence[Run], measure: str, benchmark: str) -> Curve:

@@ -111,6 +111,9 @@ def _rounded(attribute: re.Match) -> str:
 # ------------------------------------------------------------------------------------- axes
 
 
+NICE = [1, 2, 2.5, 5, 10]  # what ticks are multiples of
+
+
 def minus(text: str) -> str:
     """With the sign that is as wide as a digit."""
     return text.replace("-", "\u2212")
@@ -129,14 +132,14 @@ def number(value: float) -> str:
 def percent(axis) -> None:
     """Labels an axis of shares in per cent."""
     axis.set_major_formatter(FuncFormatter(lambda value, _: minus(f"{100 * value:.3g} %")))
-    axis.set_major_locator(MaxNLocator(5, steps=[1, 2, 2.5, 5, 10]))
+    axis.set_major_locator(MaxNLocator(5, steps=NICE))
 
 
 def plain(axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-    axis.set_major_locator(MaxNLocator(5))
+    axis.set_major_locator(MaxNLocator(5, steps=NICE))
 
 
 def steps(axis) -> None:
     axis.set_major_formatter(FuncFormatter(lambda value, _: number(value)))
-    axis.set_major_locator(MaxNLocator(5, integer=True))
+    axis.set_major_locator(MaxNLocator(5, steps=NICE, integer=True))

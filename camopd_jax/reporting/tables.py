@@ -76,7 +76,7 @@ def _heading(column: Column) -> str:
 
 
 def _name(group: Group, cast: Cast) -> Cell:
-    return Cell(group.name, about=_about(group), colour=cast.style(group).colour)
+    return Cell(group.name + ", tuning" * group.tuning, about=_about(group), colour=cast.style(group).colour)
 
 
 def _about(group: Group) -> str:
