@@ -34,8 +34,10 @@ def _early_and_late(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     same = [(row, again[row["prompt"]]) for row in early if row["prompt"] in again]
     by_gap = [sorted(part, key=_size, reverse=True) for part in (early, late)]
     same.sort(key=lambda pair: _size(pair[0]), reverse=True)
-    apart = [pair for pair in zip(*by_gap, strict=False) if pair not in same]
-    return [*{early["prompt"]: (early, late) for early, late in [*same, *apart]}.values()][:PAIRS]
+    found: dict[str, tuple[Row, Row]] = {}
+    for pair in [*same, *zip(*by_gap, strict=False)]:
+        found.setdefault(pair[0]["prompt"], pair)
+    return list(found.values())[:PAIRS]
 
 
 def _size(row: Row) -> float:

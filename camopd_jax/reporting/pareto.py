@@ -62,7 +62,8 @@ def _frame(axes: Axes, points: Sequence[Point]) -> None:
     ):
         low = min([at, *(share.value - share.error for share in found)])
         high = max([at, *(share.value + share.error for share in found)])
-        limit(low - 0.1 * (high - low), high + 0.1 * (high - low))
+        margin = max(0.1 * (high - low), 0.01)
+        limit(low - margin, high + margin)
 
 
 def _label(axes: Axes, points: Sequence[Point], between: Sequence[tuple[float, Estimate, Estimate]]) -> None:

@@ -40,7 +40,8 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        return self.exported or (self.steps == self.config["steps"] and final(self) is not None)
+        last = final(self)
+        return self.exported or (last is not None and last.step == self.steps == self.config["steps"])
 
     @property
     def tokens(self) -> int:
