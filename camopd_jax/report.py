@@ -15,7 +15,7 @@ from absl import flags
 
 from camopd_jax import cli
 from camopd_jax.jsonl import whole_file
-from camopd_jax.reporting import runs
+from camopd_jax.reporting import directories
 from camopd_jax.reporting.page import page
 
 
@@ -25,7 +25,7 @@ def report(folders: Sequence[str], out: str) -> None:
     Raises:
       UserError: for a directory that is not there or holds no run, and if the page cannot be written.
     """
-    text = page(runs.read(folders), datetime.datetime.now().astimezone())
+    text = page(directories.read(folders), datetime.datetime.now().astimezone())
     with whole_file(out) as file:
         file.write(text)
 

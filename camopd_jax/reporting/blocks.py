@@ -68,6 +68,7 @@ class Section:
     about: str = ""
     legend: Legend = field(default_factory=list)
     figures: list[Figure] = field(default_factory=list)
+    multiples: list[Figure] = field(default_factory=list)  # many small ones of one kind
     tables: list[Table] = field(default_factory=list)
     pairs: list[Pair] = field(default_factory=list)
 

@@ -1,5 +1,6 @@
 """The page's sections of figures over the steps of runs. A section without data is empty and left out."""
 
+import dataclasses
 import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -13,7 +14,7 @@ from camopd_jax.reporting.outcomes import Column
 from camopd_jax.reporting.plots import Line
 from camopd_jax.reporting.runs import Run
 from camopd_jax.reporting.series import Curve, Points
-from camopd_jax.reporting.svg import SMALL, STAGES
+from camopd_jax.reporting.svg import SMALL, SMALLEST, STAGES
 
 BRANCH_LEGEND: Legend = [(name, name) for name in BRANCHES]
 MEASURES = {"recovery": "Recovery", "retention": "Retention"}
@@ -30,11 +31,13 @@ def over_steps(cast: Cast) -> Section:
         zero_or_one = 0 if measure == "recovery" else 1
         figures.append(_figure(title, plots.lines(drawn, "of what was lost" if measure == "recovery" else "of what was",
                                                   share=True, reference=zero_or_one)))  # fmt: skip
-    if cast.many and figures:
-        figures += _one_by_one(cast)
     bands = "Bands: ± one standard error, over seeds or, of a run alone, over questions. "
     dashed = "Dashed: where the specialised model is, which the student starts as."
-    return _over_groups("Recovery and retention over steps", bands + dashed, cast, figures)
+    multiples = _one_by_one(cast) if cast.many else []
+    if multiples:
+        dashed += " Small: recovery of each of the grey ones, here in black, beside those in colour."
+    found = _over_groups("Recovery and retention over steps", bands + dashed, cast, figures)
+    return dataclasses.replace(found, multiples=multiples)
 
 
 def _columns_of_standings(cast: Cast) -> list[Column]:
@@ -51,7 +54,7 @@ def _columns_of_standings(cast: Cast) -> list[Column]:
 
 
 def _one_by_one(cast: Cast) -> list[Figure]:
-    """Of each grey group, a small figure of its own beside those in colour."""
+    """Of each grey group, a small figure of its own, in which it is black, beside those in colour."""
     found = []
     for group in cast.groups:
         if cast.style(group).muted:
@@ -59,8 +62,8 @@ def _one_by_one(cast: Cast) -> list[Figure]:
             drawn = [Line(g.name, Style("ink") if g is group else cast.style(g), curve) for g in shown
                      if (curve := series.standing_over(g.distinct, "recovery", "mean"))]  # fmt: skip
             if drawn and drawn[-1].name == group.name:
-                found.append(_figure(f"Recovery, mean: {group.name}",
-                                     plots.lines(drawn, "of what was lost", share=True, reference=0)))  # fmt: skip
+                paint, title = plots.lines(drawn, "recovery, mean", share=True, reference=0), group.name
+                found.append(Figure(title, svg.draw(paint, f"Recovery of {title}", SMALLEST, left=44)))
     return found
 
 

@@ -41,9 +41,13 @@ def page(sources: Sequence[Source], now: datetime.datetime) -> str:
         loader=jinja2.PackageLoader("camopd_jax.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
     text = environment.get_template("page.html").render(
-        title=_title(sources), read=[_told(source) for source in sources], sections=[s for s in sections if s],
-        now=now.strftime("%-d %B %Y, %H:%M %Z").strip(), failed=_failed(sources),
-    )  # fmt: skip
+        title=_title(sources),
+        counts=_counts(sources),
+        read=[_told(source) for source in sources],
+        now=now.strftime("%-d %B %Y, %H:%M %Z").strip(),
+        sections=[section for section in sections if section],
+        failed=_failed(sources),
+    )
     return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer cannot be written
 
 
@@ -112,6 +116,13 @@ def _title(sources: Sequence[Source]) -> str:
     return "camopd_jax: " + (", ".join(names) if len(names) <= 3 else f"{len(names)} runs")
 
 
+def _counts(sources: Sequence[Source]) -> str:
+    found, ended = sum(source.found for source in sources), sum(source.ended for source in sources)
+    return f"{len(sources)} directories, {found} runs, {ended} ended" + (
+        f", {found - ended} not" if ended < found else ""
+    )
+
+
 def _told(source: Source) -> str:
     kind = "grid" if source.is_grid else "run"
     state = "ended" if source.ended == source.found else "in progress"
@@ -120,7 +131,8 @@ def _told(source: Source) -> str:
         return f"{source.folder}: a {kind}, {state}, {run.steps} of {run.config['steps']} steps"
     seconds = f", {source.study['seconds'] / 60:.0f} minutes" if source.study and "seconds" in source.study else ""
     if source.study:
-        return f"{source.folder}: a grid, ended, {source.found} runs{seconds}"
+        failed = f", {len(source.study['failed'])} failed" if source.study.get("failed") else ""
+        return f"{source.folder}: a grid, ended, {source.found} runs{failed}{seconds}"
     return f"{source.folder}: a grid, in progress, {source.found} runs so far, {source.ended} of them ended"
 
 

@@ -26,7 +26,7 @@ NAMES = (
     *(f"stage-{name}" for name in STAGES),
 )  # fmt: skip
 _SENTINELS = {name: f"#0a0b{16 + i:02x}" for i, name in enumerate(NAMES)}
-SMALL, WIDE = (360, 232), (560, 430)  # width and height in CSS pixels
+SMALLEST, SMALL, WIDE = (170, 140), (360, 232), (560, 430)  # width and height in CSS pixels
 
 _SETTINGS = {
     "svg.fonttype": "none", "font.size": 11, "axes.labelsize": 11, "xtick.labelsize": 10.5, "ytick.labelsize": 10.5,

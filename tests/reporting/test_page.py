@@ -9,7 +9,7 @@ import xml.etree.ElementTree as ElementTree
 import pytest
 from workdirs import HALF, NOTHING, diagnostics_row, write, write_grid, write_run
 
-from camopd_jax.reporting import runs
+from camopd_jax.reporting import directories
 from camopd_jax.reporting.page import page
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC)
@@ -19,7 +19,7 @@ VOID = {"meta", "input", "br", "link", "img"}
 
 def made(*folders):
     """The page of some directories, checked to be well formed."""
-    text = page(runs.read([str(folder) for folder in folders]), NOW)
+    text = page(directories.read([str(folder) for folder in folders]), NOW)
     check(text)
     return text
 
@@ -175,7 +175,7 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     folders = [write_run(tmp_path / name / "run") for name in ("a", "b")]
-    assert [source.groups[0].name for source in runs.read(map(str, folders))] == ["a/run", "b/run"]
+    assert [source.groups[0].name for source in directories.read(map(str, folders))] == ["a/run", "b/run"]
 
 
 def test_fifty_runs(tmp_path):
@@ -183,12 +183,12 @@ def test_fifty_runs(tmp_path):
     folders = [write_run(tmp_path / f"run-{i}", method, standings=EVALUATED, **{"seed": i})
                for i, method in enumerate(methods)]  # fmt: skip
     text = made(*folders)
-    assert len(text) < 5e6 and "50 directories were read" in text
+    assert len(text) < 5e6 and "50 directories, 50 runs, 50 ended" in text
     assert "48 others" in text
     recovery = figure(text, "Recovery: mean of its benchmarks")
     strokes = re.findall(r"<title>run-(\d+)</title>\s*<path[^>]*?stroke: var\(--([\w-]+)\)", recovery, flags=re.S)
     assert dict(strokes)["49"] == "group-1" and dict(strokes)["48"] == "group-2" and dict(strokes)["7"] == "muted"
-    assert "Recovery, mean: run-7" in captions(text)  # where lines tangle, each has a figure of its own
+    assert "run-7" in captions(text)  # where lines tangle, each has a figure of its own
 
 
 # ------------------------------------------------------------------------------------- grids

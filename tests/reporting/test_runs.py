@@ -9,12 +9,12 @@ from workdirs import EVERYTHING, HALF, TEACHERS, config, result_rows, standing_r
 from camopd_jax.controls import CONTROLS, method_of
 from camopd_jax.errors import UserError
 from camopd_jax.report import report
-from camopd_jax.reporting import answers, runs, series
+from camopd_jax.reporting import answers, directories, runs, series
 from camopd_jax.resolved import differing, to_json
 
 
 def only_run(folder):
-    return runs.read([str(folder)])[0].groups[0].run
+    return directories.read([str(folder)])[0].groups[0].run
 
 
 @pytest.mark.parametrize("method", CONTROLS)
@@ -103,7 +103,7 @@ def test_early_and_late_answers_are_to_the_same_prompt_where_it_came_again(tmp_p
         if row["step"] in (1, 6, 10):
             row["prompt"] = "again"
     write(folder / "samples.jsonl", rows)
-    group = runs.read([str(folder)])[0].groups[0]
+    group = directories.read([str(folder)])[0].groups[0]
     early, late = answers._early_and_late([row for row in group.run.samples if row["phase"] == "recovery"])[0]
     assert (early["step"], late["step"], early["prompt"]) == (1, 10, "again")
 
@@ -113,23 +113,23 @@ def test_early_and_late_answers_are_to_the_same_prompt_where_it_came_again(tmp_p
 
 def test_a_directory_without_a_run(tmp_path):
     with pytest.raises(UserError, match="holds no run"):
-        runs.read([str(tmp_path)])
+        directories.read([str(tmp_path)])
     with pytest.raises(UserError, match="no such directory"):
-        runs.read([str(tmp_path / "nowhere")])
+        directories.read([str(tmp_path / "nowhere")])
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "Other", "config": {}}'])
 def test_a_config_that_is_none(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json: not the config\.json of a run"):
-        runs.read([str(tmp_path)])
+        directories.read([str(tmp_path)])
 
 
 def test_a_study_that_is_cut(tmp_path):
     write_run(tmp_path / "camopd" / "0.0002" / "seed-0")
     (tmp_path / "study.json").write_text('{"axes"')
     with pytest.raises(UserError, match=r"study\.json: not JSON"):
-        runs.read([str(tmp_path)])
+        directories.read([str(tmp_path)])
 
 
 def test_the_command(command, tmp_path):
