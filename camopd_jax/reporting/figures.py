@@ -35,7 +35,7 @@ def over_steps(cast: Cast) -> Section:
     dashed = "Dashed: where the specialised model is, which the student starts as."
     multiples = _one_by_one(cast) if cast.many else []
     if multiples:
-        dashed += " Small: recovery of each of the grey ones, here in black, beside those in colour."
+        dashed += " Small: recovery of each of the grey ones, in the colour of the text, beside those in colour."
     found = _over_groups("Recovery and retention over steps", bands + dashed, cast, figures)
     return dataclasses.replace(found, multiples=multiples)
 
@@ -54,7 +54,7 @@ def _columns_of_standings(cast: Cast) -> list[Column]:
 
 
 def _one_by_one(cast: Cast) -> list[Figure]:
-    """Of each grey group, a small figure of its own, in which it is black, beside those in colour."""
+    """Of each grey group, a small figure of its own, in the colour of the text, beside those in colour."""
     found = []
     for group in cast.groups:
         if cast.style(group).muted:

@@ -104,7 +104,7 @@ def _last(found: Sequence[Outcome], measure: str) -> Column | None:
 def settings(sources: Sequence[Source], drawn: Cast) -> Section:
     """Which runs these are, how their configs differ, and how grids chose their learning rates."""
     found: list[Table | None] = [tables.essentials(drawn), tables.configs(drawn) if len(drawn.groups) > 1 else None]
-    found += [tables.sweep(source) for source in sources]
+    found += [table for source in sources for table in tables.sweep(source)]
     return Section("Runs and settings", tables=[table for table in found if table])
 
 

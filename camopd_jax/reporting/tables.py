@@ -4,7 +4,7 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from camopd_jax.controls import CONTROLS
+from camopd_jax.controls import CONTROLS, INTERPOLATION
 from camopd_jax.reporting.blocks import Cell, Table
 from camopd_jax.reporting.cast import Cast
 from camopd_jax.reporting.outcomes import Column, Interval, Outcome, columns, difference, estimate, reference
@@ -89,25 +89,25 @@ def _rate(group: Group) -> str:
     return f"{setting:g}"
 
 
-def sweep(source: Source) -> Table | None:
-    """The merits by which a grid chose each method's setting."""
+def sweep(source: Source) -> list[Table]:
+    """The merits by which a grid chose each method's learning rate, and the interpolation's weight."""
     tried = {method: {float(setting): merit for setting, merit in found.items()}
              for method, found in source.merits.items() if found}  # fmt: skip
-    if not tried:
-        return None
+    between = {method: tried.pop(method) for method in (INTERPOLATION,) if method in tried}
+    what = f"{source.folder.name}: mean of recovery and retention in %, on the questions that choose, one run each, by"
+    bold = "Bold: the best." if source.study else "Bold: the best so far."
+    return [_merits(found, f"{what} {of}. {bold}")
+            for found, of in ((tried, "learning rate"), (between, "the original model's weight")) if found]  # fmt: skip
+
+
+def _merits(tried: dict[str, dict[float, float]], caption: str) -> Table:
     settings = sorted({setting for found in tried.values() for setting in found})
     best = {method: max(found, key=found.get) for method, found in tried.items()}
     rows = [
         [Cell(method), *(Cell(f"{100 * found[s]:.1f}", s == best[method]) if s in found else NONE for s in settings)]
         for method, found in tried.items()
     ]
-    return Table(
-        f"{source.folder.name}: mean of recovery and retention in % by learning rate (of the interpolation: by the "
-        "original model's weight), one run each, on the questions that choose. Bold: the best"
-        + ("." if source.study else " so far."),
-        ["", *(f"{setting:g}" for setting in settings)],
-        rows,
-    )
+    return Table(caption, ["", *(f"{setting:g}" for setting in settings)], rows)
 
 
 def essentials(cast: Cast) -> Table:
@@ -136,11 +136,13 @@ def configs(cast: Cast) -> Table | None:
     found = differing([group.run.config for group in cast.groups])
     if not found:
         return None
-    rows = [[_name(group, cast), *(_value(values[i]) for values in found.values())]
+    rows = [[_name(group, cast), *(_value(values[i], values[i] != values[0]) for values in found.values())]
             for i, group in enumerate(cast.groups)]  # fmt: skip
-    return Table("Fields of the configs that are not the same in all.", ["", *found], rows)
+    return Table(
+        "Fields of the configs that are not the same in all. Bold: other than in the first row.", ["", *found], rows
+    )
 
 
-def _value(value: Any) -> Cell:
+def _value(value: Any, strong: bool) -> Cell:
     text = NO if value is None else value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-    return Cell(text) if len(text) <= 48 else Cell(text[:47] + "…", about=text)
+    return Cell(text, strong) if len(text) <= 48 else Cell(text[:47] + "…", strong, about=text)

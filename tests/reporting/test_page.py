@@ -169,7 +169,7 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
     text = made(ours, theirs)
     assert row(text, "Less that of vanilla", "mine")[:2] == ["8 questions", "+25.0 (\u221213.7 to +63.7)"]
     assert row(text, "Less that of camopd", "theirs")[1] == "\u221225.0 (\u221263.7 to +13.7)"
-    assert "method.schedule" in text and "<td>alternate</td>" in text and "<td>mixed</td>" in text
+    assert "method.schedule" in text and "<td>alternate</td>" in text and "<td><b>mixed</b></td>" in text
     assert "general_model</th>" not in text  # the same in both
 
 
