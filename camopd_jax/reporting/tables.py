@@ -30,7 +30,7 @@ def results(outcomes: Sequence[Outcome], cast: Cast) -> Table:
         rows.append([
             _name(of.group, cast), Cell(_rate(of.group)), Cell(str(step)), Cell(f"{n} {next(iter(over), NO)}"),
             Cell(number(sum(tokens) / len(tokens)) if tokens else NO),
-            *(Cell(f"{100 * cell.value:.1f} ± {100 * cell.error:.1f}", column[1] == "mean") if cell else NONE
+            *(Cell(minus(f"{100 * cell.value:.1f} ± {100 * cell.error:.1f}"), column[1] == "mean") if cell else NONE
               for cell, column in zip(cells, shown, strict=True)),
         ])  # fmt: skip
     head = ["", "rate", "step", "error over", "tokens sampled"]
@@ -104,7 +104,10 @@ def _merits(tried: dict[str, dict[float, float]], caption: str) -> Table:
     settings = sorted({setting for found in tried.values() for setting in found})
     best = {method: max(found, key=found.get) for method, found in tried.items()}
     rows = [
-        [Cell(method), *(Cell(f"{100 * found[s]:.1f}", s == best[method]) if s in found else NONE for s in settings)]
+        [
+            Cell(method),
+            *(Cell(minus(f"{100 * found[s]:.1f}"), s == best[method]) if s in found else NONE for s in settings),
+        ]
         for method, found in tried.items()
     ]
     return Table(caption, ["", *(f"{setting:g}" for setting in settings)], rows)
