@@ -36,16 +36,17 @@ def config_flag(*classes: type) -> Callable[[], Any]:
     return read
 
 
-def run(main: Callable[..., None], *words: str) -> None:
+def run(main: Callable[..., None], *words: str, many: bool = False) -> None:
     """Parses the flags and runs `main`. A user's mistake becomes one line on stderr and exit code 2.
 
     Args:
       words: names of the arguments without dashes that the command takes; `main` gets their values.
+      many: whether the last of them may be given more than once.
     """
     logging.set_verbosity(logging.WARNING)  # of the libraries; --verbosity=0 lets them talk
     app.run(
         lambda argv: one_line(lambda: main(*argv[1:])),
-        flags_parser=lambda argv: one_line(lambda: _parse(argv, words)),
+        flags_parser=lambda argv: one_line(lambda: _parse(argv, words, many)),
     )
 
 
@@ -57,7 +58,7 @@ def required(name: str, example: str) -> str:
     return value
 
 
-def _parse(argv: list[str], words: Sequence[str]) -> list[str]:
+def _parse(argv: list[str], words: Sequence[str], many: bool) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -72,7 +73,7 @@ def _parse(argv: list[str], words: Sequence[str]) -> list[str]:
         sys.exit(0)
     except (OSError, ImportError, SyntaxError, TypeError, ValueError, KeyError, NameError) as error:
         raise UserError(f"--config: cannot read the config file: {_cause(error)}") from error
-    if len(rest) > 1 + len(words):
+    if len(rest) > 1 + len(words) and not many:
         raise UserError(f"{rest[1 + len(words)]!r} is not a flag; flags begin with --")
     if len(rest) < 1 + len(words):
         raise UserError(f"{words[len(rest) - 1]} is missing; see --help")

@@ -33,7 +33,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from camopd_jax import cli, engine
 from camopd_jax.analysis import study
 from camopd_jax.config import TrainConfig
-from camopd_jax.controls import CONTROLS, QUICK
+from camopd_jax.controls import AGAINST, CONTROLS, INTERPOLATION, QUICK
 from camopd_jax.errors import UserError
 from camopd_jax.evals.report import Result
 from camopd_jax.evaluate import evaluate
@@ -42,11 +42,8 @@ from camopd_jax.jsonl import read_rows
 from camopd_jax.resolved import changed, different_fields, to_json
 from camopd_jax.train import train
 
-INTERPOLATION = "interpolation"
 METHODS = (*CONTROLS, INTERPOLATION)
 WEIGHTS = tuple(i / 10 for i in range(1, 10))  # of the original model, in the interpolation's sweep
-TUNING_SEED = 1000  # of the runs that choose a learning rate
-AGAINST = ("vanilla", "camopd")
 
 
 @dataclass(frozen=True)
@@ -79,7 +76,7 @@ def compare(base: TrainConfig, workdir: str, methods: Sequence[str], rates: Sequ
     with Workers(workers) as pool, Grid(pool, base, workdir) as grid:
         grid.baselines()
         tried = {method: WEIGHTS if method == INTERPOLATION else tuple(rates) for method in methods}
-        sweep = [Run(method, setting, TUNING_SEED) for method in methods for setting in tried[method]
+        sweep = [Run(method, setting, study.TUNING_SEED) for method in methods for setting in tried[method]
                  if len(tried[method]) > 1]  # fmt: skip
         found = grid.run(sweep, f"choosing among {len(rates)} rates" if len(rates) > 1 else "interpolation")
         axes = {b.name: b.axis for b in base.evaluation.benchmarks}
@@ -97,7 +94,7 @@ def compare(base: TrainConfig, workdir: str, methods: Sequence[str], rates: Sequ
         for run in sorted(done, key=lambda run: run.seed):
             outcomes[run.method][run.seed] = grid.shares(run, for_tuning=False)
         if INTERPOLATION in methods:  # the same model whatever the seed
-            between = grid.shares(Run(INTERPOLATION, chosen[INTERPOLATION], TUNING_SEED), for_tuning=False)
+            between = grid.shares(Run(INTERPOLATION, chosen[INTERPOLATION], study.TUNING_SEED), for_tuning=False)
             outcomes[INTERPOLATION] = dict.fromkeys(range(seeds), between)
         seconds = time.perf_counter() - started
         facts = {"axes": axes, "settings": chosen, "merits": merits, "outcomes": outcomes, "failed": grid.failed,

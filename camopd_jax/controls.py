@@ -1,7 +1,9 @@
 """The methods that CaMOPD is compared with. Each is the same run with other values in some fields of its config."""
 
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from camopd_jax.config import Method
 
 
 @dataclass(frozen=True)
@@ -61,3 +63,23 @@ CONTROLS = {
 }  # fmt: skip
 
 QUICK = ("camopd", "vanilla", "alternating", "random", "recovery-only", "distillation")
+
+INTERPOLATION = "interpolation"  # of the two models' parameters; compared as a method, but not a run
+AGAINST = ("vanilla", "camopd")  # whom every method is compared with
+
+
+def method_of(config: dict[str, Any]) -> str | None:
+    """The name of the method that a run's resolved config makes; None if it is none of these."""
+    clips = config["optimizer"].get("clip_norm") is not None
+    for name, control in CONTROLS.items():
+        method = asdict(Method())
+        for field_name, value in control.changes.items():
+            block, *path, last = field_name.split(".")
+            if block == "method":
+                part = method
+                for step in path:
+                    part = part[step]
+                part[last] = value
+        if clips == ("optimizer.clip_norm" not in control.changes) and config["method"].items() <= method.items():
+            return name
+    return None

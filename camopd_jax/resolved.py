@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from etils import epath
@@ -17,16 +18,34 @@ def to_json(config: Config) -> dict[str, Any]:
     return json.loads(json.dumps(dataclasses.asdict(config)))
 
 
+_KINDS = {c.__name__: c for c in (TrainConfig, SftConfig)}
+
+
 def from_json(file: epath.Path) -> Config:
     """The config of a work directory, from its config.json."""
+    kind, values = stored(file)
     try:
-        stored = json.loads(file.read_text())
-        cls = {c.__name__: c for c in (TrainConfig, SftConfig)}[stored["kind"]]
-        return build(cls, stored["config"], "config")
-    except FileNotFoundError:
-        raise UserError(f"{file}: no such file; give the --workdir of a run") from None
+        return build(_KINDS[kind], values, "config")
     except (ValueError, KeyError) as error:
         raise UserError(f"{file}: not the config.json of a run; give the --workdir of one") from error
+
+
+def stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
+    """The kind of a config.json and its values as they stand there: those of an older version have other fields.
+
+    Raises:
+      UserError: if it is not there, or not of a run.
+    """
+    try:
+        found = json.loads(file.read_text())
+        kind, values = found["kind"], found["config"]
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give the --workdir of a run") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not the config.json of a run; give the --workdir of one") from error
+    if kind not in _KINDS or not isinstance(values, dict):
+        raise UserError(f"{file}: not the config.json of a run; give the --workdir of one")
+    return kind, values
 
 
 # Fields that may change between two starts of one run: they do not touch the mathematics.
@@ -42,6 +61,23 @@ def fingerprint(config: Config) -> str:
 def different_fields(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
     """Names of the fields that decide what a run computes and differ between two resolved configs."""
     return _different(_deciding(before), _deciding(after), "config")
+
+
+def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """What each of several resolved configs has in the fields that are not the same in all; None where it has none.
+
+    Fields are named like "method.recovery.mass", and in order of their names.
+    """
+    first, *others = configs
+    names = sorted({name for other in others for name in _different(first, other, "config")})
+    return {name.removeprefix("config."): [_value(values, name) for values in configs] for name in names}
+
+
+def _value(values: Any, name: str) -> Any:
+    """Of a field named like "config.method.schedule"; None if there is none."""
+    for part in name.split(".")[1:]:
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
 
 
 def _deciding(values: dict[str, Any]) -> dict[str, Any]:

@@ -18,8 +18,8 @@ LAYERS = [
     ["evaluation", "branches"],
     ["diagnosis"],
     ["export"],
-    ["host"],
-    ["train", "sft", "generate", "score", "evaluate", "lm_eval", "interpolate", "analyze", "data.recipe"],
+    ["host", "reporting"],
+    ["train", "sft", "generate", "score", "evaluate", "lm_eval", "interpolate", "analyze", "report", "data.recipe"],
     ["compare"],
 ]
 STRANGERS = {"steps", "models", "data", "evals"}

@@ -18,6 +18,7 @@ from camopd_jax.evals import report
 from camopd_jax.evals.report import Result
 
 Shares = dict[str, float]  # by benchmark
+TUNING_SEED = 1000  # of the runs that choose a learning rate
 TUNING_EVERY = 4  # of the questions, one in so many chooses settings; results are of the others
 
 
@@ -82,6 +83,11 @@ def difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference |
     apart = np.asarray([ours[seed] - theirs[seed] for seed in seeds])
     error = float(np.std(apart, ddof=1)) / math.sqrt(len(apart))
     return Difference(float(np.mean(apart)), error, float(stats.ttest_1samp(apart, 0).pvalue) if error else None)
+
+
+def half_width(error: float, n: int, level: float = 0.95) -> float:
+    """Of the confidence interval around a mean of n values with this standard error (Student's t, n - 1)."""
+    return float(stats.t.ppf((1 + level) / 2, n - 1)) * error
 
 
 def table(

@@ -1,0 +1,150 @@
+"""What is read of directories, and figures over steps by hand."""
+
+import json
+import math
+
+import pytest
+from workdirs import EVERYTHING, HALF, TEACHERS, config, result_rows, standing_row, write, write_run
+
+from camopd_jax.controls import CONTROLS, method_of
+from camopd_jax.errors import UserError
+from camopd_jax.report import report
+from camopd_jax.reporting import answers, directories, runs, series
+from camopd_jax.resolved import differing, to_json
+
+
+def only_run(folder):
+    return directories.read([str(folder)])[0].groups[0].run
+
+
+@pytest.mark.parametrize("method", CONTROLS)
+def test_a_method_is_known_by_its_config(method):
+    assert method_of(to_json(config(method))) == method
+    assert method_of(to_json(config(method, **{"method.advantage_clip": 3.0}))) is None
+
+
+def test_a_config_of_an_older_version_has_fewer_fields():
+    values = to_json(config("vanilla"))
+    del values["method"]["conflict"]
+    assert method_of(values) == "vanilla"
+
+
+def test_differing_fields_of_several_configs():
+    a, b = to_json(config()), to_json(config("mass-0.6", seed=3))
+    del b["log"]
+    found = differing([a, b, a])
+    assert list(found) == ["log", "method.recovery.mass", "method.review.mass", "seed"]
+    assert found["seed"] == [0, 3, 0] and found["method.recovery.mass"] == [0.8, 0.6, 0.8]
+    assert found["log"] == [a["log"], None, a["log"]] and differing([a]) == {}
+
+
+# ---------------------------------------------------------------------------------- final scores
+
+
+def test_final_scores_are_those_of_the_last_whole_evaluation(tmp_path):
+    folder = write_run(tmp_path / "mine", student=None, exported=False)
+    rows = [row for name, scores in TEACHERS.items() for row in result_rows(name, 0, scores)]
+    rows += result_rows("student", 4, HALF) + result_rows("student", 8, HALF | {"sums": EVERYTHING})
+    write(folder / "eval.jsonl", [*rows, *result_rows("student", 12, HALF)[:2]])  # the last has no domain yet
+    assert runs.final(only_run(folder)).step == 8 and not only_run(folder).ended
+    write(folder / "eval.jsonl", rows + result_rows("student", 12, HALF))
+    assert runs.final(only_run(folder)).step == 12 and only_run(folder).ended
+
+
+def test_final_scores_of_a_run_that_exported_its_best_model(tmp_path):
+    folder = write_run(tmp_path / "mine", student=None, **{"checkpoints.export": "best"})
+    rows = [row for name, scores in TEACHERS.items() for row in result_rows(name, 0, scores)]
+    rows += [*result_rows("student", 4, HALF), standing_row(4, 0.5, 1.0)]
+    rows += [*result_rows("student", 8, HALF), standing_row(8, 0.4, 1.0)]
+    write(folder / "eval.jsonl", rows)
+    assert runs.final(only_run(folder)).step == 4
+
+
+def test_teachers_are_cut_to_the_questions_that_the_student_was_asked(tmp_path):
+    folder = write_run(tmp_path / "mine", student=None)
+    rows = [row for name, scores in TEACHERS.items() for row in result_rows(name, 0, scores)]
+    part = [row | {"n": 4, "scores": row["scores"][:4]} for row in result_rows("student", 12, HALF)]
+    write(folder / "eval.jsonl", rows + part)
+    assert [row["n"] for row in runs.final(only_run(folder)).general] == [4, 4, 4]
+
+
+# -------------------------------------------------------------------------------- over the steps
+
+
+def test_a_branch_has_its_own_steps_and_its_part_of_mixed_ones(tmp_path):
+    alone, mixed = only_run(write_run(tmp_path / "a")), only_run(write_run(tmp_path / "b", "vanilla"))
+    assert series.branch_points(alone, "review", "selected_fraction") == [(3, 0.28), (7, 0.32), (11, 0.36)]
+    assert series.branch_points(mixed, "review", "selected_fraction")[:2] == [(0, 0.5), (1, 0.52)]
+    assert series.phase_points(mixed, "mixed", "seconds.update")[0] == (0, 0.4)
+    assert series.branch_points(alone, "review", "not there") == []
+
+
+def test_points_are_pooled_over_runs_step_by_step():
+    curve = series.pooled([[(0, 1.0), (2, 5.0)], [(0, 3.0)], [(0, 5.0)]])
+    assert curve.steps == [0, 2] and curve.values == [3.0, 5.0]
+    assert curve.errors == [pytest.approx(2 / math.sqrt(3)), None]
+
+
+def test_many_points_are_pooled_in_bins_within_each_run_first():
+    curve = series.pooled([[(step, float(step)) for step in range(8)], [(0, 10.5)]], at_most=4)
+    assert curve.steps == [0.5, 2.5, 4.5, 6.5] and curve.values == [5.5, 2.5, 4.5, 6.5]
+
+
+@pytest.mark.parametrize("gap, tint", [(0.04, ""), (-0.04, ""), (None, ""), (0.05, "up-1"), (-0.25, "down-2"),
+                                       (1.0, "up-3"), (-7.0, "down-4")])  # fmt: skip
+def test_tints(gap, tint):
+    assert answers.tint(gap) == tint
+
+
+def test_early_and_late_answers_are_to_the_same_prompt_where_it_came_again(tmp_path):
+    folder = write_run(tmp_path / "mine")
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    for row in rows:
+        if row["step"] in (1, 6, 10):
+            row["prompt"] = "again"
+    write(folder / "samples.jsonl", rows)
+    group = directories.read([str(folder)])[0].groups[0]
+    early, late = answers._early_and_late([row for row in group.run.samples if row["phase"] == "recovery"])[0]
+    assert (early["step"], late["step"], early["prompt"]) == (1, 10, "again")
+
+
+# ------------------------------------------------------------------------------------ mistakes
+
+
+def test_a_directory_without_a_run(tmp_path):
+    with pytest.raises(UserError, match="holds no run"):
+        directories.read([str(tmp_path)])
+    with pytest.raises(UserError, match="no such directory"):
+        directories.read([str(tmp_path / "nowhere")])
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "Other", "config": {}}'])
+def test_a_config_that_is_none(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: not the config\.json of a run"):
+        directories.read([str(tmp_path)])
+
+
+def test_a_study_that_is_cut(tmp_path):
+    write_run(tmp_path / "camopd" / "0.0002" / "seed-0")
+    (tmp_path / "study.json").write_text('{"axes"')
+    with pytest.raises(UserError, match=r"study\.json: not JSON"):
+        directories.read([str(tmp_path)])
+
+
+def test_the_command(command, tmp_path):
+    folder, out = write_run(tmp_path / "mine", steps=0, student=None), tmp_path / "page.html"
+    ended = command("report", folder, "--out", out)
+    assert ended.code == 0 and ended.out == f"written: {out}\n" and out.read_text().startswith("<!DOCTYPE html>")
+
+
+def test_a_page_that_cannot_be_written(tmp_path):
+    folder = write_run(tmp_path / "mine", steps=0, student=None)
+    with pytest.raises(UserError, match=r"no/page\.html: cannot write"):
+        report([str(folder)], f"{tmp_path}/no/page.html")
+
+
+def test_mistakes_end_in_one_line(command, tmp_path):
+    for arguments, told in (([], "DIR is missing"), ([tmp_path, tmp_path / "gone"], "holds no run")):
+        ended = command("report", *arguments)
+        assert ended.code == 2 and ended.err.count("\n") == 1 and told in ended.err, ended.err

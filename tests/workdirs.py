@@ -1,0 +1,116 @@
+"""Work directories of runs and grids, small, as `train` and `compare` write them."""
+
+import json
+
+from camopd_jax.config import Benchmark, Evaluation, Stream, TrainConfig
+from camopd_jax.controls import CONTROLS
+from camopd_jax.evals import report
+from camopd_jax.evals.task import Grade
+from camopd_jax.phases import ACTING, phase_at
+from camopd_jax.resolved import changed, to_json
+
+BENCHMARKS = (Benchmark("sums"), Benchmark("logic"), Benchmark("drugs", "choice", axis="domain"))
+NOTHING, EVERYTHING = [0.0] * 8, [1.0] * 8
+TEACHERS = {"general": {"sums": EVERYTHING, "logic": EVERYTHING, "drugs": NOTHING},
+            "specialised": {"sums": NOTHING, "logic": NOTHING, "drugs": EVERYTHING}}  # fmt: skip
+HALF = {"sums": [1.0, 0.0] * 4, "logic": [1.0, 0.0] * 4, "drugs": EVERYTHING}
+
+
+def config(method="camopd", **changes):
+    """A run's config; `changes` are of fields with _ for the dots between blocks' names."""
+    base = TrainConfig("original", "specialist", Stream("general.jsonl"), Stream("domain.jsonl"), steps=12,
+                       evaluation=Evaluation(benchmarks=BENCHMARKS))  # fmt: skip
+    return changed(base, CONTROLS[method].changes | changes)
+
+
+def write_run(folder, method="camopd", *, steps=None, student=HALF, standings=(), exported=True, prompt="<|user|>2+2",
+              diagnostics=(), **changes):  # fmt: skip
+    """Writes a run that has done `steps` steps (default: all) and returns its folder.
+
+    Args:
+      student: scores of the finished model by benchmark; None: not evaluated.
+      standings: (step, recovery, retention) of evaluations between the steps.
+    """
+    made = config(method, **changes)
+    steps = made.steps if steps is None else steps
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text(json.dumps({"kind": "TrainConfig", "config": to_json(made)}))
+    write(folder / "metrics.jsonl", [metrics_row(step, phase_at(step, made.method)) for step in range(steps)])
+    branches = [(step, branch) for step in range(steps) for branch in ACTING[phase_at(step, made.method)]]
+    write(folder / "samples.jsonl", [sample_row(step, branch, prompt) for step, branch in branches])
+    write(folder / "selection.jsonl", [selection_row(step, branch) for step, branch in branches])
+    if diagnostics:
+        write(folder / "diagnostics.jsonl", diagnostics)
+    rows = [standing_row(*of) for of in standings]
+    if student:
+        for name, scores in TEACHERS.items():
+            rows += result_rows(name, 0, scores)
+        rows += result_rows("student", steps, student)
+    write(folder / "eval.jsonl", rows)
+    if exported:
+        (folder / "export").mkdir()
+    return folder
+
+
+def write_grid(folder, students, sweep=None):
+    """Writes a finished grid: `students` are the finished models' scores by method and seed."""
+    settings = dict.fromkeys(students, 0.0002)
+    for method, of_seeds in students.items():
+        for seed, scores in of_seeds.items():
+            write_run(folder / method / "0.0002" / f"seed-{seed}", method, student=scores, seed=seed)
+        write_run(folder / method / "0.0004" / "seed-1000", method, seed=1000)
+    facts = {"axes": {b.name: b.axis for b in BENCHMARKS}, "settings": settings, "outcomes": {}, "failed": {},
+             "merits": sweep or {}, "tokens": {}, "seconds": 600, "workers": 2}  # fmt: skip
+    (folder / "study.json").write_text(json.dumps(facts))
+    return folder
+
+
+def write(file, rows):
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def result_rows(model, step, scores):
+    return [{"model": model, "step": step, "checkpoint": model, "asked": b.name}
+            | report.result(b, [[Grade(score)] for score in scores[b.name]], [3] * 8, [True] * 8)
+            for b in BENCHMARKS]  # fmt: skip
+
+
+def standing_row(step, recovery, retention):
+    return {"step": step, "model": "student", "benchmark": "standing", "keeps": True, "merit": recovery,
+            "recovery": {"sums": [recovery, 0.05], "logic": [recovery, 0.05], "mean": [recovery, 0.04]},
+            "retention": {"drugs": [retention, 0.02], "mean": [retention, 0.02]}}  # fmt: skip
+
+
+def metrics_row(step, phase):
+    branch = {"loss": 1 / (step + 1), "gap_mean": -0.5 / (step + 1), "gap_abs_mean": 0.7 / (step + 1),
+              "gap_pos_mean": 0.1, "selected_fraction": 0.25 + step / 100, "selected_mass": 0.8, "entropy": 0.2,
+              "selected_length_mean": 5.0, "length_mean": 7.0, "truncated_fraction": 0.0}  # fmt: skip
+    own = {name: {key: value * (1 + i) for key, value in branch.items()} for i, name in enumerate(ACTING["mixed"])}
+    parts = {"loss": 0.5, **own} if phase == "mixed" else branch
+    seconds = {"rollout": 0.3, "score": 0.2, "select": 0.01, "update": 0.4, "other": 0.09}
+    return {"step": step, "phase": phase, **parts, "grad_norm": 3.0, "grad_clipped": 1.0, "learning_rate": 1e-4,
+            "response_tokens": 100, "repetition": 0.02, "seconds": seconds, "tokens_per_second": 100.0,
+            "skipped": 0}  # fmt: skip
+
+
+def sample_row(step, branch, prompt):
+    return {"step": step, "phase": branch, "prompt_index": step, "prompt": f"{prompt} of {step}",
+            "response": "fo ur<e>", "tokens": ["fo", " ur", "<e>"], "gaps": [1.5, -0.3, 0.0], "selected": step % 2 == 0,
+            "finish_reason": "stop"}  # fmt: skip
+
+
+def selection_row(step, branch):
+    return {"step": step, "phase": branch, "index": [1, 2, 3], "score": [0.0, 0.02 * (step + 1), 2.0],
+            "selected": [False, False, True], "length": [5, 6, 7], "truncated": [False] * 3, "entropy": [0.1, 0.2, 0.3],
+            "student_loss": [0.1, 0.2, 0.3], "teacher_loss": [0.1, 0.2, 0.3]}  # fmt: skip
+
+
+def diagnostics_row(step, **changes):
+    sets = {"selected": 0.6, "all": 0.4, "random": 0.45}
+    branch = {"coherence": sets, "gcg": 0.5, "signal": sets, "selected_fraction": 0.2}
+    pair = {"dot": -1.0, "cosine": -0.1, "survives": 0.7}
+    measured = {name: [0.3, 0.1, 0.5] for name in ("length", "truncated", "entropy", "student_loss", "teacher_loss")}
+    return {"step": step, "route": "exact", "rows": 64, "branches": {"recovery": branch, "review": branch},
+            "conflict": {"selected": pair, "all": pair},
+            "layers": {"embedding": -0.2, "layer 0": 0.1, "final_norm": 0.3},
+            "correlations": {"recovery": measured, "review": measured}} | changes  # fmt: skip
