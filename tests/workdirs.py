@@ -107,10 +107,10 @@ def selection_row(step, branch):
 
 def diagnostics_row(step, **changes):
     sets = {"selected": 0.6, "all": 0.4, "random": 0.45}
-    branch = {"coherence": sets, "gcg": 0.5, "signal": sets, "selected_fraction": 0.2}
+    branch = {"coherence": sets, "gcg": 0.5, "gcg_random": -0.1, "signal": sets, "selected_fraction": 0.2}
     pair = {"dot": -1.0, "cosine": -0.1, "survives": 0.7}
     measured = {name: [0.3, 0.1, 0.5] for name in ("length", "truncated", "entropy", "student_loss", "teacher_loss")}
-    return {"step": step, "route": "exact", "rows": 64, "branches": {"recovery": branch, "review": branch},
+    return {"step": step, "rows": 64, "parameters": "", "sketch": 0, "branches": {"recovery": branch, "review": branch},
             "conflict": {"selected": pair, "all": pair},
             "layers": {"embedding": -0.2, "layer 0": 0.1, "final_norm": 0.3},
             "correlations": {"recovery": measured, "review": measured}} | changes  # fmt: skip

@@ -13,8 +13,9 @@ from camopd_jax.reporting.svg import SMALL
 DASHES = {"selected": "-", "all": "--", "random": ":"}
 ABOUT = (
     "Coherence: length of the sum of the answers' gradients over the sum of their lengths; 1 where all pull one way. "
-    "Gain: how much more coherent the selected answers are than all. Conflict: the cosine between the recovery's and "
-    "the review's gradient; below 0 they oppose each other."
+    "Small sets cohere by being small, so the selected answers' gain in coherence is told over all answers (GCG) and "
+    "over as many drawn by lot. Signal: length of the mean gradient, which an update follows. Conflict: the cosine "
+    "between the recovery's and the review's gradient; below 0 they oppose each other."
 )
 CONFLICT = (("cosine", "Conflict of the branches", "cosine"),
             ("survives", "What survives of both gradients in their sum", "|g + d| / (|g| + |d|)"))  # fmt: skip
@@ -38,8 +39,13 @@ def _of_group(group: Group, one_of_several: bool) -> list[Figure]:
         drawn = [_line(group, name, branch, dashes, "branches", branch, "coherence", name)
                  for name, dashes in DASHES.items()]  # fmt: skip
         figures += _lines(f"Coherence, {branch}{named}", drawn, "coherence", branch, _sets(drawn), share=True)
-    gain = [_line(group, branch, branch, "-", "branches", branch, "gcg") for branch in BRANCHES]
-    figures += _lines(f"Gain in coherence by selection{named}", gain, "of that of all", share=True, reference=0)
+        drawn = [_line(group, name, branch, dashes, "branches", branch, "signal", name)
+                 for name, dashes in DASHES.items()]  # fmt: skip
+        figures += _lines(f"Signal, {branch}{named}", drawn, "|mean gradient|", branch, _sets(drawn))
+        drawn = [_line(group, over, branch, DASHES[over], "branches", branch, key)
+                 for over, key in (("all", "gcg"), ("random", "gcg_random"))]  # fmt: skip
+        title = f"Gain in coherence by selection, {branch}{named}"
+        figures += _lines(title, drawn, "over other sets", branch, _sets(drawn), share=True, reference=0)
     for key, title, unit in CONFLICT:
         drawn = [_line(group, name, "ink", DASHES[name], "conflict", name, key) for name in ("selected", "all")]
         reference = 0 if key == "cosine" else None
