@@ -61,7 +61,7 @@ class Run:
         if self.method == INTERPOLATION:
             return base
         rate = {"optimizer.learning_rate": self.setting, "seed": self.seed}
-        return changed(base, {**rate, **CONTROLS[self.method].changes, "evaluation.every": 0})
+        return changed(base, {**rate, **CONTROLS[self.method].changes, "evaluation.every": 0, "log.report": False})
 
 
 # ------------------------------------------------------------------------------------ the grid

@@ -206,6 +206,7 @@ class Log:
     samples: int = 2  # rollouts of a step written to samples.jsonl
     selection: bool = True  # a line a step in selection.jsonl: every answer's prompt, score, length, entropy, losses
     tensorboard: bool = True
+    report: bool = True  # report.html at the end
 
 
 @dataclass(frozen=True)

@@ -173,7 +173,7 @@ class Host:
         return self.checkpoints.restore(best, state)[0]
 
     def finish(self, state: TrainState) -> None:
-        """Waits for the last checkpoint and exports the model to workdir/export."""
+        """Waits for the last checkpoint, exports the model to workdir/export and draws workdir/report.html."""
         self.checkpoints.wait()
         self.checkpoints.close()
         self.writer.close()
@@ -184,3 +184,8 @@ class Host:
             self.provenance | {"steps": str(int(state.step))},
         )
         self.display.say(f"exported: {self.workdir / 'export'}")
+        if self.config.log.report and jax.process_index() == 0:
+            from camopd_jax.reporting.page import write_page  # draws: slow to import, and only needed here
+
+            write_page([str(self.workdir)], self.workdir / "report.html")
+            self.display.say(f"report: {self.workdir / 'report.html'}")

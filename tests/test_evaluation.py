@@ -225,7 +225,8 @@ def test_a_checkpoint_is_compared_with_teachers_that_were_scored_before(teachers
 
 def test_a_run_and_its_checkpoints_are_scored_as_the_run_scored_itself(few, command, tmp_path):
     run = tmp_path / "run"
-    ended = command("train", f"--workdir={run}", *few, "--config.steps=2", "--config.checkpoints.every=1")
+    flags = [*few, "--config.log.report=false", "--config.steps=2", "--config.checkpoints.every=1"]
+    ended = command("train", f"--workdir={run}", *flags)
     assert ended.code == 0, ended.err
     of_run = {row["checkpoint"]: row["scores"] for row in read_lines(run / "eval.jsonl") if row["model"] == "student"}
     ended = command("evaluate", f"--workdir={tmp_path / 'e'}", f"--checkpoint={run},{run}/checkpoints/1", *few)

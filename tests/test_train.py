@@ -17,7 +17,7 @@ STEPS = 8
 SMALL = [
     f"--config={ROOT / 'configs/quickstart.py'}", f"--config.steps={STEPS}", "--config.rollout.batch_size=16",
     "--config.optimizer.micro_batch=8", "--config.checkpoints.every=3", "--config.checkpoints.keep_last=9",
-    "--config.evaluation.benchmarks=()",
+    "--config.evaluation.benchmarks=()", "--config.log.report=false",
 ]  # fmt: skip
 KEYS = """
 step phase loss gap_mean gap_abs_mean gap_pos_mean selected_fraction selected_mass selected_length_mean
@@ -34,7 +34,7 @@ def checkpoints(workdir):
 def whole(tmp_path_factory, command):
     """A run that nobody disturbed: (its work directory, how it ended)."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
-    ended = command("train", f"--workdir={workdir}", *SMALL)
+    ended = command("train", f"--workdir={workdir}", *SMALL, "--config.log.report=true")
     assert ended.code == 0, ended.err
     return workdir, ended
 
@@ -50,6 +50,7 @@ def test_a_run_leaves_what_it_promises(whole):
     workdir, ended = whole
     assert {p.name for p in workdir.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "selection.jsonl", "checkpoints", "tensorboard", "export",
+        "report.html",
     }  # fmt: skip
     metrics = read_lines(workdir / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(STEPS))
@@ -63,7 +64,12 @@ def test_a_run_leaves_what_it_promises(whole):
     assert all(m["gap_abs_mean"] > 0.3 for m in metrics if m["phase"] == "recovery")
     assert checkpoints(workdir) == [3, 6, 8]
     assert list((workdir / "tensorboard").glob("events.*"))
-    assert f"step {STEPS}/{STEPS} review" in ended.out and "exported: " in ended.out and not ended.err.strip()
+    assert (
+        f"step {STEPS}/{STEPS} review" in ended.out
+        and "exported: " in ended.out
+        and "report: " in ended.out
+        and not ended.err.strip()
+    )
 
 
 def test_samples_hold_the_gap_of_every_token(whole):

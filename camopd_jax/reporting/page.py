@@ -4,9 +4,11 @@ import datetime
 from collections.abc import Sequence
 
 import jinja2
+from etils import epath
 
 from camopd_jax.controls import INTERPOLATION
-from camopd_jax.reporting import answers, diagnosis, figures, outcomes, svg, tables
+from camopd_jax.jsonl import whole_file
+from camopd_jax.reporting import answers, diagnosis, directories, figures, outcomes, svg, tables
 from camopd_jax.reporting.blocks import Cell, Figure, Section, Table
 from camopd_jax.reporting.cast import Cast, cast
 from camopd_jax.reporting.outcomes import Column, Outcome, estimate
@@ -19,6 +21,17 @@ TINTS = (
     "or less likely (underlined). Shown are answers to one prompt that came in the first and again in the last quarter "
     "of the run, and else those of both with the largest gaps."
 )
+
+
+def write_page(folders: Sequence[str], out: str | epath.Path) -> None:
+    """Writes the report on some directories, as it stands now.
+
+    Raises:
+      UserError: for a directory that is not there or holds no run, and if the page cannot be written.
+    """
+    text = page(directories.read(folders), datetime.datetime.now().astimezone())
+    with whole_file(out) as file:
+        file.write(text)
 
 
 def page(sources: Sequence[Source], now: datetime.datetime) -> str:

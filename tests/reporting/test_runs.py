@@ -8,7 +8,7 @@ from workdirs import EVERYTHING, HALF, TEACHERS, config, result_rows, standing_r
 
 from camopd_jax.controls import CONTROLS, method_of
 from camopd_jax.errors import UserError
-from camopd_jax.report import report
+from camopd_jax.reporting.page import write_page
 from camopd_jax.reporting import answers, directories, runs, series
 from camopd_jax.resolved import differing, to_json
 
@@ -141,7 +141,7 @@ def test_the_command(command, tmp_path):
 def test_a_page_that_cannot_be_written(tmp_path):
     folder = write_run(tmp_path / "mine", steps=0, student=None)
     with pytest.raises(UserError, match=r"no/page\.html: cannot write"):
-        report([str(folder)], f"{tmp_path}/no/page.html")
+        write_page([str(folder)], f"{tmp_path}/no/page.html")
 
 
 def test_mistakes_end_in_one_line(command, tmp_path):
