@@ -8,8 +8,8 @@ from workdirs import EVERYTHING, HALF, TEACHERS, config, result_rows, standing_r
 
 from camopd_jax.controls import CONTROLS, method_of
 from camopd_jax.errors import UserError
-from camopd_jax.reporting.page import write_page
 from camopd_jax.reporting import answers, directories, runs, series
+from camopd_jax.reporting.page import write_page
 from camopd_jax.resolved import differing, to_json
 
 
