@@ -15,10 +15,10 @@ LAYERS = [
     ["analysis"],
     ["metrics", "checkpoint"],
     ["phases", "engine", "cli"],
-    ["evaluation"],
+    ["planning", "evaluation"],
     ["export"],
     ["host"],
-    ["train", "sft", "generate", "score", "evaluate", "lm_eval", "interpolate", "data.recipe"],
+    ["train", "sft", "generate", "score", "evaluate", "lm_eval", "interpolate", "plan", "data.recipe"],
     ["compare"],
 ]
 STRANGERS = {"steps", "models", "data", "evals"}
