@@ -85,8 +85,12 @@ def report(config: TrainConfig, models: Models, where: Topology, answer: int) ->
     for r in reports:
         if r.refused:
             say(f"{r.name}: {r.refused}")
+    for line in table.largest_lines(reports):
+        say(line)
     say(table.work_table(reports, where))
     say(table.collectives_table(reports))
+    for line in table.busiest_lines(reports):
+        say(line)
     for r in reports:
         for finding in r.findings:
             say(f"{r.name}: {finding}")

@@ -2,8 +2,10 @@
 
 import dataclasses
 import re
+import tempfile
 import time
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -40,7 +42,8 @@ class Report:
     same_as: str | None = None
     memory: Memory | None = None
     refused: str | None = None  # the compiler's word where it did not fit; no memory then
-    refused_bytes: float | None = None  # it needs more than these, on one chip
+    refused_bytes: float | None = None  # the temporaries that it would need, on one chip
+    largest: list[str] = field(default_factory=list)  # temporaries: size, and the arrays that take turns there
     flops: float | None = None  # by cost_analysis: each loop's body once
     bytes_accessed: float | None = None
     optimal_seconds: float | None = None
@@ -56,15 +59,30 @@ def compile_program(program: Program, plan: Plan, topology: Topology) -> Report:
     if program.same_as:
         return report
     started = time.perf_counter()
-    try:
-        compiled = program.lower().compile()
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        report.refused, report.refused_bytes = refusal(str(error))
+    with tempfile.TemporaryDirectory() as folder:
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if topology.platform == "tpu" else None
+        try:
+            compiled = program.lower().compile(compiler_options=options)
+        except jax.errors.JaxRuntimeError as error:
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            compiled = None
+            report.refused, report.refused_bytes = refusal(str(error))
         report.seconds = time.perf_counter() - started
-        return report
-    report.seconds = time.perf_counter() - started
+        if compiled:
+            _read_stats(report, compiled)
+        text = _dumped(folder, "after_codegen") or _dumped(folder, "after_optimizations")
+        if not text and compiled:
+            text = compiled.as_text()
+        report.largest = largest(_dumped(folder, "after_optimizations-memory-usage-report"))
+    if text:
+        module = hlo.Module(text)
+        report.counts = module.counts(lambda loop: micro_batches(plan))
+        report.findings = findings(module, program, plan)
+    return report
+
+
+def _read_stats(report: Report, compiled: jax.stages.Compiled) -> None:
     stats = compiled.memory_analysis()
     report.memory = Memory(
         stats.argument_size_in_bytes, stats.output_size_in_bytes, stats.alias_size_in_bytes,
@@ -74,10 +92,19 @@ def compile_program(program: Program, plan: Plan, topology: Topology) -> Report:
     report.flops, report.bytes_accessed = costs.get("flops"), costs.get("bytes accessed")
     optimal = costs.get("optimal_seconds", -1)
     report.optimal_seconds = optimal if optimal > 0 else None  # negative where there are loops: it does not know
-    module = hlo.Module(compiled.as_text())
-    report.counts = module.counts(lambda loop: micro_batches(plan))
-    report.findings = findings(module, program, plan)
-    return report
+
+
+def _dumped(folder: str, stage: str) -> str:
+    """What the TPU compiler wrote of a stage; of several modules, of the largest. Jitted constants have their own."""
+    texts = [path.read_text() for path in Path(folder).glob(f"*.{stage}.txt")]
+    return max(texts, key=len, default="")
+
+
+def largest(usage: str, most: int = 4) -> list[str]:
+    """The largest of a chip's HBM buffers: each its size and the arrays that share it one after another."""
+    lines = usage.split("Memory Space: vmem")[0].splitlines()
+    rows = [line.split(";") for line in lines if re.match(r"\s+[\d.]+\w+\(\s*\d+%\);", line)]
+    return [f"{row[1].strip()}: {row[4].strip()}" for row in rows[:most]]
 
 
 def micro_batches(plan: Plan) -> int:

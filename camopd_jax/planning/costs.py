@@ -34,7 +34,7 @@ def weights(config: ModelConfig) -> int:
 
 def forward_flops(config: ModelConfig, batch: int, start: int, end: int, logits: int) -> float:
     """Of `batch` rows, positions start..end, with logits at `logits` positions of each."""
-    pairs = sum(range(start + 1, end + 1))
+    pairs = _sum(start + 1, end + 1)
     head = config.vocab_size * config.hidden_size
     dense = 2 * ((matrix_weights(config) - head) * (end - start) + head * logits)
     return batch * (dense + 4 * config.num_layers * config.num_heads * config.head_dim * pairs)
@@ -48,7 +48,12 @@ def cache_bytes(config: ModelConfig, item_bytes: int) -> int:
 def decode_bytes(config: ModelConfig, batch: int, prompt: int, answer: int, item_bytes: int) -> float:
     """Read by a whole rollout's decode turns: weights once a turn, keys and values of the tokens before."""
     cache = cache_bytes(config, item_bytes)
-    return answer * matrix_weights(config) * item_bytes + batch * cache * sum(range(prompt, prompt + answer))
+    return answer * matrix_weights(config) * item_bytes + batch * cache * _sum(prompt, prompt + answer)
+
+
+def _sum(start: int, end: int) -> int:
+    """start + (start + 1) + ... + (end - 1)."""
+    return (end - start) * (start + end - 1) // 2
 
 
 # ------------------------------------------------------------------------------------------- time
@@ -97,7 +102,7 @@ def stage_work(
     state = weights(model) / (mesh["fsdp"] * tensor) * 4  # float32 gradients, parameters and two moments
     work = {
         "prefill": Work(prefill, prefill, share + cache * prompt, gathered),
-        "decode": Work(decode, decode, answer * share + cache * sum(range(prompt, length)), answer * gathered),
+        "decode": Work(decode, decode, answer * share + cache * _sum(prompt, length), answer * gathered),
         "score teacher": Work(forward, forward, share, gathered),
         "update": Work(
             3 * learnt, BACKWARD[config.compute.remat] * learnt,
@@ -148,19 +153,17 @@ def memory_estimate(
     rows = max(phases.batch_rows(config).values()) / (mesh["data"] * mesh["fsdp"])
     micro = config.optimizer.micro_batch / (mesh["data"] * mesh["fsdp"])
     slots = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    layer = (n - 2 * student.vocab_size * student.hidden_size) / student.num_layers / tensor
+    d, layers = student.hidden_size, student.num_layers
+    layer = (matrix_weights(student) - student.vocab_size * d) / layers / tensor  # weights of one, gathered
     wide = (2 * student.intermediate_size + 2 * student.num_heads * student.head_dim) / tensor
-    token = (4 * student.hidden_size + wide) * item  # live in the middle of a layer
-    kept = {
-        "block": student.hidden_size,
-        "dots": student.hidden_size + wide,
-        "none": 4 * student.hidden_size + 2 * wide,
-    }
-    cache = cache_bytes(student, item) / tensor * rows * slots
+    token = (4 * d + wide) * item  # live in the middle of a layer
+    kept = {"block": d, "dots": d + wide, "none": 4 * d + 2 * wide}[config.compute.remat]  # of a token and layer
+    prompt, answer = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
+    cache = cache_bytes(student, item) / tensor * rows * (slots + prompt + answer / 2)  # the last growth holds two
     return {
         "resident": resident,
-        "rollout": cache + n * item / split + 2 * layer * item + rows * config.rollout.max_prompt_tokens * token,
+        "rollout": cache + n * item / split + 2 * layer * item + rows * prompt * token,
         "score": rows * slots * token + 2 * layer * item,
-        "update": micro * slots * (student.num_layers * kept * item + 2 * token)
+        "update": micro * slots * (layers * kept * item + 2 * token)
         + 8 * n / split + 2 * layer * (item + 4),
     }  # fmt: skip

@@ -11,7 +11,10 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
+import numpy as np
+
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
+_START = "async-collective-start"
 BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32,
          "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128}  # fmt: skip
@@ -69,6 +72,7 @@ class Counts:
     collectives: dict[str, Traffic] = field(default_factory=dict)
     flops: float = 0.0  # of matrix products
     cycles: float = 0.0  # the compiler's own estimates, added up: nothing overlaps
+    busiest: dict[str, int] = field(default_factory=dict)  # bytes of collectives, by kind and place in the program
     loops: list[Loop] = field(default_factory=list)
     guessed: list[str] = field(default_factory=list)  # loops whose trips the caller gave
 
@@ -96,21 +100,37 @@ class Module:
     def counts(self, trips: Callable[[Loop], int] = lambda loop: 1) -> Counts:
         """Everything counted; `trips` is asked for the loops whose bound is data."""
         counts = Counts()
-        self._walk(self.entry, 1, counts, trips, fused=False)
+        self._walk(self.entry, 1, counts, trips)
         return counts
 
-    def _walk(self, name: str, times: int, counts: Counts, trips: Callable[[Loop], int], fused: bool) -> None:
+    @cached_property
+    def _started(self) -> set[str]:
+        """Channels of collectives that a fusion starts and others, perhaps in a loop, take further: one collective."""
+        starts = [
+            i for i in self.instructions() if i.opcode == "fusion" and i.name.startswith("async-collective-start")
+        ]
+        inside = (c for i in starts for part in i.called("calls") for c in self.computations[part].values())
+        return {channel for c in inside if (channel := _channel(c))}
+
+    def _walk(
+        self, name: str, times: int, counts: Counts, trips: Callable[[Loop], int], fusion: Instruction | None = None
+    ) -> None:
         computation = self.computations[name]
         for i in computation.values():
             kind = i.opcode.removesuffix("-start")
             if kind in COLLECTIVES:
+                goes_on = fusion is not None and not fusion.name.startswith(_START)
+                if goes_on and _channel(i) in self._started:
+                    continue
                 moved = max(_bytes(i), sum(_bytes(computation[o]) for o in i.operands if o in computation))
                 traffic = counts.collectives.setdefault(kind, Traffic())
                 traffic.count, traffic.runs = traffic.count + 1, traffic.runs + times
                 traffic.bytes, traffic.bytes_run = traffic.bytes + moved, traffic.bytes_run + moved * times
+                place = f"{kind} in {_place(i)}"
+                counts.busiest[place] = counts.busiest.get(place, 0) + moved * times
             elif kind in ("convolution", "dot"):
                 counts.flops += times * _product_flops(i, computation)
-            if not fused and (cycles := re.search(r'"estimated_cycles":"(\d+)"', i.attributes)):
+            if fusion is None and (cycles := re.search(r'"estimated_cycles":"(\d+)"', i.attributes)):
                 counts.cycles += times * int(cycles[1])
             if kind == "while":
                 loop = self.loop(i, computation)
@@ -120,20 +140,19 @@ class Module:
                     n = trips(loop)
                     counts.guessed.append(f"{loop.source} x {n}")
                 for part in i.called("body", "condition"):
-                    self._walk(part, times * n, counts, trips, fused)
+                    self._walk(part, times * n, counts, trips, fusion)
             elif kind == "fusion":
                 for part in i.called("calls"):
-                    self._walk(part, times, counts, trips, True)
+                    self._walk(part, times, counts, trips, i)
             elif kind in ("call", "async", "conditional"):
                 for part in i.called(
                     "calls", "to_apply", "branch_computations", "true_computation", "false_computation"
                 ):
-                    self._walk(part, times, counts, trips, fused)
+                    self._walk(part, times, counts, trips, fusion)
 
     def loop(self, loop: Instruction, around: dict[str, Instruction]) -> Loop:
         """How often a while loop runs: `counter < bound`, perhaps with more conditions that may end it earlier."""
-        source = re.search(r'op_name="([^"]*)"', loop.attributes)
-        name = source[1] if source else loop.name
+        name = _place(loop)
         condition = self.computations[loop.called("condition")[0]]
         found = _less_than(condition)
         if found is None:
@@ -192,6 +211,17 @@ def _balanced(text: str, start: int) -> int:
     return len(text)
 
 
+def _channel(i: Instruction) -> str | None:
+    found = re.search(r"channel_id=(\d+)", i.attributes)
+    return found and found[1]
+
+
+def _place(i: Instruction) -> str:
+    """Where an instruction comes from in the Python program, as JAX names it."""
+    source = re.search(r'op_name="([^"]*)"', i.attributes)
+    return source[1] if source else i.name
+
+
 def _bytes(i: Instruction) -> int:
     """Of an instruction's result; of a started collective's tuple, its largest array."""
     sizes = [_BITS.get(kind, 8) * math.prod(dims) // 8 for kind, dims in i.arrays]
@@ -205,9 +235,28 @@ def _product_flops(i: Instruction, computation: dict[str, Instruction]) -> float
     if i.opcode == "dot":
         summed = re.search(r"lhs_contracting_dims=\{([\d,]*)\}", i.attributes)
         return 2.0 * result * math.prod(left[int(d)] for d in summed[1].split(",") if d)
-    labels = re.search(r"dim_labels=\w+_(\w+)->", i.attributes)
-    kernel = math.prod(size for size, label in zip(right, labels[1], strict=True) if label != "o")
-    return 2.0 * result * kernel
+    of_left, of_kernel, of_result = re.search(r"dim_labels=(\w+)_(\w+)->(\w+)", i.attributes).groups()
+    windows = re.search(r"window=\{([^}]*)\}", i.attributes)
+    given = dict(entry.split("=") for entry in windows[1].split()) if windows else {}
+    features = right[of_kernel.index("o")] * right[of_kernel.index("i")]
+    pairs = 1
+    for dim in (label for label in of_left if label.isdigit()):
+        window = {name: values.split("x")[int(dim)] for name, values in given.items()}
+        pairs *= _pairs(left[of_left.index(dim)], i.arrays[0][1][of_result.index(dim)], window)
+    return 2.0 * left[of_left.index("b")] * features * pairs
+
+
+def _pairs(inputs: int, outputs: int, window: dict[str, str]) -> int:
+    """How many (output, kernel) places of one dimension meet a real input. A batch of products is written as a
+    convolution with so much dilation that each output meets one place alone.
+    """
+    size, stride, dilation = int(window.get("size", 1)), int(window.get("stride", 1)), int(window.get("lhs_dilate", 1))
+    before, spread = int(window.get("pad", "0_0").split("_")[0]), int(window.get("rhs_dilate", 1))
+    if dilation == 1 and before == 0 and (outputs - 1) * stride + (size - 1) * spread < inputs:
+        return outputs * size
+    starts = np.arange(outputs) * stride - before
+    places = (starts + j * spread for j in range(size))
+    return sum(int(np.sum((p >= 0) & (p <= (inputs - 1) * dilation) & (p % dilation == 0))) for p in places)
 
 
 # ------------------------------------------------------------------------------- what must not be

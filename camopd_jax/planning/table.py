@@ -57,6 +57,16 @@ def memory_table(reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | 
     return view
 
 
+def largest_lines(reports: Sequence[Report], least: float = 2**30) -> list[str]:
+    """The largest temporaries of the programs that have big ones."""
+    told = []
+    for r in reports:
+        if r.largest and (r.refused or (r.memory and r.memory.temporaries > least)):
+            told += [f"{r.name}: the largest temporaries of a chip, each the arrays that share it in turn"]
+            told += [f"  {line[:95]}" for line in r.largest]
+    return told
+
+
 def verdict(peak: Peak, hbm: float | None) -> str:
     if hbm is None:
         return "?"
@@ -84,6 +94,17 @@ def work_table(reports: Sequence[Report], topology: Topology) -> Table:
             "" if r.bytes_accessed is None else f"{r.bytes_accessed / 1e9:.3g}",
         )  # fmt: skip
     return view
+
+
+def busiest_lines(reports: Sequence[Report], most: int = 2, least: float = 1e9) -> list[str]:
+    """Where in the program the most bytes go between chips."""
+    told = []
+    for r in reports:
+        top = [(n, place) for place, n in r.counts.busiest.items() if n >= least]
+        for n, place in sorted(top, reverse=True)[:most]:
+            kind, where = place.split(" in ", 1)
+            told.append(f"{r.name}: {n / 1e9:.3g} GB by {kind} in ...{where[-50:]}")
+    return told
 
 
 def collectives_table(reports: Sequence[Report]) -> Table:
