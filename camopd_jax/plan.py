@@ -11,6 +11,7 @@ shapes, from shapes alone: of the models only config.json is read. --topology=lo
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,17 @@ from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import costs, peak, search, table, topology
 from camopd_jax.planning.compiling import Report, compile_program
 from camopd_jax.planning.peak import Peak
-from camopd_jax.planning.programs import Models, plan, programs
+from camopd_jax.planning.programs import Models, Plan, plan, programs
 from camopd_jax.planning.search import Candidate
 from camopd_jax.planning.topology import Topology
 
+Wanted = tuple[str, ...]  # beginnings of programs' names
+
 CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
+KINDS = ["rollout", "score", "select", "update"]
+SEARCHED = ("score", "update: mixed", "update: recovery", "rollout")  # no other asks for more; the quick ones first
 
 
 def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
@@ -57,19 +64,25 @@ def _config_json(instead: str | None, flag: str, name: str, field: str) -> dict[
     return hf.read_config(engine.find(name, field, files=("config.json",)))
 
 
-def compile_all(config: TrainConfig, models: Models, where: Topology) -> tuple[Any, list[Report]]:
-    """The run's arrays, and a report of each of its programs."""
+def compile_all(config: TrainConfig, models: Models, where: Topology, wanted: Wanted) -> tuple[Plan, list[Report]]:
+    """The run's arrays, and a report of each of its programs, or of those whose name begins with a wanted word."""
     made = plan(config, models, where.devices, where.platform)
-    reports = []
-    for program in programs(made, models.eos_ids):
-        with CONSOLE.status(f"{program.name} …"):
-            reports.append(compile_program(program, made, where))
-    return made, reports
+    return made, list(_compile(made, models, where, wanted))
 
 
-def report(config: TrainConfig, models: Models, where: Topology, answer: int) -> dict[str, Any]:
+def _compile(made: Plan, models: Models, where: Topology, wanted: Wanted) -> Iterator[Report]:
+    """In the order of `wanted`."""
+    found = list(programs(made, models.eos_ids))
+    for word in wanted:
+        for program in found:
+            if program.name.startswith(word):
+                with CONSOLE.status(f"{program.name} …"):
+                    yield compile_program(program, made, where)
+
+
+def report(config: TrainConfig, models: Models, where: Topology, answer: int, wanted: Wanted) -> dict[str, Any]:
     """Compiles, prints the tables, and returns all of it for the JSON file."""
-    made, reports = compile_all(config, models, where)
+    made, reports = compile_all(config, models, where, wanted)
     there = peak.residents(made, reports)
     peaks = peak.peaks(there, reports)
     say = CONSOLE.print
@@ -143,7 +156,9 @@ def times(
     }  # fmt: skip
 
 
-def look_for(config: TrainConfig, models: Models, where: Topology, answer: int, tries: int) -> dict[str, Any]:
+def look_for(
+    config: TrainConfig, models: Models, where: Topology, answer: int, tries: int, wanted: Wanted
+) -> dict[str, Any]:
     """The search: prints what was tried and ends in flags."""
     if where.hbm is None:
         raise UserError("--search needs to know a device's memory; give --hbm_gib")
@@ -155,8 +170,15 @@ def look_for(config: TrainConfig, models: Models, where: Topology, answer: int, 
         )
 
     def compiled(candidate: Candidate) -> Peak:
-        made, reports = compile_all(candidate.applied(config), models, where)
-        return peak.worst(peak.peaks(peak.residents(made, reports), reports))
+        """The highest peak, or the first that is too high: the compiler need not be asked for the rest."""
+        made = plan(candidate.applied(config), models, where.devices, where.platform)
+        reports: list[Report] = []
+        for one in _compile(made, models, where, tuple(word for word in SEARCHED if word.startswith(wanted))):
+            reports.append(one)
+            high = peak.worst(peak.peaks(peak.residents(made, reports), reports))
+            if not high.exact or high.bytes > where.hbm:
+                break
+        return high
 
     found, tried = search.choose(ordered, compiled, where.hbm, tries)
     CONSOLE.print(table.tried_table(tried, where))
@@ -182,6 +204,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("general_config", None, f"config.json of the original model, or one of {', '.join(SHAPES)}.")
     flags.DEFINE_string("specialised_config", None, "The same of the specialised one.")
     flags.DEFINE_integer("answer_tokens", None, "Length of answers for the times; default: the cap.", lower_bound=1)
+    flags.DEFINE_list("programs", KINDS, "Those to compile. A rollout of many layers and long answers takes minutes.")
     flags.DEFINE_bool("search", False, "Look for a mesh, micro-batch and remat that fit.")
     flags.DEFINE_integer("tries", 3, "Candidates that --search compiles at most.", lower_bound=1)
     flags.DEFINE_string("json", None, "File for all of it as JSON.")
@@ -194,11 +217,14 @@ if __name__ == "__main__":
         models = read_models(config, values.general_config, values.specialised_config)
         where = topology.describe(name, values.hbm_gib)
         answer = min(values.answer_tokens or config.rollout.max_response_tokens, config.rollout.max_response_tokens)
+        wanted = tuple(values.programs)
+        if not any(kind.startswith(word) for word in wanted for kind in KINDS):
+            raise UserError(f"--programs={','.join(wanted)} is none; give some of {', '.join(KINDS)}")
         told: dict[str, Any] = {"config": dataclasses.asdict(config)}
         if values.search:
-            told |= look_for(config, models, where, answer, values.tries)
+            told |= look_for(config, models, where, answer, values.tries, wanted)
         else:
-            told |= report(config, models, where, answer)
+            told |= report(config, models, where, answer, wanted)
         if values.json:
             Path(values.json).write_text(json.dumps(told, indent=1) + "\n")
 

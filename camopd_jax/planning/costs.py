@@ -90,28 +90,34 @@ def stage_work(
     """The stages of a step in which every prompt has its cap's length and every answer `answer` tokens."""
     item = jnp.dtype(engine.matmul_dtype(config.compute, platform)).itemsize
     prompt, length = config.rollout.max_prompt_tokens, config.rollout.max_prompt_tokens + answer
-    rows = sum(phases.batch_rows(config)[name] for name in phases.ACTING[phase])
+    rows, kept = sum(phases.batch_rows(config)[name] for name in phases.ACTING[phase]), kept_rows(config, phase)
     shards, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
+    # Parameters split over fsdp are gathered where they are used: in a rollout, by today's programs, at every turn.
     share = matrix_weights(model) * item / tensor  # of the weights, what one chip multiplies with
     gathered = share * (mesh["fsdp"] - 1) / mesh["fsdp"]
     cache = cache_bytes(model, item) / tensor * rows / shards
     prefill, decode = forward_flops(model, rows, 0, prompt, 0), forward_flops(model, rows, prompt, length, answer)
     forward = forward_flops(model, rows, 0, length, answer)
-    learnt = forward_flops(model, kept_rows(config, phase), 0, length, answer)
-    micro_batches = math.ceil(kept_rows(config, phase) / config.optimizer.micro_batch)
+    learnt = forward_flops(model, kept, 0, length, answer)
+    micro_batches = math.ceil(kept / config.optimizer.micro_batch)
+    # Two all-reduces a layer of what the split heads and the split feed-forward add, there and back around a ring.
+    token = 2 * model.num_layers * model.hidden_size * item * 2 * (tensor - 1) / tensor / shards
     state = weights(model) / (mesh["fsdp"] * tensor) * 4  # float32 gradients, parameters and two moments
     work = {
-        "prefill": Work(prefill, prefill, share + cache * prompt, gathered),
-        "decode": Work(decode, decode, answer * share + cache * _sum(prompt, length), answer * gathered),
-        "score teacher": Work(forward, forward, share, gathered),
+        "prefill": Work(prefill, prefill, share + cache * prompt, gathered + rows * prompt * token),
+        "decode": Work(
+            decode, decode, answer * share + cache * _sum(prompt, length), answer * (gathered + rows * token)
+        ),
+        "score teacher": Work(forward, forward, share, gathered + rows * length * token),
         "update": Work(
             3 * learnt, BACKWARD[config.compute.remat] * learnt,
             micro_batches * (3 * share + 2 * state) + 7 * state,
-            micro_batches * (2 * gathered + 4 * weights(model) / tensor * (mesh["fsdp"] - 1) / mesh["fsdp"]),
+            micro_batches * (2 * gathered + 4 * weights(model) / tensor * (mesh["fsdp"] - 1) / mesh["fsdp"])
+            + BACKWARD[config.compute.remat] * kept * length * token,
         ),
     }  # fmt: skip
     if not trusts_sampler(config, platform):
-        work["score student"] = Work(forward, forward, share, gathered)
+        work["score student"] = Work(forward, forward, share, gathered + rows * length * token)
     return work
 
 
@@ -159,7 +165,7 @@ def memory_estimate(
     token = (4 * d + wide) * item  # live in the middle of a layer
     kept = {"block": d, "dots": d + wide, "none": 4 * d + 2 * wide}[config.compute.remat]  # of a token and layer
     prompt, answer = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
-    cache = cache_bytes(student, item) / tensor * rows * (slots + prompt + answer / 2)  # the last growth holds two
+    cache = cache_bytes(student, item) / tensor * rows * (slots + 0.7 * (prompt + answer / 2))  # it grows
     return {
         "resident": resident,
         "rollout": cache + n * item / split + 2 * layer * item + rows * prompt * token,

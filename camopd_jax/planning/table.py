@@ -124,7 +124,8 @@ def time_table(work: dict[str, dict[str, Work]], topology: Topology, cycles: dic
     view = _table(
         f"Seconds of a step at {chips} {chip.name} chips' limits, answers of {answer} tokens, none hidden by others",
         "", "PFLOP", "seconds", "bound by", "MFU", "compiler",
-        caption="compiler: its cycles, with answers at the cap. MFU: the model's FLOPs by the peak in those seconds",
+        caption="compiler: its cycles, with answers at the cap and all rows learnt; a rollout's beside its decoding. "
+        "MFU: the model's FLOPs by the peak in those seconds",
     )  # fmt: skip
     for phase, stages in work.items():
         view.add_row(phase, style="bold")

@@ -167,6 +167,7 @@ def test_mistakes_are_one_line_and_exit_code_2(command):
         ([quick, "--topology=local", "--general_config=qwen9"], "no file or folder, and no shape"),
         ([quick, "--topology=local", "--config.mesh.tensor=3"], "needs 3 devices"),
         ([quick, "--topology=local", "--search"], "give --hbm_gib"),
+        ([quick, "--topology=local", "--programs=decode"], "give some of rollout"),
     ]:
         ended = command("plan", *args, devices=2)
         assert ended.code == 2 and says in ended.err and len(ended.err.strip().splitlines()) == 1, (args, ended.err)
@@ -179,3 +180,17 @@ def test_config_files_and_names_of_shapes_stand_in_for_the_models(tmp_path):
                                     num_hidden_layers=1, num_attention_heads=2, eos_token_id=[3, 4])))  # fmt: skip
     models = command_plan.read_models(config, "qwen3-8b", str(file))
     assert models.general.num_layers == 36 and models.specialised.vocab_size == 9 and models.eos_ids == (3, 4)
+
+
+def test_the_search_ends_in_flags(capsys):
+    where = topology.describe("local", hbm_gib=1.0)
+    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, max_response_tokens=16))
+    told = command_plan.look_for(config, Models(MODEL, MODEL), where, 16, 1, ("score",))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert told["recommended"][:3] == ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"], (
+        "without a chip's speed, what needs the least memory"
+    )
+    assert all(flag in printed for flag in told["recommended"])
+    less = dataclasses.replace(where, hbm=1e3)
+    told = command_plan.look_for(config, Models(MODEL, MODEL), less, 16, 1, ("score",))
+    assert told["recommended"] is None and "nothing that was tried fits" in capsys.readouterr().out
