@@ -95,9 +95,6 @@ def report(config: TrainConfig, models: Models, where: Topology, answer: int, wa
     say(table.memory_table(reports, peaks, where.hbm))
     high = peak.worst(peaks)
     say(_fit_line(high, where) + "\n")
-    for r in reports:
-        if r.refused:
-            say(f"{r.name}: {r.refused}")
     for line in table.largest_lines(reports):
         say(line)
     say(table.work_table(reports, where))
@@ -133,13 +130,13 @@ def times(
     work = {
         phase: costs.stage_work(config, models.specialised, mesh, where.platform, phase, answer) for phase in shares
     }
-    by_name = {r.name: r.counts.cycles / chip.clock for r in reports if r.memory}
-    cycles = {}
+    by_name = {r.name: r for r in reports if not r.same_as}
+    compiled = {}
     for phase in shares:
-        told = {"decode": "rollout: student", "score student": "score: student", "update": f"update: {phase}",
-                "score teacher": "score: general teacher"}  # fmt: skip
-        cycles |= {f"{phase} {stage}": by_name[name] for stage, name in told.items() if name in by_name}
-    CONSOLE.print(table.time_table(work, where, cycles, answer))
+        names = {"decode": "rollout: student", "score student": "score: student", "update": f"update: {phase}",
+                 "score teacher": "score: general teacher"}  # fmt: skip
+        compiled |= {f"{phase} {stage}": by_name[name] for stage, name in names.items() if name in by_name}
+    CONSOLE.print(table.time_table(work, where, compiled, answer))
     step = sum(shares[p] * sum(w.seconds(chip, chips) for w in stages.values()) for p, stages in work.items())
     rows = sum(phases.batch_rows(config)[name] for name in phases.ACTING[next(iter(shares))])
     decode = work[next(iter(shares))]["decode"]
@@ -151,7 +148,8 @@ def times(
     )
     return {
         "answer_tokens": answer, "step_seconds": step, "run_seconds": step * config.steps,
-        "decode_tokens_per_second": rate, "decode_hbm_limit": limit, "compiler_seconds": by_name,
+        "decode_tokens_per_second": rate, "decode_hbm_limit": limit,
+        "compiler_seconds": {name: r.counts.cycles / chip.clock for name, r in by_name.items()},
         "work": {phase: {name: vars(w) for name, w in stages.items()} for phase, stages in work.items()},
     }  # fmt: skip
 

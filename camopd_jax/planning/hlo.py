@@ -219,7 +219,7 @@ def _channel(i: Instruction) -> str | None:
 def _place(i: Instruction) -> str:
     """Where an instruction comes from in the Python program, as JAX names it."""
     source = re.search(r'op_name="([^"]*)"', i.attributes)
-    return source[1] if source else i.name
+    return source[1] if source else re.sub(r"\{[^}]*\}", "", i.shape)  # made by the compiler: then what it makes
 
 
 def _bytes(i: Instruction) -> int:

@@ -7,9 +7,10 @@ from rich.table import Table
 
 from camopd_jax.planning.compiling import Report
 from camopd_jax.planning.costs import Work
+from camopd_jax.planning.hlo import Counts
 from camopd_jax.planning.peak import Peak, Residents
 from camopd_jax.planning.search import Tried
-from camopd_jax.planning.topology import Topology
+from camopd_jax.planning.topology import Chip, Topology
 
 GIB = 2**30
 
@@ -19,7 +20,7 @@ def _table(title: str, *columns: str, caption: str | None = None) -> Table:
         title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
     )
     for i, name in enumerate(columns):
-        view.add_column(name, justify="right" if i else "left")
+        view.add_column(name, justify="right" if i else "left", no_wrap=not i)
     return view
 
 
@@ -39,11 +40,13 @@ def resident_table(there: Residents, cache: int) -> Table:
 def memory_table(reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
     """A row a program: its arguments by kind, what it adds, and the run's peak meanwhile."""
     view = _table("Memory of a chip while each program runs, in GiB", "", "params", "Adam", "teacher", "batch",
-                  "new outputs", "temporaries", "peak", "")  # fmt: skip
+                  "outputs", "temporaries", "peak", "",
+                  caption="outputs: beyond those in a donated argument's place. refused: the compiler gave up, with these "
+                  "temporaries")  # fmt: skip
     peak = {p.program: p for p in peaks}
     for r in reports:
         if r.same_as:
-            view.add_row(r.name, *[""] * 7, f"as {r.same_as.removeprefix(r.name.split(':')[0] + ': ')}", style="dim")
+            view.add_row(r.name, *[""] * 7, "as above", style="dim")
             continue
         kinds = [
             _gib(r.arguments[k]) if k in r.arguments else "" for k in ("parameters", "optimizer", "teacher", "batch")
@@ -63,7 +66,7 @@ def largest_lines(reports: Sequence[Report], least: float = 2**30) -> list[str]:
     for r in reports:
         if r.largest and (r.refused or (r.memory and r.memory.temporaries > least)):
             told += [f"{r.name}: the largest temporaries of a chip, each the arrays that share it in turn"]
-            told += [f"  {line[:95]}" for line in r.largest]
+            told += [f"  {line[:96]}" for line in r.largest[:3]]
     return told
 
 
@@ -84,7 +87,7 @@ def work_table(reports: Sequence[Report], topology: Topology) -> Table:
         "loop's body once.",
     )  # fmt: skip
     for r in reports:
-        if r.memory is None:
+        if r.same_as:
             continue
         clock = topology.chip.clock if topology.chip else 0
         view.add_row(
@@ -118,26 +121,37 @@ def collectives_table(reports: Sequence[Report]) -> Table:
     return view
 
 
-def time_table(work: dict[str, dict[str, Work]], topology: Topology, cycles: dict[str, float], answer: int) -> Table:
-    """Stages of each phase at the chips' limits, beside the compiler's cycles where it has them."""
+def time_table(work: dict[str, dict[str, Work]], topology: Topology, reports: dict[str, Report], answer: int) -> Table:
+    """Stages of each phase at the chips' limits, beside what was compiled for them.
+
+    Args:
+      reports: of the programs, by "phase stage"; a rollout's is that of decoding.
+    """
     chip, chips = topology.chip, len(topology.devices)
     view = _table(
         f"Seconds of a step at {chips} {chip.name} chips' limits, answers of {answer} tokens, none hidden by others",
-        "", "PFLOP", "seconds", "bound by", "MFU", "compiler",
-        caption="compiler: its cycles, with answers at the cap and all rows learnt; a rollout's beside its decoding. "
-        "MFU: the model's FLOPs by the peak in those seconds",
+        "", "PFLOP", "seconds", "bound by", "MFU", "cycles", "links",
+        caption="MFU: the model's FLOPs by the peak in those seconds. Of the programs as compiled, with answers at the "
+        "cap and all rows learnt: cycles, the compiler's estimate; links, their collectives at the links' peak",
     )  # fmt: skip
     for phase, stages in work.items():
         view.add_row(phase, style="bold")
         for name, w in stages.items():
             seconds = w.seconds(chip, chips)
-            told = cycles.get(f"{phase} {name}")
+            counts = reports[f"{phase} {name}"].counts if f"{phase} {name}" in reports else None
+            told = [duration(counts.cycles / chip.clock), duration(link_seconds(counts, chip))] if counts else ["", ""]
             view.add_row(f"  {name}", f"{w.flops / 1e15:.3g}", duration(seconds), bound(w, topology),
-                         _share(w.flops, seconds, topology), duration(told) if told else "")  # fmt: skip
+                         _share(w.flops, seconds, topology), *told)  # fmt: skip
         total = sum(w.seconds(chip, chips) for w in stages.values())
         flops = sum(w.flops for w in stages.values())
-        view.add_row("  step", f"{flops / 1e15:.3g}", duration(total), "", _share(flops, total, topology), "")
+        view.add_row("  step", f"{flops / 1e15:.3g}", duration(total), "", _share(flops, total, topology), "", "")
     return view
+
+
+def link_seconds(counts: Counts, chip: Chip) -> float:
+    """A program's collectives at the links' peak: an all-reduce goes around twice."""
+    sent = sum(t.bytes_run * (2 if kind == "all-reduce" else 1) for kind, t in counts.collectives.items())
+    return sent / (chip.ici_bandwidth / 2)
 
 
 def bound(work: Work, topology: Topology) -> str:
@@ -152,6 +166,8 @@ def _share(flops: float, seconds: float, topology: Topology) -> str:
 
 
 def duration(seconds: float) -> str:
+    if seconds == 0:
+        return ""
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
