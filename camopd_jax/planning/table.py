@@ -41,7 +41,7 @@ def memory_table(reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | 
     """A row a program: its arguments by kind, what it adds, and the run's peak meanwhile."""
     view = _table("Memory of a chip while each program runs, in GiB", "", "params", "Adam", "teacher", "batch",
                   "outputs", "temporaries", "peak", "",
-                  caption="outputs: beyond those in a donated argument's place. refused: the compiler gave up, with these "
+                  caption="outputs: beyond those in a donated argument's place. refused: the compiler gave up at these "
                   "temporaries")  # fmt: skip
     peak = {p.program: p for p in peaks}
     for r in reports:
