@@ -17,7 +17,13 @@ GIB = 2**30
 
 def _table(title: str, *columns: str, caption: str | None = None) -> Table:
     view = Table(
-        title=title, caption=caption, title_justify="left", caption_justify="left", box=box.SIMPLE_HEAD, pad_edge=False
+        title=title,
+        caption=caption,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+        collapse_padding=True,
     )
     for i, name in enumerate(columns):
         view.add_column(name, justify="right" if i else "left", no_wrap=not i)
@@ -40,9 +46,9 @@ def resident_table(there: Residents, cache: int) -> Table:
 def memory_table(reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
     """A row a program: its arguments by kind, what it adds, and the run's peak meanwhile."""
     view = _table("Memory of a chip while each program runs, in GiB", "", "params", "Adam", "teacher", "batch",
-                  "outputs", "temporaries", "peak", "",
-                  caption="outputs: beyond those in a donated argument's place. refused: the compiler gave up at these "
-                  "temporaries")  # fmt: skip
+                  "outputs", "temps", "peak", "",
+                  caption="outputs: beyond those in a donated argument's place. temps: temporaries; refused: the "
+                  "compiler gave up at these")  # fmt: skip
     peak = {p.program: p for p in peaks}
     for r in reports:
         if r.same_as:
@@ -54,9 +60,9 @@ def memory_table(reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | 
         if r.memory:
             added = [_gib(r.memory.outputs - r.memory.aliased), _gib(r.memory.temporaries)]
         else:
-            added = ["", f"> {_gib(r.refused_bytes or 0)}"]
+            added = ["", f">{_gib(r.refused_bytes or 0)}"]
         p = peak[r.name]
-        view.add_row(r.name, *kinds, *added, ("" if p.exact else "> ") + _gib(p.bytes), verdict(p, hbm))
+        view.add_row(r.name, *kinds, *added, ("" if p.exact else ">") + _gib(p.bytes), verdict(p, hbm))
     return view
 
 
