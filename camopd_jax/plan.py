@@ -71,13 +71,18 @@ def compile_all(config: TrainConfig, models: Models, where: Topology, wanted: Wa
 
 
 def _compile(made: Plan, models: Models, where: Topology, wanted: Wanted) -> Iterator[Report]:
-    """In the order of `wanted`."""
+    """In the order of `wanted`.
+
+    Raises:
+      UserError: if the run has none of these.
+    """
     found = list(programs(made, models.eos_ids))
-    for word in wanted:
-        for program in found:
-            if program.name.startswith(word):
-                with CONSOLE.status(f"{program.name} …"):
-                    yield compile_program(program, made, where)
+    chosen = [program for word in wanted for program in found if program.name.startswith(word)]
+    if not chosen:
+        raise UserError(f"--programs={','.join(wanted)}: the run has none; give some of {', '.join(KINDS)}")
+    for program in chosen:
+        with CONSOLE.status(f"{program.name} …"):
+            yield compile_program(program, made, where)
 
 
 def report(config: TrainConfig, models: Models, where: Topology, answer: int, wanted: Wanted) -> dict[str, Any]:
@@ -98,6 +103,8 @@ def report(config: TrainConfig, models: Models, where: Topology, answer: int, wa
     for line in table.largest_lines(reports):
         say(line)
     say(table.work_table(reports, where))
+    for line in table.slowest_lines(reports, where.chip) if where.chip else ():
+        say(line)
     say(table.collectives_table(reports))
     for line in table.busiest_lines(reports):
         say(line)
@@ -170,8 +177,9 @@ def look_for(
     def compiled(candidate: Candidate) -> Peak:
         """The highest peak, or the first that is too high: the compiler need not be asked for the rest."""
         made = plan(candidate.applied(config), models, where.devices, where.platform)
+        words = tuple(word for word in SEARCHED if word.startswith(wanted)) or wanted
         reports: list[Report] = []
-        for one in _compile(made, models, where, tuple(word for word in SEARCHED if word.startswith(wanted))):
+        for one in _compile(made, models, where, words):
             reports.append(one)
             high = peak.worst(peak.peaks(peak.residents(made, reports), reports))
             if not high.exact or high.bytes > where.hbm:
@@ -216,8 +224,6 @@ if __name__ == "__main__":
         where = topology.describe(name, values.hbm_gib)
         answer = min(values.answer_tokens or config.rollout.max_response_tokens, config.rollout.max_response_tokens)
         wanted = tuple(values.programs)
-        if not any(kind.startswith(word) for word in wanted for kind in KINDS):
-            raise UserError(f"--programs={','.join(wanted)} is none; give some of {', '.join(KINDS)}")
         told: dict[str, Any] = {"config": dataclasses.asdict(config)}
         if values.search:
             told |= look_for(config, models, where, answer, values.tries, wanted)

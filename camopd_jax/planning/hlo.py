@@ -73,6 +73,7 @@ class Counts:
     flops: float = 0.0  # of matrix products
     cycles: float = 0.0  # the compiler's own estimates, added up: nothing overlaps
     busiest: dict[str, int] = field(default_factory=dict)  # bytes of collectives, by kind and place in the program
+    slowest: dict[str, float] = field(default_factory=dict)  # cycles, by the innermost loop around them
     loops: list[Loop] = field(default_factory=list)
     guessed: list[str] = field(default_factory=list)  # loops whose trips the caller gave
 
@@ -100,7 +101,7 @@ class Module:
     def counts(self, trips: Callable[[Loop], int] = lambda loop: 1) -> Counts:
         """Everything counted; `trips` is asked for the loops whose bound is data."""
         counts = Counts()
-        self._walk(self.entry, 1, counts, trips)
+        self._walk(self.entry, 1, counts, trips, "outside of loops")
         return counts
 
     @cached_property
@@ -113,7 +114,13 @@ class Module:
         return {channel for c in inside if (channel := _channel(c))}
 
     def _walk(
-        self, name: str, times: int, counts: Counts, trips: Callable[[Loop], int], fusion: Instruction | None = None
+        self,
+        name: str,
+        times: int,
+        counts: Counts,
+        trips: Callable[[Loop], int],
+        inside: str,
+        fusion: Instruction | None = None,
     ) -> None:
         computation = self.computations[name]
         for i in computation.values():
@@ -132,6 +139,7 @@ class Module:
                 counts.flops += times * _product_flops(i, computation)
             if fusion is None and (cycles := re.search(r'"estimated_cycles":"(\d+)"', i.attributes)):
                 counts.cycles += times * int(cycles[1])
+                counts.slowest[inside] = counts.slowest.get(inside, 0) + times * int(cycles[1])
             if kind == "while":
                 loop = self.loop(i, computation)
                 counts.loops.append(loop)
@@ -140,15 +148,15 @@ class Module:
                     n = trips(loop)
                     counts.guessed.append(f"{loop.source} x {n}")
                 for part in i.called("body", "condition"):
-                    self._walk(part, times * n, counts, trips, fusion)
+                    self._walk(part, times * n, counts, trips, loop.source, fusion)
             elif kind == "fusion":
                 for part in i.called("calls"):
-                    self._walk(part, times, counts, trips, i)
+                    self._walk(part, times, counts, trips, inside, i)
             elif kind in ("call", "async", "conditional"):
                 for part in i.called(
                     "calls", "to_apply", "branch_computations", "true_computation", "false_computation"
                 ):
-                    self._walk(part, times, counts, trips, fusion)
+                    self._walk(part, times, counts, trips, inside, fusion)
 
     def loop(self, loop: Instruction, around: dict[str, Instruction]) -> Loop:
         """How often a while loop runs: `counter < bound`, perhaps with more conditions that may end it earlier."""

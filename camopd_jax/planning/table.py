@@ -116,6 +116,16 @@ def busiest_lines(reports: Sequence[Report], most: int = 2, least: float = 1e9) 
     return told
 
 
+def slowest_lines(reports: Sequence[Report], chip: Chip, least: float = 0.1) -> list[str]:
+    """The loops that by the compiler's cycles take at least this share of their program."""
+    told = []
+    for r in reports:
+        for place, cycles in sorted(r.counts.slowest.items(), key=lambda kv: -kv[1])[:2]:
+            if cycles >= least * r.counts.cycles and r.counts.cycles > chip.clock:  # a second
+                told.append(f"{r.name}: {duration(cycles / chip.clock)} of cycles in ...{place[-55:]}")
+    return told
+
+
 def collectives_table(reports: Sequence[Report]) -> Table:
     view = _table(
         "Collectives", "", "kind", "in the text", "runs", "GB of a chip",

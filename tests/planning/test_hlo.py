@@ -61,7 +61,7 @@ def test_a_loop_multiplies_what_is_in_its_body():
         "all-reduce": Traffic(count=1, runs=1, bytes=4, bytes_run=4),
     }
     assert counts.flops == 4 * 2 * 8 * 16 * 16
-    assert counts.cycles == 400
+    assert counts.cycles == 400 and counts.slowest == {"f/all": 400}
     assert counts.busiest["all-gather in jit(f)/gather"] == 2048
 
 
