@@ -6,9 +6,7 @@
 Every prompt and every answer has exactly the given length (no token ends an answer), so that two
 programs on the same flags do the same work. Prints one JSON line: medians after a warm-up step, in seconds.
 
-FLOPs are counted from the model, not from the compiler: 2 per weight of a matrix product and token (twice
-that again in a backward pass; recomputation by remat is not counted), and 4 x heads x head width per pair of
-positions in attention. Bytes of a decode turn: all weights once, and the keys and values that are there.
+FLOPs and bytes are counted from the model, not from the compiler: camopd_jax/planning/costs.py says how.
 """
 
 import datetime
@@ -23,16 +21,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from shapes import SHAPES
 
 from camopd_jax import __version__, engine, phases
 from camopd_jax.config import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
 from camopd_jax.metrics import memory_gib
 from camopd_jax.models import hf
-from camopd_jax.models.config import ModelConfig, from_hf
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
-from camopd_jax.models.weights import shardings, table
+from camopd_jax.models.weights import shardings
 from camopd_jax.optim import init_state
+from camopd_jax.planning.costs import decode_bytes, forward_flops
 from camopd_jax.sharding import global_rows, make_mesh
 from camopd_jax.types import PromptBatch, Prompts, Scored, Scores
 
@@ -52,26 +51,6 @@ flags.DEFINE_string("mesh", "-1,1,1", "data,fsdp,tensor.")
 flags.DEFINE_integer("steps", 3, "Steps timed, after one that compiles.", lower_bound=1)
 flags.DEFINE_bool("record", False, f"Append the line to {HISTORY.name}.")
 flags.DEFINE_string("profile", None, "Folder for an XProf trace of one more step.")
-
-
-def matrix_weights(config: ModelConfig) -> int:
-    """Weights that a token meets in a matrix product: all kernels and the head, without the embedding's look-up."""
-    kernels = sum(int(np.prod(row.shape(config.num_layers))) for row in table(config) if row.path[-1] == "kernel")
-    return kernels + config.vocab_size * config.hidden_size
-
-
-def forward_flops(config: ModelConfig, batch: int, start: int, end: int, logits: int) -> float:
-    """Of `batch` rows, positions start..end, with logits at `logits` positions of each."""
-    pairs = sum(range(start + 1, end + 1))
-    head = config.vocab_size * config.hidden_size
-    dense = 2 * ((matrix_weights(config) - head) * (end - start) + head * logits)
-    return batch * (dense + 4 * config.num_layers * config.num_heads * config.head_dim * pairs)
-
-
-def decode_bytes(config: ModelConfig, batch: int, prompt: int, answer: int, item_bytes: int) -> float:
-    """Read by a whole rollout's decode turns: weights once a turn, keys and values of the tokens before."""
-    cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
-    return answer * matrix_weights(config) * item_bytes + batch * cache * sum(range(prompt, prompt + answer))
 
 
 def build():

@@ -29,7 +29,7 @@ from camopd_jax.data import sources
 from camopd_jax.diagnosis import Diagnosis
 from camopd_jax.errors import UserError
 from camopd_jax.jsonl import append_rows, read_rows
-from camopd_jax.optim import init_state
+from camopd_jax.optim import abstract_state
 from camopd_jax.sharding import check_rows, make_mesh
 
 STREAMS = {"recovery": "general", "review": "domain"}
@@ -49,7 +49,7 @@ def analyze(config: TrainConfig, checkpoint: str | None, source_field: str) -> d
                 f"{config.specialised_model}; give a student of this config"
             )
         student = student.with_params(jax.device_put(found.loaded.params, jax.tree.map(_place, student.params)))
-    state = init_state(student.params, None)
+    state = abstract_state(student.params, None)
     programs = phases.compile_programs(config, student.model, student.eos_ids, state)
     row, answers = Diagnosis(config, models, mesh, programs)(found.step if found else 0, student.params)
     of_prompts = {branch: prompt_sources(config, branch, source_field) for branch in STREAMS}

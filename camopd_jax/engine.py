@@ -75,8 +75,11 @@ def start() -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
-def find(name: str, field: str) -> Path:
-    """The folder of a checkpoint: `name` itself, or the hub's copy of it.
+CHECKPOINT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # the files of one that are read
+
+
+def find(name: str, field: str, files: Sequence[str] = CHECKPOINT) -> Path:
+    """The folder of a checkpoint: `name` itself, or the hub's copy of it, with these files.
 
     Raises:
       UserError: if there is neither; `field` names the flag or config field that asked.
@@ -88,7 +91,7 @@ def find(name: str, field: str) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and only needed here
 
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]))
+        return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises its own, requests' and OS errors
         raise UserError(
             f"{field}: no folder {name}, and the hub does not give it ({type(error).__name__}); "
@@ -96,14 +99,15 @@ def find(name: str, field: str) -> Path:
         ) from error
 
 
-def matmul_dtype(compute: Compute) -> str:
+def matmul_dtype(compute: Compute, platform: str | None = None) -> str:
+    """What "auto" is on a platform; None: the one this process runs on."""
     if compute.matmul != "auto":
         return compute.matmul
-    return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    return "float32" if (platform or jax.default_backend()) == "cpu" else "bfloat16"
 
 
-def teacher_dtype(compute: Compute) -> str:
-    return compute.teacher if compute.teacher != "auto" else matmul_dtype(compute)
+def teacher_dtype(compute: Compute, platform: str | None = None) -> str:
+    return compute.teacher if compute.teacher != "auto" else matmul_dtype(compute, platform)
 
 
 def load(

@@ -22,11 +22,19 @@ def init_state(params: Params, moments: str | None) -> TrainState:
     acts in the other: a phase's scale r is its weight in that memory, not the length of its step. None: no moments,
     where nothing is updated.
     """
+    rest = abstract_state(params, moments).replace(params=None)
+    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), rest)
+    return zeros.replace(params=params)
+
+
+def abstract_state(params: Params, moments: str | None) -> TrainState:
+    """The state of `init_state` as shapes with their places; of the parameters too, shapes are enough."""
     names = {None: (), "shared": ("shared",), "separate": ("recovery", "review")}[moments]
+    params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
     like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), params)
-    adam = jax.eval_shape(optax.scale_by_adam().init, like)
-    zero = _zeros(jax.ShapeDtypeStruct((), jnp.int32), params)
-    return TrainState(zero, params, {name: _zeros(adam, params) for name in names}, jnp.copy(zero))
+    adam = _placed(jax.eval_shape(optax.scale_by_adam().init, like), params)
+    zero = _placed(jax.ShapeDtypeStruct((), jnp.int32), params)
+    return TrainState(zero, params, dict.fromkeys(names, adam), zero)
 
 
 def learning_rate(config: Optimizer, steps: int, step: jax.Array) -> jax.Array:
@@ -69,17 +77,20 @@ def apply(
     return params, moments, stats
 
 
-def _zeros(shapes: Any, params: Params) -> Any:
-    """Zeros of the given shapes. Those that mirror the parameters lie where the parameters lie, others everywhere:
+def _placed(shapes: Any, params: Params) -> Any:
+    """Shapes with places. Those that mirror the parameters lie where the parameters lie, others everywhere:
     a scalar that an update gives back has the place it had before, so that no program compiles twice.
     """
     mirrors = jax.tree.structure(params)
     place = jax.tree.leaves(params)[0].sharding
     everywhere = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
 
+    def put(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+
     def fill(node: Any) -> Any:
         if jax.tree.structure(node) == mirrors:
-            return jax.tree.map(lambda s, p: jnp.zeros(s.shape, s.dtype, device=p.sharding), node, params)
-        return jnp.zeros(node.shape, node.dtype, device=everywhere)
+            return jax.tree.map(lambda s, p: put(s, p.sharding), node, params)
+        return put(node, everywhere)
 
     return jax.tree.map(fill, shapes, is_leaf=lambda node: jax.tree.structure(node) == mirrors)

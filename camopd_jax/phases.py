@@ -21,12 +21,13 @@ from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from camopd_jax.config import Method, TrainConfig
 from camopd_jax.data.pipeline import bucket
 from camopd_jax.errors import UserError
 from camopd_jax.metrics import Stages
-from camopd_jax.sharding import global_rows
+from camopd_jax.sharding import check_rows, global_rows
 from camopd_jax.steps.rollout import rollout
 from camopd_jax.steps.sampling import Sampling, row_keys
 from camopd_jax.steps.score import score
@@ -37,6 +38,7 @@ from camopd_jax.types import LanguageModel, Params, PromptBatch, Prompts, Rollou
 BRANCHES = ("recovery", "review")
 ACTING = {"recovery": ("recovery",), "review": ("review",), "mixed": BRANCHES}
 UPDATES = {"recovery": recovery_update, "review": review_update, "mixed": mixed_update}
+BATCH_SHARE = "a stream's share of config.rollout.batch_size under config.method"
 CHECK_EVERY = 16  # steps, where the sampler's log-probabilities are taken for the student's
 LARGEST_SAMPLER_GAP = 1e-3  # nats per token between the two, beyond which they may not be
 
@@ -56,6 +58,17 @@ def batch_rows(config: TrainConfig) -> dict[str, int]:
         return dict.fromkeys(BRANCHES, rows)
     recovery = rows * method.recovery_steps // (method.recovery_steps + method.review_steps)
     return {"recovery": recovery, "review": rows - recovery}
+
+
+def check_batches(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError unless every batch of the run divides over the mesh."""
+    for n in batch_rows(config).values():
+        whole = n == config.rollout.batch_size
+        check_rows(mesh, "config.rollout.batch_size" if whole else BATCH_SHARE, n)
+    check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
+    check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)
+    if config.diagnostics.every:
+        check_rows(mesh, "config.diagnostics.rows", config.diagnostics.rows)
 
 
 @dataclass(frozen=True)
@@ -82,7 +95,10 @@ class Programs:
 def compile_programs(
     config: TrainConfig, model: LanguageModel, eos_ids: tuple[int, ...], state: TrainState
 ) -> Programs:
-    """Jits the steps for this run; the state keeps its sharding and is donated to each update."""
+    """Jits the steps for this run; the state keeps its sharding and is donated to each update.
+
+    Of the state only the sharding is read: shapes that carry one are enough.
+    """
     sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
 
     def answer(model: LanguageModel, params: Params, prompts: Prompts, index: jax.Array, draw: jax.Array) -> Rollout:

@@ -4,6 +4,7 @@ import math
 
 import jax
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from camopd_jax.errors import UserError
@@ -41,7 +42,12 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     if math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"mesh {wanted} needs {math.prod(sizes)} devices, {len(devices)} are here; change config.mesh")
-    return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    types = (AxisType.Auto,) * len(MESH_AXES)
+    try:
+        return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
+    except NotImplementedError:  # a TPU torus of whose sides the sizes are no products, as tensor 2 on 4x4x4
+        split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
+        return Mesh(split, MESH_AXES, axis_types=types)
 
 
 def spec(*axes: str | None) -> PartitionSpec:

@@ -30,23 +30,16 @@ from camopd_jax.jsonl import read_rows
 from camopd_jax.metrics import memory_gib
 from camopd_jax.optim import init_state
 from camopd_jax.phases import Outcome
-from camopd_jax.sharding import check_rows, local_rows, make_mesh
+from camopd_jax.sharding import local_rows, make_mesh
 from camopd_jax.steps.statistics import repetition
 from camopd_jax.types import Scored, TrainState
-
-BATCH_SHARE = "a stream's share of config.rollout.batch_size under config.method"
 
 
 def train(config: TrainConfig, workdir: str) -> None:
     """Runs the whole job: load, measure, alternate recovery and review, measure again, export."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    phases.check_batches(config, mesh)
     rows = phases.batch_rows(config)
-    for n in rows.values():
-        check_rows(mesh, "config.rollout.batch_size" if n == config.rollout.batch_size else BATCH_SHARE, n)
-    check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
-    check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)
-    if config.diagnostics.every:
-        check_rows(mesh, "config.diagnostics.rows", config.diagnostics.rows)
 
     models = load_models(config, mesh)
     student = models.student

@@ -41,15 +41,16 @@ class Tensor:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json.
+    """config.json of a folder, or a file like it.
 
     Raises:
       UserError: if it is missing, no JSON, or asks for remote code.
     """
-    config = _read_json(folder / "config.json")
+    file = folder if folder.is_file() else folder / "config.json"
+    config = _read_json(file)
     if "auto_map" in config:
         raise UserError(
-            f"{folder / 'config.json'}: auto_map asks for code from the checkpoint, which is never run; "
+            f"{file}: auto_map asks for code from the checkpoint, which is never run; "
             "use a checkpoint of a built-in architecture"
         )
     return config

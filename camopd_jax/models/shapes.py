@@ -1,4 +1,4 @@
-"""Named model shapes for benchmarks, as `config.json` contents; their weights are random."""
+"""Public models' shapes by name, as `config.json` contents: for benchmarks with random weights, and for plans."""
 
 SHAPES = {
     "tiny": dict(

@@ -1,0 +1,235 @@
+"""What a run would need on chips that need not be there: memory, time, collectives; fits, or by how much not.
+
+    python -m camopd_jax.plan --config=configs/medqa.py --topology=v5e:16x16 --search
+    python -m camopd_jax.plan --config=configs/medqa.py --topology=v6e:8x8 --general_config=qwen3-8b \\
+        --specialised_config=qwen3-8b --config.rollout.max_response_tokens=8192 --json=plan.json
+
+Every program of the run is compiled by the TPU's own compiler (pip install 'camopd_jax[plan]') at the run's largest
+shapes, from shapes alone: of the models only config.json is read. --topology=local does it for this machine's devices.
+"""
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from absl import flags
+from rich.console import Console
+
+from camopd_jax import cli, engine, phases
+from camopd_jax.config import TrainConfig
+from camopd_jax.errors import UserError
+from camopd_jax.models import hf
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.shapes import SHAPES
+from camopd_jax.planning import costs, peak, search, table, topology
+from camopd_jax.planning.compiling import Report, compile_program
+from camopd_jax.planning.peak import Peak
+from camopd_jax.planning.programs import Models, Plan, plan, programs
+from camopd_jax.planning.search import Candidate
+from camopd_jax.planning.topology import Topology
+
+Wanted = tuple[str, ...]  # beginnings of programs' names
+
+CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+
+
+KINDS = ["rollout", "score", "select", "update"]
+SEARCHED = ("score", "update: mixed", "update: recovery", "rollout")  # no other asks for more; the quick ones first
+
+
+def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
+    """The two models' shapes; files, folders or names of shapes stand in for what the config names."""
+    context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    given = {
+        "general": _config_json(general, "--general_config", config.general_model, "config.general_model"),
+        "specialised": _config_json(
+            specialised, "--specialised_config", config.specialised_model, "config.specialised_model"
+        ),
+    }
+    shapes = {name: from_hf(values, context=context, where=name) for name, values in given.items()}
+    eos = given["specialised"].get("eos_token_id")
+    return Models(**shapes, eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+
+
+def _config_json(instead: str | None, flag: str, name: str, field: str) -> dict[str, Any]:
+    if instead in SHAPES:
+        return SHAPES[instead]
+    if instead and Path(instead).expanduser().exists():
+        return hf.read_config(Path(instead).expanduser())
+    if instead:
+        raise UserError(f"{flag}: {instead} is no file or folder, and no shape; the shapes are {', '.join(SHAPES)}")
+    return hf.read_config(engine.find(name, field, files=("config.json",)))
+
+
+def compile_all(config: TrainConfig, models: Models, where: Topology, wanted: Wanted) -> tuple[Plan, list[Report]]:
+    """The run's arrays, and a report of each of its programs, or of those whose name begins with a wanted word."""
+    made = plan(config, models, where.devices, where.platform)
+    return made, list(_compile(made, models, where, wanted))
+
+
+def _compile(made: Plan, models: Models, where: Topology, wanted: Wanted) -> Iterator[Report]:
+    """In the order of `wanted`.
+
+    Raises:
+      UserError: if the run has none of these.
+    """
+    found = list(programs(made, models.eos_ids))
+    chosen = [program for word in wanted for program in found if program.name.startswith(word)]
+    if not chosen:
+        raise UserError(f"--programs={','.join(wanted)}: the run has none; give some of {', '.join(KINDS)}")
+    for program in chosen:
+        with CONSOLE.status(f"{program.name} …"):
+            yield compile_program(program, made, where)
+
+
+def report(config: TrainConfig, models: Models, where: Topology, answer: int, wanted: Wanted) -> dict[str, Any]:
+    """Compiles, prints the tables, and returns all of it for the JSON file."""
+    made, reports = compile_all(config, models, where, wanted)
+    there = peak.residents(made, reports)
+    peaks = peak.peaks(there, reports)
+    say = CONSOLE.print
+    mesh = dict(made.mesh.shape)
+    sizes = " x ".join(f"{axis} {n}" for axis, n in mesh.items())
+    slots = f"{made.prompt_slots} + {config.rollout.max_response_tokens} slots"
+    say(f"{where.name}: {len(where.devices)} devices, mesh {sizes}; {made.rows} rows of {slots}, {made.student.dtype}")
+    say()
+    say(table.resident_table(there, peak.kv_cache(made)))
+    say(table.memory_table(reports, peaks, where.hbm))
+    high = peak.worst(peaks)
+    say(_fit_line(high, where) + "\n")
+    for line in table.largest_lines(reports):
+        say(line)
+    say(table.work_table(reports, where))
+    for line in table.slowest_lines(reports, where.chip) if where.chip else ():
+        say(line)
+    say(table.collectives_table(reports))
+    for line in table.busiest_lines(reports):
+        say(line)
+    for r in reports:
+        for finding in r.findings:
+            say(f"{r.name}: {finding}")
+    told: dict[str, Any] = {
+        "topology": where.name, "devices": len(where.devices), "hbm": where.hbm, "mesh": mesh,
+        "residents": vars(there), "kv_cache": peak.kv_cache(made), "peaks": [vars(p) for p in peaks],
+        "fits": where.hbm and high.exact and high.bytes <= where.hbm,
+        "programs": [dataclasses.asdict(r) for r in reports],
+    }  # fmt: skip
+    return told | (times(config, models, where, mesh, reports, answer) if where.chip else {})
+
+
+def _fit_line(high: Peak, where: Topology) -> str:
+    at = f"The peak is {'' if high.exact else 'above '}{high.bytes / table.GIB:.2f} GiB, in {high.program}"
+    if where.hbm is None:
+        return f"{at}; this device does not say how much it has (--hbm_gib)"
+    fits = high.exact and high.bytes <= where.hbm
+    return f"{at}, of {where.hbm / table.GIB:.2f} GiB: it {'fits' if fits else 'does not fit'}"
+
+
+def times(
+    config: TrainConfig, models: Models, where: Topology, mesh: dict[str, int], reports: list[Report], answer: int
+) -> dict[str, Any]:
+    """Seconds of a step and of the run, decoding against its limit."""
+    chip, chips = where.chip, len(where.devices)
+    shares = costs.phase_shares(config)
+    work = {
+        phase: costs.stage_work(config, models.specialised, mesh, where.platform, phase, answer) for phase in shares
+    }
+    by_name = {r.name: r for r in reports if not r.same_as}
+    compiled = {}
+    for phase in shares:
+        names = {"decode": "rollout: student", "score student": "score: student", "update": f"update: {phase}",
+                 "score teacher": "score: general teacher"}  # fmt: skip
+        compiled |= {f"{phase} {stage}": by_name[name] for stage, name in names.items() if name in by_name}
+    CONSOLE.print(table.time_table(work, where, compiled, answer))
+    step = sum(shares[p] * sum(w.seconds(chip, chips) for w in stages.values()) for p, stages in work.items())
+    rows = sum(phases.batch_rows(config)[name] for name in phases.ACTING[next(iter(shares))])
+    decode = work[next(iter(shares))]["decode"]
+    by_memory = decode.read / chip.hbm_bandwidth
+    rate, limit = rows * answer / decode.seconds(chip, chips), rows * answer / by_memory
+    CONSOLE.print(
+        f"a step at best {table.duration(step)}, the run's {config.steps} steps {table.duration(step * config.steps)}, "
+        f"without evaluations\ndecoding: {rate:.4g} tokens/s of all chips; HBM alone would allow {limit:.4g}"
+    )
+    return {
+        "answer_tokens": answer, "step_seconds": step, "run_seconds": step * config.steps,
+        "decode_tokens_per_second": rate, "decode_hbm_limit": limit,
+        "compiler_seconds": {name: r.counts.cycles / chip.clock for name, r in by_name.items()},
+        "work": {phase: {name: vars(w) for name, w in stages.items()} for phase, stages in work.items()},
+    }  # fmt: skip
+
+
+def look_for(
+    config: TrainConfig, models: Models, where: Topology, answer: int, tries: int, wanted: Wanted
+) -> dict[str, Any]:
+    """The search: prints what was tried and ends in flags."""
+    if where.hbm is None:
+        raise UserError("--search needs to know a device's memory; give --hbm_gib")
+    ordered = search.candidates(config, models, where, answer)
+    if not ordered:
+        raise UserError(
+            f"--search: no mesh of {len(where.devices)} devices divides the models' heads and the batch of "
+            f"{config.rollout.batch_size}; change config.rollout.batch_size or --topology"
+        )
+
+    def compiled(candidate: Candidate) -> Peak:
+        """The highest peak, or the first that is too high: the compiler need not be asked for the rest."""
+        made = plan(candidate.applied(config), models, where.devices, where.platform)
+        words = tuple(word for word in SEARCHED if word.startswith(wanted)) or wanted
+        reports: list[Report] = []
+        for one in _compile(made, models, where, words):
+            reports.append(one)
+            high = peak.worst(peak.peaks(peak.residents(made, reports), reports))
+            if not high.exact or high.bytes > where.hbm:
+                break
+        return high
+
+    found, tried = search.choose(ordered, compiled, where.hbm, tries)
+    CONSOLE.print(table.tried_table(tried, where))
+    if found:
+        CONSOLE.print("fits with:\n  " + " \\\n  ".join(found.flags(config)))
+    else:
+        less = search.shorter(config, models, where)
+        CONSOLE.print(
+            "nothing that was tried fits." + (f" By arithmetic {less} would; it changes the run" if less else "")
+        )
+    return {
+        "search": [
+            dataclasses.asdict(t.candidate) | {"peak": vars(t.peak), "flags": t.candidate.flags(config)} for t in tried
+        ],
+        "recommended": found and found.flags(config),
+        "candidates": len(ordered),
+    }
+
+
+if __name__ == "__main__":
+    flags.DEFINE_string("topology", None, "Chips to plan for, as v5e:8x8, v6e:4x4, v5p:4x4x4, v4:2x2x4; or local.")
+    flags.DEFINE_float("hbm_gib", None, "Memory of a chip, instead of what is known of it.", lower_bound=0)
+    flags.DEFINE_string("general_config", None, f"config.json of the original model, or one of {', '.join(SHAPES)}.")
+    flags.DEFINE_string("specialised_config", None, "The same of the specialised one.")
+    flags.DEFINE_integer("answer_tokens", None, "Length of answers for the times; default: the cap.", lower_bound=1)
+    flags.DEFINE_list("programs", KINDS, "Those to compile. A rollout of many layers and long answers takes minutes.")
+    flags.DEFINE_bool("search", False, "Look for a mesh, micro-batch and remat that fit.")
+    flags.DEFINE_integer("tries", 3, "Candidates that --search compiles at most.", lower_bound=1)
+    flags.DEFINE_string("json", None, "File for all of it as JSON.")
+    read_config = cli.config_flag(TrainConfig)
+
+    def main() -> None:
+        values = flags.FLAGS
+        name = cli.required("topology", "v5e:8x8")
+        config = read_config()
+        models = read_models(config, values.general_config, values.specialised_config)
+        where = topology.describe(name, values.hbm_gib)
+        answer = min(values.answer_tokens or config.rollout.max_response_tokens, config.rollout.max_response_tokens)
+        wanted = tuple(values.programs)
+        told: dict[str, Any] = {"config": dataclasses.asdict(config)}
+        if values.search:
+            told |= look_for(config, models, where, answer, values.tries, wanted)
+        else:
+            told |= report(config, models, where, answer, wanted)
+        if values.json:
+            Path(values.json).write_text(json.dumps(told, indent=1) + "\n")
+
+    cli.run(main)

@@ -1,0 +1,141 @@
+"""Looks for flags with which a run fits its chips: by arithmetic first, then the compiler tries the best few."""
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+from camopd_jax import phases
+from camopd_jax.config import TrainConfig
+from camopd_jax.models.config import ModelConfig
+from camopd_jax.planning.costs import memory_estimate, phase_shares, stage_work
+from camopd_jax.planning.peak import Peak
+from camopd_jax.planning.programs import Models
+from camopd_jax.planning.topology import Topology
+
+REMATS = ("none", "dots", "block")
+MARGIN = 0.9  # a candidate must ask for this share of what failed before the compiler is asked again
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """Flags, and what arithmetic says of them."""
+
+    mesh: tuple[int, int, int]  # data, fsdp, tensor
+    micro_batch: int
+    remat: str
+    evaluation_batch: int
+    memory: dict[str, float]  # bytes on one chip: "resident", and by program
+    seconds: float  # of a step
+
+    @property
+    def peak(self) -> float:
+        return self.memory["resident"] + max(n for name, n in self.memory.items() if name != "resident")
+
+    def applied(self, config: TrainConfig) -> TrainConfig:
+        data, fsdp, tensor = self.mesh
+        return dataclasses.replace(
+            config,
+            mesh=dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor),
+            optimizer=dataclasses.replace(config.optimizer, micro_batch=self.micro_batch),
+            compute=dataclasses.replace(config.compute, remat=self.remat),
+            evaluation=dataclasses.replace(config.evaluation, batch_size=self.evaluation_batch),
+        )
+
+    def flags(self, config: TrainConfig) -> list[str]:
+        """What to add to the command: the mesh, and of the rest what differs from the config."""
+        data, fsdp, tensor = self.mesh
+        given = [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"]
+        others = {
+            "optimizer.micro_batch": (self.micro_batch, config.optimizer.micro_batch),
+            "compute.remat": (self.remat, config.compute.remat),
+            "evaluation.batch_size": (self.evaluation_batch, config.evaluation.batch_size),
+        }
+        return given + [f"--config.{name}={new}" for name, (new, old) in others.items() if new != old]
+
+
+def meshes(chips: int, models: Sequence[ModelConfig]) -> Iterator[tuple[int, int, int]]:
+    """(data, fsdp, tensor) of so many chips that divide what they split of every model."""
+    for tensor, fsdp in itertools.product(range(1, chips + 1), repeat=2):
+        split = [n for m in models for n in (m.num_heads, m.num_kv_heads, m.vocab_size, m.intermediate_size)]
+        if chips % (tensor * fsdp) or any(n % tensor for n in split) or any(m.hidden_size % fsdp for m in models):
+            continue
+        yield chips // (tensor * fsdp), fsdp, tensor
+
+
+def candidates(config: TrainConfig, models: Models, topology: Topology, answer: int) -> list[Candidate]:
+    """Every choice that divides, the quickest of those that seem to fit first, then the others by their memory."""
+    shapes = (models.general, models.specialised)
+    found = []
+    for mesh in meshes(len(topology.devices), shapes):
+        shards = mesh[0] * mesh[1]
+        if any(rows % shards for rows in phases.batch_rows(config).values()):
+            continue
+        evaluation = math.ceil(config.evaluation.batch_size / shards) * shards
+        micros = [n for n in range(shards, config.rollout.batch_size + 1, shards) if config.rollout.batch_size % n == 0]
+        for micro_batch, remat in itertools.product(micros, REMATS):
+            one = Candidate(mesh, micro_batch, remat, evaluation, {}, 0.0)
+            found.append(_estimated(one, config, models, topology, answer))
+    limit = topology.hbm or math.inf
+    return sorted(found, key=lambda c: (c.peak > limit, c.seconds if c.peak <= limit else c.peak, c.peak))
+
+
+def _estimated(one: Candidate, config: TrainConfig, models: Models, topology: Topology, answer: int) -> Candidate:
+    tried = one.applied(config)
+    mesh = dict(zip(("data", "fsdp", "tensor"), one.mesh, strict=True))
+    memory = memory_estimate(tried, models.general, models.specialised, mesh, topology.platform)
+    seconds = 0.0
+    if topology.chip:
+        for phase, share in phase_shares(tried).items():
+            work = stage_work(tried, models.specialised, mesh, topology.platform, phase, answer)
+            seconds += share * sum(w.seconds(topology.chip, len(topology.devices)) for w in work.values())
+    return dataclasses.replace(one, memory=memory, seconds=seconds)
+
+
+@dataclass(frozen=True)
+class Tried:
+    candidate: Candidate
+    peak: Peak  # as the compiler has it
+
+
+def choose(
+    ordered: Sequence[Candidate], compiled: Callable[[Candidate], Peak], limit: float, tries: int
+) -> tuple[Candidate | None, list[Tried]]:
+    """Compiles candidates in their order until one fits, at most `tries` of them.
+
+    After one that does not fit, those that by arithmetic ask for about as much in the program that failed are passed
+    over.
+    """
+    tried: list[Tried] = []
+    left = list(ordered)
+    while left and len(tried) < tries:
+        candidate = left.pop(0)
+        peak = compiled(candidate)
+        tried.append(Tried(candidate, peak))
+        if peak.exact and peak.bytes <= limit:
+            return candidate, tried
+        stage = peak.program.split(":")[0]
+        bar = MARGIN * _asked(candidate, stage)
+        left = [c for c in left if _asked(c, stage) < bar]
+    return None, tried
+
+
+def _asked(candidate: Candidate, stage: str) -> float:
+    return candidate.memory["resident"] + candidate.memory.get(stage, 0.0)
+
+
+def shorter(config: TrainConfig, models: Models, topology: Topology) -> str:
+    """Where nothing fits: how far the batch or the answers would have to be halved. Either changes the method."""
+    told = []
+    for name in ("max_response_tokens", "batch_size"):
+        value = getattr(config.rollout, name)
+        while value > 1:
+            value //= 2
+            rollout = dataclasses.replace(config.rollout, **{name: value})
+            tried = dataclasses.replace(config, rollout=rollout)
+            best = candidates(tried, models, topology, rollout.max_response_tokens)
+            if best and best[0].peak <= topology.hbm:
+                told.append(f"config.rollout.{name} <= {value}")
+                break
+    return " or ".join(told)

@@ -1,0 +1,112 @@
+"""Chips that need not be there: what a TPU topology is called, holds and can do."""
+
+import contextlib
+import importlib.util
+import os
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from camopd_jax.errors import UserError
+
+
+@dataclass(frozen=True)
+class Chip:
+    """Public numbers of one chip, from the tables at https://docs.cloud.google.com/tpu/docs/ (v4, v5e, v5p, v6e).
+
+    Of `hbm`, what the TPU compiler itself says is available: capacity less what it keeps for itself.
+    """
+
+    name: str
+    hbm: float  # bytes a program can have
+    flops: float  # per second, bfloat16
+    hbm_bandwidth: float  # bytes per second
+    ici_bandwidth: float  # bytes per second and chip, both directions of all links together
+    clock: float  # Hz, https://en.wikipedia.org/wiki/Tensor_Processing_Unit; 0: unknown
+    dimensions: int  # of the torus
+    longest: int  # chips along one side
+
+
+CHIPS = {
+    "v4": Chip("v4", 30.75 * 2**30, 275e12, 1228e9, 300e9, 1.05e9, 3, 16),
+    "v5e": Chip("v5e", 15.75 * 2**30, 197e12, 819e9, 400e9, 1.5e9, 2, 16),
+    "v5p": Chip("v5p", 95.73 * 2**30, 459e12, 2765e9, 1200e9, 1.75e9, 3, 24),
+    "v6e": Chip("v6e", 31.24 * 2**30, 918e12, 1638e9, 800e9, 1.75e9, 2, 16),
+}
+MEGACORE = ("v4", "v5p")  # chips whose two cores act as one device
+
+
+@dataclass(frozen=True)
+class Topology:
+    """Devices to compile for."""
+
+    name: str
+    platform: str  # "tpu", "cpu" or "gpu": what "auto" of a config means there
+    devices: tuple[Any, ...]
+    chip: Chip | None  # None: a local device of which no numbers are known
+    hbm: float | None  # bytes per device; None: unknown
+
+
+def describe(name: str, hbm_gib: float | None = None) -> Topology:
+    """The topology of that name, as "v5e:8x8"; "local" is what this process runs on.
+
+    Raises:
+      UserError: for a name that is none, and where libtpu is not installed.
+    """
+    hbm = None if hbm_gib is None else hbm_gib * 2**30
+    if name == "local":
+        devices = tuple(jax.devices())
+        limit = (devices[0].memory_stats() or {}).get("bytes_limit")
+        return Topology("local", devices[0].platform, devices, None, hbm or limit)
+    chip = check_name(name)
+    if importlib.util.find_spec("libtpu") is None:
+        raise UserError(f"--topology={name} needs the TPU compiler, which is not here; pip install 'camopd_jax[plan]'")
+    _quiet()
+    from jax.experimental import topologies
+
+    options = {"chip_config_name": "megacore"} if chip.name in MEGACORE else {}
+    try:
+        devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
+    except jax.errors.JaxRuntimeError as error:
+        raise UserError(f"--topology={name}: the TPU compiler does not take it: {_first_line(error)}") from error
+    return Topology(name, "tpu", tuple(devices), chip, hbm or chip.hbm)
+
+
+def check_name(name: str) -> Chip:
+    """The chip of a topology's name. The TPU compiler ends the whole process at a name of sides it does not have.
+
+    Raises:
+      UserError: for a name that is none.
+    """
+    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
+    if match is None or match[1] not in CHIPS:
+        raise UserError(f"--topology={name}: give local, or one like v5e:8x8, v6e:4x4, v5p:4x4x4 or v4:2x2x4")
+    chip, sides = CHIPS[match[1]], [int(side) for side in match[2].split("x")]
+    if len(sides) != chip.dimensions or not all(1 <= side <= chip.longest for side in sides):
+        raise UserError(
+            f"--topology={name}: a {chip.name} slice has {chip.dimensions} sides of 1 to {chip.longest} chips"
+        )
+    return chip
+
+
+def _quiet() -> None:
+    """Keeps libtpu from asking the cloud where it runs, and from saying at length that it got no answer."""
+    defaults = {
+        "TPU_SKIP_MDS_QUERY": "1",
+        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run on a chip, so that two plans at once are no conflict
+        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
+        "TPU_WORKER_HOSTNAMES": "localhost",
+        "TPU_STDERR_LOG_LEVEL": "3",
+        "TPU_MIN_LOG_LEVEL": "3",
+        "TF_CPP_MIN_LOG_LEVEL": "3",
+    }
+    for key, value in defaults.items():
+        os.environ.setdefault(key, value)
+    with contextlib.suppress(RuntimeError):  # JAX runs already: then it has its devices
+        jax.config.update("jax_platforms", "cpu")
+
+
+def _first_line(error: Exception) -> str:
+    return str(error).strip().splitlines()[0]

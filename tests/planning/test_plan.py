@@ -1,0 +1,196 @@
+"""The plan itself: a small run compiled by the TPU's compiler for chips that are not here, and by this machine's."""
+
+import dataclasses
+import importlib.util
+import json
+from pathlib import Path
+
+import jax
+import pytest
+
+from camopd_jax import plan as command_plan
+from camopd_jax.config import Compute, Evaluation, MeshConfig, Method, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.errors import UserError
+from camopd_jax.models.config import from_hf
+from camopd_jax.planning import peak, topology
+from camopd_jax.planning.compiling import compile_program, largest, refusal
+from camopd_jax.planning.programs import Models, abstract_params, chip_bytes, plan, programs
+from camopd_jax.sharding import make_mesh
+
+ROOT = Path(__file__).parents[2]
+LAYERS, VOCAB = 3, 1024
+MODEL = from_hf(dict(model_type="llama", vocab_size=VOCAB, hidden_size=128, intermediate_size=256,
+                     num_hidden_layers=LAYERS, num_attention_heads=4, num_key_value_heads=2, head_dim=128,
+                     tie_word_embeddings=False))  # fmt: skip
+CONFIG = TrainConfig(
+    "g", "s", Stream("g"), Stream("d"),
+    rollout=RolloutConfig(batch_size=8, max_prompt_tokens=128, max_response_tokens=256),
+    optimizer=Optimizer(micro_batch=4), mesh=MeshConfig(1, 4, 2), evaluation=Evaluation(batch_size=8),
+    compute=Compute(logits_chunk=256),
+)  # fmt: skip
+libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: .[plan]")
+
+
+@pytest.fixture(scope="module")
+def compiled():
+    """Score and recovery update on a v5e:2x4."""
+    where = topology.describe("v5e:2x4")
+    made = plan(CONFIG, Models(MODEL, MODEL), where.devices, where.platform)
+    wanted = ("score: student", "score: general teacher", "update: recovery")
+    found = {p.name: p for p in programs(made, (2,))}
+    return made, where, {name: (found[name], compile_program(found[name], made, where)) for name in wanted}
+
+
+@libtpu
+def test_the_compilers_arguments_are_those_of_shapes_and_shardings(compiled):
+    made, _, of = compiled
+    assert made.student.dtype == "bfloat16", "as on the chips, not as on this machine"
+    for program, report in of.values():
+        ours = sum(report.arguments.values())
+        leaves = len(jax.tree.leaves(program.arguments))
+        assert ours <= report.memory.arguments <= ours + 1024 * leaves, "small arrays are padded"
+        assert report.memory.code > 0 and report.refused is None
+    params = of["score: student"][1].arguments["parameters"]
+    assert of["score: general teacher"][1].arguments["teacher"] * 2 == params, "teachers are bfloat16"
+    update = of["update: recovery"][1]
+    donated = update.arguments["parameters"] + update.arguments["optimizer"]
+    assert update.arguments["parameters"] == params and donated <= update.memory.aliased <= donated + 2**17
+    assert update.memory.outputs - update.memory.aliased < 2**17, "the state takes its old place"
+
+
+@libtpu
+def test_parameters_are_gathered_by_the_layer_and_logits_by_the_chunk(compiled):
+    _, _, of = compiled
+    for _, report in of.values():
+        assert report.findings == []
+        assert [loop.trips for loop in report.counts.loops if loop.source.endswith("Decoder/while")] in ([], [LAYERS])
+        assert report.counts.collectives["all-gather"].count > 0 and report.counts.cycles > 0
+    update = of["update: recovery"][1].counts
+    assert len(update.guessed) == 1 and update.guessed[0].endswith("x 2"), "two micro-batches for all 8 rows"
+    score = of["score: student"][1].counts.flops
+    assert 6 * score > update.flops > 3 * score, "forward, remat and backward of every row"
+
+
+@libtpu
+def test_the_peak_is_residents_and_what_the_program_adds(compiled):
+    made, _, of = compiled
+    reports = [report for _, report in of.values()]
+    there = peak.residents(made, reports)
+    assert there.optimizer == pytest.approx(2 * there.parameters, abs=64)
+    assert there.general_teacher == there.specialised_teacher == there.parameters // 2
+    found = {p.program: p.bytes for p in peak.peaks(there, reports)}
+    update = of["update: recovery"][1].memory
+    assert found["update: recovery"] == there.total + update.outputs - update.aliased + update.temporaries
+    assert peak.kv_cache(made) == 2 * LAYERS * 1 * 128 * 2 * 384 * 2  # keys and values, 1 head, 2 rows of 384 slots
+
+
+@libtpu
+def test_a_mesh_that_cuts_a_side_of_the_torus_is_laid_out():
+    devices = topology.describe("v5p:4x4x4").devices
+    assert make_mesh(1, 32, 2, devices=devices).devices.shape == (1, 32, 2)
+
+
+def test_programs_of_the_same_shapes_are_compiled_once():
+    made = plan(dataclasses.replace(CONFIG, mesh=MeshConfig(1, 4, 2)), Models(MODEL, MODEL), jax.devices(), "tpu")
+    same = {p.name: p.same_as for p in programs(made, ())}
+    assert same["score: specialised teacher"] == "score: general teacher"
+    assert [name for name, first in same.items() if first is None] == [
+        "rollout: student", "score: student", "score: general teacher", "select: recovery", "select: review",
+        "update: recovery", "update: review",
+    ]  # fmt: skip
+    mixed = dataclasses.replace(CONFIG, method=Method(schedule="mixed"), mesh=MeshConfig(1, 2, 4),
+                                rollout=dataclasses.replace(CONFIG.rollout, batch_size=8))  # fmt: skip
+    other = from_hf(dict(model_type="llama", vocab_size=VOCAB + 128, hidden_size=128, intermediate_size=256,
+                         num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4))  # fmt: skip
+    made = plan(mixed, Models(other, other), jax.devices(), "cpu")
+    names = [p.name for p in programs(made, ()) if p.same_as is None]
+    assert names[-1] == "update: mixed" and made.rows == 6
+
+
+def test_bytes_on_a_chip():
+    mesh = make_mesh(1, 4, 2)
+    params = abstract_params(MODEL, mesh, "float32")
+    norms = 128 * (2 * LAYERS + 1)  # whole on every chip
+    split = LAYERS * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256) + 2 * VOCAB * 128
+    assert chip_bytes(params) == 4 * (norms + split // 8)
+
+
+def test_what_the_compiler_says_of_too_much():
+    text = ("RESOURCE_EXHAUSTED: E1000: CompileTimeHbmOom: Ran out of memory on HBM, the total memory required for HLO "
+            "temporaries (29.97G) exceeds available HBM (15.75G). HLO module: jit_score.\nSee elsewhere")  # fmt: skip
+    assert refusal(text)[1] == pytest.approx(29.97 * 2**30) and "See" not in refusal(text)[0]
+    usage = """Memory Space: default (color=0)
+Total bytes: 32181984768 (29.97GiB)
+  cumulative_size;       size;       offset; used_by_n_values; shapes_list
+    6.75GiB( 14%);    6.75GiB;   7248297984;                17; bf16[16,36864,6144,1], pred[16,36864]
+Memory Space: vmem (color=1)
+    1.00MiB(100%);    1.00MiB;            0;                 1; bf16[8]
+"""
+    assert largest(usage) == ["6.75GiB: bf16[16,36864,6144,1], pred[16,36864]"]
+
+
+def test_the_command_on_this_machine(command, tmp_path):
+    """The whole of it, on the CPU's own compiler: quick, and without libtpu."""
+    quick = ROOT / "configs" / "quickstart.py"
+    ended = command("plan", f"--config={quick}", "--topology=local", "--hbm_gib=1", f"--json={tmp_path / 'plan.json'}",
+                    "--config.rollout.max_response_tokens=16", devices=2)  # fmt: skip
+    assert ended.code == 0, ended.err
+    assert "it fits" in ended.out and max(map(len, ended.out.splitlines())) <= 100
+    told = json.loads((tmp_path / "plan.json").read_text())
+    assert told["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1} and told["fits"] is True
+    assert told["residents"]["parameters"] * 2 == pytest.approx(told["residents"]["optimizer"], abs=64)
+    update = next(p for p in told["programs"] if p["name"] == "update: recovery")
+    assert update["memory"]["aliased"] > 0 and update["counts"]["collectives"]["all-reduce"]["runs"] > 0
+
+
+@pytest.mark.parametrize(
+    "name, says",
+    [("v5e:8", "2 sides"), ("v5e:32x32", "1 to 16"), ("v7:2x2", "give local, or one like"), ("8x8", "give local"),
+     ("v5p:2x2", "3 sides"), ("v5e:0x4", "1 to 16")],
+)  # fmt: skip
+def test_a_topology_that_is_none(name, says):
+    with pytest.raises(UserError, match=says):
+        topology.check_name(name)
+
+
+def test_without_libtpu_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match="pip install"):
+        topology.describe("v5e:2x4")
+
+
+def test_mistakes_are_one_line_and_exit_code_2(command):
+    quick = f"--config={ROOT / 'configs' / 'quickstart.py'}"
+    for args, says in [
+        ([quick], "--topology is missing"),
+        ([quick, "--topology=v5e:3"], "2 sides"),
+        ([quick, "--topology=local", "--general_config=qwen9"], "no file or folder, and no shape"),
+        ([quick, "--topology=local", "--config.mesh.tensor=3"], "needs 3 devices"),
+        ([quick, "--topology=local", "--search"], "give --hbm_gib"),
+        ([quick, "--topology=local", "--programs=decode"], "give some of rollout"),
+    ]:
+        ended = command("plan", *args, devices=2)
+        assert ended.code == 2 and says in ended.err and len(ended.err.strip().splitlines()) == 1, (args, ended.err)
+
+
+def test_config_files_and_names_of_shapes_stand_in_for_the_models(tmp_path):
+    config = dataclasses.replace(CONFIG, general_model="nobody/nothing")
+    file = tmp_path / "mine.json"
+    file.write_text(json.dumps(dict(model_type="llama", vocab_size=9, hidden_size=8, intermediate_size=8,
+                                    num_hidden_layers=1, num_attention_heads=2, eos_token_id=[3, 4])))  # fmt: skip
+    models = command_plan.read_models(config, "qwen3-8b", str(file))
+    assert models.general.num_layers == 36 and models.specialised.vocab_size == 9 and models.eos_ids == (3, 4)
+
+
+def test_the_search_ends_in_flags(capsys):
+    where = topology.describe("local", hbm_gib=1.0)
+    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, max_response_tokens=16))
+    told = command_plan.look_for(config, Models(MODEL, MODEL), where, 16, 1, ("score",))
+    printed = " ".join(capsys.readouterr().out.split())
+    assert told["recommended"][:3] == ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"], (
+        "without a chip's speed, what needs the least memory"
+    )
+    assert all(flag in printed for flag in told["recommended"])
+    less = dataclasses.replace(where, hbm=1e3)
+    told = command_plan.look_for(config, Models(MODEL, MODEL), less, 16, 1, ("score",))
+    assert told["recommended"] is None and "nothing that was tried fits" in capsys.readouterr().out
