@@ -100,10 +100,8 @@ def table(
     """
     view = Table(
         title="In %, ± one standard error over seeds: back, of the lost ability; kept, of the domain",
-        caption="below each: less that of "
-        + " | ".join(against)
-        + "; * where a paired t-test over seeds has p < 0.05, "
-        "** where it has after Bonferroni's correction for the table's rows",
+        caption=f"below each: less that of {', then of '.join(against)}; *: p < 0.05 in a paired t-test over seeds, "
+        "**: also after Bonferroni's correction for the table's rows",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -121,9 +119,9 @@ def table(
             ours = {seed: found[name] for seed, found in of_seeds.items()}
             less = [
                 _less(difference(ours, {seed: found[name] for seed, found in outcomes[other].items()}), len(outcomes))
-                for other in against if other in outcomes and other != method
+                if other in outcomes and other != method else "-" for other in against
             ]  # fmt: skip
-            cells.append(f"{_percent(mean(ours.values()))}\n{' | '.join(less)}")
+            cells.append(f"{_percent(mean(ours.values()))}\n{' '.join(less)}")
         view.add_row(method, notes.get(method, ""), *cells)
     return view
 

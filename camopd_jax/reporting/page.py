@@ -142,7 +142,11 @@ def _told(source: Source) -> str:
     if not source.is_grid:
         run = source.groups[0].run
         return f"{source.folder}: a {kind}, {state}, {run.steps} of {run.config['steps']} steps"
-    seconds = f", {source.study['seconds'] / 60:.0f} minutes" if source.study and "seconds" in source.study else ""
+    seconds = (
+        f", the last start took {source.study['seconds'] / 60:.0f} minutes"
+        if source.study and "seconds" in source.study
+        else ""
+    )
     if source.study:
         failed = f", {len(source.study['failed'])} failed" if source.study.get("failed") else ""
         return f"{source.folder}: a grid, ended, {source.found} runs{failed}{seconds}"
