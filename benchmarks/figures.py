@@ -34,20 +34,37 @@ def axis_values(found: dict, method: str, axis: str) -> dict[int, float]:
 
 
 def methods(found: dict) -> plt.Figure:
-    figure, axes = plt.subplots(figsize=(8, 5.4))
-    for method in found["outcomes"]:
+    figure, axes = plt.subplots(figsize=(9, 6.5))
+    points = {"specialised": (0.0, 100.0)}
+    for method in sorted(found["outcomes"], key=lambda method: method not in COLOURS):
         back, kept = (study.mean(axis_values(found, method, axis).values()) for axis in ("general", "domain"))
         colour = COLOURS.get(method, FAINT)
         axes.errorbar(back.value, kept.value, xerr=back.error, yerr=kept.error, fmt="o", ms=5 if colour == FAINT else 8,
-                      color=colour, elinewidth=0.8, zorder=2 + (colour != FAINT))  # fmt: skip
-        axes.annotate(method, (back.value, kept.value), xytext=(4, 4), textcoords="offset points", fontsize=7,
-                      color=INK if colour == FAINT else colour)  # fmt: skip
-    axes.plot(0, 100, "o", mfc="none", color=INK)
-    axes.annotate("specialised", (0, 100), xytext=(4, 4), textcoords="offset points", fontsize=7)
+                      color=colour, elinewidth=0.8, alpha=0.7, zorder=2 + (colour != FAINT))  # fmt: skip
+        points[method] = back.value, kept.value
+    axes.plot(*points["specialised"], "o", mfc="none", color=INK)
     axes.set_xlabel("general skills: share of the loss that came back, %")
     axes.set_ylabel("domain: share that was kept, %")
-    axes.set_ylim(max(0, axes.get_ylim()[0]), None)
+    _name(axes, points)
     return figure
+
+
+def _name(axes: plt.Axes, points: dict[str, tuple[float, float]]) -> None:
+    """Names beside points, each where it covers no other; where there is no place, none."""
+    axes.figure.canvas.draw()
+    taken = []
+    around = [(r * x, r * y) for r in (1, 1.6) for x, y in
+              ((8, 5), (8, -9), (-8, 5), (-8, -9), (0, 12), (0, -16))]  # fmt: skip
+    for name, point in points.items():
+        for offset in around:
+            side = "left" if offset[0] > 0 else "right" if offset[0] < 0 else "center"
+            label = axes.annotate(name, point, xytext=offset, textcoords="offset points", fontsize=7.5, ha=side,
+                                  color=COLOURS.get(name, INK))  # fmt: skip
+            box = label.get_window_extent()
+            if not any(box.overlaps(other) for other in taken):
+                taken.append(box)
+                break
+            label.remove()
 
 
 def differences(found: dict) -> plt.Figure:
