@@ -75,10 +75,9 @@ def figures(found: dict[str, Any]) -> Row:
             "signal": _by_set(of_set["sum"], of_set["count"]),
             "selected_fraction": float(of_set["count"][0] / of_set["count"][1]),
         }
-    conflict, layers = {}, {}
+    conflict = {}
     for name in gradients.SETS:
-        dots = found["products"][name]
-        g, d = (found["squares"][branch][name] for branch in BRANCHES)
+        dots, g, d = _pair(found, name)
         dot, lengths = _sum(dots), [np.sqrt(_sum(g)), np.sqrt(_sum(d))]
         left = np.sqrt(max(_sum(g) + _sum(d) + 2 * dot, 0.0))
         conflict[name] = {
@@ -86,12 +85,15 @@ def figures(found: dict[str, Any]) -> Row:
             "cosine": _ratio(dot, lengths[0] * lengths[1]),
             "survives": _ratio(left, sum(lengths)),
         }
-        if name == "all":
-            layers = {
-                group: _ratio(value, np.sqrt(g_square * d_square))
-                for group, value, g_square, d_square in _by_layer(dots, g, d)
-            }
-    return {"branches": branches, "conflict": conflict, "layers": layers}
+    groups = list(_by_layer(*_pair(found, "all")))
+    layers = {group: _ratio(value, np.sqrt(g_square * d_square)) for group, value, g_square, d_square in groups}
+    layer_dots = {group: float(value) for group, value, *_ in groups}
+    return {"branches": branches, "conflict": conflict, "layers": layers, "layer_dots": layer_dots}
+
+
+def _pair(found: dict[str, Any], name: str) -> tuple[gradients.Named, ...]:
+    """By group: the product of a set's two mean gradients, and the square of each."""
+    return found["products"][name], *(found["squares"][branch][name] for branch in BRANCHES)
 
 
 def _by_set(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, float | None]:

@@ -61,7 +61,7 @@ def _conflict(row: dict[str, Any]) -> Table:
         view.add_row(name, _number(told["dot"]), _number(told["cosine"]), _percent(told["survives"]))
     view.add_section()
     for group, cosine in row["layers"].items():
-        view.add_row(f"all, {group}", "", _number(cosine), "")
+        view.add_row(f"all, {group}", _number(row["layer_dots"][group]), _number(cosine), "")
     return view
 
 

@@ -109,6 +109,8 @@ def test_each_group_has_its_own_cosine(tiny, batch, by_hand):
     size = tiny[1]["embedding"].size  # the first leaf of the flat gradient
     g, d = (by_hand[branch].mean(0)[:size] for branch in ("recovery", "review"))
     assert row["layers"]["embedding"] == pytest.approx(g @ d / np.linalg.norm(g) / np.linalg.norm(d), rel=1e-3)
+    assert row["layer_dots"]["embedding"] == pytest.approx(g @ d, rel=1e-3)
+    assert sum(row["layer_dots"].values()) == pytest.approx(row["conflict"]["all"]["dot"], rel=1e-3)
 
 
 def test_a_subset_of_the_parameters(tiny, batch):
