@@ -103,6 +103,7 @@ def test_selection_tells_of_every_answer(whole):
         assert row["student_loss"][0] - row["teacher_loss"][0] == pytest.approx(gap.mean(), abs=1e-3)
 
 
+@pytest.mark.slow
 def test_diagnostics_change_nothing_and_come_again_after_a_kill(whole, command, tmp_path):
     workdir, file = tmp_path / "run", tmp_path / "run" / "diagnostics.jsonl"
     flags = [*SMALL, "--config.diagnostics.every=4", "--config.diagnostics.rows=8"]

@@ -197,7 +197,7 @@ def test_rows_alone_see_no_neighbours(tiny, batch):
         parts["recovery"].scores, parts["recovery"].selection,
     )  # fmt: skip
     one = jnp.eye(8)[3:4]
-    lengths = [gradients.set_gradients("recovery", tiny[1], part, one, KEY, tiny[0], CONFIG)[1]
-               for part in (parts["recovery"], changed)]  # fmt: skip
+    program = jax.jit(partial(gradients.set_gradients, "recovery", model=tiny[0], config=CONFIG))
+    lengths = [program(tiny[1], part, one, KEY)[1] for part in (parts["recovery"], changed)]
     assert lengths[0][3] == pytest.approx(float(lengths[1][3]), rel=1e-5)
     assert lengths[0][0] != pytest.approx(float(lengths[1][0]), rel=1e-2)

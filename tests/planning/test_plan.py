@@ -129,6 +129,7 @@ Memory Space: vmem (color=1)
     assert largest(usage) == ["6.75GiB: bf16[16,36864,6144,1], pred[16,36864]"]
 
 
+@pytest.mark.slow
 def test_the_command_on_this_machine(command, tmp_path):
     """The whole of it, on the CPU's own compiler: quick, and without libtpu."""
     quick = ROOT / "configs" / "quickstart.py"

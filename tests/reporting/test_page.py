@@ -212,7 +212,7 @@ def grid(tmp_path):
 def test_a_finished_grid(grid):
     """camopd: 3, 4, 5 of 6, so 66.7 with sd 16.7 over 3 seeds. Less vanilla: 1/6, 0, 1/6; t(2) = 4.303."""
     text = made(grid)
-    assert "a grid, ended, 8 runs, 10 minutes" in text
+    assert "a grid, ended, 8 runs, the last start took 10 minutes" in text
     assert row(text, "In %", "camopd")[:5] == ["0.0002", "12", "3 seeds", "1,200", "66.7 ± 9.6"]
     assert row(text, "Less that of vanilla", "camopd")[:2] == ["3 seeds", "+11.1 (\u221212.8 to +35.0)"]
     assert row(text, "grid: mean of recovery", "camopd") == ["70.0", "25.0"]
