@@ -4,7 +4,7 @@ Command   python -m camopd_jax.compare --config=configs/sandbox.py --workdir=run
 Models, prompts  those of configs/quickstart.py.
 Questions  configs/sandbox/: of the covered skills, the uncovered ones and the domain, 400 each, in no other file.
 Budget    every method has 120 steps of 64 sampled answers.
-Hardware  about two hours on 2 CPU cores; --quick, ten minutes. docs/results.md has the table.
+Hardware  about an hour and a half on 2 CPU cores; --quick, six minutes. docs/results.md has the table.
 """
 
 import runpy
