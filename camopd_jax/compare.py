@@ -38,7 +38,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.evals.report import Result
 from camopd_jax.evaluate import evaluate
 from camopd_jax.interpolate import interpolate
-from camopd_jax.jsonl import read_rows
+from camopd_jax.jsonl import read_rows, whole_file
 from camopd_jax.resolved import changed, different_fields, to_json
 from camopd_jax.train import train
 
@@ -100,7 +100,8 @@ def compare(base: TrainConfig, workdir: str, methods: Sequence[str], rates: Sequ
         facts = {"axes": axes, "settings": chosen, "merits": merits, "outcomes": outcomes, "failed": grid.failed,
                  "tokens": {f"{run.method}/{run.seed}": grid.tokens(run) for run in done},
                  "seconds": round(seconds), "workers": workers}  # fmt: skip
-    (Path(workdir) / "study.json").write_text(json.dumps(facts, indent=1) + "\n")
+    with whole_file(Path(workdir) / "study.json") as file:
+        file.write(json.dumps(facts, indent=1) + "\n")
     return facts
 
 

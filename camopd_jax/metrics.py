@@ -68,10 +68,7 @@ class MetricsWriter:
     def step(self, row: dict[str, Any]) -> None:
         """One line of metrics.jsonl. Numbers that are not finite become null."""
         self._append("metrics.jsonl", [row])
-        if self._events:
-            for name, value in _flat(row):
-                self._events.add_scalar(f"{row['phase']}/{name}", value, row["step"])
-            self._events.flush()
+        self._scalars(row["phase"], row)
 
     def samples(self, rows: Sequence[dict[str, Any]]) -> None:
         self._append("samples.jsonl", rows)
@@ -82,10 +79,7 @@ class MetricsWriter:
     def diagnosis(self, row: dict[str, Any]) -> None:
         """One line of diagnostics.jsonl, and its figures for TensorBoard."""
         self._append("diagnostics.jsonl", [row])
-        if self._events:
-            for name, value in _flat(row):
-                self._events.add_scalar(f"diagnostics/{name}", value, row["step"])
-            self._events.flush()
+        self._scalars("diagnostics", row)
 
     def diagnosed(self) -> set[int]:
         """Steps whose line diagnostics.jsonl has."""
@@ -103,6 +97,13 @@ class MetricsWriter:
     def close(self) -> None:
         if self._events:
             self._events.close()
+
+    def _scalars(self, prefix: str, row: dict[str, Any]) -> None:
+        """A row's figures for TensorBoard."""
+        if self._events:
+            for name, value in _flat(row):
+                self._events.add_scalar(f"{prefix}/{name}", value, row["step"])
+            self._events.flush()
 
     def _append(self, name: str, rows: Sequence[dict[str, Any]]) -> None:
         if not self._writes or not rows:

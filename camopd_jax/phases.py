@@ -113,11 +113,9 @@ def compile_programs(
     places = jax.tree.map(lambda x: x.sharding, state)
     kept_in_place = (places, places.step)  # metrics, as the step's number, are whole on every device
     phases = ("mixed",) if config.method.schedule == "mixed" else BRANCHES
-    exact = jnp.dtype(model.dtype) == jnp.float32
-    trusts = {"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs]
     return Programs(
         student=model,
-        trusts_sampler=trusts and config.method.answers == "student",
+        trusts_sampler=trusts_sampler(config, model.dtype),
         rollout=jax.jit(answer, static_argnums=0),
         score=jax.jit(partial(score, chunk=config.compute.logits_chunk), static_argnums=0),
         select={name: jax.jit(partial(choose, name)) for name in BRANCHES},
@@ -128,6 +126,13 @@ def compile_programs(
             for phase in phases
         },
     )
+
+
+def trusts_sampler(config: TrainConfig, dtype: str) -> bool:
+    """Whether the sampler's log-probabilities, of products in this precision, spare the student a forward pass."""
+    exact = jnp.dtype(dtype) == jnp.float32
+    trusts = {"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs]
+    return trusts and config.method.answers == "student"
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from rich.console import Console
 from camopd_jax import cli, engine, phases
 from camopd_jax.config import TrainConfig
 from camopd_jax.errors import UserError
+from camopd_jax.jsonl import whole_file
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
@@ -230,6 +231,7 @@ if __name__ == "__main__":
         else:
             told |= report(config, models, where, answer, wanted)
         if values.json:
-            Path(values.json).write_text(json.dumps(told, indent=1) + "\n")
+            with whole_file(values.json) as file:
+                file.write(json.dumps(told, indent=1) + "\n")
 
     cli.run(main)

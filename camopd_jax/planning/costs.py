@@ -116,16 +116,9 @@ def stage_work(
             + BACKWARD[config.compute.remat] * kept * length * token,
         ),
     }  # fmt: skip
-    if not trusts_sampler(config, platform):
+    if not phases.trusts_sampler(config, engine.matmul_dtype(config.compute, platform)):
         work["score student"] = Work(forward, forward, share, gathered + rows * length * token)
     return work
-
-
-def trusts_sampler(config: TrainConfig, platform: str) -> bool:
-    """Whether the student's own pass is spared, as `phases.compile_programs` decides it."""
-    exact = engine.matmul_dtype(config.compute, platform) == "float32"
-    trusts = {"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs]
-    return trusts and config.method.answers == "student"
 
 
 def phase_shares(config: TrainConfig) -> dict[str, float]:

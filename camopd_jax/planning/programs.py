@@ -5,6 +5,7 @@ shardings which the run's arrays will have, on devices that need not be there.
 """
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -191,9 +192,6 @@ def chip_bytes(tree: Any) -> int:
     def size(leaf: Any) -> int:
         place = getattr(leaf, "sharding", None)
         shape = leaf.shape if place is None else place.shard_shape(leaf.shape)
-        count = 1
-        for n in shape:
-            count *= n
-        return count * jnp.dtype(leaf.dtype).itemsize
+        return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
 
     return sum(map(size, jax.tree.leaves(tree)))
