@@ -36,6 +36,15 @@ class Stream:
 
 
 @dataclass(frozen=True)
+class MeshConfig:
+    """Devices along each mesh axis; one may be -1: what the others leave."""
+
+    data: int = -1
+    fsdp: int = 1
+    tensor: int = 1
+
+
+@dataclass(frozen=True)
 class RolloutConfig:
     batch_size: int = 64  # prompts a step, one answer each
     max_prompt_tokens: int = 512
@@ -48,6 +57,11 @@ class RolloutConfig:
     # The student's log-probabilities of its answers: a forward pass of their own, or what the sampler knew of them.
     # The two are checked against each other now and then. "auto": the sampler's where products are float32
     student_logprobs: Literal["auto", "forward", "sampler"] = "auto"
+    # The devices while they answer; tensor 0: as in config.mesh. Weights that are split by fsdp are gathered for every
+    # token: by default each tensor group has a copy
+    mesh: MeshConfig = MeshConfig(tensor=0)
+    places: int = 0  # answered at one time; the other prompts wait and enter as places get free. 0: the whole batch
+    shrinks: bool = False  # whether a batch goes on as half a batch when half its answers are done
 
 
 @dataclass(frozen=True)
@@ -109,15 +123,6 @@ class Compute:
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "dots", "block"] = "block"  # what the backward pass computes again
     logits_chunk: int = 1024  # tokens whose logits exist at one time
-
-
-@dataclass(frozen=True)
-class MeshConfig:
-    """Devices along each mesh axis; one may be -1: what the others leave."""
-
-    data: int = -1
-    fsdp: int = 1
-    tensor: int = 1
 
 
 @dataclass(frozen=True)
@@ -347,6 +352,7 @@ def _check_train(config: TrainConfig, need, positive) -> None:
         "optimizer.micro_batch",
         f"give a divisor of rollout.batch_size = {config.rollout.batch_size}",
     )
+    need(config.rollout.places >= 0, "rollout.places", "give a number >= 0 (0: the whole batch)")
     need(config.rollout.temperature >= 0, "rollout.temperature", "give a number >= 0 (0: greedy)")
     need(config.rollout.top_k >= 0, "rollout.top_k", "give a number >= 0 (0: off)")
     need(0 < config.rollout.top_p <= 1, "rollout.top_p", "give a number in (0, 1]")

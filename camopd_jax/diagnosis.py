@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -55,10 +54,12 @@ class Diagnosis:
 
     def _answers(self, number: int, name: str, step: int, params: Params) -> Scored:
         branch, programs, prompts = self._branches[name], self._programs, self._prompts[name]
-        draw = jnp.int32(FIRST_DRAW + len(self._branches) * step + number)
+        draw = np.int32(FIRST_DRAW + len(self._branches) * step + number)
         answers = ask(self._config, programs, branch, params, prompts, draw)
         answers = cut_to_bucket(answers, self._config.rollout.smallest_bucket)
-        scores = score_both(programs, branch, params, prompts, answers, forward=True)  # equal models, gaps of 0
+        scores = score_both(
+            self._config, programs, branch, params, prompts, answers, forward=True
+        )  # equal models, gaps of 0
         ranked = programs.select[name](scores, answers.lengths, draw)
         return Scored(prompts.student, prompts.index, answers, scores, ranked)
 

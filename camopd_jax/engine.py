@@ -4,27 +4,25 @@ import dataclasses
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
+from camopd_jax import answering, piecewise
+from camopd_jax.answering import Decode
+from camopd_jax.buckets import bucket, length_batches, pieces
 from camopd_jax.config import Compute
 from camopd_jax.data import templates
-from camopd_jax.data.pipeline import bucket, length_batches, pad
+from camopd_jax.data.pipeline import pad
 from camopd_jax.errors import UserError
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.transformer import Model
-from camopd_jax.sharding import global_rows, rows_of_process
-from camopd_jax.steps.rollout import rollout
+from camopd_jax.sharding import global_rows, other_mesh, rows_of_process, whole
 from camopd_jax.steps.sampling import Sampling, row_keys
-from camopd_jax.steps.score import score
 from camopd_jax.types import Params, Prompts
 
 GREEDY = Sampling(temperature=0.0)
@@ -134,9 +132,7 @@ def model_config(folder: Path, context: int) -> ModelConfig:
 
 # ------------------------------------------------------------------------------- answer and score
 
-_STATIC = ("model", "sampling", "eos_ids", "max_new")
-_rollout = jax.jit(rollout, static_argnames=_STATIC)
-_score = jax.jit(score, static_argnames=("model", "chunk", "temperature", "with_top"))
+_keys = jax.jit(row_keys, static_argnums=0)
 
 
 def answer(
@@ -160,20 +156,15 @@ def answer(
     """
     answers: dict[int, Answer] = {}
     numbers = np.arange(len(prompts)) if rows is None else np.asarray(rows)
+    model = loaded.model.on(other_mesh(loaded.mesh, -1, 1, loaded.mesh.shape["tensor"], "config.mesh"))
+    params = answering.programs(model.mesh).for_decoding(model, loaded.params)
+    decode = Decode(sampling, loaded.eos_ids, max_new)
     for picked in length_batches([len(p) for p in prompts], batch_size):
         batch = _prompts(loaded.mesh, [prompts[i] for i in picked], smallest_bucket)
         row = numbers[picked].astype(np.int32)
         index = global_rows(loaded.mesh, row[rows_of_process(loaded.mesh, len(row))], len(row))
-        out = _rollout(
-            loaded.model,
-            loaded.params,
-            batch,
-            row_keys(seed, jnp.int32(draw), index),
-            sampling=sampling,
-            eos_ids=loaded.eos_ids,
-            max_new=max_new,
-        )
-        tokens, lengths, logprobs, stopped = _to_host((out.tokens, out.lengths, out.logprobs, out.stopped))
+        out = answering.answers(model, params, batch, _keys(seed, np.int32(draw), index), decode)
+        tokens, lengths, logprobs, stopped = whole((out.tokens, out.lengths, out.logprobs, out.stopped))
         done = {}
         for number, ids, n, logp, stop in zip(row, tokens, lengths, logprobs, stopped, strict=True):
             text = loaded.tokenizer.decode(ids[:n], skip_special_tokens=True)
@@ -202,13 +193,17 @@ def score_responses(
     for rows in length_batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], batch_size):
         batch = _prompts(loaded.mesh, [prompts[i] for i in rows], smallest_bucket)
         answers = _prompts(loaded.mesh, [responses[i] for i in rows], smallest_bucket)
-        logprobs = _to_host(
-            _score(
+        widths = batch.tokens.shape[1], answers.tokens.shape[1]
+        lengths = [np.asarray([len(ids[i]) for i in rows]) for ids in (prompts, responses)]
+        everyone = pieces(*lengths, np.arange(len(rows)), len(rows), widths, smallest_bucket)
+        logprobs = whole(
+            piecewise.score(
                 loaded.model,
                 loaded.params,
                 batch,
                 answers.tokens,
                 answers.lengths,
+                everyone,
                 chunk=chunk,
                 temperature=temperature,
                 with_top=with_top,
@@ -224,6 +219,3 @@ def _prompts(mesh: Mesh, ids: Sequence[Sequence[int]], smallest_bucket: int) -> 
     width = bucket(max(len(row) for row in ids), smallest_bucket)
     lengths = np.asarray([len(row) for row in mine], np.int32)
     return global_rows(mesh, Prompts(pad(mine, width), lengths), len(ids))
-
-
-_to_host = partial(multihost_utils.process_allgather, tiled=True)

@@ -28,16 +28,20 @@ COLOURS = {"recovery": "cyan", "review": "magenta", "mixed": "blue", "sft": "gre
 
 
 class Stages:
-    """Seconds of a step, by stage. Stages may be entered more than once; they do not nest."""
+    """Seconds of a step, by stage. Stages may nest: the time of an inner one is not its outer's."""
 
     def __init__(self):
         self._seconds: dict[str, float] = {}
+        self._inner = 0.0  # seconds of the stages inside the present one
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
+        outer, self._inner = self._inner, 0.0
         started = time.perf_counter()
         yield
-        self._seconds[name] = self._seconds.get(name, 0.0) + time.perf_counter() - started
+        took = time.perf_counter() - started
+        self._seconds[name] = self._seconds.get(name, 0.0) + took - self._inner
+        self._inner = outer + took
 
     def seconds(self) -> dict[str, float]:
         return dict(self._seconds)

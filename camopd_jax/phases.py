@@ -14,25 +14,27 @@ frozen copy teaches. The two never share a gradient, save under `config.method.s
 there both branches go through 2 to 5, and one update takes both.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
+from camopd_jax import answering, piecewise
+from camopd_jax.answering import Decode
+from camopd_jax.buckets import Piece, bucket, pieces
 from camopd_jax.config import Method, TrainConfig
-from camopd_jax.data.pipeline import bucket
 from camopd_jax.errors import UserError
 from camopd_jax.metrics import Stages
-from camopd_jax.sharding import check_rows, global_rows
-from camopd_jax.steps.rollout import rollout
+from camopd_jax.piecewise import Learning
+from camopd_jax.sharding import check_rows, global_rows, other_mesh, sharding, whole
 from camopd_jax.steps.sampling import Sampling, row_keys
-from camopd_jax.steps.score import score
 from camopd_jax.steps.select import select
-from camopd_jax.steps.update import mixed_update, recovery_update, review_update
+from camopd_jax.steps.update import Gradient, branch_weights, mixed_update, recovery_update, review_update
 from camopd_jax.types import LanguageModel, Params, PromptBatch, Prompts, Rollout, Scored, Scores, Selection, TrainState
 
 BRANCHES = ("recovery", "review")
@@ -62,13 +64,23 @@ def batch_rows(config: TrainConfig) -> dict[str, int]:
 
 def check_batches(config: TrainConfig, mesh: Mesh) -> None:
     """Raises UserError unless every batch of the run divides over the mesh."""
+    answering_mesh = rollout_mesh(config, mesh)
     for n in batch_rows(config).values():
-        whole = n == config.rollout.batch_size
-        check_rows(mesh, "config.rollout.batch_size" if whole else BATCH_SHARE, n)
+        name = "config.rollout.batch_size" if n == config.rollout.batch_size else BATCH_SHARE
+        check_rows(mesh, name, n)
+        check_rows(answering_mesh, name, n, "config.rollout.mesh")
+    if config.rollout.places:
+        check_rows(answering_mesh, "config.rollout.places", config.rollout.places, "config.rollout.mesh")
     check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
     check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)
     if config.diagnostics.every:
         check_rows(mesh, "config.diagnostics.rows", config.diagnostics.rows)
+
+
+def rollout_mesh(config: TrainConfig, mesh: Mesh) -> Mesh:
+    """The devices while they answer."""
+    wanted = config.rollout.mesh
+    return other_mesh(mesh, wanted.data, wanted.fsdp, wanted.tensor or mesh.shape["tensor"], "config.rollout.mesh")
 
 
 @dataclass(frozen=True)
@@ -85,10 +97,14 @@ class Programs:
     """The compiled functions of a step. Each compiles once per shape bucket, over a whole run."""
 
     student: LanguageModel
+    rollout_mesh: Mesh | None
+    decode: Decode
     trusts_sampler: bool  # its log-probabilities are the student's, and spare a forward pass
-    rollout: Callable[[LanguageModel, Params, Prompts, jax.Array, jax.Array], Rollout]
-    score: Callable[..., jax.Array]
+    keys: Callable[..., jax.Array]
+    place: Callable[[Rollout], Rollout]  # onto the mesh of the student
     select: dict[str, Callable[[Scores, jax.Array, jax.Array], Selection]]
+    weigh: dict[str, Callable[[Scored], jax.Array]]
+    learning: Learning
     update: dict[str, Callable[..., tuple[TrainState, dict[str, jax.Array]]]]
 
 
@@ -99,12 +115,8 @@ def compile_programs(
 
     Of the state only the sharding is read: shapes that carry one are enough.
     """
-    sampling = Sampling(config.rollout.temperature, config.rollout.top_k, config.rollout.top_p, config.rollout.min_p)
-
-    def answer(model: LanguageModel, params: Params, prompts: Prompts, index: jax.Array, draw: jax.Array) -> Rollout:
-        keys = row_keys(config.seed, draw, index)
-        longest = config.rollout.max_response_tokens
-        return rollout(model, params, prompts, keys, sampling=sampling, eos_ids=eos_ids, max_new=longest)
+    rollout = config.rollout
+    sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p)
 
     def choose(branch: str, scores: Scores, lengths: jax.Array, draw: jax.Array) -> Selection:
         key = jax.random.fold_in(jax.random.key(config.seed), draw)
@@ -113,16 +125,24 @@ def compile_programs(
     places = jax.tree.map(lambda x: x.sharding, state)
     kept_in_place = (places, places.step)  # metrics, as the step's number, are whole on every device
     phases = ("mixed",) if config.method.schedule == "mixed" else BRANCHES
+    rows = everywhere = selection = None
+    if model.mesh is not None:
+        rows, everywhere = sharding(model.mesh, "batch"), sharding(model.mesh)
+        selection = Selection(score=rows, order=everywhere, count=everywhere, weights=rows)
     return Programs(
         student=model,
+        rollout_mesh=None if model.mesh is None else rollout_mesh(config, model.mesh),
+        decode=Decode(sampling, eos_ids, rollout.max_response_tokens, rollout.places, rollout.shrinks),
         trusts_sampler=trusts_sampler(config, model.dtype),
-        rollout=jax.jit(answer, static_argnums=0),
-        score=jax.jit(partial(score, chunk=config.compute.logits_chunk), static_argnums=0),
-        select={name: jax.jit(partial(choose, name)) for name in BRANCHES},
+        keys=jax.jit(partial(row_keys, config.seed), out_shardings=rows),
+        place=jax.jit(lambda answers: answers, out_shardings=rows),
+        select={name: jax.jit(partial(choose, name), out_shardings=selection) for name in BRANCHES},
+        weigh={
+            name: jax.jit(partial(branch_weights, name, config=config), out_shardings=rows) for name in BRANCHES
+        },
+        learning=Learning(model, places.params, config.compute.logits_chunk),
         update={
-            phase: jax.jit(
-                partial(UPDATES[phase], model=model, config=config), donate_argnums=0, out_shardings=kept_in_place
-            )
+            phase: jax.jit(partial(UPDATES[phase], config=config), donate_argnums=0, out_shardings=kept_in_place)
             for phase in phases
         },
     )
@@ -171,25 +191,30 @@ def run(
         stages = Stages()
         parts: dict[str, Scored] = {}
 
+        def log_the_last(stages: Stages = stages) -> None:
+            nonlocal waiting
+            if waiting is not None:
+                with stages("other"):
+                    observer.log(waiting)
+                waiting = None
+
         for i, name in enumerate(ACTING[phase]):
-            branch, draw = branches[name], jnp.int32(step * len(ACTING[phase]) + i)
+            branch, draw = branches[name], np.int32(step * len(ACTING[phase]) + i)
             with stages("other"):
                 prompts = global_rows(programs.student.mesh, next(branch.prompts), rows[name])
             with stages("rollout"):
-                answers = ask(config, programs, branch, state.params, prompts, draw)
-            with stages("other"):
-                if waiting is not None:
-                    observer.log(waiting)
-                    waiting = None
-            with stages("rollout"):
+                answers = ask(config, programs, branch, state.params, prompts, draw, log_the_last)
                 answers = cut_to_bucket(answers, config.rollout.smallest_bucket)
             with stages("score"):
-                scores = jax.block_until_ready(score_both(programs, branch, state.params, prompts, answers, two_ways))
+                scores = score_both(config, programs, branch, state.params, prompts, answers, two_ways)
+                jax.block_until_ready(scores)
             with stages("select"):
                 selection = jax.block_until_ready(programs.select[name](scores, answers.lengths, draw))
             parts[name] = Scored(prompts.student, prompts.index, answers, scores, selection)
         with stages("update"):
-            state, metrics = jax.block_until_ready(programs.update[phase](state, *parts.values()))
+            gradients = [gradient(config, programs, name, state.params, part) for name, part in parts.items()]
+            state, metrics = jax.block_until_ready(programs.update[phase](state, *gradients, *parts.values()))
+            del gradients
 
         for name in parts:
             compares = two_ways and config.method.answers == "student"
@@ -204,26 +229,63 @@ def run(
 
 
 def ask(
-    config: TrainConfig, programs: Programs, branch: Branch, params: Params, prompts: PromptBatch, draw: jax.Array
+    config: TrainConfig,
+    programs: Programs,
+    branch: Branch,
+    params: Params,
+    prompts: PromptBatch,
+    draw: np.int32,
+    meanwhile: Callable[[], None] = lambda: None,
 ) -> Rollout:
-    """The student's answers to a batch of a branch's prompts; under a control, the branch's teacher's."""
-    if config.method.answers == "student":
-        return programs.rollout(programs.student, params, prompts.student, prompts.index, draw)
-    return programs.rollout(branch.teacher, branch.teacher_params, prompts.teacher, prompts.index, draw)
+    """The student's answers to a batch of a branch's prompts; under a control, the branch's teacher's.
+
+    The weights go, cast once, to where the devices answer from; the answers come back to where they learn.
+    """
+    model, asked = programs.student, prompts.student
+    if config.method.answers == "teacher":
+        model, params, asked = branch.teacher, branch.teacher_params, prompts.teacher
+    model = model.on(programs.rollout_mesh)
+    params = answering.programs(model.mesh).for_decoding(model, params)
+    keys = programs.keys(draw, prompts.index)
+    return programs.place(answering.answers(model, params, asked, keys, programs.decode, meanwhile))
 
 
 def score_both(
-    programs: Programs, branch: Branch, params: Params, prompts: PromptBatch, answers: Rollout, forward: bool
+    config: TrainConfig,
+    programs: Programs,
+    branch: Branch,
+    params: Params,
+    prompts: PromptBatch,
+    answers: Rollout,
+    forward: bool,
 ) -> Scores:
     """Log-probabilities of the answers under the student and the branch's teacher.
 
     The student's were known when it sampled: where they are trusted, only `forward` asks for a pass of their own.
     """
-    said = answers.tokens, answers.lengths
-    teacher = programs.score(branch.teacher, branch.teacher_params, prompts.teacher, *said)
-    if not forward:
-        return Scores(answers.logprobs, teacher)
-    return Scores(programs.score(programs.student, params, prompts.student, *said), teacher)
+
+    def score(model: LanguageModel, params: Params, asked: Prompts) -> jax.Array:
+        everyone = micro_batches(config, asked, answers, np.arange(len(answers.lengths)))
+        chunk = config.compute.logits_chunk
+        return piecewise.score(model, params, asked, answers.tokens, answers.lengths, everyone, chunk=chunk)
+
+    teacher = score(branch.teacher, branch.teacher_params, prompts.teacher)
+    return Scores(score(programs.student, params, prompts.student) if forward else answers.logprobs, teacher)
+
+
+def gradient(config: TrainConfig, programs: Programs, name: str, params: Params, part: Scored) -> Gradient:
+    """Of Eq 9, over the selected answers of a branch: its cost follows what was selected."""
+    order, count = whole((part.selection.order, part.selection.count))
+    selected = micro_batches(config, part.prompts, part.rollout, order[:count])
+    said = part.rollout
+    return programs.learning(params, part.prompts, said.tokens, said.lengths, programs.weigh[name](part), selected)
+
+
+def micro_batches(config: TrainConfig, prompts: Prompts, answers: Rollout, rows: np.ndarray) -> Iterator[Piece]:
+    """These rows of a batch, those of like length together."""
+    prompt_lengths, lengths = whole((prompts.lengths, answers.lengths))
+    widths = prompts.tokens.shape[1], answers.tokens.shape[1]
+    return pieces(prompt_lengths, lengths, rows, config.optimizer.micro_batch, widths, config.rollout.smallest_bucket)
 
 
 def compare(metrics: dict[str, jax.Array], forward: bool, trusts_sampler: bool, step: int) -> None:

@@ -11,17 +11,21 @@ import time
 from functools import partial
 
 import jax
+import numpy as np
 from absl import flags
 
 from camopd_jax import cli, engine
+from camopd_jax.buckets import pieces
 from camopd_jax.config import SftConfig
 from camopd_jax.data.pipeline import SftStream
 from camopd_jax.host import Host
 from camopd_jax.metrics import memory_gib
 from camopd_jax.models import hf
 from camopd_jax.optim import init_state
-from camopd_jax.sharding import check_rows, global_rows, make_mesh, rows_of_process
-from camopd_jax.steps.update import sft_update
+from camopd_jax.piecewise import Learning
+from camopd_jax.sharding import check_rows, global_rows, make_mesh, rows_of_process, whole
+from camopd_jax.steps.update import Gradient, sft_update, sft_weights
+from camopd_jax.types import Params, SftBatch
 
 
 def sft(config: SftConfig, workdir: str) -> None:
@@ -39,15 +43,14 @@ def sft(config: SftConfig, workdir: str) -> None:
     state = host.restore(init_state(student.params, "shared"))
     host.display.say(f"conversations: {stream.counts}")
     host.evaluate("start", 0, student)
-    kept_in_place = (jax.tree.map(lambda x: x.sharding, state), None)
-    update = jax.jit(
-        partial(sft_update, model=student.model, config=config), donate_argnums=0, out_shardings=kept_in_place
-    )
+    places = jax.tree.map(lambda x: x.sharding, state)
+    learning = Learning(student.model, places.params, config.compute.logits_chunk)
+    update = jax.jit(partial(sft_update, config=config), donate_argnums=0, out_shardings=(places, None))
     ended = host.measure(int(state.step), state)  # the last start may have ended in the middle of an evaluation
     for step in range(int(state.step), 0 if ended else config.steps):
         started = time.perf_counter()
         batch = global_rows(mesh, next(stream), config.batch_size)
-        state, metrics = update(state, batch)
+        state, metrics = update(state, gradient(config, learning, state.params, batch), batch)
         row = {"step": step, "phase": "sft"} | {name: value.item() for name, value in metrics.items()}
         seconds = time.perf_counter() - started
         speed = {"tokens_per_second": row["response_tokens"] / seconds, "memory_gib": memory_gib()}
@@ -60,6 +63,16 @@ def sft(config: SftConfig, workdir: str) -> None:
     steps = int(state.step)
     host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
     host.finish(state)
+
+
+def gradient(config: SftConfig, learning: Learning, params: Params, batch: SftBatch) -> Gradient:
+    """Of the cross-entropy of a whole batch, rows of like length together."""
+    prompts, tokens, lengths = batch.prompts, batch.tokens, batch.lengths
+    widths = prompts.tokens.shape[1], tokens.shape[1]
+    everyone = np.arange(len(lengths))
+    parts = pieces(*whole((prompts.lengths, lengths)), everyone, config.optimizer.micro_batch, widths,
+                   config.smallest_bucket)  # fmt: skip
+    return learning(params, prompts, tokens, lengths, sft_weights(lengths, widths[1]), parts)
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 import math
 
 import jax
+import jax.numpy as jnp
 import numpy as np
-from jax.experimental import mesh_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from camopd_jax.errors import UserError
@@ -50,6 +51,21 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
         return Mesh(split, MESH_AXES, axis_types=types)
 
 
+def other_mesh(mesh: Mesh, data: int, fsdp: int, tensor: int, field: str) -> Mesh:
+    """The same devices in the same order on axes of other sizes, one of which may be -1.
+
+    Raises:
+      UserError: naming `field`, if the sizes do not multiply to the number of devices.
+    """
+    try:
+        return Mesh(mesh.devices.reshape(data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+    except ValueError as error:
+        sizes = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+        raise UserError(
+            f"{field} {sizes} does not make {mesh.size} devices; give sizes that multiply to them"
+        ) from error
+
+
 def spec(*axes: str | None) -> PartitionSpec:
     """The mesh axes of an array whose dimensions have these logical axes (None: not split).
 
@@ -82,13 +98,18 @@ def rows_of_process(mesh: Mesh, rows: int) -> slice:
     return slice(min(starts), max(stops))
 
 
-def check_rows(mesh: Mesh, field: str, rows: int) -> None:
+def batch_shards(mesh: Mesh | None) -> int:
+    """Pieces that a batch is split into."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def check_rows(mesh: Mesh, field: str, rows: int, of: str = "config.mesh") -> None:
     """Raises UserError unless `rows` divides over the mesh axes that hold the batch."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if rows % shards:
         raise UserError(
-            f"{field} is {rows}, which does not divide by data x fsdp = {shards} of the mesh; "
-            f"make it a multiple of {shards} or change config.mesh"
+            f"{field} is {rows}, which does not divide by data x fsdp = {shards} of {of}; "
+            f"make it a multiple of {shards} or change the mesh"
         )
 
 
@@ -106,3 +127,18 @@ def local_rows(array: jax.Array) -> np.ndarray:
     """The rows of a global array `[rows, ...]` that this process holds, each once, in order."""
     shards = {s.index[0].start or 0: s for s in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
+
+
+def take_rows(tree, rows_M: jax.Array, mesh: Mesh | None):
+    """Rows of arrays `[B, ...]`, split over the batch axes; beyond the last: the last."""
+
+    def take(array: jax.Array) -> jax.Array:
+        array = jnp.take(array, rows_M, axis=0, mode="clip")
+        return constrain(array, mesh, "batch", *(None,) * (array.ndim - 1))
+
+    return jax.tree.map(take, tree)
+
+
+def whole(tree):
+    """Global arrays `[rows, ...]` on the host of every process, all their rows."""
+    return multihost_utils.process_allgather(tree, tiled=True)

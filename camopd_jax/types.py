@@ -120,11 +120,14 @@ class LanguageModel(Protocol):
     mesh: Mesh | None  # where its arrays lie; None: one device
     dtype: str  # of activations and matrix products
 
+    def on(self, mesh: Mesh | None) -> "LanguageModel":
+        """The same model on another mesh of the same devices."""
+
     def hidden(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
         """Final hidden states `[B, S, D]` of whole rows; causal, so right-padding changes nothing."""
 
     def for_decoding(self, params: Params) -> Params:
-        """Parameters as `prefill`, `decode` and `logits` take them: cast once, each layer's apart."""
+        """Parameters as `prefill`, `decode` and `logits` take them: cast once, each layer's apart, on this mesh."""
 
     def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
         """Hidden states `[B, P, D]` of the prompts, and a cache of P slots (padding slots EMPTY)."""

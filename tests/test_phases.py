@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from camopd_jax import phases
+from camopd_jax import answering, phases, piecewise
 from camopd_jax.config import Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import from_hf
@@ -17,6 +17,7 @@ from camopd_jax.models.weights import shardings
 from camopd_jax.optim import init_state
 from camopd_jax.phases import Branch, batch_rows, compile_programs, cut_to_bucket, phase_at, run
 from camopd_jax.sharding import make_mesh
+from camopd_jax.steps.score import score
 from camopd_jax.types import PromptBatch, Prompts, Rollout
 
 CONFIG = TrainConfig(
@@ -96,27 +97,53 @@ def begin(tiny, config=CONFIG, widths=(4, 8)):
 
 
 def compilations(programs):
-    return {"rollout": programs.rollout._cache_size(), "score": programs.score._cache_size(),
-            **{f"select {n}": f._cache_size() for n, f in programs.select.items()},
+    """Of this run's own programs."""
+    return {**{f"select {n}": f._cache_size() for n, f in programs.select.items()},
             **{f"update {n}": f._cache_size() for n, f in programs.update.items()}}  # fmt: skip
+
+
+def shared_compilations(tiny):
+    """Of the programs that all runs on a mesh share."""
+    learning = begin(tiny)[1].learning
+    parts = vars(answering.programs(tiny[0].mesh))
+    parts = parts | {"score": piecewise.scoring(tiny[0].mesh), "add_gradient": learning.add}
+    flat = {name: part.values() if isinstance(part, dict) else [part] for name, part in parts.items()}
+    return {name: sum(p._cache_size() for p in part) for name, part in flat.items() if name not in ("grow", "keep")}
+
+
+def run_state(tiny, config):
+    return init_state(jax.tree.map(jnp.copy, tiny[1]), config.method.moments)
+
+
+def scored(config, model, params, part):
+    """Log-probabilities of a part's answers by a pass of the whole batch."""
+    rollout = part.rollout
+    return score(model, params, part.prompts, rollout.tokens, rollout.lengths, config.compute.logits_chunk)
 
 
 def test_two_cycles_compile_each_program_once_per_shape(tiny):
     branches, programs, state = begin(tiny)
     state = run(CONFIG, branches, programs, state, Watcher())
-    counts = compilations(programs)
     assert int(state.step) == 8
-    assert counts["rollout"] == 2, "two widths of prompts"
-    assert counts["score"] <= 4, "and at most two of answers"
+    before, shared = compilations(programs), shared_compilations(tiny)
+    assert all(n <= 2 for n in before.values()), "two widths of answers"
     run(dataclasses.replace(CONFIG, steps=16), branches, programs, state, Watcher())
-    assert compilations(programs)["rollout"] == 2 and compilations(programs)["score"] <= 4
+    assert sum(compilations(programs).values()) <= sum(before.values()) + 2, "a width not seen before, at most"
+    after = shared_compilations(tiny)
+    assert after["advance"] == shared["advance"] <= 2 and after["add_gradient"] <= 4
 
 
 def test_one_shape_compiles_once(tiny):
     config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, smallest_bucket=8))
     branches, programs, state = begin(tiny, config, widths=(8,))
+    before = shared_compilations(tiny)
     run(config, branches, programs, state, Watcher())
-    assert set(compilations(programs).values()) == {1}, "student and teachers are scored by one program"
+    assert set(compilations(programs).values()) == {1}
+    added = {name: n - before[name] for name, n in shared_compilations(tiny).items()}
+    assert added["score"] <= 2, "student and teachers are scored by one program; rows of 8 slots, and of 16"
+    assert all(n <= 1 for name, n in added.items() if name != "score"), added
+    run(dataclasses.replace(config, steps=16), branches, programs, run_state(tiny, config), Watcher())
+    assert shared_compilations(tiny) == {name: n + added[name] for name, n in before.items()}
 
 
 def test_each_phase_takes_from_its_own_stream_and_its_own_teacher(tiny):
@@ -127,7 +154,7 @@ def test_each_phase_takes_from_its_own_stream_and_its_own_teacher(tiny):
     assert (branches["recovery"].prompts.served, branches["review"].prompts.served) == (6, 2)
     first = watcher.outcomes[0]
     part = first.parts["recovery"]
-    again = programs.score(tiny[0], tiny[2], part.prompts, part.rollout.tokens, part.rollout.lengths)
+    again = scored(CONFIG, tiny[0], tiny[2], part)
     np.testing.assert_allclose(part.scores.teacher, again, atol=1e-5)
     assert float(first.metrics["gap_abs_mean"]) > 0.1, "the general teacher is another model"
     assert set(first.seconds) == {"rollout", "score", "select", "update", "other"}
@@ -159,7 +186,7 @@ def test_a_teachers_answers_are_learnt_by_heart(tiny):
     run(config, branches, programs, state, watcher)
     part, metrics = watcher.outcomes[0].parts["recovery"], watcher.outcomes[0].metrics
     np.testing.assert_allclose(part.rollout.logprobs, part.scores.teacher, atol=1e-5)
-    ours = programs.score(model, student, part.prompts, part.rollout.tokens, part.rollout.lengths)
+    ours = scored(config, model, student, part)
     assert float(metrics["loss"]) == pytest.approx(float(jnp.mean(-jnp.sum(ours, 1) / part.rollout.lengths)), rel=1e-5)
     assert "sampler_gap" not in metrics and not programs.trusts_sampler
 

@@ -9,11 +9,12 @@ PACKAGE = Path(__file__).parents[1] / "camopd_jax"
 LAYERS = [
     ["errors"],
     ["configdict"],
-    ["types", "masked", "sharding", "jsonl", "config", "resolved", "controls"],
+    ["types", "masked", "sharding", "buckets", "jsonl", "config", "resolved", "controls"],
     ["optim"],
     ["steps", "models", "data", "evals"],
     ["analysis"],
     ["metrics", "checkpoint"],
+    ["answering", "piecewise"],
     ["phases", "engine", "cli"],
     ["planning", "evaluation", "branches"],
     ["diagnosis"],

@@ -4,24 +4,17 @@ Every process walks the same global order of batches and makes only its own rows
 stream's position is one number that any number of processes can take up again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grain
 import numpy as np
 
+from camopd_jax.buckets import bucket
 from camopd_jax.config import RolloutConfig, SftConfig, Stream
 from camopd_jax.data import sources, templates
 from camopd_jax.errors import UserError
 from camopd_jax.types import PromptBatch, Prompts, SftBatch
-
-
-def bucket(length: int, smallest: int) -> int:
-    """The least `smallest * 2**k` that holds `length`: few widths, so few compilations."""
-    width = smallest
-    while width < length:
-        width *= 2
-    return width
 
 
 def pad(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
@@ -30,18 +23,6 @@ def pad(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
     for out, row in zip(padded, rows, strict=True):
         out[: len(row)] = row
     return padded
-
-
-def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
-    """Row numbers in batches of one size and of like lengths, shortest first; the last repeats its last row.
-
-    >>> [rows.tolist() for rows in length_batches([30, 10, 20], 2)]
-    [[1, 2], [0, 0]]
-    """
-    order = np.argsort(np.asarray(lengths), kind="stable")
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        yield np.pad(rows, (0, batch_size - len(rows)), mode="edge")
 
 
 class BatchStream:

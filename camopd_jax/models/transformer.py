@@ -1,5 +1,6 @@
 """The decoder-only transformer, and `Model`: the face of it that the compiled steps see."""
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,6 +12,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.layers import Attention, FeedForward, RMSNorm, rotation
+from camopd_jax.models.weights import shardings
 from camopd_jax.sharding import ACTIVATION, constrain
 from camopd_jax.types import EMPTY, KVCache, Params
 
@@ -143,6 +145,9 @@ class Model:
         tokens = jnp.zeros((1, 1), jnp.int32)
         return self._decoder.init(key, tokens, tokens)["params"]
 
+    def on(self, mesh: Mesh | None) -> "Model":
+        return dataclasses.replace(self, mesh=mesh)
+
     def hidden(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None, :]
         return self._decoder.apply({"params": params}, tokens_BS, positions)
@@ -152,6 +157,8 @@ class Model:
             return p if path[-1].key == "scale" else p.astype(self.dtype)  # norms stay as they are: they act in float32
 
         params = jax.tree_util.tree_map_with_path(cast, params)
+        if self.mesh is not None:
+            params = jax.lax.with_sharding_constraint(params, shardings(self.config, self.mesh))
         layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(self.config.num_layers)]
         return params | {"layers": tuple(layers)}
 

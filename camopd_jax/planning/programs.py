@@ -15,8 +15,8 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from camopd_jax import engine, phases
+from camopd_jax.buckets import bucket
 from camopd_jax.config import TrainConfig
-from camopd_jax.data.pipeline import bucket
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import leaf_of, shardings, table, tree_of

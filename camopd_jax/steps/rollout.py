@@ -1,98 +1,217 @@
-"""The student answers: prefill, then one token a turn until every row is done."""
+"""The student answers: the compiled parts of a rollout. `camopd_jax.answering` puts them together.
 
-from typing import Any
+    begin       prefill, and the first token of each answer
+    advance     one token a turn, for as long as the cache and enough unfinished answers last
+    grow, keep  an array of the state with more slots; with fewer places
+    join        new prompts take the places of finished answers
+    collect     answers out of their places, back in the order of the batch
+
+Token t of a row is drawn with `fold_in(key, t)`, the key being the row's own: an answer depends on its own prompt and
+key, and neither on its place nor on what else is being answered.
+"""
 
 import jax
 import jax.numpy as jnp
+from flax import struct
+from jax.sharding import Mesh
 
-from camopd_jax.sharding import constrain
+from camopd_jax.sharding import sharding, take_rows
 from camopd_jax.steps.sampling import Sampling, sample
 from camopd_jax.types import EMPTY, KVCache, LanguageModel, Params, Prompts, Rollout
 
-# The cache grows with the answers: to this many slots beyond the prompt, then twice, four times ...
-SEGMENT = 256
+
+@struct.dataclass
+class Decoding:
+    """Answers in the making, in N places. A place holds one row of the batch at a time.
+
+    The cache's slots behind the prompts are a ring: all places write the same slot in a turn, and none is written
+    again while an answer that needs it goes on.
+    """
+
+    row: jax.Array  # int32[N], of the batch; its number of rows stands for nobody
+    prompt_lengths: jax.Array  # int32[N]
+    keys: jax.Array  # random key [N]
+    tokens: jax.Array  # int32[N, T]; the last drawn is not in the cache yet
+    logprobs: jax.Array  # float32[N, T]
+    entropy: jax.Array  # float32[N], sum over the answer so far
+    lengths: jax.Array  # int32[N]
+    stopped: jax.Array  # bool[N]
+    cache: KVCache  # P slots of prompts, then the ring
+    slot: jax.Array  # int32[], of the ring, that is written next
+
+    @property
+    def running(self) -> jax.Array:
+        """bool[N], the answers that go on."""
+        return ~self.stopped & (self.lengths < self.tokens.shape[1])
 
 
-def rollout(
+def shardings(mesh: Mesh | None) -> Decoding | None:
+    """Where a state's arrays lie."""
+    if mesh is None:
+        return None
+    rows, cache = sharding(mesh, "batch"), sharding(mesh, "batch", "kv_heads", "sequence", "head_dim")
+    alike = dict.fromkeys(_OF_PLACES, rows)
+    return Decoding(**alike, cache=KVCache(cache, cache, rows), slot=sharding(mesh))
+
+
+_OF_PLACES = ("row", "prompt_lengths", "keys", "tokens", "logprobs", "entropy", "lengths", "stopped")
+
+
+def begin(
     model: LanguageModel,
     params: Params,
     prompts: Prompts,
     keys_B: jax.Array,
+    rows_N: jax.Array,
     *,
     sampling: Sampling,
     eos_ids: tuple[int, ...],
     max_new: int,
-) -> Rollout:
-    """Samples an answer of at most `max_new` tokens to each prompt.
-
-    A row ends with its first EOS, which is part of the answer. Token t of a row is drawn with
-    `fold_in(key, t)`: an answer depends on its own prompt and key, and on nothing else in the batch.
-    Decoding stops when all rows are done, and attends over a cache that grows with the answers, so that
-    its cost follows the lengths produced and not the cap.
+) -> Decoding:
+    """Reads the prompts of these rows and draws the first token of each answer. The ring has no slots yet.
 
     Args:
-      keys_B: a random key per row (`sampling.row_keys`).
+      params: as `model.for_decoding` makes them.
+      keys_B: a random key for each row of the batch (`sampling.row_keys`).
+      rows_N: which rows; beyond the last: nobody.
       eos_ids: tokens that end an answer; without any, every answer has `max_new` tokens.
     """
-    batch, prompt_slots = prompts.tokens.shape
-    params = model.for_decoding(params)
-    hidden_BPD, cache = model.prefill(params, prompts.tokens, prompts.lengths)
-    last_B11 = (prompts.lengths - 1)[:, None, None]
-    state = {
-        "turn": jnp.int32(0),
-        "hidden": jnp.take_along_axis(hidden_BPD, last_B11, axis=1)[:, 0],  # predicts the next token
-        "cache": cache,
-        "tokens": jnp.zeros((batch, max_new), jnp.int32),
-        "logprobs": jnp.zeros((batch, max_new), jnp.float32),
-        "entropy": jnp.zeros((batch,), jnp.float32),  # sum over the answer so far
-        "lengths": jnp.zeros((batch,), jnp.int32),
-        "stopped": jnp.zeros((batch,), bool),
-    }
+    asked, keys = take_rows((prompts, keys_B), rows_N, model.mesh)
+    places = len(rows_N)
+    hidden_NPD, cache = model.prefill(params, asked.tokens, asked.lengths)
+    last_N11 = (asked.lengths - 1)[:, None, None]
+    state = Decoding(
+        row=rows_N,
+        prompt_lengths=asked.lengths,
+        keys=keys,
+        tokens=jnp.zeros((places, max_new), jnp.int32),
+        logprobs=jnp.zeros((places, max_new), jnp.float32),
+        entropy=jnp.zeros((places,), jnp.float32),
+        lengths=jnp.zeros((places,), jnp.int32),
+        stopped=rows_N >= len(prompts.lengths),
+        cache=cache,
+        slot=jnp.int32(0),
+    )
+    hidden_ND = jnp.take_along_axis(hidden_NPD, last_N11, axis=1)[:, 0]
+    return _draw(model, params, state, hidden_ND, sampling, eos_ids)
 
-    def turn(state: dict[str, Any]) -> dict[str, Any]:
-        t, running_B = state["turn"], ~state["stopped"]
-        logits_BV = model.logits(params, state["hidden"])
-        token_B = sample(logits_BV, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_B, t), sampling)
-        token_B = jnp.where(running_B, token_B, 0)
-        logp_BV = jax.nn.log_softmax(logits_BV, axis=-1)
-        logp_B = jnp.take_along_axis(logp_BV, token_B[:, None], axis=1)[:, 0]
-        entropy_B = -jnp.sum(jnp.where(logp_BV > -jnp.inf, jnp.exp(logp_BV) * logp_BV, 0), axis=-1)
-        hidden_BD, cache = model.decode(params, token_B, prompts.lengths + t, state["cache"], prompt_slots + t)
-        ended_B = jnp.zeros_like(running_B)
-        for eos in eos_ids:
-            ended_B |= token_B == eos
-        return {
-            "turn": t + 1,
-            "hidden": hidden_BD,
-            "cache": cache,
-            "tokens": state["tokens"].at[:, t].set(token_B),
-            "logprobs": state["logprobs"].at[:, t].set(jnp.where(running_B, logp_B, 0)),
-            "entropy": state["entropy"] + jnp.where(running_B, entropy_B, 0),
-            "lengths": state["lengths"] + running_B,
-            "stopped": state["stopped"] | (running_B & ended_B),
-        }
 
-    end = 0
-    while end < max_new:  # unrolled: one compiled loop for each size of the cache
-        end = min(max_new, max(SEGMENT, 2 * end))
-        state["cache"] = _grow(state["cache"], prompt_slots + end, model)
-        state = jax.lax.while_loop(lambda s, end=end: (s["turn"] < end) & ~jnp.all(s["stopped"]), turn, state)
-    return Rollout(
-        tokens=state["tokens"],
-        lengths=state["lengths"],
-        logprobs=state["logprobs"],
-        entropy=state["entropy"] / state["lengths"],
-        stopped=state["stopped"],
+def advance(
+    model: LanguageModel,
+    params: Params,
+    state: Decoding,
+    enough: jax.Array,
+    *,
+    prompt_slots: int,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+) -> tuple[Decoding, dict[str, jax.Array]]:
+    """One token a turn, while more than `enough` answers go on and the longest of them fits the ring.
+
+    Returns:
+      The state, and what the host decides by: {"running": bool[N], "longest": int32[], of those that go on}.
+    """
+
+    ring = state.cache.positions.shape[1] - prompt_slots
+
+    def longest(state: Decoding) -> jax.Array:
+        return jnp.max(jnp.where(state.running, state.lengths, 0))
+
+    def goes_on(state: Decoding) -> jax.Array:
+        return (jnp.sum(state.running) > enough) & (longest(state) <= ring)
+
+    def turn(state: Decoding) -> Decoding:
+        said_N = state.lengths - 1
+        token_N = jnp.take_along_axis(state.tokens, jnp.maximum(said_N, 0)[:, None], axis=1)[:, 0]
+        position_N, slot = state.prompt_lengths + said_N, prompt_slots + state.slot
+        hidden_ND, cache = model.decode(params, token_N, position_N, state.cache, slot)
+        state = state.replace(cache=cache, slot=(state.slot + 1) % ring)
+        return _draw(model, params, state, hidden_ND, sampling, eos_ids)
+
+    state = jax.lax.while_loop(goes_on, turn, state)
+    return state, {"running": state.running, "longest": longest(state)}
+
+
+def _draw(
+    model: LanguageModel,
+    params: Params,
+    state: Decoding,
+    hidden_ND: jax.Array,
+    sampling: Sampling,
+    eos_ids: tuple[int, ...],
+) -> Decoding:
+    """Draws the next token of every answer that goes on."""
+    running_N, t_N = state.running, state.lengths
+    logits_NV = model.logits(params, hidden_ND)
+    token_N = sample(logits_NV, jax.vmap(jax.random.fold_in)(state.keys, t_N), sampling)
+    logp_NV = jax.nn.log_softmax(logits_NV, axis=-1)
+    logp_N = jnp.take_along_axis(logp_NV, token_N[:, None], axis=1)[:, 0]
+    entropy_N = -jnp.sum(jnp.where(logp_NV > -jnp.inf, jnp.exp(logp_NV) * logp_NV, 0), axis=-1)
+    ended_N = jnp.zeros_like(running_N)
+    for eos in eos_ids:
+        ended_N |= token_N == eos
+    place_N = jnp.arange(len(t_N)), jnp.where(running_N, t_N, state.tokens.shape[1])  # beyond the last: not written
+    return state.replace(
+        tokens=state.tokens.at[place_N].set(token_N, mode="drop"),
+        logprobs=state.logprobs.at[place_N].set(logp_N, mode="drop"),
+        entropy=state.entropy + jnp.where(running_N, entropy_N, 0),
+        lengths=state.lengths + running_N,
+        stopped=state.stopped | (running_N & ended_N),
     )
 
 
-def _grow(cache: KVCache, slots: int, model: LanguageModel) -> KVCache:
-    """The cache with empty slots behind it, `slots` in all."""
-    more = slots - cache.positions.shape[1]
+# ------------------------------------------------------------------- the cache, an array at a time
 
-    def pad(array: jax.Array) -> jax.Array:
-        array = jnp.pad(array, ((0, 0), (0, 0), (0, more), (0, 0)))
-        return constrain(array, model.mesh, "batch", "kv_heads", "sequence", "head_dim")
 
-    positions = jnp.pad(cache.positions, ((0, 0), (0, more)), constant_values=EMPTY)
-    return KVCache(tuple(map(pad, cache.keys)), tuple(map(pad, cache.values)), positions)
+def grow(array: jax.Array, slot: jax.Array, *, prompt_slots: int, slots: int) -> jax.Array:
+    """A cache's array with its ring unrolled, oldest slot first, and empty slots behind it: `slots` in all.
+
+    Args:
+      array: [N, G, S, K] of keys or values, or int32[N, S] of positions.
+      slot: of the ring, that would be written next: the oldest.
+    """
+    axis = 2 if array.ndim == 4 else 1
+    prompt, ring = jnp.split(array, [prompt_slots], axis=axis)
+    if ring.shape[axis]:
+        ring = jnp.roll(ring, -slot, axis=axis)
+    more = [(0, 0)] * array.ndim
+    more[axis] = (0, slots - array.shape[axis])
+    empty = EMPTY if array.ndim == 2 else 0
+    return jnp.pad(jnp.concatenate([prompt, ring], axis=axis), more, constant_values=empty)
+
+
+def keep(array: jax.Array, places_M: jax.Array) -> jax.Array:
+    """An array `[N, ...]` of a state, with these places only."""
+    return array[places_M]
+
+
+# --------------------------------------------------------------------------------- into places and out
+
+
+def join(state: Decoding, fresh: Decoding, places_M: jax.Array) -> Decoding:
+    """The state with answers that have just begun, in these places; one beyond the last: nowhere."""
+    slots, prompt_slots = state.cache.positions.shape[1], fresh.cache.positions.shape[1]
+
+    def put(array: jax.Array, new: jax.Array) -> jax.Array:
+        return array.at[places_M].set(new, mode="drop")
+
+    def put_prompt(array: jax.Array, new: jax.Array) -> jax.Array:
+        return array.at[places_M, :, :prompt_slots].set(new, mode="drop")
+
+    seen = jnp.pad(fresh.cache.positions, ((0, 0), (0, slots - prompt_slots)), constant_values=EMPTY)
+    cache = KVCache(
+        tuple(map(put_prompt, state.cache.keys, fresh.cache.keys)),
+        tuple(map(put_prompt, state.cache.values, fresh.cache.values)),
+        put(state.cache.positions, seen),
+    )
+    return state.replace(cache=cache, **{name: put(getattr(state, name), getattr(fresh, name)) for name in _OF_PLACES})
+
+
+def collect(said: Rollout | None, state: Decoding, *, rows: int) -> Rollout:
+    """The answers of all places, finished or not, in their rows of the batch. None: nothing is said yet."""
+    found = Rollout(
+        state.tokens, state.lengths, state.logprobs, state.entropy / jnp.maximum(state.lengths, 1), state.stopped
+    )
+    if said is None:
+        said = jax.tree.map(lambda new: jnp.zeros((rows, *new.shape[1:]), new.dtype), found)
+    return jax.tree.map(lambda array, new: array.at[state.row].set(new, mode="drop"), said, found)

@@ -1,9 +1,12 @@
 """Log-probabilities of given answers. No array of shape [B, T, V] exists, forward or backward."""
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 
 from camopd_jax.masked import length_mask
+from camopd_jax.sharding import constrain, take_rows
 from camopd_jax.types import LanguageModel, Params, Prompts
 
 
@@ -64,6 +67,7 @@ def score(
     chunk: int,
     temperature: float = 1.0,
     with_top: bool = False,
+    slots: int | None = None,
 ) -> jax.Array:
     """Log-probability of each response token given its prompt and the tokens before it.
 
@@ -72,14 +76,44 @@ def score(
       chunk: tokens whose logits may exist at one time.
       temperature: the logits are divided by it.
       with_top: also the log-probability of the likeliest token at each place.
+      slots: that hold every prompt with its answer; None: P + T.
 
     Returns:
       float32[B, T] in nats; 0 in padding. With `with_top` float32[B, T, 2].
     """
-    slots = tokens_BT.shape[1]
-    hidden_BSD = model.hidden(params, join(prompts, tokens_BT))
-    predicts_BT = (prompts.lengths - 1)[:, None] + jnp.arange(slots)[None, :]
+    answer_slots = tokens_BT.shape[1]
+    joined_BS = join(prompts, tokens_BT)[:, :slots]
+    hidden_BSD = model.hidden(params, joined_BS)
+    predicts_BT = (prompts.lengths - 1)[:, None] + jnp.arange(answer_slots)[None, :]
+    predicts_BT = jnp.minimum(predicts_BT, joined_BS.shape[1] - 1)
     hidden_BTD = jnp.take_along_axis(hidden_BSD, predicts_BT[..., None], axis=1)
     logprobs_BT = token_logprobs(model, params, hidden_BTD, tokens_BT, chunk, temperature, with_top)
-    mask_BT = length_mask(lengths_B, slots)
+    mask_BT = length_mask(lengths_B, answer_slots)
     return jnp.where(mask_BT[..., None] if with_top else mask_BT, logprobs_BT, 0)
+
+
+def score_rows(
+    model: LanguageModel,
+    params: Params,
+    scored: jax.Array,
+    prompts: Prompts,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    rows_M: jax.Array,
+    *,
+    slots: int,
+    answer_slots: int,
+    **options: Any,
+) -> jax.Array:
+    """`scored`, as `score` returns it for the whole batch, with the scores of these rows put in.
+
+    Args:
+      rows_M: of the batch; one beyond the last stands for nobody.
+      slots, answer_slots: that hold these rows' longest prompt and answer together, and longest answer.
+      options: of `score`.
+    """
+    some, tokens_MT, lengths_M = take_rows((prompts, tokens_BT[:, :answer_slots], lengths_B), rows_M, model.mesh)
+    found = score(model, params, some, tokens_MT, lengths_M, slots=slots, **options)
+    found = jnp.pad(found, [(0, 0), (0, scored.shape[1] - answer_slots)] + [(0, 0)] * (scored.ndim - 2))
+    scored = scored.at[rows_M].set(found, mode="drop")
+    return constrain(scored, model.mesh, "batch", *(None,) * (scored.ndim - 1))

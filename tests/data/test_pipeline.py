@@ -7,8 +7,9 @@ import numpy as np
 import pytest
 from rows import ask
 
+from camopd_jax.buckets import bucket, length_batches
 from camopd_jax.config import RolloutConfig, SftConfig, Stream, Template
-from camopd_jax.data.pipeline import BatchStream, PromptStream, SftStream, bucket, length_batches, pad
+from camopd_jax.data.pipeline import BatchStream, PromptStream, SftStream, pad
 from camopd_jax.errors import UserError
 
 ROLLOUT = RolloutConfig(batch_size=4, max_prompt_tokens=16, smallest_bucket=8)

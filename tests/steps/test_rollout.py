@@ -7,23 +7,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from camopd_jax import answering
+from camopd_jax.answering import Decode
 from camopd_jax.sharding import make_mesh
-from camopd_jax.steps import rollout as rollout_module
-from camopd_jax.steps.rollout import rollout
 from camopd_jax.steps.sampling import Sampling, row_keys
 from camopd_jax.steps.score import score
 from camopd_jax.types import Prompts
 
 GREEDY = Sampling(temperature=0.0)
 MAX_NEW = 9
-program = jax.jit(rollout, static_argnums=0, static_argnames=("sampling", "eos_ids", "max_new"))
 
 
-def run(tiny, prompts, index=None, sampling=Sampling(), eos_ids=(2,), max_new=MAX_NEW, model=None):
+def run(tiny, prompts, index=None, sampling=Sampling(), eos_ids=(2,), max_new=MAX_NEW, model=None, **options):
     """One rollout; each row's key is named by `index`."""
     index = jnp.arange(len(prompts.lengths)) if index is None else jnp.asarray(index)
     keys = row_keys(0, jnp.int32(1), index)
-    return program(model or tiny[0], tiny[1], prompts, keys, sampling=sampling, eos_ids=eos_ids, max_new=max_new)
+    model = model or tiny[0]
+    params = answering.programs(model.mesh).for_decoding(model, tiny[1])
+    return answering.answers(model, params, prompts, keys, Decode(sampling, eos_ids, max_new, **options))
 
 
 def test_greedy_equals_a_loop_of_full_forwards(tiny, batch):
@@ -110,8 +111,31 @@ def test_it_stops_when_all_rows_are_done(tiny, batch):
 @pytest.mark.parametrize("segment", [1, 3, 4])
 def test_a_growing_cache_changes_nothing(tiny, batch, segment, monkeypatch):
     whole = run(tiny, batch[0], max_new=11)
-    monkeypatch.setattr(rollout_module, "SEGMENT", segment)
-    jax.clear_caches()
+    monkeypatch.setattr(answering, "FIRST_RING", segment)
     grown = run(tiny, batch[0], max_new=11)
     np.testing.assert_array_equal(grown.tokens, whole.tokens)
     np.testing.assert_allclose(grown.logprobs, whole.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, segment", [({"places": 3}, 2), ({"shrinks": True}, 256), ({"places": 4, "shrinks": True}, 2)]
+)
+def test_waiting_prompts_and_shrinking_batches_change_no_answer(tiny, batch, options, segment, monkeypatch):
+    """Prompts that wait enter where answers have ended; the ring of slots goes round while others go on."""
+    kinds = {"eos_ids": (2, 5, 9), "max_new": 11}
+    whole = run(tiny, batch[0], **kinds)
+    assert len(set(np.asarray(whole.lengths).tolist())) > 3, "the case should hold answers of many lengths"
+    monkeypatch.setattr(answering, "FIRST_RING", segment)
+    other = run(tiny, batch[0], **kinds, **options)
+    for name in ("tokens", "lengths", "stopped"):
+        np.testing.assert_array_equal(getattr(other, name), getattr(whole, name))
+    np.testing.assert_allclose(other.logprobs, whole.logprobs, atol=1e-5)
+    np.testing.assert_allclose(other.entropy, whole.entropy, atol=1e-5)
+
+
+def test_waiting_prompts_on_a_mesh(tiny, batch):
+    whole = run(tiny, batch[0])
+    model = dataclasses.replace(tiny[0], mesh=make_mesh(2, 1, 2, devices=jax.devices()[:4]))
+    other = run(tiny, batch[0], model=model, places=4, shrinks=True)
+    np.testing.assert_array_equal(other.tokens, whole.tokens)
+    np.testing.assert_array_equal(other.stopped, whole.stopped)

@@ -9,21 +9,25 @@ import numpy as np
 import optax
 import pytest
 
+from camopd_jax.buckets import Piece, pieces
 from camopd_jax.config import Method, Optimizer, Phase, SftConfig, Stream, TrainConfig
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.optim import init_state
+from camopd_jax.phases import BRANCHES
+from camopd_jax.piecewise import Learning
 from camopd_jax.sharding import global_rows, make_mesh
 from camopd_jax.steps.losses import token_weights
 from camopd_jax.steps.score import score
 from camopd_jax.steps.select import select
 from camopd_jax.steps.update import (
-    _likelihood_gradient,
+    branch_weights,
     mixed_update,
     pcgrad,
     recovery_update,
     review_update,
     sft_update,
+    sft_weights,
 )
 from camopd_jax.types import Prompts, Rollout, Scored, Scores, Selection, SftBatch
 
@@ -42,17 +46,31 @@ def update(tiny, batch, selection=None, config=None, branch=recovery_update, sta
     config = config or train_config()
     phase = config.method.recovery if branch is recovery_update else config.method.review
     selection = select(scores, rollout.lengths, KEY, phase) if selection is None else selection
-    program = compiled(branch, model or tiny[0], config)
     scored = Scored(prompts, jnp.arange(len(prompts.lengths)), rollout, scores, selection)
-    return program(init_state(tiny[1], config.method.moments) if state is None else state, scored)
+    state = init_state(tiny[1], config.method.moments) if state is None else state
+    return take_step(branch, model or tiny[0], config, state, scored)
 
 
 PROGRAMS = {}
 
 
-def compiled(branch, model, config):
-    """Compiled once for all tests."""
-    return PROGRAMS.setdefault((branch, model, repr(config)), jax.jit(partial(branch, model=model, config=config)))
+def take_step(branch, model, config, state, *parts):
+    """The gradient of each part's selected answers and one step along them; compiled once for all tests."""
+    places = jax.tree.map(lambda x: x.sharding, state.params)
+    learning = PROGRAMS.setdefault(model, Learning(model, places, config.compute.logits_chunk))
+    names = {recovery_update: ["recovery"], review_update: ["review"], mixed_update: BRANCHES}[branch]
+    gradients = [gradient(learning, config, state.params, name, part) for name, part in zip(names, parts, strict=True)]
+    program = PROGRAMS.setdefault((branch, repr(config)), jax.jit(partial(branch, config=config)))
+    return program(state, *gradients, *parts)
+
+
+def gradient(learning, config, params, branch, part):
+    said, order = part.rollout, np.asarray(part.selection.order)[: int(part.selection.count)]
+    widths = part.prompts.tokens.shape[1], said.tokens.shape[1]
+    some = pieces(np.asarray(part.prompts.lengths), np.asarray(said.lengths), order, config.optimizer.micro_batch,
+                  widths, 4)  # fmt: skip
+    weights = branch_weights(branch, part, config=config)
+    return learning(params, part.prompts, said.tokens, said.lengths, weights, some)
 
 
 def row_logprobs(tiny, prompts, rollout):
@@ -97,8 +115,9 @@ def test_the_expected_sampled_gradient_is_that_of_the_exact_reverse_kl(tiny):
     everything = Selection(jnp.ones(rows), jnp.arange(rows), jnp.int32(rows), jnp.ones(rows))
     weights = token_weights(scores, rollout, everything, Method(), Phase("absolute_gap", 1.0, 1.0))
     probability = jnp.exp(jnp.sum(scores.student, axis=1, keepdims=True))
-    _, gradient = _likelihood_gradient(model, params, prompts, answers, lengths, weights * rows * probability,
-                                       jnp.arange(rows), jnp.int32(rows), 14, 64)  # fmt: skip
+    learning = Learning(model, None, 64)
+    whole = [Piece(np.arange(rows, dtype=np.int32), 5, 2)]
+    gradient = learning(params, prompts, answers, lengths, weights * rows * probability, whole).of
 
     # The direct way: whole distributions.
     def reverse_kl(student_logits, teacher_logits):
@@ -165,9 +184,9 @@ def test_a_mixed_update_steps_along_the_share_weighted_sum_of_both_gradients(tin
 
     general, domain = scored(parts[0], config.method.recovery), scored(parts[1], config.method.review)
     state = init_state(tiny[1], "shared")
-    mixed, metrics = jax.jit(partial(mixed_update, model=tiny[0], config=config))(state, general, domain)
+    mixed, metrics = take_step(mixed_update, tiny[0], config, state, general, domain)
     alone = [
-        jax.jit(partial(branch, model=tiny[0], config=config))(state, part)
+        take_step(branch, tiny[0], config, state, part)
         for branch, part in ((recovery_update, general), (review_update, domain))
     ]
 
@@ -350,8 +369,11 @@ def test_sft_is_cross_entropy_over_the_answer_tokens(tiny, batch):
     prompts, rollout, _ = jax.tree.map(np.asarray, batch)
     logprobs = row_logprobs(tiny, prompts, rollout)
     config = SftConfig("m", Stream("d"), optimizer=dataclasses.replace(OPTIMIZER, clip_norm=None, weight_decay=0.0))
-    program = jax.jit(partial(sft_update, model=model, config=config))
-    state, metrics = program(init_state(params, "shared"), SftBatch(prompts, rollout.tokens, rollout.lengths))
+    said, slots = (rollout.tokens, rollout.lengths), rollout.tokens.shape[1]
+    everyone = pieces(prompts.lengths, rollout.lengths, np.arange(8), 2, (5, slots), 4)
+    gradient = Learning(model, None, 64)(params, prompts, *said, sft_weights(said[1], slots), everyone)
+    program = jax.jit(partial(sft_update, config=config))
+    state, metrics = program(init_state(params, "shared"), gradient, SftBatch(prompts, *said))
 
     def loss(params):
         return -jnp.concatenate([logprobs(params, i) for i in range(8)]).mean()

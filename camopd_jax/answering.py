@@ -1,0 +1,158 @@
+"""Answers to a batch of prompts: the host's loop over the compiled parts of `steps.rollout`.
+
+The device answers on its own until something has to be decided: the cache is too short, or enough answers have ended.
+Then the cache grows; or prompts that wait take the places of finished answers (continuous refill); or, where none
+waits, the answers that go on move together and the rest is computed no more. An answer is the same whatever happens
+around it.
+"""
+
+import functools
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from camopd_jax.sharding import batch_shards, sharding, whole
+from camopd_jax.steps import rollout as steps
+from camopd_jax.steps.rollout import Decoding
+from camopd_jax.steps.sampling import Sampling
+from camopd_jax.types import LanguageModel, Params, Prompts, Rollout
+
+FIRST_RING = 256  # slots of a cache beyond the prompts; then twice as many, four times ...
+REFILL = 8  # prompts enter when one of so many places is free
+
+
+@dataclass(frozen=True)
+class Programs:
+    """All that a rollout compiles."""
+
+    for_decoding: Any
+    begin: Any
+    advance: Any
+    grow: dict[bool, Any]  # True: of keys and values; False: of what has no heads
+    keep: dict[bool, Any]
+    join: Any
+    collect: Any
+
+
+@functools.cache
+def programs(mesh: Mesh | None) -> Programs:
+    """Jits the parts. What each gives back has its place, so that nothing compiles twice."""
+    state = steps.shardings(mesh)
+    rows, everywhere = (None, None) if mesh is None else (sharding(mesh, "batch"), sharding(mesh))
+    of_heads = {True: state and state.cache.keys, False: rows}
+    drawn = ("sampling", "eos_ids")
+    return Programs(
+        for_decoding=jax.jit(lambda model, params: model.for_decoding(params), static_argnums=0),
+        begin=jax.jit(steps.begin, static_argnums=0, static_argnames=(*drawn, "max_new"), out_shardings=state),
+        advance=jax.jit(
+            steps.advance,
+            static_argnums=0,
+            static_argnames=(*drawn, "prompt_slots"),
+            donate_argnums=2,
+            out_shardings=(state, everywhere),
+        ),
+        grow={
+            heads: jax.jit(steps.grow, static_argnames=("prompt_slots", "slots"), out_shardings=place)
+            for heads, place in of_heads.items()
+        },
+        keep={heads: jax.jit(steps.keep, out_shardings=place) for heads, place in of_heads.items()},
+        join=jax.jit(steps.join, donate_argnums=0, out_shardings=state),
+        collect=jax.jit(steps.collect, static_argnames="rows", donate_argnums=0, out_shardings=rows),
+    )
+
+
+@dataclass(frozen=True)
+class Decode:
+    """How answers are drawn."""
+
+    sampling: Sampling
+    eos_ids: tuple[int, ...]
+    max_new: int
+    places: int = 0  # answered at one time; 0: the whole batch
+    shrinks: bool = False  # whether a batch half of which is done becomes half a batch
+
+
+def answers(
+    model: LanguageModel,
+    params: Params,
+    prompts: Prompts,
+    keys_B: jax.Array,
+    decode: Decode,
+    meanwhile: Callable[[], None] = lambda: None,
+) -> Rollout:
+    """An answer of at most `decode.max_new` tokens to each prompt; `steps.rollout.begin` has the arguments.
+
+    Args:
+      params: as `for_decoding` makes them.
+      meanwhile: called once, while the device answers.
+    """
+    rows, prompt_slots = prompts.tokens.shape
+    p, shards = programs(model.mesh), batch_shards(model.mesh)
+    places = min(decode.places or rows, rows)
+    several = -(-places // (REFILL * shards)) * shards  # prompts that enter at one time
+    drawn = {"sampling": decode.sampling, "eos_ids": decode.eos_ids}
+
+    def started(rows_N: np.ndarray) -> Decoding:
+        return p.begin(model, params, prompts, keys_B, rows_N, max_new=decode.max_new, **drawn)
+
+    said, waiting = None, np.arange(places, rows, dtype=np.int32)
+    ring = min(FIRST_RING, decode.max_new)
+    state = _grown(p, started(np.arange(places, dtype=np.int32)), prompt_slots, 0, ring)
+    while True:
+        half = len(state.row) // 2
+        shrinks = decode.shrinks and half >= shards and half % shards == 0
+        enough = len(state.row) - several if len(waiting) else half if shrinks else 0
+        state, told = p.advance(model, params, state, np.int32(enough), prompt_slots=prompt_slots, **drawn)
+        meanwhile()
+        meanwhile = _nothing
+        told = whole(told)
+        running, longest = told["running"], int(told["longest"])
+        if longest > ring:
+            state = _grown(p, state, prompt_slots, ring, min(2 * ring, decode.max_new))
+            ring = min(2 * ring, decode.max_new)
+            continue
+        said = p.collect(said, state, rows=rows)
+        if len(waiting):
+            entering, waiting = waiting[:several], waiting[several:]
+            free = np.flatnonzero(~running)[: len(entering)]
+            state = p.join(state, started(_filled(entering, several, rows)), _filled(free, several, len(running)))
+        elif running.any():
+            state = _kept(p, state, np.argsort(~running, kind="stable")[:half].astype(np.int32))
+        else:
+            return said
+
+
+def _nothing() -> None:
+    pass
+
+
+def _filled(numbers: np.ndarray, size: int, nobody: int) -> np.ndarray:
+    return np.pad(numbers, (0, size - len(numbers)), constant_values=nobody).astype(np.int32)
+
+
+def _grown(p: Programs, state: Decoding, prompt_slots: int, ring: int, wanted: int) -> Decoding:
+    """The state with a longer ring, the first `ring` slots of it filled."""
+    sizes = {"prompt_slots": prompt_slots, "slots": prompt_slots + wanted}
+    cache = _one_by_one(lambda array: p.grow[array.ndim == 4](array, state.slot, **sizes), state.cache)
+    return state.replace(cache=cache, slot=jax.device_put(np.int32(ring), state.slot.sharding))
+
+
+def _kept(p: Programs, state: Decoding, places_M: np.ndarray) -> Decoding:
+    """The state with these places only."""
+    places = _one_by_one(lambda array: p.keep[array.ndim == 4](array, places_M), state.replace(slot=None))
+    return places.replace(slot=state.slot)
+
+
+def _one_by_one(change: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
+    """Every array changed and the old one given up, so that only one of them lies there twice."""
+
+    def replaced(array: jax.Array) -> jax.Array:
+        new = change(array)
+        array.delete()
+        return new
+
+    return jax.tree.map(replaced, tree)

@@ -1,0 +1,86 @@
+"""Scores and gradients of a batch, a few rows of like length at a time: the host's loops over compiled parts.
+
+What is computed at one time is `size` rows, whatever the batch; and of those only as many slots as the longest needs.
+"""
+
+import functools
+from collections.abc import Iterable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from camopd_jax.buckets import Piece
+from camopd_jax.sharding import sharding
+from camopd_jax.steps import score as steps
+from camopd_jax.steps.update import Gradient, add_gradient, no_gradient
+from camopd_jax.types import LanguageModel, Params, Prompts
+
+_WIDTHS = ("slots", "answer_slots", "chunk")
+
+
+@functools.cache
+def scoring(mesh: Mesh | None) -> Any:
+    """`steps.score.score_rows`, compiled."""
+    rows = None if mesh is None else sharding(mesh, "batch")
+    return jax.jit(
+        steps.score_rows,
+        static_argnums=0,
+        static_argnames=(*_WIDTHS, "temperature", "with_top"),
+        donate_argnums=2,
+        out_shardings=rows,
+    )
+
+
+def score(
+    model: LanguageModel,
+    params: Params,
+    prompts: Prompts,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    pieces: Iterable[Piece],
+    *,
+    with_top: bool = False,
+    **options: Any,
+) -> jax.Array:
+    """`steps.score.score` of the rows in these pieces; the others' are 0. `options`: `chunk`, `temperature`."""
+    program = scoring(model.mesh)
+    shape = (*tokens_BT.shape, 2) if with_top else tokens_BT.shape
+    scored = jnp.zeros(shape, jnp.float32, device=None if model.mesh is None else sharding(model.mesh, "batch"))
+    for piece in pieces:
+        widths = {"slots": piece.slots, "answer_slots": piece.answer_slots}
+        scored = program(
+            model, params, scored, prompts, tokens_BT, lengths_B, piece.rows, with_top=with_top, **widths, **options
+        )
+    return scored
+
+
+class Learning:
+    """The compiled parts of a gradient, for parameters that lie in these places."""
+
+    def __init__(self, model: LanguageModel, places: Params, chunk: int):
+        self._model, self._chunk = model, chunk
+        whole = None if model.mesh is None else Gradient(sharding(model.mesh), places)
+        self.begin = jax.jit(no_gradient, out_shardings=whole)
+        self.add = jax.jit(
+            add_gradient, static_argnums=0, static_argnames=_WIDTHS, donate_argnums=2, out_shardings=whole
+        )
+
+    def __call__(
+        self,
+        params: Params,
+        prompts: Prompts,
+        tokens_BT: jax.Array,
+        lengths_B: jax.Array,
+        weights_BT: jax.Array,
+        pieces: Iterable[Piece],
+    ) -> Gradient:
+        """`steps.update.add_gradient` over all pieces."""
+        gradient = self.begin(params)
+        for piece in pieces:
+            gradient = self.add(
+                self._model, params, gradient, prompts, tokens_BT, lengths_B, weights_BT, piece.rows,
+                slots=piece.slots, answer_slots=piece.answer_slots, chunk=self._chunk,
+            )  # fmt: skip
+        return gradient
