@@ -137,9 +137,7 @@ def compile_programs(
         keys=jax.jit(partial(row_keys, config.seed), out_shardings=rows),
         place=jax.jit(lambda answers: answers, out_shardings=rows),
         select={name: jax.jit(partial(choose, name), out_shardings=selection) for name in BRANCHES},
-        weigh={
-            name: jax.jit(partial(branch_weights, name, config=config), out_shardings=rows) for name in BRANCHES
-        },
+        weigh={name: jax.jit(partial(branch_weights, name, config=config), out_shardings=rows) for name in BRANCHES},
         learning=Learning(model, places.params, config.compute.logits_chunk),
         update={
             phase: jax.jit(partial(UPDATES[phase], config=config), donate_argnums=0, out_shardings=kept_in_place)

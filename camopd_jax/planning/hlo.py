@@ -190,7 +190,7 @@ class Module:
 def _less_than(condition: dict[str, Instruction]) -> tuple[Instruction, int, int] | None:
     """(comparison, index of the counter, bound) of a loop's condition, where the bound is a constant."""
     for i in condition.values():
-        if i.opcode == "compare" and "direction=LT" in i.attributes:
+        if i.opcode == "compare" and "direction=LT" in i.attributes and i.shape.startswith("pred[]"):
             left, right = (condition[o] for o in i.operands)
             if left.opcode == "get-tuple-element" and right.opcode == "constant":
                 return i, int(re.search(r"index=(\d+)", left.attributes)[1]), int(right.inner)
