@@ -74,6 +74,11 @@ def constrain(array: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Arr
     return array if mesh is None else jax.lax.with_sharding_constraint(array, sharding(mesh, *axes))
 
 
+def batch_shards(mesh: Mesh | None) -> int:
+    """Pieces that a batch is split into; without a mesh, one."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def rows_of_process(mesh: Mesh, rows: int) -> slice:
     """Which rows of a batch this process has to bring."""
     index = sharding(mesh, "batch").addressable_devices_indices_map((rows,)).values()
@@ -84,7 +89,7 @@ def rows_of_process(mesh: Mesh, rows: int) -> slice:
 
 def check_rows(mesh: Mesh, field: str, rows: int) -> None:
     """Raises UserError unless `rows` divides over the mesh axes that hold the batch."""
-    shards = mesh.shape["data"] * mesh.shape["fsdp"]
+    shards = batch_shards(mesh)
     if rows % shards:
         raise UserError(
             f"{field} is {rows}, which does not divide by data x fsdp = {shards} of the mesh; "

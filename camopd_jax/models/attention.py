@@ -2,8 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-# Scores of at most this many query-key pairs (all rows and heads) exist at one time.
+from camopd_jax.sharding import batch_shards
+
+# Scores of at most this many query-key pairs (all rows and heads of one chip) exist at one time.
 _MAX_SCORES = 2**26
 
 
@@ -17,6 +20,7 @@ def attend(
     window: jax.Array | int | None,
     scale: float,
     softcap: float | None,
+    mesh: Mesh | None = None,
 ) -> jax.Array:
     """Softmax attention of grouped heads, `[B, S, H, K]`.
 
@@ -30,9 +34,10 @@ def attend(
       key_positions: int32[B or 1, S'].
       window: a number or int32[]; None where every layer sees everything.
       scale: factor on q.k, before `softcap * tanh(scores / softcap)`.
+      mesh: what rows and heads are split over; None: one device.
     """
     batch, length, heads, width = query.shape
-    rows = max(1, _MAX_SCORES // (batch * heads * key.shape[2]))
+    rows = max(1, _MAX_SCORES // (_share(batch, heads, mesh) * key.shape[2]))
 
     def block(query: jax.Array, query_positions: jax.Array) -> jax.Array:
         return _attend(query, key, value, query_positions, key_positions, window, scale, softcap)
@@ -48,6 +53,13 @@ def attend(
     query_positions = query_positions.reshape(query_positions.shape[0], chunks, rows).swapaxes(0, 1)
     out = jax.lax.map(lambda chunk: jax.checkpoint(block)(*chunk), (query, query_positions))
     return out.swapaxes(0, 1).reshape(batch, chunks * rows, heads, width)[:, :length]
+
+
+def _share(batch: int, heads: int, mesh: Mesh | None) -> int:
+    """Rows times heads that one chip holds."""
+    if mesh is None:
+        return batch * heads
+    return -(-batch // batch_shards(mesh)) * (heads // mesh.shape["tensor"])
 
 
 def _attend(query, key, value, query_positions, key_positions, window, scale, softcap) -> jax.Array:

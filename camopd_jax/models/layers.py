@@ -119,6 +119,7 @@ class Attention(nn.Module):
             window=layer["window"],
             scale=c.query_scale,
             softcap=c.attention_softcap,
+            mesh=self.mesh,
         )
         bias = (c.hidden_size,) if c.output_bias else None
         out = Linear("bshk,hkd->bsd", (c.num_heads, c.head_dim, c.hidden_size), bias, std, name="output")(out)
