@@ -108,7 +108,7 @@ class Compute:
     teacher: Literal["auto", "float32", "bfloat16"] = "auto"  # the teachers' weights
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "dots", "block"] = "block"  # what the backward pass computes again
-    logits_chunk: int = 1024  # tokens whose logits exist at one time
+    logits_chunk: int = 1024  # tokens of one chip whose logits exist at one time; the head is gathered once for all
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.layers import Attention, FeedForward, RMSNorm, rotation
+from camopd_jax.models.weights import table
 from camopd_jax.sharding import ACTIVATION, constrain
 from camopd_jax.types import EMPTY, KVCache, Params
 
@@ -51,7 +52,7 @@ class Decoder(nn.Module):
         normal = nn.initializers.normal(c.initializer_range)
         self.embedding = self.param("embedding", normal, (c.vocab_size, c.hidden_size))
         if not c.tied_head:
-            self.head = self.param("head", normal, (c.hidden_size, c.vocab_size))
+            self.param("head", normal, (c.hidden_size, c.vocab_size))
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
 
     @nn.compact
@@ -114,16 +115,6 @@ class Decoder(nn.Module):
             "rotation": rotation(self.config.ropes, self.config.head_dim, positions_BS),
         }
 
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        c = self.config
-        vocab = c.output_vocab_size or c.vocab_size
-        if c.tied_head:
-            kernel, equation = self.embedding[:vocab], "...d,vd->...v"
-        else:
-            kernel, equation = self.head[:, :vocab], "...d,dv->...v"
-        logits = jnp.einsum(equation, hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-        return logits if c.final_softcap is None else c.final_softcap * jnp.tanh(logits / c.final_softcap)
-
 
 @dataclass(frozen=True)
 class Model:
@@ -176,5 +167,17 @@ class Model:
         others = {name: p for name, p in params.items() if name != "layers"}
         return self._decoder.apply({"params": others}, params["layers"], *args, method=Decoder.extend)
 
+    @property
+    def head_axes(self) -> dict[str, tuple[str | None, ...]]:
+        name = "embedding" if self.config.tied_head else "head"
+        return {row.path[0]: row.axes for row in table(self.config) if row.path == (name,)}
+
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        return self._decoder.apply({"params": params}, hidden, method=Decoder.logits)
+        c = self.config
+        vocab = c.output_vocab_size or c.vocab_size
+        if c.tied_head:
+            kernel, equation = params["embedding"][:vocab], "...d,vd->...v"
+        else:
+            kernel, equation = params["head"][:, :vocab], "...d,dv->...v"
+        logits = jnp.einsum(equation, hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        return logits if c.final_softcap is None else c.final_softcap * jnp.tanh(logits / c.final_softcap)
