@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.layers import Attention, FeedForward, RMSNorm, rotation
 from camopd_jax.models.weights import table
-from camopd_jax.sharding import ACTIVATION, constrain
+from camopd_jax.sharding import ACTIVATION, HIDDEN, RESIDUAL, constrain, constrain_even
 from camopd_jax.types import EMPTY, KVCache, Params
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
@@ -32,11 +32,17 @@ class Block(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
-        y, cache = Attention(c, self.mesh, name="attention")(norm("attention_norm", x_BSD), shared, layer)
-        x_BSD = x_BSD + (norm("post_attention_norm", y) if c.post_norms else y)
-        y = FeedForward(c, self.mesh, name="mlp")(norm("mlp_norm", x_BSD))
-        x_BSD = x_BSD + (norm("post_mlp_norm", y) if c.post_norms else y)
-        return constrain(x_BSD, self.mesh, *ACTIVATION), cache
+        def whole(x: jax.Array) -> jax.Array:
+            return constrain(x, self.mesh, *ACTIVATION)
+
+        def split(x: jax.Array) -> jax.Array:
+            return constrain_even(x, self.mesh, *RESIDUAL)
+
+        y, cache = Attention(c, self.mesh, name="attention")(whole(norm("attention_norm", x_BSD)), shared, layer)
+        y = split(y)
+        x_BSD = split(x_BSD + (norm("post_attention_norm", y) if c.post_norms else y))
+        y = split(FeedForward(c, self.mesh, name="mlp")(whole(norm("mlp_norm", x_BSD))))
+        return split(x_BSD + (norm("post_mlp_norm", y) if c.post_norms else y)), cache
 
 
 class Decoder(nn.Module):
@@ -105,7 +111,7 @@ class Decoder(nn.Module):
         x = jnp.take(self.embedding, tokens_BS, axis=0).astype(self.dtype)
         if self.config.embed_scale != 1.0:
             x *= jnp.asarray(self.config.embed_scale, self.dtype)
-        return constrain(x, self.mesh, *ACTIVATION)
+        return constrain_even(x, self.mesh, *RESIDUAL)
 
     def shared(self, positions_BS: jax.Array, key_positions_BS: jax.Array) -> dict[str, Any]:
         """What is the same for all layers."""
@@ -136,7 +142,8 @@ class Model:
 
     def hidden(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None, :]
-        return self._decoder.apply({"params": params}, tokens_BS, positions)
+        hidden = self._decoder.apply({"params": params}, tokens_BS, positions)
+        return constrain_even(hidden, self.mesh, *HIDDEN)
 
     def for_decoding(self, params: Params) -> Params:
         def cast(path, p: jax.Array) -> jax.Array:

@@ -15,6 +15,7 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _START = "async-collective-start"
+_REDUCE_SCATTER = "all-reduce-scatter"  # how the TPU compiler calls a fusion that is one
 BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32,
          "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128}  # fmt: skip
@@ -129,6 +130,10 @@ class Module:
                 goes_on = fusion is not None and not fusion.name.startswith(_START)
                 if goes_on and _channel(i) in self._started:
                     continue
+                if fusion is not None and any(
+                    part.startswith(_REDUCE_SCATTER) for part in fusion.called("calls")
+                ):  # an all-reduce of which this chip keeps its part
+                    kind = "reduce-scatter"
                 moved = max(_bytes(i), sum(_bytes(computation[o]) for o in i.operands if o in computation))
                 traffic = counts.collectives.setdefault(kind, Traffic())
                 traffic.count, traffic.runs = traffic.count + 1, traffic.runs + times
@@ -137,9 +142,9 @@ class Module:
                 counts.busiest[place] = counts.busiest.get(place, 0) + moved * times
             elif kind in ("convolution", "dot"):
                 counts.flops += times * _product_flops(i, computation)
-            if fusion is None and (cycles := re.search(r'"estimated_cycles":"(\d+)"', i.attributes)):
-                counts.cycles += times * int(cycles[1])
-                counts.slowest[inside] = counts.slowest.get(inside, 0) + times * int(cycles[1])
+            if fusion is None and (cycles := _cycles(i)):
+                counts.cycles += times * cycles
+                counts.slowest[inside] = counts.slowest.get(inside, 0) + times * cycles
             if kind == "while":
                 loop = self.loop(i, computation)
                 counts.loops.append(loop)
@@ -217,6 +222,12 @@ def _balanced(text: str, start: int) -> int:
         if depth == 0:
             return place + 1
     return len(text)
+
+
+def _cycles(i: Instruction) -> int:
+    """The compiler's estimate; 0 where it has none, or has given up and says the largest number there is."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+    return int(found[1]) if found and int(found[1]) < 2**62 else 0
 
 
 def _channel(i: Instruction) -> str | None:

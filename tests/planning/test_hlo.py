@@ -102,6 +102,26 @@ def test_a_collective_that_fusions_take_further_is_one():
     assert Module(text).counts().collectives["all-gather"].runs == 4 + 1 + 1
 
 
+def test_an_all_reduce_whose_fusion_keeps_a_part_is_a_reduce_scatter():
+    inside = """
+%all-reduce-scatter.1 (input: bf16[8,16]) -> bf16[2,16] {
+  %input = bf16[8,16] parameter(0)
+  %summed = bf16[8,16] all-reduce(%input), channel_id=9, to_apply=%sum
+  ROOT %part = bf16[2,16] dynamic-slice(%summed), dynamic_slice_sizes={2,16}
+}
+"""
+    text = TEXT.replace("\n%body (", inside + "\n%body (").replace(
+        "  %product = ",
+        "  %scattered = bf16[2,16] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1\n  %product = ",
+    )
+    assert Module(text).counts().collectives["reduce-scatter"] == Traffic(count=1, runs=4, bytes=256, bytes_run=1024)
+    assert Module(text).counts().collectives["all-reduce"].runs == 1, "the one outside"
+
+
+def test_cycles_that_the_compiler_does_not_know_are_left_out():
+    assert Module(TEXT.replace('"100"', '"9223372036854775807"')).counts().cycles == 0
+
+
 def test_products_written_as_convolutions():
     """A batch of 16 x 4 products, as the TPU compiler writes it: dilated, so that no output meets another's input."""
     text = """ENTRY %main (q: bf16[16,4,5,128], k: bf16[16,4,36,128]) -> f32[16,4,5,36] {
