@@ -9,6 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from camopd_jax.errors import UserError
+from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.layers import Attention, FeedForward, RMSNorm, rotation
 from camopd_jax.models.weights import table
@@ -19,10 +21,16 @@ REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveab
 
 
 class Block(nn.Module):
-    """One layer. `shared` is the same for all layers, `layer` is this layer's own (see `Decoder`)."""
+    """One layer.
+
+    `shared` is the same for all layers. Of it, `key_positions` None says that rows attend to themselves. `layer` is
+    this layer's own: which RoPE and which window (None: there is one alone), and its cache: keys and values, () for
+    one that begins with these tokens, None for none.
+    """
 
     config: ModelConfig
     mesh: Mesh | None
+    form: str
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, shared: dict[str, Any], layer: dict[str, Any]):
@@ -38,7 +46,8 @@ class Block(nn.Module):
         def split(x: jax.Array) -> jax.Array:
             return constrain_even(x, self.mesh, *RESIDUAL)
 
-        y, cache = Attention(c, self.mesh, name="attention")(whole(norm("attention_norm", x_BSD)), shared, layer)
+        attention = Attention(c, self.mesh, self.form, name="attention")
+        y, cache = attention(whole(norm("attention_norm", x_BSD)), shared, layer)
         y = split(y)
         x_BSD = split(x_BSD + (norm("post_attention_norm", y) if c.post_norms else y))
         y = split(FeedForward(c, self.mesh, name="mlp")(whole(norm("mlp_norm", x_BSD))))
@@ -52,6 +61,7 @@ class Decoder(nn.Module):
     mesh: Mesh | None
     dtype: jnp.dtype
     remat: str
+    form: str  # of attention over whole rows
 
     def setup(self):
         c = self.config
@@ -65,10 +75,9 @@ class Decoder(nn.Module):
     def __call__(self, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
         """Hidden states `[B, S, D]`, through scanned layers: one layer is compiled, whatever the depth."""
         c = self.config
-        windows = None
-        if any(w is not None for w in c.windows):
-            windows = jnp.asarray([EMPTY if w is None else w for w in c.windows], jnp.int32)
-        layers = {"rope": jnp.asarray(c.layer_rope, jnp.int32), "window": windows, "cache": None}
+        layers = {"rope": jnp.asarray(c.layer_rope, jnp.int32), "window": None, "cache": None}
+        if len(c.window_kinds) > 1:
+            layers["window"] = jnp.asarray([c.window_kinds.index(w) for w in c.windows], jnp.int32)
         block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
             block,
@@ -77,8 +86,8 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=c.num_layers,
         )
-        x, _ = scanned(c, self.mesh, name="layers")(
-            self.embed(tokens_BS), self.shared(positions_BS, positions_BS), layers
+        x, _ = scanned(c, self.mesh, self.form, name="layers")(
+            self.embed(tokens_BS), self.shared(positions_BS, None), layers
         )
         return self.final_norm(x)
 
@@ -88,21 +97,25 @@ class Decoder(nn.Module):
         tokens_BS: jax.Array,
         positions_BS: jax.Array,
         key_positions_BS: jax.Array,
-        cache: KVCache,
-        slot: jax.Array,
+        cache: KVCache | None,
+        slot: jax.Array | int,
     ) -> tuple[jax.Array, KVCache]:
-        """Hidden states of tokens that join a cache at `slot`.
+        """Hidden states of tokens that join a cache at `slot`, or make one: then slot i is position i.
 
         Layer by layer, each with parameters of its own: a scan would copy every layer's weights and cache
         out of their stacks, at every token of an answer.
         """
         c = self.config
-        key_positions = jax.lax.dynamic_update_slice(cache.positions, key_positions_BS, (0, slot))
-        shared = self.shared(positions_BS, key_positions) | {"slot": slot}
+        if cache is None:
+            key_positions, shared = key_positions_BS, self.shared(positions_BS, None)
+        else:
+            key_positions = jax.lax.dynamic_update_slice(cache.positions, key_positions_BS, (0, slot))
+            shared = self.shared(positions_BS, key_positions) | {"slot": slot}
         x, kv = self.embed(tokens_BS), []
         for i, params in enumerate(layers):
-            layer = {"rope": c.layer_rope[i], "window": c.windows[i], "cache": (cache.keys[i], cache.values[i])}
-            x, new = Block(c, self.mesh, parent=None).apply({"params": params}, x, shared, layer)
+            layer = {"rope": c.layer_rope[i], "window": c.window_kinds.index(c.windows[i]),
+                     "cache": () if cache is None else (cache.keys[i], cache.values[i])}  # fmt: skip
+            x, new = Block(c, self.mesh, self.form, parent=None).apply({"params": params}, x, shared, layer)
             kv.append(new)
         keys, values = zip(*kv, strict=True)
         return self.final_norm(x), KVCache(keys, values, key_positions)
@@ -113,7 +126,7 @@ class Decoder(nn.Module):
             x *= jnp.asarray(self.config.embed_scale, self.dtype)
         return constrain_even(x, self.mesh, *RESIDUAL)
 
-    def shared(self, positions_BS: jax.Array, key_positions_BS: jax.Array) -> dict[str, Any]:
+    def shared(self, positions_BS: jax.Array, key_positions_BS: jax.Array | None) -> dict[str, Any]:
         """What is the same for all layers."""
         return {
             "positions": positions_BS,
@@ -130,10 +143,19 @@ class Model:
     mesh: Mesh | None = None
     dtype: str = "float32"  # of activations and matrix products
     remat: str = "block"  # "none", "dots" or "block": what the backward pass computes again
+    attention: str = "auto"  # "auto", "xla" or "fused": how whole rows attend; over a cache always plainly
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a fused kernel is asked for and there is none."""
+        if self.attention == "fused" and (why := fused.obstacle(self.config, self.mesh, self.dtype)):
+            raise UserError(f"config.compute.attention is 'fused'; {why}; give auto or xla")
 
     @property
     def _decoder(self) -> Decoder:
-        return Decoder(self.config, self.mesh, jnp.dtype(self.dtype), self.remat)
+        form = self.attention
+        if form == "auto" and fused.obstacle(self.config, self.mesh, self.dtype):
+            form = "xla"
+        return Decoder(self.config, self.mesh, jnp.dtype(self.dtype), self.remat, form)
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters."""
@@ -154,14 +176,16 @@ class Model:
         return params | {"layers": tuple(layers)}
 
     def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
-        c, (batch, prompt_slots) = self.config, tokens_BP.shape
-        empty = jnp.zeros((batch, c.num_kv_heads, prompt_slots, c.head_dim), self.dtype)
-        empty = constrain(empty, self.mesh, "batch", "kv_heads", "sequence", "head_dim")
-        nobody = jnp.full(tokens_BP.shape, EMPTY)
-        cache = KVCache((empty,) * c.num_layers, (empty,) * c.num_layers, nobody)
-        slots = jnp.broadcast_to(jnp.arange(prompt_slots, dtype=jnp.int32), tokens_BP.shape)
+        slots = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1], dtype=jnp.int32), tokens_BP.shape)
         seen = jnp.where(slots < lengths_B[:, None], slots, EMPTY)
-        return self._extend(params, tokens_BP, slots, seen, cache, jnp.int32(0))
+        hidden, cache = self._extend(params, tokens_BP, slots, seen, None, 0)
+
+        hidden = constrain_even(hidden, self.mesh, *HIDDEN)
+
+        def place(array: jax.Array) -> jax.Array:
+            return constrain(array, self.mesh, "batch", "kv_heads", "sequence", "head_dim")
+
+        return hidden, KVCache(tuple(map(place, cache.keys)), tuple(map(place, cache.values)), cache.positions)
 
     def decode(
         self, params: Params, token_B: jax.Array, position_B: jax.Array, cache: KVCache, slot: jax.Array

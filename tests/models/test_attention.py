@@ -23,7 +23,7 @@ def test_pieces_are_counted_by_what_one_chip_holds(monkeypatch):
 
     def trips(mesh):
         def attention(*qkv):
-            return attend(*qkv, positions, positions, window=None, scale=1.0, softcap=None, mesh=mesh)
+            return attend(*qkv, positions, positions, windows=(None,), kind=0, scale=1.0, softcap=None, mesh=mesh)
 
         jaxpr = jax.make_jaxpr(attention)(*arrays(8, 37, 4, 2, 6))
         return [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
