@@ -71,8 +71,8 @@ class Counts:
     """Of one chip, over one run of the program."""
 
     collectives: dict[str, Traffic] = field(default_factory=dict)
-    flops: float = 0.0  # of matrix products
-    cycles: float = 0.0  # the compiler's own estimates, added up: nothing overlaps
+    flops: float = 0.0  # of matrix products, a fused attention's counted by formula
+    cycles: float = 0.0  # the compiler's own estimates, added up: nothing overlaps; it has none for Pallas kernels
     busiest: dict[str, int] = field(default_factory=dict)  # bytes of collectives, by kind and place in the program
     slowest: dict[str, float] = field(default_factory=dict)  # cycles, by the innermost loop around them
     loops: list[Loop] = field(default_factory=list)
@@ -86,7 +86,7 @@ class Module:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         current: dict[str, Instruction] = {}
-        for line in text.splitlines():
+        for line in re.sub(r'\n(?="|}})', " ", text).splitlines():  # a kernel's metadata stands on lines of its own
             if line[:1] not in ("", " ", "}") and line.rstrip().endswith("{") and "->" in line:
                 name = line.removeprefix("ENTRY ").split(" (")[0].strip().lstrip("%")
                 current = self.computations[name] = {}
@@ -142,6 +142,8 @@ class Module:
                 counts.busiest[place] = counts.busiest.get(place, 0) + moved * times
             elif kind in ("convolution", "dot"):
                 counts.flops += times * _product_flops(i, computation)
+            elif kind == "custom-call":
+                counts.flops += times * _kernel_flops(i, computation)
             if fusion is None and (cycles := _cycles(i)):
                 counts.cycles += times * cycles
                 counts.slowest[inside] = counts.slowest.get(inside, 0) + times * cycles
@@ -263,6 +265,20 @@ def _product_flops(i: Instruction, computation: dict[str, Instruction]) -> float
         window = {name: values.split("x")[int(dim)] for name, values in given.items()}
         pairs *= _pairs(left[of_left.index(dim)], i.arrays[0][1][of_result.index(dim)], window)
     return 2.0 * left[of_left.index("b")] * features * pairs
+
+
+def _kernel_flops(i: Instruction, computation: dict[str, Instruction]) -> float:
+    """Of a fused attention kernel, by formula: its products run over the query-key pairs that its place names.
+
+    Two in the forward kernel (scores, output), three for the queries' gradient, four for the keys' and values'.
+    """
+    kernel = re.search(r"attention_of_(\d+)_pairs_(\d+)_wide.*splash_mha_(fwd|dq|dkv)_", _place(i))
+    if kernel is None:
+        return 0.0
+    pairs, width, products = int(kernel[1]), int(kernel[2]), {"fwd": 2, "dq": 3, "dkv": 4}[kernel[3]]
+    parts = (i, *(computation[o] for o in i.operands if o in computation))
+    shapes = (dims for part in parts for _, dims in part.arrays if len(dims) > 2 and dims[-1] == width)
+    return 2.0 * products * pairs * width * max(math.prod(dims[:-2]) for dims in shapes)  # of all rows and heads
 
 
 def _pairs(inputs: int, outputs: int, window: dict[str, str]) -> int:

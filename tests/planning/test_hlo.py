@@ -140,6 +140,22 @@ def test_products_written_as_convolutions():
     assert Module(heads).counts().flops == 2 * 3 * 7 * 8 * 32 * 64
 
 
+def test_fused_attention_is_counted_by_its_pairs():
+    """As the TPU compiler writes a kernel: over several lines. 2 rows of 3 heads, 21 pairs of width 64."""
+    text = """ENTRY %main (q: bf16[2,3,6,64], k: bf16[2,1,6,64]) -> f32[] {
+  %q = bf16[2,3,6,64] parameter(0)
+  %k = bf16[2,1,6,64] parameter(1)
+  %splash.2 = (f32[6,128], bf16[2,3,6,64]) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/attention_of_21_pairs_64_wide/vmap(s)/splash_mha_fwd_residuals/pallas_call"}, backend_config={}
+  %splash.3 = (bf16[2,1,6,64], bf16[2,1,6,64]) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(attention_of_21_pairs_64_wide)/splash_mha_dkv_no_residuals/pallas_call"}
+  %other = f32[2,3,6,64] custom-call(%q), custom_call_target="GatherScatterIndicesBitpacked"
+  ROOT %one = f32[] constant(1)
+}
+"""  # noqa: E501
+    assert Module(text).counts().flops == (2 + 4) * 2 * 21 * 64 * 2 * 3
+
+
 def test_what_must_not_be_is_found_where_it_is():
     module = Module(TEXT)
     assert gathered_stacks(module, layers=7) == []
