@@ -69,7 +69,7 @@ def plan(config: TrainConfig, models: Models, devices: Any, platform: str) -> Pl
 
     def model(shape: ModelConfig) -> Model:
         shape = dataclasses.replace(shape, output_vocab_size=vocab)
-        return Model(shape, mesh=mesh, dtype=dtype, remat=config.compute.remat)
+        return Model(shape, mesh=mesh, dtype=dtype, remat=config.compute.remat, attention=config.compute.attention)
 
     general, student = model(models.general), model(models.specialised)
     of_teacher = engine.teacher_dtype(config.compute, platform)
@@ -105,7 +105,8 @@ def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
 
 def decoding_params(model: LanguageModel, params: Params) -> Params:
     """What `model.for_decoding` makes of the parameters, on the model's mesh: each layer's apart."""
-    shapes = jax.eval_shape(model.on(None).for_decoding, params)
+    bare = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
+    shapes = jax.eval_shape(model.for_decoding, bare)
     places = shardings(model.config, model.mesh)
     layer = jax.tree.map(lambda place: NamedSharding(place.mesh, PartitionSpec(*place.spec[1:])), places["layers"])
     return _placed(shapes, places | {"layers": (layer,) * model.config.num_layers})

@@ -144,17 +144,19 @@ def memory_estimate(
 
     micro = config.optimizer.micro_batch / (mesh["data"] * mesh["fsdp"])
     wide = live(tensor) / item - 4 * d
-    saved = {"block": d, "dots": d + wide, "none": 4 * d + 2 * wide}[config.compute.remat]  # of a token and layer
-    gathered = 2 * of_layers / tensor
+    saved = {"block": d / tensor, "dots": d / tensor + wide, "none": 4 * d + 2 * wide}[config.compute.remat]
+    gathered = (2 * of_layers + student.vocab_size * d) / tensor  # weights of two layers, and the head
+    logits = 2 * config.compute.logits_chunk * student.vocab_size / tensor * 4
     gradients = 1 if config.method.schedule == "alternate" else 2
     found = {
         "reshard": copy,
         "prefill": copy + places * entering,
         "decode": copy + cache * (1 + 1 / layers),
-        "score": micro * (prompt + answer) * live(tensor) + gathered * item,
+        "score": micro * (prompt + answer) * live(tensor) + gathered * item + logits,
         "gradient": 4 * n / split * (gradients + 1)
         + micro * (prompt + answer) * (layers * saved * item + 2 * live(tensor))
-        + gathered * (item + 4),
+        + gathered * (item + 4)
+        + logits,
         "update": 4 * n / split * (gradients + 1),
     }
     if places < rows:
