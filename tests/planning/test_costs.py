@@ -32,8 +32,11 @@ def test_weights_and_flops_by_hand():
     assert costs.decode_bytes(MODEL, 10, 3, 2, 2) == 2 * (2 * layer + 44) * 2 + 10 * 16 * (3 + 4)
 
 
-def test_an_8b_model_is_one():
-    assert costs.weights(from_hf(SHAPES["qwen3-8b"])) == 8_190_735_360  # as its card has it: 8.2B
+@pytest.mark.parametrize(
+    "name, count", [("qwen3-4b-2507", 4_022_468_096), ("qwen3-8b", 8_190_735_360), ("qwen3-32b", 32_762_123_264)]
+)
+def test_shapes_have_the_sizes_of_their_cards(name, count):
+    assert costs.weights(from_hf(SHAPES[name])) == count  # 4.0B, 8.2B, 32.8B
 
 
 def test_a_stage_takes_as_long_as_its_slowest_limit():

@@ -49,7 +49,8 @@ def test_the_compilers_arguments_are_those_of_shapes_and_shardings(compiled):
     for program, report in of.values():
         ours = sum(report.arguments.values())
         leaves = len(jax.tree.leaves(program.arguments))
-        assert ours <= report.memory.arguments <= ours + 1024 * leaves, "small arrays are padded"
+        least = ours * 0.999  # an update does not read the prompts
+        assert least <= report.memory.arguments <= ours + 1024 * leaves, "small arrays are padded"
         assert report.memory.code > 0 and report.refused is None
     params = of["score: student"][1].arguments["parameters"]
     assert of["score: general teacher"][1].arguments["teacher"] * 2 == params, "teachers are bfloat16"
@@ -61,7 +62,7 @@ def test_the_compilers_arguments_are_those_of_shapes_and_shardings(compiled):
     assert gradient.arguments["gradient"] == pytest.approx(params, abs=64) and gradient.memory.aliased >= params
     copy = of["reshard"][1].memory
     assert copy.outputs == pytest.approx(decode.arguments["weights"], abs=2**12), "what decoding takes"
-    assert decode.arguments["weights"] > 2 * params, "bfloat16, but whole over fsdp"
+    assert decode.arguments["weights"] == pytest.approx(2 * params, rel=0.01), "bfloat16, but whole over fsdp"
 
 
 @libtpu
