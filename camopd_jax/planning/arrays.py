@@ -9,14 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh, NamedSharding
 
 from camopd_jax import engine, phases
 from camopd_jax.buckets import bucket
 from camopd_jax.config import TrainConfig
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.transformer import Model
-from camopd_jax.models.weights import leaf_of, shardings, table, tree_of
+from camopd_jax.models.weights import layer_by_layer, leaf_of, shardings, table, tree_of
 from camopd_jax.optim import abstract_state
 from camopd_jax.sharding import make_mesh, sharding
 from camopd_jax.steps import rollout as steps
@@ -107,9 +107,7 @@ def decoding_params(model: LanguageModel, params: Params) -> Params:
     """What `model.for_decoding` makes of the parameters, on the model's mesh: each layer's apart."""
     bare = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     shapes = jax.eval_shape(model.for_decoding, bare)
-    places = shardings(model.config, model.mesh)
-    layer = jax.tree.map(lambda place: NamedSharding(place.mesh, PartitionSpec(*place.spec[1:])), places["layers"])
-    return _placed(shapes, places | {"layers": (layer,) * model.config.num_layers})
+    return _placed(shapes, layer_by_layer(model.config, model.mesh))
 
 
 def decoding_state(model: LanguageModel, places: int, prompt_slots: int, ring: int, max_new: int) -> Decoding:

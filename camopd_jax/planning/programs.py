@@ -67,8 +67,7 @@ def _rollout(p: Plan, compiled: phases.Programs, name: str, model: LanguageModel
     model, cap = model.on(p.rollout_mesh), decode.max_new
     weights = decoding_params(model, params)
     drawn = {"sampling": decode.sampling, "eos_ids": decode.eos_ids}
-    kind = "teacher" if name else "parameters"
-    yield _program(f"reshard{name}", parts.for_decoding, (model, params), {kind: params})
+    yield from _reshard(p, name, model, params, weights)
 
     def state(ring: int) -> Any:
         return decoding_state(model, p.places, p.prompt_slots, ring, cap)
@@ -94,6 +93,20 @@ def _rollout(p: Plan, compiled: phases.Programs, name: str, model: LanguageModel
         {"weights": weights, "cache": full}, drawn | {"prompt_slots": p.prompt_slots},
         trips=turns(p.rows, p.places, cap),
     )  # fmt: skip
+
+
+def _reshard(p: Plan, name: str, model: LanguageModel, params: Params, weights: Params) -> Iterator[Named]:
+    """A layer, and each array of no layer, as the last to move: all others are there."""
+    parts, kind = answering.programs(p.rollout_mesh), "teacher" if name else "parameters"
+    others = {part: array for part, array in weights.items() if part != "layers"}
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    moves = {"layer": (parts.layer, (params["layers"], number), weights["layers"][1:], others)}
+    for part in others:
+        rest = {other: array for other, array in weights.items() if other != part}
+        moves[part] = parts.others, ({part: params[part]},), rest
+    for part, (jitted, args, *there) in moves.items():
+        yield _program(f"reshard{name}: {part}", jitted, (model, *args), {kind: args[0]}, beside={"weights": there},
+                       runs=model.config.num_layers if part == "layer" else 1)  # fmt: skip
 
 
 def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:
