@@ -29,8 +29,6 @@ REFILL = 8  # prompts enter when one of so many places is free
 class Programs:
     """All that a rollout compiles."""
 
-    layer: Any
-    others: Any
     begin: Any
     advance: Any
     grow: dict[bool, Any]  # True: of keys and values; False: of what has no heads
@@ -47,8 +45,6 @@ def programs(mesh: Mesh | None) -> Programs:
     of_heads = {True: state and state.cache.keys, False: rows}
     drawn = ("sampling", "eos_ids")
     return Programs(
-        layer=jax.jit(lambda model, layers, i: model.layer_for_decoding(layers, i), static_argnums=0),
-        others=jax.jit(lambda model, params: model.others_for_decoding(params), static_argnums=0),
         begin=jax.jit(steps.begin, static_argnums=0, static_argnames=(*drawn, "max_new"), out_shardings=state),
         advance=jax.jit(
             steps.advance,
@@ -72,11 +68,26 @@ def for_decoding(model: LanguageModel, params: Params) -> Params:
 
     Layer by layer: between meshes of other sizes more than its share of an array passes through every chip.
     """
-    p, layers = programs(model.mesh), params["layers"]
-    count = len(jax.tree.leaves(layers)[0])
-    moved = tuple(p.layer(model, layers, np.int32(i)) for i in range(count))
-    others = (p.others(model, {name: array}) for name, array in params.items() if name != "layers")
-    return dict(item for one in others for item in one.items()) | {"layers": moved}
+    move = moves(model, tuple(params))
+    count = len(jax.tree.leaves(params["layers"])[0])
+    layers = tuple(move["layers"](params["layers"], np.int32(i)) for i in range(count))
+    return {name: layers if name == "layers" else move[name](array) for name, array in params.items()}
+
+
+@functools.cache
+def moves(model: LanguageModel, names: tuple[str, ...]) -> dict[str, Any]:
+    """The compiled moves of `for_decoding`: of a layer, and of what belongs to none, by name.
+
+    Their results' places are given from outside: a constraint inside, on another mesh than the arguments', is lost.
+    """
+    places = model.decoding_places or dict.fromkeys(names)
+
+    def alone(name: str) -> Any:
+        return jax.jit(lambda array: model.others_for_decoding({name: array})[name], out_shardings=places[name])
+
+    layer = places["layers"] and places["layers"][0]
+    found = {name: alone(name) for name in names if name != "layers"}
+    return found | {"layers": jax.jit(model.layer_for_decoding, out_shardings=layer)}
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The decoder-only transformer, and `Model`: the face of it that the compiled steps see."""
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -177,22 +177,20 @@ class Model:
         return self.others_for_decoding(others) | {"layers": tuple(layers)}
 
     def layer_for_decoding(self, layers: Params, i: jax.Array | int) -> Params:
-        layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), layers)
-        return self._cast(layer, lambda places: places["layers"][0])
+        return self._cast(jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), layers))
 
     def others_for_decoding(self, others: Params) -> Params:
-        return self._cast(others, lambda places: {name: places[name] for name in others})
+        return self._cast(others)
 
-    def _cast(self, params: Params, part: Callable[[Params], Params]) -> Params:
-        """Parameters cast and put in their places: those of a part of a tree with the layers apart."""
+    @property
+    def decoding_places(self) -> Params | None:
+        return None if self.mesh is None else layer_by_layer(self.config, self.mesh)
 
+    def _cast(self, params: Params) -> Params:
         def cast(path, p: jax.Array) -> jax.Array:
             return p if path[-1].key == "scale" else p.astype(self.dtype)  # norms stay as they are: they act in float32
 
-        params = jax.tree_util.tree_map_with_path(cast, params)
-        if self.mesh is None:
-            return params
-        return jax.lax.with_sharding_constraint(params, part(layer_by_layer(self.config, self.mesh)))
+        return jax.tree_util.tree_map_with_path(cast, params)
 
     def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
         slots = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1], dtype=jnp.int32), tokens_BP.shape)

@@ -16,7 +16,7 @@ from camopd_jax.buckets import bucket
 from camopd_jax.config import TrainConfig
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.transformer import Model
-from camopd_jax.models.weights import layer_by_layer, leaf_of, shardings, table, tree_of
+from camopd_jax.models.weights import leaf_of, shardings, table, tree_of
 from camopd_jax.optim import abstract_state
 from camopd_jax.sharding import make_mesh, sharding
 from camopd_jax.steps import rollout as steps
@@ -107,7 +107,7 @@ def decoding_params(model: LanguageModel, params: Params) -> Params:
     """What `model.for_decoding` makes of the parameters, on the model's mesh: each layer's apart."""
     bare = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     shapes = jax.eval_shape(model.for_decoding, bare)
-    return _placed(shapes, layer_by_layer(model.config, model.mesh))
+    return _placed(shapes, model.decoding_places)
 
 
 def decoding_state(model: LanguageModel, places: int, prompt_slots: int, ring: int, max_new: int) -> Decoding:

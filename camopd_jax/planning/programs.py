@@ -97,16 +97,14 @@ def _rollout(p: Plan, compiled: phases.Programs, name: str, model: LanguageModel
 
 def _reshard(p: Plan, name: str, model: LanguageModel, params: Params, weights: Params) -> Iterator[Named]:
     """A layer, and each array of no layer, as the last to move: all others are there."""
-    parts, kind = answering.programs(p.rollout_mesh), "teacher" if name else "parameters"
-    others = {part: array for part, array in weights.items() if part != "layers"}
-    number = jax.ShapeDtypeStruct((), jnp.int32)
-    moves = {"layer": (parts.layer, (params["layers"], number), weights["layers"][1:], others)}
-    for part in others:
-        rest = {other: array for other, array in weights.items() if other != part}
-        moves[part] = parts.others, ({part: params[part]},), rest
-    for part, (jitted, args, *there) in moves.items():
-        yield _program(f"reshard{name}: {part}", jitted, (model, *args), {kind: args[0]}, beside={"weights": there},
-                       runs=model.config.num_layers if part == "layer" else 1)  # fmt: skip
+    kind, number = "teacher" if name else "parameters", jax.ShapeDtypeStruct((), jnp.int32)
+    for part, jitted in answering.moves(model, tuple(params)).items():
+        there = {other: array for other, array in weights.items() if other != part}
+        args, runs = (params[part],), 1
+        if part == "layers":
+            there, args, runs = (there, weights["layers"][1:]), (params["layers"], number), model.config.num_layers
+        yield _program(f"reshard{name}: {part}", jitted, args, {kind: params[part]}, beside={"weights": there},
+                       runs=runs)  # fmt: skip
 
 
 def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:

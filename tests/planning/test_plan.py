@@ -61,8 +61,8 @@ def test_the_compilers_arguments_are_those_of_shapes_and_shardings(compiled):
     for report in (update, gradient, decode):
         assert report.memory.outputs - report.memory.aliased < 2**17, "what is donated takes its old place"
     assert gradient.arguments["gradient"] == pytest.approx(params, abs=64) and gradient.memory.aliased >= params
-    copy = of["reshard"][1].memory
-    assert copy.outputs == pytest.approx(decode.arguments["weights"], abs=2**12), "what decoding takes"
+    moves = {name: report.memory.outputs * report.runs for name, (_, report) in of.items() if "reshard" in name}
+    assert sum(moves.values()) == pytest.approx(decode.arguments["weights"], rel=0.01), "what decoding takes"
     assert decode.arguments["weights"] == pytest.approx(2 * params, rel=0.01), "bfloat16, but whole over fsdp"
 
 
@@ -111,7 +111,8 @@ def test_the_peak_is_residents_and_what_the_program_holds_and_adds(compiled):
     assert found["update: recovery"] == there.total + gradient + added["update: recovery"]
     assert found["gradient"] == there.total + gradient + added["gradient"]
     assert found["score: student"] == there.total + added["score: student"]
-    assert found["reshard"] == there.total + added["reshard"]
+    layer = weights - of["reshard: layers"][1].beside["weights"]
+    assert found["reshard: layers"] == there.total + weights - layer + added["reshard: layers"]
     assert found["decode"] == there.total + weights + state + added["decode"]
     assert found["refill"] == there.total + weights + state + added["refill"], "the other answers wait"
     cache = peak.kv_cache(made)
@@ -122,14 +123,17 @@ def test_the_peak_is_residents_and_what_the_program_holds_and_adds(compiled):
 
 
 def test_the_arrays_of_a_rollout_are_the_runs_own():
-    """Shapes against those that prefill makes, places against those that the compiled cast leaves."""
-    made = plan(CONFIG, Models(MODEL, MODEL), jax.devices(), "cpu")
+    """Shapes against those that prefill makes, places against those that the compiled moves leave: on other axes."""
+    config = dataclasses.replace(CONFIG, mesh=MeshConfig(1, 8, 1), optimizer=Optimizer(micro_batch=8),
+                                 rollout=dataclasses.replace(CONFIG.rollout, mesh=MeshConfig(tensor=2)))  # fmt: skip
+    made = plan(config, Models(MODEL, MODEL), jax.devices(), "cpu")
     of = {p.name: p for p in programs(made, (2,))}
     model = made.student.on(made.rollout_mesh)
-    compiled = of["reshard"].lower().compile()
     ours = decoding_params(model, made.state.params)
-    jax.tree.map(lambda a, place: a.sharding.is_equivalent_to(place, a.ndim) or pytest.fail(f"{a} {place}"),
-                 ours, compiled.output_shardings)  # fmt: skip
+    for name, part in (ours | {"layers": ours["layers"][0]}).items():
+        left = of[f"reshard: {name}"].lower().compile().output_shardings
+        jax.tree.map(lambda a, b: a.sharding.is_equivalent_to(b, a.ndim) or pytest.fail(f"{a} {b}"), part, left)
+    assert ours["head"].sharding.shard_shape((128, VOCAB)) == (128, VOCAB // 2)
     state = decoding_state(model, 8, 128, 0, 512)
     begun = of["prefill"].lower().out_info
     assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(lambda a: (a.shape, a.dtype), begun)
@@ -147,8 +151,9 @@ def test_programs_of_the_same_shapes_are_compiled_once():
     same = {p.name: p.same_as for p in programs(made, ())}
     assert same["score: specialised teacher"] == "score: general teacher"
     assert [name for name, first in same.items() if first is None] == [
-        "reshard", "prefill", "refill", "grow", "decode", "score: student", "score: general teacher",
-        "select: recovery", "select: review", "gradient", "update: recovery", "update: review",
+        "reshard: embedding", "reshard: final_norm", "reshard: head", "reshard: layers", "prefill", "refill", "grow",
+        "decode", "score: student", "score: general teacher", "select: recovery", "select: review", "gradient",
+        "update: recovery", "update: review",
     ]  # fmt: skip
     short = RolloutConfig(batch_size=8, max_prompt_tokens=128, max_response_tokens=256)
     mixed = dataclasses.replace(CONFIG, method=Method(schedule="mixed", answers="teacher"), mesh=MeshConfig(1, 2, 4),

@@ -9,7 +9,8 @@ import pytest
 
 from camopd_jax import answering
 from camopd_jax.answering import Decode
-from camopd_jax.sharding import make_mesh
+from camopd_jax.models.weights import shardings
+from camopd_jax.sharding import make_mesh, other_mesh
 from camopd_jax.steps.sampling import Sampling, row_keys
 from camopd_jax.steps.score import score
 from camopd_jax.types import Prompts
@@ -25,6 +26,19 @@ def run(tiny, prompts, index=None, sampling=Sampling(), eos_ids=(2,), max_new=MA
     model = model or tiny[0]
     params = answering.for_decoding(model, tiny[1])
     return answering.answers(model, params, prompts, keys, Decode(sampling, eos_ids, max_new, **options))
+
+
+def test_weights_go_to_a_mesh_of_other_axes_and_each_device_gets_its_share(tiny):
+    """From 4 x 2 to 4 x 1 x 2 and 8 x 1 x 1: the same numbers, split as the table says and nowhere else."""
+    learns = make_mesh(1, 4, 2)
+    spread = jax.device_put(tiny[1], shardings(tiny[0].config, learns))
+    expected = tiny[0].for_decoding(tiny[1])
+    for tensor in (1, 2):
+        model = tiny[0].on(other_mesh(learns, -1, 1, tensor, "config.rollout.mesh"))
+        moved = answering.for_decoding(model, spread)
+        jax.tree.map(np.testing.assert_array_equal, moved, expected)
+        kernel = moved["layers"][0]["mlp"]["gate"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape == (12, 20 // tensor)
 
 
 def test_greedy_equals_a_loop_of_full_forwards(tiny, batch):

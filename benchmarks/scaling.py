@@ -1,0 +1,156 @@
+"""How the programs of a step grow, by the TPU compiler alone: docs/scaling.md. No TPU is needed, and none is used.
+
+    pip install '.[plan]'
+    python benchmarks/scaling.py --out=docs/figures      # scaling.json and a figure a sweep
+    python benchmarks/scaling.py --out=docs/figures --draw_only
+
+One number changes in a sweep; the others stay at BASE. Scoring and the gradient are of one row a chip, whole rows;
+decoding is one turn of all rows, its cache full. FLOPs, collectives and memory are the plan's (docs/plans.md).
+"""
+
+import json
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+from absl import app, flags
+
+from camopd_jax.config import Compute, Evaluation, MeshConfig, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.models.config import from_hf
+from camopd_jax.planning import topology
+from camopd_jax.planning.arrays import Models, plan
+from camopd_jax.planning.compiling import Report, compile_program
+from camopd_jax.planning.programs import programs
+
+matplotlib.use("svg")
+import matplotlib.pyplot as plt
+
+flags.DEFINE_string("out", str(Path(__file__).parents[1] / "docs" / "figures"), "Folder of scaling.json and figures.")
+flags.DEFINE_bool("draw_only", False, "Draw the figures of a scaling.json that is there.")
+flags.DEFINE_list("sweeps", None, "Only these.")
+
+PROGRAMS = {"score: general teacher": "scoring", "gradient": "gradient", "decode": "decoding"}
+COLOURS = {"scoring": "#2a64b8", "gradient": "#c2570c", "decoding": "#2f6f2f"}
+SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"}
+PROMPT = 512  # slots
+
+
+@dataclass(frozen=True)
+class Point:
+    """Sizes of a compilation: Qwen3-0.6B's layers, on v5e, parameters split over all chips (fsdp)."""
+
+    chips: int = 8
+    slots: int = 4096  # of a row, prompt and answer
+    vocabulary: int = 32768
+    depth: int = 4  # layers
+    rows: int = 1  # a chip
+
+
+BASE = Point()
+SWEEPS: dict[str, tuple[int, ...]] = {
+    "chips": (1, 4, 16, 64, 256),
+    "slots": (1024, 4096, 12288, 36864),
+    "vocabulary": (32768, 65536, 131072, 262144),
+    "depth": (2, 4, 8, 16, 32),
+    "rows": (1, 2, 4, 8),
+}
+PANELS = {
+    "gflop": "GFLOP a token",
+    "collectives": "KB of collectives a token",
+    "temporaries": "GiB of temporaries on a chip",
+    "seconds": "seconds to compile",
+}
+
+
+def compiled(point: Point) -> Iterator[tuple[str, Report, float]]:
+    """(name, report, tokens that a chip computes in one run) of each program."""
+    rows, answer = point.chips * point.rows, point.slots - PROMPT
+    shape = from_hf(dict(model_type="qwen3", vocab_size=point.vocabulary, hidden_size=1024, intermediate_size=3072,
+                         num_hidden_layers=point.depth, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
+                         tie_word_embeddings=False), context=point.slots)  # fmt: skip
+    config = TrainConfig(
+        "general", "specialised", Stream("general"), Stream("domain"),
+        rollout=RolloutConfig(batch_size=rows, max_prompt_tokens=PROMPT, max_response_tokens=answer),
+        optimizer=Optimizer(micro_batch=rows), evaluation=Evaluation(batch_size=rows),
+        mesh=MeshConfig(1, point.chips, 1), compute=Compute(remat="block"),
+    )  # fmt: skip
+    where = topology.describe(f"v5e:{SLICES[point.chips]}")
+    made = plan(config, Models(shape, shape), where.devices, where.platform)
+    for program in programs(made, (2,)):
+        if program.name in PROGRAMS:
+            turns = program.name == "decode"
+            report = compile_program(replace(program, trips=1) if turns else program, made, where)
+            yield PROGRAMS[program.name], report, point.rows * (1 if turns else point.slots)
+
+
+def numbers(point: Point, report: Report, tokens: float) -> dict[str, Any]:
+    """What is drawn, and the sizes it belongs to. Of a program that was refused: the temporaries that it asked for."""
+    moved = sum(traffic.bytes_run for traffic in report.counts.collectives.values())
+    temporaries = report.memory.temporaries if report.memory else report.refused_bytes
+    found = {
+        "gflop": report.counts.flops / tokens / 1e9, "collectives": moved / tokens / 1e3,
+        "temporaries": temporaries / 2**30, "seconds": report.seconds, "refused": report.refused,
+    }  # fmt: skip
+    if report.name == "decode":  # its layers are no loop: one turn is what cost_analysis counts
+        found["hbm_mb"] = report.bytes_accessed / tokens / 1e6
+    return asdict(point) | found
+
+
+def measure(wanted: list[str] | None) -> dict[str, dict[str, list[dict[str, Any]]]]:
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
+    done: dict[Point, list[tuple[str, Report, float]]] = {}
+    for sweep, sizes in SWEEPS.items():
+        if wanted and sweep not in wanted:
+            continue
+        found[sweep] = {name: [] for name in PROGRAMS.values()}
+        for size in sizes:
+            point, started = replace(BASE, **{sweep: size}), time.perf_counter()
+            done[point] = done.get(point) or list(compiled(point))
+            for name, report, tokens in done[point]:
+                found[sweep][name].append(numbers(point, report, tokens))
+            print(f"{sweep} {size}: {time.perf_counter() - started:.0f} s", flush=True)
+    return found
+
+
+def figure(sweep: str, of: dict[str, list[dict[str, Any]]]) -> plt.Figure:
+    drawn, axes = plt.subplots(1, len(PANELS), figsize=(11, 2.6))
+    for panel, (key, title) in zip(axes, PANELS.items(), strict=True):
+        for name, points in of.items():
+            panel.plot(
+                [p[sweep] for p in points], [p[key] for p in points], "o-", ms=3.5, color=COLOURS[name], label=name
+            )
+        panel.set_xscale("log", base=2)
+        sizes = SWEEPS[sweep]
+        panel.set_xticks(sizes, [f"{n // 1024}K" if n >= 1024 else str(n) for n in sizes])
+        panel.minorticks_off()
+        if key != "seconds" and min(p[key] for points in of.values() for p in points) > 0:
+            panel.set_yscale("log")
+        else:
+            panel.set_ylim(bottom=0)
+        panel.set_title(title, fontsize=9)
+        panel.set_xlabel(sweep)
+    axes[0].legend(fontsize=8, frameon=False)
+    return drawn
+
+
+def main(_) -> None:
+    values = flags.FLAGS
+    out = Path(values.out)
+    file = out / "scaling.json"
+    found = json.loads(file.read_text()) if file.exists() else {}
+    if not values.draw_only:
+        found |= measure(values.sweeps)
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.2,
+                         "svg.hashsalt": "camopd_jax", "font.size": 8.5})  # fmt: skip
+    for sweep, of in found.items():
+        drawn = figure(sweep, of)
+        drawn.tight_layout()
+        drawn.savefig(out / f"scaling_{sweep}.svg", metadata={"Date": None}, facecolor="white")
+
+
+if __name__ == "__main__":
+    app.run(main)
