@@ -137,9 +137,7 @@ def compile_programs(
         keys=jax.jit(partial(row_keys, config.seed), out_shardings=rows),
         place=jax.jit(lambda answers: answers, out_shardings=rows),
         select={name: jax.jit(partial(choose, name), out_shardings=selection) for name in BRANCHES},
-        weigh={
-            name: jax.jit(partial(branch_weights, name, config=config), out_shardings=rows) for name in BRANCHES
-        },
+        weigh={name: jax.jit(partial(branch_weights, name, config=config), out_shardings=rows) for name in BRANCHES},
         learning=Learning(model, places.params, config.compute.logits_chunk),
         update={
             phase: jax.jit(partial(UPDATES[phase], config=config), donate_argnums=0, out_shardings=kept_in_place)
@@ -263,14 +261,17 @@ def score_both(
 
     The student's were known when it sampled: where they are trusted, only `forward` asks for a pass of their own.
     """
+    teacher = score(config, branch.teacher, branch.teacher_params, prompts.teacher, answers)
+    if not forward:
+        return Scores(answers.logprobs, teacher)
+    return Scores(score(config, programs.student, params, prompts.student, answers), teacher)
 
-    def score(model: LanguageModel, params: Params, asked: Prompts) -> jax.Array:
-        everyone = micro_batches(config, asked, answers, np.arange(len(answers.lengths)))
-        chunk = config.compute.logits_chunk
-        return piecewise.score(model, params, asked, answers.tokens, answers.lengths, everyone, chunk=chunk)
 
-    teacher = score(branch.teacher, branch.teacher_params, prompts.teacher)
-    return Scores(score(programs.student, params, prompts.student) if forward else answers.logprobs, teacher)
+def score(config: TrainConfig, model: LanguageModel, params: Params, prompts: Prompts, answers: Rollout) -> jax.Array:
+    """Log-probabilities of the answers under one model, float32[B, T]."""
+    everyone = micro_batches(config, prompts, answers, np.arange(len(answers.lengths)))
+    chunk = config.compute.logits_chunk
+    return piecewise.score(model, params, prompts, answers.tokens, answers.lengths, everyone, chunk=chunk)
 
 
 def gradient(config: TrainConfig, programs: Programs, name: str, params: Params, part: Scored) -> Gradient:

@@ -155,11 +155,8 @@ def _take_step(
 ) -> tuple[TrainState, Metrics]:
     """AdamW where loss and gradient are finite; else parameters and moments stay and the skip is counted."""
     rate = optim.learning_rate(config.optimizer, config.steps, state.step)
-    params, adam, stats = optim.apply(state.params, state.moments[moments], grads, rate, config.optimizer)
-    sound &= jnp.isfinite(loss) & jnp.isfinite(stats["grad_norm"])
-    params, adam = jax.tree.map(
-        lambda new, old: jnp.where(sound, new, old), (params, adam), (state.params, state.moments[moments])
-    )
-    skipped = jnp.where(sound, 0, state.skipped + 1)
+    sound &= jnp.isfinite(loss)
+    params, adam, stats = optim.apply(state.params, state.moments[moments], grads, rate, config.optimizer, sound)
+    skipped = jnp.where(stats.pop("sound"), 0, state.skipped + 1)
     state = TrainState(state.step + 1, params, state.moments | {moments: adam}, skipped)
     return state, stats | {"skipped": skipped}
