@@ -122,7 +122,10 @@ class Compute:
     teacher: Literal["auto", "float32", "bfloat16"] = "auto"  # the teachers' weights
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
     remat: Literal["none", "dots", "block"] = "block"  # what the backward pass computes again
-    logits_chunk: int = 1024  # tokens whose logits exist at one time
+    # How whole rows attend (scoring, updates, prefill; decoding is always plain). fused: Pallas on TPU, cuDNN on GPU,
+    # refused where neither takes the model; xla: plainly; auto: fused where it can be and rows are long enough
+    attention: Literal["auto", "xla", "fused"] = "auto"
+    logits_chunk: int = 1024  # tokens of one chip whose logits exist at one time; the head is gathered once for all
 
 
 @dataclass(frozen=True)

@@ -135,7 +135,7 @@ def load(
     config = model_config(folder, context)
     if output_vocab_size is not None:
         config = dataclasses.replace(config, output_vocab_size=output_vocab_size)
-    model = Model(config, mesh=mesh, dtype=matmul_dtype(compute), remat=compute.remat)
+    model = Model(config, mesh=mesh, dtype=matmul_dtype(compute), remat=compute.remat, attention=compute.attention)
     tokenizer = templates.load_tokenizer(folder)
     return Loaded(folder, model, hf.load(folder, config, mesh, dtype), tokenizer, templates.eos_ids(folder, tokenizer))
 

@@ -15,6 +15,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # rows of prompts, answers, activations, KV cache
     "sequence": None,
+    "residual": "tensor",  # the sequence again, where every token is by itself: between the products of a layer
     "layers": None,  # scanned, never split
     "embed": "fsdp",
     "vocab": "tensor",
@@ -22,10 +23,13 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "width": "tensor",  # the model width of finished hidden states
 }
 
-# An activation's model width stays whole: its rows already lie on "fsdp".
-ACTIVATION = ("batch", "sequence", None)
+# Activations [B, S, D]. Their model width stays whole in the layers: the rows already lie on "fsdp".
+ACTIVATION = ("batch", "sequence", None)  # as a product takes them
+RESIDUAL = ("batch", "residual", None)  # between the products: what the backward pass keeps of a layer
+HIDDEN = ("batch", "sequence", "width")  # after the last layer: tokens are picked out of each row
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
@@ -90,17 +94,27 @@ def constrain(array: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Arr
     return array if mesh is None else jax.lax.with_sharding_constraint(array, sharding(mesh, *axes))
 
 
+def constrain_even(array: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
+    """`constrain`, where a dimension that does not divide over its mesh axes stays whole."""
+    if mesh is None:
+        return array
+    parts = (spec(axis)[0] for axis in axes)
+    sizes = (math.prod(mesh.shape[m] for m in np.atleast_1d(part)) if part else 1 for part in parts)
+    even = (axis if n % size == 0 else None for axis, n, size in zip(axes, array.shape, sizes, strict=True))
+    return constrain(array, mesh, *even)
+
+
+def batch_shards(mesh: Mesh | None) -> int:
+    """Pieces that a batch is split into; without a mesh, one."""
+    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
+
+
 def rows_of_process(mesh: Mesh, rows: int) -> slice:
     """Which rows of a batch this process has to bring."""
     index = sharding(mesh, "batch").addressable_devices_indices_map((rows,)).values()
     starts = [i[0].start or 0 for i in index]
     stops = [rows if i[0].stop is None else i[0].stop for i in index]
     return slice(min(starts), max(stops))
-
-
-def batch_shards(mesh: Mesh | None) -> int:
-    """Pieces that a batch is split into."""
-    return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def check_rows(mesh: Mesh, field: str, rows: int, of: str = "config.mesh") -> None:

@@ -119,6 +119,7 @@ class LanguageModel(Protocol):
 
     mesh: Mesh | None  # where its arrays lie; None: one device
     dtype: str  # of activations and matrix products
+    head_axes: dict[str, tuple[str | None, ...]]  # logical axes of the parameters that `logits` reads
 
     def on(self, mesh: Mesh | None) -> "LanguageModel":
         """The same model on another mesh of the same devices."""
@@ -138,4 +139,4 @@ class LanguageModel(Protocol):
         """Hidden states `[B, D]` of one more token a row, and the cache with it written at `slot`."""
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """float32 logits `[..., V]` of hidden states `[..., D]`."""
+        """float32 logits `[..., V]` of hidden states `[..., D]`; of the parameters it reads those of `head_axes`."""

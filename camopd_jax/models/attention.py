@@ -1,9 +1,15 @@
-"""Attention, in one function: a fused kernel for a platform has its place here and nowhere else."""
+"""Attention, in one function: plainly, or by a platform's fused kernel (fused.py)."""
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
-# Scores of at most this many query-key pairs (all rows and heads) exist at one time.
+from camopd_jax.errors import UserError
+from camopd_jax.models import fused
+from camopd_jax.sharding import batch_shards
+from camopd_jax.types import EMPTY
+
+# Scores of at most this many query-key pairs (all rows and heads of one chip) exist at one time.
 _MAX_SCORES = 2**26
 
 
@@ -12,27 +18,50 @@ def attend(
     key: jax.Array,
     value: jax.Array,
     query_positions: jax.Array,
-    key_positions: jax.Array,
+    key_positions: jax.Array | None,
     *,
-    window: jax.Array | int | None,
+    windows: tuple[int | None, ...],
+    kind: jax.Array | int,
     scale: float,
     softcap: float | None,
+    mesh: Mesh | None = None,
+    form: str = "xla",
 ) -> jax.Array:
     """Softmax attention of grouped heads, `[B, S, H, K]`.
 
-    A query sees the keys at its own and earlier positions, at most `window` of them. Positions are all
+    A query sees the keys at its own and earlier positions, at most a window of them. Positions are all
     the mask there is: an EMPTY slot lies later than any query.
 
     Args:
       query: [B, S, H, K].
       key, value: [B, G, S', K], heads first as a cache holds them: no step of decoding transposes it. G divides H.
       query_positions: int32[B or 1, S].
-      key_positions: int32[B or 1, S'].
-      window: a number or int32[]; None where every layer sees everything.
+      key_positions: int32[B or 1, S']; None: rows attend to themselves, and slot i is position i.
+      windows: those of the model's layers, None where a layer sees everything; `kind` (a number or int32[]) is
+        which of them holds here.
       scale: factor on q.k, before `softcap * tanh(scores / softcap)`.
+      mesh: what rows and heads are split over; None: one device.
+      form: of whole rows. "fused": by the platform's kernel; "auto": so where the rows are long enough for it; "xla":
+        plainly, as always over a cache.
+
+    Raises:
+      UserError: for form "fused" and rows that the mesh does not divide.
     """
+    if key_positions is None:
+        length, even = query.shape[1], query.shape[0] % batch_shards(mesh) == 0
+        if form == "fused" and not even:
+            raise UserError(
+                f"config.compute.attention is 'fused', and a batch of {query.shape[0]} rows does not divide by data x "
+                f"fsdp = {batch_shards(mesh)} of the mesh; give config.compute.attention=auto or change config.mesh"
+            )
+        if form == "fused" or (form == "auto" and even and length >= fused.SHORTEST):
+            return fused.attend_rows(
+                query, key, value, windows=windows, kind=kind, scale=scale, softcap=softcap, mesh=mesh
+            )
+        key_positions = query_positions
+    window = _window(windows, kind)
     batch, length, heads, width = query.shape
-    rows = max(1, _MAX_SCORES // (batch * heads * key.shape[2]))
+    rows = max(1, _MAX_SCORES // (_share(batch, heads, mesh) * key.shape[2]))
 
     def block(query: jax.Array, query_positions: jax.Array) -> jax.Array:
         return _attend(query, key, value, query_positions, key_positions, window, scale, softcap)
@@ -48,6 +77,20 @@ def attend(
     query_positions = query_positions.reshape(query_positions.shape[0], chunks, rows).swapaxes(0, 1)
     out = jax.lax.map(lambda chunk: jax.checkpoint(block)(*chunk), (query, query_positions))
     return out.swapaxes(0, 1).reshape(batch, chunks * rows, heads, width)[:, :length]
+
+
+def _window(windows: tuple[int | None, ...], kind: jax.Array | int) -> jax.Array | int | None:
+    """The window that holds; None where no layer has one."""
+    if isinstance(kind, int):
+        return windows[kind]
+    return jnp.asarray([EMPTY if w is None else w for w in windows], jnp.int32)[kind] if any(windows) else None
+
+
+def _share(batch: int, heads: int, mesh: Mesh | None) -> int:
+    """Rows times heads that one chip holds."""
+    if mesh is None:
+        return batch * heads
+    return -(-batch // batch_shards(mesh)) * (heads // mesh.shape["tensor"])
 
 
 def _attend(query, key, value, query_positions, key_positions, window, scale, softcap) -> jax.Array:

@@ -52,6 +52,11 @@ class ModelConfig:
     initializer_range: float = 0.02
     output_vocab_size: int | None = None  # logits are cut to this; None: vocab_size
 
+    @property
+    def window_kinds(self) -> tuple[int | None, ...]:
+        """The different `windows`, each once."""
+        return tuple(dict.fromkeys(self.windows))
+
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 

@@ -82,9 +82,11 @@ class Attention(nn.Module):
 
     config: ModelConfig
     mesh: Mesh | None
+    form: str  # of attention over whole rows
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, shared: dict[str, Any], layer: dict[str, Any]):
+        """The output `[B, S, D]`, and what joins or makes a cache: keys and values `[B, G, S', K]`, or None."""
         c = self.config
         std = c.initializer_range
 
@@ -104,7 +106,7 @@ class Attention(nn.Module):
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
 
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        if layer["cache"] is not None:  # (keys, values) of earlier tokens, each [B, G, S', K]
+        if layer["cache"]:  # (keys, values) of earlier tokens, each [B, G, S', K]
             place = (0, 0, shared["slot"], 0)
             key, value = (
                 jax.lax.dynamic_update_slice(cached, new, place)
@@ -116,9 +118,12 @@ class Attention(nn.Module):
             value,
             shared["positions"],
             shared["key_positions"],
-            window=layer["window"],
+            windows=c.window_kinds,
+            kind=0 if layer["window"] is None else layer["window"],
             scale=c.query_scale,
             softcap=c.attention_softcap,
+            mesh=self.mesh,
+            form=self.form,
         )
         bias = (c.hidden_size,) if c.output_bias else None
         out = Linear("bshk,hkd->bsd", (c.num_heads, c.head_dim, c.hidden_size), bias, std, name="output")(out)

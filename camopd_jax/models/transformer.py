@@ -10,20 +10,28 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
+from camopd_jax.errors import UserError
+from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.layers import Attention, FeedForward, RMSNorm, rotation
-from camopd_jax.models.weights import shardings
-from camopd_jax.sharding import ACTIVATION, constrain
+from camopd_jax.models.weights import shardings, table
+from camopd_jax.sharding import ACTIVATION, HIDDEN, RESIDUAL, constrain, constrain_even
 from camopd_jax.types import EMPTY, KVCache, Params
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
 
 
 class Block(nn.Module):
-    """One layer. `shared` is the same for all layers, `layer` is this layer's own (see `Decoder`)."""
+    """One layer.
+
+    `shared` is the same for all layers. Of it, `key_positions` None says that rows attend to themselves. `layer` is
+    this layer's own: which RoPE and which window (None: there is one alone), and its cache: keys and values, () for
+    one that begins with these tokens, None for none.
+    """
 
     config: ModelConfig
     mesh: Mesh | None
+    form: str
 
     @nn.compact
     def __call__(self, x_BSD: jax.Array, shared: dict[str, Any], layer: dict[str, Any]):
@@ -33,11 +41,18 @@ class Block(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
-        y, cache = Attention(c, self.mesh, name="attention")(norm("attention_norm", x_BSD), shared, layer)
-        x_BSD = x_BSD + (norm("post_attention_norm", y) if c.post_norms else y)
-        y = FeedForward(c, self.mesh, name="mlp")(norm("mlp_norm", x_BSD))
-        x_BSD = x_BSD + (norm("post_mlp_norm", y) if c.post_norms else y)
-        return constrain(x_BSD, self.mesh, *ACTIVATION), cache
+        def whole(x: jax.Array) -> jax.Array:
+            return constrain(x, self.mesh, *ACTIVATION)
+
+        def split(x: jax.Array) -> jax.Array:
+            return constrain_even(x, self.mesh, *RESIDUAL)
+
+        attention = Attention(c, self.mesh, self.form, name="attention")
+        y, cache = attention(whole(norm("attention_norm", x_BSD)), shared, layer)
+        y = split(y)
+        x_BSD = split(x_BSD + (norm("post_attention_norm", y) if c.post_norms else y))
+        y = split(FeedForward(c, self.mesh, name="mlp")(whole(norm("mlp_norm", x_BSD))))
+        return split(x_BSD + (norm("post_mlp_norm", y) if c.post_norms else y)), cache
 
 
 class Decoder(nn.Module):
@@ -47,23 +62,23 @@ class Decoder(nn.Module):
     mesh: Mesh | None
     dtype: jnp.dtype
     remat: str
+    form: str  # of attention over whole rows
 
     def setup(self):
         c = self.config
         normal = nn.initializers.normal(c.initializer_range)
         self.embedding = self.param("embedding", normal, (c.vocab_size, c.hidden_size))
         if not c.tied_head:
-            self.head = self.param("head", normal, (c.hidden_size, c.vocab_size))
+            self.param("head", normal, (c.hidden_size, c.vocab_size))
         self.final_norm = RMSNorm(c.norm_eps, c.norm_offset)
 
     @nn.compact
     def __call__(self, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
         """Hidden states `[B, S, D]`, through scanned layers: one layer is compiled, whatever the depth."""
         c = self.config
-        windows = None
-        if any(w is not None for w in c.windows):
-            windows = jnp.asarray([EMPTY if w is None else w for w in c.windows], jnp.int32)
-        layers = {"rope": jnp.asarray(c.layer_rope, jnp.int32), "window": windows, "cache": None}
+        layers = {"rope": jnp.asarray(c.layer_rope, jnp.int32), "window": None, "cache": None}
+        if len(c.window_kinds) > 1:
+            layers["window"] = jnp.asarray([c.window_kinds.index(w) for w in c.windows], jnp.int32)
         block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
             block,
@@ -72,8 +87,8 @@ class Decoder(nn.Module):
             in_axes=(nn.broadcast, 0),
             length=c.num_layers,
         )
-        x, _ = scanned(c, self.mesh, name="layers")(
-            self.embed(tokens_BS), self.shared(positions_BS, positions_BS), layers
+        x, _ = scanned(c, self.mesh, self.form, name="layers")(
+            self.embed(tokens_BS), self.shared(positions_BS, None), layers
         )
         return self.final_norm(x)
 
@@ -83,21 +98,25 @@ class Decoder(nn.Module):
         tokens_BS: jax.Array,
         positions_BS: jax.Array,
         key_positions_BS: jax.Array,
-        cache: KVCache,
-        slot: jax.Array,
+        cache: KVCache | None,
+        slot: jax.Array | int,
     ) -> tuple[jax.Array, KVCache]:
-        """Hidden states of tokens that join a cache at `slot`.
+        """Hidden states of tokens that join a cache at `slot`, or make one: then slot i is position i.
 
         Layer by layer, each with parameters of its own: a scan would copy every layer's weights and cache
         out of their stacks, at every token of an answer.
         """
         c = self.config
-        key_positions = jax.lax.dynamic_update_slice(cache.positions, key_positions_BS, (0, slot))
-        shared = self.shared(positions_BS, key_positions) | {"slot": slot}
+        if cache is None:
+            key_positions, shared = key_positions_BS, self.shared(positions_BS, None)
+        else:
+            key_positions = jax.lax.dynamic_update_slice(cache.positions, key_positions_BS, (0, slot))
+            shared = self.shared(positions_BS, key_positions) | {"slot": slot}
         x, kv = self.embed(tokens_BS), []
         for i, params in enumerate(layers):
-            layer = {"rope": c.layer_rope[i], "window": c.windows[i], "cache": (cache.keys[i], cache.values[i])}
-            x, new = Block(c, self.mesh, parent=None).apply({"params": params}, x, shared, layer)
+            layer = {"rope": c.layer_rope[i], "window": c.window_kinds.index(c.windows[i]),
+                     "cache": () if cache is None else (cache.keys[i], cache.values[i])}  # fmt: skip
+            x, new = Block(c, self.mesh, self.form, parent=None).apply({"params": params}, x, shared, layer)
             kv.append(new)
         keys, values = zip(*kv, strict=True)
         return self.final_norm(x), KVCache(keys, values, key_positions)
@@ -106,25 +125,15 @@ class Decoder(nn.Module):
         x = jnp.take(self.embedding, tokens_BS, axis=0).astype(self.dtype)
         if self.config.embed_scale != 1.0:
             x *= jnp.asarray(self.config.embed_scale, self.dtype)
-        return constrain(x, self.mesh, *ACTIVATION)
+        return constrain_even(x, self.mesh, *RESIDUAL)
 
-    def shared(self, positions_BS: jax.Array, key_positions_BS: jax.Array) -> dict[str, Any]:
+    def shared(self, positions_BS: jax.Array, key_positions_BS: jax.Array | None) -> dict[str, Any]:
         """What is the same for all layers."""
         return {
             "positions": positions_BS,
             "key_positions": key_positions_BS,
             "rotation": rotation(self.config.ropes, self.config.head_dim, positions_BS),
         }
-
-    def logits(self, hidden: jax.Array) -> jax.Array:
-        c = self.config
-        vocab = c.output_vocab_size or c.vocab_size
-        if c.tied_head:
-            kernel, equation = self.embedding[:vocab], "...d,vd->...v"
-        else:
-            kernel, equation = self.head[:, :vocab], "...d,dv->...v"
-        logits = jnp.einsum(equation, hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
-        return logits if c.final_softcap is None else c.final_softcap * jnp.tanh(logits / c.final_softcap)
 
 
 @dataclass(frozen=True)
@@ -135,10 +144,19 @@ class Model:
     mesh: Mesh | None = None
     dtype: str = "float32"  # of activations and matrix products
     remat: str = "block"  # "none", "dots" or "block": what the backward pass computes again
+    attention: str = "auto"  # "auto", "xla" or "fused": how whole rows attend; over a cache always plainly
+
+    def __post_init__(self) -> None:
+        """Raises UserError where a fused kernel is asked for and there is none."""
+        if self.attention == "fused" and (why := fused.obstacle(self.config, self.mesh, self.dtype)):
+            raise UserError(f"config.compute.attention is 'fused'; {why}; give auto or xla")
 
     @property
     def _decoder(self) -> Decoder:
-        return Decoder(self.config, self.mesh, jnp.dtype(self.dtype), self.remat)
+        form = self.attention
+        if form == "auto" and fused.obstacle(self.config, self.mesh, self.dtype):
+            form = "xla"
+        return Decoder(self.config, self.mesh, jnp.dtype(self.dtype), self.remat, form)
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters."""
@@ -150,7 +168,8 @@ class Model:
 
     def hidden(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
         positions = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None, :]
-        return self._decoder.apply({"params": params}, tokens_BS, positions)
+        hidden = self._decoder.apply({"params": params}, tokens_BS, positions)
+        return constrain_even(hidden, self.mesh, *HIDDEN)
 
     def for_decoding(self, params: Params) -> Params:
         def cast(path, p: jax.Array) -> jax.Array:
@@ -163,14 +182,16 @@ class Model:
         return params | {"layers": tuple(layers)}
 
     def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
-        c, (batch, prompt_slots) = self.config, tokens_BP.shape
-        empty = jnp.zeros((batch, c.num_kv_heads, prompt_slots, c.head_dim), self.dtype)
-        empty = constrain(empty, self.mesh, "batch", "kv_heads", "sequence", "head_dim")
-        nobody = jnp.full(tokens_BP.shape, EMPTY)
-        cache = KVCache((empty,) * c.num_layers, (empty,) * c.num_layers, nobody)
-        slots = jnp.broadcast_to(jnp.arange(prompt_slots, dtype=jnp.int32), tokens_BP.shape)
+        slots = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1], dtype=jnp.int32), tokens_BP.shape)
         seen = jnp.where(slots < lengths_B[:, None], slots, EMPTY)
-        return self._extend(params, tokens_BP, slots, seen, cache, jnp.int32(0))
+        hidden, cache = self._extend(params, tokens_BP, slots, seen, None, 0)
+
+        hidden = constrain_even(hidden, self.mesh, *HIDDEN)
+
+        def place(array: jax.Array) -> jax.Array:
+            return constrain(array, self.mesh, "batch", "kv_heads", "sequence", "head_dim")
+
+        return hidden, KVCache(tuple(map(place, cache.keys)), tuple(map(place, cache.values)), cache.positions)
 
     def decode(
         self, params: Params, token_B: jax.Array, position_B: jax.Array, cache: KVCache, slot: jax.Array
@@ -183,5 +204,17 @@ class Model:
         others = {name: p for name, p in params.items() if name != "layers"}
         return self._decoder.apply({"params": others}, params["layers"], *args, method=Decoder.extend)
 
+    @property
+    def head_axes(self) -> dict[str, tuple[str | None, ...]]:
+        name = "embedding" if self.config.tied_head else "head"
+        return {row.path[0]: row.axes for row in table(self.config) if row.path == (name,)}
+
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        return self._decoder.apply({"params": params}, hidden, method=Decoder.logits)
+        c = self.config
+        vocab = c.output_vocab_size or c.vocab_size
+        if c.tied_head:
+            kernel, equation = params["embedding"][:vocab], "...d,vd->...v"
+        else:
+            kernel, equation = params["head"][:, :vocab], "...d,dv->...v"
+        logits = jnp.einsum(equation, hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        return logits if c.final_softcap is None else c.final_softcap * jnp.tanh(logits / c.final_softcap)

@@ -112,14 +112,20 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
     Raises:
       UserError: if a dimension does not divide over its mesh axis, with the mend.
     """
+    sizes: dict[str, dict[str, int]] = {}  # mesh axis -> what it splits -> how long that is
     for row in table(c):
         for axis, size in zip(row.axes, row.shape(c.num_layers), strict=True):
-            mesh_axis = None if axis is None else RULES[axis]
-            if mesh_axis is not None and size % math.prod(mesh.shape[m] for m in np.atleast_1d(mesh_axis)):
-                raise UserError(
-                    f"config.mesh.{mesh_axis} is {mesh.shape[mesh_axis]}, which does not divide the model's "
-                    f"{axis} = {size} ({'.'.join(row.path)}); give a divisor of {size}, 1 for instance"
-                )
+            if axis is not None and RULES[axis] is not None:
+                sizes.setdefault(RULES[axis], {})[axis] = size
+    for mesh_axis, split in sizes.items():
+        given, common = mesh.shape[mesh_axis], math.gcd(*split.values())
+        if common % given:
+            odd = ", ".join(f"{axis} = {size}" for axis, size in split.items() if size % given)
+            fit = ", ".join(str(n) for n in range(1, mesh.size + 1) if common % n == 0)
+            raise UserError(
+                f"config.mesh.{mesh_axis} is {given}, which does not divide the model's {odd}; "
+                f"of up to {mesh.size} devices it can be {fit}"
+            )
     return tree_of({row.path: sharding(mesh, *row.axes) for row in table(c)})
 
 

@@ -15,6 +15,7 @@ import numpy as np
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
 _START = "async-collective-start"
+_REDUCE_SCATTER = "all-reduce-scatter"  # how the TPU compiler calls a fusion that is one
 BRANCHES = ("branch_computations", "true_computation", "false_computation")
 _BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32,
          "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128}  # fmt: skip
@@ -70,8 +71,8 @@ class Counts:
     """Of one chip, over one run of the program."""
 
     collectives: dict[str, Traffic] = field(default_factory=dict)
-    flops: float = 0.0  # of matrix products
-    cycles: float = 0.0  # the compiler's own estimates, added up: nothing overlaps
+    flops: float = 0.0  # of matrix products, a fused attention's counted by formula
+    cycles: float = 0.0  # the compiler's own estimates, added up: nothing overlaps; it has none for Pallas kernels
     busiest: dict[str, int] = field(default_factory=dict)  # bytes of collectives, by kind and place in the program
     slowest: dict[str, float] = field(default_factory=dict)  # cycles, by the innermost loop around them
     loops: list[Loop] = field(default_factory=list)
@@ -85,7 +86,7 @@ class Module:
         self.computations: dict[str, dict[str, Instruction]] = {}
         self.entry = ""
         current: dict[str, Instruction] = {}
-        for line in text.splitlines():
+        for line in re.sub(r'\n(?="|}})', " ", text).splitlines():  # a kernel's metadata stands on lines of its own
             if line[:1] not in ("", " ", "}") and line.rstrip().endswith("{") and "->" in line:
                 name = line.removeprefix("ENTRY ").split(" (")[0].strip().lstrip("%")
                 current = self.computations[name] = {}
@@ -129,6 +130,10 @@ class Module:
                 goes_on = fusion is not None and not fusion.name.startswith(_START)
                 if goes_on and _channel(i) in self._started:
                     continue
+                if fusion is not None and any(
+                    part.startswith(_REDUCE_SCATTER) for part in fusion.called("calls")
+                ):  # an all-reduce of which this chip keeps its part
+                    kind = "reduce-scatter"
                 moved = max(_bytes(i), sum(_bytes(computation[o]) for o in i.operands if o in computation))
                 traffic = counts.collectives.setdefault(kind, Traffic())
                 traffic.count, traffic.runs = traffic.count + 1, traffic.runs + times
@@ -137,9 +142,11 @@ class Module:
                 counts.busiest[place] = counts.busiest.get(place, 0) + moved * times
             elif kind in ("convolution", "dot"):
                 counts.flops += times * _product_flops(i, computation)
-            if fusion is None and (cycles := re.search(r'"estimated_cycles":"(\d+)"', i.attributes)):
-                counts.cycles += times * int(cycles[1])
-                counts.slowest[inside] = counts.slowest.get(inside, 0) + times * int(cycles[1])
+            elif kind == "custom-call":
+                counts.flops += times * _kernel_flops(i, computation)
+            if fusion is None and (cycles := _cycles(i)):
+                counts.cycles += times * cycles
+                counts.slowest[inside] = counts.slowest.get(inside, 0) + times * cycles
             if kind == "while":
                 loop = self.loop(i, computation)
                 counts.loops.append(loop)
@@ -219,6 +226,12 @@ def _balanced(text: str, start: int) -> int:
     return len(text)
 
 
+def _cycles(i: Instruction) -> int:
+    """The compiler's estimate; 0 where it has none, or has given up and says the largest number there is."""
+    found = re.search(r'"estimated_cycles":"(\d+)"', i.attributes)
+    return int(found[1]) if found and int(found[1]) < 2**62 else 0
+
+
 def _channel(i: Instruction) -> str | None:
     found = re.search(r"channel_id=(\d+)", i.attributes)
     return found and found[1]
@@ -252,6 +265,20 @@ def _product_flops(i: Instruction, computation: dict[str, Instruction]) -> float
         window = {name: values.split("x")[int(dim)] for name, values in given.items()}
         pairs *= _pairs(left[of_left.index(dim)], i.arrays[0][1][of_result.index(dim)], window)
     return 2.0 * left[of_left.index("b")] * features * pairs
+
+
+def _kernel_flops(i: Instruction, computation: dict[str, Instruction]) -> float:
+    """Of a fused attention kernel, by formula: its products run over the query-key pairs that its place names.
+
+    Two in the forward kernel (scores, output), three for the queries' gradient, four for the keys' and values'.
+    """
+    kernel = re.search(r"attention_of_(\d+)_pairs_(\d+)_wide.*splash_mha_(fwd|dq|dkv)_", _place(i))
+    if kernel is None:
+        return 0.0
+    pairs, width, products = int(kernel[1]), int(kernel[2]), {"fwd": 2, "dq": 3, "dkv": 4}[kernel[3]]
+    parts = (i, *(computation[o] for o in i.operands if o in computation))
+    shapes = (dims for part in parts for _, dims in part.arrays if len(dims) > 2 and dims[-1] == width)
+    return 2.0 * products * pairs * width * max(math.prod(dims[:-2]) for dims in shapes)  # of all rows and heads
 
 
 def _pairs(inputs: int, outputs: int, window: dict[str, str]) -> int:

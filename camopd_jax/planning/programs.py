@@ -77,7 +77,7 @@ def plan(config: TrainConfig, models: Models, devices: Any, platform: str) -> Pl
 
     def model(shape: ModelConfig) -> Model:
         shape = dataclasses.replace(shape, output_vocab_size=vocab)
-        return Model(shape, mesh=mesh, dtype=dtype, remat=config.compute.remat)
+        return Model(shape, mesh=mesh, dtype=dtype, remat=config.compute.remat, attention=config.compute.attention)
 
     general, student = model(models.general), model(models.specialised)
     of_teacher = engine.teacher_dtype(config.compute, platform)

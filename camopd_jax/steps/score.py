@@ -1,12 +1,13 @@
 """Log-probabilities of given answers. No array of shape [B, T, V] exists, forward or backward."""
 
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from camopd_jax.masked import length_mask
-from camopd_jax.sharding import constrain, take_rows
+from camopd_jax.sharding import batch_shards, constrain, take_rows
 from camopd_jax.types import LanguageModel, Params, Prompts
 
 
@@ -35,27 +36,102 @@ def token_logprobs(
     With `with_top` float32[B, T, 2]: beside it that of the likeliest token.
 
     Slots are taken a few at a time, so that about `chunk` tokens' logits (at least one slot of every
-    row) exist at once; where there are several pieces, the backward pass makes them again.
+    row) exist at once on a chip; where there are several pieces, the backward pass makes them again. The
+    head is gathered once for all pieces, and its gradient is reduced over the chips once after them.
     """
-    batch, slots, width = hidden_BTD.shape
-    step = min(slots, max(1, chunk // batch))
-    steps = -(-slots // step)
-    padding = steps * step - slots
+    batch, slots = tokens_BT.shape
+    rows = -(-batch // batch_shards(model.mesh))  # of one chip
+    step = min(slots, max(1, chunk // rows))
+    head = {name: params[name] for name in model.head_axes}
+    if step == slots:
+        return _piece((model, temperature, with_top), head, hidden_BTD, tokens_BT)
+    padding = -slots % step
+    hidden_BTD = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0)))
+    tokens_BT = jnp.pad(tokens_BT, ((0, 0), (0, padding)))
+    return _pieces((model, temperature, with_top), step, head, hidden_BTD, tokens_BT)[:, :slots]
 
-    def piece(hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-        logits = model.logits(params, hidden) / temperature
-        chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
-        if with_top:
-            chosen = jnp.concatenate([chosen, jnp.max(logits, axis=-1, keepdims=True)], axis=-1)
-        logprobs = chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-        return logprobs if with_top else logprobs[..., 0]
 
-    if steps == 1:
-        return piece(hidden_BTD, tokens_BT)
-    hidden = jnp.pad(hidden_BTD, ((0, 0), (0, padding), (0, 0))).reshape(batch, steps, step, width).swapaxes(0, 1)
-    tokens = jnp.pad(tokens_BT, ((0, 0), (0, padding))).reshape(batch, steps, step).swapaxes(0, 1)
-    logprobs = jax.lax.map(lambda xs: jax.checkpoint(piece)(*xs), (hidden, tokens))
-    return logprobs.swapaxes(0, 1).reshape(batch, steps * step, *logprobs.shape[3:])[:, :slots]
+_How = tuple[LanguageModel, float, bool]  # model, temperature, with_top
+
+
+def _piece(how: _How, head: Params, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
+    """`token_logprobs` of tokens [...] and hidden states [..., D], all at once."""
+    model, temperature, with_top = how
+    logits = model.logits(head, hidden) / temperature
+    chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
+    if with_top:
+        chosen = jnp.concatenate([chosen, jnp.max(logits, axis=-1, keepdims=True)], axis=-1)
+    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return logprobs if with_top else logprobs[..., 0]
+
+
+@partial(jax.custom_vjp, nondiff_argnums=(0, 1))
+def _pieces(how: _How, step: int, head: Params, hidden_BTD: jax.Array, tokens_BT: jax.Array) -> jax.Array:
+    """`_piece`, `step` slots at a time; `step` divides T."""
+    batch, slots = tokens_BT.shape
+    head = _gathered(how[0], head)
+
+    def logprobs(start: jax.Array) -> jax.Array:
+        return _piece(how, head, _slots(hidden_BTD, start, step), _slots(tokens_BT, start, step))
+
+    out = jax.lax.map(logprobs, jnp.arange(0, slots, step))
+    return out.swapaxes(0, 1).reshape(batch, slots, *out.shape[3:])
+
+
+def _pieces_forward(how, step, head, hidden_BTD, tokens_BT):
+    return _pieces(how, step, head, hidden_BTD, tokens_BT), (head, hidden_BTD, tokens_BT)
+
+
+def _pieces_backward(how, step, saved, gradient):
+    """Each chip adds up its own rows' gradient of the head, in float32; they meet once, after the last piece."""
+    head, hidden_BTD, tokens_BT = saved
+    mesh, (batch, slots) = how[0].mesh, tokens_BT.shape
+    shards = batch_shards(mesh) if batch % batch_shards(mesh) == 0 else 1
+    whole = _gathered(how[0], head)
+
+    def by_shard(array: jax.Array) -> jax.Array:
+        """[B, ...] -> [shards, B / shards, ...]"""
+        return array.reshape(shards, batch // shards, *array.shape[1:])
+
+    def of_shards(total: Params) -> Params:
+        axes = ("batch",) if shards > 1 else (None,)
+        return {name: constrain(t, mesh, *axes, *_whole(how[0], name)) for name, t in total.items()}
+
+    def pull(hidden: jax.Array, tokens: jax.Array, gradient: jax.Array) -> tuple[Params, jax.Array]:
+        _, back = jax.vjp(lambda head, hidden: _piece(how, head, hidden, tokens), whole, hidden)
+        return back(gradient)
+
+    def add(carry: tuple[Params, jax.Array], start: jax.Array) -> tuple[tuple[Params, jax.Array], None]:
+        total, to_hidden = carry
+        pieces = (_slots(array, start, step) for array in (hidden_BTD, tokens_BT, gradient))
+        to_head, piece = jax.vmap(pull)(*map(by_shard, pieces))
+        total = of_shards({name: total[name] + to_head[name].astype(jnp.float32) for name in total})
+        piece = piece.reshape(batch, step, -1)
+        return (total, jax.lax.dynamic_update_slice_in_dim(to_hidden, piece, start, axis=1)), None
+
+    zeros = {name: jnp.zeros((shards, *p.shape), jnp.float32) for name, p in whole.items()}
+    carry = of_shards(zeros), jnp.zeros_like(hidden_BTD)
+    (total, to_hidden), _ = jax.lax.scan(add, carry, jnp.arange(0, slots, step))
+    to_head = {name: jnp.sum(total[name], axis=0).astype(p.dtype) for name, p in head.items()}
+    to_head = {name: constrain(g, mesh, *how[0].head_axes[name]) for name, g in to_head.items()}
+    return to_head, to_hidden, None
+
+
+_pieces.defvjp(_pieces_forward, _pieces_backward)
+
+
+def _whole(model: LanguageModel, name: str) -> tuple[str | None, ...]:
+    """Logical axes of a parameter of the head where every chip has its whole width."""
+    return tuple(None if axis == "embed" else axis for axis in model.head_axes[name])
+
+
+def _gathered(model: LanguageModel, head: Params) -> Params:
+    """The head as products take it: cast, then whole on every chip but for the vocabulary's split."""
+    return {name: constrain(p.astype(model.dtype), model.mesh, *_whole(model, name)) for name, p in head.items()}
+
+
+def _slots(array: jax.Array, start: jax.Array, step: int) -> jax.Array:
+    return jax.lax.dynamic_slice_in_dim(array, start, step, axis=1)
 
 
 def score(
@@ -73,7 +149,7 @@ def score(
 
     Args:
       tokens_BT: responses, right-padded; lengths_B: their lengths.
-      chunk: tokens whose logits may exist at one time.
+      chunk: tokens of a chip whose logits may exist at one time.
       temperature: the logits are divided by it.
       with_top: also the log-probability of the likeliest token at each place.
       slots: that hold every prompt with its answer; None: P + T.

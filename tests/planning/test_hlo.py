@@ -102,6 +102,26 @@ def test_a_collective_that_fusions_take_further_is_one():
     assert Module(text).counts().collectives["all-gather"].runs == 4 + 1 + 1
 
 
+def test_an_all_reduce_whose_fusion_keeps_a_part_is_a_reduce_scatter():
+    inside = """
+%all-reduce-scatter.1 (input: bf16[8,16]) -> bf16[2,16] {
+  %input = bf16[8,16] parameter(0)
+  %summed = bf16[8,16] all-reduce(%input), channel_id=9, to_apply=%sum
+  ROOT %part = bf16[2,16] dynamic-slice(%summed), dynamic_slice_sizes={2,16}
+}
+"""
+    text = TEXT.replace("\n%body (", inside + "\n%body (").replace(
+        "  %product = ",
+        "  %scattered = bf16[2,16] fusion(%x), kind=kCustom, calls=%all-reduce-scatter.1\n  %product = ",
+    )
+    assert Module(text).counts().collectives["reduce-scatter"] == Traffic(count=1, runs=4, bytes=256, bytes_run=1024)
+    assert Module(text).counts().collectives["all-reduce"].runs == 1, "the one outside"
+
+
+def test_cycles_that_the_compiler_does_not_know_are_left_out():
+    assert Module(TEXT.replace('"100"', '"9223372036854775807"')).counts().cycles == 0
+
+
 def test_products_written_as_convolutions():
     """A batch of 16 x 4 products, as the TPU compiler writes it: dilated, so that no output meets another's input."""
     text = """ENTRY %main (q: bf16[16,4,5,128], k: bf16[16,4,36,128]) -> f32[16,4,5,36] {
@@ -118,6 +138,22 @@ def test_products_written_as_convolutions():
 }
 """  # noqa: E501
     assert Module(heads).counts().flops == 2 * 3 * 7 * 8 * 32 * 64
+
+
+def test_fused_attention_is_counted_by_its_pairs():
+    """As the TPU compiler writes a kernel: over several lines. 2 rows of 3 heads, 21 pairs of width 64."""
+    text = """ENTRY %main (q: bf16[2,3,6,64], k: bf16[2,1,6,64]) -> f32[] {
+  %q = bf16[2,3,6,64] parameter(0)
+  %k = bf16[2,1,6,64] parameter(1)
+  %splash.2 = (f32[6,128], bf16[2,3,6,64]) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", frontend_attributes={kernel_metadata={
+"xprof_metadata":"{}"
+}}, metadata={op_name="jit(f)/attention_of_21_pairs_64_wide/vmap(s)/splash_mha_fwd_residuals/pallas_call"}, backend_config={}
+  %splash.3 = (bf16[2,1,6,64], bf16[2,1,6,64]) custom-call(%q, %k, %k), custom_call_target="tpu_custom_call", metadata={op_name="jit(f)/transpose(attention_of_21_pairs_64_wide)/splash_mha_dkv_no_residuals/pallas_call"}
+  %other = f32[2,3,6,64] custom-call(%q), custom_call_target="GatherScatterIndicesBitpacked"
+  ROOT %one = f32[] constant(1)
+}
+"""  # noqa: E501
+    assert Module(text).counts().flops == (2 + 4) * 2 * 21 * 64 * 2 * 3
 
 
 def test_what_must_not_be_is_found_where_it_is():

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 from pathlib import Path
 
 import jax
@@ -12,8 +13,8 @@ from camopd_jax import plan as command_plan
 from camopd_jax.config import Compute, Evaluation, MeshConfig, Method, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import from_hf
-from camopd_jax.planning import peak, topology
-from camopd_jax.planning.compiling import compile_program, largest, refusal
+from camopd_jax.planning import hlo, peak, topology
+from camopd_jax.planning.compiling import compile_program, findings, largest, refusal
 from camopd_jax.planning.programs import Models, abstract_params, chip_bytes, plan, programs
 from camopd_jax.sharding import make_mesh
 
@@ -26,7 +27,7 @@ CONFIG = TrainConfig(
     "g", "s", Stream("g"), Stream("d"),
     rollout=RolloutConfig(batch_size=8, max_prompt_tokens=128, max_response_tokens=256),
     optimizer=Optimizer(micro_batch=4), mesh=MeshConfig(1, 4, 2), evaluation=Evaluation(batch_size=8),
-    compute=Compute(logits_chunk=256),
+    compute=Compute(logits_chunk=64),
 )  # fmt: skip
 libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="needs the TPU compiler: .[plan]")
 
@@ -69,6 +70,19 @@ def test_parameters_are_gathered_by_the_layer_and_logits_by_the_chunk(compiled):
     assert len(update.guessed) == 1 and update.guessed[0].endswith("x 2"), "two micro-batches for all 8 rows"
     score = of["score: student"][1].counts.flops
     assert 6 * score > update.flops > 3 * score, "forward, remat and backward of every row"
+
+
+@pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2), (1, 8, 1)])
+def test_on_eight_devices_no_parameter_of_all_layers_is_gathered_and_no_logits_of_all_answers_are_made(sizes):
+    made = plan(dataclasses.replace(CONFIG, mesh=MeshConfig(*sizes), optimizer=Optimizer(micro_batch=8)),
+                Models(MODEL, MODEL), jax.devices(), "cpu")  # fmt: skip
+    wanted = ("score: student", "update: recovery")
+    for program in programs(made, (2,)):
+        if program.name in wanted:
+            module = hlo.Module(program.lower().compile().as_text())
+            assert findings(module, program, made) == []
+            gathered = [dims for i in module.instructions() if i.opcode == "all-gather" for _, dims in i.arrays]
+            assert 128 * 256 // sizes[2] in map(math.prod, gathered), "one layer's feed-forward is"
 
 
 @libtpu

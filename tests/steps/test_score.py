@@ -1,10 +1,18 @@
 """Scoring against a direct softmax, and the size of every array it makes."""
 
+import re
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.transformer import Model
+from camopd_jax.models.weights import shardings
+from camopd_jax.planning.hlo import BRANCHES, COLLECTIVES, Module
+from camopd_jax.sharding import make_mesh, sharding
 from camopd_jax.steps.score import join, score, token_logprobs
 from camopd_jax.types import Prompts
 
@@ -67,3 +75,49 @@ def test_no_array_of_all_logits_forward_or_backward(tiny):
     assert 4 * 2 * 14 in sizes, "the walk should see the chunk's logits"
     assert 4 * 50 * 14 not in sizes and 4 * 52 * 14 not in sizes
     assert max(sizes) <= 4 * 52 * 12  # the hidden states themselves, padded to whole chunks
+
+
+def loops(module):
+    """{name of a loop: the instructions of its body, inner ones included} of a compiled module."""
+
+    def inside(name):
+        for i in module.computations[name].values():
+            yield i
+            for part in i.called("calls", "to_apply", "body", "condition", *BRANCHES):
+                yield from inside(part)
+
+    return {i.name: list(inside(i.called("body")[0])) for i in module.instructions() if i.opcode == "while"}
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (1, 2, 4), (8, 1, 1)])
+def test_pieces_on_a_mesh_gather_the_head_once_and_reduce_its_gradient_once(sizes):
+    """A chip has 8 tokens' logits at a time, of its own rows, and nothing but tokens crosses chips between pieces."""
+    config = from_hf(dict(model_type="qwen3", vocab_size=44, hidden_size=24, intermediate_size=20,
+                          num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=6,
+                          tie_word_embeddings=sizes[0] == 2, initializer_range=0.6))  # fmt: skip
+    mesh = make_mesh(*sizes)
+    alone, model = Model(config), Model(config, mesh=mesh)
+    params = alone.init(jax.random.key(3))
+    rng = np.random.default_rng(0)
+    hidden, tokens = rng.normal(size=(8, 29, 24)).astype(np.float32), rng.integers(0, 44, (8, 29)).astype(np.int32)
+    weights = rng.normal(size=(8, 29)).astype(np.float32)
+
+    def loss(model, chunk, params, hidden):
+        return jnp.sum(weights * token_logprobs(model, params, hidden, tokens, chunk))
+
+    def gradient(model, chunk):
+        return jax.jit(jax.value_and_grad(partial(loss, model, chunk), argnums=(0, 1)))
+
+    value, expected = gradient(alone, 10_000)(params, hidden)
+    spread = jax.device_put(params, shardings(config, mesh)), jax.device_put(hidden, sharding(mesh, "batch"))
+    compiled = gradient(model, 8).lower(*spread).compile()
+    got_value, got = compiled(*spread)
+    np.testing.assert_allclose(got_value, value, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), got, expected)
+
+    text, shards = compiled.as_text(), sizes[0] * sizes[1]
+    trips = -(-29 // (8 // (8 // shards)))
+    assert re.findall(r'"known_trip_count":{"n":"(\d+)"', text) == [str(trips)] * 2, "there and back"
+    bodies = loops(Module(text))
+    moved = [dims for body in bodies.values() for i in body if i.opcode in COLLECTIVES for _, dims in i.arrays]
+    assert all(np.prod(dims) <= 8 * 24 for dims in moved), "hidden states and logits' sums, never the head"

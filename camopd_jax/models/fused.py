@@ -1,0 +1,151 @@
+"""Fused causal attention over whole rows: a Pallas kernel on TPU, cuDNN on NVIDIA GPUs.
+
+Every device takes its own rows and heads; nothing crosses devices.
+"""
+
+import re
+from collections.abc import Callable
+from functools import lru_cache, partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+from jax.sharding import Mesh
+
+from camopd_jax.models.config import ModelConfig
+from camopd_jax.sharding import spec
+
+SHORTEST = 128  # slots: fewer are one block of the TPU's kernel, and the plain form's scores are small
+_BLOCKS = (512, 256, 128)  # queries, and keys, that the TPU's kernel takes at one time
+_RESIDUAL_BYTES = 2**28  # the TPU's kernel writes its log-sums 128 times each: rows at a time are limited by them
+
+
+def platform(mesh: Mesh | None) -> str:
+    """ "tpu", "gpu" or "cpu": of the devices that a program is for, which need not be those of this process."""
+    return "cpu" if mesh is None else mesh.devices.flat[0].platform
+
+
+def obstacle(config: ModelConfig, mesh: Mesh | None, dtype: str) -> str | None:
+    """Why no fused kernel takes a model's attention there; None where one does."""
+    where = platform(mesh)
+    if where == "tpu":
+        wide = config.head_dim % 64 == 0
+        return None if wide else f"the TPU's kernel needs a head_dim that is a multiple of 64, not {config.head_dim}"
+    if where != "gpu":
+        return "only TPUs and NVIDIA GPUs have a kernel"
+    capability = str(getattr(mesh.devices.flat[0], "compute_capability", ""))
+    if re.fullmatch(r"\d+\.\d+", capability) is None or float(capability) < 8:
+        return "cuDNN's kernel needs an NVIDIA GPU of compute capability 8.0 or later"
+    widest = 256 if float(capability) >= 9 else 128
+    if dtype not in ("bfloat16", "float16"):
+        return f"cuDNN's kernel needs bfloat16 products, not {dtype}; give config.compute.matmul=bfloat16"
+    if config.head_dim % 8 or config.head_dim > widest:
+        return f"cuDNN's kernel needs a head_dim that is a multiple of 8 up to {widest}, not {config.head_dim}"
+    if config.attention_softcap is not None:
+        return "cuDNN's kernel has no soft cap"
+    return None
+
+
+def attend_rows(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    windows: tuple[int | None, ...],
+    kind: int | jax.Array,
+    scale: float,
+    softcap: float | None,
+    mesh: Mesh,
+) -> jax.Array:
+    """Causal softmax attention of rows `[B, S, H, K]` with themselves; see `attention.attend` for the arguments.
+
+    B divides over the mesh's batch axes, H and G over its tensor axis.
+    """
+    real = mesh.devices.flat[0].platform
+    kernel = cudnn if platform(mesh) == "gpu" else partial(splash_rows, interpret=real == "cpu")
+    # A window of all slots is none; a kernel's window is part of its program.
+    windows = tuple(None if w is None or w >= query.shape[1] else w for w in windows)
+    distinct = tuple(dict.fromkeys(windows))
+    kinds: list[Callable] = [partial(kernel, window=w, scale=scale, softcap=softcap) for w in distinct]
+
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, kind: jax.Array) -> jax.Array:
+        if len(kinds) == 1:
+            return kinds[0](query, key, value)
+        return jax.lax.switch(kind, kinds, query, key, value)
+
+    if len(kinds) > 1:
+        kind = jnp.asarray([distinct.index(w) for w in windows], jnp.int32)[kind]
+    rows, cached = spec("batch", "sequence", "heads", None), spec("batch", "kv_heads", "sequence", None)
+    split = jax.shard_map(
+        local, mesh=mesh, in_specs=(rows, cached, cached, spec()), out_specs=rows, check_vma=False
+    )  # fmt: skip
+    return split(query, key, value, jnp.asarray(kind, jnp.int32))
+
+
+def cudnn(
+    query: jax.Array, key: jax.Array, value: jax.Array, *, window: int | None, scale: float, softcap: float | None
+) -> jax.Array:
+    """One GPU's rows and heads, by cuDNN."""
+    assert softcap is None
+    return jax.nn.dot_product_attention(
+        query, key.swapaxes(1, 2), value.swapaxes(1, 2), scale=scale, is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0), implementation="cudnn",
+    )  # fmt: skip
+
+
+def splash_rows(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    *,
+    window: int | None,
+    scale: float,
+    softcap: float | None,
+    interpret: bool = False,
+) -> jax.Array:
+    """One TPU's rows and heads, by the Pallas kernel that comes with JAX; a CPU interprets it."""
+    batch, slots, heads, width = query.shape
+    block, padded = blocks(slots)
+    query = (query.astype(jnp.float32) * scale).astype(query.dtype).swapaxes(1, 2)
+    # Slots behind a row's end: no query before them sees their keys.
+    query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, padded - slots), (0, 0))) for x in (query, key, value))
+    kernel = _splash(padded, heads, block, window, softcap, interpret)
+    together = max(1, _RESIDUAL_BYTES // (heads * padded * 128 * 4))
+    with jax.named_scope(f"attention_of_{pairs(padded, window)}_pairs_{width}_wide"):
+        if together >= batch:
+            out = jax.vmap(kernel)(query, key, value)
+        else:
+            out = jax.lax.map(lambda row: kernel(*row), (query, key, value), batch_size=together)
+    return out[:, :, :slots].swapaxes(1, 2)
+
+
+def blocks(slots: int) -> tuple[int, int]:
+    """(block, slots padded to whole blocks): the largest block that adds at most an eighth."""
+    sizes = [(block, -(-slots // block) * block) for block in _BLOCKS]
+    return next((one for one in sizes if one[1] * 8 <= slots * 9), sizes[-1])
+
+
+def pairs(slots: int, window: int | None) -> int:
+    """Query-key pairs of one row and head."""
+    seen = slots if window is None else min(window, slots)
+    return seen * (seen + 1) // 2 + (slots - seen) * seen
+
+
+@lru_cache(maxsize=64)
+def _splash(
+    slots: int, heads: int, block: int, window: int | None, softcap: float | None, interpret: bool
+) -> splash.SplashAttentionKernel:
+    shape = (slots, slots)
+    mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
+    sizes = splash.BlockSizes(
+        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
+        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
+    )  # fmt: skip
+    with jax.ensure_compile_time_eval():
+        made = splash.make_splash_mha(
+            masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+            attn_logits_soft_cap=softcap, interpret=interpret,
+        )  # fmt: skip
+        return jax.tree.map(np.asarray, made)  # no device's arrays: the program may be for others

@@ -1,0 +1,35 @@
+"""Attention by itself: how it is cut into pieces."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from camopd_jax.models import attention
+from camopd_jax.models.attention import attend
+from camopd_jax.sharding import make_mesh
+
+
+def arrays(batch, length, heads, groups, width, seed=0):
+    rng = np.random.default_rng(seed)
+    query = rng.normal(size=(batch, length, heads, width)).astype(np.float32)
+    key, value = rng.normal(size=(2, batch, groups, length, width)).astype(np.float32)
+    return query, key, value
+
+
+def test_pieces_are_counted_by_what_one_chip_holds(monkeypatch):
+    """8 rows of 4 heads and 37 keys: a device of (2, 2, 2) holds 2 rows of 2 heads, an eighth of all scores."""
+    monkeypatch.setattr(attention, "_MAX_SCORES", 8 * 4 * 37 * 5)
+    positions = jnp.arange(37)[None, :]
+
+    def trips(mesh):
+        def attention(*qkv):
+            return attend(*qkv, positions, positions, windows=(None,), kind=0, scale=1.0, softcap=None, mesh=mesh)
+
+        jaxpr = jax.make_jaxpr(attention)(*arrays(8, 37, 4, 2, 6))
+        return [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
+
+    assert trips(None) == [8] == trips(make_mesh(1, 1, 1, devices=jax.devices()[:1]))  # ceil(37 / 5)
+    assert trips(make_mesh(4, 1, 2)) == trips(make_mesh(2, 2, 2)) == []  # 40 queries at a time
+    monkeypatch.setattr(attention, "_MAX_SCORES", 8 * 4 * 37 * 2)
+    assert trips(make_mesh(2, 2, 2)) == [3]  # ceil(37 / 16)
+    assert trips(make_mesh(2, 4, 1)) == [3] and trips(make_mesh(1, 2, 4)) == [3]

@@ -1,0 +1,158 @@
+"""The fused kernels against plain attention: Pallas interpreted on a CPU, and what cuDNN is asked for."""
+
+import types
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camopd_jax.errors import UserError
+from camopd_jax.models import fused
+from camopd_jax.models.attention import attend
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.transformer import Model
+from camopd_jax.models.weights import shardings
+from camopd_jax.sharding import make_mesh
+
+BATCH, SLOTS, HEADS, GROUPS, WIDTH = 4, 200, 4, 2, 64
+FIELDS = dict(model_type="gemma2", vocab_size=22, hidden_size=24, intermediate_size=20, num_hidden_layers=3,
+              num_attention_heads=4, num_key_value_heads=2, head_dim=64, query_pre_attn_scalar=11, sliding_window=37,
+              attn_logit_softcapping=2.0, initializer_range=0.3)  # fmt: skip
+
+
+@pytest.fixture
+def tpu(monkeypatch):
+    """CPU devices are taken for TPUs: the kernel is chosen, and interpreted."""
+    monkeypatch.setattr(fused, "platform", lambda mesh: "cpu" if mesh is None else "tpu")
+
+
+def outcome(form, mesh, slots=SLOTS, windows=(None,), kind=0, softcap=None):
+    """Output of attention, and its gradients to queries, keys and values."""
+    rng = np.random.default_rng(0)
+    query, out = rng.normal(size=(2, BATCH, slots, HEADS, WIDTH)).astype(np.float32)
+    key, value = rng.normal(size=(2, BATCH, GROUPS, slots, WIDTH)).astype(np.float32)
+
+    @jax.jit
+    def run(query, key, value, kind):
+        def attention(*qkv):
+            return attend(*qkv, jnp.arange(slots)[None, :], None, windows=windows, kind=kind, scale=0.1,
+                          softcap=softcap, mesh=mesh, form=form)  # fmt: skip
+
+        result, back = jax.vjp(attention, query, key, value)
+        return result, *back(out)
+
+    return run(query, key, value, kind if len(windows) == 1 else jnp.int32(kind))
+
+
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
+@pytest.mark.parametrize(
+    "case",
+    [dict(), dict(windows=(37,)), dict(softcap=3.0), dict(windows=(None, 37), kind=1, softcap=3.0),
+     dict(windows=(37, None), kind=1), dict(windows=(None, 500), kind=1), dict(slots=256)],
+)  # fmt: skip
+def test_splash_is_plain_attention(case, sizes, tpu):
+    mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
+    for ours, plain in zip(outcome("fused", mesh, **case), outcome("xla", None, **case), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=2e-5)
+
+
+def test_rows_by_turns_are_rows_at_once(tpu, monkeypatch):
+    mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
+    monkeypatch.setattr(fused, "_RESIDUAL_BYTES", 3 * HEADS * 256 * 128 * 4)  # three rows, then one
+    for ours, plain in zip(outcome("fused", mesh), outcome("xla", None), strict=True):
+        np.testing.assert_allclose(ours, plain, atol=2e-5)
+
+
+def test_a_model_with_fused_attention_is_the_same_model(tpu):
+    """Scanned, computed again, on a mesh; windows alternate from layer to layer; padding on the right is rubbish."""
+    config, mesh = from_hf(FIELDS), make_mesh(2, 2, 2)
+    plain, model = Model(config), Model(config, mesh=mesh, attention="fused")
+    params = plain.init(jax.random.key(1))
+    spread = jax.device_put(params, shardings(config, mesh))
+    lengths = np.array([140, 77, 140, 9])
+    tokens = np.random.default_rng(3).integers(0, 22, (4, 140)).astype(np.int32)
+    seen = jnp.asarray(np.arange(140) < lengths[:, None], jnp.float32)[..., None]
+
+    def loss(model, params, tokens):
+        return jnp.sum(seen * jnp.sin(model.hidden(params, tokens)))
+
+    value, gradient = jax.jit(jax.value_and_grad(partial(loss, plain)))(params, tokens)
+    rubbish = np.where(np.arange(140) < lengths[:, None], tokens, 21)
+    got, got_gradient = jax.jit(jax.value_and_grad(partial(loss, model)))(spread, rubbish)
+    np.testing.assert_allclose(got, value, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-4, rtol=1e-4), got_gradient, gradient)
+
+    apart, caches = jax.jit(plain.for_decoding)(params), []
+    for one, weights in ((plain, apart), (model, jax.jit(model.for_decoding)(spread))):
+        hidden, cache = jax.jit(one.prefill)(weights, tokens, lengths)
+        caches.append([np.asarray(x)[3, ..., :9, :] for x in (hidden, *cache.keys, *cache.values)])
+    jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), *caches)
+
+
+def test_auto_takes_the_kernel_where_rows_are_long_enough(tpu):
+    mesh = make_mesh(2, 2, 2)
+
+    def kernels(form, slots, batch=BATCH):
+        def attention(query, key, value):
+            return attend(query, key, value, jnp.arange(slots)[None, :], None, windows=(None,), kind=0, scale=1.0,
+                          softcap=None, mesh=mesh, form=form)  # fmt: skip
+
+        arrays = [jnp.zeros((batch, slots, HEADS, WIDTH)), *jnp.zeros((2, batch, GROUPS, slots, WIDTH))]
+        return "pallas_call" in str(jax.make_jaxpr(attention)(*arrays))
+
+    assert kernels("auto", 128) and not kernels("auto", 127) and kernels("fused", 127) and not kernels("xla", 128)
+    assert not kernels("auto", 128, batch=3)
+    with pytest.raises(UserError, match=r"config\.compute\.attention is 'fused', and a batch of 3 rows"):
+        kernels("fused", 128, batch=3)
+
+
+def test_blocks_add_at_most_an_eighth():
+    assert fused.blocks(36864) == (512, 36864) and fused.blocks(2112) == (256, 2304)
+    assert fused.blocks(576) == (128, 640) and fused.blocks(130) == (128, 256)
+
+
+def test_pairs_are_those_of_the_mask():
+    for window in (None, 1, 5, 13, 20):
+        i, j = np.indices((13, 13))
+        assert fused.pairs(13, window) == np.sum((j <= i) & (j > i - (window or 99)))
+
+
+@pytest.mark.parametrize("window", [None, 37])
+def test_cudnn_is_asked_for_plain_attention(window, monkeypatch):
+    """The same call, handed to JAX's own plain form of the function, which documents its arguments once for both."""
+    asked = []
+    original = jax.nn.dot_product_attention
+
+    def instead(*arrays, implementation, **options):
+        asked.append(implementation)
+        return original(*arrays, implementation="xla", **options)
+
+    monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
+    monkeypatch.setattr(fused, "platform", lambda mesh: "gpu")
+    ours = outcome("fused", make_mesh(2, 1, 2, devices=jax.devices()[:4]), windows=(window,))
+    assert asked == ["cudnn"]
+    for a, b in zip(ours, outcome("xla", None, windows=(window,)), strict=True):
+        np.testing.assert_allclose(a, b, atol=2e-5)
+
+
+def test_what_a_kernel_does_not_take_is_refused_or_passed_over(monkeypatch):
+    gemma = {"query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window"}
+    plain = {name: value for name, value in FIELDS.items() if name not in gemma} | {"model_type": "qwen3"}
+    device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
+
+    def why(dtype="bfloat16", capability="9.0", kind="gpu", **fields):
+        device.platform, device.compute_capability = kind, capability
+        mesh = types.SimpleNamespace(devices=np.array([device]))
+        return fused.obstacle(from_hf(plain | fields), mesh, dtype)
+
+    assert why() is None and why(kind="tpu", dtype="float32") is None
+    assert "multiple of 64, not 80" in why(kind="tpu", head_dim=80)
+    assert "needs bfloat16 products" in why(dtype="float32")
+    assert "up to 128, not 256" in why(capability="8.6", head_dim=256) and why(head_dim=256) is None
+    assert "multiple of 8 up to 256, not 84" in why(head_dim=84)
+    assert "8.0 or later" in why(capability="7.5") and "8.0 or later" in why(capability="gfx942")
+    assert "no soft cap" in why(**FIELDS) and why(kind="tpu", **FIELDS) is None
+    with pytest.raises(UserError, match=r"config\.compute\.attention is 'fused'; only TPUs"):
+        Model(from_hf(FIELDS), mesh=make_mesh(), attention="fused")
