@@ -14,7 +14,7 @@ LAYERS = [
     ["steps", "models", "data", "evals"],
     ["analysis"],
     ["metrics", "checkpoint"],
-    ["answering", "piecewise"],
+    ["answering", "piecewise", "residency"],
     ["phases", "engine", "cli"],
     ["planning", "evaluation", "branches"],
     ["diagnosis"],
