@@ -14,6 +14,7 @@ from etils import epath
 
 from camopd_jax.config import Checkpoints as CheckpointsConfig
 from camopd_jax.config import Config as RunConfig
+from camopd_jax.distributed import lost
 from camopd_jax.errors import UserError
 from camopd_jax.processes import share, together
 from camopd_jax.resolved import different_fields, fingerprint, to_json
@@ -118,6 +119,8 @@ class Checkpoints:
                 wanted = _shapes(abstract)
                 found = self._manager.restore(step, args=arguments) if stored == wanted else None
         except Exception as error:  # Orbax and TensorStore raise many kinds
+            if lost(error):
+                raise
             raise UserError(
                 f"{self._folder / str(step)}: this checkpoint cannot be read ({_reason(error)}); delete the folder, "
                 "and the run goes on from the one before"
@@ -147,6 +150,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore raises a full disk as a ValueError
+            if lost(error):
+                raise
             raise UserError(
                 f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); free some room and start the "
                 "same command again, the checkpoints before it are whole"

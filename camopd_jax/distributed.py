@@ -132,13 +132,18 @@ def joined() -> bool:
     return _sentinel is not None
 
 
+def lost(error: BaseException) -> bool:
+    """Whether an error tells that another process is gone, and not of what this one did."""
+    return joined() and any(sign in str(error) for sign in SIGNS)
+
+
 def end(code: int, error: BaseException | None = None) -> NoReturn:
     """Ends this process of several now. The others are not waited for: they may wait for this one in a collective.
 
     Args:
       error: what no one expected; it is told on stderr. None: the reason is told already.
     """
-    if error is not None and any(sign in str(error) for sign in SIGNS):
+    if error is not None and lost(error):
         print(f"error: another process of the run is lost ({str(error).splitlines()[0]}). {AGAIN}", file=sys.stderr)
     elif error is not None:
         traceback.print_exception(error)

@@ -267,7 +267,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(start, tmp
     ended = pair.processes[victim].when((workdir / "checkpoints" / "2").exists, signal.SIGKILL)
     assert ended.code == -signal.SIGKILL
     left = pair.processes[1 - victim]
-    assert left.wait(30).code not in (0, 2)
+    assert left.wait(distributed.LOST_AFTER + 30).code not in (0, 2)
     assert "another process of the run is lost" in last_line(left) and "from its last checkpoint" in last_line(left)
     leader, _ = start("train", *flags, f"--config.steps={STEPS}").wait()
     assert leader.code == 0 and "going on from step 2" in leader.out, leader.err
