@@ -19,6 +19,7 @@ from camopd_jax.buckets import bucket, length_batches, pieces
 from camopd_jax.config import Compute
 from camopd_jax.data import templates
 from camopd_jax.data.pipeline import pad
+from camopd_jax.distributed import Processes, join
 from camopd_jax.errors import UserError
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, from_hf
@@ -62,14 +63,13 @@ class Loaded:
 # --------------------------------------------------------------------------------- start and load
 
 
-def start() -> None:
+def start(processes: Processes | None = None) -> None:
     """Joins the other processes where there are any, and keeps compiled programs between runs.
 
-    With CAMOPD_DISTRIBUTED=1 (launch_tpu.sh sets it) JAX finds the others itself: on Cloud TPU, under SLURM or
-    MPI, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    Args:
+      processes: where they meet, as `distributed.join` takes it.
     """
-    if os.environ.get("CAMOPD_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
+    join(processes)
     _return_freed_memory()
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "camopd_jax" / "xla"
@@ -229,7 +229,7 @@ def score_responses(
 
 def _prompts(mesh: Mesh, ids: Sequence[Sequence[int]], smallest_bucket: int) -> Prompts:
     """Token lists -> a global, right-padded batch."""
-    mine = ids[rows_of_process(mesh, len(ids))]
+    mine = [ids[i] for i in rows_of_process(mesh, len(ids))]
     width = bucket(max(len(row) for row in ids), smallest_bucket)
     lengths = np.asarray([len(row) for row in mine], np.int32)
     return global_rows(mesh, Prompts(pad(mine, width), lengths), len(ids))

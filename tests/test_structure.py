@@ -9,7 +9,7 @@ PACKAGE = Path(__file__).parents[1] / "camopd_jax"
 LAYERS = [
     ["errors"],
     ["configdict"],
-    ["types", "masked", "sharding", "buckets", "jsonl", "config", "resolved", "controls"],
+    ["types", "masked", "sharding", "buckets", "processes", "distributed", "jsonl", "config", "resolved", "controls"],
     ["optim"],
     ["steps", "models", "data", "evals"],
     ["analysis"],
