@@ -29,7 +29,8 @@ REFILL = 8  # prompts enter when one of so many places is free
 class Programs:
     """All that a rollout compiles."""
 
-    for_decoding: Any
+    layer: Any
+    others: Any
     begin: Any
     advance: Any
     grow: dict[bool, Any]  # True: of keys and values; False: of what has no heads
@@ -46,7 +47,8 @@ def programs(mesh: Mesh | None) -> Programs:
     of_heads = {True: state and state.cache.keys, False: rows}
     drawn = ("sampling", "eos_ids")
     return Programs(
-        for_decoding=jax.jit(lambda model, params: model.for_decoding(params), static_argnums=0),
+        layer=jax.jit(lambda model, layers, i: model.layer_for_decoding(layers, i), static_argnums=0),
+        others=jax.jit(lambda model, params: model.others_for_decoding(params), static_argnums=0),
         begin=jax.jit(steps.begin, static_argnums=0, static_argnames=(*drawn, "max_new"), out_shardings=state),
         advance=jax.jit(
             steps.advance,
@@ -63,6 +65,18 @@ def programs(mesh: Mesh | None) -> Programs:
         join=jax.jit(steps.join, donate_argnums=0, out_shardings=state),
         collect=jax.jit(steps.collect, static_argnames="rows", donate_argnums=0, out_shardings=rows),
     )
+
+
+def for_decoding(model: LanguageModel, params: Params) -> Params:
+    """`model.for_decoding`, compiled: parameters go, cast, to where the model answers.
+
+    Layer by layer: between meshes of other sizes more than its share of an array passes through every chip.
+    """
+    p, layers = programs(model.mesh), params["layers"]
+    count = len(jax.tree.leaves(layers)[0])
+    moved = tuple(p.layer(model, layers, np.int32(i)) for i in range(count))
+    others = (p.others(model, {name: array}) for name, array in params.items() if name != "layers")
+    return dict(item for one in others for item in one.items()) | {"layers": moved}
 
 
 @dataclass(frozen=True)

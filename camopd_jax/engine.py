@@ -171,7 +171,7 @@ def answer(
     answers: dict[int, Answer] = {}
     numbers = np.arange(len(prompts)) if rows is None else np.asarray(rows)
     model = loaded.model.on(other_mesh(loaded.mesh, -1, 1, loaded.mesh.shape["tensor"], "config.mesh"))
-    params = answering.programs(model.mesh).for_decoding(model, loaded.params)
+    params = answering.for_decoding(model, loaded.params)
     decode = Decode(sampling, loaded.eos_ids, max_new)
     for picked in length_batches([len(p) for p in prompts], batch_size):
         batch = _prompts(loaded.mesh, [prompts[i] for i in picked], smallest_bucket)

@@ -254,7 +254,7 @@ def ask(
     if config.method.answers == "teacher":
         model, params, asked = branch.teacher, branch.teacher_params, prompts.teacher
     model = model.on(programs.rollout_mesh)
-    params = answering.programs(model.mesh).for_decoding(model, params)
+    params = answering.for_decoding(model, params)
     keys = programs.keys(draw, prompts.index)
     return programs.place(answering.answers(model, params, asked, keys, programs.decode, meanwhile))
 

@@ -25,11 +25,13 @@ from camopd_jax.jsonl import whole_file
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
-from camopd_jax.planning import costs, peak, search, table, topology
+from camopd_jax.planning import peak, search, table, topology
+from camopd_jax.planning.arrays import Models, Plan, plan
 from camopd_jax.planning.compiling import Report, compile_program
 from camopd_jax.planning.peak import Peak
-from camopd_jax.planning.programs import Models, Plan, plan, programs
+from camopd_jax.planning.programs import programs
 from camopd_jax.planning.search import Candidate
+from camopd_jax.planning.stages import phase_shares, stage_work
 from camopd_jax.planning.topology import Topology
 
 Wanted = tuple[str, ...]  # beginnings of programs' names
@@ -37,8 +39,9 @@ Wanted = tuple[str, ...]  # beginnings of programs' names
 CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
 
 
-KINDS = ["rollout", "score", "select", "update"]
-SEARCHED = ("score", "update: mixed", "update: recovery", "rollout")  # no other asks for more; the quick ones first
+KINDS = ["reshard", "prefill", "refill", "grow", "decode", "score", "select", "gradient", "update"]
+# For most memory; the quick ones first. No review asks for more than a recovery.
+SEARCHED = ("reshard", "score", "gradient", "update: mixed", "update: recovery", "prefill", "refill", "decode")
 
 
 def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
@@ -94,11 +97,13 @@ def report(config: TrainConfig, models: Models, where: Topology, answer: int, wa
     say = CONSOLE.print
     mesh = dict(made.mesh.shape)
     sizes = " x ".join(f"{axis} {n}" for axis, n in mesh.items())
+    answering = " x ".join(map(str, made.rollout_mesh.shape.values()))
     slots = f"{made.prompt_slots} + {config.rollout.max_response_tokens} slots"
     say(f"{where.name}: {len(where.devices)} devices, mesh {sizes}; {made.rows} rows of {slots}, {made.student.dtype}")
+    say(f"answers on {answering}, {made.places} at a time; scores and gradients of {config.optimizer.micro_batch}")
     say()
     say(table.resident_table(there, peak.kv_cache(made)))
-    say(table.memory_table(reports, peaks, where.hbm))
+    say(table.memory_table(there, reports, peaks, where.hbm))
     high = peak.worst(peaks)
     say(_fit_line(high, where) + "\n")
     for line in table.largest_lines(reports):
@@ -134,32 +139,36 @@ def times(
 ) -> dict[str, Any]:
     """Seconds of a step and of the run, decoding against its limit."""
     chip, chips = where.chip, len(where.devices)
-    shares = costs.phase_shares(config)
-    work = {
-        phase: costs.stage_work(config, models.specialised, mesh, where.platform, phase, answer) for phase in shares
-    }
-    by_name = {r.name: r for r in reports if not r.same_as}
-    compiled = {}
-    for phase in shares:
-        names = {"decode": "rollout: student", "score student": "score: student", "update": f"update: {phase}",
-                 "score teacher": "score: general teacher"}  # fmt: skip
-        compiled |= {f"{phase} {stage}": by_name[name] for stage, name in names.items() if name in by_name}
+    shares = phase_shares(config)
+    work = {phase: stage_work(config, models.specialised, mesh, where.platform, phase, answer) for phase in shares}
+    by_name = {r.name: r for r in reports}
+    compiled = {f"{phase} {stage}": _of_stage(by_name, phase, stage) for phase in shares for stage in work[phase]}
     CONSOLE.print(table.time_table(work, where, compiled, answer))
     step = sum(shares[p] * sum(w.seconds(chip, chips) for w in stages.values()) for p, stages in work.items())
     rows = sum(phases.batch_rows(config)[name] for name in phases.ACTING[next(iter(shares))])
     decode = work[next(iter(shares))]["decode"]
-    by_memory = decode.read / chip.hbm_bandwidth
-    rate, limit = rows * answer / decode.seconds(chip, chips), rows * answer / by_memory
+    rate = rows * answer / decode.seconds(chip, chips)
     CONSOLE.print(
         f"a step at best {table.duration(step)}, the run's {config.steps} steps {table.duration(step * config.steps)}, "
-        f"without evaluations\ndecoding: {rate:.4g} tokens/s of all chips; HBM alone would allow {limit:.4g}"
+        f"without evaluations\ndecoding: at best {rate:.4g} tokens/s of all chips"
     )
     return {
         "answer_tokens": answer, "step_seconds": step, "run_seconds": step * config.steps,
-        "decode_tokens_per_second": rate, "decode_hbm_limit": limit,
-        "compiler_seconds": {name: r.counts.cycles / chip.clock for name, r in by_name.items()},
+        "decode_tokens_per_second": rate,
+        "compiler_seconds": {r.name: r.runs * r.counts.cycles / chip.clock for r in reports if not r.same_as},
         "work": {phase: {name: vars(w) for name, w in stages.items()} for phase, stages in work.items()},
     }  # fmt: skip
+
+
+def _of_stage(reports: dict[str, Report], phase: str, stage: str) -> list[Report]:
+    """What was compiled for a stage; of two teachers' programs of the same shapes, the first."""
+    names = {
+        "prefill": ["prefill", "refill"], "score student": ["score: student"], "update": [f"update: {phase}"],
+        "score teacher": {"recovery": ["score: general teacher"], "review": ["score: specialised teacher"]}.get(
+            phase, ["score: general teacher", "score: specialised teacher"]),
+    }.get(stage, [stage])  # fmt: skip
+    found = [reports[name] for name in names if name in reports]
+    return [dataclasses.replace(reports[r.same_as], runs=r.runs) if r.same_as else r for r in found]
 
 
 def look_for(
@@ -208,11 +217,12 @@ def look_for(
 if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "Chips to plan for, as v5e:8x8, v6e:4x4, v5p:4x4x4, v4:2x2x4; or local.")
     flags.DEFINE_float("hbm_gib", None, "Memory of a chip, instead of what is known of it.", lower_bound=0)
+    flags.DEFINE_alias("hbm-gib", "hbm_gib")
     flags.DEFINE_string("general_config", None, f"config.json of the original model, or one of {', '.join(SHAPES)}.")
     flags.DEFINE_string("specialised_config", None, "The same of the specialised one.")
     flags.DEFINE_integer("answer_tokens", None, "Length of answers for the times; default: the cap.", lower_bound=1)
-    flags.DEFINE_list("programs", KINDS, "Those to compile. A rollout of many layers and long answers takes minutes.")
-    flags.DEFINE_bool("search", False, "Look for a mesh, micro-batch and remat that fit.")
+    flags.DEFINE_list("programs", KINDS, "Those to compile. The decoding of many layers takes minutes.")
+    flags.DEFINE_bool("search", False, "Look for meshes, waves of answers, a micro-batch and remat that fit.")
     flags.DEFINE_integer("tries", 3, "Candidates that --search compiles at most.", lower_bound=1)
     flags.DEFINE_string("json", None, "File for all of it as JSON.")
     read_config = cli.config_flag(TrainConfig)

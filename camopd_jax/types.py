@@ -135,6 +135,12 @@ class LanguageModel(Protocol):
     def for_decoding(self, params: Params) -> Params:
         """Parameters as `prefill`, `decode` and `logits` take them: cast once, each layer's apart, on this mesh."""
 
+    def layer_for_decoding(self, layers: Params, i: jax.Array) -> Params:
+        """Layer i of that, out of the parameters of all layers."""
+
+    def others_for_decoding(self, others: Params) -> Params:
+        """That of parameters that belong to no layer."""
+
     def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
         """Hidden states `[B, P, D]` of the prompts, and a cache of P slots (padding slots EMPTY)."""
 

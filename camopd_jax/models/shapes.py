@@ -21,9 +21,19 @@ SHAPES = {
         num_attention_heads=16, num_key_value_heads=8, head_dim=128, rope_theta=1_000_000.0, tie_word_embeddings=True,
         max_position_embeddings=40960,
     ),
+    "qwen3-4b-2507": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
+        num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=5_000_000.0, tie_word_embeddings=True,
+        max_position_embeddings=262144,
+    ),
     "qwen3-8b": dict(
         model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
         num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=1_000_000.0, tie_word_embeddings=False,
+        max_position_embeddings=40960,
+    ),
+    "qwen3-32b": dict(
+        model_type="qwen3", vocab_size=151936, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64,
+        num_attention_heads=64, num_key_value_heads=8, head_dim=128, rope_theta=1_000_000.0, tie_word_embeddings=False,
         max_position_embeddings=40960,
     ),
 }  # fmt: skip

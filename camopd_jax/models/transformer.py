@@ -2,7 +2,7 @@
 
 import dataclasses
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +16,7 @@ from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.layers import Attention, FeedForward, RMSNorm, rotation
 from camopd_jax.models.stack import Layer, through
-from camopd_jax.models.weights import shardings, table
+from camopd_jax.models.weights import layer_by_layer, table
 from camopd_jax.sharding import ACTIVATION, HIDDEN, RESIDUAL, constrain, constrain_even
 from camopd_jax.types import EMPTY, KVCache, Params
 
@@ -202,14 +202,27 @@ class Model:
         return self.remat == "block"
 
     def for_decoding(self, params: Params) -> Params:
+        others = {name: p for name, p in params.items() if name != "layers"}
+        layers = (self.layer_for_decoding(params["layers"], i) for i in range(self.config.num_layers))
+        return self.others_for_decoding(others) | {"layers": tuple(layers)}
+
+    def layer_for_decoding(self, layers: Params, i: jax.Array | int) -> Params:
+        layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), layers)
+        return self._cast(layer, lambda places: places["layers"][0])
+
+    def others_for_decoding(self, others: Params) -> Params:
+        return self._cast(others, lambda places: {name: places[name] for name in others})
+
+    def _cast(self, params: Params, part: Callable[[Params], Params]) -> Params:
+        """Parameters cast and put in their places: those of a part of a tree with the layers apart."""
+
         def cast(path, p: jax.Array) -> jax.Array:
             return p if path[-1].key == "scale" else p.astype(self.dtype)  # norms stay as they are: they act in float32
 
         params = jax.tree_util.tree_map_with_path(cast, params)
-        if self.mesh is not None:
-            params = jax.lax.with_sharding_constraint(params, shardings(self.config, self.mesh))
-        layers = [jax.tree.map(lambda p, i=i: p[i], params["layers"]) for i in range(self.config.num_layers)]
-        return params | {"layers": tuple(layers)}
+        if self.mesh is None:
+            return params
+        return jax.lax.with_sharding_constraint(params, part(layer_by_layer(self.config, self.mesh)))
 
     def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
         slots = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1], dtype=jnp.int32), tokens_BP.shape)

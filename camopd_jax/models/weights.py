@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import jax
 import numpy as np
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import ModelConfig
@@ -127,6 +127,13 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
                 f"of up to {mesh.size} devices it can be {fit}"
             )
     return tree_of({row.path: sharding(mesh, *row.axes) for row in table(c)})
+
+
+def layer_by_layer(c: ModelConfig, mesh: Mesh) -> Params:
+    """`shardings`, each layer's apart, in a tuple."""
+    places = shardings(c, mesh)
+    layer = jax.tree.map(lambda place: NamedSharding(mesh, PartitionSpec(*place.spec[1:])), places["layers"])
+    return places | {"layers": (layer,) * c.num_layers}
 
 
 def tree_of(leaves: dict[tuple[str, ...], object]) -> Params:

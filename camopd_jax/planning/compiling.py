@@ -11,8 +11,10 @@ from typing import Any
 import jax
 
 from camopd_jax.planning import hlo
-from camopd_jax.planning.programs import Plan, Program, chip_bytes
+from camopd_jax.planning.arrays import Plan, chip_bytes
+from camopd_jax.planning.programs import Program
 from camopd_jax.planning.topology import Topology
+from camopd_jax.sharding import batch_shards
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -39,6 +41,8 @@ class Report:
 
     name: str
     arguments: dict[str, int]  # bytes on one chip, by kind, from shapes and shardings
+    beside: dict[str, int] = field(default_factory=dict)  # the same, of what is no argument
+    runs: int = 1  # at most, in one step; all counts are of one
     same_as: str | None = None
     memory: Memory | None = None
     refused: str | None = None  # the compiler's word where it did not fit; no memory then
@@ -55,7 +59,8 @@ class Report:
 def compile_program(program: Program, plan: Plan, topology: Topology) -> Report:
     """Lowers, compiles and reads one program."""
     arguments = {kind: chip_bytes(tree) for kind, tree in program.arguments.items()}
-    report = Report(program.name, arguments, program.same_as)
+    beside = {kind: chip_bytes(tree) for kind, tree in program.beside.items()}
+    report = Report(program.name, arguments, beside, program.runs, program.same_as)
     if program.same_as:
         return report
     started = time.perf_counter()
@@ -77,7 +82,7 @@ def compile_program(program: Program, plan: Plan, topology: Topology) -> Report:
         report.largest = largest(_dumped(folder, "after_optimizations-memory-usage-report"))
     if text:
         module = hlo.Module(text)
-        report.counts = module.counts(lambda loop: micro_batches(plan))
+        report.counts = module.counts(lambda loop: program.trips)
         report.findings = findings(module, program, plan)
     return report
 
@@ -107,11 +112,6 @@ def largest(usage: str, most: int = 4) -> list[str]:
     return [f"{row[1].strip()}: {row[4].strip()}" for row in rows[:most]]
 
 
-def micro_batches(plan: Plan) -> int:
-    """The one loop whose bound is data: at most all rows are learnt from."""
-    return -(-plan.rows // plan.config.optimizer.micro_batch)
-
-
 def refusal(text: str) -> tuple[str, float | None]:
     """The compiler's first line on memory, and the bytes that it names as needed."""
     line = next((x for x in text.splitlines() if "Ran out of memory" in x or "RESOURCE_EXHAUSTED" in x), text)
@@ -123,12 +123,12 @@ def findings(module: hlo.Module, program: Program, plan: Plan) -> list[str]:
     """What the program should not do and does."""
     said, model = [], plan.student.config
     tensor = plan.mesh.shape["tensor"]
-    for i in hlo.gathered_stacks(module, model.num_layers):
-        said.append(f"gathers a parameter of all layers at once: {i.shape.split('{')[0]}")
     stage = program.name.split(":")[0]
-    rows = {"score": plan.rows, "update": plan.config.optimizer.micro_batch}.get(stage)
-    if rows:
-        tokens = rows // plan.shards * plan.config.rollout.max_response_tokens
+    if stage in ("score", "gradient"):
+        for i in hlo.gathered_stacks(module, model.num_layers):
+            said.append(f"gathers a parameter of all layers at once: {i.shape.split('{')[0]}")
+        rows = plan.config.optimizer.micro_batch // batch_shards(plan.mesh)
+        tokens = rows * plan.config.rollout.max_response_tokens
         vocab = model.output_vocab_size or model.vocab_size
         if tokens > model.hidden_size:  # fewer, and the head itself looks like logits
             for i in hlo.whole_logits(module, tokens, (vocab, -(-vocab // tensor))):

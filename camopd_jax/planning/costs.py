@@ -1,32 +1,35 @@
-"""What a run costs by arithmetic: FLOPs, bytes, memory and the seconds that a chip's limits leave at best.
+"""What a run costs by arithmetic: FLOPs, bytes and memory.
 
 FLOPs are counted from the model, not from the compiler: 2 per weight of a matrix product and token (twice
 that again in a backward pass), and 4 x heads x head width per pair of positions in attention. Bytes of a decode
-turn: all weights once, and the keys and values that are there.
+turn: all weights once, and the keys and values of the cache.
 """
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from functools import cache
 
 import jax.numpy as jnp
 import numpy as np
 
 from camopd_jax import engine, phases
+from camopd_jax.answering import FIRST_RING, REFILL
+from camopd_jax.buckets import bucket
 from camopd_jax.config import TrainConfig
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.weights import table
-from camopd_jax.planning.topology import Chip
 
-BACKWARD = {"none": 3, "dots": 3, "block": 4}  # forward passes that forward and backward are worth, with remat
+Sizes = Mapping[str, int]  # of a mesh: {"data", "fsdp", "tensor"}
 
 
+@cache
 def matrix_weights(config: ModelConfig) -> int:
     """Weights that a token meets in a matrix product: all kernels and the head, without the embedding's look-up."""
     kernels = sum(int(np.prod(row.shape(config.num_layers))) for row in table(config) if row.path[-1] == "kernel")
     return kernels + config.vocab_size * config.hidden_size
 
 
+@cache
 def weights(config: ModelConfig) -> int:
     """All parameters."""
     return sum(math.prod(row.shape(config.num_layers)) for row in table(config))
@@ -46,7 +49,7 @@ def cache_bytes(config: ModelConfig, item_bytes: int) -> int:
 
 
 def decode_bytes(config: ModelConfig, batch: int, prompt: int, answer: int, item_bytes: int) -> float:
-    """Read by a whole rollout's decode turns: weights once a turn, keys and values of the tokens before."""
+    """The least that a batch's decode turns have to read: weights once a turn, keys and values of the tokens before."""
     cache = cache_bytes(config, item_bytes)
     return answer * matrix_weights(config) * item_bytes + batch * cache * _sum(prompt, prompt + answer)
 
@@ -56,85 +59,57 @@ def _sum(start: int, end: int) -> int:
     return (end - start) * (start + end - 1) // 2
 
 
-# ------------------------------------------------------------------------------------------- time
+# ---------------------------------------------------------------------------------------- rollouts
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a stage of a step asks of the chips."""
-
-    flops: float  # of the model, on all chips together
-    done: float  # FLOPs with what remat computes again
-    read: float  # bytes from HBM, on each chip
-    received: float  # bytes from other chips, on each chip
-
-    def seconds(self, chip: Chip, chips: int) -> float:
-        """At the chip's limits: the slowest of products, HBM and links, each at its peak and hidden by none else."""
-        return max(self.done / chips / chip.flops, self.read / chip.hbm_bandwidth,
-                   self.received / (chip.ici_bandwidth / 2))  # fmt: skip
+def rollout_sizes(config: TrainConfig, mesh: Sizes) -> dict[str, int]:
+    """Of the mesh that answers are made on (`phases.rollout_mesh`)."""
+    wanted, chips = config.rollout.mesh, math.prod(mesh.values())
+    sizes = {"data": wanted.data, "fsdp": wanted.fsdp, "tensor": wanted.tensor or mesh["tensor"]}
+    given = math.prod(n for n in sizes.values() if n != -1)
+    return {axis: chips // given if n == -1 else n for axis, n in sizes.items()}
 
 
-def kept_rows(config: TrainConfig, phase: str) -> int:
+def refills(rows: int, places: int, mesh: Sizes) -> tuple[int, int]:
+    """(how often prompts that wait take free places, how many at one time), as `answering.answers` does it."""
+    shards = mesh["data"] * mesh["fsdp"]
+    several = -(-places // (REFILL * shards)) * shards
+    return max(0, math.ceil((rows - places) / several)), several
+
+
+def turns(rows: int, places: int, answer: int) -> int:
+    """Of decoding, where every answer has `answer` tokens."""
+    return answer * math.ceil(rows / places)
+
+
+def slots_read(rows: int, places: int, prompt: int, answer: int, cap: int) -> int:
+    """Slots of the cache that one place's turns read in all: every turn the whole ring, which doubles as it fills."""
+    ring, done, read = min(FIRST_RING, cap), 0, 0
+    while done < answer:
+        read += (min(answer, ring) - done) * ring
+        done, ring = min(answer, ring), min(2 * ring, cap)
+    later = (math.ceil(rows / places) - 1) * answer * min(bucket(answer, FIRST_RING), cap)
+    return turns(rows, places, answer) * prompt + read + later
+
+
+def kept_rows(config: TrainConfig, branch: str) -> int:
     """Rows of which an update learns, at most: the largest scores reach a share of the mass within that share of rows.
 
     A review before any recovery keeps all.
     """
-    rows = phases.batch_rows(config)
-    acting = phases.ACTING[phase]
-    return sum(math.ceil(getattr(config.method, name).mass * rows[name]) for name in acting)
+    return math.ceil(getattr(config.method, branch).mass * phases.batch_rows(config)[branch])
 
 
-def stage_work(
-    config: TrainConfig, model: ModelConfig, mesh: Mapping[str, int], platform: str, phase: str, answer: int
-) -> dict[str, Work]:
-    """The stages of a step in which every prompt has its cap's length and every answer `answer` tokens."""
-    item = jnp.dtype(engine.matmul_dtype(config.compute, platform)).itemsize
-    prompt, length = config.rollout.max_prompt_tokens, config.rollout.max_prompt_tokens + answer
-    rows, kept = sum(phases.batch_rows(config)[name] for name in phases.ACTING[phase]), kept_rows(config, phase)
-    shards, tensor = mesh["data"] * mesh["fsdp"], mesh["tensor"]
-    # Parameters split over fsdp are gathered where they are used: in a rollout, by today's programs, at every turn.
-    share = matrix_weights(model) * item / tensor  # of the weights, what one chip multiplies with
-    gathered = share * (mesh["fsdp"] - 1) / mesh["fsdp"]
-    cache = cache_bytes(model, item) / tensor * rows / shards
-    prefill, decode = forward_flops(model, rows, 0, prompt, 0), forward_flops(model, rows, prompt, length, answer)
-    forward = forward_flops(model, rows, 0, length, answer)
-    learnt = forward_flops(model, kept, 0, length, answer)
-    micro_batches = math.ceil(kept / config.optimizer.micro_batch)
-    # Two all-reduces a layer of what the split heads and the split feed-forward add, there and back around a ring.
-    token = 2 * model.num_layers * model.hidden_size * item * 2 * (tensor - 1) / tensor / shards
-    state = weights(model) / (mesh["fsdp"] * tensor) * 4  # float32 gradients, parameters and two moments
-    work = {
-        "prefill": Work(prefill, prefill, share + cache * prompt, gathered + rows * prompt * token),
-        "decode": Work(
-            decode, decode, answer * share + cache * _sum(prompt, length), answer * (gathered + rows * token)
-        ),
-        "score teacher": Work(forward, forward, share, gathered + rows * length * token),
-        "update": Work(
-            3 * learnt, BACKWARD[config.compute.remat] * learnt,
-            micro_batches * (3 * share + 2 * state) + 7 * state,
-            micro_batches * (2 * gathered + 4 * weights(model) / tensor * (mesh["fsdp"] - 1) / mesh["fsdp"])
-            + BACKWARD[config.compute.remat] * kept * length * token,
-        ),
-    }  # fmt: skip
-    if not phases.trusts_sampler(config, engine.matmul_dtype(config.compute, platform)):
-        work["score student"] = Work(forward, forward, share, gathered + rows * length * token)
-    return work
-
-
-def phase_shares(config: TrainConfig) -> dict[str, float]:
-    """How often each phase comes."""
-    if config.method.schedule == "mixed":
-        return {"mixed": 1.0}
-    cycle = config.method.recovery_steps + config.method.review_steps
-    counts = {"recovery": config.method.recovery_steps, "review": config.method.review_steps}
-    return {phase: n / cycle for phase, n in counts.items() if n}
+def pieces(config: TrainConfig, rows: int) -> int:
+    """Micro-batches that so many rows of a branch make."""
+    return math.ceil(rows / config.optimizer.micro_batch)
 
 
 # ----------------------------------------------------------------------------------------- memory
 
 
 def memory_estimate(
-    config: TrainConfig, general: ModelConfig, student: ModelConfig, mesh: Mapping[str, int], platform: str
+    config: TrainConfig, general: ModelConfig, student: ModelConfig, mesh: Sizes, platform: str
 ) -> dict[str, float]:
     """Bytes on one chip, roughly, from shapes: what always lies there, and what each program adds for its time.
 
@@ -146,23 +121,44 @@ def memory_estimate(
     split, tensor = mesh["fsdp"] * mesh["tensor"], mesh["tensor"]
     master = jnp.dtype(config.compute.params).itemsize
     moments = 1 if config.method.moments == "shared" else 2
-    n = weights(student)
+    n, d, layers = weights(student), student.hidden_size, student.num_layers
     resident = n * (master + 8 * moments) / split + (n + weights(general)) * teacher / split
-
-    rows = max(phases.batch_rows(config).values()) / (mesh["data"] * mesh["fsdp"])
-    micro = config.optimizer.micro_batch / (mesh["data"] * mesh["fsdp"])
-    slots = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    d, layers = student.hidden_size, student.num_layers
-    layer = (matrix_weights(student) - student.vocab_size * d) / layers / tensor  # weights of one, gathered
-    wide = (2 * student.intermediate_size + 2 * student.num_heads * student.head_dim) / tensor
-    token = (4 * d + wide) * item  # live in the middle of a layer
-    kept = {"block": d, "dots": d + wide, "none": 4 * d + 2 * wide}[config.compute.remat]  # of a token and layer
     prompt, answer = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
-    cache = cache_bytes(student, item) / tensor * rows * (slots + 0.7 * (prompt + answer / 2))  # it grows
-    return {
-        "resident": resident,
-        "rollout": cache + n * item / split + 2 * layer * item + rows * prompt * token,
-        "score": rows * slots * token + 2 * layer * item,
-        "update": micro * slots * (layers * kept * item + 2 * token)
-        + 8 * n / split + 2 * layer * (item + 4),
-    }  # fmt: skip
+    of_layers = (matrix_weights(student) - student.vocab_size * d) / layers
+
+    def live(tensor: int) -> float:
+        """Of a token, in the middle of a layer."""
+        wide = (2 * student.intermediate_size + 2 * student.num_heads * student.head_dim) / tensor
+        return (4 * d + wide) * item
+
+    sizes = rollout_sizes(config, mesh)
+    shards = sizes["data"] * sizes["fsdp"]
+    rows = max(phases.batch_rows(config).values())
+    places = min(config.rollout.places or rows, rows)
+    copy = n * item / (sizes["fsdp"] * sizes["tensor"])
+    if sizes["fsdp"] > 1:
+        copy += 2 * of_layers * item / sizes["tensor"]
+    slot = cache_bytes(student, item) / sizes["tensor"] / shards  # of one place
+    cache = slot * places * (prompt + answer)
+    entering = slot * prompt + live(sizes["tensor"]) * prompt / shards  # of one place
+
+    micro = config.optimizer.micro_batch / (mesh["data"] * mesh["fsdp"])
+    wide = live(tensor) / item - 4 * d
+    saved = {"block": d / tensor, "dots": d / tensor + wide, "none": 4 * d + 2 * wide}[config.compute.remat]
+    gathered = (2 * of_layers + student.vocab_size * d) / tensor  # weights of two layers, and the head
+    logits = 2 * config.compute.logits_chunk * student.vocab_size / tensor * 4
+    gradients = 1 if config.method.schedule == "alternate" else 2
+    found = {
+        "reshard": copy,
+        "prefill": copy + places * entering,
+        "decode": copy + cache * (1 + 1 / layers),
+        "score": micro * (prompt + answer) * live(tensor) + gathered * item + logits,
+        "gradient": 4 * n / split * (gradients + 1)
+        + micro * (prompt + answer) * (layers * saved * item + 2 * live(tensor))
+        + gathered * (item + 4)
+        + logits,
+        "update": 4 * n / split * (gradients + 1),
+    }
+    if places < rows:
+        found["refill"] = copy + cache + refills(rows, places, sizes)[1] * entering
+    return {"resident": resident, **found}

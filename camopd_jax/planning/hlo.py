@@ -17,7 +17,7 @@ COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "coll
 _START = "async-collective-start"
 _REDUCE_SCATTER = "all-reduce-scatter"  # how the TPU compiler calls a fusion that is one
 BRANCHES = ("branch_computations", "true_computation", "false_computation")
-_BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32,
+BITS = {"pred": 8, "s4": 4, "u4": 4, "s8": 8, "u8": 8, "s16": 16, "u16": 16, "bf16": 16, "f16": 16, "s32": 32,
          "u32": 32, "f32": 32, "s64": 64, "u64": 64, "f64": 64, "c64": 64, "c128": 128}  # fmt: skip
 _ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+|f8\w+|c\d+)\[([\d,]*)\]")
 
@@ -197,7 +197,7 @@ class Module:
 def _less_than(condition: dict[str, Instruction]) -> tuple[Instruction, int, int] | None:
     """(comparison, index of the counter, bound) of a loop's condition, where the bound is a constant."""
     for i in condition.values():
-        if i.opcode == "compare" and "direction=LT" in i.attributes:
+        if i.opcode == "compare" and "direction=LT" in i.attributes and i.shape.startswith("pred[]"):
             left, right = (condition[o] for o in i.operands)
             if left.opcode == "get-tuple-element" and right.opcode == "constant":
                 return i, int(re.search(r"index=(\d+)", left.attributes)[1]), int(right.inner)
@@ -245,7 +245,7 @@ def _place(i: Instruction) -> str:
 
 def _bytes(i: Instruction) -> int:
     """Of an instruction's result; of a started collective's tuple, its largest array."""
-    sizes = [_BITS.get(kind, 8) * math.prod(dims) // 8 for kind, dims in i.arrays]
+    sizes = [BITS.get(kind, 8) * math.prod(dims) // 8 for kind, dims in i.arrays]
     return max(sizes, default=0) if i.opcode.endswith("-start") else sum(sizes)
 
 

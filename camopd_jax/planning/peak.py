@@ -5,11 +5,11 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
+from camopd_jax.planning.arrays import Plan, chip_bytes
 from camopd_jax.planning.compiling import Report
 from camopd_jax.planning.costs import cache_bytes
-from camopd_jax.planning.programs import Plan, chip_bytes
-
-RESIDENT = ("parameters", "optimizer", "teacher")  # kinds of arguments that lie on the chips all the time
+from camopd_jax.planning.programs import HELD
+from camopd_jax.sharding import batch_shards
 
 
 @dataclass(frozen=True)
@@ -49,15 +49,22 @@ def residents(plan: Plan, reports: Sequence[Report]) -> Residents:
     )
 
 
+def held(report: Report) -> dict[str, int]:
+    """Bytes on one chip of what lies there for a part of a step, by kind, while this program runs."""
+    found = {kind: report.arguments.get(kind, 0) + report.beside.get(kind, 0) for kind in HELD}
+    return {kind: n for kind, n in found.items() if n}
+
+
 def peaks(there: Residents, reports: Sequence[Report]) -> list[Peak]:
-    """Residents, and what each program needs beside them."""
+    """Residents, what else lies there while each program runs, and what it needs beside its arguments."""
     found = []
     for report in reports:
+        lies = there.total + sum(held(report).values())
         if report.memory:
             needed = report.memory.outputs - report.memory.aliased + report.memory.temporaries
-            found.append(Peak(report.name, there.total + needed, True))
+            found.append(Peak(report.name, lies + needed, True))
         elif report.refused:
-            found.append(Peak(report.name, there.total + (report.refused_bytes or 0), False))
+            found.append(Peak(report.name, lies + (report.refused_bytes or 0), False))
     return found
 
 
@@ -67,7 +74,7 @@ def worst(found: Sequence[Peak]) -> Peak:
 
 
 def kv_cache(plan: Plan) -> int:
-    """Bytes of the whole cache on one chip, at the answers' cap. While it grows, half as much lies beside it."""
-    slots = plan.prompt_slots + plan.config.rollout.max_response_tokens
-    item = jnp.dtype(plan.student.dtype).itemsize
-    return cache_bytes(plan.student.config, item) * slots * (plan.rows // plan.shards) // plan.mesh.shape["tensor"]
+    """Bytes of the whole cache on one chip, at the answers' cap."""
+    item, mesh = jnp.dtype(plan.student.dtype).itemsize, plan.rollout_mesh
+    places = plan.places // batch_shards(mesh)
+    return cache_bytes(plan.student.config, item) * plan.slots * places // mesh.shape["tensor"]

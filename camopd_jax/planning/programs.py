@@ -1,170 +1,162 @@
-"""A run's own programs, from shapes alone: no weights are read and no array is made.
+"""A run's own programs at their largest shapes, from shapes alone: no weights are read and no array is made.
 
-They are those of `phases.compile_programs`; only their arguments are `jax.ShapeDtypeStruct`s that carry the
-shardings which the run's arrays will have, on devices that need not be there.
+They are the jitted functions that the run itself calls, `answering.programs`, `piecewise.scoring` and those of
+`phases.compile_programs`; their arguments are those of `planning.arrays`.
 """
 
 import dataclasses
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
 
-from camopd_jax import engine, phases
-from camopd_jax.buckets import bucket
-from camopd_jax.config import TrainConfig
-from camopd_jax.models.config import ModelConfig
-from camopd_jax.models.transformer import Model
-from camopd_jax.models.weights import leaf_of, shardings, table, tree_of
-from camopd_jax.optim import abstract_state
-from camopd_jax.phases import BRANCHES, Programs
-from camopd_jax.sharding import make_mesh, sharding
-from camopd_jax.types import LanguageModel, Params, Prompts, Rollout, Scored, Scores, Selection, TrainState
+from camopd_jax import answering, phases, piecewise
+from camopd_jax.answering import FIRST_RING
+from camopd_jax.planning.arrays import (
+    Plan,
+    abstract_batch,
+    abstract_gradient,
+    abstract_keys,
+    decoding_params,
+    decoding_state,
+)
+from camopd_jax.planning.costs import kept_rows, pieces, refills, turns
+from camopd_jax.types import LanguageModel, Params, Scored
 
+Named = tuple["Program", tuple]  # and what makes it another program than others
 
-@dataclass(frozen=True)
-class Models:
-    """The run's two checkpoints, of which only config.json is known."""
-
-    general: ModelConfig
-    specialised: ModelConfig
-    eos_ids: tuple[int, ...] = ()
+HELD = ("weights", "cache", "gradient")  # kinds that lie on a chip for a part of a step
 
 
 @dataclass(frozen=True)
 class Program:
-    """One compiled function of the run, at its largest shapes."""
+    """One compiled function of the run."""
 
     name: str
     lower: Callable[[], Any]  # -> jax.stages.Lowered
-    arguments: dict[str, Any]  # by kind: {"parameters": ..., "optimizer": ..., "teacher": ..., "batch": ...}
+    # By kind: "parameters", "optimizer", "teacher" and "batch" lie there through the run; "weights" and "cache" while
+    # the student answers, "gradient" while it learns
+    arguments: dict[str, Any]
+    beside: dict[str, Any] = field(default_factory=dict)  # by kind: no arguments, and there all the same
+    runs: int = 1  # at most, in one step
+    trips: int = 1  # of a loop whose bound is data, at most
     same_as: str | None = None  # an earlier program of the very same shapes: compiled once
-
-
-@dataclass(frozen=True)
-class Plan:
-    """What is compiled, and what else lies on the devices meanwhile."""
-
-    config: TrainConfig
-    mesh: Mesh
-    student: LanguageModel
-    state: TrainState  # all of it abstract, as the next two
-    teachers: dict[str, tuple[LanguageModel, Params]]  # "general", "specialised"
-    batch: Scored  # of the branch with the most rows
-    prompt_slots: int
-    rows: int
-
-    @property
-    def shards(self) -> int:
-        """Pieces of a batch."""
-        return self.mesh.shape["data"] * self.mesh.shape["fsdp"]
-
-
-def plan(config: TrainConfig, models: Models, devices: Any, platform: str) -> Plan:
-    """The run's arrays on these devices, at its largest shape bucket.
-
-    Raises:
-      UserError: for a mesh or batches that do not fit the devices or the models.
-    """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
-    phases.check_batches(config, mesh)
-    vocab = min(models.general.vocab_size, models.specialised.vocab_size)
-    dtype = engine.matmul_dtype(config.compute, platform)
-
-    def model(shape: ModelConfig) -> Model:
-        shape = dataclasses.replace(shape, output_vocab_size=vocab)
-        return Model(shape, mesh=mesh, dtype=dtype, remat=config.compute.remat, attention=config.compute.attention)
-
-    general, student = model(models.general), model(models.specialised)
-    of_teacher = engine.teacher_dtype(config.compute, platform)
-    teachers = {
-        "general": (general, abstract_params(general.config, mesh, of_teacher)),
-        "specialised": (student, abstract_params(student.config, mesh, of_teacher)),
-    }
-    rows = max(phases.batch_rows(config).values())
-    rollout = config.rollout
-    slots = min(rollout.max_prompt_tokens, bucket(rollout.max_prompt_tokens, rollout.smallest_bucket))
-    return Plan(
-        config=config,
-        mesh=mesh,
-        student=student,
-        state=abstract_state(abstract_params(student.config, mesh, config.compute.params), config.method.moments),
-        teachers=teachers,
-        batch=abstract_batch(mesh, rows, slots, rollout.max_response_tokens),
-        prompt_slots=slots,
-        rows=rows,
-    )
-
-
-def abstract_params(config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
-    """The parameters as they will lie on the mesh."""
-    places = shardings(config, mesh)
-    return tree_of({
-        row.path: jax.ShapeDtypeStruct(row.shape(config.num_layers), dtype, sharding=leaf_of(places, row.path))
-        for row in table(config)
-    })  # fmt: skip
-
-
-def abstract_batch(mesh: Mesh, rows: int, prompt_slots: int, answer_slots: int) -> Scored:
-    """Scored answers, split over the batch axes; a selection's order and count are whole everywhere."""
-
-    def of_rows(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding(mesh, "batch"))
-
-    lengths = of_rows(dtype=jnp.int32)
-    return Scored(
-        prompts=Prompts(of_rows(prompt_slots, dtype=jnp.int32), lengths),
-        index=lengths,
-        rollout=Rollout(
-            of_rows(answer_slots, dtype=jnp.int32), lengths, of_rows(answer_slots), of_rows(), of_rows(dtype=jnp.bool_)
-        ),
-        scores=Scores(of_rows(answer_slots), of_rows(answer_slots)),
-        selection=Selection(
-            score=of_rows(),
-            order=jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding(mesh)),
-            count=jax.ShapeDtypeStruct((), jnp.int32, sharding=sharding(mesh)),
-            weights=of_rows(),
-        ),
-    )
 
 
 def programs(p: Plan, eos_ids: tuple[int, ...]) -> Iterator[Program]:
     """The programs of a step, in its order. Those of the same shapes are named, and compiled once."""
+    return _unique(_all(p, eos_ids))
+
+
+def _all(p: Plan, eos_ids: tuple[int, ...]) -> Iterator[Named]:
     compiled = phases.compile_programs(p.config, p.student, eos_ids, p.state)
-    return _unique(_all(p, compiled))
-
-
-def _all(p: Plan, compiled: Programs) -> Iterator[Program]:
-    batch, said = p.batch, p.batch.rollout
-    draw = jax.ShapeDtypeStruct((), jnp.int32)
-    acting = {"student": (p.student, p.state.params)}
+    answer = {"": (p.student, p.state.params)}
     if p.config.method.answers == "teacher":
-        acting = {f"{name} teacher": teacher for name, teacher in p.teachers.items()}
-    for name, (model, params) in acting.items():
-        yield _program(f"rollout: {name}", compiled.rollout, (model, params, batch.prompts, batch.index, draw),
-                       {"parameters": params, "batch": (batch.prompts, batch.index)})  # fmt: skip
-    scoring = {"student": (p.student, p.state.params)}
-    scoring |= {f"{name} teacher": teacher for name, teacher in p.teachers.items() if _teaches(p.config, name)}
+        answer = {f": {name} teacher": teacher for name, teacher in p.teachers.items()}
+    for name, (model, params) in answer.items():
+        yield from _rollout(p, compiled, name, model, params)
+    yield from _learning(p, compiled)
+
+
+def _rollout(p: Plan, compiled: phases.Programs, name: str, model: LanguageModel, params: Params) -> Iterator[Named]:
+    """The parts of an answer. Between `prefill` and `decode` the cache grows, at last to the cap."""
+    parts, decode = answering.programs(p.rollout_mesh), compiled.decode
+    model, cap = model.on(p.rollout_mesh), decode.max_new
+    weights = decoding_params(model, params)
+    drawn = {"sampling": decode.sampling, "eos_ids": decode.eos_ids}
+    yield from _reshard(p, name, model, params, weights)
+
+    def state(ring: int) -> Any:
+        return decoding_state(model, p.places, p.prompt_slots, ring, cap)
+
+    def prefill(name: str, rows: int, **more: Any) -> Named:
+        asked = p.batch.prompts, abstract_keys(p.rows, p.mesh)
+        args = (model, weights, *asked, jax.ShapeDtypeStruct((rows,), jnp.int32))
+        return _program(name, parts.begin, args, {"weights": weights, "batch": asked}, drawn | {"max_new": cap}, **more)
+
+    yield prefill(f"prefill{name}", p.places)
+    full = state(cap)
+    if p.places < p.rows:
+        times, several = refills(p.rows, p.places, dict(p.rollout_mesh.shape))
+        yield prefill(f"refill{name}", several, beside={"cache": full}, runs=times)
+    if cap > FIRST_RING:
+        shorter = state(FIRST_RING * 2 ** (math.ceil(math.log2(cap / FIRST_RING)) - 1))
+        one, others = shorter.cache.keys[0], full.replace(cache=full.cache.replace(keys=full.cache.keys[1:]))
+        sizes = {"prompt_slots": p.prompt_slots, "slots": p.prompt_slots + cap}
+        yield _program(f"grow{name}", parts.grow[True], (one, shorter.slot), {"cache": one}, sizes,
+                       beside={"weights": weights, "cache": others}, runs=2 * len(full.cache.keys))  # fmt: skip
+    yield _program(
+        f"decode{name}", parts.advance, (model, weights, full, jax.ShapeDtypeStruct((), jnp.int32)),
+        {"weights": weights, "cache": full}, drawn | {"prompt_slots": p.prompt_slots},
+        trips=turns(p.rows, p.places, cap),
+    )  # fmt: skip
+
+
+def _reshard(p: Plan, name: str, model: LanguageModel, params: Params, weights: Params) -> Iterator[Named]:
+    """A layer, and each array of no layer, as the last to move: all others are there."""
+    parts, kind = answering.programs(p.rollout_mesh), "teacher" if name else "parameters"
+    others = {part: array for part, array in weights.items() if part != "layers"}
+    number = jax.ShapeDtypeStruct((), jnp.int32)
+    moves = {"layer": (parts.layer, (params["layers"], number), weights["layers"][1:], others)}
+    for part in others:
+        rest = {other: array for other, array in weights.items() if other != part}
+        moves[part] = parts.others, ({part: params[part]},), rest
+    for part, (jitted, args, *there) in moves.items():
+        yield _program(f"reshard{name}: {part}", jitted, (model, *args), {kind: args[0]}, beside={"weights": there},
+                       runs=model.config.num_layers if part == "layer" else 1)  # fmt: skip
+
+
+def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:
+    """What acts on finished answers: a micro-batch of rows at a time, then all."""
+    batch, said, config = p.batch, p.batch.rollout, p.config
+    size, chunk = config.optimizer.micro_batch, config.compute.logits_chunk
+    rows_M = jax.ShapeDtypeStruct((size,), jnp.int32)
+    widest = {"slots": p.slots, "answer_slots": said.tokens.shape[1], "chunk": chunk}
+    scoring = {"student": (p.student, p.state.params)} | {
+        f"{name} teacher": teacher for name, teacher in p.teachers.items() if _teaches(p, name)
+    }
     asked = batch.prompts, said.tokens, said.lengths
     for name, (model, params) in scoring.items():
-        yield _program(f"score: {name}", compiled.score, (model, params, *asked),
-                       {"parameters" if name == "student" else "teacher": params, "batch": asked})  # fmt: skip
-    for name in BRANCHES:
-        asked = batch.scores, said.lengths, draw
-        yield _program(f"select: {name}", compiled.select[name], asked, {"batch": asked[:2]})
+        kind = "parameters" if name == "student" else "teacher"
+        scored = batch.scores.student
+        yield _program(f"score: {name}", piecewise.scoring(p.mesh), (model, params, scored, *asked, rows_M),
+                       {kind: params, "batch": (scored, *asked)}, widest | {"with_top": False},
+                       runs=_scorings(p, name))  # fmt: skip
+    draw = jax.ShapeDtypeStruct((), jnp.int32)
+    for name in phases.BRANCHES:
+        yield _program(f"select: {name}", compiled.select[name], (batch.scores, said.lengths, draw),
+                       {"batch": (batch.scores, said.lengths)})  # fmt: skip
+    params, sum_so_far = p.state.params, abstract_gradient(p.state.params)
+    asked = (*asked, batch.scores.student)
+    mixed = "mixed" in compiled.update
+    learnt = [pieces(config, kept_rows(config, name)) for name in phases.BRANCHES]
+    yield _program(
+        "gradient", compiled.learning.add, (p.student, params, sum_so_far, *asked, rows_M),
+        {"parameters": params, "gradient": sum_so_far, "batch": asked}, widest,
+        beside={"gradient": sum_so_far} if mixed else {}, runs=sum(learnt) if mixed else max(learnt),
+    )  # fmt: skip
     for name, update in compiled.update.items():
         parts = _parts(p, name)
-        yield _program(f"update: {name}", update, (p.state, *parts), {
-            "parameters": p.state.params, "optimizer": (p.state.moments, p.state.step, p.state.skipped), "batch": parts,
-        })  # fmt: skip
+        sums = (sum_so_far,) * len(parts)
+        adam = p.state.moments, p.state.step, p.state.skipped
+        yield _program(f"update: {name}", update, (p.state, *sums, *parts),
+                       {"parameters": params, "optimizer": adam, "gradient": sums, "batch": parts})  # fmt: skip
 
 
-def _teaches(config: TrainConfig, name: str) -> bool:
-    return name == "general" or config.method.domain_teacher == "specialised"
+def _teaches(p: Plan, name: str) -> bool:
+    return name == "general" or p.config.method.domain_teacher == "specialised"
+
+
+def _scorings(p: Plan, name: str) -> int:
+    """Pieces that a model scores in a step."""
+    rows, method = phases.batch_rows(p.config), p.config.method
+    if method.schedule == "alternate":
+        return pieces(p.config, p.rows)
+    teacher = {"recovery": "general teacher", "review": f"{method.domain_teacher} teacher"}
+    return sum(pieces(p.config, n) for branch, n in rows.items() if name in ("student", teacher[branch]))
 
 
 def _parts(p: Plan, update: str) -> tuple[Scored, ...]:
@@ -174,24 +166,16 @@ def _parts(p: Plan, update: str) -> tuple[Scored, ...]:
     return tuple(abstract_batch(p.mesh, n, p.prompt_slots, answers) for n in phases.batch_rows(p.config).values())
 
 
-def _program(name: str, jitted: Any, args: tuple, arguments: dict[str, Any]) -> tuple[Program, tuple]:
-    key = (id(jitted), *jax.tree.leaves(args))
-    return Program(name, lambda: jitted.lower(*args), arguments), key
+def _program(
+    name: str, jitted: Any, args: tuple, arguments: dict[str, Any], options: dict[str, Any] | None = None, **more: Any
+) -> Named:
+    options = options or {}
+    key = (id(jitted), *jax.tree.leaves(args), *options.items())
+    return Program(name, lambda: jitted.lower(*args, **options), arguments, **more), key
 
 
-def _unique(named: Iterator[tuple[Program, tuple]]) -> Iterator[Program]:
+def _unique(named: Iterator[Named]) -> Iterator[Program]:
     seen: dict[str, str] = {}
     for program, key in named:
         first = seen.setdefault(repr(key), program.name)
         yield program if first == program.name else dataclasses.replace(program, same_as=first)
-
-
-def chip_bytes(tree: Any) -> int:
-    """Bytes that arrays of these shapes and shardings have on one device."""
-
-    def size(leaf: Any) -> int:
-        place = getattr(leaf, "sharding", None)
-        shape = leaf.shape if place is None else place.shard_shape(leaf.shape)
-        return math.prod(shape) * jnp.dtype(leaf.dtype).itemsize
-
-    return sum(map(size, jax.tree.leaves(tree)))

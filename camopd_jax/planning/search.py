@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from camopd_jax import phases
 from camopd_jax.config import TrainConfig
 from camopd_jax.models.config import ModelConfig
-from camopd_jax.planning.costs import memory_estimate, phase_shares, stage_work
+from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.costs import memory_estimate
 from camopd_jax.planning.peak import Peak
-from camopd_jax.planning.programs import Models
+from camopd_jax.planning.stages import phase_shares, stage_work
 from camopd_jax.planning.topology import Topology
 
 REMATS = ("none", "dots", "block")
@@ -23,6 +24,8 @@ class Candidate:
     """Flags, and what arithmetic says of them."""
 
     mesh: tuple[int, int, int]  # data, fsdp, tensor
+    rollout_tensor: int  # of the mesh that answers are made on; the rest of it is data
+    places: int  # answered at one time; 0: the whole batch
     micro_batch: int
     remat: str
     evaluation_batch: int
@@ -38,16 +41,25 @@ class Candidate:
         return dataclasses.replace(
             config,
             mesh=dataclasses.replace(config.mesh, data=data, fsdp=fsdp, tensor=tensor),
+            rollout=dataclasses.replace(
+                config.rollout,
+                mesh=dataclasses.replace(config.rollout.mesh, data=-1, fsdp=1, tensor=self.rollout_tensor),
+                places=self.places,
+            ),
             optimizer=dataclasses.replace(config.optimizer, micro_batch=self.micro_batch),
             compute=dataclasses.replace(config.compute, remat=self.remat),
             evaluation=dataclasses.replace(config.evaluation, batch_size=self.evaluation_batch),
         )
 
     def flags(self, config: TrainConfig) -> list[str]:
-        """What to add to the command: the mesh, and of the rest what differs from the config."""
+        """What to add to the command: the meshes, and of the rest what differs from the config."""
         data, fsdp, tensor = self.mesh
-        given = [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}"]
+        given = [f"--config.mesh.data={data}", f"--config.mesh.fsdp={fsdp}", f"--config.mesh.tensor={tensor}",
+                 f"--config.rollout.mesh.tensor={self.rollout_tensor}"]  # fmt: skip
         others = {
+            "rollout.mesh.data": (-1, config.rollout.mesh.data),
+            "rollout.mesh.fsdp": (1, config.rollout.mesh.fsdp),
+            "rollout.places": (self.places, config.rollout.places),
             "optimizer.micro_batch": (self.micro_batch, config.optimizer.micro_batch),
             "compute.remat": (self.remat, config.compute.remat),
             "evaluation.batch_size": (self.evaluation_batch, config.evaluation.batch_size),
@@ -66,19 +78,31 @@ def meshes(chips: int, models: Sequence[ModelConfig]) -> Iterator[tuple[int, int
 
 def candidates(config: TrainConfig, models: Models, topology: Topology, answer: int) -> list[Candidate]:
     """Every choice that divides, the quickest of those that seem to fit first, then the others by their memory."""
-    shapes = (models.general, models.specialised)
-    found = []
-    for mesh in meshes(len(topology.devices), shapes):
+    shapes, chips = (models.general, models.specialised), len(topology.devices)
+    rows, found = tuple(phases.batch_rows(config).values()), []
+    tensors = sorted({tensor for _, _, tensor in meshes(chips, shapes)})
+    for mesh in meshes(chips, shapes):
         shards = mesh[0] * mesh[1]
-        if any(rows % shards for rows in phases.batch_rows(config).values()):
+        if any(n % shards for n in rows):
             continue
         evaluation = math.ceil(config.evaluation.batch_size / shards) * shards
         micros = [n for n in range(shards, config.rollout.batch_size + 1, shards) if config.rollout.batch_size % n == 0]
-        for micro_batch, remat in itertools.product(micros, REMATS):
-            one = Candidate(mesh, micro_batch, remat, evaluation, {}, 0.0)
+        answering = [(tensor, places) for tensor in tensors for places in _places(rows, chips // tensor)]
+        for micro_batch, remat, (tensor, places) in itertools.product(micros, REMATS, answering):
+            one = Candidate(mesh, tensor, places, micro_batch, remat, evaluation, {}, 0.0)
             found.append(_estimated(one, config, models, topology, answer))
     limit = topology.hbm or math.inf
     return sorted(found, key=lambda c: (c.peak > limit, c.seconds if c.peak <= limit else c.peak, c.peak))
+
+
+def _places(rows: tuple[int, ...], shards: int) -> Iterator[int]:
+    """How many of a batch to answer at one time: all of them (0), a half, a quarter ... that divides the mesh."""
+    if all(n % shards == 0 for n in rows):
+        yield 0
+        places = max(rows) // 2
+        while places and places % shards == 0:
+            yield places
+            places //= 2
 
 
 def _estimated(one: Candidate, config: TrainConfig, models: Models, topology: Topology, answer: int) -> Candidate:

@@ -6,10 +6,11 @@ from rich import box
 from rich.table import Table
 
 from camopd_jax.planning.compiling import Report
-from camopd_jax.planning.costs import Work
 from camopd_jax.planning.hlo import Counts
-from camopd_jax.planning.peak import Peak, Residents
+from camopd_jax.planning.peak import Peak, Residents, held
+from camopd_jax.planning.programs import HELD
 from camopd_jax.planning.search import Tried
+from camopd_jax.planning.stages import Work
 from camopd_jax.planning.topology import Chip, Topology
 
 GIB = 2**30
@@ -39,30 +40,29 @@ def resident_table(there: Residents, cache: int) -> Table:
     for name, n in vars(there).items():
         view.add_row(name.replace("_", " "), _gib(n))
     view.add_row("together", _gib(there.total), style="bold")
-    view.add_row("KV cache at the cap, among the rollout's temporaries", _gib(cache), style="dim")
+    view.add_row("KV cache at the cap, while the student answers", _gib(cache), style="dim")
     return view
 
 
-def memory_table(reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
-    """A row a program: its arguments by kind, what it adds, and the run's peak meanwhile."""
-    view = _table("Memory of a chip while each program runs, in GiB", "", "params", "Adam", "teacher", "batch",
-                  "outputs", "temps", "peak", "",
-                  caption="outputs: beyond those in a donated argument's place. temps: temporaries; refused: the "
-                  "compiler gave up at these")  # fmt: skip
+def memory_table(there: Residents, reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
+    """A row a program: what lies there, what it adds, and the peak: their sum."""
+    view = _table("Memory of a chip while each program runs, in GiB", "", "resident", *HELD, "outputs", "temps", "peak",
+                  "", caption="weights, cache: of the answering student. outputs: beyond those in a donated argument's "
+                  "place. temps: temporaries; refused: the compiler gave up at these")  # fmt: skip
     peak = {p.program: p for p in peaks}
     for r in reports:
         if r.same_as:
-            view.add_row(r.name, *[""] * 7, "as above", style="dim")
+            view.add_row(r.name, *[""] * (4 + len(HELD)), "as " + r.same_as, style="dim")
             continue
-        kinds = [
-            _gib(r.arguments[k]) if k in r.arguments else "" for k in ("parameters", "optimizer", "teacher", "batch")
-        ]
+        lies = held(r)
+        kinds = [_gib(lies[kind]) if kind in lies else "" for kind in HELD]
         if r.memory:
             added = [_gib(r.memory.outputs - r.memory.aliased), _gib(r.memory.temporaries)]
         else:
             added = ["", f">{_gib(r.refused_bytes or 0)}"]
         p = peak[r.name]
-        view.add_row(r.name, *kinds, *added, ("" if p.exact else ">") + _gib(p.bytes), verdict(p, hbm))
+        high = ("" if p.exact else ">") + _gib(p.bytes)
+        view.add_row(r.name, _gib(there.total), *kinds, *added, high, verdict(p, hbm))
     return view
 
 
@@ -87,17 +87,17 @@ def verdict(peak: Peak, hbm: float | None) -> str:
 def work_table(reports: Sequence[Report], topology: Topology) -> Table:
     view = _table(
         "What the compiler says, for one chip",
-        "", "compiled in", "TFLOP", "cycles", "cost_analysis TFLOP", "and GB",
-        caption="TFLOP: matrix products in the HLO, loops multiplied, to the cap and for all rows. cycles: the "
-        "compiler's estimates added up, loops multiplied, as seconds at the chip's clock. cost_analysis counts each "
-        "loop's body once.",
+        "", "compiled in", "in a step", "TFLOP", "cycles", "cost_analysis TFLOP", "and GB",
+        caption="in a step: how often it runs, at most. Of one run, TFLOP: matrix products in the HLO, loops "
+        "multiplied, answers at the cap. cycles: the compiler's estimates added up, loops multiplied, as seconds at "
+        "the chip's clock. cost_analysis counts each loop's body once.",
     )  # fmt: skip
     for r in reports:
         if r.same_as:
             continue
         clock = topology.chip.clock if topology.chip else 0
         view.add_row(
-            r.name, f"{r.seconds:.0f} s", f"{r.counts.flops / 1e12:.3g}",
+            r.name, f"{r.seconds:.0f} s", str(r.runs), f"{r.counts.flops / 1e12:.3g}",
             duration(r.counts.cycles / clock) if clock and r.counts.cycles else "",
             "" if r.flops is None else f"{r.flops / 1e12:.3g}",
             "" if r.bytes_accessed is None else f"{r.bytes_accessed / 1e9:.3g}",
@@ -129,7 +129,7 @@ def slowest_lines(reports: Sequence[Report], chip: Chip, least: float = 0.1) -> 
 def collectives_table(reports: Sequence[Report]) -> Table:
     view = _table(
         "Collectives", "", "kind", "in the text", "runs", "GB of a chip",
-        caption="runs and GB: with every loop's trips; turns of decoding to the cap, micro-batches for all rows",
+        caption="runs and GB: of one run of the program, with every loop's trips; turns of decoding to the cap",
     )  # fmt: skip
     for r in reports:
         for i, (kind, t) in enumerate(sorted(r.counts.collectives.items(), key=lambda kv: -kv[1].bytes_run)):
@@ -137,27 +137,30 @@ def collectives_table(reports: Sequence[Report]) -> Table:
     return view
 
 
-def time_table(work: dict[str, dict[str, Work]], topology: Topology, reports: dict[str, Report], answer: int) -> Table:
+def time_table(
+    work: dict[str, dict[str, Work]], topology: Topology, reports: dict[str, list[Report]], answer: int
+) -> Table:
     """Stages of each phase at the chips' limits, beside what was compiled for them.
 
     Args:
-      reports: of the programs, by "phase stage"; a rollout's is that of decoding.
+      reports: of the programs, by "phase stage".
     """
     chip, chips = topology.chip, len(topology.devices)
     view = _table(
         f"Seconds of a step at {chips} {chip.name} chips' limits, answers of {answer} tokens, none hidden by others",
         "", "PFLOP", "seconds", "bound by", "MFU", "cycles", "links",
-        caption="MFU: the model's FLOPs by the peak in those seconds. Of the programs as compiled, with answers at the "
-        "cap and all rows learnt: cycles, the compiler's estimate; links, their collectives at the links' peak",
+        caption="MFU: the model's FLOPs by the peak in those seconds. Of the programs as compiled, as often as they "
+        "run, with answers at the cap and as many learnt as can be: cycles, the compiler's estimate; links, their "
+        "collectives at the links' peak",
     )  # fmt: skip
     for phase, stages in work.items():
         view.add_row(phase, style="bold")
         for name, w in stages.items():
-            seconds = w.seconds(chip, chips)
-            counts = reports[f"{phase} {name}"].counts if f"{phase} {name}" in reports else None
-            told = [duration(counts.cycles / chip.clock), duration(link_seconds(counts, chip))] if counts else ["", ""]
-            view.add_row(f"  {name}", f"{w.flops / 1e15:.3g}", duration(seconds), bound(w, topology),
-                         _share(w.flops, seconds, topology), *told)  # fmt: skip
+            seconds, of_stage = w.seconds(chip, chips), reports.get(f"{phase} {name}", [])
+            told = [sum(r.runs * r.counts.cycles for r in of_stage) / chip.clock,
+                    sum(r.runs * link_seconds(r.counts, chip) for r in of_stage)]  # fmt: skip
+            view.add_row(f"  {name}", f"{w.flops / 1e15:.3g}" if w.flops else "", duration(seconds), bound(w, topology),
+                         _share(w.flops, seconds, topology), *map(duration, told))  # fmt: skip
         total = sum(w.seconds(chip, chips) for w in stages.values())
         flops = sum(w.flops for w in stages.values())
         view.add_row("  step", f"{flops / 1e15:.3g}", duration(total), "", _share(flops, total, topology), "", "")
@@ -178,7 +181,7 @@ def bound(work: Work, topology: Topology) -> str:
 
 
 def _share(flops: float, seconds: float, topology: Topology) -> str:
-    return f"{100 * flops / seconds / len(topology.devices) / topology.chip.flops:.0f} %"
+    return "" if flops == 0 else f"{100 * flops / seconds / len(topology.devices) / topology.chip.flops:.0f} %"
 
 
 def duration(seconds: float) -> str:
@@ -190,10 +193,11 @@ def duration(seconds: float) -> str:
 
 
 def tried_table(tried: Sequence[Tried], topology: Topology) -> Table:
-    view = _table("Search: what the compiler was asked", "data x fsdp x tensor", "micro batch", "remat",
-                  "step at best", "estimated", "compiled", "")  # fmt: skip
+    view = _table("Search: what the compiler was asked", "data x fsdp x tensor", "rollout tensor", "places",
+                  "micro batch", "remat", "step at best", "estimated", "compiled", "")  # fmt: skip
     for t in tried:
         c = t.candidate
-        view.add_row(" x ".join(map(str, c.mesh)), str(c.micro_batch), c.remat, duration(c.seconds), _gib(c.peak),
-                     ("" if t.peak.exact else "> ") + _gib(t.peak.bytes), verdict(t.peak, topology.hbm))  # fmt: skip
+        view.add_row(" x ".join(map(str, c.mesh)), str(c.rollout_tensor), str(c.places or "all"), str(c.micro_batch),
+                     c.remat, duration(c.seconds), _gib(c.peak), ("" if t.peak.exact else "> ") + _gib(t.peak.bytes),
+                     f"{t.peak.program}: {verdict(t.peak, topology.hbm)}")  # fmt: skip
     return view

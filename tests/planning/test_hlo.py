@@ -83,6 +83,14 @@ def test_an_early_end_makes_the_bound_a_worst_case_and_a_second_loop_goes_on_fro
     assert [loop.trips for loop in Module(again).counts().loops] == [4, 10]
 
 
+def test_a_comparison_of_arrays_is_no_counter():
+    condition = TEXT[TEXT.index("%condition") : TEXT.index("%data_condition")]
+    arrays = (
+        condition.replace("constant(7)", "constant({7})").replace("s32[] ", "s32[1] ").replace("pred[] c", "pred[1] c")
+    )
+    assert Module(TEXT.replace(condition, arrays)).counts(trips=lambda loop: 3).loops[0] == Loop("f/all", None, False)
+
+
 def test_a_collective_that_fusions_take_further_is_one():
     """The TPU compiler starts a collective in one fusion and lets others, here a loop's, carry it on."""
     inside = """

@@ -14,8 +14,9 @@ from camopd_jax.config import Compute, Evaluation, MeshConfig, Method, Optimizer
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import from_hf
 from camopd_jax.planning import hlo, peak, topology
+from camopd_jax.planning.arrays import Models, abstract_params, chip_bytes, decoding_params, decoding_state, plan
 from camopd_jax.planning.compiling import compile_program, findings, largest, refusal
-from camopd_jax.planning.programs import Models, abstract_params, chip_bytes, plan, programs
+from camopd_jax.planning.programs import programs
 from camopd_jax.sharding import make_mesh
 
 ROOT = Path(__file__).parents[2]
@@ -25,7 +26,7 @@ MODEL = from_hf(dict(model_type="llama", vocab_size=VOCAB, hidden_size=128, inte
                      tie_word_embeddings=False))  # fmt: skip
 CONFIG = TrainConfig(
     "g", "s", Stream("g"), Stream("d"),
-    rollout=RolloutConfig(batch_size=8, max_prompt_tokens=128, max_response_tokens=256),
+    rollout=RolloutConfig(batch_size=16, max_prompt_tokens=128, max_response_tokens=512, places=8),
     optimizer=Optimizer(micro_batch=4), mesh=MeshConfig(1, 4, 2), evaluation=Evaluation(batch_size=8),
     compute=Compute(logits_chunk=64),
 )  # fmt: skip
@@ -34,12 +35,12 @@ libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="
 
 @pytest.fixture(scope="module")
 def compiled():
-    """Score and recovery update on a v5e:2x4."""
+    """The programs of a recovery on a v5e:2x4, where answers come from a mesh of 4 x 1 x 2."""
     where = topology.describe("v5e:2x4")
     made = plan(CONFIG, Models(MODEL, MODEL), where.devices, where.platform)
-    wanted = ("score: student", "score: general teacher", "update: recovery")
-    found = {p.name: p for p in programs(made, (2,))}
-    return made, where, {name: (found[name], compile_program(found[name], made, where)) for name in wanted}
+    unwanted = ("select", "update: review", "score: specialised", "prefill")  # the refill is a prefill of fewer rows
+    found = {p.name: p for p in programs(made, (2,)) if not p.name.startswith(unwanted)}
+    return made, where, {name: (p, compile_program(p, made, where)) for name, p in found.items()}
 
 
 @libtpu
@@ -49,14 +50,20 @@ def test_the_compilers_arguments_are_those_of_shapes_and_shardings(compiled):
     for program, report in of.values():
         ours = sum(report.arguments.values())
         leaves = len(jax.tree.leaves(program.arguments))
-        assert ours <= report.memory.arguments <= ours + 1024 * leaves, "small arrays are padded"
+        least = ours * 0.999  # an update does not read the prompts
+        assert least <= report.memory.arguments <= ours + 1024 * leaves, "small arrays are padded"
         assert report.memory.code > 0 and report.refused is None
     params = of["score: student"][1].arguments["parameters"]
     assert of["score: general teacher"][1].arguments["teacher"] * 2 == params, "teachers are bfloat16"
-    update = of["update: recovery"][1]
+    update, gradient, decode = (of[name][1] for name in ("update: recovery", "gradient", "decode"))
     donated = update.arguments["parameters"] + update.arguments["optimizer"]
     assert update.arguments["parameters"] == params and donated <= update.memory.aliased <= donated + 2**17
-    assert update.memory.outputs - update.memory.aliased < 2**17, "the state takes its old place"
+    for report in (update, gradient, decode):
+        assert report.memory.outputs - report.memory.aliased < 2**17, "what is donated takes its old place"
+    assert gradient.arguments["gradient"] == pytest.approx(params, abs=64) and gradient.memory.aliased >= params
+    copy = of["reshard"][1].memory
+    assert copy.outputs == pytest.approx(decode.arguments["weights"], abs=2**12), "what decoding takes"
+    assert decode.arguments["weights"] == pytest.approx(2 * params, rel=0.01), "bfloat16, but whole over fsdp"
 
 
 @libtpu
@@ -65,18 +72,22 @@ def test_parameters_are_gathered_by_the_layer_and_logits_by_the_chunk(compiled):
     for _, report in of.values():
         assert report.findings == []
         assert [loop.trips for loop in report.counts.loops if loop.source.endswith("Decoder/while")] in ([], [LAYERS])
-        assert report.counts.collectives["all-gather"].count > 0 and report.counts.cycles > 0
-    update = of["update: recovery"][1].counts
-    assert len(update.guessed) == 1 and update.guessed[0].endswith("x 2"), "two micro-batches for all 8 rows"
-    score = of["score: student"][1].counts.flops
-    assert 6 * score > update.flops > 3 * score, "forward, remat and backward of every row"
+    score, gradient, decode = (of[name][1] for name in ("score: student", "gradient", "decode"))
+    assert score.counts.collectives["all-gather"].count > 0 and score.counts.cycles > 0
+    assert 6 * score.counts.flops > gradient.counts.flops > 3 * score.counts.flops, "forward, remat and backward"
+    assert (score.runs, gradient.runs, of["refill"][1].runs) == (4, 4, 2), "16 rows, 13 kept, by fours; 8 of 16 wait"
+    turns = 2 * CONFIG.rollout.max_response_tokens  # two waves
+    assert decode.counts.guessed == [f"jit(advance)/while x {turns}"]
+    assert "all-gather" not in decode.counts.collectives or (
+        decode.counts.collectives["all-gather"].bytes_run < turns * decode.arguments["weights"] / 10
+    ), "no weights are gathered for a token"
 
 
 @pytest.mark.parametrize("sizes", [(1, 4, 2), (2, 2, 2), (1, 8, 1)])
 def test_on_eight_devices_no_parameter_of_all_layers_is_gathered_and_no_logits_of_all_answers_are_made(sizes):
     made = plan(dataclasses.replace(CONFIG, mesh=MeshConfig(*sizes), optimizer=Optimizer(micro_batch=8)),
                 Models(MODEL, MODEL), jax.devices(), "cpu")  # fmt: skip
-    wanted = ("score: student", "update: recovery")
+    wanted = ("score: student", "gradient")
     for program in programs(made, (2,)):
         if program.name in wanted:
             module = hlo.Module(program.lower().compile().as_text())
@@ -86,16 +97,43 @@ def test_on_eight_devices_no_parameter_of_all_layers_is_gathered_and_no_logits_o
 
 
 @libtpu
-def test_the_peak_is_residents_and_what_the_program_adds(compiled):
+def test_the_peak_is_residents_and_what_the_program_holds_and_adds(compiled):
     made, _, of = compiled
     reports = [report for _, report in of.values()]
     there = peak.residents(made, reports)
     assert there.optimizer == pytest.approx(2 * there.parameters, abs=64)
     assert there.general_teacher == there.specialised_teacher == there.parameters // 2
     found = {p.program: p.bytes for p in peak.peaks(there, reports)}
-    update = of["update: recovery"][1].memory
-    assert found["update: recovery"] == there.total + update.outputs - update.aliased + update.temporaries
-    assert peak.kv_cache(made) == 2 * LAYERS * 1 * 128 * 2 * 384 * 2  # keys and values, 1 head, 2 rows of 384 slots
+    memory = {name: report.memory for name, (_, report) in of.items()}
+    added = {name: m.outputs - m.aliased + m.temporaries for name, m in memory.items()}
+    gradient = of["gradient"][1].arguments["gradient"]
+    weights, state = (of["decode"][1].arguments[kind] for kind in ("weights", "cache"))
+    assert found["update: recovery"] == there.total + gradient + added["update: recovery"]
+    assert found["gradient"] == there.total + gradient + added["gradient"]
+    assert found["score: student"] == there.total + added["score: student"]
+    assert found["reshard"] == there.total + added["reshard"]
+    assert found["decode"] == there.total + weights + state + added["decode"]
+    assert found["refill"] == there.total + weights + state + added["refill"], "the other answers wait"
+    cache = peak.kv_cache(made)
+    assert cache == 2 * LAYERS * 1 * 128 * 2 * 640 * 2, "keys and values, 1 head, 2 of 8 places, 640 slots"
+    one = cache // (2 * LAYERS)
+    shorter = one * (128 + 256) // 640
+    assert found["grow"] == there.total + weights + state - one + shorter + added["grow"] and added["grow"] >= one
+
+
+def test_the_arrays_of_a_rollout_are_the_runs_own():
+    """Shapes against those that prefill makes, places against those that the compiled cast leaves."""
+    made = plan(CONFIG, Models(MODEL, MODEL), jax.devices(), "cpu")
+    of = {p.name: p for p in programs(made, (2,))}
+    model = made.student.on(made.rollout_mesh)
+    compiled = of["reshard"].lower().compile()
+    ours = decoding_params(model, made.state.params)
+    jax.tree.map(lambda a, place: a.sharding.is_equivalent_to(place, a.ndim) or pytest.fail(f"{a} {place}"),
+                 ours, compiled.output_shardings)  # fmt: skip
+    state = decoding_state(model, 8, 128, 0, 512)
+    begun = of["prefill"].lower().out_info
+    assert jax.tree.map(lambda a: (a.shape, a.dtype), state) == jax.tree.map(lambda a: (a.shape, a.dtype), begun)
+    assert state.cache.keys[0].sharding.shard_shape((8, 2, 128, 128)) == (2, 1, 128, 128)
 
 
 @libtpu
@@ -105,20 +143,26 @@ def test_a_mesh_that_cuts_a_side_of_the_torus_is_laid_out():
 
 
 def test_programs_of_the_same_shapes_are_compiled_once():
-    made = plan(dataclasses.replace(CONFIG, mesh=MeshConfig(1, 4, 2)), Models(MODEL, MODEL), jax.devices(), "tpu")
+    made = plan(CONFIG, Models(MODEL, MODEL), jax.devices(), "tpu")
     same = {p.name: p.same_as for p in programs(made, ())}
     assert same["score: specialised teacher"] == "score: general teacher"
     assert [name for name, first in same.items() if first is None] == [
-        "rollout: student", "score: student", "score: general teacher", "select: recovery", "select: review",
-        "update: recovery", "update: review",
+        "reshard", "prefill", "refill", "grow", "decode", "score: student", "score: general teacher",
+        "select: recovery", "select: review", "gradient", "update: recovery", "update: review",
     ]  # fmt: skip
-    mixed = dataclasses.replace(CONFIG, method=Method(schedule="mixed"), mesh=MeshConfig(1, 2, 4),
-                                rollout=dataclasses.replace(CONFIG.rollout, batch_size=8))  # fmt: skip
+    short = RolloutConfig(batch_size=8, max_prompt_tokens=128, max_response_tokens=256)
+    mixed = dataclasses.replace(CONFIG, method=Method(schedule="mixed", answers="teacher"), mesh=MeshConfig(1, 2, 4),
+                                rollout=short)  # fmt: skip
     other = from_hf(dict(model_type="llama", vocab_size=VOCAB + 128, hidden_size=128, intermediate_size=256,
                          num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=4))  # fmt: skip
     made = plan(mixed, Models(other, other), jax.devices(), "cpu")
-    names = [p.name for p in programs(made, ()) if p.same_as is None]
-    assert names[-1] == "update: mixed" and made.rows == 6
+    of = {p.name: p for p in programs(made, ())}
+    assert "refill" not in of and "grow" not in of and made.rows == 6
+    assert of["decode: specialised teacher"].same_as == "decode: general teacher"
+    assert of["decode: general teacher"].same_as is None
+    assert list(of)[-1] == "update: mixed" and of["score: student"].runs == 3 and of["gradient"].runs == 3
+    assert of["score: general teacher"].runs == 2, "6 of 8 rows, by fours"
+    assert chip_bytes(of["gradient"].beside["gradient"]) == chip_bytes(of["gradient"].arguments["gradient"])
 
 
 def test_bytes_on_a_chip():
@@ -147,7 +191,7 @@ Memory Space: vmem (color=1)
 def test_the_command_on_this_machine(command, tmp_path):
     """The whole of it, on the CPU's own compiler: quick, and without libtpu."""
     quick = ROOT / "configs" / "quickstart.py"
-    ended = command("plan", f"--config={quick}", "--topology=local", "--hbm_gib=1", f"--json={tmp_path / 'plan.json'}",
+    ended = command("plan", f"--config={quick}", "--topology=local", "--hbm-gib=1", f"--json={tmp_path / 'plan.json'}",
                     "--config.rollout.max_response_tokens=16", devices=2)  # fmt: skip
     assert ended.code == 0, ended.err
     assert "it fits" in ended.out and max(map(len, ended.out.splitlines())) <= 100
@@ -182,7 +226,7 @@ def test_mistakes_are_one_line_and_exit_code_2(command):
         ([quick, "--topology=local", "--general_config=qwen9"], "no file or folder, and no shape"),
         ([quick, "--topology=local", "--config.mesh.tensor=3"], "needs 3 devices"),
         ([quick, "--topology=local", "--search"], "give --hbm_gib"),
-        ([quick, "--topology=local", "--programs=decode"], "give some of rollout"),
+        ([quick, "--topology=local", "--programs=rollout"], "give some of reshard"),
     ]:
         ended = command("plan", *args, devices=2)
         assert ended.code == 2 and says in ended.err and len(ended.err.strip().splitlines()) == 1, (args, ended.err)
@@ -202,9 +246,12 @@ def test_the_search_ends_in_flags(capsys):
     config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, max_response_tokens=16))
     told = command_plan.look_for(config, Models(MODEL, MODEL), where, 16, 1, ("score",))
     printed = " ".join(capsys.readouterr().out.split())
-    assert told["recommended"][:3] == ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"], (
-        "without a chip's speed, what needs the least memory"
-    )
+    assert told["recommended"][:4] == [
+        "--config.mesh.data=1",
+        "--config.mesh.fsdp=4",
+        "--config.mesh.tensor=2",
+        "--config.rollout.mesh.tensor=2",
+    ], "without a speed, what needs least memory"
     assert all(flag in printed for flag in told["recommended"])
     less = dataclasses.replace(where, hbm=1e3)
     told = command_plan.look_for(config, Models(MODEL, MODEL), less, 16, 1, ("score",))

@@ -4,11 +4,11 @@ import dataclasses
 
 import pytest
 
-from camopd_jax.config import Compute, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config import Compute, Evaluation, MeshConfig, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.models.config import from_hf
 from camopd_jax.planning import search
+from camopd_jax.planning.arrays import Models
 from camopd_jax.planning.peak import Peak
-from camopd_jax.planning.programs import Models
 from camopd_jax.planning.search import Candidate, choose
 from camopd_jax.planning.topology import CHIPS, Topology
 
@@ -23,7 +23,7 @@ TOPOLOGY = Topology("v5e:2x4", "tpu", tuple(range(8)), CHIPS["v5e"], CHIPS["v5e"
 
 
 def candidate(mesh, **memory):
-    return Candidate(mesh, 4, "block", 8, {"resident": 1.0, **memory}, 1.0)
+    return Candidate(mesh, mesh[2], 0, 4, "block", 8, {"resident": 1.0, **memory}, 1.0)
 
 
 def test_meshes_divide_what_they_split():
@@ -39,6 +39,10 @@ def test_every_candidate_divides_its_batches():
     for c in found:
         shards = c.mesh[0] * c.mesh[1]
         assert c.micro_batch % shards == 0 == 16 % c.micro_batch and c.evaluation_batch % shards == 0
+        assert 4 % c.rollout_tensor == 0 == (c.places or 16) % (8 // c.rollout_tensor)
+    assert {(c.rollout_tensor, c.places) for c in found} == {(1, 0), (1, 8), (2, 0), (2, 8), (2, 4)} | {
+        (4, places) for places in (0, 8, 4, 2)
+    }
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
     small = dataclasses.replace(TOPOLOGY, hbm=1.0)
     assert [c.peak for c in search.candidates(CONFIG, MODELS, small, 64)] == sorted(c.peak for c in found)
@@ -46,24 +50,25 @@ def test_every_candidate_divides_its_batches():
 
 def test_the_first_that_the_compiler_lets_fit_is_taken():
     ordered = [
-        candidate((8, 1, 1), rollout=9.0), candidate((4, 2, 1), rollout=8.9), candidate((1, 8, 1), rollout=4.0),
-        candidate((1, 4, 2), rollout=2.0),
+        candidate((8, 1, 1), decode=9.0), candidate((4, 2, 1), decode=8.9), candidate((1, 8, 1), decode=4.0),
+        candidate((1, 4, 2), decode=2.0),
     ]  # fmt: skip
     peaks = {(8, 1, 1): 20.0, (4, 2, 1): 9.0, (1, 8, 1): 8.0, (1, 4, 2): 3.0}
-    found, tried = choose(ordered, lambda c: Peak("rollout: student", peaks[c.mesh], True), limit=10.0, tries=3)
+    found, tried = choose(ordered, lambda c: Peak("decode", peaks[c.mesh], True), limit=10.0, tries=3)
     assert found.mesh == (1, 8, 1), "(4, 2, 1) is passed over: it asks for about what failed"
     assert [t.candidate.mesh for t in tried] == [(8, 1, 1), (1, 8, 1)]
-    assert choose(ordered, lambda c: Peak("rollout: student", 11.0, True), 10.0, tries=2)[0] is None
+    assert choose(ordered, lambda c: Peak("decode", 11.0, True), 10.0, tries=2)[0] is None
     refused, tried = choose(ordered[:1], lambda c: Peak("score: student", 1.0, False), 10.0, tries=2)
     assert refused is None and len(tried) == 1, "what the compiler refuses does not fit, whatever it says it needs"
 
 
 def test_flags_name_what_differs():
-    one = candidate((1, 4, 2))
-    assert one.flags(CONFIG) == [
-        "--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", "--config.evaluation.batch_size=8",
-    ]  # fmt: skip
+    one = dataclasses.replace(candidate((1, 4, 2)), rollout_tensor=4, places=8)
+    flags = ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", "--config.rollout.mesh.tensor=4"]
+    assert one.flags(CONFIG) == [*flags, "--config.rollout.places=8", "--config.evaluation.batch_size=8"]
     applied = one.applied(CONFIG)
+    assert applied.rollout.mesh == MeshConfig(-1, 1, 4) and applied.rollout.places == 8
+    assert one.flags(applied) == flags
     assert (applied.mesh.fsdp, applied.evaluation.batch_size, applied.optimizer.micro_batch) == (4, 8, 4)
 
 

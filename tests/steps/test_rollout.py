@@ -23,7 +23,7 @@ def run(tiny, prompts, index=None, sampling=Sampling(), eos_ids=(2,), max_new=MA
     index = jnp.arange(len(prompts.lengths)) if index is None else jnp.asarray(index)
     keys = row_keys(0, jnp.int32(1), index)
     model = model or tiny[0]
-    params = answering.programs(model.mesh).for_decoding(model, tiny[1])
+    params = answering.for_decoding(model, tiny[1])
     return answering.answers(model, params, prompts, keys, Decode(sampling, eos_ids, max_new, **options))
 
 
