@@ -31,6 +31,7 @@ from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.optim import init_state
+from camopd_jax.phases import Branch
 from camopd_jax.planning.costs import decode_bytes, forward_flops
 from camopd_jax.sharding import global_rows, make_mesh
 from camopd_jax.types import PromptBatch, Prompts, Scored, Scores
@@ -44,6 +45,7 @@ flags.DEFINE_integer("batch", 16, "Prompts a step.")
 flags.DEFINE_integer("prompt", 64, "Tokens of every prompt.")
 flags.DEFINE_integer("answer", 64, "Tokens of every answer.")
 flags.DEFINE_integer("micro_batch", 8, "Sequences in one forward and backward.")
+flags.DEFINE_integer("logits_chunk", Compute().logits_chunk, "Tokens whose logits exist at one time.", lower_bound=1)
 flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of matrix products and teachers.")
 flags.DEFINE_enum("remat", "block", ["none", "dots", "block"], "What the backward pass computes again.")
 flags.DEFINE_float("mass", 0.8, "Share of the gap mass that is trained on; 1: every answer.", 0.01, 1.0)
@@ -57,7 +59,8 @@ def build():
     """(config, student model, student parameters, teacher parameters) on the mesh."""
     values = flags.FLAGS
     mesh = make_mesh(*map(int, values.mesh.split(",")))
-    compute = Compute(teacher=values.dtype, matmul=values.dtype, remat=values.remat)
+    compute = Compute(teacher=values.dtype, matmul=values.dtype, remat=values.remat,
+                      logits_chunk=values.logits_chunk)  # fmt: skip
     length = values.prompt + values.answer
     method = Method(recovery=Phase("absolute_gap", values.mass, 2.0))
     config = TrainConfig(
@@ -85,6 +88,7 @@ def main(_) -> None:
     values = flags.FLAGS
     config, model, student, teacher = build()
     state = init_state(student, "shared")
+    branch = Branch(None, model, teacher)
     before = np.asarray(student["final_norm"]["scale"])
     programs = phases.compile_programs(config, model, (), state)
     random = np.random.default_rng(0)
@@ -104,22 +108,18 @@ def main(_) -> None:
         prompts = global_rows(
             model.mesh, PromptBatch(host, host, np.arange(values.batch, dtype=np.int32)), values.batch
         )
-        asked = prompts.student, prompts.index, state.step
-        answers = timed("rollout", lambda: programs.rollout(model, state.params, *asked))
-        asked = prompts.student, answers.tokens, answers.lengths
+        draw, params = np.int32(state.step), state.params
+        answers = timed("rollout", lambda: phases.ask(config, programs, branch, params, prompts, draw))
+        theirs = timed("score_teacher", lambda: phases.score(config, model, teacher, prompts.teacher, answers))
         ours = answers.logprobs
         if not programs.trusts_sampler:
-            ours = timed("score_student", lambda: programs.score(model, state.params, *asked))
-        theirs = timed("score_teacher", lambda: programs.score(model, teacher, *asked))
+            ours = timed("score_student", lambda: phases.score(config, model, params, prompts.student, answers))
         scores = Scores(ours, theirs)
-        selection = timed("select", lambda: programs.select["recovery"](scores, answers.lengths, state.step))
-        state, _ = timed(
-            "update",
-            lambda: programs.update["recovery"](
-                state, Scored(prompts.student, prompts.index, answers, scores, selection)
-            ),
-        )
-        return state, seconds, {"selected": int(selection.count), "sampled": int(jnp.sum(answers.lengths))}
+        selection = timed("select", lambda: programs.select["recovery"](scores, answers.lengths, draw))
+        part = Scored(prompts.student, prompts.index, answers, scores, selection)
+        gradient = timed("gradient", lambda: phases.gradient(config, programs, "recovery", params, part))
+        after, _ = timed("update", lambda: programs.update["recovery"](state, gradient, part))
+        return after, seconds, {"selected": int(selection.count), "sampled": int(jnp.sum(answers.lengths))}
 
     started = time.perf_counter()
     state, _, _ = step(state)
@@ -142,7 +142,7 @@ def main(_) -> None:
     flops = {
         "rollout": forward_flops(c, batch, 0, prompt, 0) + forward_flops(c, batch, prompt, length, answer),
         "score_teacher": forward,
-        "update": 3 * forward * statistics.median(selected) / batch,
+        "gradient": 3 * forward * statistics.median(selected) / batch,
     }
     if "score_student" in median:
         flops["score_student"] = forward
@@ -153,7 +153,8 @@ def main(_) -> None:
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {platform.machine()}",
         "model": Path(values.model).name if values.model else values.shape,
         "batch": batch, "prompt": prompt, "answer": answer, "micro_batch": values.micro_batch, "mesh": values.mesh,
-        "dtype": str(model.dtype), "remat": values.remat, "mass": values.mass, "steps": values.steps,
+        "dtype": str(model.dtype), "remat": values.remat, "logits_chunk": values.logits_chunk,
+        "mass": values.mass, "steps": values.steps,
         "selected": statistics.median(selected),
         "tokens_sampled_per_step": statistics.median(sampled),
         "largest_move": float(np.max(np.abs(np.asarray(state.params["final_norm"]["scale"]) - before))),

@@ -30,6 +30,7 @@ from camopd_jax.diagnosis import Diagnosis
 from camopd_jax.errors import UserError
 from camopd_jax.jsonl import append_rows, read_rows
 from camopd_jax.optim import abstract_state
+from camopd_jax.processes import first
 from camopd_jax.sharding import check_rows, make_mesh
 
 STREAMS = {"recovery": "general", "review": "domain"}
@@ -88,14 +89,15 @@ if __name__ == "__main__":
     flags.DEFINE_string("source_field", "source", "Field of a prompt's row that tells where it comes from.")
     flags.DEFINE_string("out", None, "JSONL file that gets a line with the figures.")
     read_config = cli.config_flag(TrainConfig)
+    cli.define_processes()
 
     def main() -> None:
         values, config = flags.FLAGS, read_config()
-        engine.start()
+        engine.start(cli.processes())
         row = analyze(config, values.checkpoint, values.source_field)
-        if values.out:
+        if values.out and first():
             append_rows(epath.Path(values.out), [row | {"checkpoint": values.checkpoint or config.specialised_model}])
-        console = Console(highlight=False)
+        console = Console(highlight=False, quiet=not first())
         for table in tables.of_row(row):
             console.print(table)
 

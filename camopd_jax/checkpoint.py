@@ -14,7 +14,9 @@ from etils import epath
 
 from camopd_jax.config import Checkpoints as CheckpointsConfig
 from camopd_jax.config import Config as RunConfig
+from camopd_jax.distributed import lost
 from camopd_jax.errors import UserError
+from camopd_jax.processes import share, together
 from camopd_jax.resolved import different_fields, fingerprint, to_json
 from camopd_jax.types import TrainState
 
@@ -117,6 +119,8 @@ class Checkpoints:
                 wanted = _shapes(abstract)
                 found = self._manager.restore(step, args=arguments) if stored == wanted else None
         except Exception as error:  # Orbax and TensorStore raise many kinds
+            if lost(error):
+                raise
             raise UserError(
                 f"{self._folder / str(step)}: this checkpoint cannot be read ({_reason(error)}); delete the folder, "
                 "and the run goes on from the one before"
@@ -146,6 +150,8 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore raises a full disk as a ValueError
+            if lost(error):
+                raise
             raise UserError(
                 f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); free some room and start the "
                 "same command again, the checkpoints before it are whole"
@@ -195,13 +201,31 @@ def _one_error() -> Iterator[None]:
 
 
 def claim_workdir(workdir: epath.Path, config: RunConfig) -> None:
-    """Writes workdir/config.json, or checks that the one there is of the same run.
+    """Writes workdir/config.json, or checks that the one there is of the same run; of many processes, the first does.
 
     Fields that do not touch a run's numbers (`resolved.fingerprint`) may change between its starts.
 
     Raises:
-      UserError: naming the fields in which the run that owns the directory differs.
+      UserError: naming the fields in which the run that owns the directory differs, or in which this process differs
+        from the first; and if the directory is not the same on all hosts.
     """
+    owner = share(lambda: _claim(workdir, config))
+    together(lambda: _check_shared(workdir, config, owner))
+
+
+def _check_shared(workdir: epath.Path, config: RunConfig, owner: dict[str, Any]) -> None:
+    """Raises UserError unless this process has the first one's config and work directory."""
+    if fields := ", ".join(different_fields(owner, to_json(config), every=True)):
+        raise UserError(f"its config is not that of process 0 ({fields}); give the same command on every host")
+    if not (workdir / "config.json").exists():
+        raise UserError(
+            f"{workdir}: what process 0 wrote there is not to be seen here; give a --workdir that all hosts share, on "
+            "a network file system or gs://"
+        )
+
+
+def _claim(workdir: epath.Path, config: RunConfig) -> dict[str, Any]:
+    """Writes or checks config.json; returns the config."""
     file = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
@@ -217,11 +241,11 @@ def claim_workdir(workdir: epath.Path, config: RunConfig) -> None:
                     f"{workdir}: it belongs to a run with another config ({fields}); give that config, or a new "
                     "--workdir"
                 )
-        if jax.process_index() == 0:
-            part = workdir / "config.json.part"
-            record = {"kind": type(config).__name__, "fingerprint": fingerprint(config), "config": to_json(config)}
-            part.write_text(json.dumps(record, indent=2) + "\n")
-            part.replace(file)
+        part = workdir / "config.json.part"
+        record = {"kind": type(config).__name__, "fingerprint": fingerprint(config), "config": to_json(config)}
+        part.write_text(json.dumps(record, indent=2) + "\n")
+        part.replace(file)
+        return to_json(config)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not the config.json of a run; move it away, or give a new --workdir") from error
     except ImportError as error:  # the file system of a bucket is a package of its own

@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from camopd_jax.config import from_config_dict
+from camopd_jax.distributed import Processes, end, joined
 from camopd_jax.errors import UserError
 
 
@@ -34,6 +35,30 @@ def config_flag(*classes: type) -> Callable[[], Any]:
             raise UserError(f"--config: no config file {file}; give one, for example configs/quickstart.py") from error
 
     return read
+
+
+_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
+
+
+def define_processes() -> None:
+    """Defines the flags that `processes` reads."""
+    address, count, number = _PROCESS_FLAGS
+    flags.DEFINE_string(
+        address, None, "Of many processes outside Cloud TPU: host:port of process 0, a free port there."
+    )
+    flags.DEFINE_integer(count, None, "Of many processes outside Cloud TPU: how many they are.")
+    flags.DEFINE_integer(number, None, "Of many processes outside Cloud TPU: which one this is, from 0.")
+
+
+def processes() -> Processes | None:
+    """Where the processes of the run meet; None if the flags do not say."""
+    given = {name: flags.FLAGS[name].value for name in _PROCESS_FLAGS}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        raise UserError(f"{missing[0]} is missing; --{', --'.join(given)} go together, all three or none")
+    return Processes(**given)
 
 
 def run(main: Callable[..., None], *words: str, many: bool = False) -> None:
@@ -93,6 +118,14 @@ def one_line(act: Callable[[], Any]) -> Any:
         return act()
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        sys.exit(2)
+        _exit(2)
     except KeyboardInterrupt:
-        sys.exit(128 + signal.SIGINT)
+        _exit(128 + signal.SIGINT)
+    except Exception as error:
+        if not joined():
+            raise
+        end(1, error)
+
+
+def _exit(code: int) -> None:
+    end(code) if joined() else sys.exit(code)

@@ -125,6 +125,9 @@ class Compute:
     # How whole rows attend (scoring, updates, prefill; decoding is always plain). fused: Pallas on TPU, cuDNN on GPU,
     # refused where neither takes the model; xla: plainly; auto: fused where it can be and rows are long enough
     attention: Literal["auto", "xla", "fused"] = "auto"
+    # Whether what is idle waits in host memory: the teachers but while they score, Adam's moments but for the update.
+    # Off where the devices have room: copies take time where nothing hides them
+    offload: bool = False
     logits_chunk: int = 1024  # tokens of one chip whose logits exist at one time; the head is gathered once for all
 
 

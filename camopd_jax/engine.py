@@ -1,7 +1,9 @@
 """A Hugging Face checkpoint in memory, ready to answer and to score: what every command shares."""
 
+import ctypes
 import dataclasses
 import os
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from camopd_jax.buckets import bucket, length_batches, pieces
 from camopd_jax.config import Compute
 from camopd_jax.data import templates
 from camopd_jax.data.pipeline import pad
+from camopd_jax.distributed import Processes, join
 from camopd_jax.errors import UserError
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, from_hf
@@ -60,19 +63,30 @@ class Loaded:
 # --------------------------------------------------------------------------------- start and load
 
 
-def start() -> None:
+def start(processes: Processes | None = None) -> None:
     """Joins the other processes where there are any, and keeps compiled programs between runs.
 
-    With CAMOPD_DISTRIBUTED=1 (launch_tpu.sh sets it) JAX finds the others itself: on Cloud TPU, under SLURM or
-    MPI, or by JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and JAX_PROCESS_ID.
+    Args:
+      processes: where they meet, as `distributed.join` takes it.
     """
-    if os.environ.get("CAMOPD_DISTRIBUTED") == "1":
-        jax.distributed.initialize()
+    join(processes)
+    _return_freed_memory()
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "camopd_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
 
 
+def _return_freed_memory() -> None:
+    """Has glibc give freed blocks of a megabyte and more back to the system at once.
+
+    Left alone it keeps blocks of up to 32 MiB for later: on a CPU, a layer's worth of arrays for every layer.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+
+
+_M_MMAP_THRESHOLD = -3  # of malloc.h
 CHECKPOINT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # the files of one that are read
 
 
@@ -215,7 +229,7 @@ def score_responses(
 
 def _prompts(mesh: Mesh, ids: Sequence[Sequence[int]], smallest_bucket: int) -> Prompts:
     """Token lists -> a global, right-padded batch."""
-    mine = ids[rows_of_process(mesh, len(ids))]
+    mine = [ids[i] for i in rows_of_process(mesh, len(ids))]
     width = bucket(max(len(row) for row in ids), smallest_bucket)
     lengths = np.asarray([len(row) for row in mine], np.int32)
     return global_rows(mesh, Prompts(pad(mine, width), lengths), len(ids))

@@ -27,6 +27,7 @@ from camopd_jax.evals import report
 from camopd_jax.evals.report import Result
 from camopd_jax.jsonl import read_rows
 from camopd_jax.metrics import Display, MetricsWriter
+from camopd_jax.processes import first, share
 from camopd_jax.sharding import check_rows, make_mesh
 
 Config = TrainConfig | SftConfig
@@ -83,7 +84,7 @@ def load(config: Config, source: str, mesh: Mesh) -> Checkpoint:
 def known_baselines(folder: epath.Path, models: dict[str, list[Result]]) -> dict[str, list[Result]]:
     """The general and the specialised model's results on the very same questions, where eval.jsonl has them all."""
     asked = [row["asked"] for row in next(iter(models.values()))]
-    rows = {(row["model"], row.get("asked")): row for row in read_rows(folder / "eval.jsonl")}
+    rows = {(row["model"], row.get("asked")): row for row in share(lambda: read_rows(folder / "eval.jsonl"))}
     names = ("general", "specialised")
     if not all((name, questions) in rows for name in names for questions in asked):
         return {}
@@ -94,12 +95,13 @@ if __name__ == "__main__":
     flags.DEFINE_list("checkpoint", [], "Hugging Face folders, hub names, work directories or their checkpoints/STEP.")
     flags.DEFINE_string("workdir", "runs/evaluation", "Directory for eval.jsonl and the answers; may be a run's own.")
     read_config = cli.config_flag(TrainConfig, SftConfig)
+    cli.define_processes()
 
     def main() -> None:
         config = read_config()
-        engine.start()
+        engine.start(cli.processes())
         models = evaluate(config, flags.FLAGS.checkpoint, flags.FLAGS.workdir)
-        console = Console(highlight=False)
+        console = Console(highlight=False, quiet=not first())
         console.print(report.table(models))
         console.print(report.details(models))
 

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import jax
 from etils import epath
 
 from camopd_jax import engine
@@ -25,6 +24,7 @@ from camopd_jax.evals.task import Grade, Row, Task
 from camopd_jax.jsonl import append_rows, read_rows, write_rows
 from camopd_jax.metrics import Display, MetricsWriter
 from camopd_jax.models import hf
+from camopd_jax.processes import first, share
 from camopd_jax.steps.sampling import Sampling
 
 Say = Callable[[str], None]
@@ -61,8 +61,16 @@ def standing_row(step: int, standing: Standing, comparison: dict[str, Any]) -> d
 
 def read_standings(workdir: epath.Path) -> dict[int, Standing]:
     """How the checkpoints of a work directory stand, by step, from its eval.jsonl."""
-    rows = [row for row in read_rows(workdir / "eval.jsonl") if row["benchmark"] == "standing"]
-    return {row["step"]: Standing(row["keeps"], row["merit"]) for row in rows}
+    return _standings(read_rows(workdir / "eval.jsonl"))
+
+
+def shared_standings(workdir: epath.Path) -> dict[int, Standing]:
+    """The same, as the first of many processes reads them."""
+    return _standings(share(lambda: read_rows(workdir / "eval.jsonl")))
+
+
+def _standings(rows: Sequence[Row]) -> dict[int, Standing]:
+    return {row["step"]: Standing(row["keeps"], row["merit"]) for row in rows if row["benchmark"] == "standing"}
 
 
 def questions(benchmark: Benchmark, task: Task, limit: int | None = None) -> list[Row]:
@@ -139,6 +147,13 @@ def run(
             collect(benchmark, loaded, evaluation, file, asked, sample, say) for sample in range(benchmark.samples)
         ]
 
+    return share(lambda: graded(benchmark, task, answers, rows, file, say))
+
+
+def graded(
+    benchmark: Benchmark, task: Task, answers: Sequence[Sequence[Kept]], rows: Sequence[Row], file: epath.Path, say: Say
+) -> report.Result:
+    """The result of every sample's answers to the questions `rows`."""
     flat = [answer for given in answers for answer in given]
     grades = grade_all(task, flat, rows * len(answers), file, lambda n: say(f"{benchmark.name}: {n} answers graded"))
     of_question = [grades[i :: len(rows)] for i in range(len(rows))]
@@ -228,25 +243,33 @@ def resume(
     work: Callable[[list[int], Callable[[dict[int, Kept]], None]], None],
     say: Callable[[int], None],
 ) -> list[Kept]:
-    """The rows of a file by their keys; those it lacks come from `work(missing, keep)`, kept as they come."""
-    known = {row["key"]: row for row in read_rows(file)}
-    if jax.process_index() == 0 and known:
-        write_rows(file, known.values())  # a line cut by a kill must not join the next
-    missing = [i for i, key in enumerate(keys) if key not in known]
+    """The rows of a file by their keys; those it lacks come from `work(missing, keep)`, kept as they come.
+
+    Of many processes the first one reads and keeps them, and all work; the others get no rows.
+    """
+    known: dict[str, Kept] = {}
+
+    def open_questions() -> list[int]:
+        known.update({row["key"]: row for row in read_rows(file)})
+        if known:
+            write_rows(file, known.values())  # a line cut by a kill must not join the next
+        return [i for i, key in enumerate(keys) if key not in known]
+
+    missing = share(open_questions)
     done = len(keys) - len(missing)
 
     def keep(results: dict[int, Kept]) -> None:
         nonlocal done
-        new = {i: {"key": keys[i], "question": i, **result} for i, result in results.items()}
-        known.update({row["key"]: row for row in new.values()})
-        if jax.process_index() == 0:
-            append_rows(file, list(new.values()))
+        new = [{"key": keys[i], "question": i, **result} for i, result in results.items()]
+        known.update({row["key"]: row for row in new})
+        if first():
+            append_rows(file, new)
         done += len(new)
         say(done)
 
     if missing:
         work(missing, keep)
-    return [known[key] for key in keys]
+    return [known[key] for key in keys] if first() else []
 
 
 def _kept(answer: Answer, sample: int) -> Kept:
@@ -269,8 +292,7 @@ def grade_all(
         for start in range(0, len(answers), at_once):
             part = answers[start : start + at_once]
             found = list(pool.map(grade, part, rows[start : start + at_once]))
-            if jax.process_index() == 0:
-                keep_grades(file, part, found, task.grader)
+            keep_grades(file, part, found, task.grader)
             grades += found
             if task.grader:
                 say(len(grades))

@@ -16,7 +16,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-import jax
 from absl import flags
 from etils import epath
 
@@ -28,6 +27,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.evaluation import read_standings
 from camopd_jax.models import hf
 from camopd_jax.optim import init_state
+from camopd_jax.processes import first, wait
 from camopd_jax.resolved import from_json
 from camopd_jax.sharding import make_mesh
 
@@ -48,7 +48,7 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
     """
     try:
         with _part(out) as part:
-            if jax.process_index() == 0:
+            if first():
                 for pattern in _KEPT:
                     for file in loaded.folder.glob(pattern):
                         shutil.copyfile(file, part / file.name)
@@ -66,12 +66,12 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
 def _part(out: epath.Path) -> Iterator[Path]:
     """A local folder that becomes `out` when all is written."""
     local = "://" not in str(out)
-    part = Path(str(out) + ".part") if local else Path(tempfile.mkdtemp())
-    if jax.process_index() == 0:
+    part = Path(str(out) + ".part") if local or not first() else Path(tempfile.mkdtemp())
+    if first():
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     yield part
-    if jax.process_index() == 0:
+    if first():
         if out.exists():
             out.rmtree()
         if local:
@@ -81,6 +81,7 @@ def _part(out: epath.Path) -> Iterator[Path]:
             for file in part.iterdir():
                 epath.Path(file).copy(out / file.name)
             shutil.rmtree(part)
+    wait("export")
 
 
 def model_card(name: str, provenance: dict[str, str]) -> str:
@@ -125,14 +126,15 @@ def restored(workdir: str, step: int | None = None, best: bool = False) -> tuple
 
 
 def main() -> None:
-    engine.start()
+    engine.start(cli.processes())
     values = flags.FLAGS
     workdir, out = cli.required("workdir", "runs/medqa"), cli.required("out", "recovered")
     if epath.Path(out).exists():
         raise UserError(f"--out: {out} exists; give a new folder")
     loaded, provenance = restored(workdir, values.step, values.best)
     write_folder(epath.Path(out), loaded, provenance)
-    print(f"exported step {provenance['steps']}: {out}")
+    if first():
+        print(f"exported step {provenance['steps']}: {out}")
 
 
 if __name__ == "__main__":
@@ -140,4 +142,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder to write; must not exist.")
     flags.DEFINE_integer("step", None, "Checkpoint to take; default: the last.")
     flags.DEFINE_bool("best", False, "Take the best checkpoint of those that were evaluated.")
+    cli.define_processes()
     cli.run(main)

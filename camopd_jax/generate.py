@@ -19,6 +19,7 @@ from camopd_jax import cli, engine
 from camopd_jax.config import Compute, Template
 from camopd_jax.data import sources, templates
 from camopd_jax.jsonl import write_rows
+from camopd_jax.processes import first
 from camopd_jax.sharding import check_rows, make_mesh
 from camopd_jax.steps.sampling import Sampling
 
@@ -27,7 +28,7 @@ def main() -> None:
     model, source = cli.required("model", "HF_DIR"), cli.required("input", "x.jsonl")
     output = cli.required("output", "y.jsonl")
     values = flags.FLAGS
-    engine.start()
+    engine.start(cli.processes())
     mesh = make_mesh()
     check_rows(mesh, "--batch_size", values.batch_size)
     compute = Compute(teacher=values.dtype, matmul=values.dtype)
@@ -51,19 +52,20 @@ def main() -> None:
         sampling=sampling,
         seed=values.seed,
     )
-    write_rows(
-        output,
-        (
-            row
-            | {
-                "response": a.text,
-                "response_ids": a.ids,
-                "logprobs": a.logprobs,
-                "finish_reason": "stop" if a.stopped else "length",
-            }
-            for row, a in zip(rows, answers, strict=True)
-        ),
-    )
+    if first():
+        write_rows(
+            output,
+            (
+                row
+                | {
+                    "response": a.text,
+                    "response_ids": a.ids,
+                    "logprobs": a.logprobs,
+                    "finish_reason": "stop" if a.stopped else "length",
+                }
+                for row, a in zip(rows, answers, strict=True)
+            ),
+        )
 
 
 if __name__ == "__main__":
@@ -79,4 +81,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("system", None, "System prompt for conversations without one.")
     flags.DEFINE_integer("batch_size", 16, "Rows answered together.", lower_bound=1)
     flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of weights and products.")
+    cli.define_processes()
     cli.run(main)

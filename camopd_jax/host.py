@@ -7,7 +7,6 @@ import signal
 from collections.abc import Sequence
 from typing import Any
 
-import jax
 from etils import epath
 from jax.experimental import multihost_utils
 
@@ -21,6 +20,7 @@ from camopd_jax.evals.report import Result, Standing
 from camopd_jax.export import write_folder
 from camopd_jax.jsonl import drop_rows_after
 from camopd_jax.metrics import Display, MetricsWriter
+from camopd_jax.processes import first, several, together, wait
 from camopd_jax.resolved import fingerprint
 from camopd_jax.types import TrainState
 
@@ -46,9 +46,9 @@ class Host:
         self.provenance = provenance | {"config_fingerprint": fingerprint(config)}
         self.workdir = epath.Path(workdir)
         self.terminated = False
-        evaluation.check(config.evaluation)
+        together(lambda: evaluation.check(config.evaluation))
         claim_workdir(self.workdir, config)
-        self.standings = evaluation.read_standings(self.workdir)
+        self.standings = evaluation.shared_standings(self.workdir)
         self.checkpoints = Checkpoints(workdir, config.checkpoints, self.standings)
 
     def restore(self, state: TrainState) -> TrainState:
@@ -63,7 +63,7 @@ class Host:
                     )
             for name, stream in self.streams.items():
                 stream.set_state(positions[name])
-        if jax.process_index() == 0:
+        if first():
             for name in ("metrics.jsonl", "samples.jsonl", "selection.jsonl"):
                 drop_rows_after(self.workdir / name, int(state.step))
             drop_rows_after(self.workdir / "diagnostics.jsonl", int(state.step) + 1)  # these tell of the model after it
@@ -71,7 +71,8 @@ class Host:
         self.display = Display(self.config.steps, int(state.step))
         if step is not None:
             self.display.say(f"going on from step {step}")
-        signal.signal(signal.SIGTERM, self._terminate)
+        if not several():  # else JAX takes the signal, and tells the others of it
+            signal.signal(signal.SIGTERM, self._terminate)
         return state
 
     # ----------------------------------------------------------------- between the steps
@@ -92,7 +93,7 @@ class Host:
 
     def due(self, steps_done: int) -> bool:
         """Whether a checkpoint or an evaluation follows, or the end."""
-        if jax.process_count() > 1:  # all processes have to end after the same step
+        if several():  # all have to end after the same step
             self.terminated |= multihost_utils.reached_preemption_sync_point(steps_done)
         return self.terminated or self._save_due(steps_done) or self._evaluation_due(steps_done)
 
@@ -184,8 +185,9 @@ class Host:
             self.provenance | {"steps": str(int(state.step))},
         )
         self.display.say(f"exported: {self.workdir / 'export'}")
-        if self.config.log.report and jax.process_index() == 0:
+        if self.config.log.report and first():
             from camopd_jax.reporting.page import write_page  # draws: slow to import, and only needed here
 
             write_page([str(self.workdir)], self.workdir / "report.html")
             self.display.say(f"report: {self.workdir / 'report.html'}")
+        wait("report")

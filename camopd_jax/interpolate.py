@@ -15,6 +15,7 @@ from camopd_jax.config import TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.export import write_folder
 from camopd_jax.models import hf
+from camopd_jax.processes import first
 from camopd_jax.sharding import make_mesh
 
 
@@ -49,14 +50,16 @@ if __name__ == "__main__":
     flags.DEFINE_float("weight", 0.5, "Share of the original model.", 0.0, 1.0)
     flags.DEFINE_string("out", None, "Folder to write; must not exist.")
     read_config = cli.config_flag(TrainConfig)
+    cli.define_processes()
 
     def main() -> None:
         out = cli.required("out", "between")
         if epath.Path(out).exists():
             raise UserError(f"--out: {out} exists; give a new folder")
         config = read_config()
-        engine.start()
+        engine.start(cli.processes())
         interpolate(config, flags.FLAGS.weight, out)
-        print(f"written: {out}")
+        if first():
+            print(f"written: {out}")
 
     cli.run(main)

@@ -47,33 +47,40 @@ def learning_rate(config: Optimizer, steps: int, step: jax.Array) -> jax.Array:
 
 
 def apply(
-    params: Params, moments: Any, grads: Params, rate: jax.Array, config: Optimizer
+    params: Params, moments: Any, grads: Params, rate: jax.Array, config: Optimizer, sound: jax.Array
 ) -> tuple[Params, Any, dict[str, jax.Array]]:
-    """One AdamW step.
+    """One AdamW step where `sound` and the gradient is finite; else everything stays as it is.
 
     The gradient is scaled down to global norm `clip_norm` where it is longer. A clip that bites at every
     step makes all gradients equally long and so cancels the phases' scales r: `grad_clipped` tells.
 
+    A step that is not taken is one with decays of 1 and a gradient of 0: so the old values need not be kept beside
+    the new ones.
+
     Returns:
-      New parameters and moments, and {"grad_norm", "grad_clipped" (0 or 1), "learning_rate"}.
+      New parameters and moments, and {"grad_norm", "grad_clipped" (0 or 1), "learning_rate", "sound"}.
     """
     norm = optax.global_norm(grads)
+    sound &= jnp.isfinite(norm)
     clipped = jnp.bool_(False)
     if config.clip_norm is not None:
         clipped = norm > config.clip_norm
         factor = jnp.where(clipped, config.clip_norm / norm, 1.0)
         grads = jax.tree.map(lambda g: g * factor, grads)
-    adam = optax.scale_by_adam(b1=config.b1, b2=config.b2, eps=config.eps)
-    updates, moments = adam.update(grads, moments)
+    grads = jax.tree.map(lambda g: jnp.where(sound, g, 0), grads)
+    decays = {"b1": jnp.where(sound, config.b1, 1.0), "b2": jnp.where(sound, config.b2, 1.0)}
+    updates, new = optax.scale_by_adam(**decays, eps=config.eps).update(grads, moments)
+    moments = new._replace(count=jnp.where(sound, new.count, moments.count))
 
     def move(path, p: jax.Array, u: jax.Array) -> jax.Array:
         wide = p.astype(jnp.float32)
         if path[-1].key in _DECAYED:
             u = u + config.weight_decay * wide
-        return (wide - rate * u).astype(p.dtype)
+        return (wide - jnp.where(sound, rate * u, 0)).astype(p.dtype)
 
     params = jax.tree_util.tree_map_with_path(move, params, updates)
-    stats = {"grad_norm": norm, "grad_clipped": clipped.astype(jnp.float32), "learning_rate": jnp.asarray(rate)}
+    stats = {"grad_norm": norm, "grad_clipped": clipped.astype(jnp.float32), "learning_rate": jnp.asarray(rate),
+             "sound": sound}  # fmt: skip
     return params, moments, stats
 
 

@@ -15,7 +15,7 @@ there both branches go through 2 to 5, and one update takes both.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
 
@@ -31,6 +31,7 @@ from camopd_jax.config import Method, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.metrics import Stages
 from camopd_jax.piecewise import Learning
+from camopd_jax.residency import on_devices, on_host
 from camopd_jax.sharding import check_rows, global_rows, other_mesh, sharding, whole
 from camopd_jax.steps.sampling import Sampling, row_keys
 from camopd_jax.steps.select import select
@@ -183,11 +184,16 @@ def run(
     """Runs the steps from `state.step` to `config.steps`, or until the observer ends the run."""
     rows = batch_rows(config)
     waiting: Outcome | None = None
+    offload = config.compute.offload
+    if offload:
+        branches = {name: replace(b, teacher_params=on_host(b.teacher_params)) for name, b in branches.items()}
     for step in range(int(state.step), config.steps):
         phase = phase_at(step, config.method)
         two_ways = not programs.trusts_sampler or step % CHECK_EVERY == 0
         stages = Stages()
         parts: dict[str, Scored] = {}
+        if offload:
+            state = state.replace(moments=on_host(state.moments))
 
         def log_the_last(stages: Stages = stages) -> None:
             nonlocal waiting
@@ -200,6 +206,8 @@ def run(
             branch, draw = branches[name], np.int32(step * len(ACTING[phase]) + i)
             with stages("other"):
                 prompts = global_rows(programs.student.mesh, next(branch.prompts), rows[name])
+            if offload:
+                branch = replace(branch, teacher_params=on_devices(branch.teacher_params))
             with stages("rollout"):
                 answers = ask(config, programs, branch, state.params, prompts, draw, log_the_last)
                 answers = cut_to_bucket(answers, config.rollout.smallest_bucket)
@@ -209,6 +217,9 @@ def run(
             with stages("select"):
                 selection = jax.block_until_ready(programs.select[name](scores, answers.lengths, draw))
             parts[name] = Scored(prompts.student, prompts.index, answers, scores, selection)
+            del branch
+        if offload:
+            state = state.replace(moments=on_devices(state.moments))
         with stages("update"):
             gradients = [gradient(config, programs, name, state.params, part) for name, part in parts.items()]
             state, metrics = jax.block_until_ready(programs.update[phase](state, *gradients, *parts.values()))
@@ -261,14 +272,17 @@ def score_both(
 
     The student's were known when it sampled: where they are trusted, only `forward` asks for a pass of their own.
     """
+    teacher = score(config, branch.teacher, branch.teacher_params, prompts.teacher, answers)
+    if not forward:
+        return Scores(answers.logprobs, teacher)
+    return Scores(score(config, programs.student, params, prompts.student, answers), teacher)
 
-    def score(model: LanguageModel, params: Params, asked: Prompts) -> jax.Array:
-        everyone = micro_batches(config, asked, answers, np.arange(len(answers.lengths)))
-        chunk = config.compute.logits_chunk
-        return piecewise.score(model, params, asked, answers.tokens, answers.lengths, everyone, chunk=chunk)
 
-    teacher = score(branch.teacher, branch.teacher_params, prompts.teacher)
-    return Scores(score(programs.student, params, prompts.student) if forward else answers.logprobs, teacher)
+def score(config: TrainConfig, model: LanguageModel, params: Params, prompts: Prompts, answers: Rollout) -> jax.Array:
+    """Log-probabilities of the answers under one model, float32[B, T]."""
+    everyone = micro_batches(config, prompts, answers, np.arange(len(answers.lengths)))
+    chunk = config.compute.logits_chunk
+    return piecewise.score(model, params, prompts, answers.tokens, answers.lengths, everyone, chunk=chunk)
 
 
 def gradient(config: TrainConfig, programs: Programs, name: str, params: Params, part: Scored) -> Gradient:

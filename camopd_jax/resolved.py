@@ -58,8 +58,10 @@ def fingerprint(config: Config) -> str:
     return hashlib.sha256(json.dumps([type(config).__name__, kept], sort_keys=True).encode()).hexdigest()[:16]
 
 
-def different_fields(before: dict[str, Any], after: dict[str, Any]) -> list[str]:
-    """Names of the fields that decide what a run computes and differ between two resolved configs."""
+def different_fields(before: dict[str, Any], after: dict[str, Any], every: bool = False) -> list[str]:
+    """Names of the fields that differ between two resolved configs: those that decide what a run computes, or every."""
+    if every:
+        return _different(before, after, "config")
     return _different(_deciding(before), _deciding(after), "config")
 
 

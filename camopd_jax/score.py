@@ -15,6 +15,7 @@ from camopd_jax.config import Compute, Template
 from camopd_jax.data import sources, templates
 from camopd_jax.errors import UserError
 from camopd_jax.jsonl import write_rows
+from camopd_jax.processes import first
 from camopd_jax.sharding import check_rows, make_mesh
 
 
@@ -22,7 +23,7 @@ def main() -> None:
     model, source = cli.required("model", "HF_DIR"), cli.required("input", "x.jsonl")
     output = cli.required("output", "y.jsonl")
     values = flags.FLAGS
-    engine.start()
+    engine.start(cli.processes())
     mesh = make_mesh()
     check_rows(mesh, "--batch_size", values.batch_size)
     compute = Compute(teacher=values.dtype, matmul=values.dtype)
@@ -36,18 +37,19 @@ def main() -> None:
     logprobs = engine.score_responses(
         loaded, prompts, responses, batch_size=values.batch_size, temperature=values.temperature
     )
-    write_rows(
-        output,
-        (
-            row
-            | {
-                "response": row.get("response", tokenizer.decode(ids)),
-                "response_ids": list(ids),
-                "logprobs": logp.tolist(),
-            }
-            for row, ids, logp in zip(rows, responses, logprobs, strict=True)
-        ),
-    )
+    if first():
+        write_rows(
+            output,
+            (
+                row
+                | {
+                    "response": row.get("response", tokenizer.decode(ids)),
+                    "response_ids": list(ids),
+                    "logprobs": logp.tolist(),
+                }
+                for row, ids, logp in zip(rows, responses, logprobs, strict=True)
+            ),
+        )
 
 
 def _response_ids(tokenizer, row: dict, where: str) -> list[int]:
@@ -66,4 +68,5 @@ if __name__ == "__main__":
     flags.DEFINE_string("system", None, "System prompt for conversations without one.")
     flags.DEFINE_integer("batch_size", 16, "Rows scored together.", lower_bound=1)
     flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of weights and products.")
+    cli.define_processes()
     cli.run(main)

@@ -18,11 +18,13 @@ from camopd_jax import cli, engine
 from camopd_jax.buckets import pieces
 from camopd_jax.config import SftConfig
 from camopd_jax.data.pipeline import SftStream
+from camopd_jax.engine import Loaded
 from camopd_jax.host import Host
 from camopd_jax.metrics import memory_gib
 from camopd_jax.models import hf
 from camopd_jax.optim import init_state
 from camopd_jax.piecewise import Learning
+from camopd_jax.processes import together
 from camopd_jax.sharding import check_rows, global_rows, make_mesh, rows_of_process, whole
 from camopd_jax.steps.update import Gradient, sft_update, sft_weights
 from camopd_jax.types import Params, SftBatch
@@ -34,11 +36,18 @@ def sft(config: SftConfig, workdir: str) -> None:
     check_rows(mesh, "config.batch_size", config.batch_size)
     check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
     check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)
-    folder = engine.find(config.model, "config.model")
-    student = engine.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
-    stream = SftStream(config, student.tokenizer, rows_of_process(mesh, config.batch_size))
 
-    provenance = {"method": "supervised fine-tuning", "model": config.model, "fingerprint": hf.fingerprint(folder)}
+    def begin() -> tuple[Loaded, SftStream]:
+        folder = engine.find(config.model, "config.model")
+        loaded = engine.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
+        return loaded, SftStream(config, loaded.tokenizer, rows_of_process(mesh, config.batch_size))
+
+    student, stream = together(begin)
+    provenance = {
+        "method": "supervised fine-tuning",
+        "model": config.model,
+        "fingerprint": hf.fingerprint(student.folder),
+    }
     host = Host(config, workdir, student, {"data": stream}, provenance)
     state = host.restore(init_state(student.params, "shared"))
     host.display.say(f"conversations: {stream.counts}")
@@ -78,11 +87,12 @@ def gradient(config: SftConfig, learning: Learning, params: Params, batch: SftBa
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run, made if it is not there; gs:// paths work.")
     read_config = cli.config_flag(SftConfig)
+    cli.define_processes()
 
     def main() -> None:
         workdir = cli.required("workdir", "runs/sft")
         config = read_config()
-        engine.start()
+        engine.start(cli.processes())
         sft(config, workdir)
 
     cli.run(main)

@@ -109,12 +109,12 @@ def batch_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
-def rows_of_process(mesh: Mesh, rows: int) -> slice:
-    """Which rows of a batch this process has to bring."""
-    index = sharding(mesh, "batch").addressable_devices_indices_map((rows,)).values()
-    starts = [i[0].start or 0 for i in index]
-    stops = [rows if i[0].stop is None else i[0].stop for i in index]
-    return slice(min(starts), max(stops))
+def rows_of_process(mesh: Mesh, rows: int) -> np.ndarray:
+    """int64[n]: which rows of a batch this process has to bring, rising. They need not lie side by side: on a TPU torus
+    the mesh follows the wires, not the hosts.
+    """
+    pieces = sharding(mesh, "batch").addressable_devices_indices_map((rows,)).values()
+    return np.unique(np.concatenate([np.arange(rows)[piece] for piece in pieces]))
 
 
 def check_rows(mesh: Mesh, field: str, rows: int, of: str = "config.mesh") -> None:
@@ -128,11 +128,16 @@ def check_rows(mesh: Mesh, field: str, rows: int, of: str = "config.mesh") -> No
 
 
 def global_rows(mesh: Mesh, tree, rows: int):
-    """Host arrays with this process's rows -> global arrays `[rows, ...]`, split over the batch axes."""
-    place = sharding(mesh, "batch")
+    """Host arrays of the rows `rows_of_process` -> global arrays `[rows, ...]`, split over the batch axes."""
+    place, mine = sharding(mesh, "batch"), rows_of_process(mesh, rows)
 
     def put(array: np.ndarray) -> jax.Array:
-        return jax.make_array_from_process_local_data(place, np.asarray(array), (rows, *array.shape[1:]))
+        array = np.asarray(array)
+
+        def piece(index: tuple[slice, ...]) -> np.ndarray:
+            return array[np.searchsorted(mine, np.arange(rows)[index[0]])]
+
+        return jax.make_array_from_callback((rows, *array.shape[1:]), place, piece)
 
     return jax.tree.map(put, tree)
 

@@ -30,7 +30,8 @@ from camopd_jax.jsonl import read_rows
 from camopd_jax.metrics import memory_gib
 from camopd_jax.optim import init_state
 from camopd_jax.phases import Outcome
-from camopd_jax.sharding import local_rows, make_mesh
+from camopd_jax.processes import together
+from camopd_jax.sharding import local_rows, make_mesh, whole
 from camopd_jax.steps.statistics import repetition
 from camopd_jax.types import Scored, TrainState
 
@@ -41,9 +42,9 @@ def train(config: TrainConfig, workdir: str) -> None:
     phases.check_batches(config, mesh)
     rows = phases.batch_rows(config)
 
-    models = load_models(config, mesh)
+    models = together(lambda: load_models(config, mesh))
     student = models.student
-    branches = make_branches(config, models, mesh, rows, config.seed)
+    branches = together(lambda: make_branches(config, models, mesh, rows, config.seed))
     streams = {"general": branches["recovery"].prompts, "domain": branches["review"].prompts}
 
     # ------------------------------------------------------------------------- state, then steps
@@ -109,20 +110,17 @@ class TrainHost(Host):
     def log(self, outcome: Outcome) -> None:
         metrics = jax.tree.map(lambda value: np.asarray(value).tolist(), outcome.metrics)
         tables = {name: metrics.get(name, metrics).pop("answers") for name in outcome.parts}
-        said = {
-            name: (local_rows(part.rollout.tokens), local_rows(part.rollout.lengths))
-            for name, part in outcome.parts.items()
-        }
+        said = {name: (part.rollout.tokens, part.rollout.lengths) for name, part in outcome.parts.items()}
         row = {
             "step": outcome.step,
             "phase": outcome.phase,
             **metrics,
-            "repetition": float(np.mean([repetition(tokens, lengths) for tokens, lengths in said.values()])),
+            "repetition": float(np.mean([repetition(*map(whole, answers)) for answers in said.values()])),
             "seconds": outcome.seconds,
             "tokens_per_second": metrics["response_tokens"] / sum(outcome.seconds.values()),
             "memory_gib": memory_gib(),
         }
-        samples = [self._samples(outcome.step, name, part, *said[name]) for name, part in outcome.parts.items()]
+        samples = [self._samples(outcome.step, name, part) for name, part in outcome.parts.items()]
         self.record(row, [sample for of_branch in samples for sample in of_branch])
         if self.config.log.selection:
             self.writer.selection([
@@ -131,11 +129,14 @@ class TrainHost(Host):
                 for name, table in tables.items()
             ])  # fmt: skip
 
-    def _samples(self, step: int, branch: str, part: Scored, tokens: np.ndarray, lengths: np.ndarray) -> list[dict]:
+    def _samples(self, step: int, branch: str, part: Scored) -> list[dict]:
         """The first answers of the batch, with each token's gap, and its log-probability as scored and as sampled."""
-        arrays = (part.prompts.tokens, part.prompts.lengths, part.index, part.rollout.logprobs, part.rollout.stopped,
-                  part.scores.student, part.scores.teacher, part.selection.weights)  # fmt: skip
-        asked, asked_lengths, index, sampler, stopped, student, teacher, weights = map(local_rows, arrays)
+        arrays = (part.prompts.tokens, part.prompts.lengths, part.index, part.rollout.tokens, part.rollout.lengths,
+                  part.rollout.logprobs, part.rollout.stopped, part.scores.student, part.scores.teacher,
+                  part.selection.weights)  # fmt: skip
+        asked, asked_lengths, index, tokens, lengths, sampler, stopped, student, teacher, weights = map(
+            local_rows, arrays
+        )
         decode = self.student.tokenizer.decode
         return [
             {
@@ -185,11 +186,12 @@ def clip_rates(metrics: list[dict]) -> str:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run, made if it is not there; gs:// paths work.")
     read_config = cli.config_flag(TrainConfig)
+    cli.define_processes()
 
     def main() -> None:
         workdir = cli.required("workdir", "runs/quickstart")
         config = read_config()
-        engine.start()
+        engine.start(cli.processes())
         train(config, workdir)
 
     cli.run(main)

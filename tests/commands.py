@@ -43,13 +43,21 @@ class Running:
             raise TimeoutError(self.out.read_text() + self.err.read_text())
         return Ended(self._process.exitcode, self.out.read_text(), self.err.read_text())
 
+    def kill(self) -> None:
+        """Ends it, if it has not ended."""
+        self._process.kill()
+        self._process.join()
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self._process.pid, number)
+
     def when(self, condition, number: signal.Signals, seconds: float = 240) -> Ended:
         """Sends a signal as soon as `condition()` holds, and waits."""
         end = time.monotonic() + seconds
         while not condition():
             assert self._process.is_alive() and time.monotonic() < end, self.out.read_text() + self.err.read_text()
             time.sleep(0.002)
-        os.kill(self._process.pid, number)
+        self.send(number)
         return self.wait()
 
 

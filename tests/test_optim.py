@@ -39,7 +39,7 @@ def test_three_steps_equal_optax(clip_norm, clipped):
     moments, state = init_state(ours, "shared").moments["shared"], reference.init(theirs)
     for step in range(3):
         grads = jax.tree.map(lambda p, step=step: p * (step + 1.0) + 0.3, theirs)
-        ours, moments, stats = apply(ours, moments, grads, jnp.float32(0.1), config)
+        ours, moments, stats = apply(ours, moments, grads, jnp.float32(0.1), config, jnp.bool_(True))
         updates, state = reference.update(grads, state, theirs)
         theirs = optax.apply_updates(theirs, updates)
         assert stats["grad_clipped"] == clipped
@@ -77,6 +77,6 @@ def test_bfloat16_parameters_are_moved_in_float32():
     kernel = {"kernel": jnp.ones((2, 2), jnp.bfloat16)}
     moments = init_state(kernel, "shared").moments["shared"]
     config = Optimizer(clip_norm=None, eps=0.0)
-    moved, _, _ = apply(kernel, moments, {"kernel": jnp.ones((2, 2))}, jnp.float32(0.01), config)
+    moved, _, _ = apply(kernel, moments, {"kernel": jnp.ones((2, 2))}, jnp.float32(0.01), config, jnp.bool_(True))
     assert moved["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(moved["kernel"].astype(jnp.float32), jnp.float32(jnp.bfloat16(0.99)))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from camopd_jax import answering, phases, piecewise
-from camopd_jax.config import Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
@@ -262,3 +262,33 @@ def test_the_separate_moments_run_too(tiny):
     branches, programs, state = begin(tiny, config)
     state = run(config, branches, programs, state, Watcher())
     assert (int(state.moments["recovery"].count), int(state.moments["review"].count)) == (6, 2)
+
+
+def test_what_waits_on_the_host_changes_nothing(tiny):
+    """Teachers and moments in host memory while they are idle: the same bits, and they are there."""
+    watcher, offloading = Watcher(), dataclasses.replace(CONFIG, compute=Compute(offload=True))
+    branches, programs, state = begin(tiny)
+    plain = run(CONFIG, branches, programs, state, Watcher())
+    branches, _, state = begin(tiny)
+    seen = set()
+
+    def looked(name, of):
+        """What `piecewise.score` and `answering.answers` are given lies on the device."""
+        real = getattr(*of)
+
+        def call(model, params, *args, **options):
+            seen.add((name, *{x.sharding.memory_kind for x in jax.tree.leaves(params)}))
+            return real(model, params, *args, **options)
+
+        return call
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(piecewise, "score", looked("score", (piecewise, "score")))
+        moved = []
+        patch.setattr(phases, "on_host", lambda tree, f=phases.on_host: moved.append(f(tree)) or moved[-1])
+        other = run(offloading, branches, programs, state, watcher)
+    assert seen == {("score", "device")}
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(moved)}
+    assert kinds == {"pinned_host"} and len(moved) == 2 + 8, "both teachers once, the moments before every rollout"
+    jax.tree.map(np.testing.assert_array_equal, other.params, plain.params)
+    jax.tree.map(np.testing.assert_array_equal, other.moments, plain.moments)

@@ -25,6 +25,7 @@ def main():
     ap.add_argument("--new-tokens", type=int, default=64)
     ap.add_argument("--repeats", type=int, default=3)
     ap.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
+    ap.add_argument("--greedy", action="store_true", help="take the likeliest token: no sort of the vocabulary")
     args = ap.parse_args()
 
     import jax
@@ -66,7 +67,7 @@ def main():
             max_generation_steps=args.new_tokens,
             max_prompt_length=args.prompt_len,
             temperature=1.0,
-            top_p=1.0,
+            top_p=None if args.greedy else 1.0,
             seed=0,
             eos_tokens=[49151],
         )
@@ -78,7 +79,7 @@ def main():
     print(
         json.dumps(
             {
-                "system": "tunix",
+                "system": "tunix, greedy" if args.greedy else "tunix",
                 "dtype": args.dtype,
                 "batch": args.batch,
                 "prompt_len": args.prompt_len,

@@ -51,13 +51,20 @@ class PromptStream(BatchStream):
     """`PromptBatch`es of a stream of prompts, with this process's rows. `counts` tells what was kept."""
 
     def __init__(
-        self, stream: Stream, rollout: RolloutConfig, student: Any, teacher: Any, seed: int, mine: slice, field: str
+        self,
+        stream: Stream,
+        rollout: RolloutConfig,
+        student: Any,
+        teacher: Any,
+        seed: int,
+        mine: Sequence[int],
+        field: str,
     ):
         """Reads and tokenises every prompt.
 
         Args:
           student, teacher: their tokenizers.
-          mine: this process's rows of a batch.
+          mine: the numbers of this process's rows of a batch.
           field: how errors name the stream.
 
         Raises:
@@ -89,10 +96,10 @@ class PromptStream(BatchStream):
 
             def side(k: int) -> Prompts:
                 width = min(cap, bucket(max(len(prompt[k]) for prompt in batch), rollout.smallest_bucket))
-                own = [prompt[k] for prompt in batch[mine]]
+                own = [batch[i][k] for i in mine]
                 return Prompts(pad(own, width), np.asarray([len(ids) for ids in own], np.int32))
 
-            return PromptBatch(side(1), side(2), np.asarray([prompt[0] for prompt in batch[mine]], np.int32))
+            return PromptBatch(side(1), side(2), np.asarray([batch[i][0] for i in mine], np.int32))
 
         super().__init__(len(prompts), rollout.batch_size, seed, make)
 
@@ -100,7 +107,7 @@ class PromptStream(BatchStream):
 class SftStream(BatchStream):
     """`SftBatch`es of conversations to learn from, with this process's rows."""
 
-    def __init__(self, config: SftConfig, tokenizer: Any, mine: slice):
+    def __init__(self, config: SftConfig, tokenizer: Any, mine: Sequence[int]):
         data = config.data
         self.counts = {"kept": 0, "dropped": 0}
         pairs: list[tuple[list[int], list[int]]] = []
@@ -125,7 +132,7 @@ class SftStream(BatchStream):
 
             def side(k: int) -> Prompts:
                 width = bucket(max(len(pair[k]) for pair in batch), config.smallest_bucket)
-                own = [pair[k] for pair in batch[mine]]
+                own = [batch[i][k] for i in mine]
                 return Prompts(pad(own, width), np.asarray([len(ids) for ids in own], np.int32))
 
             prompts, answers = side(0), side(1)

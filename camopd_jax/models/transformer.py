@@ -1,6 +1,7 @@
 """The decoder-only transformer, and `Model`: the face of it that the compiled steps see."""
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.layers import Attention, FeedForward, RMSNorm, rotation
+from camopd_jax.models.stack import Layer, through
 from camopd_jax.models.weights import layer_by_layer, table
 from camopd_jax.sharding import ACTIVATION, HIDDEN, RESIDUAL, constrain, constrain_even
 from camopd_jax.types import EMPTY, KVCache, Params
@@ -55,6 +57,13 @@ class Block(nn.Module):
         return split(x_BSD + (norm("post_mlp_norm", y) if c.post_norms else y)), cache
 
 
+@functools.cache
+def _layer(config: ModelConfig, mesh: Mesh | None, form: str) -> Layer:
+    """`Block` as a function, the same object for the same arguments: a static argument of `through`."""
+    block = Block(config, mesh, form, parent=None)
+    return lambda params, x, shared, own: block.apply({"params": params}, x, shared, own)[0]
+
+
 class Decoder(nn.Module):
     """Embedding, scanned layers, final norm, head."""
 
@@ -76,9 +85,6 @@ class Decoder(nn.Module):
     def __call__(self, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
         """Hidden states `[B, S, D]`, through scanned layers: one layer is compiled, whatever the depth."""
         c = self.config
-        layers = {"rope": jnp.asarray(c.layer_rope, jnp.int32), "window": None, "cache": None}
-        if len(c.window_kinds) > 1:
-            layers["window"] = jnp.asarray([c.window_kinds.index(w) for w in c.windows], jnp.int32)
         block = Block if self.remat == "none" else nn.remat(Block, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
         scanned = nn.scan(
             block,
@@ -88,9 +94,23 @@ class Decoder(nn.Module):
             length=c.num_layers,
         )
         x, _ = scanned(c, self.mesh, self.form, name="layers")(
-            self.embed(tokens_BS), self.shared(positions_BS, None), layers
+            self.embed(tokens_BS), self.shared(positions_BS, None), self.own()
         )
         return self.final_norm(x)
+
+    def accumulate(self, stack: Params, so_far: Params, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
+        """The same, differentiable by `so_far` in the place of the layers' parameters (`stack.through`)."""
+        layer = _layer(self.config, self.mesh, self.form)
+        x, shared = self.embed(tokens_BS), self.shared(positions_BS, None)
+        return self.final_norm(through(layer, stack, so_far, x, shared, self.own()))
+
+    def own(self) -> dict[str, Any]:
+        """What each layer has of its own, [L] each."""
+        c = self.config
+        layers = {"rope": jnp.asarray(c.layer_rope, jnp.int32), "window": None, "cache": None}
+        if len(c.window_kinds) > 1:
+            layers["window"] = jnp.asarray([c.window_kinds.index(w) for w in c.windows], jnp.int32)
+        return layers
 
     def extend(
         self,
@@ -166,10 +186,20 @@ class Model:
     def on(self, mesh: Mesh | None) -> "Model":
         return dataclasses.replace(self, mesh=mesh)
 
-    def hidden(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
+    def hidden(self, params: Params, tokens_BS: jax.Array, so_far: Params | None = None) -> jax.Array:
         positions = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None, :]
-        hidden = self._decoder.apply({"params": params}, tokens_BS, positions)
+        if so_far is None:
+            hidden = self._decoder.apply({"params": params}, tokens_BS, positions)
+        else:
+            others = {name: p for name, p in params.items() if name != "layers"}
+            hidden = self._decoder.apply(
+                {"params": others}, params["layers"], so_far, tokens_BS, positions, method=Decoder.accumulate
+            )
         return constrain_even(hidden, self.mesh, *HIDDEN)
+
+    @property
+    def accumulates(self) -> bool:
+        return self.remat == "block"
 
     def for_decoding(self, params: Params) -> Params:
         others = {name: p for name, p in params.items() if name != "layers"}

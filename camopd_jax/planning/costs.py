@@ -148,16 +148,17 @@ def memory_estimate(
     gathered = (2 * of_layers + student.vocab_size * d) / tensor  # weights of two layers, and the head
     logits = 2 * config.compute.logits_chunk * student.vocab_size / tensor * 4
     gradients = 1 if config.method.schedule == "alternate" else 2
+    fresh = n if config.compute.remat != "block" else 2 * student.vocab_size * d  # added once they are whole
     found = {
         "reshard": copy,
         "prefill": copy + places * entering,
         "decode": copy + cache * (1 + 1 / layers),
         "score": micro * (prompt + answer) * live(tensor) + gathered * item + logits,
-        "gradient": 4 * n / split * (gradients + 1)
+        "gradient": 4 * (n * gradients + fresh) / split
         + micro * (prompt + answer) * (layers * saved * item + 2 * live(tensor))
         + gathered * (item + 4)
         + logits,
-        "update": 4 * n / split * (gradients + 1),
+        "update": 4 * n * gradients / split,
     }
     if places < rows:
         found["refill"] = copy + cache + refills(rows, places, sizes)[1] * entering

@@ -147,9 +147,7 @@ def _draw(
     logp_NV = jax.nn.log_softmax(logits_NV, axis=-1)
     logp_N = jnp.take_along_axis(logp_NV, token_N[:, None], axis=1)[:, 0]
     entropy_N = -jnp.sum(jnp.where(logp_NV > -jnp.inf, jnp.exp(logp_NV) * logp_NV, 0), axis=-1)
-    ended_N = jnp.zeros_like(running_N)
-    for eos in eos_ids:
-        ended_N |= token_N == eos
+    ended_N = jnp.isin(token_N, jnp.asarray(eos_ids, jnp.int32))
     place_N = jnp.arange(len(t_N)), jnp.where(running_N, t_N, state.tokens.shape[1])  # beyond the last: not written
     return state.replace(
         tokens=state.tokens.at[place_N].set(token_N, mode="drop"),

@@ -144,6 +144,7 @@ def score(
     temperature: float = 1.0,
     with_top: bool = False,
     slots: int | None = None,
+    so_far: Params | None = None,
 ) -> jax.Array:
     """Log-probability of each response token given its prompt and the tokens before it.
 
@@ -153,13 +154,14 @@ def score(
       temperature: the logits are divided by it.
       with_top: also the log-probability of the likeliest token at each place.
       slots: that hold every prompt with its answer; None: P + T.
+      so_far: as of `LanguageModel.hidden`.
 
     Returns:
       float32[B, T] in nats; 0 in padding. With `with_top` float32[B, T, 2].
     """
     answer_slots = tokens_BT.shape[1]
     joined_BS = join(prompts, tokens_BT)[:, :slots]
-    hidden_BSD = model.hidden(params, joined_BS)
+    hidden_BSD = model.hidden(params, joined_BS, so_far)
     predicts_BT = (prompts.lengths - 1)[:, None] + jnp.arange(answer_slots)[None, :]
     predicts_BT = jnp.minimum(predicts_BT, joined_BS.shape[1] - 1)
     hidden_BTD = jnp.take_along_axis(hidden_BSD, predicts_BT[..., None], axis=1)

@@ -62,11 +62,15 @@ def add_gradient(
     some, tokens_MT, lengths_M, weights_MT = take_rows(arrays, rows_M, model.mesh)
     weights_MT = jnp.where((rows_M < len(lengths_B))[:, None], weights_MT, 0)
 
-    def loss(params: Params) -> jax.Array:
-        return -jnp.sum(weights_MT * score(model, params, some, tokens_MT, lengths_M, chunk, slots=slots))
+    def loss(differentiated: Params, layers: Params | None) -> jax.Array:
+        given = params | differentiated
+        return -jnp.sum(weights_MT * score(model, given, some, tokens_MT, lengths_M, chunk, slots=slots, so_far=layers))
 
-    value, grads = jax.value_and_grad(loss)(params)
-    return Gradient(so_far.loss + value, jax.tree.map(lambda a, g: a + g.astype(jnp.float32), so_far.of, grads))
+    layers = so_far.of["layers"] if model.accumulates else None
+    others = {name: p for name, p in params.items() if layers is None or name != "layers"}
+    value, (grads, layers) = jax.value_and_grad(loss, argnums=(0, 1))(others, layers)
+    total = {name: jax.tree.map(lambda a, g: a + g.astype(jnp.float32), so_far.of[name], grads[name]) for name in grads}
+    return Gradient(so_far.loss + value, total if layers is None else total | {"layers": layers})
 
 
 def branch_weights(branch: str, scored: Scored, *, config: TrainConfig) -> jax.Array:
@@ -155,11 +159,8 @@ def _take_step(
 ) -> tuple[TrainState, Metrics]:
     """AdamW where loss and gradient are finite; else parameters and moments stay and the skip is counted."""
     rate = optim.learning_rate(config.optimizer, config.steps, state.step)
-    params, adam, stats = optim.apply(state.params, state.moments[moments], grads, rate, config.optimizer)
-    sound &= jnp.isfinite(loss) & jnp.isfinite(stats["grad_norm"])
-    params, adam = jax.tree.map(
-        lambda new, old: jnp.where(sound, new, old), (params, adam), (state.params, state.moments[moments])
-    )
-    skipped = jnp.where(sound, 0, state.skipped + 1)
+    sound &= jnp.isfinite(loss)
+    params, adam, stats = optim.apply(state.params, state.moments[moments], grads, rate, config.optimizer, sound)
+    skipped = jnp.where(stats.pop("sound"), 0, state.skipped + 1)
     state = TrainState(state.step + 1, params, state.moments | {moments: adam}, skipped)
     return state, stats | {"skipped": skipped}

@@ -101,7 +101,7 @@ def test_memory_follows_places_and_the_rollouts_tensor():
     assert all_at_once["reshard"] == copy and all_at_once["decode"] == copy + cache * 1.5, "one of two layers twice"
     assert waves["decode"] == copy + cache / 2 * 1.5 and "refill" in waves and "refill" not in all_at_once
     assert split["reshard"] == copy / 2 and split["decode"] == copy / 2 + cache * 1.5, "twice the rows, half the heads"
-    assert all_at_once["update"] == 4 * 2 * costs.weights(MODEL) / 8
+    assert all_at_once["update"] == 4 * costs.weights(MODEL) / 8
     assert split["gradient"] == all_at_once["gradient"] and split["resident"] == all_at_once["resident"]
 
 

@@ -297,9 +297,9 @@ class Counting(Model):
 
     passes = 0
 
-    def hidden(self, params, tokens):
+    def hidden(self, *args, **options):
         jax.debug.callback(self.count)
-        return super().hidden(params, tokens)
+        return super().hidden(*args, **options)
 
     @staticmethod
     def count():

@@ -1,0 +1,323 @@
+"""Two processes of four simulated devices each, as two hosts would run: `train` on the quickstart's models, against one
+process of eight. No test hangs: every process is killed at its time limit.
+"""
+
+import re
+import shutil
+import signal
+import socket
+import time
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from rows import read_lines
+from safetensors.numpy import load_file
+
+from camopd_jax import distributed
+from camopd_jax.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+STEPS = 3
+# Half a minute less of compilation. Runs that are compared have the same.
+FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+SMALL = [
+    f"--config={ROOT / 'configs/quickstart.py'}", "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
+    "--config.rollout.max_response_tokens=16", "--config.rollout.smallest_bucket=64", "--config.checkpoints.every=2",
+    "--config.checkpoints.keep_last=9", "--config.compute.remat=none", "--config.evaluation.batch_size=8",
+    "--config.log.report=false", "--config.optimizer.eps=1e-5",  # with less, rounding may move a weight by a whole step
+]  # fmt: skip
+NO_BENCHMARKS = "--config.evaluation.benchmarks=()"
+SPLIT = [
+    "--config.mesh.data=1",
+    "--config.mesh.fsdp=4",
+    "--config.mesh.tensor=2",
+]  # each process holds half of a matrix
+
+
+class Pair:
+    """A command that was started as two processes."""
+
+    def __init__(self, command, module, *args, of_each=((), ()), devices=4):
+        with socket.create_server(("", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        flags = [f"--coordinator_address={address}", "--num_processes=2"]
+        self.processes = [
+            command.start(module, *args, *own, *flags, f"--process_id={i}", env=xla(devices))
+            for i, own in enumerate(of_each)
+        ]
+
+    def wait(self, seconds=240):
+        try:
+            return [process.wait(seconds) for process in self.processes]
+        finally:
+            self.kill()
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+
+
+def xla(devices):
+    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST}"}
+
+
+@pytest.fixture(scope="module")
+def start(command):
+    """start(module, ...) -> Pair, none of whose processes outlives the tests."""
+    pairs = []
+
+    def begin(module, *args, **options):
+        pairs.append(Pair(command, module, *args, **options))
+        return pairs[-1]
+
+    yield begin
+    for pair in pairs:
+        pair.kill()
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory):
+    """A config file: the quickstart with two benchmarks of a few questions."""
+    file = tmp_path_factory.mktemp("config") / "few.py"
+    file.write_text(
+        "import importlib.util\n"
+        f"spec = importlib.util.spec_from_file_location('whole', {str(ROOT / 'configs/quickstart.py')!r})\n"
+        "whole = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(whole)\n"
+        "def get_config():\n"
+        "    config = whole.get_config()\n"
+        "    first, _, last = config.evaluation.benchmarks\n"
+        "    few = dict(limit=8, max_response_tokens=16)\n"
+        "    config.evaluation.benchmarks = (dict(first) | few, dict(last) | few)\n"
+        "    return config\n"
+    )
+    return f"--config={file}"
+
+
+@pytest.fixture(scope="module")
+def two(start, config, tmp_path_factory):
+    """A run of two processes, with evaluations and a report: (its work directory, how each ended)."""
+    workdir = tmp_path_factory.mktemp("two") / "run"
+    flags = [config, *SMALL[1:], *SPLIT, f"--config.steps={STEPS}", "--config.log.report=true"]
+    ended = start("train", f"--workdir={workdir}", *flags, "--config.evaluation.every=3").wait()
+    assert [e.code for e in ended] == [0, 0], ended[0].err + ended[1].err
+    return workdir, ended
+
+
+@pytest.fixture(scope="module")
+def one(command, tmp_path_factory):
+    """The same steps in one process of eight devices: its work directory."""
+    workdir = tmp_path_factory.mktemp("one") / "run"
+    flags = [*SMALL, NO_BENCHMARKS, f"--config.steps={STEPS}"]
+    ended = command("train", f"--workdir={workdir}", *flags, env=xla(8))
+    assert ended.code == 0, ended.err
+    return workdir
+
+
+def weights(workdir):
+    return load_file(workdir / "export" / "model.safetensors")
+
+
+def same_run(workdir, other):
+    """Losses, selections and parameters, up to the order of sums."""
+    for name in ("metrics", "selection"):
+        ours, theirs = (read_lines(w / f"{name}.jsonl") for w in (workdir, other))
+        assert [row["step"] for row in ours] == [row["step"] for row in theirs]
+        for a, b in zip(ours, theirs, strict=True):
+            exact = ("response_tokens", "repetition", "selected_fraction", "index", "selected", "length")
+            assert {n: a[n] for n in exact if n in a} == {n: b[n] for n in exact if n in b}
+            if name == "metrics":
+                np.testing.assert_allclose(a["loss"], b["loss"], rtol=1e-4, atol=1e-5)
+                np.testing.assert_allclose(a["grad_norm"], b["grad_norm"], rtol=1e-3)
+    ours, theirs = weights(workdir), weights(other)
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_allclose(tensor, theirs[name], rtol=0, atol=1e-5, err_msg=name)  # a step moves by 2e-4
+
+
+def steps_seen(workdir, n):
+    file = workdir / "metrics.jsonl"
+    return lambda: file.exists() and len(file.read_text().splitlines()) >= n
+
+
+def last_line(process, seconds=10):
+    """The last line on stderr, which may come a moment after the process's end."""
+    end = time.monotonic() + seconds
+    while not (lines := process.err.read_text().strip().splitlines()) or not lines[-1].startswith("error: "):
+        assert time.monotonic() < end, lines[-1:]
+        time.sleep(0.05)
+    return lines[-1]
+
+
+# ------------------------------------------------------------------------------ a whole run
+
+
+def test_two_processes_give_what_one_gives(two, one):
+    same_run(two[0], one)
+
+
+def test_one_process_writes_and_prints(two):
+    workdir, (leader, other) = two
+    assert {p.name for p in workdir.iterdir()} == {
+        "config.json", "metrics.jsonl", "samples.jsonl", "selection.jsonl", "eval.jsonl", "answers", "checkpoints",
+        "tensorboard", "export", "report.html",
+    }  # fmt: skip
+    assert [row["step"] for row in read_lines(workdir / "metrics.jsonl")] == list(range(STEPS))
+    assert [row["step"] for row in read_lines(workdir / "selection.jsonl")] == list(range(STEPS))
+    assert [row["step"] for row in read_lines(workdir / "samples.jsonl")] == sorted(2 * list(range(STEPS)))
+    rows = [(r["model"], r["step"], r["benchmark"]) for r in read_lines(workdir / "eval.jsonl")]
+    asked = [(model, step, name) for model, step in (("general", 0), ("specialised", 0), ("student", STEPS))
+             for name in ("covered", "domain")]  # fmt: skip
+    assert rows == [*asked, ("student", STEPS, "standing")]
+    for file in (workdir / "answers").glob("*/*.jsonl"):
+        questions = [row["question"] for row in read_lines(file)]
+        assert sorted(questions) == list(range(8)) and all("score" in row for row in read_lines(file)), file
+    assert len(list((workdir / "answers").glob("*/*.jsonl"))) == 6
+    assert len(list((workdir / "tensorboard").glob("events.*"))) == 1
+    for words in ("general prompts: ", f"step {STEPS}/{STEPS} recovery", "student at step", "exported: ", "recovered"):
+        assert words in leader.out and words not in other.out
+
+
+def test_its_checkpoint_is_read_by_one_process_of_one_device(two, command, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(two[0], workdir, ignore=shutil.ignore_patterns("export"))
+    ended = command("train", f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, f"--config.steps={STEPS}")
+    assert ended.code == 0, ended.err
+    assert f"going on from step {STEPS}" in ended.out
+    for name, tensor in weights(workdir).items():
+        np.testing.assert_array_equal(tensor, weights(two[0])[name], err_msg=name)
+
+
+# ------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (
+            ["--process_id=0"],
+            "--coordinator_address is missing; --coordinator_address, --num_processes, --process_id go",
+        ),
+        (["--coordinator_address=a:1", "--process_id=0"], "--num_processes is missing"),
+        (["--coordinator_address=a:1", "--num_processes=2"], "--process_id is missing"),
+        (
+            ["--coordinator_address=a", "--num_processes=2", "--process_id=0"],
+            "--coordinator_address=a: give process 0's",
+        ),
+        (["--coordinator_address=a:1", "--num_processes=2", "--process_id=2"], "--process_id=2: give each of the 2"),
+        (["--coordinator_address=a:1", "--num_processes=0", "--process_id=0"], "--num_processes=0: give a number > 0"),
+        (["--coordinator_address=a:1", "--num_processes=x", "--process_id=0"], "num_processes"),
+    ],
+)
+def test_flags_that_cannot_be(command, tmp_path, flags, says):
+    ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags)
+    assert ended.code == 2 and says in ended.err and len(ended.err.splitlines()) == 1, ended.err
+
+
+def test_a_port_that_is_taken(command, tmp_path):
+    with socket.create_server(("", 0)) as taken:
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        flags = [f"--coordinator_address={address}", "--num_processes=2", "--process_id=0"]
+        ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags)
+    assert ended.code == 2 and f"--coordinator_address={address}: process 0 cannot listen there" in ended.err
+
+
+def test_a_mistake_on_one_host_ends_all_with_its_reason(start, tmp_path):
+    of_each = [[f"--workdir={tmp_path / 'run'}"], [f"--workdir={tmp_path / 'run'}", "--config.seed=3"]]
+    leader, other = start("train", *SMALL, NO_BENCHMARKS, of_each=of_each).wait(90)
+    reason = "its config is not that of process 0 (config.seed); give the same command on every host"
+    assert (leader.code, other.code) == (2, 2), leader.err + other.err
+    assert f"error: process 1 cannot go on: {reason}" in leader.err and f"error: {reason}" in other.err
+
+
+# ------------------------------------------------------------------------------ signals and deaths
+
+
+@pytest.mark.slow
+def test_sigterm_on_one_stops_all_and_other_numbers_of_processes_go_on(start, command, tmp_path, one):
+    workdir = tmp_path / "run"
+    flags = [f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, "--config.checkpoints.every=50"]
+    pair = start("train", *flags, *SPLIT, "--config.steps=50")
+    pair.processes[1].when(steps_seen(workdir, 1), signal.SIGTERM)
+    leader, other = pair.wait()
+    assert (leader.code, other.code) == (0, 0), leader.err + other.err
+    (saved,) = (int(p.name) for p in (workdir / "checkpoints").iterdir())
+    assert f"asked to end: saved at step {saved}" in leader.out and "asked to end" not in other.out
+    assert len(read_lines(workdir / "metrics.jsonl")) == saved
+
+    ended = command("train", *flags, f"--config.steps={saved + 1}")  # one device
+    assert ended.code == 0 and f"going on from step {saved}" in ended.out, ended.err
+    leader, other = start("train", *flags, *SPLIT, f"--config.steps={saved + 3}").wait()
+    assert leader.code == 0 and f"going on from step {saved + 1}" in leader.out, leader.err
+
+    whole = tmp_path / "whole"
+    shutil.copytree(one, whole)
+    ended = command("train", f"--workdir={whole}", *flags[1:], f"--config.steps={saved + 3}", env=xla(8))
+    assert ended.code == 0, ended.err
+    same_run(workdir, whole)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(start, tmp_path, victim, one):
+    workdir = tmp_path / "run"
+    flags = [f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, *SPLIT, "--config.steps=50"]
+    pair = start("train", *flags)
+    ended = pair.processes[victim].when((workdir / "checkpoints" / "2").exists, signal.SIGKILL)
+    assert ended.code == -signal.SIGKILL
+    left = pair.processes[1 - victim]
+    assert left.wait(distributed.LOST_AFTER + 30).code not in (0, 2)
+    assert "another process of the run is lost" in last_line(left) and "from its last checkpoint" in last_line(left)
+    leader, _ = start("train", *flags, f"--config.steps={STEPS}").wait()
+    assert leader.code == 0 and "going on from step 2" in leader.out, leader.err
+    same_run(workdir, one)
+
+
+@pytest.mark.slow
+def test_a_process_that_hangs_is_held_to_be_dead_within_a_bound(start, tmp_path):
+    workdir = tmp_path / "run"
+    pair = start("train", f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, "--config.steps=5000")
+    hangs, left = pair.processes[1], pair.processes[0]
+    deadline = time.monotonic() + 240
+    while not steps_seen(workdir, 1)():
+        assert time.monotonic() < deadline, left.err.read_text()
+        time.sleep(0.05)
+    hangs.send(signal.SIGSTOP)
+    assert left.wait(distributed.LOST_AFTER + 30).code not in (0, 2)
+    assert "another process of the run is lost" in last_line(left)
+
+
+# ------------------------------------------------------------------------------ the search on Cloud TPU
+
+
+@pytest.mark.parametrize(
+    "wish, error, says",
+    [
+        ("", ValueError("coordinator_address should be defined."), None),  # a TPU host without a cluster: alone
+        ("", ConnectionError("no metadata"), "the other processes cannot be found (no metadata); name them with"),
+        ("1", ValueError("coordinator_address should be defined."), "the other processes cannot be found (coordinator"),
+    ],
+)
+def test_a_search_that_fails(monkeypatch, wish, error, says):
+    def search(**_):
+        raise error
+
+    monkeypatch.setenv("CAMOPD_DISTRIBUTED", wish)
+    monkeypatch.setattr(distributed, "_on_cloud_tpu", lambda: True)
+    monkeypatch.setattr(jax.distributed, "initialize", search)
+    if says:
+        with pytest.raises(UserError, match=re.escape(says)):
+            distributed.join(None)
+    else:
+        distributed.join(None)
+    assert not distributed.joined()
+
+
+def test_no_search_where_there_is_no_tpu_and_where_it_is_turned_off(monkeypatch):
+    monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("it searched"))
+    monkeypatch.delenv("CAMOPD_DISTRIBUTED", raising=False)
+    distributed.join(None)
+    monkeypatch.setenv("CAMOPD_DISTRIBUTED", "0")
+    monkeypatch.setattr(distributed, "_on_cloud_tpu", lambda: True)
+    distributed.join(None)
