@@ -34,9 +34,13 @@ def get_config():
     config.rollout.max_response_tokens = 32768
     config.rollout.smallest_bucket = 512
     config.optimizer.learning_rate = 2e-6
-    config.optimizer.micro_batch = 32
+    # For 64 v6e chips (v6e:8x8): 8 x 8, half the batch answered at a time, four rows of a gradient on a chip. All of
+    # it divides on 256 chips too; docs/plans.md has the flags for others, and `plan --search` finds them.
     config.mesh.data = 1
     config.mesh.fsdp = -1
+    config.mesh.tensor = 8
+    config.rollout.places = 256
+    config.optimizer.micro_batch = 32
     config.checkpoints.every = 10
     config.evaluation.every = 40
     config.evaluation.questions = 64
