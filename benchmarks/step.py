@@ -45,7 +45,9 @@ flags.DEFINE_integer("batch", 16, "Prompts a step.")
 flags.DEFINE_integer("prompt", 64, "Tokens of every prompt.")
 flags.DEFINE_integer("answer", 64, "Tokens of every answer.")
 flags.DEFINE_integer("micro_batch", 8, "Sequences in one forward and backward.")
-flags.DEFINE_integer("logits_chunk", Compute().logits_chunk, "Tokens whose logits exist at one time.", lower_bound=1)
+flags.DEFINE_integer(
+    "logits_chunk", Compute().logits_chunk, "Tokens whose logits exist at one time; 0: of 256 MiB.", lower_bound=0
+)
 flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of matrix products and teachers.")
 flags.DEFINE_enum("remat", "block", ["none", "dots", "block"], "What the backward pass computes again.")
 flags.DEFINE_float("mass", 0.8, "Share of the gap mass that is trained on; 1: every answer.", 0.01, 1.0)

@@ -35,23 +35,34 @@ class Piece:
 
 
 def pieces(
-    prompt_lengths: np.ndarray, lengths: np.ndarray, rows: np.ndarray, size: int, widths: tuple[int, int], smallest: int
+    prompt_lengths: np.ndarray,
+    lengths: np.ndarray,
+    rows: np.ndarray,
+    size: int,
+    widths: tuple[int, int],
+    smallest: int,
+    shards: int = 1,
 ) -> Iterator[Piece]:
-    """The rows by falling length, `size` at a time.
+    """The rows by falling length, `size` at a time; the last few, where they fill no half of that, by quarters.
 
     Args:
       prompt_lengths, lengths: int[B], of the whole batch's prompts and answers.
       rows: which of them are wanted.
       widths: prompt and answer slots of the batch: no piece is wider.
       smallest: the least width.
+      shards: what the rows of a piece have to divide by.
     """
     total = prompt_lengths + lengths
     order = rows[np.argsort(-total[rows], kind="stable")]
-    for start in range(0, len(order), size):
-        some = order[start : start + size]
+    quarter = size // 4 if size % (4 * shards) == 0 else size
+    start = 0
+    while start < len(order):
+        take = quarter if len(order) - start <= size // 2 else size
+        some = order[start : start + take]
+        start += take
         answer_slots = min(widths[1], bucket(int(lengths[some].max()), smallest))
         slots = min(sum(widths), fine_bucket(int(total[some].max()), smallest))
-        padded = np.pad(some, (0, size - len(some)), constant_values=len(lengths)).astype(np.int32)
+        padded = np.pad(some, (0, take - len(some)), constant_values=len(lengths)).astype(np.int32)
         yield Piece(padded, max(slots, answer_slots), answer_slots)
 
 

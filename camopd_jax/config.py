@@ -128,7 +128,8 @@ class Compute:
     # Whether what is idle waits in host memory: the teachers but while they score, Adam's moments but for the update.
     # Off where the devices have room: copies take time where nothing hides them
     offload: bool = False
-    logits_chunk: int = 1024  # tokens of one chip whose logits exist at one time; the head is gathered once for all
+    # Tokens of one chip whose logits exist at one time; the head is gathered once for all. 0: as many as 256 MiB hold
+    logits_chunk: int = 0
 
 
 @dataclass(frozen=True)
@@ -298,12 +299,12 @@ def checked(config: Config) -> Config:
     positive(
         "steps",
         "optimizer.micro_batch",
-        "compute.logits_chunk",
         "checkpoints.every",
         "checkpoints.keep_last",
         "evaluation.batch_size",
         "max_skipped",
     )
+    need(config.compute.logits_chunk >= 0, "compute.logits_chunk", "give a number >= 0 (0: as many as 256 MiB hold)")
     need(config.optimizer.learning_rate >= 0, "optimizer.learning_rate", "give a number >= 0")
     need(
         config.optimizer.clip_norm is None or config.optimizer.clip_norm > 0,

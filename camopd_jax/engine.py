@@ -77,16 +77,18 @@ def start(processes: Processes | None = None) -> None:
 
 
 def _return_freed_memory() -> None:
-    """Has glibc give freed blocks of a megabyte and more back to the system at once.
+    """Has glibc give freed blocks of a megabyte and more back to the system at once, and keep the others in one heap.
 
     Left alone it keeps blocks of up to 32 MiB for later: on a CPU, a layer's worth of arrays for every layer.
     """
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "mallopt"):
         libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+        if (os.cpu_count() or 1) <= 4:  # few threads do not wait for one another
+            libc.mallopt(_M_ARENA_MAX, 1)
 
 
-_M_MMAP_THRESHOLD = -3  # of malloc.h
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 CHECKPOINT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # the files of one that are read
 
 

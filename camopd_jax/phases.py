@@ -32,7 +32,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.metrics import Stages
 from camopd_jax.piecewise import Learning
 from camopd_jax.residency import on_devices, on_host
-from camopd_jax.sharding import check_rows, global_rows, other_mesh, sharding, whole
+from camopd_jax.sharding import batch_shards, check_rows, global_rows, other_mesh, sharding, whole
 from camopd_jax.steps.sampling import Sampling, row_keys
 from camopd_jax.steps.select import select
 from camopd_jax.steps.update import Gradient, branch_weights, mixed_update, recovery_update, review_update
@@ -280,7 +280,7 @@ def score_both(
 
 def score(config: TrainConfig, model: LanguageModel, params: Params, prompts: Prompts, answers: Rollout) -> jax.Array:
     """Log-probabilities of the answers under one model, float32[B, T]."""
-    everyone = micro_batches(config, prompts, answers, np.arange(len(answers.lengths)))
+    everyone = micro_batches(config, model.mesh, prompts, answers, np.arange(len(answers.lengths)))
     chunk = config.compute.logits_chunk
     return piecewise.score(model, params, prompts, answers.tokens, answers.lengths, everyone, chunk=chunk)
 
@@ -288,16 +288,19 @@ def score(config: TrainConfig, model: LanguageModel, params: Params, prompts: Pr
 def gradient(config: TrainConfig, programs: Programs, name: str, params: Params, part: Scored) -> Gradient:
     """Of Eq 9, over the selected answers of a branch: its cost follows what was selected."""
     order, count = whole((part.selection.order, part.selection.count))
-    selected = micro_batches(config, part.prompts, part.rollout, order[:count])
+    selected = micro_batches(config, programs.student.mesh, part.prompts, part.rollout, order[:count])
     said = part.rollout
     return programs.learning(params, part.prompts, said.tokens, said.lengths, programs.weigh[name](part), selected)
 
 
-def micro_batches(config: TrainConfig, prompts: Prompts, answers: Rollout, rows: np.ndarray) -> Iterator[Piece]:
+def micro_batches(
+    config: TrainConfig, mesh: Mesh | None, prompts: Prompts, answers: Rollout, rows: np.ndarray
+) -> Iterator[Piece]:
     """These rows of a batch, those of like length together."""
     prompt_lengths, lengths = whole((prompts.lengths, answers.lengths))
     widths = prompts.tokens.shape[1], answers.tokens.shape[1]
-    return pieces(prompt_lengths, lengths, rows, config.optimizer.micro_batch, widths, config.rollout.smallest_bucket)
+    size, smallest = config.optimizer.micro_batch, config.rollout.smallest_bucket
+    return pieces(prompt_lengths, lengths, rows, size, widths, smallest, batch_shards(mesh))
 
 
 def compare(metrics: dict[str, jax.Array], forward: bool, trusts_sampler: bool, step: int) -> None:

@@ -25,7 +25,7 @@ from camopd_jax.models import hf
 from camopd_jax.optim import init_state
 from camopd_jax.piecewise import Learning
 from camopd_jax.processes import together
-from camopd_jax.sharding import check_rows, global_rows, make_mesh, rows_of_process, whole
+from camopd_jax.sharding import batch_shards, check_rows, global_rows, make_mesh, rows_of_process, whole
 from camopd_jax.steps.update import Gradient, sft_update, sft_weights
 from camopd_jax.types import Params, SftBatch
 
@@ -80,7 +80,7 @@ def gradient(config: SftConfig, learning: Learning, params: Params, batch: SftBa
     widths = prompts.tokens.shape[1], tokens.shape[1]
     everyone = np.arange(len(lengths))
     parts = pieces(*whole((prompts.lengths, lengths)), everyone, config.optimizer.micro_batch, widths,
-                   config.smallest_bucket)  # fmt: skip
+                   config.smallest_bucket, batch_shards(prompts.tokens.sharding.mesh))  # fmt: skip
     return learning(params, prompts, tokens, lengths, sft_weights(lengths, widths[1]), parts)
 
 

@@ -119,7 +119,6 @@ class LanguageModel(Protocol):
 
     mesh: Mesh | None  # where its arrays lie; None: one device
     dtype: str  # of activations and matrix products
-    accumulates: bool  # whether `hidden` takes `so_far`
     head_axes: dict[str, tuple[str | None, ...]]  # logical axes of the parameters that `logits` reads
 
     def on(self, mesh: Mesh | None) -> "LanguageModel":
@@ -128,8 +127,8 @@ class LanguageModel(Protocol):
     def hidden(self, params: Params, tokens_BS: jax.Array, so_far: Params | None = None) -> jax.Array:
         """Final hidden states `[B, S, D]` of whole rows; causal, so right-padding changes nothing.
 
-        With `so_far`, a float32 gradient of `params["layers"]`, for a model that `accumulates`: the derivative by
-        `so_far` is that gradient with this one added.
+        With `so_far`, a float32 gradient of `params["layers"]`, the derivative by `so_far` is that gradient with this
+        one added.
         """
 
     def for_decoding(self, params: Params) -> Params:

@@ -13,12 +13,13 @@ import jax.numpy as jnp
 
 from camopd_jax.types import Params
 
-Layer = Callable[[Params, jax.Array, Any, Any], jax.Array]  # (one layer's parameters, x, shared, its own) -> x
+# (one layer's parameters, x, what all layers share, what is its own) -> x; under jax.checkpoint it says what is kept
+Layer = Callable[[Params, jax.Array, Any, Any], jax.Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def through(layer: Layer, stack: Params, so_far: Params, x: jax.Array, shared: Any, own: Any) -> jax.Array:
-    """`x` through all layers. Of the backward pass only the layers' inputs are kept.
+    """`x` through all layers.
 
     Differentiate by `so_far`, never by `stack`: what comes back is `so_far` plus the stack's gradient, float32.
 
@@ -29,22 +30,35 @@ def through(layer: Layer, stack: Params, so_far: Params, x: jax.Array, shared: A
     return _forward(layer, stack, so_far, x, shared, own)[0]
 
 
+def _pull(layer: Layer, params: Params, x: jax.Array, shared: Any, mine: Any):
+    """A layer's output, its backward pass as a tree, and which leaves of that are not at hand there anyway."""
+    out, pull = jax.vjp(lambda params, x: layer(params, x, shared, mine), params, x)
+    leaves, structure = jax.tree.flatten(pull)
+    at_hand = {id(leaf) for leaf in jax.tree.leaves((params, shared, mine))}
+    return out, leaves, structure, [i for i, leaf in enumerate(leaves) if id(leaf) not in at_hand]
+
+
 def _forward(layer, stack, so_far, x, shared, own):
     def step(x, one):
-        return layer(one[0], x, shared, one[1]), x
+        params, mine = one
+        out, leaves, _, kept = _pull(layer, params, x, shared, mine)
+        return out, (x, [leaves[i] for i in kept if leaves[i] is not x])
 
-    out, inputs = jax.lax.scan(step, x, (stack, own))
-    return out, (stack, so_far, inputs, shared, own)
+    out, saved = jax.lax.scan(step, x, (stack, own))
+    return out, (stack, so_far, saved, shared, own)
 
 
-def _backward(layer, saved, gradient):
-    stack, so_far, inputs, shared, own = saved
+def _backward(layer, residuals, gradient):
+    stack, so_far, saved, shared, own = residuals
 
     def step(carry, one):
         gradient, total = carry
-        i, params, x, mine = one
-        _, pull = jax.vjp(lambda params, x: layer(params, x, shared, mine), params, x)
-        to_params, to_x = pull(gradient)
+        i, params, (x, kept_leaves), mine = one
+        # Traced once more for its structure: of its arithmetic, only what was not kept is left in the program.
+        _, leaves, structure, kept = _pull(layer, params, x, shared, mine)
+        for place, leaf in zip([i for i in kept if leaves[i] is not x], kept_leaves, strict=True):
+            leaves[place] = leaf
+        to_params, to_x = jax.tree.unflatten(structure, leaves)(gradient)
 
         def add(whole: jax.Array, part: jax.Array) -> jax.Array:
             place = jax.lax.dynamic_index_in_dim(whole, i, keepdims=False)
@@ -52,8 +66,8 @@ def _backward(layer, saved, gradient):
 
         return (to_x, jax.tree.map(add, total, to_params)), None
 
-    layers = jnp.arange(len(inputs))
-    (to_x, total), _ = jax.lax.scan(step, (gradient, so_far), (layers, stack, inputs, own), reverse=True)
+    numbers = jnp.arange(len(jax.tree.leaves(stack)[0]))
+    (to_x, total), _ = jax.lax.scan(step, (gradient, so_far), (numbers, stack, saved, own), reverse=True)
     return None, total, to_x, None, None
 
 

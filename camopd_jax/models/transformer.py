@@ -58,10 +58,14 @@ class Block(nn.Module):
 
 
 @functools.cache
-def _layer(config: ModelConfig, mesh: Mesh | None, form: str) -> Layer:
+def _layer(config: ModelConfig, mesh: Mesh | None, form: str, remat: str) -> Layer:
     """`Block` as a function, the same object for the same arguments: a static argument of `through`."""
     block = Block(config, mesh, form, parent=None)
-    return lambda params, x, shared, own: block.apply({"params": params}, x, shared, own)[0]
+
+    def layer(params: Params, x: jax.Array, shared: dict[str, Any], own: dict[str, Any]) -> jax.Array:
+        return block.apply({"params": params}, x, shared, own)[0]
+
+    return layer if remat == "none" else jax.checkpoint(layer, policy=REMAT_POLICIES[remat], prevent_cse=False)
 
 
 class Decoder(nn.Module):
@@ -100,7 +104,7 @@ class Decoder(nn.Module):
 
     def accumulate(self, stack: Params, so_far: Params, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
         """The same, differentiable by `so_far` in the place of the layers' parameters (`stack.through`)."""
-        layer = _layer(self.config, self.mesh, self.form)
+        layer = _layer(self.config, self.mesh, self.form, self.remat)
         x, shared = self.embed(tokens_BS), self.shared(positions_BS, None)
         return self.final_norm(through(layer, stack, so_far, x, shared, self.own()))
 
@@ -196,10 +200,6 @@ class Model:
                 {"params": others}, params["layers"], so_far, tokens_BS, positions, method=Decoder.accumulate
             )
         return constrain_even(hidden, self.mesh, *HIDDEN)
-
-    @property
-    def accumulates(self) -> bool:
-        return self.remat == "block"
 
     def for_decoding(self, params: Params) -> Params:
         others = {name: p for name, p in params.items() if name != "layers"}

@@ -18,6 +18,7 @@ from camopd_jax.buckets import bucket
 from camopd_jax.config import TrainConfig
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.weights import table
+from camopd_jax.steps.score import tokens_at_once
 
 Sizes = Mapping[str, int]  # of a mesh: {"data", "fsdp", "tensor"}
 
@@ -146,7 +147,8 @@ def memory_estimate(
     wide = live(tensor) / item - 4 * d
     saved = {"block": d / tensor, "dots": d / tensor + wide, "none": 4 * d + 2 * wide}[config.compute.remat]
     gathered = (2 * of_layers + student.vocab_size * d) / tensor  # weights of two layers, and the head
-    logits = 2 * config.compute.logits_chunk * student.vocab_size / tensor * 4
+    tokens = tokens_at_once(config.compute.logits_chunk, student.vocab_size, tensor)
+    logits = 2 * tokens * student.vocab_size / tensor * 4
     gradients = 1 if config.method.schedule == "alternate" else 2
     fresh = n if config.compute.remat != "block" else 2 * student.vocab_size * d  # added once they are whole
     found = {

@@ -10,6 +10,8 @@ from camopd_jax.masked import length_mask
 from camopd_jax.sharding import batch_shards, constrain, take_rows
 from camopd_jax.types import LanguageModel, Params, Prompts
 
+LOGITS_BYTES = 2**28
+
 
 def join(prompts: Prompts, tokens_BT: jax.Array) -> jax.Array:
     """Prompt and response of each row without a hole between them: int32[B, P + T], right-padded."""
@@ -20,6 +22,11 @@ def join(prompts: Prompts, tokens_BT: jax.Array) -> jax.Array:
     response_BS = jnp.take_along_axis(tokens_BT, jnp.clip(from_response_BS, 0, tokens_BT.shape[1] - 1), axis=1)
     joined_BS = jnp.where(from_response_BS < 0, prompt_BS, response_BS)
     return jnp.where(from_response_BS < tokens_BT.shape[1], joined_BS, 0)
+
+
+def tokens_at_once(chunk: int, vocab: int, tensor: int) -> int:
+    """Tokens of a chip whose logits exist at one time: `chunk`; of 0, as many as LOGITS_BYTES hold in float32."""
+    return chunk or max(1, LOGITS_BYTES * tensor // (4 * vocab))
 
 
 def token_logprobs(
@@ -35,14 +42,16 @@ def token_logprobs(
 
     With `with_top` float32[B, T, 2]: beside it that of the likeliest token.
 
-    Slots are taken a few at a time, so that about `chunk` tokens' logits (at least one slot of every
+    Slots are taken a few at a time, so that about `tokens_at_once` tokens' logits (at least one slot of every
     row) exist at once on a chip; where there are several pieces, the backward pass makes them again. The
     head is gathered once for all pieces, and its gradient is reduced over the chips once after them.
     """
     batch, slots = tokens_BT.shape
     rows = -(-batch // batch_shards(model.mesh))  # of one chip
-    step = min(slots, max(1, chunk // rows))
     head = {name: params[name] for name in model.head_axes}
+    vocab = jax.eval_shape(model.logits, head, hidden_BTD[0, 0]).shape[-1]
+    tensor = 1 if model.mesh is None else model.mesh.shape["tensor"]
+    step = min(slots, max(1, tokens_at_once(chunk, vocab, tensor) // rows))
     if step == slots:
         return _piece((model, temperature, with_top), head, hidden_BTD, tokens_BT)
     padding = -slots % step
@@ -150,7 +159,7 @@ def score(
 
     Args:
       tokens_BT: responses, right-padded; lengths_B: their lengths.
-      chunk: tokens of a chip whose logits may exist at one time.
+      chunk: tokens of a chip whose logits may exist at one time; 0: `tokens_at_once`.
       temperature: the logits are divided by it.
       with_top: also the log-probability of the likeliest token at each place.
       slots: that hold every prompt with its answer; None: P + T.

@@ -62,15 +62,14 @@ def add_gradient(
     some, tokens_MT, lengths_M, weights_MT = take_rows(arrays, rows_M, model.mesh)
     weights_MT = jnp.where((rows_M < len(lengths_B))[:, None], weights_MT, 0)
 
-    def loss(differentiated: Params, layers: Params | None) -> jax.Array:
-        given = params | differentiated
+    def loss(others: Params, layers: Params) -> jax.Array:
+        given = params | others
         return -jnp.sum(weights_MT * score(model, given, some, tokens_MT, lengths_M, chunk, slots=slots, so_far=layers))
 
-    layers = so_far.of["layers"] if model.accumulates else None
-    others = {name: p for name, p in params.items() if layers is None or name != "layers"}
-    value, (grads, layers) = jax.value_and_grad(loss, argnums=(0, 1))(others, layers)
+    others = {name: p for name, p in params.items() if name != "layers"}
+    value, (grads, layers) = jax.value_and_grad(loss, argnums=(0, 1))(others, so_far.of["layers"])
     total = {name: jax.tree.map(lambda a, g: a + g.astype(jnp.float32), so_far.of[name], grads[name]) for name in grads}
-    return Gradient(so_far.loss + value, total if layers is None else total | {"layers": layers})
+    return Gradient(so_far.loss + value, total | {"layers": layers})
 
 
 def branch_weights(branch: str, scored: Scored, *, config: TrainConfig) -> jax.Array:

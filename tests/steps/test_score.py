@@ -11,9 +11,12 @@ import pytest
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
+from camopd_jax.piecewise import Learning
 from camopd_jax.planning.hlo import BRANCHES, COLLECTIVES, Module
 from camopd_jax.sharding import make_mesh, sharding
+from camopd_jax.steps import score as score_module
 from camopd_jax.steps.score import join, score, token_logprobs
+from camopd_jax.steps.update import no_gradient
 from camopd_jax.types import Prompts
 
 
@@ -121,3 +124,26 @@ def test_pieces_on_a_mesh_gather_the_head_once_and_reduce_its_gradient_once(size
     bodies = loops(Module(text))
     moved = [dims for body in bodies.values() for i in body if i.opcode in COLLECTIVES for _, dims in i.arrays]
     assert all(np.prod(dims) <= 8 * 24 for dims in moved), "hidden states and logits' sums, never the head"
+
+
+@pytest.mark.parametrize("vocab", [2**15, 2**18])
+def test_the_memory_of_a_gradient_is_flat_in_the_vocabulary(vocab, monkeypatch):
+    """Beside arrays of the head's size, what a gradient needs at one time is bounded by LOGITS_BYTES."""
+    monkeypatch.setattr(score_module, "LOGITS_BYTES", 2**21)
+    rows, slots, width = 4, 128, 8
+    model = Model(from_hf(dict(model_type="llama", vocab_size=vocab, hidden_size=width, intermediate_size=8,
+                               num_hidden_layers=1, num_attention_heads=1)))  # fmt: skip
+    params = jax.eval_shape(model.init, jax.random.key(0))
+
+    def shape(*dims, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    prompts, lengths = Prompts(shape(rows, 8), shape(rows)), shape(rows)
+    program = Learning(model, None, 0).add.lower(
+        model, params, jax.eval_shape(no_gradient, params), prompts, shape(rows, slots), lengths,
+        shape(rows, slots, dtype=jnp.float32), shape(rows), slots=8 + slots, answer_slots=slots, chunk=0,
+    )  # fmt: skip
+    needed = program.compile().memory_analysis().temp_size_in_bytes
+    head, logits = 4 * vocab * width, 4 * rows * slots * vocab
+    assert needed < 6 * head + 8 * 4 * max(2**19, rows * vocab), "some heads, some pieces of logits"
+    assert needed < logits / 2
