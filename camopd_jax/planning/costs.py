@@ -156,13 +156,17 @@ def memory_estimate(
     layer = (matrix_weights(student) - student.vocab_size * d) / layers / tensor  # weights of one, gathered
     wide = (2 * student.intermediate_size + 2 * student.num_heads * student.head_dim) / tensor
     token = (4 * d + wide) * item  # live in the middle of a layer
-    kept = {"block": d, "dots": d + wide, "none": 4 * d + 2 * wide}[config.compute.remat]  # of a token and layer
+    between = d / tensor  # of the residual stream, where every token is by itself
+    kept = {"block": between, "dots": between + wide, "none": 4 * between + 2 * wide}[
+        config.compute.remat
+    ]  # of a layer
+    head = student.vocab_size * d / tensor  # gathered once; an update adds its gradient up in float32
     prompt, answer = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
     cache = cache_bytes(student, item) / tensor * rows * (slots + 0.7 * (prompt + answer / 2))  # it grows
     return {
         "resident": resident,
         "rollout": cache + n * item / split + 2 * layer * item + rows * prompt * token,
-        "score": rows * slots * token + 2 * layer * item,
+        "score": rows * slots * token + 2 * layer * item + head * item,
         "update": micro * slots * (layers * kept * item + 2 * token)
-        + 8 * n / split + 2 * layer * (item + 4),
+        + 8 * n / split + 2 * layer * (item + 4) + head * (item + 4),
     }  # fmt: skip

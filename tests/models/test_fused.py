@@ -46,13 +46,13 @@ def outcome(form, mesh, slots=SLOTS, windows=(None,), kind=0, softcap=None):
     return run(query, key, value, kind if len(windows) == 1 else jnp.int32(kind))
 
 
-@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 1, 2)])
 @pytest.mark.parametrize(
-    "case",
-    [dict(), dict(windows=(37,)), dict(softcap=3.0), dict(windows=(None, 37), kind=1, softcap=3.0),
-     dict(windows=(37, None), kind=1), dict(windows=(None, 500), kind=1), dict(slots=256)],
+    "sizes, case",
+    [((1, 1, 1), dict(windows=(37,))), ((1, 1, 1), dict(softcap=3.0)), ((1, 1, 1), dict(windows=(37, None), kind=1)),
+     ((1, 1, 1), dict(windows=(None, 500), kind=1)), ((2, 1, 2), dict()), ((2, 1, 2), dict(slots=256)),
+     ((2, 1, 2), dict(windows=(None, 37), kind=1, softcap=3.0))],
 )  # fmt: skip
-def test_splash_is_plain_attention(case, sizes, tpu):
+def test_splash_is_plain_attention(sizes, case, tpu):
     mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     for ours, plain in zip(outcome("fused", mesh, **case), outcome("xla", None, **case), strict=True):
         np.testing.assert_allclose(ours, plain, atol=2e-5)
