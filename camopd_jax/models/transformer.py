@@ -168,18 +168,18 @@ class Model:
     mesh: Mesh | None = None
     dtype: str = "float32"  # of activations and matrix products
     remat: str = "block"  # "none", "dots" or "block": what the backward pass computes again
-    attention: str = "auto"  # "auto", "xla" or "fused": how whole rows attend; over a cache always plainly
+    attention: str = "auto"  # "auto", "xla" or "fused": how whole rows attend; over a cache and without a mesh plainly
 
     def __post_init__(self) -> None:
         """Raises UserError where a fused kernel is asked for and there is none."""
-        if self.attention == "fused" and (why := fused.obstacle(self.config, self.mesh, self.dtype)):
+        if self.attention != "fused" or self.mesh is None:
+            return
+        if why := fused.obstacle(self.config, self.mesh, self.dtype):
             raise UserError(f"config.compute.attention is 'fused'; {why}; give auto or xla")
 
     @property
     def _decoder(self) -> Decoder:
-        form = self.attention
-        if form == "auto" and fused.obstacle(self.config, self.mesh, self.dtype):
-            form = "xla"
+        form = "xla" if fused.obstacle(self.config, self.mesh, self.dtype) else self.attention
         return Decoder(self.config, self.mesh, jnp.dtype(self.dtype), self.remat, form)
 
     def init(self, key: jax.Array) -> Params:

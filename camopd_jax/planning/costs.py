@@ -123,7 +123,7 @@ def memory_estimate(
     master = jnp.dtype(config.compute.params).itemsize
     moments = 1 if config.method.moments == "shared" else 2
     n, d, layers = weights(student), student.hidden_size, student.num_layers
-    resident = n * (master + 8 * moments) / split + (n + weights(general)) * teacher / split
+    adam, teachers = n * 8 * moments / split, (n + weights(general)) * teacher / split
     prompt, answer = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
     of_layers = (matrix_weights(student) - student.vocab_size * d) / layers
 
@@ -145,12 +145,12 @@ def memory_estimate(
 
     micro = config.optimizer.micro_batch / (mesh["data"] * mesh["fsdp"])
     wide = live(tensor) / item - 4 * d
-    saved = {"block": d / tensor, "dots": d / tensor + wide, "none": 4 * d + 2 * wide}[config.compute.remat]
+    saved = {"block": d / tensor, "dots": d / tensor + wide, "none": 4 * d / tensor + 2 * wide}[config.compute.remat]
     gathered = (2 * of_layers + student.vocab_size * d) / tensor  # weights of two layers, and the head
     tokens = tokens_at_once(config.compute.logits_chunk, student.vocab_size, tensor)
     logits = 2 * tokens * student.vocab_size / tensor * 4
     gradients = 1 if config.method.schedule == "alternate" else 2
-    fresh = n if config.compute.remat != "block" else 2 * student.vocab_size * d  # added once they are whole
+    fresh = 2 * student.vocab_size * d  # of embedding and head, added once they are whole
     found = {
         "reshard": copy,
         "prefill": copy + places * entering,
@@ -164,4 +164,8 @@ def memory_estimate(
     }
     if places < rows:
         found["refill"] = copy + cache + refills(rows, places, sizes)[1] * entering
-    return {"resident": resident, **found}
+    if not config.compute.offload:
+        return {"resident": n * master / split + adam + teachers, **found}
+    teacher = max(n, weights(general)) * teacher / split
+    waits = {name: adam if name in ("gradient", "update") else teacher for name in found}
+    return {"resident": n * master / split} | {name: needed + waits[name] for name, needed in found.items()}

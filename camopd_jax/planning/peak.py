@@ -38,12 +38,12 @@ class Peak:
 
 
 def residents(plan: Plan, reports: Sequence[Report]) -> Residents:
-    state = plan.state
+    state, offload = plan.state, plan.config.compute.offload
     return Residents(
         parameters=chip_bytes(state.params),
-        optimizer=chip_bytes((state.moments, state.step, state.skipped)),
-        general_teacher=chip_bytes(plan.teachers["general"][1]),
-        specialised_teacher=chip_bytes(plan.teachers["specialised"][1]),
+        optimizer=0 if offload else chip_bytes((state.moments, state.step, state.skipped)),
+        general_teacher=0 if offload else chip_bytes(plan.teachers["general"][1]),
+        specialised_teacher=0 if offload else chip_bytes(plan.teachers["specialised"][1]),
         answers=2 * chip_bytes(plan.batch),
         code=sum(report.memory.code for report in reports if report.memory),
     )

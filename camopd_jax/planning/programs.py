@@ -20,6 +20,7 @@ from camopd_jax.planning.arrays import (
     abstract_batch,
     abstract_gradient,
     abstract_keys,
+    chip_bytes,
     decoding_params,
     decoding_state,
 )
@@ -28,7 +29,8 @@ from camopd_jax.types import LanguageModel, Params, Scored
 
 Named = tuple["Program", tuple]  # and what makes it another program than others
 
-HELD = ("weights", "cache", "gradient")  # kinds that lie on a chip for a part of a step
+# Kinds that lie on a chip for a part of a step. "offloaded": under config.compute.offload, what came back from the host
+HELD = ("weights", "cache", "gradient", "offloaded")
 
 
 @dataclass(frozen=True)
@@ -48,7 +50,7 @@ class Program:
 
 def programs(p: Plan, eos_ids: tuple[int, ...]) -> Iterator[Program]:
     """The programs of a step, in its order. Those of the same shapes are named, and compiled once."""
-    return _unique(_all(p, eos_ids))
+    return (_with_offloaded(p, program) for program in _unique(_all(p, eos_ids)))
 
 
 def _all(p: Plan, eos_ids: tuple[int, ...]) -> Iterator[Named]:
@@ -59,6 +61,16 @@ def _all(p: Plan, eos_ids: tuple[int, ...]) -> Iterator[Named]:
     for name, (model, params) in answer.items():
         yield from _rollout(p, compiled, name, model, params)
     yield from _learning(p, compiled)
+
+
+def _with_offloaded(p: Plan, program: Program) -> Program:
+    """With what of the offloaded arrays is on the devices meanwhile: a teacher until all is scored, then moments."""
+    if not p.config.compute.offload:
+        return program
+    teachers = [params for _, params in p.teachers.values()]
+    learns = program.name.split(":")[0] in ("gradient", "update")
+    there = p.state.moments if learns else max(teachers, key=chip_bytes)
+    return dataclasses.replace(program, beside=program.beside | {"offloaded": there})
 
 
 def _rollout(p: Plan, compiled: phases.Programs, name: str, model: LanguageModel, params: Params) -> Iterator[Named]:

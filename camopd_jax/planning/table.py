@@ -46,16 +46,17 @@ def resident_table(there: Residents, cache: int) -> Table:
 
 def memory_table(there: Residents, reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
     """A row a program: what lies there, what it adds, and the peak: their sum."""
-    view = _table("Memory of a chip while each program runs, in GiB", "", "resident", *HELD, "outputs", "temps", "peak",
+    some = [kind for kind in HELD if any(kind in held(r) for r in reports)]
+    view = _table("Memory of a chip while each program runs, in GiB", "", "resident", *some, "outputs", "temps", "peak",
                   "", caption="weights, cache: of the answering student. outputs: beyond those in a donated argument's "
                   "place. temps: temporaries; refused: the compiler gave up at these")  # fmt: skip
     peak = {p.program: p for p in peaks}
     for r in reports:
         if r.same_as:
-            view.add_row(r.name, *[""] * (4 + len(HELD)), "as " + r.same_as, style="dim")
+            view.add_row(r.name, *[""] * (4 + len(some)), "as " + r.same_as, style="dim")
             continue
         lies = held(r)
-        kinds = [_gib(lies[kind]) if kind in lies else "" for kind in HELD]
+        kinds = [_gib(lies[kind]) if kind in lies else "" for kind in some]
         if r.memory:
             added = [_gib(r.memory.outputs - r.memory.aliased), _gib(r.memory.temporaries)]
         else:
