@@ -148,7 +148,7 @@ def memory_estimate(
     saved = {"block": d / tensor, "dots": d / tensor + wide, "none": 4 * d / tensor + 2 * wide}[config.compute.remat]
     gathered = (2 * of_layers + student.vocab_size * d) / tensor  # weights of two layers, and the head
     tokens = tokens_at_once(config.compute.logits_chunk, student.vocab_size, tensor)
-    logits = 2 * tokens * student.vocab_size / tensor * 4
+    logits = 2 * min(tokens, micro * answer) * student.vocab_size / tensor * 4
     gradients = 1 if config.method.schedule == "alternate" else 2
     fresh = 2 * student.vocab_size * d  # of embedding and head, added once they are whole
     found = {
