@@ -4,6 +4,7 @@ import dataclasses
 import itertools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -63,7 +64,8 @@ def run(config, mesh):
     specialised, general = (Model(MODEL).init(jax.random.key(seed)) for seed in (0, 1))
     teachers = {"recovery": jax.device_put(general, places), "review": jax.device_put(specialised, places)}
     branches = {name: Branch(Prompter(i), model, params) for i, (name, params) in enumerate(teachers.items())}
-    state = init_state(jax.device_put(specialised, places), "shared")
+    student = jax.device_put(jax.tree.map(jnp.copy, specialised), places)  # given up at the first update
+    state = init_state(student, "shared")
     programs = phases.compile_programs(config, model, (2, 5), state)
     watcher = Watcher()
     return phases.run(config, branches, programs, state, watcher), watcher.outcomes
