@@ -23,13 +23,11 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
-    "width": "tensor",  # the model width of finished hidden states
 }
 
 # Activations [B, S, D]. Their model width stays whole in the layers: the rows already lie on "fsdp".
-ACTIVATION = ("batch", "sequence", None)  # as a product takes them
+ACTIVATION = ("batch", "sequence", None)  # as a product takes them, and as tokens are picked out of finished rows
 RESIDUAL = ("batch", "residual", None)  # between the products: what the backward pass keeps of a layer
-HIDDEN = ("batch", "sequence", "width")  # after the last layer: tokens are picked out of each row
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:

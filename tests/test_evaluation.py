@@ -12,7 +12,7 @@ import pytest
 from etils import epath
 from rows import read_lines, write_lines
 
-from camopd_jax import engine, evaluation
+from camopd_jax import answering, engine, evaluation
 from camopd_jax.config import Benchmark, Compute, Evaluation, Judge
 from camopd_jax.data import templates
 from camopd_jax.errors import UserError
@@ -77,10 +77,11 @@ def test_first_questions_are_part_of_the_whole(specialist, tmp_path, asked):
 
 def test_another_models_answers_compile_nothing_anew(specialist, tmp_path):
     evaluation.run(COVERED, specialist, SETTINGS, epath.Path(tmp_path / "a"))
-    compiled = engine._rollout._cache_size()
+    program = answering.programs(specialist.mesh).advance
+    compiled = program._cache_size()
     student = specialist.with_params(jax.tree.map(lambda p: p * 1.01, specialist.params))
     evaluation.run(COVERED, student, SETTINGS, epath.Path(tmp_path / "b"))
-    assert engine._rollout._cache_size() == compiled > 0
+    assert program._cache_size() == compiled > 0
 
 
 def test_another_question_or_way_of_asking_is_asked_anew(specialist, tmp_path, asked):

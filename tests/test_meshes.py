@@ -2,6 +2,7 @@
 
 import dataclasses
 import itertools
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +10,16 @@ import numpy as np
 import pytest
 
 from camopd_jax import phases
+from camopd_jax.buckets import Piece
 from camopd_jax.config import MeshConfig, Method, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.optim import init_state
 from camopd_jax.phases import Branch
-from camopd_jax.sharding import make_mesh, sharding
+from camopd_jax.piecewise import Learning
+from camopd_jax.sharding import global_rows, make_mesh, sharding
 from camopd_jax.types import PromptBatch, Prompts
 
 MODEL = from_hf(dict(model_type="qwen3", vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
@@ -104,3 +108,37 @@ def test_a_run_is_the_same_on_every_mesh(alone, shape):
 
     for tree in (state.params, state.moments["shared"].mu, state.moments["shared"].nu):
         jax.tree.map(lies, tree, shardings(MODEL, mesh))
+
+
+def gradient(mesh):
+    """Of random weights on random answers, by the quickstart's specialist: (loss, gradient)."""
+    folder = Path(__file__).parents[1] / "configs" / "quickstart" / "specialist"
+    config = from_hf(hf.read_config(folder), context=48)
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 17, 16).astype(np.int32)
+    asked, said = (random.integers(0, config.vocab_size, (16, n)).astype(np.int32) for n in (32, 16))
+    weights = (random.normal(size=(16, 16)) * (np.arange(16) < lengths[:, None])).astype(np.float32)
+    prompts = Prompts(asked, random.integers(5, 33, 16).astype(np.int32))
+    batch = global_rows(mesh, (prompts, said, lengths, weights), 16)
+    learning = Learning(Model(config, mesh=mesh), shardings(config, mesh), 0)
+    found = learning(
+        hf.load(folder, config, mesh, "float32"), *batch, [Piece(np.array([0, 3, 5, 7, 9, 11, 16, 16]), 48, 16)]
+    )
+    return jax.tree.map(np.asarray, found)
+
+
+@pytest.fixture(scope="module")
+def gradient_alone():
+    return gradient(make_mesh(1, devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("shape", [
+    pytest.param(shape, marks=[] if shape in USUAL else pytest.mark.slow) for shape in EVERY
+])  # fmt: skip
+def test_a_trained_models_gradient_is_the_same_on_every_mesh(gradient_alone, shape):
+    """Of other sizes than above: the compiler cuts them in other ways."""
+    ours = gradient(make_mesh(*shape))
+    np.testing.assert_allclose(ours.loss, gradient_alone.loss, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.max(np.abs(b))), ours.of, gradient_alone.of
+    )

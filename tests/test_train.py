@@ -293,7 +293,7 @@ def test_no_config_and_no_workdir(command, tmp_path):
 def test_a_batch_that_does_not_divide_by_the_mesh(command, tmp_path):
     flags = ["--config.rollout.batch_size=20", "--config.optimizer.micro_batch=4"]
     ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags, devices=8)
-    one_line(ended, "config.rollout.batch_size is 20, which does not divide by data x fsdp = 8 of the mesh")
+    one_line(ended, "config.rollout.batch_size is 20, which does not divide by data x fsdp = 8 of config.mesh")
 
 
 def test_a_workdir_of_another_run_and_another_teacher(whole, command, other, tmp_path):

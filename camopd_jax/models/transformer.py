@@ -17,7 +17,7 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.layers import Attention, FeedForward, RMSNorm, rotation
 from camopd_jax.models.stack import Layer, through
 from camopd_jax.models.weights import layer_by_layer, table
-from camopd_jax.sharding import ACTIVATION, HIDDEN, RESIDUAL, constrain, constrain_even
+from camopd_jax.sharding import ACTIVATION, RESIDUAL, constrain, constrain_even
 from camopd_jax.types import EMPTY, KVCache, Params
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
@@ -199,7 +199,7 @@ class Model:
             hidden = self._decoder.apply(
                 {"params": others}, params["layers"], so_far, tokens_BS, positions, method=Decoder.accumulate
             )
-        return constrain_even(hidden, self.mesh, *HIDDEN)
+        return constrain(hidden, self.mesh, *ACTIVATION)
 
     def for_decoding(self, params: Params) -> Params:
         others = {name: p for name, p in params.items() if name != "layers"}
@@ -227,7 +227,7 @@ class Model:
         seen = jnp.where(slots < lengths_B[:, None], slots, EMPTY)
         hidden, cache = self._extend(params, tokens_BP, slots, seen, None, 0)
 
-        hidden = constrain_even(hidden, self.mesh, *HIDDEN)
+        hidden = constrain(hidden, self.mesh, *ACTIVATION)
 
         def place(array: jax.Array) -> jax.Array:
             return constrain(array, self.mesh, "batch", "kv_heads", "sequence", "head_dim")
