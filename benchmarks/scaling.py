@@ -9,7 +9,6 @@ decoding is one turn of all rows, its cache full. FLOPs, collectives and memory 
 """
 
 import json
-import time
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -30,7 +29,6 @@ import matplotlib.pyplot as plt
 
 flags.DEFINE_string("out", str(Path(__file__).parents[1] / "docs" / "figures"), "Folder of scaling.json and figures.")
 flags.DEFINE_bool("draw_only", False, "Draw the figures of a scaling.json that is there.")
-flags.DEFINE_list("sweeps", None, "Only these.")
 
 PROGRAMS = {"score: general teacher": "scoring", "gradient": "gradient", "decode": "decoding"}
 COLOURS = {"scoring": "#2a64b8", "gradient": "#c2570c", "decoding": "#2f6f2f"}
@@ -51,11 +49,11 @@ class Point:
 
 BASE = Point()
 SWEEPS: dict[str, tuple[int, ...]] = {
-    "chips": (1, 4, 16, 64, 256),
-    "slots": (1024, 4096, 12288, 36864),
-    "vocabulary": (32768, 65536, 131072, 262144),
     "depth": (2, 4, 8, 16, 32),
-    "rows": (1, 2, 4, 8),
+    "chips": (1, 4, 8, 16, 64, 256),
+    "slots": (1024, 4096, 12288, 36864),
+    "vocabulary": (32768, 131072, 262144),
+    "rows": (1, 2, 4),
 }
 PANELS = {
     "gflop": "GFLOP a token",
@@ -86,8 +84,8 @@ def compiled(point: Point) -> Iterator[tuple[str, Report, float]]:
             yield PROGRAMS[program.name], report, point.rows * (1 if turns else point.slots)
 
 
-def numbers(point: Point, report: Report, tokens: float) -> dict[str, Any]:
-    """What is drawn, and the sizes it belongs to. Of a program that was refused: the temporaries that it asked for."""
+def numbers(report: Report, tokens: float) -> dict[str, Any]:
+    """What is drawn. Of a program that was refused: the temporaries that it asked for."""
     moved = sum(traffic.bytes_run for traffic in report.counts.collectives.values())
     temporaries = report.memory.temporaries if report.memory else report.refused_bytes
     found = {
@@ -96,37 +94,39 @@ def numbers(point: Point, report: Report, tokens: float) -> dict[str, Any]:
     }  # fmt: skip
     if report.name == "decode":  # its layers are no loop: one turn is what cost_analysis counts
         found["hbm_mb"] = report.bytes_accessed / tokens / 1e6
-    return asdict(point) | found
-
-
-def measure(wanted: list[str] | None) -> dict[str, dict[str, list[dict[str, Any]]]]:
-    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
-    done: dict[Point, list[tuple[str, Report, float]]] = {}
-    for sweep, sizes in SWEEPS.items():
-        if wanted and sweep not in wanted:
-            continue
-        found[sweep] = {name: [] for name in PROGRAMS.values()}
-        for size in sizes:
-            point, started = replace(BASE, **{sweep: size}), time.perf_counter()
-            done[point] = done.get(point) or list(compiled(point))
-            for name, report, tokens in done[point]:
-                found[sweep][name].append(numbers(point, report, tokens))
-            print(f"{sweep} {size}: {time.perf_counter() - started:.0f} s", flush=True)
     return found
 
 
-def figure(sweep: str, of: dict[str, list[dict[str, Any]]]) -> plt.Figure:
+def name_of(sweep: str, size: int) -> str:
+    """Of a point, in scaling.json."""
+    return ", ".join(f"{name} {n}" for name, n in asdict(replace(BASE, **{sweep: size})).items())
+
+
+def measure(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """The numbers of all points so far, after each point; for those that are there already nothing is compiled."""
+    for sweep, sizes in SWEEPS.items():
+        for size in sizes:
+            name = name_of(sweep, size)
+            if name not in found:
+                point = replace(BASE, **{sweep: size})
+                found = found | {name: {program: numbers(*told) for program, *told in compiled(point)}}
+                print(name, {program: round(of["seconds"]) for program, of in found[name].items()}, flush=True)
+                yield found
+
+
+def figure(sweep: str, found: dict[str, Any]) -> plt.Figure:
     drawn, axes = plt.subplots(1, len(PANELS), figsize=(11, 2.6))
+    sizes = [size for size in SWEEPS[sweep] if name_of(sweep, size) in found]
     for panel, (key, title) in zip(axes, PANELS.items(), strict=True):
-        for name, points in of.items():
-            panel.plot(
-                [p[sweep] for p in points], [p[key] for p in points], "o-", ms=3.5, color=COLOURS[name], label=name
-            )
+        lowest = 0.0
+        for program in PROGRAMS.values():
+            values = [found[name_of(sweep, size)][program][key] for size in sizes]
+            panel.plot(sizes, values, "o-", ms=3.5, color=COLOURS[program], label=program)
+            lowest = min(values) if program == "scoring" else min(lowest, *values)
         panel.set_xscale("log", base=2)
-        sizes = SWEEPS[sweep]
         panel.set_xticks(sizes, [f"{n // 1024}K" if n >= 1024 else str(n) for n in sizes])
         panel.minorticks_off()
-        if key != "seconds" and min(p[key] for points in of.values() for p in points) > 0:
+        if key != "seconds" and lowest > 0:
             panel.set_yscale("log")
         else:
             panel.set_ylim(bottom=0)
@@ -141,13 +141,13 @@ def main(_) -> None:
     out = Path(values.out)
     file = out / "scaling.json"
     found = json.loads(file.read_text()) if file.exists() else {}
-    if not values.draw_only:
-        found |= measure(values.sweeps)
+    for now in () if values.draw_only else measure(found):
+        found = now
         file.write_text(json.dumps(found, indent=1) + "\n")
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.2,
                          "svg.hashsalt": "camopd_jax", "font.size": 8.5})  # fmt: skip
-    for sweep, of in found.items():
-        drawn = figure(sweep, of)
+    for sweep in SWEEPS:
+        drawn = figure(sweep, found)
         drawn.tight_layout()
         drawn.savefig(out / f"scaling_{sweep}.svg", metadata={"Date": None}, facecolor="white")
 

@@ -173,7 +173,22 @@ class Module:
         if found is None:
             return Loop(name, None, False)
         compare, index, bound = found
-        return Loop(name, max(0, bound - self._start(loop, index, around)), compare.root)
+        step = self._step(self.computations[loop.called("body")[0]], index)
+        return Loop(name, max(0, -(-(bound - self._start(loop, index, around)) // step)), compare.root)
+
+    def _step(self, body: dict[str, Instruction], index: int) -> int:
+        """What a turn adds to the counter: 2 where the compiler has put two turns into one."""
+        root = next(i for i in body.values() if i.root)
+        if root.opcode != "tuple":
+            return 1
+        value, given = body[root.operands[index]], body
+        if value.opcode == "fusion":
+            inside = self.computations[value.called("calls")[0]]
+            outside = [body[name] for name in value.operands]
+            given = {i.name: outside[int(i.inner)] if i.opcode == "parameter" else i for i in inside.values()}
+            value = next(i for i in inside.values() if i.root)
+        steps = [int(i.inner) for i in map(given.get, value.operands) if i is not None and i.opcode == "constant"]
+        return steps[0] if value.opcode == "add" and steps else 1
 
     def _start(self, loop: Instruction, index: int, around: dict[str, Instruction]) -> int:
         """The counter's value before the loop. One that an earlier loop left stands at that loop's bound."""

@@ -83,6 +83,24 @@ def test_an_early_end_makes_the_bound_a_worst_case_and_a_second_loop_goes_on_fro
     assert [loop.trips for loop in Module(again).counts().loops] == [4, 10]
 
 
+def test_two_turns_in_one_are_half_as_many():
+    """The TPU compiler writes a product whose shards go around a ring so."""
+    counted = "  %i = s32[] get-tuple-element(%carried), index=0\n  %two = s32[] constant(2)\n"
+    text = TEXT.replace("tuple(%x, %product, %x)", "tuple(%next, %product, %x)")
+    plain = text.replace("  ROOT %out", counted + "  %next = s32[] add(%i, %two)\n  ROOT %out")
+    assert Module(plain).counts().loops[0] == Loop("f/all", 2, True), "3 and 5, of those below 7"
+    added = """
+%added (i: s32[], n: s32[]) -> s32[] {
+  %n = s32[] parameter(1)
+  %m = s32[] parameter(0)
+  ROOT %sum.1 = s32[] add(%m, %n)
+}
+"""
+    fused = "  %next = s32[] fusion(%i, %two), kind=kLoop, calls=%added\n  ROOT %out"
+    text = text.replace("\n%body (", added + "\n%body (").replace("  ROOT %out", counted + fused)
+    assert Module(text).counts().loops[0].trips == 2
+
+
 def test_a_comparison_of_arrays_is_no_counter():
     condition = TEXT[TEXT.index("%condition") : TEXT.index("%data_condition")]
     arrays = (
