@@ -20,6 +20,7 @@ from absl import app, flags
 from camopd_jax import answering, engine, piecewise
 from camopd_jax.answering import Decode
 from camopd_jax.buckets import Piece, pieces
+from camopd_jax.config import Compute
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
@@ -38,7 +39,7 @@ flags.DEFINE_integer("rounds", 3, "Rounds of alternation, after one that compile
 def main(_) -> None:
     engine.start()
     v = flags.FLAGS
-    model = Model(from_hf(SHAPES[v.shape], context=v.prompt + v.cap), dtype=engine.matmul_dtype(engine.Compute()))
+    model = Model(from_hf(SHAPES[v.shape], context=v.prompt + v.cap), dtype=engine.matmul_dtype(Compute()))
     params = jax.jit(model.init)(jax.random.key(0))
     weights = answering.for_decoding(model, params)
     words = np.random.default_rng(0).integers(0, model.config.vocab_size, (v.batch, v.prompt)).astype(np.int32)

@@ -101,13 +101,18 @@ class Decode:
     shrinks: bool = False  # whether a batch half of which is done becomes half a batch
 
 
+def entering(places: int, shards: int) -> int:
+    """How many prompts that wait take free places at one time: a share of the places that the batch's pieces divide."""
+    return -(-places // (REFILL * shards)) * shards
+
+
 def answers(
     model: LanguageModel,
     params: Params,
     prompts: Prompts,
     keys_B: jax.Array,
     decode: Decode,
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Rollout:
     """An answer of at most `decode.max_new` tokens to each prompt; `steps.rollout.begin` has the arguments.
 
@@ -118,7 +123,7 @@ def answers(
     rows, prompt_slots = prompts.tokens.shape
     p, shards = programs(model.mesh), batch_shards(model.mesh)
     places = min(decode.places or rows, rows)
-    several = -(-places // (REFILL * shards)) * shards  # prompts that enter at one time
+    several = entering(places, shards)
     drawn = {"sampling": decode.sampling, "eos_ids": decode.eos_ids}
 
     def started(rows_N: np.ndarray) -> Decoding:
@@ -132,27 +137,24 @@ def answers(
         shrinks = decode.shrinks and half >= shards and half % shards == 0
         enough = len(state.row) - several if len(waiting) else half if shrinks else 0
         state, told = p.advance(model, params, state, np.int32(enough), prompt_slots=prompt_slots, **drawn)
-        meanwhile()
-        meanwhile = _nothing
+        if meanwhile is not None:
+            meanwhile()
+            meanwhile = None
         told = whole(told)
         running, longest = told["running"], int(told["longest"])
         if longest > ring:
-            state = _grown(p, state, prompt_slots, ring, min(2 * ring, decode.max_new))
-            ring = min(2 * ring, decode.max_new)
+            filled, ring = ring, min(2 * ring, decode.max_new)
+            state = _grown(p, state, prompt_slots, filled, ring)
             continue
         said = p.collect(said, state, rows=rows)
         if len(waiting):
-            entering, waiting = waiting[:several], waiting[several:]
-            free = np.flatnonzero(~running)[: len(entering)]
-            state = p.join(state, started(_filled(entering, several, rows)), _filled(free, several, len(running)))
+            new, waiting = waiting[:several], waiting[several:]
+            free = np.flatnonzero(~running)[: len(new)]
+            state = p.join(state, started(_filled(new, several, rows)), _filled(free, several, len(running)))
         elif running.any():
             state = _kept(p, state, np.argsort(~running, kind="stable")[:half].astype(np.int32))
         else:
             return said
-
-
-def _nothing() -> None:
-    pass
 
 
 def _filled(numbers: np.ndarray, size: int, nobody: int) -> np.ndarray:

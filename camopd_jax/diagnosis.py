@@ -57,9 +57,8 @@ class Diagnosis:
         draw = np.int32(FIRST_DRAW + len(self._branches) * step + number)
         answers = ask(self._config, programs, branch, params, prompts, draw)
         answers = cut_to_bucket(answers, self._config.rollout.smallest_bucket)
-        scores = score_both(
-            self._config, programs, branch, params, prompts, answers, forward=True
-        )  # equal models, gaps of 0
+        # A pass of the student's own: equal models have gaps of 0.
+        scores = score_both(self._config, programs, branch, params, prompts, answers, forward=True)
         ranked = programs.select[name](scores, answers.lengths, draw)
         return Scored(prompts.student, prompts.index, answers, scores, ranked)
 

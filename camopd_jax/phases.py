@@ -26,13 +26,13 @@ from jax.sharding import Mesh
 
 from camopd_jax import answering, piecewise
 from camopd_jax.answering import Decode
-from camopd_jax.buckets import Piece, bucket, pieces
+from camopd_jax.buckets import Piece, bucket
 from camopd_jax.config import Method, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.metrics import Stages
 from camopd_jax.piecewise import Learning
 from camopd_jax.residency import on_devices, on_host
-from camopd_jax.sharding import batch_shards, check_rows, global_rows, other_mesh, sharding, whole
+from camopd_jax.sharding import check_rows, global_rows, other_mesh, sharding, whole
 from camopd_jax.steps.sampling import Sampling, row_keys
 from camopd_jax.steps.select import select
 from camopd_jax.steps.update import Gradient, branch_weights, mixed_update, recovery_update, review_update
@@ -244,7 +244,7 @@ def ask(
     params: Params,
     prompts: PromptBatch,
     draw: np.int32,
-    meanwhile: Callable[[], None] = lambda: None,
+    meanwhile: Callable[[], None] | None = None,
 ) -> Rollout:
     """The student's answers to a batch of a branch's prompts; under a control, the branch's teacher's.
 
@@ -280,7 +280,7 @@ def score_both(
 
 def score(config: TrainConfig, model: LanguageModel, params: Params, prompts: Prompts, answers: Rollout) -> jax.Array:
     """Log-probabilities of the answers under one model, float32[B, T]."""
-    everyone = micro_batches(config, model.mesh, prompts, answers, np.arange(len(answers.lengths)))
+    everyone = micro_batches(config, model.mesh, prompts, answers)
     chunk = config.compute.logits_chunk
     return piecewise.score(model, params, prompts, answers.tokens, answers.lengths, everyone, chunk=chunk)
 
@@ -294,13 +294,11 @@ def gradient(config: TrainConfig, programs: Programs, name: str, params: Params,
 
 
 def micro_batches(
-    config: TrainConfig, mesh: Mesh | None, prompts: Prompts, answers: Rollout, rows: np.ndarray
+    config: TrainConfig, mesh: Mesh | None, prompts: Prompts, answers: Rollout, rows: np.ndarray | None = None
 ) -> Iterator[Piece]:
-    """These rows of a batch, those of like length together."""
-    prompt_lengths, lengths = whole((prompts.lengths, answers.lengths))
-    widths = prompts.tokens.shape[1], answers.tokens.shape[1]
+    """These rows of a batch, or all, those of like length together."""
     size, smallest = config.optimizer.micro_batch, config.rollout.smallest_bucket
-    return pieces(prompt_lengths, lengths, rows, size, widths, smallest, batch_shards(mesh))
+    return piecewise.micro_batches(mesh, prompts, answers.tokens, answers.lengths, size, smallest, rows)
 
 
 def compare(metrics: dict[str, jax.Array], forward: bool, trusts_sampler: bool, step: int) -> None:

@@ -4,15 +4,16 @@ What is computed at one time is `size` rows, whatever the batch; and of those on
 """
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
-from camopd_jax.buckets import Piece
-from camopd_jax.sharding import sharding
+from camopd_jax.buckets import Piece, pieces
+from camopd_jax.sharding import batch_shards, sharding, whole
 from camopd_jax.steps import score as steps
 from camopd_jax.steps.update import Gradient, add_gradient, no_gradient
 from camopd_jax.types import LanguageModel, Params, Prompts
@@ -54,6 +55,22 @@ def score(
             model, params, scored, prompts, tokens_BT, lengths_B, piece.rows, with_top=with_top, **widths, **options
         )
     return scored
+
+
+def micro_batches(
+    mesh: Mesh | None,
+    prompts: Prompts,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    size: int,
+    smallest: int,
+    rows: np.ndarray | None = None,
+) -> Iterator[Piece]:
+    """`buckets.pieces` of a batch on the mesh: of these rows, or of all. Every process has to ask."""
+    prompt_lengths, lengths = whole((prompts.lengths, lengths_B))
+    rows = np.arange(len(lengths)) if rows is None else rows
+    widths = prompts.tokens.shape[1], tokens_BT.shape[1]
+    return pieces(prompt_lengths, lengths, rows, size, widths, smallest, batch_shards(mesh))
 
 
 class Learning:

@@ -11,11 +11,9 @@ import time
 from functools import partial
 
 import jax
-import numpy as np
 from absl import flags
 
 from camopd_jax import cli, engine
-from camopd_jax.buckets import pieces
 from camopd_jax.config import SftConfig
 from camopd_jax.data.pipeline import SftStream
 from camopd_jax.engine import Loaded
@@ -23,9 +21,9 @@ from camopd_jax.host import Host
 from camopd_jax.metrics import memory_gib
 from camopd_jax.models import hf
 from camopd_jax.optim import init_state
-from camopd_jax.piecewise import Learning
+from camopd_jax.piecewise import Learning, micro_batches
 from camopd_jax.processes import together
-from camopd_jax.sharding import batch_shards, check_rows, global_rows, make_mesh, rows_of_process, whole
+from camopd_jax.sharding import check_rows, global_rows, make_mesh, rows_of_process
 from camopd_jax.steps.update import Gradient, sft_update, sft_weights
 from camopd_jax.types import Params, SftBatch
 
@@ -77,11 +75,9 @@ def sft(config: SftConfig, workdir: str) -> None:
 def gradient(config: SftConfig, learning: Learning, params: Params, batch: SftBatch) -> Gradient:
     """Of the cross-entropy of a whole batch, rows of like length together."""
     prompts, tokens, lengths = batch.prompts, batch.tokens, batch.lengths
-    widths = prompts.tokens.shape[1], tokens.shape[1]
-    everyone = np.arange(len(lengths))
-    parts = pieces(*whole((prompts.lengths, lengths)), everyone, config.optimizer.micro_batch, widths,
-                   config.smallest_bucket, batch_shards(prompts.tokens.sharding.mesh))  # fmt: skip
-    return learning(params, prompts, tokens, lengths, sft_weights(lengths, widths[1]), parts)
+    mesh, size = tokens.sharding.mesh, config.optimizer.micro_batch
+    everyone = micro_batches(mesh, prompts, tokens, lengths, size, config.smallest_bucket)
+    return learning(params, prompts, tokens, lengths, sft_weights(lengths, tokens.shape[1]), everyone)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """One mesh, and one table from the logical axes of arrays to the axes of the mesh."""
 
 import math
+from collections.abc import Iterable
 
 import jax
 import jax.numpy as jnp
@@ -40,8 +41,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
         raise UserError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: give sizes >= 1, at most one of them -1")
-    if -1 in sizes:
-        sizes[sizes.index(-1)] = max(1, len(devices) // math.prod(n for n in sizes if n != -1))
+    sizes = filled(sizes, len(devices))
     if math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"mesh {wanted} needs {math.prod(sizes)} devices, {len(devices)} are here; change config.mesh")
@@ -51,6 +51,13 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     except NotImplementedError:  # a TPU torus of whose sides the sizes are no products, as tensor 2 on 4x4x4
         split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(split, MESH_AXES, axis_types=types)
+
+
+def filled(sizes: Iterable[int], devices: int) -> list[int]:
+    """Sizes of mesh axes, with the one that is -1 as large as the others leave it, at least 1."""
+    sizes = list(sizes)
+    left = max(1, devices // math.prod(n for n in sizes if n != -1))
+    return [left if n == -1 else n for n in sizes]
 
 
 def other_mesh(mesh: Mesh, data: int, fsdp: int, tensor: int, field: str) -> Mesh:

@@ -10,8 +10,6 @@ from functools import lru_cache, partial
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
-from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 from jax.sharding import Mesh
 
 from camopd_jax.models.config import ModelConfig
@@ -136,7 +134,11 @@ def pairs(slots: int, window: int | None) -> int:
 @lru_cache(maxsize=64)
 def _splash(
     slots: int, heads: int, block: int, window: int | None, softcap: float | None, interpret: bool
-) -> splash.SplashAttentionKernel:
+) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
+    # Slow to import, and only needed here.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
     shape = (slots, slots)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
     sizes = splash.BlockSizes(

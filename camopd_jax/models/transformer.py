@@ -207,20 +207,19 @@ class Model:
         return self.others_for_decoding(others) | {"layers": tuple(layers)}
 
     def layer_for_decoding(self, layers: Params, i: jax.Array | int) -> Params:
-        return self._cast(jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), layers))
+        return self.others_for_decoding(
+            jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), layers)
+        )
 
     def others_for_decoding(self, others: Params) -> Params:
-        return self._cast(others)
+        def cast(path, p: jax.Array) -> jax.Array:
+            return p if path[-1].key == "scale" else p.astype(self.dtype)  # norms stay as they are: they act in float32
+
+        return jax.tree_util.tree_map_with_path(cast, others)
 
     @property
     def decoding_places(self) -> Params | None:
         return None if self.mesh is None else layer_by_layer(self.config, self.mesh)
-
-    def _cast(self, params: Params) -> Params:
-        def cast(path, p: jax.Array) -> jax.Array:
-            return p if path[-1].key == "scale" else p.astype(self.dtype)  # norms stay as they are: they act in float32
-
-        return jax.tree_util.tree_map_with_path(cast, params)
 
     def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
         slots = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1], dtype=jnp.int32), tokens_BP.shape)

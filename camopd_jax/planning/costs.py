@@ -13,11 +13,12 @@ import jax.numpy as jnp
 import numpy as np
 
 from camopd_jax import engine, phases
-from camopd_jax.answering import FIRST_RING, REFILL
+from camopd_jax.answering import FIRST_RING, entering
 from camopd_jax.buckets import bucket
 from camopd_jax.config import TrainConfig
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.weights import table
+from camopd_jax.sharding import filled
 from camopd_jax.steps.score import tokens_at_once
 
 Sizes = Mapping[str, int]  # of a mesh: {"data", "fsdp", "tensor"}
@@ -67,14 +68,12 @@ def rollout_sizes(config: TrainConfig, mesh: Sizes) -> dict[str, int]:
     """Of the mesh that answers are made on (`phases.rollout_mesh`)."""
     wanted, chips = config.rollout.mesh, math.prod(mesh.values())
     sizes = {"data": wanted.data, "fsdp": wanted.fsdp, "tensor": wanted.tensor or mesh["tensor"]}
-    given = math.prod(n for n in sizes.values() if n != -1)
-    return {axis: chips // given if n == -1 else n for axis, n in sizes.items()}
+    return dict(zip(sizes, filled(sizes.values(), chips), strict=True))
 
 
 def refills(rows: int, places: int, mesh: Sizes) -> tuple[int, int]:
     """(how often prompts that wait take free places, how many at one time), as `answering.answers` does it."""
-    shards = mesh["data"] * mesh["fsdp"]
-    several = -(-places // (REFILL * shards)) * shards
+    several = entering(places, mesh["data"] * mesh["fsdp"])
     return max(0, math.ceil((rows - places) / several)), several
 
 
