@@ -62,6 +62,7 @@ class RolloutConfig:
     mesh: MeshConfig = MeshConfig(tensor=0)
     places: int = 0  # answered at one time; the other prompts wait and enter as places get free. 0: the whole batch
     shrinks: bool = False  # whether a batch goes on as half a batch when half its answers are done
+    score_batch: int = 0  # answers in one forward pass that scores them; 0: config.optimizer.micro_batch
 
 
 @dataclass(frozen=True)
@@ -358,6 +359,12 @@ def _check_train(config: TrainConfig, need, positive) -> None:
         config.rollout.batch_size % config.optimizer.micro_batch == 0,
         "optimizer.micro_batch",
         f"give a divisor of rollout.batch_size = {config.rollout.batch_size}",
+    )
+    need(
+        config.rollout.score_batch == 0
+        or (config.rollout.score_batch > 0 and config.rollout.batch_size % config.rollout.score_batch == 0),
+        "rollout.score_batch",
+        f"give a divisor of rollout.batch_size = {config.rollout.batch_size}, or 0 (as optimizer.micro_batch)",
     )
     need(config.rollout.places >= 0, "rollout.places", "give a number >= 0 (0: the whole batch)")
     need(config.rollout.temperature >= 0, "rollout.temperature", "give a number >= 0 (0: greedy)")

@@ -14,7 +14,7 @@ frozen copy teaches. The two never share a gradient, save under `config.method.s
 there both branches go through 2 to 5, and one update takes both.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Protocol
@@ -26,7 +26,7 @@ from jax.sharding import Mesh
 
 from camopd_jax import answering, piecewise
 from camopd_jax.answering import Decode
-from camopd_jax.buckets import Piece, bucket
+from camopd_jax.buckets import bucket
 from camopd_jax.config import Method, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.metrics import Stages
@@ -73,9 +73,16 @@ def check_batches(config: TrainConfig, mesh: Mesh) -> None:
     if config.rollout.places:
         check_rows(answering_mesh, "config.rollout.places", config.rollout.places, "config.rollout.mesh")
     check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
+    if config.rollout.score_batch:
+        check_rows(mesh, "config.rollout.score_batch", config.rollout.score_batch)
     check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)
     if config.diagnostics.every:
         check_rows(mesh, "config.diagnostics.rows", config.diagnostics.rows)
+
+
+def score_batch(config: TrainConfig) -> int:
+    """Answers in one forward pass that scores them."""
+    return config.rollout.score_batch or config.optimizer.micro_batch
 
 
 def rollout_mesh(config: TrainConfig, mesh: Mesh) -> Mesh:
@@ -280,7 +287,9 @@ def score_both(
 
 def score(config: TrainConfig, model: LanguageModel, params: Params, prompts: Prompts, answers: Rollout) -> jax.Array:
     """Log-probabilities of the answers under one model, float32[B, T]."""
-    everyone = micro_batches(config, model.mesh, prompts, answers)
+    everyone = piecewise.micro_batches(
+        model.mesh, prompts, answers.tokens, answers.lengths, score_batch(config), config.rollout.smallest_bucket
+    )
     chunk = config.compute.logits_chunk
     return piecewise.score(model, params, prompts, answers.tokens, answers.lengths, everyone, chunk=chunk)
 
@@ -288,17 +297,12 @@ def score(config: TrainConfig, model: LanguageModel, params: Params, prompts: Pr
 def gradient(config: TrainConfig, programs: Programs, name: str, params: Params, part: Scored) -> Gradient:
     """Of Eq 9, over the selected answers of a branch: its cost follows what was selected."""
     order, count = whole((part.selection.order, part.selection.count))
-    selected = micro_batches(config, programs.student.mesh, part.prompts, part.rollout, order[:count])
-    said = part.rollout
+    said, smallest = part.rollout, config.rollout.smallest_bucket
+    selected = piecewise.micro_batches(
+        programs.student.mesh, part.prompts, said.tokens, said.lengths, config.optimizer.micro_batch, smallest,
+        order[:count],
+    )  # fmt: skip
     return programs.learning(params, part.prompts, said.tokens, said.lengths, programs.weigh[name](part), selected)
-
-
-def micro_batches(
-    config: TrainConfig, mesh: Mesh | None, prompts: Prompts, answers: Rollout, rows: np.ndarray | None = None
-) -> Iterator[Piece]:
-    """These rows of a batch, or all, those of like length together."""
-    size, smallest = config.optimizer.micro_batch, config.rollout.smallest_bucket
-    return piecewise.micro_batches(mesh, prompts, answers.tokens, answers.lengths, size, smallest, rows)
 
 
 def compare(metrics: dict[str, jax.Array], forward: bool, trusts_sampler: bool, step: int) -> None:

@@ -100,7 +100,8 @@ def report(config: TrainConfig, models: Models, where: Topology, answer: int, wa
     answering = " x ".join(map(str, made.rollout_mesh.shape.values()))
     slots = f"{made.prompt_slots} + {config.rollout.max_response_tokens} slots"
     say(f"{where.name}: {len(where.devices)} devices, mesh {sizes}; {made.rows} rows of {slots}, {made.student.dtype}")
-    say(f"answers on {answering}, {made.places} at a time; scores and gradients of {config.optimizer.micro_batch}")
+    scored, learnt = phases.score_batch(config), config.optimizer.micro_batch
+    say(f"answers on {answering}, {made.places} at a time; scores of {scored}, gradients of {learnt}")
     say()
     say(table.resident_table(there, peak.kv_cache(made)))
     say(table.memory_table(there, reports, peaks, where.hbm))

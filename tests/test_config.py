@@ -63,6 +63,7 @@ def test_the_papers_configs_hold_the_papers_numbers(name):
             {"rollout__batch_size": 12},
             r"config\.optimizer\.micro_batch is 8; give a divisor of rollout\.batch_size = 12",
         ),
+        ({"rollout__score_batch": 7}, r"config\.rollout\.score_batch is 7; give a divisor of rollout\.batch_size = 64"),
         ({"method__recovery__mass": 0.0}, r"config\.method\.recovery\.mass is 0\.0; give a share in \(0, 1\]"),
         ({"method__recovery_steps": 0, "method__review_steps": 0}, "cannot both be 0"),
         ({"rollout__top_p": 1.5}, r"config\.rollout\.top_p is 1\.5"),

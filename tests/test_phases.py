@@ -22,7 +22,7 @@ from camopd_jax.types import PromptBatch, Prompts, Rollout
 
 CONFIG = TrainConfig(
     "g", "s", Stream("g"), Stream("d"), steps=8,
-    rollout=RolloutConfig(batch_size=4, max_prompt_tokens=8, max_response_tokens=8, smallest_bucket=4),
+    rollout=RolloutConfig(batch_size=4, max_prompt_tokens=8, max_response_tokens=8, smallest_bucket=4, score_batch=4),
     optimizer=Optimizer(learning_rate=1e-2, micro_batch=2),
 )  # fmt: skip
 
@@ -161,8 +161,9 @@ def test_each_phase_takes_from_its_own_stream_and_its_own_teacher(tiny):
 
 
 def test_a_mixed_step_takes_both_streams_and_one_update(tiny):
-    config = dataclasses.replace(CONFIG, steps=3, method=Method(schedule="mixed"))
-    branches, programs, state = begin(tiny, config)
+    wide = dataclasses.replace(CONFIG.rollout, smallest_bucket=8)
+    config = dataclasses.replace(CONFIG, steps=3, method=Method(schedule="mixed"), rollout=wide)
+    branches, programs, state = begin(tiny, config, widths=(8,))
     watcher = Watcher(milestones=(3,))
     state = run(config, branches, programs, state, watcher)
     assert int(state.step) == 3 and int(state.moments["shared"].count) == 3

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 
+from camopd_jax import phases
 from camopd_jax.planning import hlo
 from camopd_jax.planning.arrays import Plan, chip_bytes
 from camopd_jax.planning.programs import Program
@@ -127,7 +128,8 @@ def findings(module: hlo.Module, program: Program, plan: Plan) -> list[str]:
     if stage in ("score", "gradient"):
         for i in hlo.gathered_stacks(module, model.num_layers):
             said.append(f"gathers a parameter of all layers at once: {i.shape.split('{')[0]}")
-        rows = plan.config.optimizer.micro_batch // batch_shards(plan.mesh)
+        size = phases.score_batch(plan.config) if stage == "score" else plan.config.optimizer.micro_batch
+        rows = size // batch_shards(plan.mesh)
         tokens = rows * plan.config.rollout.max_response_tokens
         vocab = model.output_vocab_size or model.vocab_size
         if tokens > model.hidden_size:  # fewer, and the head itself looks like logits

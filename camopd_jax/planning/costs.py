@@ -100,11 +100,6 @@ def kept_rows(config: TrainConfig, branch: str) -> int:
     return math.ceil(getattr(config.method, branch).mass * phases.batch_rows(config)[branch])
 
 
-def pieces(config: TrainConfig, rows: int) -> int:
-    """Micro-batches that so many rows of a branch make."""
-    return math.ceil(rows / config.optimizer.micro_batch)
-
-
 # ----------------------------------------------------------------------------------------- memory
 
 
@@ -142,23 +137,25 @@ def memory_estimate(
     cache = slot * places * (prompt + answer)
     entering = slot * prompt + live(sizes["tensor"]) * prompt / shards  # of one place
 
-    micro = config.optimizer.micro_batch / (mesh["data"] * mesh["fsdp"])
+    micro, scored = (
+        n / (mesh["data"] * mesh["fsdp"]) for n in (config.optimizer.micro_batch, phases.score_batch(config))
+    )
     wide = live(tensor) / item - 4 * d
     saved = {"block": d / tensor, "dots": d / tensor + wide, "none": 4 * d / tensor + 2 * wide}[config.compute.remat]
     gathered = (2 * of_layers + student.vocab_size * d) / tensor  # weights of two layers, and the head
     tokens = tokens_at_once(config.compute.logits_chunk, student.vocab_size, tensor)
-    logits = 2 * min(tokens, micro * answer) * student.vocab_size / tensor * 4
+    logit = 2 * student.vocab_size / tensor * 4  # of a token
     gradients = 1 if config.method.schedule == "alternate" else 2
     fresh = 2 * student.vocab_size * d  # of embedding and head, added once they are whole
     found = {
         "reshard": copy,
         "prefill": copy + places * entering,
         "decode": copy + cache * (1 + 1 / layers),
-        "score": micro * (prompt + answer) * live(tensor) + gathered * item + logits,
+        "score": scored * (prompt + answer) * live(tensor) + gathered * item + min(tokens, scored * answer) * logit,
         "gradient": 4 * (n * gradients + fresh) / split
         + micro * (prompt + answer) * (layers * saved * item + 2 * live(tensor))
         + gathered * (item + 4)
-        + logits,
+        + min(tokens, micro * answer) * logit,
         "update": 4 * n * gradients / split,
     }
     if places < rows:

@@ -24,7 +24,7 @@ from camopd_jax.planning.arrays import (
     decoding_params,
     decoding_state,
 )
-from camopd_jax.planning.costs import kept_rows, pieces, refills, turns
+from camopd_jax.planning.costs import kept_rows, refills, turns
 from camopd_jax.types import LanguageModel, Params, Scored
 
 Named = tuple["Program", tuple]  # and what makes it another program than others
@@ -122,8 +122,9 @@ def _reshard(p: Plan, name: str, model: LanguageModel, params: Params, weights: 
 def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:
     """What acts on finished answers: a micro-batch of rows at a time, then all."""
     batch, said, config = p.batch, p.batch.rollout, p.config
-    size, chunk = config.optimizer.micro_batch, config.compute.logits_chunk
-    rows_M = jax.ShapeDtypeStruct((size,), jnp.int32)
+    chunk = config.compute.logits_chunk
+    scored_M = jax.ShapeDtypeStruct((phases.score_batch(config),), jnp.int32)
+    learnt_M = jax.ShapeDtypeStruct((config.optimizer.micro_batch,), jnp.int32)
     widest = {"slots": p.slots, "answer_slots": said.tokens.shape[1], "chunk": chunk}
     scoring = {"student": (p.student, p.state.params)} | {
         f"{name} teacher": teacher for name, teacher in p.teachers.items() if _teaches(p, name)
@@ -132,7 +133,7 @@ def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:
     for name, (model, params) in scoring.items():
         kind = "parameters" if name == "student" else "teacher"
         scored = batch.scores.student
-        yield _program(f"score: {name}", piecewise.scoring(p.mesh), (model, params, scored, *asked, rows_M),
+        yield _program(f"score: {name}", piecewise.scoring(p.mesh), (model, params, scored, *asked, scored_M),
                        {kind: params, "batch": (scored, *asked)}, widest | {"with_top": False},
                        runs=_scorings(p, name))  # fmt: skip
     draw = jax.ShapeDtypeStruct((), jnp.int32)
@@ -142,9 +143,9 @@ def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:
     params, sum_so_far = p.state.params, abstract_gradient(p.state.params)
     asked = (*asked, batch.scores.student)
     mixed = "mixed" in compiled.update
-    learnt = [pieces(config, kept_rows(config, name)) for name in phases.BRANCHES]
+    learnt = [math.ceil(kept_rows(config, name) / config.optimizer.micro_batch) for name in phases.BRANCHES]
     yield _program(
-        "gradient", compiled.learning.add, (p.student, params, sum_so_far, *asked, rows_M),
+        "gradient", compiled.learning.add, (p.student, params, sum_so_far, *asked, learnt_M),
         {"parameters": params, "gradient": sum_so_far, "batch": asked}, widest,
         beside={"gradient": sum_so_far} if mixed else {}, runs=sum(learnt) if mixed else max(learnt),
     )  # fmt: skip
@@ -162,11 +163,11 @@ def _teaches(p: Plan, name: str) -> bool:
 
 def _scorings(p: Plan, name: str) -> int:
     """Pieces that a model scores in a step."""
-    rows, method = phases.batch_rows(p.config), p.config.method
+    rows, method, size = phases.batch_rows(p.config), p.config.method, phases.score_batch(p.config)
     if method.schedule == "alternate":
-        return pieces(p.config, p.rows)
+        return math.ceil(p.rows / size)
     teacher = {"recovery": "general teacher", "review": f"{method.domain_teacher} teacher"}
-    return sum(pieces(p.config, n) for branch, n in rows.items() if name in ("student", teacher[branch]))
+    return sum(math.ceil(n / size) for branch, n in rows.items() if name in ("student", teacher[branch]))
 
 
 def _parts(p: Plan, update: str) -> tuple[Scored, ...]:

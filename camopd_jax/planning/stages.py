@@ -1,5 +1,6 @@
 """The stages of a step: what each asks of the chips, and the seconds that their limits leave at best."""
 
+import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -13,7 +14,6 @@ from camopd_jax.planning.costs import (
     forward_flops,
     kept_rows,
     matrix_weights,
-    pieces,
     refills,
     rollout_sizes,
     slots_read,
@@ -96,7 +96,8 @@ def _learning_work(
     token = _reduced(model, item, tensor) / (mesh["data"] * fsdp)
     forward = forward_flops(model, rows, 0, length, answer)
     learnt = forward_flops(model, kept, 0, length, answer)
-    scored, micro_batches = pieces(config, rows), pieces(config, kept)
+    scored = math.ceil(rows / phases.score_batch(config))
+    micro_batches = math.ceil(kept / config.optimizer.micro_batch)
     score = Work(forward, forward, scored * share, scored * gathered + rows * length * token)
     state = weights(model) / (fsdp * tensor) * 4
     passes = BACKWARD[config.compute.remat]

@@ -55,6 +55,8 @@ def test_the_stages_of_a_step():
     assert work["gradient"].flops == 3 * learnt and work["gradient"].done == 4 * learnt
     weights = costs.matrix_weights(MODEL) * 2
     assert work["score teacher"].read == 2 * weights, "two pieces of five rows"
+    at_once = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, score_batch=10))
+    assert stage_work(at_once, MODEL, MESH, "tpu", "recovery", 2)["score teacher"].read == weights
     assert work["decode"].read == 2 * weights + 10 * 16 * 2 * (3 + 2), "two turns, each over all five slots"
     assert work["update"].read == 7 * 4 * costs.weights(MODEL)
     assert {w.received for w in work.values()} == {0}, "one chip asks no other"
