@@ -74,6 +74,8 @@ def start(processes: Processes | None = None) -> None:
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "camopd_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
+        # The small ones too: a run has dozens, and by default only what took a second is kept.
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
 def _return_freed_memory() -> None:

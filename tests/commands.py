@@ -13,6 +13,9 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+# The same programs without LLVM's passes over them: most of a test's time is compilation, of what then runs once.
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["camopd_jax.train", "camopd_jax.sft", "transformers", "tokenizers", "tensorboardX"])
 
@@ -30,7 +33,7 @@ class Running:
     def __init__(self, folder: Path, module: str, *args: str, devices: int = 1, env: dict[str, str] | None = None):
         folder.mkdir(parents=True, exist_ok=True)
         self.out, self.err = folder / "stdout", folder / "stderr"
-        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        environment = {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {QUICKLY_COMPILED}",
                        "XDG_CACHE_HOME": str(folder.parent / "cache"), **(env or {})}  # fmt: skip
         arguments = (module, [str(a) for a in args], environment, str(self.out), str(self.err))
         self._process = _server.Process(target=_main, args=arguments)

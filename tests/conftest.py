@@ -5,13 +5,16 @@ import os
 
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+
+from commands import QUICKLY_COMPILED, Running
+
+EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), EIGHT_DEVICES, QUICKLY_COMPILED])
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from commands import Running
 
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model

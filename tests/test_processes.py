@@ -20,8 +20,6 @@ from camopd_jax.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3
-# Half a minute less of compilation. Runs that are compared have the same.
-FAST = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 SMALL = [
     f"--config={ROOT / 'configs/quickstart.py'}", "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
     "--config.rollout.max_response_tokens=16", "--config.rollout.smallest_bucket=64", "--config.checkpoints.every=2",
@@ -44,7 +42,7 @@ class Pair:
             address = f"127.0.0.1:{free.getsockname()[1]}"
         flags = [f"--coordinator_address={address}", "--num_processes=2"]
         self.processes = [
-            command.start(module, *args, *own, *flags, f"--process_id={i}", env=xla(devices))
+            command.start(module, *args, *own, *flags, f"--process_id={i}", devices=devices)
             for i, own in enumerate(of_each)
         ]
 
@@ -57,10 +55,6 @@ class Pair:
     def kill(self):
         for process in self.processes:
             process.kill()
-
-
-def xla(devices):
-    return {"XLA_FLAGS": f"--xla_force_host_platform_device_count={devices} {FAST}"}
 
 
 @pytest.fixture(scope="module")
@@ -110,7 +104,7 @@ def one(command, tmp_path_factory):
     """The same steps in one process of eight devices: its work directory."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     flags = [*SMALL, NO_BENCHMARKS, f"--config.steps={STEPS}"]
-    ended = command("train", f"--workdir={workdir}", *flags, env=xla(8))
+    ended = command("train", f"--workdir={workdir}", *flags, devices=8)
     assert ended.code == 0, ended.err
     return workdir
 
@@ -253,7 +247,7 @@ def test_sigterm_on_one_stops_all_and_other_numbers_of_processes_go_on(start, co
 
     whole = tmp_path / "whole"
     shutil.copytree(one, whole)
-    ended = command("train", f"--workdir={whole}", *flags[1:], f"--config.steps={saved + 3}", env=xla(8))
+    ended = command("train", f"--workdir={whole}", *flags[1:], f"--config.steps={saved + 3}", devices=8)
     assert ended.code == 0, ended.err
     same_run(workdir, whole)
 

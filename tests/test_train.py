@@ -211,6 +211,7 @@ def test_a_finished_run_started_again_changes_nothing(whole, command, tmp_path):
     assert (workdir / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
 
 
+@pytest.mark.slow  # tests/test_meshes.py looks closer
 def test_eight_devices_give_the_same_model(whole, command, tmp_path):
     mesh = [
         "--config.mesh.data=2",
