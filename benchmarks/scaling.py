@@ -4,8 +4,10 @@
     python benchmarks/scaling.py --out=docs/figures      # scaling.json and a figure a sweep
     python benchmarks/scaling.py --out=docs/figures --draw_only
 
-One number changes in a sweep; the others stay at BASE. Scoring and the gradient are of one row a chip, whole rows;
-decoding is one turn of all rows, its cache full. FLOPs, collectives and memory are the plan's (docs/plans.md).
+One number changes in a sweep; the others stay at BASE. Scoring and the gradient are of whole rows; decoding is one turn
+of eight times as many, their caches full (of a single row no product would be left to count). FLOPs, collectives and
+memory are the plan's (docs/plans.md); memory traffic is the compiler's `cost_analysis`, which counts a loop once, and
+therefore told of decoding alone.
 """
 
 import json
@@ -26,6 +28,7 @@ from camopd_jax.planning.programs import programs
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 flags.DEFINE_string("out", str(Path(__file__).parents[1] / "docs" / "figures"), "Folder of scaling.json and figures.")
 flags.DEFINE_bool("draw_only", False, "Draw the figures of a scaling.json that is there.")
@@ -34,6 +37,7 @@ PROGRAMS = {"score: general teacher": "scoring", "gradient": "gradient", "decode
 COLOURS = {"scoring": "#2a64b8", "gradient": "#c2570c", "decoding": "#2f6f2f"}
 SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"}
 PROMPT = 512  # slots
+ANSWERING = 8  # rows that answer, for each that is scored at one time
 
 
 @dataclass(frozen=True)
@@ -57,6 +61,7 @@ SWEEPS: dict[str, tuple[int, ...]] = {
 }
 PANELS = {
     "gflop": "GFLOP a token",
+    "hbm_mb": "MB of memory traffic a token",
     "collectives": "KB of collectives a token",
     "temporaries": "GiB of temporaries on a chip",
     "seconds": "seconds to compile",
@@ -71,7 +76,7 @@ def compiled(point: Point) -> Iterator[tuple[str, Report, float]]:
                          tie_word_embeddings=False), context=point.slots)  # fmt: skip
     config = TrainConfig(
         "general", "specialised", Stream("general"), Stream("domain"),
-        rollout=RolloutConfig(batch_size=rows, max_prompt_tokens=PROMPT, max_response_tokens=answer),
+        rollout=RolloutConfig(batch_size=rows * ANSWERING, max_prompt_tokens=PROMPT, max_response_tokens=answer),
         optimizer=Optimizer(micro_batch=rows), evaluation=Evaluation(batch_size=rows),
         mesh=MeshConfig(1, point.chips, 1), compute=Compute(remat="block"),
     )  # fmt: skip
@@ -81,7 +86,7 @@ def compiled(point: Point) -> Iterator[tuple[str, Report, float]]:
         if program.name in PROGRAMS:
             turns = program.name == "decode"
             report = compile_program(replace(program, trips=1) if turns else program, made, where)
-            yield PROGRAMS[program.name], report, point.rows * (1 if turns else point.slots)
+            yield PROGRAMS[program.name], report, point.rows * (ANSWERING if turns else point.slots)
 
 
 def numbers(report: Report, tokens: float) -> dict[str, Any]:
@@ -92,7 +97,7 @@ def numbers(report: Report, tokens: float) -> dict[str, Any]:
         "gflop": report.counts.flops / tokens / 1e9, "collectives": moved / tokens / 1e3,
         "temporaries": temporaries / 2**30, "seconds": report.seconds, "refused": report.refused,
     }  # fmt: skip
-    if report.name == "decode":  # its layers are no loop: one turn is what cost_analysis counts
+    if report.name == "decode":  # no loop in it: one turn is what cost_analysis counts
         found["hbm_mb"] = report.bytes_accessed / tokens / 1e6
     return found
 
@@ -115,19 +120,22 @@ def measure(found: dict[str, Any]) -> Iterator[dict[str, Any]]:
 
 
 def figure(sweep: str, found: dict[str, Any]) -> plt.Figure:
-    drawn, axes = plt.subplots(1, len(PANELS), figsize=(11, 2.6))
+    panels = {key: title for key, title in PANELS.items() if key != "seconds" or sweep == "depth"}
+    drawn, axes = plt.subplots(1, len(panels), figsize=(2.75 * len(panels), 2.6))
     sizes = [size for size in SWEEPS[sweep] if name_of(sweep, size) in found]
-    for panel, (key, title) in zip(axes, PANELS.items(), strict=True):
-        lowest = 0.0
-        for program in PROGRAMS.values():
-            values = [found[name_of(sweep, size)][program][key] for size in sizes]
+    for panel, (key, title) in zip(axes, panels.items(), strict=True):
+        told = {program: [found[name_of(sweep, size)][program].get(key) for size in sizes] for program in COLOURS}
+        told = {program: values for program, values in told.items() if None not in values}
+        for program, values in told.items():
             panel.plot(sizes, values, "o-", ms=3.5, color=COLOURS[program], label=program)
-            lowest = min(values) if program == "scoring" else min(lowest, *values)
         panel.set_xscale("log", base=2)
         panel.set_xticks(sizes, [f"{n // 1024}K" if n >= 1024 else str(n) for n in sizes])
         panel.minorticks_off()
-        if key != "seconds" and lowest > 0:
+        if key not in ("seconds", "hbm_mb") and min(min(values) for values in told.values()) > 0:
             panel.set_yscale("log")
+            panel.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.yaxis.set_major_formatter(FuncFormatter(lambda y, _: f"{y:g}"))
+            panel.yaxis.set_minor_formatter(NullFormatter())
         else:
             panel.set_ylim(bottom=0)
         panel.set_title(title, fontsize=9)

@@ -2,20 +2,25 @@
 
     python benchmarks/step.py --shape=smollm2-135m --batch=16 --prompt=64 --answer=64
     python benchmarks/step.py --model=HF_DIR --batch=64 --answer=512 --mesh=1,8,1 --profile=trace
+    python benchmarks/step.py --model=SPECIALISED --teacher=ORIGINAL --general=general.jsonl --domain=domain.jsonl
 
-Every prompt and every answer has exactly the given length (no token ends an answer), so that two
-programs on the same flags do the same work. Prints one JSON line: medians after a warm-up step, in seconds.
+Steps are recoveries; with --domain, cycles of three recoveries and a review, whose teacher is the untrained student.
+Every prompt and every answer has exactly the given length (no token ends an answer), so that two programs on the same
+flags do the same work. Prints one JSON line: of each stage the median after a warm-up, in seconds.
 
 FLOPs and bytes are counted from the model, not from the compiler: camopd_jax/planning/costs.py says how.
 """
 
 import datetime
+import itertools
 import json
 import platform
 import statistics
 import time
+from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,10 +28,11 @@ import numpy as np
 from absl import app, flags
 
 from camopd_jax import __version__, engine, phases
-from camopd_jax.config import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, Template, TrainConfig
+from camopd_jax.data import sources, templates
 from camopd_jax.metrics import memory_gib
 from camopd_jax.models import hf
-from camopd_jax.models.config import from_hf
+from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
@@ -40,19 +46,24 @@ HISTORY = Path(__file__).parent / "history.jsonl"
 
 flags.DEFINE_string("model", None, "Hugging Face folder of the student; default: random weights of --shape.")
 flags.DEFINE_string("teacher", None, "Hugging Face folder of the teacher; default: --model.")
+flags.DEFINE_string("general", None, "JSONL file, the last --prompt tokens of whose prompts are asked; default: noise.")
+flags.DEFINE_string("domain", None, "The same for reviews; default: none, and no reviews.")
 flags.DEFINE_enum("shape", "smollm2-135m", list(SHAPES), "Shape of the random weights.")
 flags.DEFINE_integer("batch", 16, "Prompts a step.")
 flags.DEFINE_integer("prompt", 64, "Tokens of every prompt.")
 flags.DEFINE_integer("answer", 64, "Tokens of every answer.")
+flags.DEFINE_float("learning_rate", 1e-6, "Of the updates: how far the student moves, and so what a review selects.")
 flags.DEFINE_integer("micro_batch", 8, "Sequences in one forward and backward.")
+flags.DEFINE_integer("score_batch", 0, "Sequences in one forward pass that scores them; 0: --micro_batch.")
 flags.DEFINE_integer(
     "logits_chunk", Compute().logits_chunk, "Tokens whose logits exist at one time; 0: of 256 MiB.", lower_bound=0
 )
 flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of matrix products and teachers.")
+flags.DEFINE_enum("teacher_dtype", None, ["float32", "bfloat16"], "Of the teachers' weights; default: --dtype.")
 flags.DEFINE_enum("remat", "block", ["none", "dots", "block"], "What the backward pass computes again.")
 flags.DEFINE_float("mass", 0.8, "Share of the gap mass that is trained on; 1: every answer.", 0.01, 1.0)
 flags.DEFINE_string("mesh", "-1,1,1", "data,fsdp,tensor.")
-flags.DEFINE_integer("steps", 3, "Steps timed, after one that compiles.", lower_bound=1)
+flags.DEFINE_integer("steps", 3, "Steps timed (with --domain: cycles), after one that compiles.", lower_bound=1)
 flags.DEFINE_bool("record", False, f"Append the line to {HISTORY.name}.")
 flags.DEFINE_string("profile", None, "Folder for an XProf trace of one more step.")
 
@@ -61,15 +72,16 @@ def build():
     """(config, student model, student parameters, teacher parameters) on the mesh."""
     values = flags.FLAGS
     mesh = make_mesh(*map(int, values.mesh.split(",")))
-    compute = Compute(teacher=values.dtype, matmul=values.dtype, remat=values.remat,
+    compute = Compute(teacher=values.teacher_dtype or values.dtype, matmul=values.dtype, remat=values.remat,
                       logits_chunk=values.logits_chunk)  # fmt: skip
     length = values.prompt + values.answer
     method = Method(recovery=Phase("absolute_gap", values.mass, 2.0))
     config = TrainConfig(
         "general", "specialised", Stream("g"), Stream("d"), method=method, compute=compute,
         rollout=RolloutConfig(batch_size=values.batch, max_prompt_tokens=values.prompt,
-                              max_response_tokens=values.answer, smallest_bucket=min(64, values.answer)),
-        optimizer=Optimizer(learning_rate=1e-6, micro_batch=values.micro_batch),
+                              max_response_tokens=values.answer, smallest_bucket=min(64, values.answer),
+                              score_batch=values.score_batch),
+        optimizer=Optimizer(learning_rate=values.learning_rate, micro_batch=values.micro_batch),
     )  # fmt: skip
     shape = hf.read_config(Path(values.model)) if values.model else SHAPES[values.shape]
     model = Model(from_hf(shape, context=length), mesh=mesh, dtype=engine.matmul_dtype(compute), remat=values.remat)
@@ -85,91 +97,124 @@ def build():
     return config, model, student, teacher
 
 
+def questions(file: str | None, vocab: int) -> Iterator[np.ndarray]:
+    """int32[B, P], prompt tokens of one step after the other."""
+    values = flags.FLAGS
+    rows, slots = values.batch, values.prompt
+    if not file:
+        random = np.random.default_rng(0)
+        while True:
+            yield random.integers(0, vocab, (rows, slots)).astype(np.int32)
+    tokenizer = templates.load_tokenizer(Path(values.model))
+    asked = (templates.prompt_ids(tokenizer, row, Template()) for row in sources.read(file, limit=64 * rows))
+    long_enough = itertools.cycle([ids[-slots:] for ids in asked if len(ids) >= slots])
+    while True:
+        yield np.asarray(list(itertools.islice(long_enough, rows)), np.int32)
+
+
+def one_step(config, programs, model, state, phase, branch):
+    """(state, {stage: seconds}, {"selected": answers, "sampled": tokens}): `phases.run`'s calls, each waited for."""
+    batch, seconds = flags.FLAGS.batch, {}
+
+    def timed(name, call):
+        started = time.perf_counter()
+        out = jax.block_until_ready(call())
+        seconds[name] = time.perf_counter() - started
+        return out
+
+    host = Prompts(next(branch.prompts), np.full(batch, flags.FLAGS.prompt, np.int32))
+    prompts = global_rows(model.mesh, PromptBatch(host, host, np.arange(batch, dtype=np.int32)), batch)
+    draw, params, teacher = np.int32(state.step), state.params, branch.teacher_params
+    answers = timed("rollout", lambda: phases.ask(config, programs, branch, params, prompts, draw))
+    theirs = timed("score_teacher", lambda: phases.score(config, model, teacher, prompts.teacher, answers))
+    ours = answers.logprobs
+    if not programs.trusts_sampler:
+        ours = timed("score_student", lambda: phases.score(config, model, params, prompts.student, answers))
+    scores = Scores(ours, theirs)
+    selection = timed("select", lambda: programs.select[phase](scores, answers.lengths, draw))
+    part = Scored(prompts.student, prompts.index, answers, scores, selection)
+    gradient = timed("gradient", lambda: phases.gradient(config, programs, phase, params, part))
+    after, _ = timed("update", lambda: programs.update[phase](state, gradient, part))
+    return after, seconds, {"selected": int(selection.count), "sampled": int(jnp.sum(answers.lengths))}
+
+
+def counted(c: ModelConfig, seconds: dict[str, float], kept: float, item: int) -> dict[str, Any]:
+    """What a recovery computes and reads, by the second."""
+    v = flags.FLAGS
+    length = v.prompt + v.answer
+    forward = forward_flops(c, v.batch, 0, length, v.answer)
+    flops = {
+        "rollout": forward_flops(c, v.batch, 0, v.prompt, 0) + forward_flops(c, v.batch, v.prompt, length, v.answer),
+        "score_teacher": forward,
+        "score_student": forward,
+        "gradient": 3 * forward * kept / v.batch,
+    }
+    read = decode_bytes(c, v.batch, v.prompt, v.answer, item)
+    return {
+        "gflop_per_second": {name: round(f / seconds[name] / 1e9, 1) for name, f in flops.items() if name in seconds},
+        "decode_gb_per_second": round(read / seconds["rollout"] / 1e9, 2),
+    }
+
+
 def main(_) -> None:
     engine.start()
-    values = flags.FLAGS
+    v = flags.FLAGS
     config, model, student, teacher = build()
     state = init_state(student, "shared")
-    branch = Branch(None, model, teacher)
+    vocab, cycle = model.config.vocab_size, ["recovery"]
+    branches = {"recovery": Branch(questions(v.general, vocab), model, teacher)}
+    if v.domain:
+        copy = partial(jax.tree.map, lambda p: jnp.array(p, engine.teacher_dtype(config.compute), copy=True))
+        own = jax.jit(copy, out_shardings=shardings(model.config, model.mesh))(student)
+        branches["review"] = Branch(questions(v.domain, vocab), model, own)
+        method = config.method
+        cycle = [phases.phase_at(step, method) for step in range(method.recovery_steps + method.review_steps)]
     before = np.asarray(student["final_norm"]["scale"])
     programs = phases.compile_programs(config, model, (), state)
-    random = np.random.default_rng(0)
-
-    def step(state):
-        """The same calls as phases.run, each waited for."""
-        seconds: dict[str, float] = {}
-
-        def timed(name, call):
-            started = time.perf_counter()
-            out = jax.block_until_ready(call())
-            seconds[name] = time.perf_counter() - started
-            return out
-
-        tokens = random.integers(0, model.config.vocab_size, (values.batch, values.prompt)).astype(np.int32)
-        host = Prompts(tokens, np.full(values.batch, values.prompt, np.int32))
-        prompts = global_rows(
-            model.mesh, PromptBatch(host, host, np.arange(values.batch, dtype=np.int32)), values.batch
-        )
-        draw, params = np.int32(state.step), state.params
-        answers = timed("rollout", lambda: phases.ask(config, programs, branch, params, prompts, draw))
-        theirs = timed("score_teacher", lambda: phases.score(config, model, teacher, prompts.teacher, answers))
-        ours = answers.logprobs
-        if not programs.trusts_sampler:
-            ours = timed("score_student", lambda: phases.score(config, model, params, prompts.student, answers))
-        scores = Scores(ours, theirs)
-        selection = timed("select", lambda: programs.select["recovery"](scores, answers.lengths, draw))
-        part = Scored(prompts.student, prompts.index, answers, scores, selection)
-        gradient = timed("gradient", lambda: phases.gradient(config, programs, "recovery", params, part))
-        after, _ = timed("update", lambda: programs.update["recovery"](state, gradient, part))
-        return after, seconds, {"selected": int(selection.count), "sampled": int(jnp.sum(answers.lengths))}
 
     started = time.perf_counter()
-    state, _, _ = step(state)
+    for phase in cycle:
+        state, *_ = one_step(config, programs, model, state, phase, branches[phase])
     compiled = time.perf_counter() - started
-    all_seconds, selected, sampled = [], [], []
-    for _ in range(values.steps):
-        state, seconds, done = step(state)
-        all_seconds.append(seconds)
-        selected.append(done["selected"])
+    taken: dict[str, list[dict[str, float]]] = {phase: [] for phase in branches}
+    selected: dict[str, list[int]] = {phase: [] for phase in branches}
+    sampled = []
+    for phase in cycle * v.steps:
+        state, seconds, done = one_step(config, programs, model, state, phase, branches[phase])
+        taken[phase].append(seconds)
+        selected[phase].append(done["selected"])
         sampled.append(done["sampled"])
-    if values.profile:
-        with jax.profiler.trace(values.profile):
-            step(state)
+    if v.profile:
+        with jax.profiler.trace(v.profile):
+            one_step(config, programs, model, state, "recovery", branches["recovery"])
 
-    median = {name: statistics.median(s[name] for s in all_seconds) for name in all_seconds[0]}
-    total = statistics.median(sum(s.values()) for s in all_seconds)
-    c, batch, prompt, answer = model.config, values.batch, values.prompt, values.answer
-    length = prompt + answer
-    forward = forward_flops(c, batch, 0, length, answer)
-    flops = {
-        "rollout": forward_flops(c, batch, 0, prompt, 0) + forward_flops(c, batch, prompt, length, answer),
-        "score_teacher": forward,
-        "gradient": 3 * forward * statistics.median(selected) / batch,
+    kept = {phase: statistics.median(counts) for phase, counts in selected.items()}
+    stages = {
+        phase: {name: statistics.median(s[name] for s in steps) for name in steps[0]} for phase, steps in taken.items()
     }
-    if "score_student" in median:
-        flops["score_student"] = forward
-    read = decode_bytes(c, batch, prompt, answer, jnp.dtype(model.dtype).itemsize)
+    whole = {phase: statistics.median(sum(s.values()) for s in steps) for phase, steps in taken.items()}
+    total = statistics.mean(whole[phase] for phase in cycle)
     line = {
         "date": datetime.date.today().isoformat(),
         "version": __version__,
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {platform.machine()}",
-        "model": Path(values.model).name if values.model else values.shape,
-        "batch": batch, "prompt": prompt, "answer": answer, "micro_batch": values.micro_batch, "mesh": values.mesh,
-        "dtype": str(model.dtype), "remat": values.remat, "logits_chunk": values.logits_chunk,
-        "mass": values.mass, "steps": values.steps,
-        "selected": statistics.median(selected),
+        "model": Path(v.model).name if v.model else v.shape,
+        "batch": v.batch, "prompt": v.prompt, "answer": v.answer, "micro_batch": v.micro_batch,
+        "score_batch": phases.score_batch(config), "mesh": v.mesh, "dtype": str(model.dtype),
+        "teacher_dtype": engine.teacher_dtype(config.compute), "remat": v.remat, "logits_chunk": v.logits_chunk,
+        "mass": v.mass, "cycle": cycle, "steps": v.steps,
+        "selected": kept,
         "tokens_sampled_per_step": statistics.median(sampled),
         "largest_move": float(np.max(np.abs(np.asarray(state.params["final_norm"]["scale"]) - before))),
         "seconds_per_step": round(total, 4),
-        "seconds": {name: round(s, 4) for name, s in median.items()},
-        "answer_tokens_per_second": round(batch * answer / total, 1),
-        "gflop_per_second": {name: round(f / median[name] / 1e9, 1) for name, f in flops.items()},
-        "decode_gb_per_second": round(read / median["rollout"] / 1e9, 2),
-        "first_step_seconds": round(compiled, 1),
+        "seconds": {phase: {name: round(s, 4) for name, s in of.items()} for phase, of in stages.items()},
+        "answer_tokens_per_second": round(v.batch * v.answer / total, 1),
+        **counted(model.config, stages["recovery"], kept["recovery"], jnp.dtype(model.dtype).itemsize),
+        "first_cycle_seconds": round(compiled, 1),
         "peak_memory_gib": round(memory_gib(), 2),
     }  # fmt: skip
     print(json.dumps(line), flush=True)
-    if values.record:
+    if v.record:
         with HISTORY.open("a") as file:
             file.write(json.dumps(line) + "\n")
 

@@ -6,9 +6,10 @@
 
 TRL's DistillationTrainer does a whole step (sample, score under one teacher, one AdamW update of the full-vocabulary
 reverse KL). Tunix's sampler does the sampling alone: by top-p, for which it sorts the vocabulary, and greedily. All are
-random weights of SmolLM2-135M's shape. Each contender is a process of its own, so that peak memory is its own; every
-round runs each of them once. What is compared are medians over rounds; a contender that did other work than ours
-(tokens sampled, teacher scored, weights moved) ends the run.
+random weights of SmolLM2-135M's shape, whose answers have nearly the same gap; what a recovery selects of a real
+model's answers, and a review, and so what they cost, shows with --specialised. Each contender is a process of its own,
+so that peak memory is its own; every round runs each of them once. What is compared are medians over rounds; a
+contender that did other work than ours (tokens sampled, teacher scored, weights moved) ends the run.
 """
 
 import json
@@ -23,9 +24,14 @@ from rich.console import Console
 from rich.table import Table
 
 HERE = Path(__file__).parent
+OURS = ("--score_batch=16", "--remat=dots")  # with the micro-batches below, best on two CPU cores: docs/performance.md
 
 flags.DEFINE_string("peers_python", None, "Python that has TRL and Tunix installed.", required=True)
 flags.DEFINE_string("tokenizer", None, "Hugging Face folder with SmolLM2's tokenizer, for the peers.", required=True)
+flags.DEFINE_string("specialised", None, "Hugging Face folder of SmolLM2-135M's shape, fine-tuned.")
+flags.DEFINE_string("original", None, "Hugging Face folder: what it was before.")
+flags.DEFINE_string("general", None, "JSONL file of general prompts, for these two.")
+flags.DEFINE_string("domain", None, "JSONL file of domain prompts, for these two.")
 flags.DEFINE_integer("batch", 16, "Prompts a step.")
 flags.DEFINE_integer("prompt", 64, "Tokens of every prompt.")
 flags.DEFINE_integer("answer", 64, "Tokens of every answer.")
@@ -39,21 +45,24 @@ def contenders() -> dict[str, list[str]]:
     """{name: command}."""
     v = flags.FLAGS
     ours = [sys.executable, HERE / "step.py", f"--batch={v.batch}", f"--prompt={v.prompt}", f"--answer={v.answer}",
-            f"--dtype={v.dtype}", f"--steps={v.steps}"]  # fmt: skip
+            f"--dtype={v.dtype}", f"--steps={v.steps}", *OURS]  # fmt: skip
+    real = [
+        f"--model={v.specialised}",
+        f"--teacher={v.original}",
+        f"--general={v.general}",
+        f"--domain={v.domain}",
+        "--learning_rate=1e-4",  # as in configs/smollm2.py
+        "--teacher_dtype=bfloat16",  # as their files have it
+    ]
     sizes = [f"--batch={v.batch}", f"--prompt-len={v.prompt}", f"--new-tokens={v.answer}", f"--dtype={v.dtype}",
              f"--tokenizer={v.tokenizer}"]  # fmt: skip
+    tunix = [v.peers_python, HERE / "peers" / "tunix_sample.py", *sizes, f"--repeats={v.steps}"]
     return {
-        "ours, every answer": [*ours, "--mass=1"],
-        "ours, CaMOPD": [*ours, "--mass=0.8"],
+        "ours, every answer": [*ours, "--mass=1", "--micro_batch=4"],
+        "ours, CaMOPD": [*ours, "--mass=0.8", "--micro_batch=2", *(real if v.specialised else [])],
         "TRL": [v.peers_python, HERE / "peers" / "trl_distill.py", *sizes, f"--steps={v.steps}"],
-        "Tunix": [v.peers_python, HERE / "peers" / "tunix_sample.py", *sizes, f"--repeats={v.steps}"],
-        "Tunix, greedy": [
-            v.peers_python,
-            HERE / "peers" / "tunix_sample.py",
-            *sizes,
-            f"--repeats={v.steps}",
-            "--greedy",
-        ],
+        "Tunix": tunix,
+        "Tunix, greedy": [*tunix, "--greedy"],
     }
 
 
@@ -90,7 +99,7 @@ def main(_) -> None:
         Path(flags.FLAGS.out).write_text(json.dumps(lines, indent=1) + "\n")
 
     def figures(name: str, sampling: bool) -> list[float]:
-        of = {True: lambda l: l["seconds"]["rollout"] if "seconds" in l else l["seconds_per_call"],
+        of = {True: lambda l: l["seconds"]["recovery"]["rollout"] if "seconds" in l else l["seconds_per_call"],
               False: lambda l: l["seconds_per_step"]}[sampling]  # fmt: skip
         return [of(line) for line in lines[name]]
 
