@@ -23,7 +23,7 @@ from rich.console import Console
 
 from camopd_jax import cli, engine, evaluate, phases
 from camopd_jax.analysis import selection, tables
-from camopd_jax.branches import load_models
+from camopd_jax.branches import STREAMS, load_models
 from camopd_jax.config import TrainConfig
 from camopd_jax.data import sources
 from camopd_jax.diagnosis import Diagnosis
@@ -32,8 +32,6 @@ from camopd_jax.jsonl import append_rows, read_rows
 from camopd_jax.optim import abstract_state
 from camopd_jax.processes import first
 from camopd_jax.sharding import check_rows, make_mesh
-
-STREAMS = {"recovery": "general", "review": "domain"}
 
 
 def analyze(config: TrainConfig, checkpoint: str | None, source_field: str) -> dict[str, Any]:

@@ -15,6 +15,8 @@ from camopd_jax.models import hf
 from camopd_jax.phases import Branch
 from camopd_jax.sharding import rows_of_process
 
+STREAMS = {"recovery": "general", "review": "domain"}  # of each branch: its prompts' field of a TrainConfig
+
 
 @dataclass(frozen=True)
 class Models:
@@ -76,4 +78,4 @@ def make_branches(
         )
         return Branch(prompts, teachers[name].model, teachers[name].params)
 
-    return {"recovery": branch("recovery", "general", 0), "review": branch("review", "domain", 1)}
+    return {name: branch(name, stream, number) for number, (name, stream) in enumerate(STREAMS.items())}

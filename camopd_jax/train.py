@@ -20,7 +20,7 @@ import numpy as np
 from absl import flags
 
 from camopd_jax import cli, engine, phases
-from camopd_jax.branches import load_models, make_branches
+from camopd_jax.branches import STREAMS, load_models, make_branches
 from camopd_jax.config import Method, TrainConfig
 from camopd_jax.diagnosis import Diagnosis
 from camopd_jax.evals import report
@@ -45,7 +45,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     models = together(lambda: load_models(config, mesh))
     student = models.student
     branches = together(lambda: make_branches(config, models, mesh, rows, config.seed))
-    streams = {"general": branches["recovery"].prompts, "domain": branches["review"].prompts}
+    streams = {STREAMS[name]: branch.prompts for name, branch in branches.items()}
 
     # ------------------------------------------------------------------------- state, then steps
     provenance = {"method": method_name(config.method)} | models.provenance(config)

@@ -1,12 +1,10 @@
 """Compiles programs and writes down what the compiler says of them."""
 
-import dataclasses
 import re
 import tempfile
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import jax
 
@@ -125,9 +123,10 @@ def findings(module: hlo.Module, program: Program, plan: Plan) -> list[str]:
     said, model = [], plan.student.config
     tensor = plan.mesh.shape["tensor"]
     stage = program.name.split(":")[0]
-    if stage in ("score", "gradient"):
+    if stage in ("score", "gradient", "update"):
         for i in hlo.gathered_stacks(module, model.num_layers):
             said.append(f"gathers a parameter of all layers at once: {i.shape.split('{')[0]}")
+    if stage in ("score", "gradient"):
         size = phases.score_batch(plan.config) if stage == "score" else plan.config.optimizer.micro_batch
         rows = size // batch_shards(plan.mesh)
         tokens = rows * plan.config.rollout.max_response_tokens
@@ -136,7 +135,3 @@ def findings(module: hlo.Module, program: Program, plan: Plan) -> list[str]:
             for i in hlo.whole_logits(module, tokens, (vocab, -(-vocab // tensor))):
                 said.append(f"logits of all answers at once: {i.shape.split('{')[0]}")
     return sorted(set(said))
-
-
-def as_json(report: Report) -> dict[str, Any]:
-    return dataclasses.asdict(report)

@@ -87,13 +87,20 @@ def test_parameters_are_gathered_by_the_layer_and_logits_by_the_chunk(compiled):
 def test_on_eight_devices_no_parameter_of_all_layers_is_gathered_and_no_logits_of_all_answers_are_made(sizes):
     made = plan(dataclasses.replace(CONFIG, mesh=MeshConfig(*sizes), optimizer=Optimizer(micro_batch=8)),
                 Models(MODEL, MODEL), jax.devices(), "cpu")  # fmt: skip
-    wanted = ("score: student", "gradient")
+    wanted, seen = ("score: student", "gradient", "update: recovery", "update: review"), []
     for program in programs(made, (2,)):
-        if program.name in wanted:
-            module = hlo.Module(program.lower().compile().as_text())
-            assert findings(module, program, made) == []
+        if program.name not in wanted:
+            continue
+        seen.append(program.name)
+        module = hlo.Module(program.lower().compile().as_text())
+        assert findings(module, program, made) == []
+        if program.name.startswith("update"):
+            moved = sum(traffic.bytes_run for traffic in module.counts().collectives.values())
+            assert 0 < moved < 128 * 256, "norms and counts, no parameter"
+        else:
             gathered = [dims for i in module.instructions() if i.opcode == "all-gather" for _, dims in i.arrays]
             assert 128 * 256 // sizes[2] in map(math.prod, gathered), "one layer's feed-forward is"
+    assert sorted(seen) == sorted(wanted)
 
 
 @libtpu
