@@ -164,8 +164,7 @@ def main(_) -> None:
     vocab, cycle = model.config.vocab_size, ["recovery"]
     branches = {"recovery": Branch(questions(v.general, vocab), model, teacher)}
     if v.domain:
-        copy = partial(jax.tree.map, lambda p: jnp.array(p, engine.teacher_dtype(config.compute), copy=True))
-        own = jax.jit(copy, out_shardings=shardings(model.config, model.mesh))(student)
+        own = hf.load(Path(v.model), model.config, model.mesh, engine.teacher_dtype(config.compute))
         branches["review"] = Branch(questions(v.domain, vocab), model, own)
         method = config.method
         cycle = [phases.phase_at(step, method) for step in range(method.recovery_steps + method.review_steps)]

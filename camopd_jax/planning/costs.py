@@ -100,6 +100,16 @@ def kept_rows(config: TrainConfig, branch: str) -> int:
     return math.ceil(getattr(config.method, branch).mass * phases.batch_rows(config)[branch])
 
 
+def scoring_pieces(config: TrainConfig, rows: int) -> int:
+    """Forward passes that score so many rows."""
+    return math.ceil(rows / phases.score_batch(config))
+
+
+def learning_pieces(config: TrainConfig, rows: int) -> int:
+    """Micro-batches that so many rows make."""
+    return math.ceil(rows / config.optimizer.micro_batch)
+
+
 # ----------------------------------------------------------------------------------------- memory
 
 
@@ -135,7 +145,7 @@ def memory_estimate(
         copy += 2 * of_layers * item / sizes["tensor"]
     slot = cache_bytes(student, item) / sizes["tensor"] / shards  # of one place
     cache = slot * places * (prompt + answer)
-    entering = slot * prompt + live(sizes["tensor"]) * prompt / shards  # of one place
+    prefilled = slot * prompt + live(sizes["tensor"]) * prompt / shards  # of one place
 
     micro, scored = (
         n / (mesh["data"] * mesh["fsdp"]) for n in (config.optimizer.micro_batch, phases.score_batch(config))
@@ -149,7 +159,7 @@ def memory_estimate(
     fresh = 2 * student.vocab_size * d  # of embedding and head, added once they are whole
     found = {
         "reshard": copy,
-        "prefill": copy + places * entering,
+        "prefill": copy + places * prefilled,
         "decode": copy + cache * (1 + 1 / layers),
         "score": scored * (prompt + answer) * live(tensor) + gathered * item + min(tokens, scored * answer) * logit,
         "gradient": 4 * (n * gradients + fresh) / split
@@ -159,7 +169,7 @@ def memory_estimate(
         "update": 4 * n * gradients / split,
     }
     if places < rows:
-        found["refill"] = copy + cache + refills(rows, places, sizes)[1] * entering
+        found["refill"] = copy + cache + refills(rows, places, sizes)[1] * prefilled
     if not config.compute.offload:
         return {"resident": n * master / split + adam + teachers, **found}
     teacher = max(n, weights(general)) * teacher / split

@@ -24,7 +24,7 @@ from camopd_jax.planning.arrays import (
     decoding_params,
     decoding_state,
 )
-from camopd_jax.planning.costs import kept_rows, refills, turns
+from camopd_jax.planning.costs import kept_rows, learning_pieces, refills, scoring_pieces, turns
 from camopd_jax.types import LanguageModel, Params, Scored
 
 Named = tuple["Program", tuple]  # and what makes it another program than others
@@ -143,7 +143,7 @@ def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:
     params, sum_so_far = p.state.params, abstract_gradient(p.state.params)
     asked = (*asked, batch.scores.student)
     mixed = "mixed" in compiled.update
-    learnt = [math.ceil(kept_rows(config, name) / config.optimizer.micro_batch) for name in phases.BRANCHES]
+    learnt = [learning_pieces(config, kept_rows(config, name)) for name in phases.BRANCHES]
     yield _program(
         "gradient", compiled.learning.add, (p.student, params, sum_so_far, *asked, learnt_M),
         {"parameters": params, "gradient": sum_so_far, "batch": asked}, widest,
@@ -163,11 +163,11 @@ def _teaches(p: Plan, name: str) -> bool:
 
 def _scorings(p: Plan, name: str) -> int:
     """Pieces that a model scores in a step."""
-    rows, method, size = phases.batch_rows(p.config), p.config.method, phases.score_batch(p.config)
+    rows, method = phases.batch_rows(p.config), p.config.method
     if method.schedule == "alternate":
-        return math.ceil(p.rows / size)
+        return scoring_pieces(p.config, p.rows)
     teacher = {"recovery": "general teacher", "review": f"{method.domain_teacher} teacher"}
-    return sum(math.ceil(n / size) for branch, n in rows.items() if name in ("student", teacher[branch]))
+    return sum(scoring_pieces(p.config, n) for branch, n in rows.items() if name in ("student", teacher[branch]))
 
 
 def _parts(p: Plan, update: str) -> tuple[Scored, ...]:

@@ -1,6 +1,5 @@
 """The stages of a step: what each asks of the chips, and the seconds that their limits leave at best."""
 
-import math
 from dataclasses import dataclass
 
 import jax.numpy as jnp
@@ -13,9 +12,11 @@ from camopd_jax.planning.costs import (
     cache_bytes,
     forward_flops,
     kept_rows,
+    learning_pieces,
     matrix_weights,
     refills,
     rollout_sizes,
+    scoring_pieces,
     slots_read,
     turns,
     weights,
@@ -96,8 +97,7 @@ def _learning_work(
     token = _reduced(model, item, tensor) / (mesh["data"] * fsdp)
     forward = forward_flops(model, rows, 0, length, answer)
     learnt = forward_flops(model, kept, 0, length, answer)
-    scored = math.ceil(rows / phases.score_batch(config))
-    micro_batches = math.ceil(kept / config.optimizer.micro_batch)
+    scored, micro_batches = scoring_pieces(config, rows), learning_pieces(config, kept)
     score = Work(forward, forward, scored * share, scored * gathered + rows * length * token)
     state = weights(model) / (fsdp * tensor) * 4
     passes = BACKWARD[config.compute.remat]
