@@ -83,7 +83,7 @@ def candidates(config: TrainConfig, models: Models, topology: Topology, answer: 
     tensors = sorted({tensor for _, _, tensor in meshes(chips, shapes)})
     for mesh in meshes(chips, shapes):
         shards = mesh[0] * mesh[1]
-        if any(n % shards for n in rows):
+        if any(n % shards for n in (*rows, config.rollout.score_batch)):
             continue
         evaluation = math.ceil(config.evaluation.batch_size / shards) * shards
         micros = [n for n in range(shards, config.rollout.batch_size + 1, shards) if config.rollout.batch_size % n == 0]

@@ -44,6 +44,9 @@ def test_every_candidate_divides_its_batches():
         (4, places) for places in (0, 8, 4, 2)
     }
     assert [c.seconds for c in found] == sorted(c.seconds for c in found)
+    four = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, score_batch=4))
+    shards = {c.mesh[0] * c.mesh[1] for c in search.candidates(four, MODELS, TOPOLOGY, answer=64)}
+    assert shards and max(shards) == 4 < max(c.mesh[0] * c.mesh[1] for c in found), "a run would refuse 8"
     small = dataclasses.replace(TOPOLOGY, hbm=1.0)
     assert [c.peak for c in search.candidates(CONFIG, MODELS, small, 64)] == sorted(c.peak for c in found)
 
