@@ -159,6 +159,8 @@ def counted(c: ModelConfig, seconds: dict[str, float], kept: float, item: int) -
 def main(_) -> None:
     engine.start()
     v = flags.FLAGS
+    if (v.general or v.domain) and not v.model:
+        raise app.UsageError("--general and --domain are read with a model's tokenizer; give --model")
     config, model, student, teacher = build()
     state = init_state(student, "shared")
     vocab, cycle = model.config.vocab_size, ["recovery"]
@@ -185,7 +187,7 @@ def main(_) -> None:
         sampled.append(done["sampled"])
     if v.profile:
         with jax.profiler.trace(v.profile):
-            one_step(config, programs, model, state, "recovery", branches["recovery"])
+            state, *_ = one_step(config, programs, model, state, "recovery", branches["recovery"])
 
     kept = {phase: statistics.median(counts) for phase, counts in selected.items()}
     stages = {
