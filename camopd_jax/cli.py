@@ -40,19 +40,21 @@ def config_flag(*classes: type) -> Callable[[], Any]:
 _PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
 
 
-def define_processes() -> None:
+def define_processes(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags that `processes` reads."""
     address, count, number = _PROCESS_FLAGS
     flags.DEFINE_string(
-        address, None, "Of many processes outside Cloud TPU: host:port of process 0, a free port there."
+        address, None, "Of many processes outside Cloud TPU: host:port of process 0, a free port there.", values
     )
-    flags.DEFINE_integer(count, None, "Of many processes outside Cloud TPU: how many they are.")
-    flags.DEFINE_integer(number, None, "Of many processes outside Cloud TPU: which one this is, from 0.")
+    flags.DEFINE_integer(count, None, "Of many processes outside Cloud TPU: how many they are.", flag_values=values)
+    flags.DEFINE_integer(
+        number, None, "Of many processes outside Cloud TPU: which one this is, from 0.", flag_values=values
+    )
 
 
-def processes() -> Processes | None:
+def processes(values: flags.FlagValues = flags.FLAGS) -> Processes | None:
     """Where the processes of the run meet; None if the flags do not say."""
-    given = {name: flags.FLAGS[name].value for name in _PROCESS_FLAGS}
+    given = {name: values[name].value for name in _PROCESS_FLAGS}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return None

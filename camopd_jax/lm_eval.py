@@ -4,23 +4,29 @@
     python -m camopd_jax.lm_eval --model camopd_jax --model_args path=runs/mine/export --batch_size 32 \\
         --tasks ifeval --apply_chat_template
 
-It is lm_eval's own command line, with every flag of it. From Python, `import camopd_jax.lm_eval` registers the model.
-Needs `pip install 'camopd_jax[eval]'`. Stop strings cut an answer that was generated up to its cap.
+It is lm_eval's own command line, with every flag of it and those of several processes. From Python,
+`import camopd_jax.lm_eval` registers the model. Needs `pip install 'camopd_jax[eval]'`. Stop strings cut an answer that
+was generated up to its cap.
 """
 
+import os
+import sys
 from collections import defaultdict
 from typing import Any
 
+import jax
 import numpy as np
+from absl import flags
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from camopd_jax import engine
+from camopd_jax import cli, engine
 from camopd_jax.config import Compute
 from camopd_jax.errors import UserError
 from camopd_jax.models import hf
+from camopd_jax.processes import several
 from camopd_jax.sharding import make_mesh
 from camopd_jax.steps.sampling import Sampling
 
@@ -168,10 +174,25 @@ def _until(text: str, stops: list[str]) -> str:
     return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
 
 
+def start() -> None:
+    """Takes the flags of several processes from the command line, joins them and leaves the rest to lm_eval.
+
+    The processes work as one: of those, lm_eval lets the one whose LOCAL_RANK is 0 report.
+    """
+    own = flags.FlagValues()
+    own.set_gnu_getopt()
+    cli.define_processes(own)
+    try:
+        sys.argv = own(sys.argv, known_only=True)
+    except flags.Error as error:
+        raise UserError(f"{error}; give numbers") from error
+    engine.start(cli.processes(own))
+    if several():
+        os.environ["LOCAL_RANK"] = str(jax.process_index())
+
+
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    from camopd_jax import cli
-
-    engine.start()
+    cli.one_line(start)
     cli.one_line(cli_evaluate)

@@ -4,10 +4,12 @@ A fork server imports what the commands import; every command then runs in a for
 devices and exit code of its own.
 """
 
+import atexit
 import multiprocessing
 import os
 import runpy
 import signal
+import socket
 import sys
 import time
 from dataclasses import dataclass
@@ -64,10 +66,36 @@ class Running:
         return self.wait()
 
 
+class Pair:
+    """A command that was started as two processes."""
+
+    def __init__(self, command, module, *args, of_each=((), ()), devices=4, **options):
+        with socket.create_server(("", 0)) as free:
+            address = f"127.0.0.1:{free.getsockname()[1]}"
+        flags = [f"--coordinator_address={address}", "--num_processes=2"]
+        self.processes = [
+            command.start(module, *args, *own, *flags, f"--process_id={i}", devices=devices, **options)
+            for i, own in enumerate(of_each)
+        ]
+
+    def wait(self, seconds=240):
+        try:
+            return [process.wait(seconds) for process in self.processes]
+        finally:
+            self.kill()
+
+    def kill(self):
+        for process in self.processes:
+            process.kill()
+
+
 def _main(module: str, args: list[str], environment: dict[str, str], out: str, err: str) -> None:
     for path, number in ((out, 1), (err, 2)):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
     os.environ.update(environment)
     sys.argv = [module, *args]
     sys.modules.pop(module, None)  # runpy warns of a module that was imported before it is run
-    runpy.run_module(module, run_name="__main__", alter_sys=True)
+    try:
+        runpy.run_module(module, run_name="__main__", alter_sys=True)
+    finally:
+        atexit._run_exitfuncs()  # which a forked process would end without

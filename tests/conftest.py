@@ -6,7 +6,7 @@ import os
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ["HF_HUB_OFFLINE"] = "1"
 
-from commands import QUICKLY_COMPILED, Running
+from commands import QUICKLY_COMPILED, Pair, Running
 
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
 os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), EIGHT_DEVICES, QUICKLY_COMPILED])
@@ -38,6 +38,20 @@ def command(tmp_path_factory):
 
     run.start = start
     return run
+
+
+@pytest.fixture(scope="session")
+def pair(command):
+    """pair(module, *args) -> a command started as two processes, neither of which outlives the tests."""
+    pairs = []
+
+    def start(module: str, *args, **options) -> Pair:
+        pairs.append(Pair(command, module, *args, **options))
+        return pairs[-1]
+
+    yield start
+    for one in pairs:
+        one.kill()
 
 
 @pytest.fixture(scope="session")

@@ -34,43 +34,6 @@ SPLIT = [
 ]  # each process holds half of a matrix
 
 
-class Pair:
-    """A command that was started as two processes."""
-
-    def __init__(self, command, module, *args, of_each=((), ()), devices=4):
-        with socket.create_server(("", 0)) as free:
-            address = f"127.0.0.1:{free.getsockname()[1]}"
-        flags = [f"--coordinator_address={address}", "--num_processes=2"]
-        self.processes = [
-            command.start(module, *args, *own, *flags, f"--process_id={i}", devices=devices)
-            for i, own in enumerate(of_each)
-        ]
-
-    def wait(self, seconds=240):
-        try:
-            return [process.wait(seconds) for process in self.processes]
-        finally:
-            self.kill()
-
-    def kill(self):
-        for process in self.processes:
-            process.kill()
-
-
-@pytest.fixture(scope="module")
-def start(command):
-    """start(module, ...) -> Pair, none of whose processes outlives the tests."""
-    pairs = []
-
-    def begin(module, *args, **options):
-        pairs.append(Pair(command, module, *args, **options))
-        return pairs[-1]
-
-    yield begin
-    for pair in pairs:
-        pair.kill()
-
-
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
     """A config file: the quickstart with two benchmarks of a few questions."""
@@ -90,11 +53,11 @@ def config(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def two(start, config, tmp_path_factory):
+def two(pair, config, tmp_path_factory):
     """A run of two processes, with evaluations and a report: (its work directory, how each ended)."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     flags = [config, *SMALL[1:], *SPLIT, f"--config.steps={STEPS}", "--config.log.report=true"]
-    ended = start("train", f"--workdir={workdir}", *flags, "--config.evaluation.every=3").wait()
+    ended = pair("train", f"--workdir={workdir}", *flags, "--config.evaluation.every=3").wait()
     assert [e.code for e in ended] == [0, 0], ended[0].err + ended[1].err
     return workdir, ended
 
@@ -217,9 +180,9 @@ def test_a_port_that_is_taken(command, tmp_path):
     assert ended.code == 2 and f"--coordinator_address={address}: process 0 cannot listen there" in ended.err
 
 
-def test_a_mistake_on_one_host_ends_all_with_its_reason(start, tmp_path):
+def test_a_mistake_on_one_host_ends_all_with_its_reason(pair, tmp_path):
     of_each = [[f"--workdir={tmp_path / 'run'}"], [f"--workdir={tmp_path / 'run'}", "--config.seed=3"]]
-    leader, other = start("train", *SMALL, NO_BENCHMARKS, of_each=of_each).wait(90)
+    leader, other = pair("train", *SMALL, NO_BENCHMARKS, of_each=of_each).wait(90)
     reason = "its config is not that of process 0 (config.seed); give the same command on every host"
     assert (leader.code, other.code) == (2, 2), leader.err + other.err
     assert f"error: process 1 cannot go on: {reason}" in leader.err and f"error: {reason}" in other.err
@@ -229,12 +192,12 @@ def test_a_mistake_on_one_host_ends_all_with_its_reason(start, tmp_path):
 
 
 @pytest.mark.slow
-def test_sigterm_on_one_stops_all_and_other_numbers_of_processes_go_on(start, command, tmp_path, one):
+def test_sigterm_on_one_stops_all_and_other_numbers_of_processes_go_on(pair, command, tmp_path, one):
     workdir = tmp_path / "run"
     flags = [f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, "--config.checkpoints.every=50"]
-    pair = start("train", *flags, *SPLIT, "--config.steps=50")
-    pair.processes[1].when(steps_seen(workdir, 1), signal.SIGTERM)
-    leader, other = pair.wait()
+    both = pair("train", *flags, *SPLIT, "--config.steps=50")
+    both.processes[1].when(steps_seen(workdir, 1), signal.SIGTERM)
+    leader, other = both.wait()
     assert (leader.code, other.code) == (0, 0), leader.err + other.err
     (saved,) = (int(p.name) for p in (workdir / "checkpoints").iterdir())
     assert f"asked to end: saved at step {saved}" in leader.out and "asked to end" not in other.out
@@ -242,7 +205,7 @@ def test_sigterm_on_one_stops_all_and_other_numbers_of_processes_go_on(start, co
 
     ended = command("train", *flags, f"--config.steps={saved + 1}")  # one device
     assert ended.code == 0 and f"going on from step {saved}" in ended.out, ended.err
-    leader, other = start("train", *flags, *SPLIT, f"--config.steps={saved + 3}").wait()
+    leader, other = pair("train", *flags, *SPLIT, f"--config.steps={saved + 3}").wait()
     assert leader.code == 0 and f"going on from step {saved + 1}" in leader.out, leader.err
 
     whole = tmp_path / "whole"
@@ -254,25 +217,25 @@ def test_sigterm_on_one_stops_all_and_other_numbers_of_processes_go_on(start, co
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(start, tmp_path, victim, one):
+def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(pair, tmp_path, victim, one):
     workdir = tmp_path / "run"
     flags = [f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, *SPLIT, "--config.steps=50"]
-    pair = start("train", *flags)
-    ended = pair.processes[victim].when((workdir / "checkpoints" / "2").exists, signal.SIGKILL)
+    both = pair("train", *flags)
+    ended = both.processes[victim].when((workdir / "checkpoints" / "2").exists, signal.SIGKILL)
     assert ended.code == -signal.SIGKILL
-    left = pair.processes[1 - victim]
+    left = both.processes[1 - victim]
     assert left.wait(distributed.LOST_AFTER + 30).code not in (0, 2)
     assert "another process of the run is lost" in last_line(left) and "from its last checkpoint" in last_line(left)
-    leader, _ = start("train", *flags, f"--config.steps={STEPS}").wait()
+    leader, _ = pair("train", *flags, f"--config.steps={STEPS}").wait()
     assert leader.code == 0 and "going on from step 2" in leader.out, leader.err
     same_run(workdir, one)
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_held_to_be_dead_within_a_bound(start, tmp_path):
+def test_a_process_that_hangs_is_held_to_be_dead_within_a_bound(pair, tmp_path):
     workdir = tmp_path / "run"
-    pair = start("train", f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, "--config.steps=5000")
-    hangs, left = pair.processes[1], pair.processes[0]
+    both = pair("train", f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, "--config.steps=5000")
+    hangs, left = both.processes[1], both.processes[0]
     deadline = time.monotonic() + 240
     while not steps_seen(workdir, 1)():
         assert time.monotonic() < deadline, left.err.read_text()
