@@ -224,30 +224,41 @@ def _check_shared(workdir: epath.Path, config: RunConfig, owner: dict[str, Any])
         )
 
 
+def check_owner(workdir: epath.Path, config: RunConfig) -> bool:
+    """Whether a run of this config owns a work directory already; False: nobody does.
+
+    Raises:
+      UserError: if another run does, naming the fields in which it differs.
+    """
+    file = workdir / "config.json"
+    if not file.exists():
+        return False
+    try:
+        owner, kind = json.loads(file.read_text()), type(config).__name__
+        if owner["kind"] != kind:
+            raise UserError(
+                f"{workdir}: it belongs to a run of a {owner['kind']}, not of a {kind}; give a new --workdir"
+            )
+        if owner["fingerprint"] != fingerprint(config):
+            fields = ", ".join(different_fields(owner["config"], to_json(config))) or "of another version"
+            raise UserError(
+                f"{workdir}: it belongs to a run with another config ({fields}); give that config, or a new --workdir"
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not the config.json of a run; move it away, or give a new --workdir") from error
+    return True
+
+
 def _claim(workdir: epath.Path, config: RunConfig) -> dict[str, Any]:
     """Writes or checks config.json; returns the config."""
-    file = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if file.exists():
-            owner, kind = json.loads(file.read_text()), type(config).__name__
-            if owner["kind"] != kind:
-                raise UserError(
-                    f"{workdir}: it belongs to a run of a {owner['kind']}, not of a {kind}; give a new --workdir"
-                )
-            if owner["fingerprint"] != fingerprint(config):
-                fields = ", ".join(different_fields(owner["config"], to_json(config))) or "of another version"
-                raise UserError(
-                    f"{workdir}: it belongs to a run with another config ({fields}); give that config, or a new "
-                    "--workdir"
-                )
+        check_owner(workdir, config)
         part = workdir / "config.json.part"
         record = {"kind": type(config).__name__, "fingerprint": fingerprint(config), "config": to_json(config)}
         part.write_text(json.dumps(record, indent=2) + "\n")
-        part.replace(file)
+        part.replace(workdir / "config.json")
         return to_json(config)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{file}: not the config.json of a run; move it away, or give a new --workdir") from error
     except ImportError as error:  # the file system of a bucket is a package of its own
         raise UserError(f"{workdir}: {error}, or give a local --workdir") from error
     except OSError as error:

@@ -31,6 +31,7 @@ LAYERS = [
         "analyze",
         "report",
         "plan",
+        "doctor",
         "data.recipe",
     ],
     ["compare"],

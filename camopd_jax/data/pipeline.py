@@ -48,7 +48,10 @@ class BatchStream:
 
 
 class PromptStream(BatchStream):
-    """`PromptBatch`es of a stream of prompts, with this process's rows. `counts` tells what was kept."""
+    """`PromptBatch`es of a stream of prompts, with this process's rows.
+
+    `counts` tells what was kept, `lengths` how many tokens the student reads of each.
+    """
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class PromptStream(BatchStream):
                 self.counts["truncated"] += 1
             prompts.append((index, ours[-cap:], theirs[-cap:]))
         self.counts["kept"] = len(prompts)
+        self.lengths = np.asarray([len(ours) for _, ours, _ in prompts])
         if not prompts:
             raise UserError(
                 f"{field}.source: none of its prompts fits config.rollout.max_prompt_tokens = {cap}; raise it, "

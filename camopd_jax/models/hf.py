@@ -62,12 +62,38 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     The host holds one piece of one stacked parameter at a time.
 
     Raises:
+      UserError: for all that `matching` refuses.
+    """
+    found = matching(folder, config)
+    places = shardings(config, mesh)
+    leaves = {}
+    for row in table(config):
+        layers = range(config.num_layers) if row.stacked else [0]
+        views = [row.from_hf(found[row.hf_name.format(i)].map()) for i in layers]
+
+        def piece(index: tuple[slice, ...], views=views, stacked=row.stacked) -> np.ndarray:
+            wanted = [view[index[1:]] for view in views[index[0]]] if stacked else [views[0][index]]
+            out = np.empty((len(wanted), *wanted[0].shape), dtype)
+            for layer, view in zip(out, wanted, strict=True):
+                layer[...] = view
+            return out if stacked else out[0]
+
+        leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(places, row.path), piece)
+        leaves[row.path] = jax.block_until_ready(leaf)  # else the next piece is read while this one is still held
+    return tree_of(leaves)
+
+
+def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a folder, which are those of a model of this config.
+
+    Raises:
       UserError: for missing, extra or misshaped tensors, and for all `tensors` refuses.
     """
     found = tensors(folder)
-    rows = table(config)
     names = {
-        row.hf_name.format(i): row.hf_shape for row in rows for i in range(config.num_layers if row.stacked else 1)
+        row.hf_name.format(i): row.hf_shape
+        for row in table(config)
+        for i in range(config.num_layers if row.stacked else 1)
     }
     if config.tied_head and "lm_head.weight" in found:
         _check_tied(found, folder)
@@ -86,22 +112,7 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
                 f"{found[name].file}: tensor {name} has shape {list(found[name].shape)}, "
                 f"config.json asks for {list(shape)}"
             )
-    places = shardings(config, mesh)
-    leaves = {}
-    for row in rows:
-        layers = range(config.num_layers) if row.stacked else [0]
-        views = [row.from_hf(found[row.hf_name.format(i)].map()) for i in layers]
-
-        def piece(index: tuple[slice, ...], views=views, stacked=row.stacked) -> np.ndarray:
-            wanted = [view[index[1:]] for view in views[index[0]]] if stacked else [views[0][index]]
-            out = np.empty((len(wanted), *wanted[0].shape), dtype)
-            for layer, view in zip(out, wanted, strict=True):
-                layer[...] = view
-            return out if stacked else out[0]
-
-        leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(places, row.path), piece)
-        leaves[row.path] = jax.block_until_ready(leaf)  # else the next piece is read while this one is still held
-    return tree_of(leaves)
+    return found
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:

@@ -1,0 +1,134 @@
+"""What the doctor finds: nothing wrong with a config that runs, and everything at once with one that does not."""
+
+import dataclasses
+import shutil
+from pathlib import Path
+
+import jax
+import pytest
+from etils import epath
+from rows import ask, edit_json, swap_tokens, write_lines
+
+from camopd_jax import doctor
+from camopd_jax.checkpoint import claim_workdir
+from camopd_jax.config import TrainConfig, from_config_dict
+from camopd_jax.models.transformer import Model
+from camopd_jax.planning import topology
+from camopd_jax.resolved import changed
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "configs/quickstart"
+
+
+@pytest.fixture(scope="module")
+def config():
+    scope = {"__file__": str(ROOT / "configs/quickstart.py")}
+    exec((ROOT / "configs/quickstart.py").read_text(), scope)
+    return from_config_dict(TrainConfig, scope["get_config"]())
+
+
+@pytest.fixture
+def here():
+    return topology.describe("local")
+
+
+@pytest.fixture
+def model(tmp_path):
+    """A copy of the specialised model, to break."""
+    return Path(shutil.copytree(QUICKSTART / "specialist", tmp_path / "model"))
+
+
+def texts(found, kind, about=""):
+    return [one.text for one in found.all if one.kind == kind and one.about.startswith(about)]
+
+
+def test_a_config_that_runs_has_nothing_wrong_or_odd(config, here, tmp_path):
+    found, prompts = doctor.examine(config, str(tmp_path / "run"), here)
+    assert texts(found, "wrong") == texts(found, "odd") == []
+    assert "1600 of 11 to 16 tokens" in texts(found, "good", "general prompts")[0]
+    assert "180 steps of 64 ask each 7.2 times" in texts(found, "good", "general prompts")[0]  # 240 * 3/4 * 64 / 1600
+    assert prompts["domain"].startswith("<|user|>") and prompts["domain"].endswith("<|assistant|>")
+    assert not (tmp_path / "run").exists()
+
+
+def test_all_that_is_wrong_is_told_in_one_go(command, tmp_path):
+    ended = command(
+        "doctor", f"--config={ROOT / 'configs/quickstart.py'}", "--config.specialised_model=/no/model",
+        "--config.mesh.fsdp=3", f"--workdir={tmp_path / 'run'}",
+        '--config.evaluation.benchmarks=({"name": "mine", "source": "/no/questions.jsonl"},)',
+    )  # fmt: skip
+    assert ended.code == 2 and ended.err.splitlines()[-1] == "error: 3 of these would end the run"
+    told = " ".join(ended.out.split())
+    for words in ("no folder /no/model", "/no/questions.jsonl", "fsdp 3"):
+        assert words in told, told
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_checkpoint_of_another_shape(config, here, model):
+    edit_json(model / "config.json", intermediate_size=64)
+    found, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
+    (told,) = texts(found, "wrong")
+    assert "has shape" in told and "config.json asks for" in told
+
+
+def test_tokenizers_that_differ(config, here, model):
+    swap_tokens(model, "a", "b")
+    found, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
+    assert "their tokenizers differ" in texts(found, "wrong", "models")[0]
+
+
+def test_two_models_that_are_one(config, here):
+    found, _ = doctor.examine(changed(config, {"general_model": str(QUICKSTART / "specialist")}), None, here)
+    assert texts(found, "wrong") == [] and "nothing to bring back" in texts(found, "odd", "models")[0]
+
+
+def test_answers_longer_than_the_model_was_made_for(config, here):
+    found, _ = doctor.examine(changed(config, {"rollout.max_response_tokens": 10_000}), None, here)
+    assert "prompt and answer may have 10064" in texts(found, "odd", "general model")[0]
+
+
+def test_prompts_that_are_few_long_or_asked_in_a_benchmark(config, here, tmp_path):
+    questions = [ask(f"sort {text}") | {"answer": text} for text in ("cab", "dcb", "zya")]
+    asked = write_lines(tmp_path / "asked.jsonl", questions)
+    prompts = write_lines(tmp_path / "prompts.jsonl", [*questions[:2], *(ask("sort " + 70 * "ab") for _ in range(3))])
+    changes = {
+        "general.source": str(prompts),
+        "evaluation.benchmarks": [
+            dataclasses.asdict(config.evaluation.benchmarks[0]) | {"name": "mine", "source": str(asked)}
+        ],
+    }
+    found, _ = doctor.examine(changed(config, changes), None, here)
+    odd = texts(found, "odd", "general prompts")
+    assert [text.split(" are ")[0] for text in odd] == ["3 of 5", "2", "2 of the 3 questions of benchmark mine"]
+    assert "of the domain axis" in texts(found, "odd", "benchmarks")[0]
+
+
+def test_a_mesh_and_memory_that_do_not_do(config, here):
+    found, _ = doctor.examine(changed(config, {"mesh.tensor": 8, "mesh.data": 1}), None, here)
+    assert "does not divide the model's" in texts(found, "wrong", "devices")[0]
+    small = dataclasses.replace(here, hbm=2**20)
+    found, _ = doctor.examine(config, None, small)
+    assert "config.compute.offload=true" in texts(found, "wrong", "devices")[0]
+
+
+def test_the_least_memory_is_that_of_its_parts(config):
+    model = doctor._model(doctor.Findings(), config, "general").config
+    n = sum(p.size for p in jax.tree.leaves(jax.eval_shape(Model(model).init, jax.random.key(0))))
+    assert doctor._least(config, "cpu", model, model) == n * (4 + 4 + 8 + 4 + 4)
+    assert doctor._least(config, "tpu", model, model) == n * (4 + 4 + 8 + 2 + 2)
+    idle = changed(config, {"compute.offload": True})
+    assert doctor._least(idle, "tpu", model, model) == n * (4 + 4 + 2)
+
+
+def test_a_work_directory_of_another_run(config, here, tmp_path):
+    claim_workdir(epath.Path(tmp_path), changed(config, {"seed": 7}))
+    found, _ = doctor.examine(config, str(tmp_path), here)
+    assert "(config.seed)" in texts(found, "wrong", "workdir")[0]
+    found, _ = doctor.examine(changed(config, {"seed": 7}), str(tmp_path), here)
+    assert "which goes on" in texts(found, "good", "workdir")[0]
+
+
+def test_a_disk_too_small_for_the_checkpoints(config, here, tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 2**20, 2**20))
+    found, _ = doctor.examine(config, str(tmp_path / "run"), here)
+    assert "config.checkpoints.keep_last" in texts(found, "wrong", "workdir")[0]
