@@ -8,7 +8,8 @@ Steps are recoveries; with --domain, cycles of three recoveries and a review, wh
 Every prompt and every answer has exactly the given length (no token ends an answer), so that two programs on the same
 flags do the same work. Prints one JSON line: of each stage the median after a warm-up, in seconds.
 
-FLOPs and bytes are counted from the model, not from the compiler: camopd_jax/planning/costs.py says how.
+FLOPs and bytes are counted from the model, not from the compiler: camopd_jax/planning/costs.py says how. What they are
+compared with is published for the device or measured after the steps: benchmarks/limits.py.
 """
 
 import datetime
@@ -26,6 +27,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
+from limits import limits
 
 from camopd_jax import __version__, engine, phases
 from camopd_jax.config import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, Template, TrainConfig
@@ -138,9 +140,9 @@ def one_step(config, programs, model, state, phase, branch):
     return after, seconds, {"selected": int(selection.count), "sampled": int(jnp.sum(answers.lengths))}
 
 
-def counted(c: ModelConfig, seconds: dict[str, float], kept: float, item: int) -> dict[str, Any]:
-    """What a recovery computes and reads, by the second."""
-    v = flags.FLAGS
+def counted(c: ModelConfig, seconds: dict[str, float], kept: float, dtype: str) -> dict[str, Any]:
+    """What a recovery computes and reads by the second, and what share that is of the most the devices can."""
+    v, item = flags.FLAGS, jnp.dtype(dtype).itemsize
     length = v.prompt + v.answer
     forward = forward_flops(c, v.batch, 0, length, v.answer)
     flops = {
@@ -150,10 +152,16 @@ def counted(c: ModelConfig, seconds: dict[str, float], kept: float, item: int) -
         "gradient": 3 * forward * kept / v.batch,
     }
     read = decode_bytes(c, v.batch, v.prompt, v.answer, item)
+    speed = {name: f / seconds[name] for name, f in flops.items() if name in seconds}
+    reading, most = read / seconds["rollout"], limits(dtype)
     return {
-        "gflop_per_second": {name: round(f / seconds[name] / 1e9, 1) for name, f in flops.items() if name in seconds},
-        "decode_gb_per_second": round(read / seconds["rollout"] / 1e9, 2),
-    }
+        "gflop_per_second": {name: round(each / 1e9, 1) for name, each in speed.items()},
+        "decode_gb_per_second": round(reading / 1e9, 2),
+        "limits": {"gflop_per_second": round(most.flops / 1e9), "gb_per_second": round(most.bandwidth / 1e9, 1),
+                   "source": most.source},
+        "mfu": {name: round(each / most.flops, 3) for name, each in speed.items()},
+        "decode_of_bandwidth": round(reading / most.bandwidth, 3),
+    }  # fmt: skip
 
 
 def main(_) -> None:
@@ -189,6 +197,7 @@ def main(_) -> None:
         with jax.profiler.trace(v.profile):
             state, *_ = one_step(config, programs, model, state, "recovery", branches["recovery"])
 
+    peak = memory_gib()  # before the limits are measured, which takes memory too
     kept = {phase: statistics.median(counts) for phase, counts in selected.items()}
     stages = {
         phase: {name: statistics.median(s[name] for s in steps) for name in steps[0]} for phase, steps in taken.items()
@@ -210,9 +219,9 @@ def main(_) -> None:
         "seconds_per_step": round(total, 4),
         "seconds": {phase: {name: round(s, 4) for name, s in of.items()} for phase, of in stages.items()},
         "answer_tokens_per_second": round(v.batch * v.answer / total, 1),
-        **counted(model.config, stages["recovery"], kept["recovery"], jnp.dtype(model.dtype).itemsize),
+        **counted(model.config, stages["recovery"], kept["recovery"], str(model.dtype)),
         "first_cycle_seconds": round(compiled, 1),
-        "peak_memory_gib": round(memory_gib(), 2),
+        "peak_memory_gib": round(peak, 2),
     }  # fmt: skip
     print(json.dumps(line), flush=True)
     if v.record:
