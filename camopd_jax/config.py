@@ -126,9 +126,10 @@ class Compute:
     # How whole rows attend (scoring, updates, prefill; decoding is always plain). fused: Pallas on TPU, cuDNN on GPU,
     # refused where neither takes the model; xla: plainly; auto: fused where it can be and rows are long enough
     attention: Literal["auto", "xla", "fused"] = "auto"
-    # Whether what is idle waits in host memory: the teachers but while they score, Adam's moments but for the update.
-    # Off where the devices have room: copies take time where nothing hides them
-    offload: bool = False
+    # What waits in host memory while it is idle: the teachers but while they score, Adam's moments but for the update.
+    # ahead: each comes back while the stage before computes; late: moments only when the gradient is whole, so that
+    # both never lie there beside its activations, for a copy that nothing hides. off where the devices have room
+    offload: Literal["off", "ahead", "late"] = "off"
     # Tokens of one chip whose logits exist at one time; the head is gathered once for all. 0: as many as 256 MiB hold
     logits_chunk: int = 0
 

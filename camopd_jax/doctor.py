@@ -224,19 +224,20 @@ def _devices(found: Findings, config: TrainConfig, where: Topology, models: dict
     least = _least(config, where.platform, **there) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
     text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} GiB of each"
     if where.hbm and least > where.hbm:
-        raise UserError(f"{text}, which has {where.hbm / GIB:.2f}; give more of them, or config.compute.offload=true")
+        mend = " or config.compute.offload=late" if config.compute.offload == "off" else ""
+        raise UserError(f"{text}, which has {where.hbm / GIB:.2f}; give more of them{mend}")
     found.good("devices", f"{text}, before caches and activations")
 
 
 def _least(config: TrainConfig, platform: str, general: ModelConfig, specialised: ModelConfig) -> float:
-    """Bytes that all that a gradient meets takes at the least, on all pieces together."""
+    """Bytes of all devices together that an update needs, and a gradient without its activations."""
     item = {"float32": 4, "bfloat16": 2}
     teachers = [
         weights(model) * item[engine.teacher_dtype(config.compute, platform)] for model in (general, specialised)
     ]
     student = weights(specialised) * (item[config.compute.params] + 4)  # and its gradient in float32
-    if config.compute.offload:
-        return student + max(teachers)
+    if config.compute.offload != "off":
+        return student + max(*teachers, _moments(config, specialised))
     return student + sum(teachers) + _moments(config, specialised)
 
 

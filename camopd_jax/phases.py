@@ -192,14 +192,14 @@ def run(
     rows = batch_rows(config)
     waiting: Outcome | None = None
     offload = config.compute.offload
-    if offload:
+    if offload != "off":
         branches = {name: replace(b, teacher_params=on_host(b.teacher_params)) for name, b in branches.items()}
     for step in range(int(state.step), config.steps):
         phase = phase_at(step, config.method)
         two_ways = not programs.trusts_sampler or step % CHECK_EVERY == 0
         stages = Stages()
         parts: dict[str, Scored] = {}
-        if offload:
+        if offload != "off":
             state = state.replace(moments=on_host(state.moments))
 
         def log_the_last(stages: Stages = stages) -> None:
@@ -213,7 +213,7 @@ def run(
             branch, draw = branches[name], np.int32(step * len(ACTING[phase]) + i)
             with stages("other"):
                 prompts = global_rows(programs.student.mesh, next(branch.prompts), rows[name])
-            if offload:
+            if offload != "off":
                 branch = replace(branch, teacher_params=on_devices(branch.teacher_params))
             with stages("rollout"):
                 answers = ask(config, programs, branch, state.params, prompts, draw, log_the_last)
@@ -225,10 +225,13 @@ def run(
                 selection = jax.block_until_ready(programs.select[name](scores, answers.lengths, draw))
             parts[name] = Scored(prompts.student, prompts.index, answers, scores, selection)
             del branch
-        if offload:
+        if offload == "ahead":
             state = state.replace(moments=on_devices(state.moments))
         with stages("update"):
             gradients = [gradient(config, programs, name, state.params, part) for name, part in parts.items()]
+            if offload == "late":
+                jax.block_until_ready(gradients)
+                state = state.replace(moments=on_devices(state.moments))
             state, metrics = jax.block_until_ready(programs.update[phase](state, *gradients, *parts.values()))
             del gradients
 

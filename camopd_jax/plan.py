@@ -36,7 +36,7 @@ from camopd_jax.planning.topology import Topology
 
 Wanted = tuple[str, ...]  # beginnings of programs' names
 
-CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 100)
+CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 KINDS = ["reshard", "prefill", "refill", "grow", "decode", "score", "select", "gradient", "update"]

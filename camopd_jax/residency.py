@@ -1,7 +1,7 @@
 """Arrays that wait in host memory and are on the devices only while they are needed.
 
-Of a step only one teacher works, and Adam's moments are needed at its end alone. Copies between host and devices are
-asked for a stage ahead, and go on while that stage computes.
+Of a step only one teacher works, and Adam's moments are needed at its end alone. Copies between host and devices go on
+while the devices compute what was asked for before.
 """
 
 from typing import Any

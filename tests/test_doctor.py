@@ -108,7 +108,7 @@ def test_a_mesh_and_memory_that_do_not_do(config, here):
     assert "does not divide the model's" in texts(found, "wrong", "devices")[0]
     small = dataclasses.replace(here, hbm=2**20)
     found, _ = doctor.examine(config, None, small)
-    assert "config.compute.offload=true" in texts(found, "wrong", "devices")[0]
+    assert "config.compute.offload=late" in texts(found, "wrong", "devices")[0]
 
 
 def test_the_least_memory_is_that_of_its_parts(config):
@@ -116,8 +116,8 @@ def test_the_least_memory_is_that_of_its_parts(config):
     n = sum(p.size for p in jax.tree.leaves(jax.eval_shape(Model(model).init, jax.random.key(0))))
     assert doctor._least(config, "cpu", model, model) == n * (4 + 4 + 8 + 4 + 4)
     assert doctor._least(config, "tpu", model, model) == n * (4 + 4 + 8 + 2 + 2)
-    idle = changed(config, {"compute.offload": True})
-    assert doctor._least(idle, "tpu", model, model) == n * (4 + 4 + 2)
+    idle = changed(config, {"compute.offload": "late"})
+    assert doctor._least(idle, "tpu", model, model) == n * (4 + 4 + 8), "an update, of which the teachers know nothing"
 
 
 def test_a_work_directory_of_another_run(config, here, tmp_path):

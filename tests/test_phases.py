@@ -265,9 +265,10 @@ def test_the_separate_moments_run_too(tiny):
     assert (int(state.moments["recovery"].count), int(state.moments["review"].count)) == (6, 2)
 
 
-def test_what_waits_on_the_host_changes_nothing(tiny):
+@pytest.mark.parametrize("when", ["ahead", "late"])
+def test_what_waits_on_the_host_changes_nothing(tiny, when):
     """Teachers and moments in host memory while they are idle: the same bits, and they are there."""
-    watcher, offloading = Watcher(), dataclasses.replace(CONFIG, compute=Compute(offload=True))
+    watcher, offloading = Watcher(), dataclasses.replace(CONFIG, compute=Compute(offload=when))
     branches, programs, state = begin(tiny)
     plain = run(CONFIG, branches, programs, state, Watcher())
     branches, _, state = begin(tiny)
@@ -285,11 +286,25 @@ def test_what_waits_on_the_host_changes_nothing(tiny):
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(piecewise, "score", looked("score", (piecewise, "score")))
-        moved = []
+        moved, events = [], []
+
+        def noted(name, of):
+            """Notes each call, but not that of a teacher's copy."""
+
+            def call(*args):
+                if name == "gradient" or "shared" in args[0]:
+                    events.append(name)
+                return of(*args)
+
+            return call
+
+        patch.setattr(phases, "gradient", noted("gradient", phases.gradient))
+        patch.setattr(phases, "on_devices", noted("moments", phases.on_devices))
         patch.setattr(phases, "on_host", lambda tree, f=phases.on_host: moved.append(f(tree)) or moved[-1])
         other = run(offloading, branches, programs, state, watcher)
     assert seen == {("score", "device")}
     kinds = {x.sharding.memory_kind for x in jax.tree.leaves(moved)}
     assert kinds == {"pinned_host"} and len(moved) == 2 + 8, "both teachers once, the moments before every rollout"
+    assert events == {"ahead": ["moments", "gradient"], "late": ["gradient", "moments"]}[when] * CONFIG.steps
     jax.tree.map(np.testing.assert_array_equal, other.params, plain.params)
     jax.tree.map(np.testing.assert_array_equal, other.moments, plain.moments)

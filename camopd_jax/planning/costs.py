@@ -170,8 +170,9 @@ def memory_estimate(
     }
     if places < rows:
         found["refill"] = copy + cache + refills(rows, places, sizes)[1] * prefilled
-    if not config.compute.offload:
+    if config.compute.offload == "off":
         return {"resident": n * master / split + adam + teachers, **found}
     teacher = max(n, weights(general)) * teacher / split
-    waits = {name: adam if name in ("gradient", "update") else teacher for name in found}
+    beside_gradient = adam if config.compute.offload == "ahead" else 0
+    waits = {name: {"gradient": beside_gradient, "update": adam}.get(name, teacher) for name in found}
     return {"resident": n * master / split} | {name: needed + waits[name] for name, needed in found.items()}

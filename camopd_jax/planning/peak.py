@@ -38,7 +38,7 @@ class Peak:
 
 
 def residents(plan: Plan, reports: Sequence[Report]) -> Residents:
-    state, offload = plan.state, plan.config.compute.offload
+    state, offload = plan.state, plan.config.compute.offload != "off"
     return Residents(
         parameters=chip_bytes(state.params),
         optimizer=0 if offload else chip_bytes((state.moments, state.step, state.skipped)),

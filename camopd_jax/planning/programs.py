@@ -65,11 +65,13 @@ def _all(p: Plan, eos_ids: tuple[int, ...]) -> Iterator[Named]:
 
 def _with_offloaded(p: Plan, program: Program) -> Program:
     """With what of the offloaded arrays is on the devices meanwhile: a teacher until all is scored, then moments."""
-    if not p.config.compute.offload:
+    offload = p.config.compute.offload
+    if offload == "off":
         return program
-    teachers = [params for _, params in p.teachers.values()]
-    learns = program.name.split(":")[0] in ("gradient", "update")
-    there = p.state.moments if learns else max(teachers, key=chip_bytes)
+    teacher = max((params for _, params in p.teachers.values()), key=chip_bytes)
+    moments = p.state.moments
+    learning = {"gradient": moments if offload == "ahead" else (), "update": moments}
+    there = learning.get(program.name.split(":")[0], teacher)
     return dataclasses.replace(program, beside=program.beside | {"offloaded": there})
 
 

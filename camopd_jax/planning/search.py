@@ -28,6 +28,7 @@ class Candidate:
     places: int  # answered at one time; 0: the whole batch
     micro_batch: int
     remat: str
+    offload: str
     evaluation_batch: int
     memory: dict[str, float]  # bytes on one chip: "resident", and by program
     seconds: float  # of a step
@@ -47,7 +48,7 @@ class Candidate:
                 places=self.places,
             ),
             optimizer=dataclasses.replace(config.optimizer, micro_batch=self.micro_batch),
-            compute=dataclasses.replace(config.compute, remat=self.remat),
+            compute=dataclasses.replace(config.compute, remat=self.remat, offload=self.offload),
             evaluation=dataclasses.replace(config.evaluation, batch_size=self.evaluation_batch),
         )
 
@@ -62,6 +63,7 @@ class Candidate:
             "rollout.places": (self.places, config.rollout.places),
             "optimizer.micro_batch": (self.micro_batch, config.optimizer.micro_batch),
             "compute.remat": (self.remat, config.compute.remat),
+            "compute.offload": (self.offload, config.compute.offload),
             "evaluation.batch_size": (self.evaluation_batch, config.evaluation.batch_size),
         }
         return given + [f"--config.{name}={new}" for name, (new, old) in others.items() if new != old]
@@ -77,9 +79,13 @@ def meshes(chips: int, models: Sequence[ModelConfig]) -> Iterator[tuple[int, int
 
 
 def candidates(config: TrainConfig, models: Models, topology: Topology, answer: int) -> list[Candidate]:
-    """Every choice that divides, the quickest of those that seem to fit first, then the others by their memory."""
+    """Every choice that divides, the quickest of those that seem to fit first, then the others by their memory.
+
+    What the config keeps on the chips goes to their hosts only in those that come after all that fit without.
+    """
     shapes, chips = (models.general, models.specialised), len(topology.devices)
     rows, found = tuple(phases.batch_rows(config).values()), []
+    offloads = dict.fromkeys((config.compute.offload, "late"))
     tensors = sorted({tensor for _, _, tensor in meshes(chips, shapes)})
     for mesh in meshes(chips, shapes):
         shards = mesh[0] * mesh[1]
@@ -88,11 +94,17 @@ def candidates(config: TrainConfig, models: Models, topology: Topology, answer: 
         evaluation = math.ceil(config.evaluation.batch_size / shards) * shards
         micros = [n for n in range(shards, config.rollout.batch_size + 1, shards) if config.rollout.batch_size % n == 0]
         answering = [(tensor, places) for tensor in tensors for places in _places(rows, chips // tensor)]
-        for micro_batch, remat, (tensor, places) in itertools.product(micros, REMATS, answering):
-            one = Candidate(mesh, tensor, places, micro_batch, remat, evaluation, {}, 0.0)
+        for micro_batch, remat, offload, (tensor, places) in itertools.product(micros, REMATS, offloads, answering):
+            one = Candidate(mesh, tensor, places, micro_batch, remat, offload, evaluation, {}, 0.0)
             found.append(_estimated(one, config, models, topology, answer))
     limit = topology.hbm or math.inf
-    return sorted(found, key=lambda c: (c.peak > limit, c.seconds if c.peak <= limit else c.peak, c.peak))
+
+    def order(c: Candidate) -> tuple:
+        if c.peak > limit:
+            return True, c.peak
+        return False, c.offload != config.compute.offload, c.seconds, c.peak
+
+    return sorted(found, key=order)
 
 
 def _places(rows: tuple[int, ...], shards: int) -> Iterator[int]:

@@ -49,7 +49,7 @@ def memory_table(there: Residents, reports: Sequence[Report], peaks: Sequence[Pe
     some = [kind for kind in HELD if any(kind in held(r) for r in reports)]
     view = _table("Memory of a chip while each program runs, in GiB", "", "resident", *some, "outputs", "temps", "peak",
                   "", caption="weights, cache: of the answering student. outputs: beyond those in a donated argument's "
-                  "place. temps: temporaries; refused: the compiler gave up at these")  # fmt: skip
+                  "place. temps: temporaries and activations; refused: the compiler gave up at these")  # fmt: skip
     peak = {p.program: p for p in peaks}
     for r in reports:
         if r.same_as:
@@ -195,10 +195,11 @@ def duration(seconds: float) -> str:
 
 def tried_table(tried: Sequence[Tried], topology: Topology) -> Table:
     view = _table("Search: what the compiler was asked", "data x fsdp x tensor", "rollout tensor", "places",
-                  "micro batch", "remat", "step at best", "estimated", "compiled", "")  # fmt: skip
+                  "micro batch", "remat", "offload", "step at best", "estimated", "compiled", "")  # fmt: skip
     for t in tried:
         c = t.candidate
         view.add_row(" x ".join(map(str, c.mesh)), str(c.rollout_tensor), str(c.places or "all"), str(c.micro_batch),
-                     c.remat, duration(c.seconds), _gib(c.peak), ("" if t.peak.exact else "> ") + _gib(t.peak.bytes),
+                     c.remat, c.offload, duration(c.seconds), _gib(c.peak),
+                     ("" if t.peak.exact else "> ") + _gib(t.peak.bytes),
                      f"{t.peak.program}: {verdict(t.peak, topology.hbm)}")  # fmt: skip
     return view

@@ -23,7 +23,7 @@ TOPOLOGY = Topology("v5e:2x4", "tpu", tuple(range(8)), CHIPS["v5e"], CHIPS["v5e"
 
 
 def candidate(mesh, **memory):
-    return Candidate(mesh, mesh[2], 0, 4, "block", 8, {"resident": 1.0, **memory}, 1.0)
+    return Candidate(mesh, mesh[2], 0, 4, "block", "off", 8, {"resident": 1.0, **memory}, 1.0)
 
 
 def test_meshes_divide_what_they_split():
@@ -43,7 +43,9 @@ def test_every_candidate_divides_its_batches():
     assert {(c.rollout_tensor, c.places) for c in found} == {(1, 0), (1, 8), (2, 0), (2, 8), (2, 4)} | {
         (4, places) for places in (0, 8, 4, 2)
     }
-    assert [c.seconds for c in found] == sorted(c.seconds for c in found)
+    kept = [c for c in found if c.offload == "off"]
+    assert kept == found[: len(kept)] and 2 * len(kept) == len(found), "nothing goes to the hosts where it need not"
+    assert [c.seconds for c in kept] == sorted(c.seconds for c in kept)
     four = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, score_batch=4))
     shards = {c.mesh[0] * c.mesh[1] for c in search.candidates(four, MODELS, TOPOLOGY, answer=64)}
     assert shards and max(shards) == 4 < max(c.mesh[0] * c.mesh[1] for c in found), "a run would refuse 8"
@@ -73,6 +75,17 @@ def test_flags_name_what_differs():
     assert applied.rollout.mesh == MeshConfig(-1, 1, 4) and applied.rollout.places == 8
     assert one.flags(applied) == flags
     assert (applied.mesh.fsdp, applied.evaluation.batch_size, applied.optimizer.micro_batch) == (4, 8, 4)
+
+
+def test_what_fits_only_with_the_hosts_memory_says_so():
+    least = {
+        offload: min(c.peak for c in search.candidates(CONFIG, MODELS, TOPOLOGY, 64) if c.offload == offload)
+        for offload in ("off", "late")
+    }
+    assert least["late"] < least["off"]
+    between = dataclasses.replace(TOPOLOGY, hbm=(least["late"] + least["off"]) / 2)
+    best = search.candidates(CONFIG, MODELS, between, 64)[0]
+    assert best.peak <= between.hbm and "--config.compute.offload=late" in best.flags(CONFIG)
 
 
 def test_where_nothing_fits_it_says_how_much_shorter():
