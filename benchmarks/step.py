@@ -6,7 +6,8 @@
 
 Steps are recoveries; with --domain, cycles of three recoveries and a review, whose teacher is the untrained student.
 Every prompt and every answer has exactly the given length (no token ends an answer), so that two programs on the same
-flags do the same work. Prints one JSON line: of each stage the median after a warm-up, in seconds.
+flags do the same work; with --ends prompts are whole and answers end where the model ends them, as in a run. Prints one
+JSON line: of each stage the median after a warm-up, in seconds; with --ends the mean.
 
 FLOPs and bytes are counted from the model, not from the compiler: camopd_jax/planning/costs.py says how. What they are
 compared with is published for the device or measured after the steps: benchmarks/limits.py.
@@ -30,8 +31,10 @@ from absl import app, flags
 from limits import limits
 
 from camopd_jax import __version__, engine, phases
+from camopd_jax.buckets import bucket
 from camopd_jax.config import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, Template, TrainConfig
 from camopd_jax.data import sources, templates
+from camopd_jax.data.pipeline import pad
 from camopd_jax.metrics import memory_gib
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, from_hf
@@ -54,6 +57,11 @@ flags.DEFINE_enum("shape", "smollm2-135m", list(SHAPES), "Shape of the random we
 flags.DEFINE_integer("batch", 16, "Prompts a step.")
 flags.DEFINE_integer("prompt", 64, "Tokens of every prompt.")
 flags.DEFINE_integer("answer", 64, "Tokens of every answer.")
+flags.DEFINE_bool(
+    "ends", False, "Whole prompts of at most --prompt tokens, answers of at most --answer; needs --model."
+)
+flags.DEFINE_bool("shrinks", False, "Whether half a batch goes on when half of it is done.")
+flags.DEFINE_integer("smallest_bucket", 64, "The least width that rows are padded to.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 1e-6, "Of the updates: how far the student moves, and so what a review selects.")
 flags.DEFINE_integer("micro_batch", 8, "Sequences in one forward and backward.")
 flags.DEFINE_integer("score_batch", 0, "Sequences in one forward pass that scores them; 0: --micro_batch.")
@@ -65,7 +73,8 @@ flags.DEFINE_enum("teacher_dtype", None, ["float32", "bfloat16"], "Of the teache
 flags.DEFINE_enum("remat", "block", ["none", "dots", "block"], "What the backward pass computes again.")
 flags.DEFINE_float("mass", 0.8, "Share of the gap mass that is trained on; 1: every answer.", 0.01, 1.0)
 flags.DEFINE_string("mesh", "-1,1,1", "data,fsdp,tensor.")
-flags.DEFINE_integer("steps", 3, "Steps timed (with --domain: cycles), after one that compiles.", lower_bound=1)
+flags.DEFINE_integer("steps", 3, "Steps timed (with --domain: cycles), after those that compile.", lower_bound=1)
+flags.DEFINE_integer("warm_up", 1, "Steps (or cycles) that compile.", lower_bound=1)
 flags.DEFINE_bool("record", False, f"Append the line to {HISTORY.name}.")
 flags.DEFINE_string("profile", None, "Folder for an XProf trace of one more step.")
 
@@ -77,12 +86,12 @@ def build():
     compute = Compute(teacher=values.teacher_dtype or values.dtype, matmul=values.dtype, remat=values.remat,
                       logits_chunk=values.logits_chunk)  # fmt: skip
     length = values.prompt + values.answer
-    method = Method(recovery=Phase("absolute_gap", values.mass, 2.0))
+    method = Method(recovery=Phase("absolute_gap", values.mass, 2.0), review=Phase("positive_gap", values.mass, 1.0))
     config = TrainConfig(
         "general", "specialised", Stream("g"), Stream("d"), method=method, compute=compute,
         rollout=RolloutConfig(batch_size=values.batch, max_prompt_tokens=values.prompt,
-                              max_response_tokens=values.answer, smallest_bucket=min(64, values.answer),
-                              score_batch=values.score_batch),
+                              max_response_tokens=values.answer, score_batch=values.score_batch,
+                              smallest_bucket=min(values.smallest_bucket, values.answer), shrinks=values.shrinks),
         optimizer=Optimizer(learning_rate=values.learning_rate, micro_batch=values.micro_batch),
     )  # fmt: skip
     shape = hf.read_config(Path(values.model)) if values.model else SHAPES[values.shape]
@@ -99,19 +108,24 @@ def build():
     return config, model, student, teacher
 
 
-def questions(file: str | None, vocab: int) -> Iterator[np.ndarray]:
-    """int32[B, P], prompt tokens of one step after the other."""
+def questions(file: str | None, vocab: int) -> Iterator[Prompts]:
+    """The prompts of one step after the other."""
     values = flags.FLAGS
     rows, slots = values.batch, values.prompt
     if not file:
         random = np.random.default_rng(0)
         while True:
-            yield random.integers(0, vocab, (rows, slots)).astype(np.int32)
+            yield Prompts(random.integers(0, vocab, (rows, slots)).astype(np.int32), np.full(rows, slots, np.int32))
     tokenizer = templates.load_tokenizer(Path(values.model))
-    asked = (templates.prompt_ids(tokenizer, row, Template()) for row in sources.read(file, limit=64 * rows))
-    long_enough = itertools.cycle([ids[-slots:] for ids in asked if len(ids) >= slots])
+    asked = [templates.prompt_ids(tokenizer, row, Template()) for row in sources.read(file, limit=64 * rows)]
+    if values.ends:
+        fit = itertools.cycle([ids for ids in asked if len(ids) <= slots])
+    else:
+        fit = itertools.cycle([ids[-slots:] for ids in asked if len(ids) >= slots])
     while True:
-        yield np.asarray(list(itertools.islice(long_enough, rows)), np.int32)
+        some = list(itertools.islice(fit, rows))
+        lengths = np.asarray([len(ids) for ids in some], np.int32)
+        yield Prompts(pad(some, min(slots, bucket(int(lengths.max()), values.smallest_bucket))), lengths)
 
 
 def one_step(config, programs, model, state, phase, branch):
@@ -124,10 +138,11 @@ def one_step(config, programs, model, state, phase, branch):
         seconds[name] = time.perf_counter() - started
         return out
 
-    host = Prompts(next(branch.prompts), np.full(batch, flags.FLAGS.prompt, np.int32))
+    host = next(branch.prompts)
     prompts = global_rows(model.mesh, PromptBatch(host, host, np.arange(batch, dtype=np.int32)), batch)
     draw, params, teacher = np.int32(state.step), state.params, branch.teacher_params
     answers = timed("rollout", lambda: phases.ask(config, programs, branch, params, prompts, draw))
+    answers = phases.cut_to_bucket(answers, config.rollout.smallest_bucket)
     theirs = timed("score_teacher", lambda: phases.score(config, model, teacher, prompts.teacher, answers))
     ours = answers.logprobs
     if not programs.trusts_sampler:
@@ -167,8 +182,8 @@ def counted(c: ModelConfig, seconds: dict[str, float], kept: float, dtype: str) 
 def main(_) -> None:
     engine.start()
     v = flags.FLAGS
-    if (v.general or v.domain) and not v.model:
-        raise app.UsageError("--general and --domain are read with a model's tokenizer; give --model")
+    if (v.general or v.domain or v.ends) and not v.model:
+        raise app.UsageError("--general, --domain and --ends take a model's tokenizer; give --model")
     config, model, student, teacher = build()
     state = init_state(student, "shared")
     vocab, cycle = model.config.vocab_size, ["recovery"]
@@ -179,10 +194,12 @@ def main(_) -> None:
         method = config.method
         cycle = [phases.phase_at(step, method) for step in range(method.recovery_steps + method.review_steps)]
     before = np.asarray(student["final_norm"]["scale"])
-    programs = phases.compile_programs(config, model, (), state)
+    eos_ids = templates.eos_ids(Path(v.model), templates.load_tokenizer(Path(v.model))) if v.ends else ()
+    programs = phases.compile_programs(config, model, eos_ids, state)
+    middle = statistics.mean if v.ends else statistics.median
 
     started = time.perf_counter()
-    for phase in cycle:
+    for phase in cycle * v.warm_up:
         state, *_ = one_step(config, programs, model, state, phase, branches[phase])
     compiled = time.perf_counter() - started
     taken: dict[str, list[dict[str, float]]] = {phase: [] for phase in branches}
@@ -199,10 +216,8 @@ def main(_) -> None:
 
     peak = memory_gib()  # before the limits are measured, which takes memory too
     kept = {phase: statistics.median(counts) for phase, counts in selected.items()}
-    stages = {
-        phase: {name: statistics.median(s[name] for s in steps) for name in steps[0]} for phase, steps in taken.items()
-    }
-    whole = {phase: statistics.median(sum(s.values()) for s in steps) for phase, steps in taken.items()}
+    stages = {phase: {name: middle([s[name] for s in steps]) for name in steps[0]} for phase, steps in taken.items()}
+    whole = {phase: middle([sum(s.values()) for s in steps]) for phase, steps in taken.items()}
     total = statistics.mean(whole[phase] for phase in cycle)
     line = {
         "date": datetime.date.today().isoformat(),
@@ -212,15 +227,15 @@ def main(_) -> None:
         "batch": v.batch, "prompt": v.prompt, "answer": v.answer, "micro_batch": v.micro_batch,
         "score_batch": phases.score_batch(config), "mesh": v.mesh, "dtype": str(model.dtype),
         "teacher_dtype": engine.teacher_dtype(config.compute), "remat": v.remat, "logits_chunk": v.logits_chunk,
-        "mass": v.mass, "cycle": cycle, "steps": v.steps,
+        "mass": v.mass, "ends": v.ends, "shrinks": v.shrinks, "cycle": cycle, "steps": v.steps,
         "selected": kept,
-        "tokens_sampled_per_step": statistics.median(sampled),
+        "tokens_sampled_per_step": middle(sampled),
         "largest_move": float(np.max(np.abs(np.asarray(state.params["final_norm"]["scale"]) - before))),
         "seconds_per_step": round(total, 4),
         "seconds": {phase: {name: round(s, 4) for name, s in of.items()} for phase, of in stages.items()},
-        "answer_tokens_per_second": round(v.batch * v.answer / total, 1),
-        **counted(model.config, stages["recovery"], kept["recovery"], str(model.dtype)),
-        "first_cycle_seconds": round(compiled, 1),
+        "answer_tokens_per_second": round(middle(sampled) / total, 1),
+        **({} if v.ends else counted(model.config, stages["recovery"], kept["recovery"], str(model.dtype))),
+        "warm_up_seconds": round(compiled, 1),
         "peak_memory_gib": round(peak, 2),
     }  # fmt: skip
     print(json.dumps(line), flush=True)

@@ -10,18 +10,28 @@ random weights of SmolLM2-135M's shape, whose answers have nearly the same gap; 
 model's answers, and a review, and so what they cost, shows with --specialised. Each contender is a process of its own,
 so that peak memory is its own; every round runs each of them once. What is compared are medians over rounds; a
 contender that did other work than ours (tokens sampled, teacher scored, weights moved) ends the run.
+
+With --ends a whole step is timed as a run has it: the fine-tuned model's answers to whole prompts, general and domain
+3:1, end where it ends them. Then no two contenders sample the same tokens, and how many stands beside the seconds.
 """
 
+import itertools
 import json
 import statistics
 import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 from absl import app, flags
 from rich import box
 from rich.console import Console
 from rich.table import Table
+
+from camopd_jax.config import Template
+from camopd_jax.data import sources, templates
+from camopd_jax.jsonl import write_rows
 
 HERE = Path(__file__).parent
 OURS = ("--score_batch=16", "--remat=dots")  # with the micro-batches below, best on two CPU cores: docs/performance.md
@@ -37,6 +47,7 @@ flags.DEFINE_integer("prompt", 64, "Tokens of every prompt.")
 flags.DEFINE_integer("answer", 64, "Tokens of every answer.")
 flags.DEFINE_integer("rounds", 5, "Rounds of alternation.")
 flags.DEFINE_integer("steps", 2, "Timed steps of each process.")
+flags.DEFINE_bool("ends", False, "Whole prompts, and answers that end by themselves; needs --specialised.")
 flags.DEFINE_enum("dtype", "float32", ["float32", "bfloat16"], "Precision of all contenders.")
 flags.DEFINE_string("out", None, "JSON file for every line that the contenders printed.")
 
@@ -46,24 +57,52 @@ def contenders() -> dict[str, list[str]]:
     v = flags.FLAGS
     ours = [sys.executable, HERE / "step.py", f"--batch={v.batch}", f"--prompt={v.prompt}", f"--answer={v.answer}",
             f"--dtype={v.dtype}", f"--steps={v.steps}", *OURS]  # fmt: skip
+    # As in configs/smollm2.py; where answers end by themselves, a rate at which this model goes on ending them.
+    rate = 1e-5 if v.ends else 1e-4
     real = [
         f"--model={v.specialised}",
         f"--teacher={v.original}",
         f"--general={v.general}",
         f"--domain={v.domain}",
-        "--learning_rate=1e-4",  # as in configs/smollm2.py
+        f"--learning_rate={rate}",
         "--teacher_dtype=bfloat16",  # as their files have it
     ]
     sizes = [f"--batch={v.batch}", f"--prompt-len={v.prompt}", f"--new-tokens={v.answer}", f"--dtype={v.dtype}",
              f"--tokenizer={v.tokenizer}"]  # fmt: skip
+    trl = [v.peers_python, HERE / "peers" / "trl_distill.py", *sizes]
+    if v.ends:
+        ours += [*real, "--score_batch=4", "--ends", "--shrinks", "--smallest_bucket=32", "--warm_up=2"]
+        model = [f"--model={v.specialised}", f"--teacher={v.original}", f"--prompts={mixed_prompts()}",
+                 f"--learning-rate={rate}"]  # fmt: skip
+        return {
+            "ours, every answer": [*ours, "--mass=1", "--micro_batch=4"],
+            "ours, CaMOPD": [*ours, "--mass=0.8", "--micro_batch=4"],
+            "TRL": [*trl, *model, f"--steps={4 * v.steps}"],
+        }
     tunix = [v.peers_python, HERE / "peers" / "tunix_sample.py", *sizes, f"--repeats={v.steps}"]
     return {
         "ours, every answer": [*ours, "--mass=1", "--micro_batch=4"],
         "ours, CaMOPD": [*ours, "--mass=0.8", "--micro_batch=2", *(real if v.specialised else [])],
-        "TRL": [v.peers_python, HERE / "peers" / "trl_distill.py", *sizes, f"--steps={v.steps}"],
+        "TRL": [*trl, f"--steps={v.steps}"],
         "Tunix": tunix,
         "Tunix, greedy": [*tunix, "--greedy"],
     }
+
+
+def mixed_prompts() -> Path:
+    """A file of the prompts that fit, in batches of a cycle's order, as our own steps read them."""
+    v = flags.FLAGS
+    tokenizer = templates.load_tokenizer(Path(v.specialised))
+
+    def fitting(file: str) -> Iterator[dict]:
+        rows = sources.read(file, limit=64 * v.batch)
+        return itertools.cycle([r for r in rows if len(templates.prompt_ids(tokenizer, r, Template())) <= v.prompt])
+
+    streams = [fitting(v.general)] * 3 + [fitting(v.domain)]
+    batches = [list(itertools.islice(stream, v.batch)) for _ in range(v.steps + 1) for stream in streams]
+    file = Path(tempfile.mkdtemp()) / "prompts.jsonl"
+    write_rows(file, [{"messages": row["messages"]} for batch in batches for row in batch])
+    return file
 
 
 def run(command: list[str]) -> dict:
@@ -78,7 +117,7 @@ def check_same_work(name: str, line: dict) -> None:
     """Ends the run unless the contender sampled every token, and where it trains, scored and moved its weights."""
     wanted = flags.FLAGS.batch * flags.FLAGS.answer
     sampled = line.get("tokens_sampled_per_step", line.get("tokens_sampled_per_call"))
-    if sampled != wanted:
+    if sampled != wanted and not flags.FLAGS.ends:
         raise SystemExit(f"{name} sampled {sampled} tokens a step, not {wanted}")
     if not name.startswith("Tunix") and not line["largest_move"] > 0:
         raise SystemExit(f"{name} moved no weight")
@@ -87,9 +126,10 @@ def check_same_work(name: str, line: dict) -> None:
 
 
 def main(_) -> None:
-    lines: dict[str, list[dict]] = {name: [] for name in contenders()}
+    commands = contenders()
+    lines: dict[str, list[dict]] = {name: [] for name in commands}
     for number in range(flags.FLAGS.rounds):
-        for name, command in contenders().items():
+        for name, command in commands.items():
             line = run(command)
             check_same_work(name, line)
             lines[name].append(line)
@@ -107,16 +147,20 @@ def main(_) -> None:
         seconds = figures(name, sampling)
         memory = statistics.median(line.get("peak_memory_gib", line.get("peak_rss_gib")) for line in lines[name])
         middle = statistics.median(seconds)
-        view.add_row(
-            name, f"{middle:.2f}", f"{min(seconds):.2f} - {max(seconds):.2f}", f"{peer / middle:.2f}", f"{memory:.2f}"
+        tokens = statistics.median(
+            line.get("tokens_sampled_per_step", line.get("tokens_sampled_per_call")) for line in lines[name]
         )
+        view.add_row(
+            name, f"{middle:.2f}", f"{min(seconds):.2f} - {max(seconds):.2f}", f"{peer / middle:.2f}", f"{memory:.2f}",
+            f"{tokens:.0f}",
+        )  # fmt: skip
 
-    for title, sampling, peer, names in (
-        ("A whole step", False, "TRL", ["TRL", "ours, every answer", "ours, CaMOPD"]),
-        ("Sampling alone", True, "Tunix", ["Tunix", "Tunix, greedy", "ours, every answer"]),
-    ):
+    tables = [("A whole step", False, "TRL", ["TRL", "ours, every answer", "ours, CaMOPD"])]
+    if "Tunix" in lines:
+        tables.append(("Sampling alone", True, "Tunix", ["Tunix", "Tunix, greedy", "ours, every answer"]))
+    for title, sampling, peer, names in tables:
         view = Table(title=title, box=box.SIMPLE_HEAD, title_justify="left")
-        for column in ("", "median seconds", "spread", f"times {peer}", "peak GiB"):
+        for column in ("", "median seconds", "spread", f"times {peer}", "peak GiB", "tokens"):
             view.add_column(column, justify="right" if column else "left")
         for name in names:
             row(view, name, sampling, statistics.median(figures(peer, sampling)))

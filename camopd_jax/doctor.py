@@ -28,7 +28,7 @@ from rich.table import Table
 from camopd_jax import cli, engine, evaluation, phases
 from camopd_jax.branches import STREAMS
 from camopd_jax.checkpoint import check_owner
-from camopd_jax.config import Benchmark, TrainConfig
+from camopd_jax.config import Benchmark, Template, TrainConfig
 from camopd_jax.data import sources, templates
 from camopd_jax.data.pipeline import PromptStream
 from camopd_jax.data.recipe import keys
@@ -100,6 +100,7 @@ def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[
     _axes(found, config)
     if complete:
         found.look("models", _pair, *models.values())
+        _end(found, models["specialised"], config.domain.template)
         for branch, stream in STREAMS.items():
             read |= found.look(f"{stream} prompts", _prompts, config, branch, models, asked) or {}
     found.look("devices", _devices, config, where, models)
@@ -138,6 +139,23 @@ def _pair(found: Findings, general: Checked, specialised: Checked) -> None:
         found.odd(
             "models",
             "config.general_model and config.specialised_model hold the same weights: there is nothing to bring back",
+        )
+
+
+def _end(found: Findings, student: Checked, template: Template) -> None:
+    """Whether what the chat template writes behind an answer ends one."""
+    row = {"messages": [{"role": "user", "content": "hi"}]}
+    try:
+        last = templates.answer_ids(student.tokenizer, row, "yes", template)[1][-1]
+    except UserError:  # no template, or one that tells nothing of this: nor does a run ask for it
+        return
+    ends = templates.eos_ids(student.folder, student.tokenizer)
+    if last not in ends:
+        name = student.tokenizer.convert_ids_to_tokens
+        found.odd(
+            "models",
+            f"the chat template ends an answer with {name(last)!r}, which is none of {name(list(ends))} that end one: "
+            f"answers run to their cap; name it as eos_token_id in {student.folder / 'generation_config.json'}",
         )
 
 

@@ -82,6 +82,15 @@ def test_two_models_that_are_one(config, here):
     assert texts(found, "wrong") == [] and "nothing to bring back" in texts(found, "odd", "models")[0]
 
 
+def test_an_end_of_turn_that_ends_no_answer(config, here, model):
+    for name in ("config.json", "generation_config.json"):
+        if (model / name).exists():
+            edit_json(model / name, eos_token_id=None)
+    edit_json(model / "tokenizer_config.json", eos_token="a")
+    found, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
+    assert "ends an answer with '<|end|>', which is none of ['a']" in texts(found, "odd", "models")[-1]
+
+
 def test_answers_longer_than_the_model_was_made_for(config, here):
     found, _ = doctor.examine(changed(config, {"rollout.max_response_tokens": 10_000}), None, here)
     assert "prompt and answer may have 10064" in texts(found, "odd", "general model")[0]

@@ -28,10 +28,13 @@ def main():
     ap = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     ap.add_argument("--model", help="Hugging Face folder; default: random weights of SmolLM2-135M's shape")
     ap.add_argument("--tokenizer", help="Hugging Face folder with a tokenizer; default: --model")
+    ap.add_argument("--teacher", help="Hugging Face folder of the teacher; default: --model")
+    ap.add_argument("--prompts", help="JSONL of {messages}, one batch after the other; answers then end by themselves")
     ap.add_argument("--batch", type=int, default=16)
     ap.add_argument("--prompt-len", type=int, default=64)
     ap.add_argument("--new-tokens", type=int, default=64)
     ap.add_argument("--steps", type=int, default=3)
+    ap.add_argument("--learning-rate", type=float, default=1e-6)
     ap.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     args = ap.parse_args()
 
@@ -44,7 +47,7 @@ def main():
     dtype = getattr(torch, args.dtype)
     if args.model:
         student = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
-        teacher = AutoModelForCausalLM.from_pretrained(args.model, dtype=dtype)
+        teacher = AutoModelForCausalLM.from_pretrained(args.teacher or args.model, dtype=dtype)
     else:
         shape = LlamaConfig(
             vocab_size=49152,
@@ -63,10 +66,13 @@ def main():
         student, teacher = LlamaForCausalLM(shape).to(dtype), LlamaForCausalLM(shape).to(dtype)
     tokenizer = AutoTokenizer.from_pretrained(args.tokenizer or args.model)
 
-    # A prompt of exactly prompt-len tokens: repeat one plain word.
-    word = tokenizer.encode(" the", add_special_tokens=False)[0]
-    prompt = tokenizer.decode([word] * args.prompt_len)
-    rows = Dataset.from_dict({"prompt": [prompt] * (args.batch * (args.steps + 2))})
+    if args.prompts:
+        with open(args.prompts) as file:
+            prompts = [json.loads(line)["messages"] for line in file]
+    else:  # of exactly prompt-len tokens: one plain word repeated
+        word = tokenizer.encode(" the", add_special_tokens=False)[0]
+        prompts = [tokenizer.decode([word] * args.prompt_len)] * (args.batch * (args.steps + 2))
+    rows = Dataset.from_dict({"prompt": prompts})
 
     # What was done, counted where it is done: tokens that generate() returned, teacher forwards, weights moved.
     done = {"sampled": 0, "teacher_calls": 0}
@@ -74,7 +80,9 @@ def main():
 
     def counted_generate(*positional, **named):
         out = generate(*positional, **named)
-        done["sampled"] += out.shape[0] * (out.shape[1] - args.prompt_len)
+        said = out[:, (positional[0] if positional else named["input_ids"]).shape[1] :]
+        ends = torch.isin(said, torch.tensor(trainer.eos_token_ids)) & bool(args.prompts)
+        done["sampled"] += int((ends.cumsum(1) - ends.int() == 0).sum())  # a closing token is part of its answer
         return out
 
     def counted_forward(*_):
@@ -99,8 +107,9 @@ def main():
             max_completion_length=args.new_tokens,
             temperature=1.0,
             beta=1.0,
-            generation_kwargs={"min_new_tokens": args.new_tokens},
-            learning_rate=1e-6,
+            generation_kwargs={} if args.prompts else {"min_new_tokens": args.new_tokens},
+            shuffle_dataset=False,
+            learning_rate=args.learning_rate,
             report_to=[],
             save_strategy="no",
             logging_strategy="no",
@@ -119,7 +128,7 @@ def main():
         )
         trainer.train()
     seconds = [b - a for a, b in zip(stamps, stamps[1:])]
-    step = statistics.median(seconds)
+    step = (statistics.mean if args.prompts else statistics.median)(seconds)
     moved = (student.model.layers[0].mlp.up_proj.weight.detach().to(before.device) - before).abs().max().item()
     print(
         json.dumps(
