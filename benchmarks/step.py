@@ -29,11 +29,12 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 from limits import limits
+from prompts import tokenised
 
 from camopd_jax import __version__, engine, phases
 from camopd_jax.buckets import bucket
-from camopd_jax.config import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, Template, TrainConfig
-from camopd_jax.data import sources, templates
+from camopd_jax.config import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
+from camopd_jax.data import templates
 from camopd_jax.data.pipeline import pad
 from camopd_jax.metrics import memory_gib
 from camopd_jax.models import hf
@@ -116,8 +117,7 @@ def questions(file: str | None, vocab: int) -> Iterator[Prompts]:
         random = np.random.default_rng(0)
         while True:
             yield Prompts(random.integers(0, vocab, (rows, slots)).astype(np.int32), np.full(rows, slots, np.int32))
-    tokenizer = templates.load_tokenizer(Path(values.model))
-    asked = [templates.prompt_ids(tokenizer, row, Template()) for row in sources.read(file, limit=64 * rows)]
+    asked = [ids for _, ids in tokenised(file, values.model, rows)]
     if values.ends:
         fit = itertools.cycle([ids for ids in asked if len(ids) <= slots])
     else:

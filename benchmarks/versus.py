@@ -25,12 +25,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from absl import app, flags
+from prompts import tokenised
 from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from camopd_jax.config import Template
-from camopd_jax.data import sources, templates
 from camopd_jax.jsonl import write_rows
 
 HERE = Path(__file__).parent
@@ -71,12 +70,13 @@ def contenders() -> dict[str, list[str]]:
              f"--tokenizer={v.tokenizer}"]  # fmt: skip
     trl = [v.peers_python, HERE / "peers" / "trl_distill.py", *sizes]
     if v.ends:
-        ours += [*real, "--score_batch=4", "--ends", "--shrinks", "--smallest_bucket=32", "--warm_up=2"]
+        ours += [*real, "--score_batch=4", "--ends", "--shrinks", "--smallest_bucket=32", "--warm_up=2",
+                 "--micro_batch=4"]  # fmt: skip
         model = [f"--model={v.specialised}", f"--teacher={v.original}", f"--prompts={mixed_prompts()}",
                  f"--learning-rate={rate}"]  # fmt: skip
         return {
-            "ours, every answer": [*ours, "--mass=1", "--micro_batch=4"],
-            "ours, CaMOPD": [*ours, "--mass=0.8", "--micro_batch=4"],
+            "ours, every answer": [*ours, "--mass=1"],
+            "ours, CaMOPD": [*ours, "--mass=0.8"],
             "TRL": [*trl, *model, f"--steps={4 * v.steps}"],
         }
     tunix = [v.peers_python, HERE / "peers" / "tunix_sample.py", *sizes, f"--repeats={v.steps}"]
@@ -92,11 +92,10 @@ def contenders() -> dict[str, list[str]]:
 def mixed_prompts() -> Path:
     """A file of the prompts that fit, in batches of a cycle's order, as our own steps read them."""
     v = flags.FLAGS
-    tokenizer = templates.load_tokenizer(Path(v.specialised))
 
     def fitting(file: str) -> Iterator[dict]:
-        rows = sources.read(file, limit=64 * v.batch)
-        return itertools.cycle([r for r in rows if len(templates.prompt_ids(tokenizer, r, Template())) <= v.prompt])
+        rows = tokenised(file, v.specialised, v.batch)
+        return itertools.cycle([row for row, ids in rows if len(ids) <= v.prompt])
 
     streams = [fitting(v.general)] * 3 + [fitting(v.domain)]
     batches = [list(itertools.islice(stream, v.batch)) for _ in range(v.steps + 1) for stream in streams]
@@ -113,12 +112,16 @@ def run(command: list[str]) -> dict:
     return json.loads(next(line for line in reversed(ended.stdout.splitlines()) if line.startswith("{")))
 
 
+def sampled(line: dict) -> float:
+    """Tokens that a contender sampled in a step, or in a call."""
+    return line.get("tokens_sampled_per_step", line.get("tokens_sampled_per_call"))
+
+
 def check_same_work(name: str, line: dict) -> None:
     """Ends the run unless the contender sampled every token, and where it trains, scored and moved its weights."""
     wanted = flags.FLAGS.batch * flags.FLAGS.answer
-    sampled = line.get("tokens_sampled_per_step", line.get("tokens_sampled_per_call"))
-    if sampled != wanted and not flags.FLAGS.ends:
-        raise SystemExit(f"{name} sampled {sampled} tokens a step, not {wanted}")
+    if sampled(line) != wanted and not flags.FLAGS.ends:
+        raise SystemExit(f"{name} sampled {sampled(line)} tokens a step, not {wanted}")
     if not name.startswith("Tunix") and not line["largest_move"] > 0:
         raise SystemExit(f"{name} moved no weight")
     if name == "TRL" and line["teacher_calls"] < flags.FLAGS.steps + 1:
@@ -147,9 +150,7 @@ def main(_) -> None:
         seconds = figures(name, sampling)
         memory = statistics.median(line.get("peak_memory_gib", line.get("peak_rss_gib")) for line in lines[name])
         middle = statistics.median(seconds)
-        tokens = statistics.median(
-            line.get("tokens_sampled_per_step", line.get("tokens_sampled_per_call")) for line in lines[name]
-        )
+        tokens = statistics.median(map(sampled, lines[name]))
         view.add_row(
             name, f"{middle:.2f}", f"{min(seconds):.2f} - {max(seconds):.2f}", f"{peer / middle:.2f}", f"{memory:.2f}",
             f"{tokens:.0f}",

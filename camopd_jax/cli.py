@@ -77,6 +77,13 @@ def run(main: Callable[..., None], *words: str, many: bool = False) -> None:
     )
 
 
+def console() -> Any:
+    """Where a command prints its tables: as wide as the terminal, else 120 columns."""
+    from rich.console import Console  # not all commands print any
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
 def required(name: str, example: str) -> str:
     """The value of a string flag that has to be given."""
     value = flags.FLAGS[name].value

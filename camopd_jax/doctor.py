@@ -11,9 +11,7 @@ that models and datasets with hub names are fetched. Exit code 2, if anything wo
 Whether the run has room and how long it takes: `python -m camopd_jax.plan`.
 """
 
-import dataclasses
 import shutil
-import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +20,6 @@ from typing import Any, Literal, TypeVar
 import numpy as np
 from absl import flags
 from etils import epath
-from rich.console import Console
 from rich.table import Table
 
 from camopd_jax import cli, engine, evaluation, phases
@@ -38,7 +35,7 @@ from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.weights import shardings
 from camopd_jax.planning import topology
-from camopd_jax.planning.costs import weights
+from camopd_jax.planning.costs import Sizes, adam_bytes, memory_estimate, weights
 from camopd_jax.planning.topology import Topology
 from camopd_jax.sharding import make_mesh
 
@@ -189,15 +186,16 @@ def _prompts(
         found.odd(about, f"{truncated} of {kept} are longer than {cap} and lose their front")
     if kept < rows:
         found.odd(about, f"{kept} are fewer than the {rows} of a step, which asks some of them twice")
-    source = sources.read(stream.source, stream.split, stream.limit, f"config.{name}.source")
-    known = set().union(*map(_telling, source))
-    for benchmark, questions in asked.items():
-        if both := sum(not known.isdisjoint(question) for question in questions):
-            found.odd(
-                about,
-                f"{both} of the {len(questions)} questions of benchmark {benchmark} are among them; `python -m "
-                "camopd_jax.data.recipe jsonl --against` leaves them out",
-            )
+    if asked:
+        source = sources.read(stream.source, stream.split, stream.limit, f"config.{name}.source")
+        known = set().union(*map(_telling, source))
+        for benchmark, questions in asked.items():
+            if both := sum(not known.isdisjoint(question) for question in questions):
+                found.odd(
+                    about,
+                    f"{both} of the {len(questions)} questions of benchmark {benchmark} are among them; `python -m "
+                    "camopd_jax.data.recipe jsonl --against` leaves them out",
+                )
     batch = next(prompts).student
     return {name: student.decode(batch.tokens[0, : batch.lengths[0]])}
 
@@ -212,8 +210,9 @@ def _telling(row: dict[str, Any]) -> set[str]:
 
 def _benchmark(found: Findings, config: TrainConfig, benchmark: Benchmark) -> dict[str, list[set[str]]]:
     """{its name: what tells each of its questions}"""
-    evaluation.check(dataclasses.replace(config.evaluation, benchmarks=(benchmark,)))
-    rows = evaluation.questions(benchmark, tasks.find(benchmark.task, config.evaluation.judge))
+    task = tasks.find(benchmark.task, config.evaluation.judge)
+    task.check()
+    rows = evaluation.questions(benchmark, task)
     found.good(f"benchmark {benchmark.name}", f"{len(rows)} questions of the {benchmark.axis} axis")
     return {benchmark.name: list(map(_telling, rows))}
 
@@ -239,7 +238,7 @@ def _devices(found: Findings, config: TrainConfig, where: Topology, models: dict
     found.good("devices", f"{len(where.devices)} of {where.platform}, {sizes}; every batch and every model divides")
     if len(there) < len(models):
         return
-    least = _least(config, where.platform, **there) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
+    least = _least(config, where.platform, mesh.shape, **there)
     text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} GiB of each"
     if where.hbm and least > where.hbm:
         mend = " or config.compute.offload=late" if config.compute.offload == "off" else ""
@@ -247,20 +246,10 @@ def _devices(found: Findings, config: TrainConfig, where: Topology, models: dict
     found.good("devices", f"{text}, before caches and activations")
 
 
-def _least(config: TrainConfig, platform: str, general: ModelConfig, specialised: ModelConfig) -> float:
-    """Bytes of all devices together that an update needs, and a gradient without its activations."""
-    item = {"float32": 4, "bfloat16": 2}
-    teachers = [
-        weights(model) * item[engine.teacher_dtype(config.compute, platform)] for model in (general, specialised)
-    ]
-    student = weights(specialised) * (item[config.compute.params] + 4)  # and its gradient in float32
-    if config.compute.offload != "off":
-        return student + max(*teachers, _moments(config, specialised))
-    return student + sum(teachers) + _moments(config, specialised)
-
-
-def _moments(config: TrainConfig, student: ModelConfig) -> int:
-    return weights(student) * 8 * {"shared": 1, "separate": 2}[config.method.moments]
+def _least(config: TrainConfig, platform: str, mesh: Sizes, general: ModelConfig, specialised: ModelConfig) -> float:
+    """Bytes of a device that an update needs, and a gradient without its activations."""
+    found = memory_estimate(config, general, specialised, mesh, platform)
+    return found["resident"] + found["update"]
 
 
 def _workdir(found: Findings, config: TrainConfig, workdir: str, model: ModelConfig) -> None:
@@ -270,7 +259,7 @@ def _workdir(found: Findings, config: TrainConfig, workdir: str, model: ModelCon
         found.good("workdir", text)
         return
     kept = config.checkpoints.keep_last + 1 + (config.checkpoints.keep_best if config.evaluation.every else 0)
-    needs = (weights(model) * 4 + _moments(config, model)) * kept + weights(model) * 4
+    needs = (weights(model) * 4 + adam_bytes(config, model)) * kept + weights(model) * 4
     there = next(p for p in (Path(workdir).absolute(), *Path(workdir).absolute().parents) if p.exists())
     free = shutil.disk_usage(there).free
     text += f"; {needs / GIB:.1f} GiB for {kept} checkpoints and the export, {free / GIB:.1f} are free"
@@ -299,7 +288,7 @@ if __name__ == "__main__":
     def main() -> None:
         config = read_config()
         found, prompts = examine(config, flags.FLAGS.workdir, topology.describe(flags.FLAGS.topology))
-        console = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+        console = cli.console()
         console.print(table(found))
         for stream, text in prompts.items():
             console.print(f"\none of the {stream} prompts, as the student reads it:")

@@ -10,13 +10,11 @@ shapes, from shapes alone: of the models only config.json is read. --topology=lo
 
 import dataclasses
 import json
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from absl import flags
-from rich.console import Console
 
 from camopd_jax import cli, engine, phases
 from camopd_jax.config import TrainConfig
@@ -36,7 +34,7 @@ from camopd_jax.planning.topology import Topology
 
 Wanted = tuple[str, ...]  # beginnings of programs' names
 
-CONSOLE = Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+CONSOLE = cli.console()
 
 
 KINDS = ["reshard", "prefill", "refill", "grow", "decode", "score", "select", "gradient", "update"]

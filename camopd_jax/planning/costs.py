@@ -45,6 +45,11 @@ def forward_flops(config: ModelConfig, batch: int, start: int, end: int, logits:
     return batch * (dense + 4 * config.num_layers * config.num_heads * config.head_dim * pairs)
 
 
+def adam_bytes(config: TrainConfig, student: ModelConfig) -> int:
+    """Of Adam's moments, on all chips together."""
+    return weights(student) * 8 * {"shared": 1, "separate": 2}[config.method.moments]
+
+
 def cache_bytes(config: ModelConfig, item_bytes: int) -> int:
     """Keys and values of one token."""
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
@@ -125,9 +130,8 @@ def memory_estimate(
     teacher = jnp.dtype(engine.teacher_dtype(config.compute, platform)).itemsize
     split, tensor = mesh["fsdp"] * mesh["tensor"], mesh["tensor"]
     master = jnp.dtype(config.compute.params).itemsize
-    moments = 1 if config.method.moments == "shared" else 2
     n, d, layers = weights(student), student.hidden_size, student.num_layers
-    adam, teachers = n * 8 * moments / split, (n + weights(general)) * teacher / split
+    adam, teachers = adam_bytes(config, student) / split, (n + weights(general)) * teacher / split
     prompt, answer = config.rollout.max_prompt_tokens, config.rollout.max_response_tokens
     of_layers = (matrix_weights(student) - student.vocab_size * d) / layers
 
@@ -173,6 +177,6 @@ def memory_estimate(
     if config.compute.offload == "off":
         return {"resident": n * master / split + adam + teachers, **found}
     teacher = max(n, weights(general)) * teacher / split
-    beside_gradient = adam if config.compute.offload == "ahead" else 0
-    waits = {name: {"gradient": beside_gradient, "update": adam}.get(name, teacher) for name in found}
-    return {"resident": n * master / split} | {name: needed + waits[name] for name, needed in found.items()}
+    learning = {"gradient": adam if config.compute.offload == "ahead" else 0, "update": adam}
+    waits = {name: needed + learning.get(name, teacher) for name, needed in found.items()}
+    return {"resident": n * master / split} | waits
