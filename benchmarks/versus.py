@@ -82,7 +82,7 @@ def contenders() -> dict[str, list[str]]:
     tunix = [v.peers_python, HERE / "peers" / "tunix_sample.py", *sizes, f"--repeats={v.steps}"]
     return {
         "ours, every answer": [*ours, "--mass=1", "--micro_batch=4"],
-        "ours, CaMOPD": [*ours, "--mass=0.8", "--micro_batch=2", *(real if v.specialised else [])],
+        "ours, CaMOPD": [*ours, "--mass=0.8", "--micro_batch=4", *(real if v.specialised else [])],
         "TRL": [*trl, f"--steps={v.steps}"],
         "Tunix": tunix,
         "Tunix, greedy": [*tunix, "--greedy"],

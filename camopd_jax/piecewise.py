@@ -4,6 +4,7 @@ What is computed at one time is `size` rows, whatever the batch; and of those on
 """
 
 import functools
+import itertools
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -13,6 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from camopd_jax.buckets import Piece, pieces
+from camopd_jax.models.fused import platform
 from camopd_jax.sharding import batch_shards, sharding, whole
 from camopd_jax.steps import score as steps
 from camopd_jax.steps.update import Gradient, add_gradient, no_gradient
@@ -74,10 +76,17 @@ def micro_batches(
 
 
 class Learning:
-    """The compiled parts of a gradient, for parameters that lie in these places."""
+    """The compiled parts of a gradient, for parameters that lie in these places.
 
-    def __init__(self, model: LanguageModel, places: Params, chunk: int):
+    On a CPU micro-batches of like widths are one call: every call gets its memory from the system page by page, a
+    twentieth of a gradient's time. Accelerators pool theirs, and there a loop would keep what is the same in each turn
+    (parameters cast) beside all else.
+    """
+
+    def __init__(self, model: LanguageModel, places: Params, chunk: int, in_one_call: bool | None = None):
+        """`in_one_call`: micro-batches of like widths; None: on a CPU."""
         self._model, self._chunk = model, chunk
+        self._in_one_call = platform(model.mesh) == "cpu" if in_one_call is None else in_one_call
         whole = None if model.mesh is None else Gradient(sharding(model.mesh), places)
         self.begin = jax.jit(no_gradient, out_shardings=whole)
         self.add = jax.jit(
@@ -95,9 +104,22 @@ class Learning:
     ) -> Gradient:
         """`steps.update.add_gradient` over all pieces."""
         gradient = self.begin(params)
-        for piece in pieces:
+        calls = alike(pieces, len(lengths_B)) if self._in_one_call else ((p, p.rows[None], 1) for p in pieces)
+        for piece, rows_KM, count in calls:
             gradient = self.add(
-                self._model, params, gradient, prompts, tokens_BT, lengths_B, weights_BT, piece.rows,
+                self._model, params, gradient, prompts, tokens_BT, lengths_B, weights_BT, rows_KM, np.int32(count),
                 slots=piece.slots, answer_slots=piece.answer_slots, chunk=self._chunk,
             )  # fmt: skip
         return gradient
+
+
+def alike(pieces: Iterable[Piece], batch: int) -> Iterator[tuple[Piece, np.ndarray, int]]:
+    """Neighbours of one size and of one width: the first, the rows of all `[K, M]`, and how many they are.
+
+    K is what a whole batch would make, whatever there is: a program compiles once for each width.
+    """
+    for _, group in itertools.groupby(pieces, key=lambda p: (p.slots, p.answer_slots, len(p.rows))):
+        some = list(group)
+        rows = np.stack([piece.rows for piece in some])
+        nobody = -(-batch // rows.shape[1]) - len(some)
+        yield some[0], np.pad(rows, ((0, nobody), (0, 0)), constant_values=batch), len(some)

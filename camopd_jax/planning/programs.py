@@ -126,7 +126,7 @@ def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:
     batch, said, config = p.batch, p.batch.rollout, p.config
     chunk = config.compute.logits_chunk
     scored_M = jax.ShapeDtypeStruct((phases.score_batch(config),), jnp.int32)
-    learnt_M = jax.ShapeDtypeStruct((config.optimizer.micro_batch,), jnp.int32)
+    learnt_1M = jax.ShapeDtypeStruct((1, config.optimizer.micro_batch), jnp.int32)
     widest = {"slots": p.slots, "answer_slots": said.tokens.shape[1], "chunk": chunk}
     scoring = {"student": (p.student, p.state.params)} | {
         f"{name} teacher": teacher for name, teacher in p.teachers.items() if _teaches(p, name)
@@ -147,7 +147,7 @@ def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:
     mixed = "mixed" in compiled.update
     learnt = [learning_pieces(config, kept_rows(config, name)) for name in phases.BRANCHES]
     yield _program(
-        "gradient", compiled.learning.add, (p.student, params, sum_so_far, *asked, learnt_M),
+        "gradient", compiled.learning.add, (p.student, params, sum_so_far, *asked, learnt_1M, draw),
         {"parameters": params, "gradient": sum_so_far, "batch": asked}, widest,
         beside={"gradient": sum_so_far} if mixed else {}, runs=sum(learnt) if mixed else max(learnt),
     )  # fmt: skip

@@ -41,24 +41,45 @@ def add_gradient(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     weights_BT: jax.Array,
-    rows_M: jax.Array,
+    rows_KM: jax.Array,
+    count: jax.Array,
     *,
     slots: int,
     answer_slots: int,
     chunk: int,
 ) -> Gradient:
-    """`so_far` and, of these rows, `-sum weight log pi` and its gradient.
+    """`so_far` and, of the rows of the first `count` micro-batches, `-sum weight log pi` and its gradient.
 
     The weights already hold every normalisation over the whole batch: how it is cut into micro-batches,
     or spread over devices, changes nothing.
 
     Args:
       weights_BT: constants, float32 (`branch_weights`, `sft_weights`).
-      rows_M: of the batch; one beyond the last stands for nobody.
+      rows_KM: of the batch, M at a time; one beyond the last stands for nobody. Of K = 1 all are taken.
       slots, answer_slots: that hold these rows' longest prompt and answer together, and longest answer.
       chunk: tokens whose logits may exist at one time.
     """
-    arrays = (prompts, tokens_BT[:, :answer_slots], lengths_B, weights_BT[:, :answer_slots])
+    answers = prompts, tokens_BT[:, :answer_slots], lengths_B, weights_BT[:, :answer_slots]
+
+    def add(k: jax.Array | int, total: Gradient) -> Gradient:
+        return _add_rows(model, params, total, *answers, rows_KM[k], slots, chunk)
+
+    return add(0, so_far) if len(rows_KM) == 1 else jax.lax.fori_loop(0, count, add, so_far)
+
+
+def _add_rows(
+    model: LanguageModel,
+    params: Params,
+    so_far: Gradient,
+    prompts: Prompts,
+    tokens_BT: jax.Array,
+    lengths_B: jax.Array,
+    weights_BT: jax.Array,
+    rows_M: jax.Array,
+    slots: int,
+    chunk: int,
+) -> Gradient:
+    arrays = prompts, tokens_BT, lengths_B, weights_BT
     some, tokens_MT, lengths_M, weights_MT = take_rows(arrays, rows_M, model.mesh)
     weights_MT = jnp.where((rows_M < len(lengths_B))[:, None], weights_MT, 0)
 

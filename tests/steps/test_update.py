@@ -15,7 +15,7 @@ from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.optim import init_state
 from camopd_jax.phases import BRANCHES
-from camopd_jax.piecewise import Learning
+from camopd_jax.piecewise import Learning, alike
 from camopd_jax.sharding import global_rows, make_mesh
 from camopd_jax.steps.losses import token_weights
 from camopd_jax.steps.score import score
@@ -290,6 +290,35 @@ def test_unselected_rows_may_hold_anything(tiny, batch):
     again, metrics = update(tiny, (prompts, rollout.replace(tokens=tokens), poisoned), selection)
     same(again.params, state.params, rtol=0)
     assert metrics["skipped"] == 0
+
+
+def test_micro_batches_in_one_call_equal_each_in_its_own(tiny, batch):
+    """As a CPU takes them, and as an accelerator does."""
+    (model, params), (prompts, said, _) = tiny, batch
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=said.tokens.shape), jnp.float32)
+    total = np.asarray(prompts.lengths + said.lengths)
+    cut = list(pieces(np.asarray(prompts.lengths), np.asarray(said.lengths), np.argsort(total), 2, (5, 7), 4))
+    assert len(list(alike(cut, 8))) < len(cut) == 4
+
+    def found(in_one_call):
+        learning = Learning(model, None, 64, in_one_call)
+        return learning(params, prompts, said.tokens, said.lengths, weights, cut)
+
+    same(found(True), found(False), atol=1e-6, rtol=1e-5)
+
+
+def test_micro_batches_of_one_width_go_together():
+    """K is the same for few and for many, so that few compile nothing new."""
+    wide, narrow = (24, 8), (16, 8)
+    cut = [Piece(np.array(rows), *widths) for rows, widths in
+           [((5, 2), wide), ((4, 1), narrow), ((0, 3), narrow), ((6,), narrow)]]  # fmt: skip
+    calls = [(piece.slots, rows.tolist(), count) for piece, rows, count in alike(cut, 7)]
+    nobody = [7, 7]
+    assert calls == [
+        (24, [[5, 2], nobody, nobody, nobody], 1),
+        (16, [[4, 1], [0, 3], nobody, nobody], 2),
+        (16, [[6]] + [[7]] * 6, 1),
+    ]
 
 
 class Counting(Model):
