@@ -14,8 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from camopd_jax.buckets import Piece, pieces
-from camopd_jax.models.fused import platform
-from camopd_jax.sharding import batch_shards, sharding, whole
+from camopd_jax.sharding import batch_shards, platform, sharding, whole
 from camopd_jax.steps import score as steps
 from camopd_jax.steps.update import Gradient, add_gradient, no_gradient
 from camopd_jax.types import LanguageModel, Params, Prompts

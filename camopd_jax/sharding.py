@@ -114,6 +114,11 @@ def batch_shards(mesh: Mesh | None) -> int:
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
+def platform(mesh: Mesh | None) -> str:
+    """ "tpu", "gpu" or "cpu": of the devices that a program is for, which need not be those of this process."""
+    return "cpu" if mesh is None else mesh.devices.flat[0].platform
+
+
 def rows_of_process(mesh: Mesh, rows: int) -> np.ndarray:
     """int64[n]: which rows of a batch this process has to bring, rising. They need not lie side by side: on a TPU torus
     the mesh follows the wires, not the hosts.

@@ -13,16 +13,11 @@ import numpy as np
 from jax.sharding import Mesh
 
 from camopd_jax.models.config import ModelConfig
-from camopd_jax.sharding import spec
+from camopd_jax.sharding import platform, spec
 
 SHORTEST = 128  # slots: fewer are one block of the TPU's kernel, and the plain form's scores are small
 _BLOCKS = (512, 256, 128)  # queries, and keys, that the TPU's kernel takes at one time
 _RESIDUAL_BYTES = 2**28  # the TPU's kernel writes its log-sums 128 times each: rows at a time are limited by them
-
-
-def platform(mesh: Mesh | None) -> str:
-    """ "tpu", "gpu" or "cpu": of the devices that a program is for, which need not be those of this process."""
-    return "cpu" if mesh is None else mesh.devices.flat[0].platform
 
 
 def obstacle(config: ModelConfig, mesh: Mesh | None, dtype: str) -> str | None:

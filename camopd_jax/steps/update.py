@@ -59,38 +59,23 @@ def add_gradient(
       slots, answer_slots: that hold these rows' longest prompt and answer together, and longest answer.
       chunk: tokens whose logits may exist at one time.
     """
-    answers = prompts, tokens_BT[:, :answer_slots], lengths_B, weights_BT[:, :answer_slots]
+    arrays = (prompts, tokens_BT[:, :answer_slots], lengths_B, weights_BT[:, :answer_slots])
+    others = {name: p for name, p in params.items() if name != "layers"}
 
-    def add(k: jax.Array | int, total: Gradient) -> Gradient:
-        return _add_rows(model, params, total, *answers, rows_KM[k], slots, chunk)
-
-    return add(0, so_far) if len(rows_KM) == 1 else jax.lax.fori_loop(0, count, add, so_far)
-
-
-def _add_rows(
-    model: LanguageModel,
-    params: Params,
-    so_far: Gradient,
-    prompts: Prompts,
-    tokens_BT: jax.Array,
-    lengths_B: jax.Array,
-    weights_BT: jax.Array,
-    rows_M: jax.Array,
-    slots: int,
-    chunk: int,
-) -> Gradient:
-    arrays = prompts, tokens_BT, lengths_B, weights_BT
-    some, tokens_MT, lengths_M, weights_MT = take_rows(arrays, rows_M, model.mesh)
-    weights_MT = jnp.where((rows_M < len(lengths_B))[:, None], weights_MT, 0)
-
-    def loss(others: Params, layers: Params) -> jax.Array:
+    def loss(others: Params, layers: Params, rows_M: jax.Array) -> jax.Array:
+        some, tokens_MT, lengths_M, weights_MT = take_rows(arrays, rows_M, model.mesh)
+        weights_MT = jnp.where((rows_M < len(lengths_B))[:, None], weights_MT, 0)
         given = params | others
         return -jnp.sum(weights_MT * score(model, given, some, tokens_MT, lengths_M, chunk, slots=slots, so_far=layers))
 
-    others = {name: p for name, p in params.items() if name != "layers"}
-    value, (grads, layers) = jax.value_and_grad(loss, argnums=(0, 1))(others, so_far.of["layers"])
-    total = {name: jax.tree.map(lambda a, g: a + g.astype(jnp.float32), so_far.of[name], grads[name]) for name in grads}
-    return Gradient(so_far.loss + value, total | {"layers": layers})
+    def add(k: jax.Array | int, so_far: Gradient) -> Gradient:
+        value, (grads, layers) = jax.value_and_grad(loss, argnums=(0, 1))(others, so_far.of["layers"], rows_KM[k])
+        total = {
+            name: jax.tree.map(lambda a, g: a + g.astype(jnp.float32), so_far.of[name], grads[name]) for name in grads
+        }
+        return Gradient(so_far.loss + value, total | {"layers": layers})
+
+    return add(0, so_far) if len(rows_KM) == 1 else jax.lax.fori_loop(0, count, add, so_far)
 
 
 def branch_weights(branch: str, scored: Scored, *, config: TrainConfig) -> jax.Array:
