@@ -71,7 +71,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of matrix products and teachers.")
 flags.DEFINE_enum("teacher_dtype", None, ["float32", "bfloat16"], "Of the teachers' weights; default: --dtype.")
-flags.DEFINE_enum("remat", "block", ["none", "dots", "block"], "What the backward pass computes again.")
+flags.DEFINE_enum("remat", "block", ["none", "dots", "block", "rollout"], "What the backward pass computes again.")
 flags.DEFINE_float("mass", 0.8, "Share of the gap mass that is trained on; 1: every answer.", 0.01, 1.0)
 flags.DEFINE_string("mesh", "-1,1,1", "data,fsdp,tensor.")
 flags.DEFINE_integer("steps", 3, "Steps timed (with --domain: cycles), after those that compile.", lower_bound=1)
@@ -151,6 +151,8 @@ def one_step(config, programs, model, state, phase, branch):
     selection = timed("select", lambda: programs.select[phase](scores, answers.lengths, draw))
     part = Scored(prompts.student, prompts.index, answers, scores, selection)
     gradient = timed("gradient", lambda: phases.gradient(config, programs, phase, params, part))
+    part = phases.without_residuals(part)
+    answers = part.rollout
     after, _ = timed("update", lambda: programs.update[phase](state, gradient, part))
     return after, seconds, {"selected": int(selection.count), "sampled": int(jnp.sum(answers.lengths))}
 

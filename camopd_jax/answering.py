@@ -19,7 +19,7 @@ from camopd_jax.sharding import batch_shards, sharding, whole
 from camopd_jax.steps import rollout as steps
 from camopd_jax.steps.rollout import Decoding
 from camopd_jax.steps.sampling import Sampling
-from camopd_jax.types import LanguageModel, Params, Prompts, Rollout
+from camopd_jax.types import LanguageModel, Params, Prompts, Residuals, Rollout
 
 FIRST_RING = 256  # slots of a cache beyond the prompts; then twice as many, four times ...
 REFILL = 8  # prompts enter when one of so many places is free
@@ -35,6 +35,7 @@ class Programs:
     keep: dict[bool, Any]
     join: Any
     collect: Any
+    put_rows: Any
 
 
 @functools.cache
@@ -45,7 +46,9 @@ def programs(mesh: Mesh | None) -> Programs:
     of_heads = {True: state and state.cache.keys, False: rows}
     drawn = ("sampling", "eos_ids")
     return Programs(
-        begin=jax.jit(steps.begin, static_argnums=0, static_argnames=(*drawn, "max_new"), out_shardings=state),
+        begin=jax.jit(
+            steps.begin, static_argnums=0, static_argnames=(*drawn, "max_new", "keep_residuals"), out_shardings=state
+        ),
         advance=jax.jit(
             steps.advance,
             static_argnums=0,
@@ -60,6 +63,7 @@ def programs(mesh: Mesh | None) -> Programs:
         keep={heads: jax.jit(steps.keep, out_shardings=place) for heads, place in of_heads.items()},
         join=jax.jit(steps.join, donate_argnums=0, out_shardings=state),
         collect=jax.jit(steps.collect, static_argnames="rows", donate_argnums=0, out_shardings=rows),
+        put_rows=jax.jit(steps.put_rows, static_argnames="rows", donate_argnums=0, out_shardings=rows),
     )
 
 
@@ -99,6 +103,7 @@ class Decode:
     max_new: int
     places: int = 0  # answered at one time; 0: the whole batch
     shrinks: bool = False  # whether a batch half of which is done becomes half a batch
+    keep_residuals: bool = False  # whether the answers come with their residual stream; only without `places`
 
 
 def entering(places: int, shards: int) -> int:
@@ -127,9 +132,10 @@ def answers(
     drawn = {"sampling": decode.sampling, "eos_ids": decode.eos_ids}
 
     def started(rows_N: np.ndarray) -> Decoding:
-        return p.begin(model, params, prompts, keys_B, rows_N, max_new=decode.max_new, **drawn)
+        options = {"max_new": decode.max_new, "keep_residuals": decode.keep_residuals}
+        return p.begin(model, params, prompts, keys_B, rows_N, **options, **drawn)
 
-    said, waiting = None, np.arange(places, rows, dtype=np.int32)
+    said, residuals, waiting = None, (), np.arange(places, rows, dtype=np.int32)
     ring = min(FIRST_RING, decode.max_new)
     state = _grown(p, started(np.arange(places, dtype=np.int32)), prompt_slots, 0, ring)
     while True:
@@ -152,9 +158,12 @@ def answers(
             free = np.flatnonzero(~running)[: len(new)]
             state = p.join(state, started(_filled(new, several, rows)), _filled(free, several, len(running)))
         elif running.any():
+            residuals = _put_rows(p, residuals, state, rows)
             state = _kept(p, state, np.argsort(~running, kind="stable")[:half].astype(np.int32))
-        else:
-            return said
+        elif residuals:
+            return said.replace(residuals=_put_rows(p, residuals, state, rows))
+        else:  # nobody has left their place: row i lies in place i
+            return said.replace(residuals=state.cache.residuals)
 
 
 def _filled(numbers: np.ndarray, size: int, nobody: int) -> np.ndarray:
@@ -166,6 +175,15 @@ def _grown(p: Programs, state: Decoding, prompt_slots: int, ring: int, wanted: i
     sizes = {"prompt_slots": prompt_slots, "slots": prompt_slots + wanted}
     cache = _one_by_one(lambda array: p.grow[array.ndim == 4](array, state.slot, **sizes), state.cache)
     return state.replace(cache=cache, slot=jax.device_put(np.int32(ring), state.slot.sharding))
+
+
+def _put_rows(p: Programs, residuals: Residuals, state: Decoding, rows: int) -> Residuals:
+    """The residual stream of those who have left their places, and of those who are there."""
+    before = residuals or (None,) * len(state.cache.residuals)
+    return tuple(
+        p.put_rows(whole, array, state.row, rows=rows)
+        for whole, array in zip(before, state.cache.residuals, strict=True)
+    )
 
 
 def _kept(p: Programs, state: Decoding, places_M: np.ndarray) -> Decoding:

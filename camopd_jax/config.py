@@ -122,7 +122,10 @@ class Compute:
     params: Literal["float32", "bfloat16"] = "float32"  # the student's master weights
     teacher: Literal["auto", "float32", "bfloat16"] = "auto"  # the teachers' weights
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
-    remat: Literal["none", "dots", "block"] = "block"  # what the backward pass computes again
+    # What the backward pass computes again: none; dots: all but the products; block: every layer; rollout: every layer,
+    # out of what entered it while the student answered, so that there is no forward pass. That is kept from the rollout
+    # to the gradient: 4 bytes x (layers + 1) x model width for every token of the batch
+    remat: Literal["none", "dots", "block", "rollout"] = "block"
     # How whole rows attend (scoring, updates, prefill; decoding is always plain). fused: Pallas on TPU, cuDNN on GPU,
     # refused where neither takes the model; xla: plainly; auto: fused where it can be and rows are long enough
     attention: Literal["auto", "xla", "fused"] = "auto"
@@ -321,6 +324,7 @@ def checked(config: Config) -> Config:
         _check_train(config, need, positive)
     else:
         positive("batch_size", "max_tokens", "smallest_bucket")
+        need(config.compute.remat != "rollout", "compute.remat", "fine-tuning answers nothing; give block")
         need(
             config.batch_size % config.optimizer.micro_batch == 0,
             "optimizer.micro_batch",
@@ -368,6 +372,9 @@ def _check_train(config: TrainConfig, need, positive) -> None:
         f"give a divisor of rollout.batch_size = {config.rollout.batch_size}, or 0 (as optimizer.micro_batch)",
     )
     need(config.rollout.places >= 0, "rollout.places", "give a number >= 0 (0: the whole batch)")
+    keeps = config.compute.remat == "rollout"
+    need(not keeps or not config.rollout.places, "rollout.places", "give 0, or another compute.remat than 'rollout'")
+    need(not keeps or config.method.answers == "student", "compute.remat", "teachers answer; give block")
     need(config.rollout.temperature >= 0, "rollout.temperature", "give a number >= 0 (0: greedy)")
     need(config.rollout.top_k >= 0, "rollout.top_k", "give a number >= 0 (0: off)")
     need(0 < config.rollout.top_p <= 1, "rollout.top_p", "give a number in (0, 1]")

@@ -1,9 +1,7 @@
 """A Hugging Face checkpoint in memory, ready to answer and to score: what every command shares."""
 
-import ctypes
 import dataclasses
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +11,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from camopd_jax import answering, piecewise
+from camopd_jax import answering, freed, piecewise
 from camopd_jax.answering import Decode
 from camopd_jax.buckets import bucket, length_batches, pieces
 from camopd_jax.config import Compute
@@ -70,7 +68,7 @@ def start(processes: Processes | None = None) -> None:
       processes: where they meet, as `distributed.join` takes it.
     """
     join(processes)
-    _return_freed_memory()
+    freed.return_large_blocks()
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "camopd_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -78,19 +76,6 @@ def start(processes: Processes | None = None) -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
 
 
-def _return_freed_memory() -> None:
-    """Has glibc give freed blocks of a megabyte and more back to the system at once, and keep the others in one heap.
-
-    Left alone it keeps blocks of up to 32 MiB for later: on a CPU, a layer's worth of arrays for every layer.
-    """
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "mallopt"):
-        libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
-        if (os.cpu_count() or 1) <= 4:  # few threads do not wait for one another
-            libc.mallopt(_M_ARENA_MAX, 1)
-
-
-_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 CHECKPOINT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # the files of one that are read
 
 

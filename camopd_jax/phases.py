@@ -122,6 +122,9 @@ def compile_programs(
     """Jits the steps for this run; the state keeps its sharding and is donated to each update.
 
     Of the state only the sharding is read: shapes that carry one are enough.
+
+    Raises:
+      UserError: for a gradient that begins with the rollout, where the sampler is not trusted.
     """
     rollout = config.rollout
     sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p)
@@ -130,6 +133,13 @@ def compile_programs(
         key = jax.random.fold_in(jax.random.key(config.seed), draw)
         return select(scores, lengths, key, getattr(config.method, branch))
 
+    trusts = trusts_sampler(config, model.dtype)
+    residuals = config.compute.remat == "rollout"
+    if residuals and not trusts:
+        raise UserError(
+            "config.compute.remat is 'rollout', which trusts the sampler, and in "
+            f"{model.dtype} config.rollout.student_logprobs does not; set that to sampler, or remat to block"
+        )
     places = jax.tree.map(lambda x: x.sharding, state)
     kept_in_place = (places, places.step)  # metrics, as the step's number, are whole on every device
     phases = ("mixed",) if config.method.schedule == "mixed" else BRANCHES
@@ -140,8 +150,8 @@ def compile_programs(
     return Programs(
         student=model,
         rollout_mesh=None if model.mesh is None else rollout_mesh(config, model.mesh),
-        decode=Decode(sampling, eos_ids, rollout.max_response_tokens, rollout.places, rollout.shrinks),
-        trusts_sampler=trusts_sampler(config, model.dtype),
+        decode=Decode(sampling, eos_ids, rollout.max_response_tokens, rollout.places, rollout.shrinks, residuals),
+        trusts_sampler=trusts,
         keys=jax.jit(partial(row_keys, config.seed), out_shardings=rows),
         place=jax.jit(lambda answers: answers, out_shardings=rows),
         select={name: jax.jit(partial(choose, name), out_shardings=selection) for name in BRANCHES},
@@ -229,6 +239,7 @@ def run(
             state = state.replace(moments=on_devices(state.moments))
         with stages("update"):
             gradients = [gradient(config, programs, name, state.params, part) for name, part in parts.items()]
+            parts = {name: without_residuals(part) for name, part in parts.items()}
             if offload == "late":
                 jax.block_until_ready(gradients)
                 state = state.replace(moments=on_devices(state.moments))
@@ -305,7 +316,13 @@ def gradient(config: TrainConfig, programs: Programs, name: str, params: Params,
         programs.student.mesh, part.prompts, said.tokens, said.lengths, config.optimizer.micro_batch, smallest,
         order[:count],
     )  # fmt: skip
-    return programs.learning(params, part.prompts, said.tokens, said.lengths, programs.weigh[name](part), selected)
+    weights = programs.weigh[name](part)
+    return programs.learning(params, part.prompts, said.tokens, said.lengths, weights, selected, said.residuals)
+
+
+def without_residuals(part: Scored) -> Scored:
+    """What is left of a part when its gradient is there."""
+    return part.replace(rollout=part.rollout.replace(residuals=()))
 
 
 def compare(metrics: dict[str, jax.Array], forward: bool, trusts_sampler: bool, step: int) -> None:

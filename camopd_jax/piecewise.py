@@ -1,6 +1,7 @@
 """Scores and gradients of a batch, a few rows of like length at a time: the host's loops over compiled parts.
 
 What is computed at one time is `size` rows, whatever the batch; and of those only as many slots as the longest needs.
+Both begin by giving back what earlier parts of the step have freed: of a step they take the most memory.
 """
 
 import functools
@@ -13,11 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from camopd_jax import freed
 from camopd_jax.buckets import Piece, pieces
 from camopd_jax.sharding import batch_shards, platform, sharding, whole
 from camopd_jax.steps import score as steps
 from camopd_jax.steps.update import Gradient, add_gradient, no_gradient
-from camopd_jax.types import LanguageModel, Params, Prompts
+from camopd_jax.types import LanguageModel, Params, Prompts, Residuals
 
 _WIDTHS = ("slots", "answer_slots", "chunk")
 
@@ -47,6 +49,7 @@ def score(
     **options: Any,
 ) -> jax.Array:
     """`steps.score.score` of the rows in these pieces; the others' are 0. `options`: `chunk`, `temperature`."""
+    freed.return_the_rest()
     program = scoring(model.mesh)
     shape = (*tokens_BT.shape, 2) if with_top else tokens_BT.shape
     scored = jnp.zeros(shape, jnp.float32, device=None if model.mesh is None else sharding(model.mesh, "batch"))
@@ -100,14 +103,16 @@ class Learning:
         lengths_B: jax.Array,
         weights_BT: jax.Array,
         pieces: Iterable[Piece],
+        residuals: Residuals = (),
     ) -> Gradient:
         """`steps.update.add_gradient` over all pieces."""
+        freed.return_the_rest()
         gradient = self.begin(params)
         calls = alike(pieces, len(lengths_B)) if self._in_one_call else ((p, p.rows[None], 1) for p in pieces)
         for piece, rows_KM, count in calls:
             gradient = self.add(
-                self._model, params, gradient, prompts, tokens_BT, lengths_B, weights_BT, rows_KM, np.int32(count),
-                slots=piece.slots, answer_slots=piece.answer_slots, chunk=self._chunk,
+                self._model, params, gradient, prompts, tokens_BT, lengths_B, weights_BT, residuals, rows_KM,
+                np.int32(count), slots=piece.slots, answer_slots=piece.answer_slots, chunk=self._chunk,
             )  # fmt: skip
         return gradient
 

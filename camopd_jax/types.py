@@ -21,6 +21,8 @@ from flax import struct
 from jax.sharding import Mesh
 
 Params = Any  # a nested dict of arrays, see models/weights.py
+# The residual stream: what enters each layer, and what leaves the last; L + 1 arrays [B, S, D]. (): not kept
+Residuals = tuple[jax.Array, ...]
 
 
 @struct.dataclass
@@ -58,6 +60,7 @@ class Rollout:
     logprobs: jax.Array  # float32[B, T], log pi(token) at temperature 1, unfiltered; 0 in padding
     entropy: jax.Array  # float32[B], mean entropy in nats of the answer's distributions
     stopped: jax.Array  # bool[B], True: ended by EOS; False: cut at the cap
+    residuals: Residuals = ()  # of the tokens but the last, in the slots of the cache that they were made with
 
 
 @struct.dataclass
@@ -101,11 +104,12 @@ class TrainState:
 
 @struct.dataclass
 class KVCache:
-    """Keys and values of earlier tokens. A slot whose position is `EMPTY` is attended by nobody."""
+    """What is kept of earlier tokens. A slot whose position is `EMPTY` is attended by nobody."""
 
     keys: tuple[jax.Array, ...]  # of each layer, [B, G, S, K]
     values: tuple[jax.Array, ...]  # the same
     positions: jax.Array  # int32[B, S], position of each slot's token in its row, or EMPTY
+    residuals: Residuals = ()
 
 
 EMPTY = 2**30  # a position later than any token's: a causal mask shuts it out by itself
@@ -124,11 +128,13 @@ class LanguageModel(Protocol):
     def on(self, mesh: Mesh | None) -> "LanguageModel":
         """The same model on another mesh of the same devices."""
 
-    def hidden(self, params: Params, tokens_BS: jax.Array, so_far: Params | None = None) -> jax.Array:
+    def hidden(
+        self, params: Params, tokens_BS: jax.Array, so_far: Params | None = None, residuals: Residuals = ()
+    ) -> jax.Array:
         """Final hidden states `[B, S, D]` of whole rows; causal, so right-padding changes nothing.
 
         With `so_far`, a float32 gradient of `params["layers"]`, the derivative by `so_far` is that gradient with this
-        one added.
+        one added. Then `residuals` of these tokens under these parameters spare the forward pass.
         """
 
     def for_decoding(self, params: Params) -> Params:
@@ -144,7 +150,9 @@ class LanguageModel(Protocol):
     def decoding_places(self) -> Params | None:
         """Where these lie, a tree like them; None: one device."""
 
-    def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
+    def prefill(
+        self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array, keep_residuals: bool = False
+    ) -> tuple[jax.Array, KVCache]:
         """Hidden states `[B, P, D]` of the prompts, and a cache of P slots (padding slots EMPTY)."""
 
     def decode(

@@ -2,6 +2,9 @@
 
 Differentiated the plain way, a stack of layers gives a new gradient as large as itself, which is then added to the one
 so far: both lie there. Here the backward pass adds each layer's gradient to its place in the one so far.
+
+Where the residual stream is known already, there is no forward pass: the backward pass begins with what leaves the last
+layer and computes each layer again from what enters it.
 """
 
 from collections.abc import Callable
@@ -18,7 +21,9 @@ Layer = Callable[[Params, jax.Array, Any, Any], jax.Array]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def through(layer: Layer, stack: Params, so_far: Params, x: jax.Array, shared: Any, own: Any) -> jax.Array:
+def through(
+    layer: Layer, stack: Params, so_far: Params, x: jax.Array, shared: Any, own: Any, residuals: jax.Array | None
+) -> jax.Array:
     """`x` through all layers.
 
     Differentiate by `so_far`, never by `stack`: what comes back is `so_far` plus the stack's gradient, float32.
@@ -26,8 +31,10 @@ def through(layer: Layer, stack: Params, so_far: Params, x: jax.Array, shared: A
     Args:
       stack: parameters [L, ...]; so_far: the same in float32.
       shared: the same for every layer; own: of each layer, [L, ...]. Neither has a gradient.
+      residuals: [L + 1, B, S, D], what enters each layer and what leaves the last, if that is known; for a layer that
+        keeps nothing else.
     """
-    return _forward(layer, stack, so_far, x, shared, own)[0]
+    return _forward(layer, stack, so_far, x, shared, own, residuals)[0]
 
 
 def _pull(layer: Layer, params: Params, x: jax.Array, shared: Any, mine: Any):
@@ -38,7 +45,10 @@ def _pull(layer: Layer, params: Params, x: jax.Array, shared: Any, mine: Any):
     return out, leaves, structure, [i for i, leaf in enumerate(leaves) if id(leaf) not in at_hand]
 
 
-def _forward(layer, stack, so_far, x, shared, own):
+def _forward(layer, stack, so_far, x, shared, own, residuals):
+    if residuals is not None:
+        return residuals[-1], (stack, so_far, (residuals[:-1], []), shared, own)
+
     def step(x, one):
         params, mine = one
         out, leaves, _, kept = _pull(layer, params, x, shared, mine)
@@ -48,8 +58,8 @@ def _forward(layer, stack, so_far, x, shared, own):
     return out, (stack, so_far, saved, shared, own)
 
 
-def _backward(layer, residuals, gradient):
-    stack, so_far, saved, shared, own = residuals
+def _backward(layer, kept, gradient):
+    stack, so_far, saved, shared, own = kept
 
     def step(carry, one):
         gradient, total = carry
@@ -68,7 +78,7 @@ def _backward(layer, residuals, gradient):
 
     numbers = jnp.arange(len(jax.tree.leaves(stack)[0]))
     (to_x, total), _ = jax.lax.scan(step, (gradient, so_far), (numbers, stack, saved, own), reverse=True)
-    return None, total, to_x, None, None
+    return None, total, to_x, None, None, None
 
 
 through.defvjp(_forward, _backward)

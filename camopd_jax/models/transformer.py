@@ -18,9 +18,9 @@ from camopd_jax.models.layers import Attention, FeedForward, RMSNorm, rotation
 from camopd_jax.models.stack import Layer, through
 from camopd_jax.models.weights import layer_by_layer, table
 from camopd_jax.sharding import ACTIVATION, RESIDUAL, constrain, constrain_even
-from camopd_jax.types import EMPTY, KVCache, Params
+from camopd_jax.types import EMPTY, KVCache, Params, Residuals
 
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None}
+REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None, "rollout": None}
 
 
 class Block(nn.Module):
@@ -102,11 +102,14 @@ class Decoder(nn.Module):
         )
         return self.final_norm(x)
 
-    def accumulate(self, stack: Params, so_far: Params, tokens_BS: jax.Array, positions_BS: jax.Array) -> jax.Array:
+    def accumulate(
+        self, stack: Params, so_far: Params, tokens_BS: jax.Array, positions_BS: jax.Array, residuals: Residuals
+    ) -> jax.Array:
         """The same, differentiable by `so_far` in the place of the layers' parameters (`stack.through`)."""
         layer = _layer(self.config, self.mesh, self.form, self.remat)
         x, shared = self.embed(tokens_BS), self.shared(positions_BS, None)
-        return self.final_norm(through(layer, stack, so_far, x, shared, self.own()))
+        known = jnp.stack([constrain_even(r, self.mesh, *RESIDUAL) for r in residuals]) if residuals else None
+        return self.final_norm(through(layer, stack, so_far, x, shared, self.own(), known))
 
     def own(self) -> dict[str, Any]:
         """What each layer has of its own, [L] each."""
@@ -124,6 +127,7 @@ class Decoder(nn.Module):
         key_positions_BS: jax.Array,
         cache: KVCache | None,
         slot: jax.Array | int,
+        keep_residuals: bool,
     ) -> tuple[jax.Array, KVCache]:
         """Hidden states of tokens that join a cache at `slot`, or make one: then slot i is position i.
 
@@ -137,13 +141,21 @@ class Decoder(nn.Module):
             key_positions = jax.lax.dynamic_update_slice(cache.positions, key_positions_BS, (0, slot))
             shared = self.shared(positions_BS, key_positions) | {"slot": slot}
         x, kv = self.embed(tokens_BS), []
+        stream = [x]
         for i, params in enumerate(layers):
             layer = {"rope": c.layer_rope[i], "window": c.window_kinds.index(c.windows[i]),
                      "cache": () if cache is None else (cache.keys[i], cache.values[i])}  # fmt: skip
             x, new = Block(c, self.mesh, self.form, parent=None).apply({"params": params}, x, shared, layer)
             kv.append(new)
+            stream.append(x)
         keys, values = zip(*kv, strict=True)
-        return self.final_norm(x), KVCache(keys, values, key_positions)
+        residuals = tuple(stream) if keep_residuals else ()
+        if cache is not None:
+            residuals = tuple(
+                jax.lax.dynamic_update_slice(kept, new, (0, slot, 0))
+                for kept, new in zip(cache.residuals, residuals, strict=True)
+            )
+        return self.final_norm(x), KVCache(keys, values, key_positions, residuals)
 
     def embed(self, tokens_BS: jax.Array) -> jax.Array:
         x = jnp.take(self.embedding, tokens_BS, axis=0).astype(self.dtype)
@@ -167,7 +179,7 @@ class Model:
     config: ModelConfig
     mesh: Mesh | None = None
     dtype: str = "float32"  # of activations and matrix products
-    remat: str = "block"  # "none", "dots" or "block": what the backward pass computes again
+    remat: str = "block"  # what the backward pass computes again: `config.Compute.remat`
     attention: str = "auto"  # "auto", "xla" or "fused": how whole rows attend; over a cache and without a mesh plainly
 
     def __post_init__(self) -> None:
@@ -190,14 +202,16 @@ class Model:
     def on(self, mesh: Mesh | None) -> "Model":
         return dataclasses.replace(self, mesh=mesh)
 
-    def hidden(self, params: Params, tokens_BS: jax.Array, so_far: Params | None = None) -> jax.Array:
+    def hidden(
+        self, params: Params, tokens_BS: jax.Array, so_far: Params | None = None, residuals: Residuals = ()
+    ) -> jax.Array:
         positions = jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None, :]
         if so_far is None:
             hidden = self._decoder.apply({"params": params}, tokens_BS, positions)
         else:
             others = {name: p for name, p in params.items() if name != "layers"}
             hidden = self._decoder.apply(
-                {"params": others}, params["layers"], so_far, tokens_BS, positions, method=Decoder.accumulate
+                {"params": others}, params["layers"], so_far, tokens_BS, positions, residuals, method=Decoder.accumulate
             )
         return constrain(hidden, self.mesh, *ACTIVATION)
 
@@ -221,23 +235,26 @@ class Model:
     def decoding_places(self) -> Params | None:
         return None if self.mesh is None else layer_by_layer(self.config, self.mesh)
 
-    def prefill(self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array) -> tuple[jax.Array, KVCache]:
+    def prefill(
+        self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array, keep_residuals: bool = False
+    ) -> tuple[jax.Array, KVCache]:
         slots = jnp.broadcast_to(jnp.arange(tokens_BP.shape[1], dtype=jnp.int32), tokens_BP.shape)
         seen = jnp.where(slots < lengths_B[:, None], slots, EMPTY)
-        hidden, cache = self._extend(params, tokens_BP, slots, seen, None, 0)
+        hidden, cache = self._extend(params, tokens_BP, slots, seen, None, 0, keep_residuals)
 
         hidden = constrain(hidden, self.mesh, *ACTIVATION)
 
         def place(array: jax.Array) -> jax.Array:
             return constrain(array, self.mesh, "batch", "kv_heads", "sequence", "head_dim")
 
-        return hidden, KVCache(tuple(map(place, cache.keys)), tuple(map(place, cache.values)), cache.positions)
+        return hidden, cache.replace(keys=tuple(map(place, cache.keys)), values=tuple(map(place, cache.values)))
 
     def decode(
         self, params: Params, token_B: jax.Array, position_B: jax.Array, cache: KVCache, slot: jax.Array
     ) -> tuple[jax.Array, KVCache]:
         position_B1 = position_B[:, None]
-        hidden, cache = self._extend(params, token_B[:, None], position_B1, position_B1, cache, slot)
+        keep = bool(cache.residuals)
+        hidden, cache = self._extend(params, token_B[:, None], position_B1, position_B1, cache, slot, keep)
         return hidden[:, 0], cache
 
     def _extend(self, params: Params, *args) -> tuple[jax.Array, KVCache]:

@@ -4,7 +4,7 @@
     advance     one token a turn, for as long as the cache and enough unfinished answers last
     grow, keep  an array of the state with more slots; with fewer places
     join        new prompts take the places of finished answers
-    collect     answers out of their places, back in the order of the batch
+    collect     answers out of their places, back in the order of the batch; put_rows the residual stream
 
 Token t of a row is drawn with `fold_in(key, t)`, the key being the row's own: an answer depends on its own prompt and
 key, and neither on its place nor on what else is being answered.
@@ -51,7 +51,7 @@ def shardings(mesh: Mesh | None) -> Decoding | None:
         return None
     rows, cache = sharding(mesh, "batch"), sharding(mesh, "batch", "kv_heads", "sequence", "head_dim")
     alike = dict.fromkeys(_OF_PLACES, rows)
-    return Decoding(**alike, cache=KVCache(cache, cache, rows), slot=sharding(mesh))
+    return Decoding(**alike, cache=KVCache(cache, cache, rows, rows), slot=sharding(mesh))
 
 
 _OF_PLACES = ("row", "prompt_lengths", "keys", "tokens", "logprobs", "entropy", "lengths", "stopped")
@@ -67,6 +67,7 @@ def begin(
     sampling: Sampling,
     eos_ids: tuple[int, ...],
     max_new: int,
+    keep_residuals: bool = False,
 ) -> Decoding:
     """Reads the prompts of these rows and draws the first token of each answer. The ring has no slots yet.
 
@@ -75,10 +76,11 @@ def begin(
       keys_B: a random key for each row of the batch (`sampling.row_keys`).
       rows_N: which rows; beyond the last: nobody.
       eos_ids: tokens that end an answer; without any, every answer has `max_new` tokens.
+      keep_residuals: whether the cache keeps the residual stream of all its tokens.
     """
     asked, keys = take_rows((prompts, keys_B), rows_N, model.mesh)
     places = len(rows_N)
-    hidden_NPD, cache = model.prefill(params, asked.tokens, asked.lengths)
+    hidden_NPD, cache = model.prefill(params, asked.tokens, asked.lengths, keep_residuals)
     last_N11 = (asked.lengths - 1)[:, None, None]
     state = Decoding(
         row=rows_N,
@@ -165,7 +167,7 @@ def grow(array: jax.Array, slot: jax.Array, *, prompt_slots: int, slots: int) ->
     """A cache's array with its ring unrolled, oldest slot first, and empty slots behind it: `slots` in all.
 
     Args:
-      array: [N, G, S, K] of keys or values, or int32[N, S] of positions.
+      array: [N, G, S, K] of keys or values, [N, S, D] of the residual stream, or int32[N, S] of positions.
       slot: of the ring, that would be written next: the oldest.
     """
     axis = 2 if array.ndim == 4 else 1
@@ -213,3 +215,15 @@ def collect(said: Rollout | None, state: Decoding, *, rows: int) -> Rollout:
     if said is None:
         said = jax.tree.map(lambda new: jnp.zeros((rows, *new.shape[1:]), new.dtype), found)
     return jax.tree.map(lambda array, new: array.at[state.row].set(new, mode="drop"), said, found)
+
+
+def put_rows(whole: jax.Array | None, array: jax.Array, row_N: jax.Array, *, rows: int) -> jax.Array:
+    """`[N, S, D]` of a cache's residual stream in its rows of the batch, `[rows, S, D]`.
+
+    Args:
+      whole: the same of places that are no more, whose cache had at most as many slots; None: there were none.
+    """
+    if whole is None:
+        whole = jnp.zeros((rows, *array.shape[1:]), array.dtype)
+    whole = jnp.pad(whole, ((0, 0), (0, array.shape[1] - whole.shape[1]), (0, 0)))
+    return whole.at[row_N].set(array, mode="drop")

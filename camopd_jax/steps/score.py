@@ -8,7 +8,7 @@ import jax.numpy as jnp
 
 from camopd_jax.masked import length_mask
 from camopd_jax.sharding import batch_shards, constrain, take_rows
-from camopd_jax.types import LanguageModel, Params, Prompts
+from camopd_jax.types import LanguageModel, Params, Prompts, Residuals
 
 LOGITS_BYTES = 2**28
 
@@ -22,6 +22,17 @@ def join(prompts: Prompts, tokens_BT: jax.Array) -> jax.Array:
     response_BS = jnp.take_along_axis(tokens_BT, jnp.clip(from_response_BS, 0, tokens_BT.shape[1] - 1), axis=1)
     joined_BS = jnp.where(from_response_BS < 0, prompt_BS, response_BS)
     return jnp.where(from_response_BS < tokens_BT.shape[1], joined_BS, 0)
+
+
+def join_residuals(prompts: Prompts, residuals: Residuals, slots: int) -> Residuals:
+    """The residual stream in the order of `join`, `[B, slots, D]` each, out of the slots of a rollout's cache.
+
+    Behind the last token that entered the cache stands anything finite.
+    """
+    slot_BS = jnp.arange(slots)[None, :]
+    in_prompt_BS = slot_BS < prompts.lengths[:, None]
+    cached_BS = jnp.where(in_prompt_BS, slot_BS, slot_BS - prompts.lengths[:, None] + prompts.tokens.shape[1])
+    return tuple(jnp.take_along_axis(array, cached_BS[..., None], axis=1, mode="clip") for array in residuals)
 
 
 def tokens_at_once(chunk: int, vocab: int, tensor: int) -> int:
@@ -154,6 +165,7 @@ def score(
     with_top: bool = False,
     slots: int | None = None,
     so_far: Params | None = None,
+    residuals: Residuals = (),
 ) -> jax.Array:
     """Log-probability of each response token given its prompt and the tokens before it.
 
@@ -163,14 +175,16 @@ def score(
       temperature: the logits are divided by it.
       with_top: also the log-probability of the likeliest token at each place.
       slots: that hold every prompt with its answer; None: P + T.
-      so_far: as of `LanguageModel.hidden`.
+      so_far, residuals: as of `LanguageModel.hidden`, the latter in the slots of the cache that the answers were made
+        with.
 
     Returns:
       float32[B, T] in nats; 0 in padding. With `with_top` float32[B, T, 2].
     """
     answer_slots = tokens_BT.shape[1]
     joined_BS = join(prompts, tokens_BT)[:, :slots]
-    hidden_BSD = model.hidden(params, joined_BS, so_far)
+    stream = join_residuals(prompts, residuals, joined_BS.shape[1])
+    hidden_BSD = model.hidden(params, joined_BS, so_far, stream)
     predicts_BT = (prompts.lengths - 1)[:, None] + jnp.arange(answer_slots)[None, :]
     predicts_BT = jnp.minimum(predicts_BT, joined_BS.shape[1] - 1)
     hidden_BTD = jnp.take_along_axis(hidden_BSD, predicts_BT[..., None], axis=1)

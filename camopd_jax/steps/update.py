@@ -16,7 +16,7 @@ from camopd_jax.sharding import take_rows
 from camopd_jax.steps.losses import token_weights
 from camopd_jax.steps.score import score
 from camopd_jax.steps.statistics import answer_table, step_statistics
-from camopd_jax.types import LanguageModel, Params, Prompts, Scored, SftBatch, TrainState
+from camopd_jax.types import LanguageModel, Params, Prompts, Residuals, Scored, SftBatch, TrainState
 
 Metrics = dict[str, jax.Array]
 
@@ -41,6 +41,7 @@ def add_gradient(
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
     weights_BT: jax.Array,
+    residuals: Residuals,
     rows_KM: jax.Array,
     count: jax.Array,
     *,
@@ -55,18 +56,21 @@ def add_gradient(
 
     Args:
       weights_BT: constants, float32 (`branch_weights`, `sft_weights`).
+      residuals: of the batch's tokens under `params`, as a rollout kept them; (): there is a forward pass.
       rows_KM: of the batch, M at a time; one beyond the last stands for nobody. Of K = 1 all are taken.
       slots, answer_slots: that hold these rows' longest prompt and answer together, and longest answer.
       chunk: tokens whose logits may exist at one time.
     """
-    arrays = (prompts, tokens_BT[:, :answer_slots], lengths_B, weights_BT[:, :answer_slots])
+    arrays = (prompts, tokens_BT[:, :answer_slots], lengths_B, weights_BT[:, :answer_slots], residuals)
     others = {name: p for name, p in params.items() if name != "layers"}
 
     def loss(others: Params, layers: Params, rows_M: jax.Array) -> jax.Array:
-        some, tokens_MT, lengths_M, weights_MT = take_rows(arrays, rows_M, model.mesh)
+        some, tokens_MT, lengths_M, weights_MT, stream = take_rows(arrays, rows_M, model.mesh)
         weights_MT = jnp.where((rows_M < len(lengths_B))[:, None], weights_MT, 0)
-        given = params | others
-        return -jnp.sum(weights_MT * score(model, given, some, tokens_MT, lengths_M, chunk, slots=slots, so_far=layers))
+        logprobs_MT = score(
+            model, params | others, some, tokens_MT, lengths_M, chunk, slots=slots, so_far=layers, residuals=stream
+        )
+        return -jnp.sum(weights_MT * logprobs_MT)
 
     def add(k: jax.Array | int, so_far: Gradient) -> Gradient:
         value, (grads, layers) = jax.value_and_grad(loss, argnums=(0, 1))(others, so_far.of["layers"], rows_KM[k])

@@ -1,0 +1,29 @@
+"""Freed memory goes back to the system: what glibc's allocator keeps of it counts as this process's on a CPU."""
+
+import ctypes
+import os
+import sys
+
+_M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
+
+
+def return_large_blocks() -> None:
+    """Has freed blocks of a megabyte and more go back at once, and the others lie in one heap.
+
+    Left alone glibc keeps blocks of up to 32 MiB for later: on a CPU, a layer's worth of arrays for every layer.
+    """
+    if libc := _glibc():
+        libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
+        if (os.cpu_count() or 1) <= 4:  # few threads do not wait for one another
+            libc.mallopt(_M_ARENA_MAX, 1)
+
+
+def return_the_rest() -> None:
+    """Has what is free of the heap go back now: some milliseconds."""
+    if libc := _glibc():
+        libc.malloc_trim(0)
+
+
+def _glibc() -> ctypes.CDLL | None:
+    libc = ctypes.CDLL(None)
+    return libc if sys.platform == "linux" and hasattr(libc, "malloc_trim") else None
