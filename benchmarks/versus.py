@@ -33,7 +33,7 @@ from rich.table import Table
 from camopd_jax.jsonl import write_rows
 
 HERE = Path(__file__).parent
-OURS = ("--score_batch=16", "--remat=rollout")  # with the micro-batches below, best on two CPU cores: docs/performance.md
+OURS = ("--score_batch=16", "--remat=rollout")  # and micro-batches of 4: best on two CPU cores
 
 flags.DEFINE_string("peers_python", None, "Python that has TRL and Tunix installed.", required=True)
 flags.DEFINE_string("tokenizer", None, "Hugging Face folder with SmolLM2's tokenizer, for the peers.", required=True)

@@ -15,7 +15,7 @@ from jax.sharding import Mesh
 from camopd_jax.analysis import gradients, selection
 from camopd_jax.branches import Models, make_branches
 from camopd_jax.config import TrainConfig
-from camopd_jax.phases import BRANCHES, Programs, ask, cut_to_bucket, score_both
+from camopd_jax.phases import BRANCHES, Programs, ask, cut_to_bucket, score_both, without_residuals
 from camopd_jax.sharding import global_rows, sharding
 from camopd_jax.steps.statistics import answer_table
 from camopd_jax.types import Params, Scored
@@ -60,7 +60,7 @@ class Diagnosis:
         # A pass of the student's own: equal models have gaps of 0.
         scores = score_both(self._config, programs, branch, params, prompts, answers, forward=True)
         ranked = programs.select[name](scores, answers.lengths, draw)
-        return Scored(prompts.student, prompts.index, answers, scores, ranked)
+        return without_residuals(Scored(prompts.student, prompts.index, answers, scores, ranked))
 
 
 def figures(found: dict[str, Any]) -> Row:

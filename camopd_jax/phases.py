@@ -109,7 +109,7 @@ class Programs:
     decode: Decode
     trusts_sampler: bool  # its log-probabilities are the student's, and spare a forward pass
     keys: Callable[..., jax.Array]
-    place: Callable[[Rollout], Rollout]  # onto the mesh of the student
+    place: Callable[[Rollout], Rollout]  # from the mesh of the answers onto that of the student
     select: dict[str, Callable[[Scores, jax.Array, jax.Array], Selection]]
     weigh: dict[str, Callable[[Scored], jax.Array]]
     learning: Learning
@@ -277,7 +277,8 @@ def ask(
     model = model.on(programs.rollout_mesh)
     params = answering.for_decoding(model, params)
     keys = programs.keys(draw, prompts.index)
-    return programs.place(answering.answers(model, params, asked, keys, programs.decode, meanwhile))
+    said = answering.answers(model, params, asked, keys, programs.decode, meanwhile)
+    return said if programs.rollout_mesh == programs.student.mesh else programs.place(said)
 
 
 def score_both(

@@ -11,7 +11,8 @@ Data         JSONL at the paths below, rows with {"messages": [...]}. Any genera
              MedQA-USMLE's dev split and MedMCQA (domain).
 Benchmarks   GSM8K's solutions by their likelihood (a model of this size solves none of its questions), IFEval, and
              MedQA-USMLE's test split, where 135M parameters learn the form of an answer and no medicine.
-Hardware     2 CPU cores and 24 GiB; docs/results.md has time and numbers.
+Hardware     2 CPU cores and 24 GiB; docs/results.md has time and numbers. On a CPU --config.compute.remat=rollout
+             spares the gradient its forward pass.
 """
 
 from camopd_jax.config import TrainConfig, default

@@ -78,6 +78,11 @@ def test_the_papers_configs_hold_the_papers_numbers(name):
         ({"method__advantage_clip": 0.0}, r"config\.method\.advantage_clip"),
         ({"general__source": ""}, r"config\.general\.source"),
         ({"compute__remat": "all"}, r"config\.compute\.remat"),
+        ({"compute__remat": "rollout", "rollout__places": 8}, r"config\.rollout\.places is 8; give 0, or another"),
+        (
+            {"compute__remat": "rollout", "method__answers": "teacher"},
+            r"config\.compute\.remat is 'rollout'; teachers answer; give block",
+        ),
     ],
 )
 def test_values_that_cannot_be_are_refused_by_name(changes, says):

@@ -11,7 +11,7 @@ import pytest
 
 from camopd_jax import phases
 from camopd_jax.buckets import Piece
-from camopd_jax.config import MeshConfig, Method, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config import Compute, MeshConfig, Method, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
@@ -80,15 +80,17 @@ def alone():
     return run(CONFIG, make_mesh(1, devices=jax.devices()[:1]))
 
 
-@pytest.mark.parametrize("shape", [
-    pytest.param(shape, marks=[] if shape in USUAL else pytest.mark.slow) for shape in EVERY
+@pytest.mark.parametrize("remat, shape", [
+    *[pytest.param("block", shape, marks=[] if shape in USUAL else pytest.mark.slow) for shape in EVERY],
+    *[pytest.param("rollout", shape, marks=[] if shape == (2, 2, 2) else pytest.mark.slow) for shape in EVERY],
 ])  # fmt: skip
-def test_a_run_is_the_same_on_every_mesh(alone, shape):
-    """With the devices laid out anew for the answers, some of which wait for a place, where that fits."""
-    tensor = max(2, shape[2])
-    rollout = dataclasses.replace(CONFIG.rollout, mesh=MeshConfig(tensor=tensor), places=8, shrinks=True)
+def test_a_run_is_the_same_on_every_mesh(alone, remat, shape):
+    """With the devices laid out anew for the answers. Some of these wait for a place, but where all of them are kept
+    for the gradient."""
+    tensor, places = max(2, shape[2]), 8 if remat == "block" else 0
+    rollout = dataclasses.replace(CONFIG.rollout, mesh=MeshConfig(tensor=tensor), places=places, shrinks=True)
     mesh = make_mesh(*shape)
-    state, outcomes = run(dataclasses.replace(CONFIG, rollout=rollout), mesh)
+    state, outcomes = run(dataclasses.replace(CONFIG, rollout=rollout, compute=Compute(remat=remat)), mesh)
     assert [o.phase for o in outcomes] == ["recovery", "review"] * 2
     for ours, theirs in zip(outcomes, alone[1], strict=True):
         for name, part in ours.parts.items():

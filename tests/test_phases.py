@@ -210,6 +210,31 @@ def test_the_samplers_logprobs_are_the_students(tiny):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), other.params, states[0].params)
 
 
+@pytest.mark.parametrize("schedule, shrinks", [("alternate", True), ("mixed", False)])
+def test_a_gradient_that_begins_with_the_rollout_is_the_same(tiny, schedule, shrinks):
+    """And what was kept for it is given up before the next step."""
+    rollout = dataclasses.replace(CONFIG.rollout, shrinks=shrinks)
+    states = []
+    for remat in ("block", "rollout"):
+        config = dataclasses.replace(
+            CONFIG, method=Method(schedule=schedule), rollout=rollout, compute=Compute(remat=remat)
+        )
+        branches, programs, state = begin(tiny, config)
+        watcher = Watcher()
+        states.append(run(config, branches, programs, state, watcher))
+        assert all(part.rollout.residuals == () for o in watcher.outcomes for part in o.parts.values())
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), states[1].params, states[0].params)
+
+
+def test_a_gradient_begins_with_no_rollout_that_is_not_trusted(tiny):
+    bfloat16 = Model(tiny[0].config, mesh=tiny[0].mesh, dtype="bfloat16", remat="rollout")
+    config, state = dataclasses.replace(CONFIG, compute=Compute(remat="rollout")), begin(tiny)[2]
+    with pytest.raises(UserError, match=r"compute\.remat is 'rollout'.* in bfloat16 .* set that to sampler, or remat"):
+        compile_programs(config, bfloat16, (2,), state)
+    trusting = dataclasses.replace(config, rollout=dataclasses.replace(CONFIG.rollout, student_logprobs="sampler"))
+    assert compile_programs(trusting, bfloat16, (2,), state).decode.keep_residuals
+
+
 def test_a_sampler_that_is_off_is_not_trusted(tiny, monkeypatch):
     monkeypatch.setattr(phases, "LARGEST_SAMPLER_GAP", 0.0)
     branches, programs, state = begin(tiny)

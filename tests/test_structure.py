@@ -7,7 +7,7 @@ PACKAGE = Path(__file__).parents[1] / "camopd_jax"
 
 # From the ground up. A module imports from its own layer and below; the parts of one layer marked * not each other.
 LAYERS = [
-    ["errors"],
+    ["errors", "freed"],
     ["configdict"],
     ["types", "masked", "sharding", "buckets", "processes", "distributed", "jsonl", "config", "resolved", "controls"],
     ["optim"],

@@ -23,7 +23,18 @@ from camopd_jax.steps import rollout as steps
 from camopd_jax.steps.rollout import Decoding
 from camopd_jax.steps.sampling import row_keys
 from camopd_jax.steps.update import Gradient
-from camopd_jax.types import KVCache, LanguageModel, Params, Prompts, Rollout, Scored, Scores, Selection, TrainState
+from camopd_jax.types import (
+    KVCache,
+    LanguageModel,
+    Params,
+    Prompts,
+    Residuals,
+    Rollout,
+    Scored,
+    Scores,
+    Selection,
+    TrainState,
+)
 
 
 @dataclass(frozen=True)
@@ -110,13 +121,16 @@ def decoding_params(model: LanguageModel, params: Params) -> Params:
     return _placed(shapes, model.decoding_places)
 
 
-def decoding_state(model: LanguageModel, places: int, prompt_slots: int, ring: int, max_new: int) -> Decoding:
+def decoding_state(
+    model: LanguageModel, places: int, prompt_slots: int, ring: int, max_new: int, keep_residuals: bool = False
+) -> Decoding:
     """Answers in the making, with so many slots of cache behind the prompts."""
 
     def of_places(dtype: Any, *shape: int) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((places, *shape), dtype)
 
     c, number, slots = model.config, of_places(jnp.int32), prompt_slots + ring
+    stream = (of_places(model.dtype, slots, c.hidden_size),) * (c.num_layers + 1)
     heads = (of_places(model.dtype, c.num_kv_heads, slots, c.head_dim),) * c.num_layers
     state = Decoding(
         row=number,
@@ -127,7 +141,7 @@ def decoding_state(model: LanguageModel, places: int, prompt_slots: int, ring: i
         entropy=of_places(jnp.float32),
         lengths=number,
         stopped=of_places(jnp.bool_),
-        cache=KVCache(heads, heads, of_places(jnp.int32, slots)),
+        cache=KVCache(heads, heads, of_places(jnp.int32, slots), stream if keep_residuals else ()),
         slot=jax.ShapeDtypeStruct((), jnp.int32),
     )
     return _placed(state, steps.shardings(model.mesh))
@@ -137,6 +151,14 @@ def abstract_keys(rows: int, mesh: Mesh | None = None) -> jax.ShapeDtypeStruct:
     """A random key for each row."""
     keys = jax.eval_shape(lambda index_B: row_keys(0, 0, index_B), jax.ShapeDtypeStruct((rows,), jnp.int32))
     return keys if mesh is None else _placed(keys, sharding(mesh, "batch"))
+
+
+def abstract_residuals(p: Plan, rows: int) -> Residuals:
+    """The residual stream of so many prompts with answers of the cap's length, where it waits for the gradient."""
+    c = p.student.config
+    shape = (rows, p.slots, c.hidden_size)
+    array = jax.ShapeDtypeStruct(shape, p.student.dtype, sharding=sharding(p.mesh, "batch"))
+    return (array,) * (c.num_layers + 1)
 
 
 def abstract_gradient(params: Params) -> Gradient:

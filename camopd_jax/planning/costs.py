@@ -55,6 +55,11 @@ def cache_bytes(config: ModelConfig, item_bytes: int) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
 
 
+def residual_bytes(config: ModelConfig, item_bytes: int) -> int:
+    """The residual stream of one token."""
+    return (config.num_layers + 1) * config.hidden_size * item_bytes
+
+
 def decode_bytes(config: ModelConfig, batch: int, prompt: int, answer: int, item_bytes: int) -> float:
     """The least that a batch's decode turns have to read: weights once a turn, keys and values of the tokens before."""
     cache = cache_bytes(config, item_bytes)
@@ -147,7 +152,8 @@ def memory_estimate(
     copy = n * item / (sizes["fsdp"] * sizes["tensor"])
     if sizes["fsdp"] > 1:
         copy += 2 * of_layers * item / sizes["tensor"]
-    slot = cache_bytes(student, item) / sizes["tensor"] / shards  # of one place
+    stream = residual_bytes(student, item) if config.compute.remat == "rollout" else 0
+    slot = cache_bytes(student, item) / sizes["tensor"] / shards + stream / shards  # of one place
     cache = slot * places * (prompt + answer)
     prefilled = slot * prompt + live(sizes["tensor"]) * prompt / shards  # of one place
 
@@ -155,7 +161,10 @@ def memory_estimate(
         n / (mesh["data"] * mesh["fsdp"]) for n in (config.optimizer.micro_batch, phases.score_batch(config))
     )
     wide = live(tensor) / item - 4 * d
-    saved = {"block": d / tensor, "dots": d / tensor + wide, "none": 4 * d / tensor + 2 * wide}[config.compute.remat]
+    enters, stream = d / tensor, stream * config.rollout.batch_size * (prompt + answer) / (mesh["data"] * mesh["fsdp"])
+    saved = {"rollout": enters, "block": enters, "dots": enters + wide, "none": 4 * enters + 2 * wide}[
+        config.compute.remat
+    ]
     gathered = (2 * of_layers + student.vocab_size * d) / tensor  # weights of two layers, and the head
     tokens = tokens_at_once(config.compute.logits_chunk, student.vocab_size, tensor)
     logit = 2 * student.vocab_size / tensor * 4  # of a token
@@ -165,8 +174,12 @@ def memory_estimate(
         "reshard": copy,
         "prefill": copy + places * prefilled,
         "decode": copy + cache * (1 + 1 / layers),
-        "score": scored * (prompt + answer) * live(tensor) + gathered * item + min(tokens, scored * answer) * logit,
-        "gradient": 4 * (n * gradients + fresh) / split
+        "score": stream
+        + scored * (prompt + answer) * live(tensor)
+        + gathered * item
+        + min(tokens, scored * answer) * logit,
+        "gradient": stream
+        + 4 * (n * gradients + fresh) / split
         + micro * (prompt + answer) * (layers * saved * item + 2 * live(tensor))
         + gathered * (item + 4)
         + min(tokens, micro * answer) * logit,

@@ -20,6 +20,7 @@ from camopd_jax.planning.arrays import (
     abstract_batch,
     abstract_gradient,
     abstract_keys,
+    abstract_residuals,
     chip_bytes,
     decoding_params,
     decoding_state,
@@ -30,7 +31,7 @@ from camopd_jax.types import LanguageModel, Params, Scored
 Named = tuple["Program", tuple]  # and what makes it another program than others
 
 # Kinds that lie on a chip for a part of a step. "offloaded": under config.compute.offload, what came back from the host
-HELD = ("weights", "cache", "gradient", "offloaded")
+HELD = ("weights", "cache", "residuals", "gradient", "offloaded")
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,7 @@ class Program:
     name: str
     lower: Callable[[], Any]  # -> jax.stages.Lowered
     # By kind: "parameters", "optimizer", "teacher" and "batch" lie there through the run; "weights" and "cache" while
-    # the student answers, "gradient" while it learns
+    # the student answers, "gradient" while it learns, "residuals" from the answers on until it has learnt
     arguments: dict[str, Any]
     beside: dict[str, Any] = field(default_factory=dict)  # by kind: no arguments, and there all the same
     runs: int = 1  # at most, in one step
@@ -84,12 +85,13 @@ def _rollout(p: Plan, compiled: phases.Programs, name: str, model: LanguageModel
     yield from _reshard(p, name, model, params, weights)
 
     def state(ring: int) -> Any:
-        return decoding_state(model, p.places, p.prompt_slots, ring, cap)
+        return decoding_state(model, p.places, p.prompt_slots, ring, cap, decode.keep_residuals)
 
     def prefill(name: str, rows: int, **more: Any) -> Named:
         asked = p.batch.prompts, abstract_keys(p.rows, p.mesh)
         args = (model, weights, *asked, jax.ShapeDtypeStruct((rows,), jnp.int32))
-        return _program(name, parts.begin, args, {"weights": weights, "batch": asked}, drawn | {"max_new": cap}, **more)
+        options = drawn | {"max_new": cap, "keep_residuals": decode.keep_residuals}
+        return _program(name, parts.begin, args, {"weights": weights, "batch": asked}, options, **more)
 
     yield prefill(f"prefill{name}", p.places)
     full = state(cap)
@@ -132,24 +134,30 @@ def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:
         f"{name} teacher": teacher for name, teacher in p.teachers.items() if _teaches(p, name)
     }
     asked = batch.prompts, said.tokens, said.lengths
+    mixed = "mixed" in compiled.update
+    residuals, of_the_other = (), ()
+    if compiled.decode.keep_residuals:
+        residuals = abstract_residuals(p, p.rows)
+        of_the_other = abstract_residuals(p, config.rollout.batch_size - p.rows) if mixed else ()
+    wait = {"residuals": (residuals, of_the_other)}
     for name, (model, params) in scoring.items():
         kind = "parameters" if name == "student" else "teacher"
         scored = batch.scores.student
         yield _program(f"score: {name}", piecewise.scoring(p.mesh), (model, params, scored, *asked, scored_M),
-                       {kind: params, "batch": (scored, *asked)}, widest | {"with_top": False},
+                       {kind: params, "batch": (scored, *asked)}, widest | {"with_top": False}, beside=wait,
                        runs=_scorings(p, name))  # fmt: skip
     draw = jax.ShapeDtypeStruct((), jnp.int32)
     for name in phases.BRANCHES:
         yield _program(f"select: {name}", compiled.select[name], (batch.scores, said.lengths, draw),
-                       {"batch": (batch.scores, said.lengths)})  # fmt: skip
+                       {"batch": (batch.scores, said.lengths)}, beside=wait)  # fmt: skip
     params, sum_so_far = p.state.params, abstract_gradient(p.state.params)
     asked = (*asked, batch.scores.student)
-    mixed = "mixed" in compiled.update
     learnt = [learning_pieces(config, kept_rows(config, name)) for name in phases.BRANCHES]
     yield _program(
-        "gradient", compiled.learning.add, (p.student, params, sum_so_far, *asked, learnt_1M, draw),
-        {"parameters": params, "gradient": sum_so_far, "batch": asked}, widest,
-        beside={"gradient": sum_so_far} if mixed else {}, runs=sum(learnt) if mixed else max(learnt),
+        "gradient", compiled.learning.add, (p.student, params, sum_so_far, *asked, residuals, learnt_1M, draw),
+        {"parameters": params, "gradient": sum_so_far, "batch": asked, "residuals": residuals}, widest,
+        beside={"gradient": sum_so_far, "residuals": of_the_other} if mixed else {},
+        runs=sum(learnt) if mixed else max(learnt),
     )  # fmt: skip
     for name, update in compiled.update.items():
         parts = _parts(p, name)

@@ -86,6 +86,7 @@ def candidates(config: TrainConfig, models: Models, topology: Topology, answer: 
     shapes, chips = (models.general, models.specialised), len(topology.devices)
     rows, found = tuple(phases.batch_rows(config).values()), []
     offloads = dict.fromkeys((config.compute.offload, "late"))
+    remats = dict.fromkeys((*REMATS, config.compute.remat))
     tensors = sorted({tensor for _, _, tensor in meshes(chips, shapes)})
     for mesh in meshes(chips, shapes):
         shards = mesh[0] * mesh[1]
@@ -94,7 +95,9 @@ def candidates(config: TrainConfig, models: Models, topology: Topology, answer: 
         evaluation = math.ceil(config.evaluation.batch_size / shards) * shards
         micros = [n for n in range(shards, config.rollout.batch_size + 1, shards) if config.rollout.batch_size % n == 0]
         answering = [(tensor, places) for tensor in tensors for places in _places(rows, chips // tensor)]
-        for micro_batch, remat, offload, (tensor, places) in itertools.product(micros, REMATS, offloads, answering):
+        for micro_batch, remat, offload, (tensor, places) in itertools.product(micros, remats, offloads, answering):
+            if remat == "rollout" and places:
+                continue
             one = Candidate(mesh, tensor, places, micro_batch, remat, offload, evaluation, {}, 0.0)
             found.append(_estimated(one, config, models, topology, answer))
     limit = topology.hbm or math.inf

@@ -23,7 +23,8 @@ from camopd_jax.planning.costs import (
 )
 from camopd_jax.planning.topology import Chip
 
-BACKWARD = {"none": 3, "dots": 3, "block": 4}  # forward passes that forward and backward are worth, with remat
+# Forward passes that forward and backward are worth, with remat
+BACKWARD = {"none": 3, "dots": 3, "block": 4, "rollout": 3}
 
 
 @dataclass(frozen=True)

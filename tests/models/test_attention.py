@@ -1,8 +1,11 @@
 """Attention by itself: how it is cut into pieces."""
 
+from functools import partial
+
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 
 from camopd_jax.models import attention
 from camopd_jax.models.attention import attend
@@ -33,3 +36,22 @@ def test_pieces_are_counted_by_what_one_chip_holds(monkeypatch):
     monkeypatch.setattr(attention, "_MAX_SCORES", 8 * 4 * 37 * 2)
     assert trips(make_mesh(2, 2, 2)) == [3]  # ceil(37 / 16)
     assert trips(make_mesh(2, 4, 1)) == [3] and trips(make_mesh(1, 2, 4)) == [3]
+
+
+@pytest.mark.parametrize("length, window", [(128, None), (131, None), (131, 40), (130, 100)])
+def test_halves_are_the_whole(length, window):
+    query, key, value = arrays(2, length, 4, 2, 6)
+    positions = jnp.arange(length)[None, :]
+
+    def found(key_positions, softcap=None):
+        how = {"windows": (window,), "kind": 0, "scale": 0.5, "softcap": softcap}
+
+        def loss(*qkv):
+            return jnp.sum(jnp.sin(attend(*qkv, positions, key_positions, **how)))
+
+        return jax.value_and_grad(loss, (0, 1, 2))(query, key, value)
+
+    for softcap in (None, 3.0):
+        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), found(None, softcap), found(positions, softcap))
+    products = str(jax.make_jaxpr(lambda: found(None))()).count("dot_general")
+    assert products == 2 * str(jax.make_jaxpr(lambda: found(positions))()).count("dot_general")

@@ -107,6 +107,23 @@ def test_memory_follows_places_and_the_rollouts_tensor():
     assert split["gradient"] == all_at_once["gradient"] and split["resident"] == all_at_once["resident"]
 
 
+def test_a_residual_stream_waits_from_the_answers_to_the_gradient():
+    def estimated(remat):
+        config = dataclasses.replace(CONFIG, compute=dataclasses.replace(CONFIG.compute, remat=remat))
+        return costs.memory_estimate(config, MODEL, MODEL, MESH, "tpu")
+
+    plain, kept = estimated("block"), estimated("rollout")
+    stream = 10 * 5 * 3 * 4 * 2  # ten rows of five slots, what enters two layers and what leaves, bfloat16
+    assert costs.residual_bytes(MODEL, 2) == 3 * 4 * 2
+    for name in ("score", "gradient"):
+        assert kept[name] == plain[name] + stream
+    assert kept["decode"] == plain["decode"] + 1.5 * stream and kept["update"] == plain["update"]
+    config = dataclasses.replace(CONFIG, compute=dataclasses.replace(CONFIG.compute, remat="rollout"))
+    assert stage_work(config, MODEL, MESH, "tpu", "recovery", 2)["gradient"].done == 3 * costs.forward_flops(
+        MODEL, 8, 0, 5, 2
+    )
+
+
 def test_a_mixed_step_learns_from_both_streams():
     method = Method(schedule="mixed")
     config = dataclasses.replace(CONFIG, method=method, rollout=dataclasses.replace(CONFIG.rollout, batch_size=8))

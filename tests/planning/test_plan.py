@@ -129,6 +129,27 @@ def test_the_peak_is_residents_and_what_the_program_holds_and_adds(compiled):
     assert found["grow"] == there.total + weights + state - one + shorter + added["grow"] and added["grow"] >= one
 
 
+@pytest.mark.parametrize("schedule, rows", [("alternate", 16), ("mixed", 12 + 4)])
+def test_a_residual_stream_lies_there_from_the_answers_to_the_gradient(schedule, rows):
+    config = dataclasses.replace(
+        CONFIG, method=Method(schedule=schedule), compute=Compute(remat="rollout"),
+        rollout=dataclasses.replace(CONFIG.rollout, places=0, student_logprobs="sampler"),
+    )  # fmt: skip
+    made = plan(config, Models(MODEL, MODEL), jax.devices(), "tpu")
+    found = {p.name: p for p in programs(made, ())}
+    stream = rows // 4 * 640 * 128 * 2 * (LAYERS + 1)  # four shards, slots, width, bfloat16
+
+    def waits(name):
+        return sum(chip_bytes(of.get("residuals", ())) for of in (found[name].arguments, found[name].beside))
+
+    assert waits("gradient") == waits("score: general teacher") == waits("select: review") == stream
+    state = found["decode"].arguments["cache"].cache.residuals
+    assert len(state) == LAYERS + 1 and state[0].shape == (made.rows, 640, 128)
+    assert not any(waits(name) for name in found if name.startswith(("update", "prefill", "reshard")))
+    lowered = found["gradient"].lower().as_text()
+    assert lowered.count("x640x128xbf16>") > 0
+
+
 @pytest.mark.parametrize("when", ["ahead", "late"])
 def test_what_waits_in_host_memory_is_there_for_its_stage_alone(when):
     config = dataclasses.replace(CONFIG, compute=dataclasses.replace(CONFIG.compute, offload=when))

@@ -9,6 +9,7 @@ import numpy as np
 import optax
 import pytest
 
+from camopd_jax.answering import Decode, answers, for_decoding
 from camopd_jax.buckets import Piece, pieces
 from camopd_jax.config import Method, Optimizer, Phase, SftConfig, Stream, TrainConfig
 from camopd_jax.models.transformer import Model
@@ -18,6 +19,7 @@ from camopd_jax.phases import BRANCHES
 from camopd_jax.piecewise import Learning, alike
 from camopd_jax.sharding import global_rows, make_mesh
 from camopd_jax.steps.losses import token_weights
+from camopd_jax.steps.sampling import Sampling, row_keys
 from camopd_jax.steps.score import score
 from camopd_jax.steps.select import select
 from camopd_jax.steps.update import (
@@ -319,6 +321,32 @@ def test_micro_batches_of_one_width_go_together():
         (16, [[4, 1], [0, 3], nobody, nobody], 2),
         (16, [[6]] + [[7]] * 6, 1),
     ]
+
+
+@pytest.mark.parametrize("shrinks", [False, True])
+def test_a_gradient_from_the_residual_stream_of_a_rollout_has_no_forward_pass(tiny, batch, shrinks):
+    """It is the plain one; and with another stream another, as far as both are read."""
+    model, params = tiny
+    prompts = batch[0]
+    keeping, rows = dataclasses.replace(model, remat="rollout"), np.arange(len(prompts.lengths))
+    decode = Decode(Sampling(), (2, 5), 7, shrinks=shrinks, keep_residuals=True)
+    said = answers(keeping, for_decoding(model, params), prompts, row_keys(0, jnp.int32(1), rows), decode)
+    assert len(set(np.asarray(said.lengths).tolist())) > 2, "some end early"
+    assert [r.shape for r in said.residuals] == [(8, 5 + 7, 12)] * (model.config.num_layers + 1)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=said.tokens.shape), jnp.float32)
+    cut = list(pieces(np.asarray(prompts.lengths), np.asarray(said.lengths), rows, 2, (5, 7), 4))
+
+    def found(model, residuals):
+        return Learning(model, None, 64)(params, prompts, said.tokens, said.lengths, weights, cut, residuals)
+
+    plain, spared = found(model, ()), found(keeping, said.residuals)
+    same(spared, plain, atol=1e-5, rtol=1e-4)
+    same(found(keeping, ()), plain, atol=1e-6, rtol=1e-5)
+    halved = found(keeping, (*said.residuals[:-1], said.residuals[-1] * jnp.array([0.5, 1] * 6)))
+    assert abs(halved.loss - plain.loss) > 1e-3, "the last is what the head reads"
+    first = found(keeping, (said.residuals[0] * jnp.array([0.5, 1] * 6), *said.residuals[1:]))
+    assert first.loss == spared.loss
+    assert np.max(np.abs(first.of["layers"]["mlp"]["up"]["kernel"] - plain.of["layers"]["mlp"]["up"]["kernel"])) > 1e-3
 
 
 class Counting(Model):
