@@ -141,7 +141,8 @@ def test_the_memory_of_a_gradient_is_flat_in_the_vocabulary(vocab, monkeypatch):
     prompts, lengths = Prompts(shape(rows, 8), shape(rows)), shape(rows)
     program = Learning(model, None, 0).add.lower(
         model, params, jax.eval_shape(no_gradient, params), prompts, shape(rows, slots), lengths,
-        shape(rows, slots, dtype=jnp.float32), shape(1, rows), shape(), slots=8 + slots, answer_slots=slots, chunk=0,
+        shape(rows, slots, dtype=jnp.float32), (), shape(1, rows), shape(), slots=8 + slots,
+        answer_slots=slots, chunk=0,
     )  # fmt: skip
     needed = program.compile().memory_analysis().temp_size_in_bytes
     head, logits = 4 * vocab * width, 4 * rows * slots * vocab

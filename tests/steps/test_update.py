@@ -342,9 +342,9 @@ def test_a_gradient_from_the_residual_stream_of_a_rollout_has_no_forward_pass(ti
     plain, spared = found(model, ()), found(keeping, said.residuals)
     same(spared, plain, atol=1e-5, rtol=1e-4)
     same(found(keeping, ()), plain, atol=1e-6, rtol=1e-5)
-    halved = found(keeping, (*said.residuals[:-1], said.residuals[-1] * jnp.array([0.5, 1] * 6)))
+    halved = found(keeping, (*said.residuals[:-1], said.residuals[-1] * jnp.array([[[0.5, 1] * 6]])))
     assert abs(halved.loss - plain.loss) > 1e-3, "the last is what the head reads"
-    first = found(keeping, (said.residuals[0] * jnp.array([0.5, 1] * 6), *said.residuals[1:]))
+    first = found(keeping, (said.residuals[0] * jnp.array([[[0.5, 1] * 6]]), *said.residuals[1:]))
     assert first.loss == spared.loss
     assert np.max(np.abs(first.of["layers"]["mlp"]["up"]["kernel"] - plain.of["layers"]["mlp"]["up"]["kernel"])) > 1e-3
 
