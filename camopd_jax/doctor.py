@@ -231,6 +231,7 @@ def _axes(found: Findings, config: TrainConfig) -> None:
 def _devices(found: Findings, config: TrainConfig, where: Topology, models: dict[str, Checked | None]) -> None:
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=where.devices)
     phases.check_batches(config, mesh)
+    phases.check_remat(config, engine.matmul_dtype(config.compute, where.platform))
     there = {side: model.config for side, model in models.items() if model}
     for model in there.values():
         shardings(model, mesh)

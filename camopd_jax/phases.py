@@ -124,7 +124,7 @@ def compile_programs(
     Of the state only the sharding is read: shapes that carry one are enough.
 
     Raises:
-      UserError: for a gradient that begins with the rollout, where the sampler is not trusted.
+      UserError: as of `check_remat`.
     """
     rollout = config.rollout
     sampling = Sampling(rollout.temperature, rollout.top_k, rollout.top_p, rollout.min_p)
@@ -133,13 +133,8 @@ def compile_programs(
         key = jax.random.fold_in(jax.random.key(config.seed), draw)
         return select(scores, lengths, key, getattr(config.method, branch))
 
-    trusts = trusts_sampler(config, model.dtype)
+    check_remat(config, model.dtype)
     residuals = config.compute.remat == "rollout"
-    if residuals and not trusts:
-        raise UserError(
-            "config.compute.remat is 'rollout', which trusts the sampler, and in "
-            f"{model.dtype} config.rollout.student_logprobs does not; set that to sampler, or remat to block"
-        )
     places = jax.tree.map(lambda x: x.sharding, state)
     kept_in_place = (places, places.step)  # metrics, as the step's number, are whole on every device
     phases = ("mixed",) if config.method.schedule == "mixed" else BRANCHES
@@ -151,7 +146,7 @@ def compile_programs(
         student=model,
         rollout_mesh=None if model.mesh is None else rollout_mesh(config, model.mesh),
         decode=Decode(sampling, eos_ids, rollout.max_response_tokens, rollout.places, rollout.shrinks, residuals),
-        trusts_sampler=trusts,
+        trusts_sampler=trusts_sampler(config, model.dtype),
         keys=jax.jit(partial(row_keys, config.seed), out_shardings=rows),
         place=jax.jit(lambda answers: answers, out_shardings=rows),
         select={name: jax.jit(partial(choose, name), out_shardings=selection) for name in BRANCHES},
@@ -169,6 +164,15 @@ def trusts_sampler(config: TrainConfig, dtype: str) -> bool:
     exact = jnp.dtype(dtype) == jnp.float32
     trusts = {"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs]
     return trusts and config.method.answers == "student"
+
+
+def check_remat(config: TrainConfig, dtype: str) -> None:
+    """Raises UserError for a gradient that begins with the rollout, where the sampler is not trusted."""
+    if config.compute.remat == "rollout" and not trusts_sampler(config, dtype):
+        raise UserError(
+            "config.compute.remat is 'rollout', which trusts the sampler, and in "
+            f"{dtype} config.rollout.student_logprobs does not; set that to sampler, or remat to block"
+        )
 
 
 @dataclass(frozen=True)

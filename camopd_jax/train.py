@@ -40,6 +40,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     """Runs the whole job: load, measure, alternate recovery and review, measure again, export."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     phases.check_batches(config, mesh)
+    phases.check_remat(config, engine.matmul_dtype(config.compute))
     rows = phases.batch_rows(config)
 
     models = together(lambda: load_models(config, mesh))
