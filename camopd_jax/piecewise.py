@@ -1,7 +1,7 @@
 """Scores and gradients of a batch, a few rows of like length at a time: the host's loops over compiled parts.
 
 What is computed at one time is `size` rows, whatever the batch; and of those only as many slots as the longest needs.
-Both begin by giving back what earlier parts of the step have freed: of a step they take the most memory.
+On a CPU both begin by giving back what earlier parts of the step have freed: they take the most memory of it.
 """
 
 import functools
@@ -49,7 +49,7 @@ def score(
     **options: Any,
 ) -> jax.Array:
     """`steps.score.score` of the rows in these pieces; the others' are 0. `options`: `chunk`, `temperature`."""
-    freed.return_the_rest()
+    _give_back(model.mesh)
     program = scoring(model.mesh)
     shape = (*tokens_BT.shape, 2) if with_top else tokens_BT.shape
     scored = jnp.zeros(shape, jnp.float32, device=None if model.mesh is None else sharding(model.mesh, "batch"))
@@ -59,6 +59,12 @@ def score(
             model, params, scored, prompts, tokens_BT, lengths_B, piece.rows, with_top=with_top, **widths, **options
         )
     return scored
+
+
+def _give_back(mesh: Mesh | None) -> None:
+    """What is free of the host's heap, where arrays lie in the host's memory."""
+    if platform(mesh) == "cpu":
+        freed.return_the_rest()
 
 
 def micro_batches(
@@ -106,7 +112,7 @@ class Learning:
         residuals: Residuals = (),
     ) -> Gradient:
         """`steps.update.add_gradient` over all pieces."""
-        freed.return_the_rest()
+        _give_back(self._model.mesh)
         gradient = self.begin(params)
         calls = alike(pieces, len(lengths_B)) if self._in_one_call else ((p, p.rows[None], 1) for p in pieces)
         for piece, rows_KM, count in calls:

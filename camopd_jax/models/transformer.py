@@ -127,9 +127,10 @@ class Decoder(nn.Module):
         key_positions_BS: jax.Array,
         cache: KVCache | None,
         slot: jax.Array | int,
-        keep_residuals: bool,
+        keep_residuals: bool = False,
     ) -> tuple[jax.Array, KVCache]:
-        """Hidden states of tokens that join a cache at `slot`, or make one: then slot i is position i.
+        """Hidden states of tokens that join a cache at `slot`, or make one: then slot i is position i, and
+        `keep_residuals` says what later tokens follow.
 
         Layer by layer, each with parameters of its own: a scan would copy every layer's weights and cache
         out of their stacks, at every token of an answer.
@@ -153,7 +154,7 @@ class Decoder(nn.Module):
         if cache is not None:
             residuals = tuple(
                 jax.lax.dynamic_update_slice(kept, new, (0, slot, 0))
-                for kept, new in zip(cache.residuals, residuals, strict=True)
+                for kept, new in zip(cache.residuals, stream, strict=False)  # a cache keeps all of it, or nothing
             )
         return self.final_norm(x), KVCache(keys, values, key_positions, residuals)
 
@@ -253,8 +254,7 @@ class Model:
         self, params: Params, token_B: jax.Array, position_B: jax.Array, cache: KVCache, slot: jax.Array
     ) -> tuple[jax.Array, KVCache]:
         position_B1 = position_B[:, None]
-        keep = bool(cache.residuals)
-        hidden, cache = self._extend(params, token_B[:, None], position_B1, position_B1, cache, slot, keep)
+        hidden, cache = self._extend(params, token_B[:, None], position_B1, position_B1, cache, slot)
         return hidden[:, 0], cache
 
     def _extend(self, params: Params, *args) -> tuple[jax.Array, KVCache]:

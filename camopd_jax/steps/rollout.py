@@ -213,7 +213,7 @@ def collect(said: Rollout | None, state: Decoding, *, rows: int) -> Rollout:
         state.tokens, state.lengths, state.logprobs, state.entropy / jnp.maximum(state.lengths, 1), state.stopped
     )
     if said is None:
-        said = jax.tree.map(lambda new: jnp.zeros((rows, *new.shape[1:]), new.dtype), found)
+        said = jax.tree.map(lambda new: _nothing_yet(new, rows), found)
     return jax.tree.map(lambda array, new: array.at[state.row].set(new, mode="drop"), said, found)
 
 
@@ -224,6 +224,10 @@ def put_rows(whole: jax.Array | None, array: jax.Array, row_N: jax.Array, *, row
       whole: the same of places that are no more, whose cache had at most as many slots; None: there were none.
     """
     if whole is None:
-        whole = jnp.zeros((rows, *array.shape[1:]), array.dtype)
+        whole = _nothing_yet(array, rows)
     whole = jnp.pad(whole, ((0, 0), (0, array.shape[1] - whole.shape[1]), (0, 0)))
     return whole.at[row_N].set(array, mode="drop")
+
+
+def _nothing_yet(of_places: jax.Array, rows: int) -> jax.Array:
+    return jnp.zeros((rows, *of_places.shape[1:]), of_places.dtype)
