@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from camopd_jax.sharding import batch_shards, sharding, whole
+from camopd_jax.sharding import batch_shards, platform, sharding, whole
 from camopd_jax.steps import rollout as steps
 from camopd_jax.steps.rollout import Decoding
 from camopd_jax.steps.sampling import Sampling
@@ -70,12 +70,33 @@ def programs(mesh: Mesh | None) -> Programs:
 def for_decoding(model: LanguageModel, params: Params) -> Params:
     """`model.for_decoding`, compiled: parameters go, cast, to where the model answers.
 
-    Layer by layer: between meshes of other sizes more than its share of an array passes through every chip.
+    Layer by layer: between meshes of other sizes more than its share of an array passes through every chip. On a CPU,
+    layers that need neither move nor cast are read where they lie in their stacks.
     """
     move = moves(model, tuple(params))
-    count = len(jax.tree.leaves(params["layers"])[0])
-    layers = tuple(move["layers"](params["layers"], np.int32(i)) for i in range(count))
+    stacks = params["layers"]
+    count = len(jax.tree.leaves(stacks)[0])
+    if _lie_there(model, stacks):
+        layers = _views(model, stacks, count)
+    else:
+        layers = tuple(move["layers"](stacks, np.int32(i)) for i in range(count))
     return {name: layers if name == "layers" else move[name](array) for name, array in params.items()}
+
+
+def _lie_there(model: LanguageModel, stacks: Params) -> bool:
+    """Whether parameters lie on the one CPU device that answers, in its precision."""
+    arrays = jax.tree.leaves(stacks)
+    devices = arrays[0].devices() if model.mesh is None else set(model.mesh.devices.flat)
+    alone = platform(model.mesh) == "cpu" and len(devices) == 1
+    return alone and all(array.devices() == devices and array.dtype == model.dtype for array in arrays)
+
+
+def _views(model: LanguageModel, stacks: Params, count: int) -> tuple[Params, ...]:
+    """Each layer of stacks, nothing copied. A stack that is donated while its views are read is copied and not lost."""
+    places = model.decoding_places["layers"] if model.mesh else jax.tree.leaves(stacks)[0].device
+    arrays = jax.tree.map(np.asarray, stacks)
+    layers = tuple(jax.tree.map(lambda array, i=i: array[i], arrays) for i in range(count))
+    return jax.device_put(layers, places, may_alias=True)
 
 
 @functools.cache

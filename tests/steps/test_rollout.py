@@ -1,6 +1,7 @@
 """Rollouts against a plain loop of full forwards, and a row's independence of its batch."""
 
 import dataclasses
+from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -39,6 +40,27 @@ def test_weights_go_to_a_mesh_of_other_axes_and_each_device_gets_its_share(tiny)
         jax.tree.map(np.testing.assert_array_equal, moved, expected)
         kernel = moved["layers"][0]["mlp"]["gate"]["kernel"]
         assert kernel.addressable_shards[0].data.shape == (12, 20 // tensor)
+
+
+@pytest.mark.parametrize("mesh", [None, "of one device"])
+def test_weights_that_need_no_move_are_read_where_they_lie(tiny, mesh):
+    """Without a copy, also on a mesh of one device; a stack that an update takes over leaves its views as they are."""
+    mesh = mesh and make_mesh(1, devices=jax.devices()[:1])
+    whole_cache_lines = dict.fromkeys(("hidden_size", "intermediate_size"), 64)
+    config = dataclasses.replace(tiny[0].config, **whole_cache_lines)
+    model = dataclasses.replace(tiny[0], config=config, mesh=mesh)
+    params = model.init(jax.random.key(0))
+    if mesh is not None:
+        params = jax.device_put(params, shardings(model.config, mesh))
+    expected = jax.tree.map(np.array, model.for_decoding(params))
+    views = answering.for_decoding(model, params)
+    stack, layers = params["layers"]["mlp"]["gate"]["kernel"], [p["mlp"]["gate"]["kernel"] for p in views["layers"]]
+    start, size = stack.unsafe_buffer_pointer(), layers[0].nbytes
+    assert [layer.unsafe_buffer_pointer() for layer in layers] == [start + i * size for i in range(len(layers))]
+    cast = answering.for_decoding(dataclasses.replace(model, dtype="bfloat16"), params)
+    assert cast["layers"][0]["mlp"]["gate"]["kernel"].dtype == jnp.bfloat16
+    jax.block_until_ready(jax.jit(partial(jax.tree.map, lambda p: p + 1), donate_argnums=0)(params))
+    jax.tree.map(np.testing.assert_array_equal, views, expected)
 
 
 def test_greedy_equals_a_loop_of_full_forwards(tiny, batch):
