@@ -15,7 +15,7 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from camopd_jax.sharding import batch_shards, platform, sharding, whole
+from camopd_jax.sharding import batch_shards, sharding, whole
 from camopd_jax.steps import rollout as steps
 from camopd_jax.steps.rollout import Decoding
 from camopd_jax.steps.sampling import Sampling
@@ -85,10 +85,11 @@ def for_decoding(model: LanguageModel, params: Params) -> Params:
 
 def _lie_there(model: LanguageModel, stacks: Params) -> bool:
     """Whether parameters lie on the one CPU device that answers, in its precision."""
-    arrays = jax.tree.leaves(stacks)
-    devices = arrays[0].devices() if model.mesh is None else set(model.mesh.devices.flat)
-    alone = platform(model.mesh) == "cpu" and len(devices) == 1
-    return alone and all(array.devices() == devices and array.dtype == model.dtype for array in arrays)
+    arrays, dtype = jax.tree.leaves(stacks), np.dtype(model.dtype)
+    here = arrays[0].devices()
+    there = here if model.mesh is None else set(model.mesh.devices.flat)
+    one_cpu = [device.platform for device in here] == ["cpu"]
+    return one_cpu and all(array.devices() == there and array.dtype == dtype for array in arrays)
 
 
 def _views(model: LanguageModel, stacks: Params, count: int) -> tuple[Params, ...]:
