@@ -16,10 +16,11 @@ import torch
 import transformers
 from absl import flags
 
-from camopd_jax import cli, engine, evaluation
-from camopd_jax.config import Compute, SftConfig, TrainConfig
-from camopd_jax.evals import tasks
-from camopd_jax.sharding import make_mesh
+from camopd_jax.config.schema import Compute, SftConfig, TrainConfig
+from camopd_jax.evals import runner, tasks
+from camopd_jax.inference import engine
+from camopd_jax.runtime import cli
+from camopd_jax.runtime.mesh import make_mesh
 
 flags.DEFINE_string("model", None, "Hugging Face folder.")
 flags.DEFINE_integer("questions", 50, "The first questions of each benchmark.", 1)
@@ -49,8 +50,8 @@ def logit_difference(model, prompt: list[int], ours: list[int], theirs: list[int
 def compare(benchmark, loaded, model, config) -> dict:
     values = flags.FLAGS
     task = tasks.find(benchmark.task, config.evaluation.judge)
-    rows = evaluation.questions(benchmark, task, values.questions)
-    prompts = evaluation.prompts(benchmark, task, loaded.tokenizer, rows)
+    rows = runner.questions(benchmark, task, values.questions)
+    prompts = runner.prompts(benchmark, task, loaded.tokenizer, rows)
     cap = values.tokens or benchmark.max_response_tokens
     started = time.perf_counter()
     ours = engine.answer(loaded, prompts, max_new=cap, batch_size=config.evaluation.batch_size)

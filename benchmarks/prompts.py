@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from camopd_jax.config import Template
+from camopd_jax.config.schema import Template
 from camopd_jax.data import sources, templates
 from camopd_jax.data.templates import Row
 

@@ -19,7 +19,7 @@ from typing import Any
 import matplotlib
 from absl import app, flags
 
-from camopd_jax.config import Compute, Evaluation, MeshConfig, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.schema import Compute, Evaluation, MeshConfig, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.models.config import from_hf
 from camopd_jax.planning import topology
 from camopd_jax.planning.arrays import Models, plan

@@ -31,21 +31,23 @@ from absl import app, flags
 from limits import limits
 from prompts import tokenised
 
-from camopd_jax import __version__, engine, phases
-from camopd_jax.buckets import bucket
-from camopd_jax.config import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
+from camopd_jax import __version__
+from camopd_jax.config.schema import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
 from camopd_jax.data import templates
 from camopd_jax.data.pipeline import pad
-from camopd_jax.metrics import memory_gib
+from camopd_jax.inference import engine
+from camopd_jax.method import loop
+from camopd_jax.method.loop import Branch
+from camopd_jax.method.optimizer import init_state
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
-from camopd_jax.optim import init_state
-from camopd_jax.phases import Branch
 from camopd_jax.planning.costs import decode_bytes, forward_flops
-from camopd_jax.sharding import global_rows, make_mesh
+from camopd_jax.rollout.buckets import bucket
+from camopd_jax.runs.metrics import memory_gib
+from camopd_jax.runtime.mesh import global_rows, make_mesh
 from camopd_jax.types import PromptBatch, Prompts, Scored, Scores
 
 HISTORY = Path(__file__).parent / "history.jsonl"
@@ -141,17 +143,17 @@ def one_step(config, programs, model, state, phase, branch):
     host = next(branch.prompts)
     prompts = global_rows(model.mesh, PromptBatch(host, host, np.arange(batch, dtype=np.int32)), batch)
     draw, params, teacher = np.int32(state.step), state.params, branch.teacher_params
-    answers = timed("rollout", lambda: phases.ask(config, programs, branch, params, prompts, draw))
-    answers = phases.cut_to_bucket(answers, config.rollout.smallest_bucket)
-    theirs = timed("score_teacher", lambda: phases.score(config, model, teacher, prompts.teacher, answers))
+    answers = timed("rollout", lambda: loop.ask(config, programs, branch, params, prompts, draw))
+    answers = loop.cut_to_bucket(answers, config.rollout.smallest_bucket)
+    theirs = timed("score_teacher", lambda: loop.score(config, model, teacher, prompts.teacher, answers))
     ours = answers.logprobs
     if not programs.trusts_sampler:
-        ours = timed("score_student", lambda: phases.score(config, model, params, prompts.student, answers))
+        ours = timed("score_student", lambda: loop.score(config, model, params, prompts.student, answers))
     scores = Scores(ours, theirs)
     selection = timed("select", lambda: programs.select[phase](scores, answers.lengths, draw))
     part = Scored(prompts.student, prompts.index, answers, scores, selection)
-    gradient = timed("gradient", lambda: phases.gradient(config, programs, phase, params, part))
-    part = phases.without_residuals(part)
+    gradient = timed("gradient", lambda: loop.gradient(config, programs, phase, params, part))
+    part = loop.without_residuals(part)
     answers = part.rollout
     after, _ = timed("update", lambda: programs.update[phase](state, gradient, part))
     return after, seconds, {"selected": int(selection.count), "sampled": int(jnp.sum(answers.lengths))}
@@ -194,10 +196,10 @@ def main(_) -> None:
         own = hf.load(Path(v.model), model.config, model.mesh, engine.teacher_dtype(config.compute))
         branches["review"] = Branch(questions(v.domain, vocab), model, own)
         method = config.method
-        cycle = [phases.phase_at(step, method) for step in range(method.recovery_steps + method.review_steps)]
+        cycle = [loop.phase_at(step, method) for step in range(method.recovery_steps + method.review_steps)]
     before = np.asarray(student["final_norm"]["scale"])
     eos_ids = templates.eos_ids(Path(v.model), templates.load_tokenizer(Path(v.model))) if v.ends else ()
-    programs = phases.compile_programs(config, model, eos_ids, state)
+    programs = loop.compile_programs(config, model, eos_ids, state)
     middle = statistics.mean if v.ends else statistics.median
 
     started = time.perf_counter()
@@ -227,7 +229,7 @@ def main(_) -> None:
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {platform.machine()}",
         "model": Path(v.model).name if v.model else v.shape,
         "batch": v.batch, "prompt": v.prompt, "answer": v.answer, "micro_batch": v.micro_batch,
-        "score_batch": phases.score_batch(config), "mesh": v.mesh, "dtype": str(model.dtype),
+        "score_batch": loop.score_batch(config), "mesh": v.mesh, "dtype": str(model.dtype),
         "teacher_dtype": engine.teacher_dtype(config.compute), "remat": v.remat, "logits_chunk": v.logits_chunk,
         "mass": v.mass, "ends": v.ends, "shrinks": v.shrinks, "cycle": cycle, "steps": v.steps,
         "selected": kept,

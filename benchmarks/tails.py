@@ -17,14 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from camopd_jax import answering, engine, piecewise
-from camopd_jax.answering import Decode
-from camopd_jax.buckets import Piece, pieces
-from camopd_jax.config import Compute
+from camopd_jax.config.schema import Compute
+from camopd_jax.inference import engine
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
-from camopd_jax.steps.sampling import Sampling, row_keys
+from camopd_jax.rollout import generate, scoring
+from camopd_jax.rollout.buckets import Piece, pieces
+from camopd_jax.rollout.generate import Decode
+from camopd_jax.rollout.sampling import Sampling, row_keys
 from camopd_jax.types import Prompts
 
 flags.DEFINE_enum("shape", "smollm2-135m", list(SHAPES), "Shape of the random weights.")
@@ -41,7 +42,7 @@ def main(_) -> None:
     v = flags.FLAGS
     model = Model(from_hf(SHAPES[v.shape], context=v.prompt + v.cap), dtype=engine.matmul_dtype(Compute()))
     params = jax.jit(model.init)(jax.random.key(0))
-    weights = answering.for_decoding(model, params)
+    weights = generate.for_decoding(model, params)
     words = np.random.default_rng(0).integers(0, model.config.vocab_size, (v.batch, v.prompt)).astype(np.int32)
     prompts = Prompts(jnp.asarray(words), jnp.full(v.batch, v.prompt, jnp.int32))
     keys = row_keys(0, jnp.int32(0), jnp.arange(v.batch))
@@ -49,7 +50,7 @@ def main(_) -> None:
 
     def rollout(**options):
         decode = Decode(Sampling(), ends, v.cap, **options)
-        return lambda: answering.answers(model, weights, prompts, keys, decode)
+        return lambda: generate.answers(model, weights, prompts, keys, decode)
 
     said = rollout()()
     lengths, rows = np.asarray(said.lengths), np.arange(v.batch)
@@ -61,7 +62,7 @@ def main(_) -> None:
     ]
 
     def score(parts):
-        return lambda: piecewise.score(model, params, prompts, said.tokens, said.lengths, parts, chunk=1024)
+        return lambda: scoring.score(model, params, prompts, said.tokens, said.lengths, parts, chunk=1024)
 
     ways = {
         "rollout: whole batch": rollout(),

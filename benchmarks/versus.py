@@ -30,7 +30,7 @@ from rich import box
 from rich.console import Console
 from rich.table import Table
 
-from camopd_jax.jsonl import write_rows
+from camopd_jax.runtime.jsonl import write_rows
 
 HERE = Path(__file__).parent
 OURS = ("--score_batch=16", "--remat=rollout")  # and micro-batches of 4: best on two CPU cores

@@ -15,13 +15,14 @@ A row's answer depends on the seed, its line and its text, not on the batch.
 
 from absl import flags
 
-from camopd_jax import cli, engine
-from camopd_jax.config import Compute, Template
+from camopd_jax.config.schema import Compute, Template
 from camopd_jax.data import sources, templates
-from camopd_jax.jsonl import write_rows
-from camopd_jax.processes import first
-from camopd_jax.sharding import check_rows, make_mesh
-from camopd_jax.steps.sampling import Sampling
+from camopd_jax.inference import engine
+from camopd_jax.rollout.sampling import Sampling
+from camopd_jax.runtime import cli
+from camopd_jax.runtime.distributed import first
+from camopd_jax.runtime.jsonl import write_rows
+from camopd_jax.runtime.mesh import check_rows, make_mesh
 
 
 def main() -> None:

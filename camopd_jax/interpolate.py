@@ -6,45 +6,15 @@
 way to get general ability back, and so what a trained model has to beat (WiSE-FT, arXiv 2109.01903).
 """
 
-import jax
 from absl import flags
 from etils import epath
 
-from camopd_jax import cli, engine
-from camopd_jax.config import TrainConfig
+from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.export import write_folder
-from camopd_jax.models import hf
-from camopd_jax.processes import first
-from camopd_jax.sharding import make_mesh
-
-
-def interpolate(config: TrainConfig, weight: float, out: str) -> None:
-    """Writes `weight * original + (1 - weight) * specialised` of a config's two models as a Hugging Face folder.
-
-    Raises:
-      UserError: if the two are not of one shape.
-    """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    general, specialised = (
-        engine.load(engine.find(name, f"config.{field}"), mesh, config.compute, dtype="float32", context=1)
-        for field, name in (("general_model", config.general_model), ("specialised_model", config.specialised_model))
-    )
-    if general.model.config != specialised.model.config:
-        raise UserError(
-            f"config.specialised_model: its architecture is not that of {config.general_model}; only a model made "
-            "from the original can be averaged with it"
-        )
-    mean = jax.jit(lambda a, b: jax.tree.map(lambda x, y: weight * x + (1 - weight) * y, a, b))
-    provenance = {
-        "method": f"interpolation with {weight:g} of the original model",
-        "general_model": config.general_model,
-        "general_fingerprint": hf.fingerprint(general.folder),
-        "specialised_model": config.specialised_model,
-        "specialised_fingerprint": hf.fingerprint(specialised.folder),
-    }
-    write_folder(epath.Path(out), specialised.with_params(mean(general.params, specialised.params)), provenance)
-
+from camopd_jax.inference import engine
+from camopd_jax.runs.interpolation import interpolate
+from camopd_jax.runtime import cli
+from camopd_jax.runtime.distributed import first
 
 if __name__ == "__main__":
     flags.DEFINE_float("weight", 0.5, "Share of the original model.", 0.0, 1.0)

@@ -10,8 +10,8 @@ one method of a grid are one line, their mean over seeds; runs given by themselv
 
 from absl import flags
 
-from camopd_jax import cli
 from camopd_jax.reporting.page import write_page
+from camopd_jax.runtime import cli
 
 if __name__ == "__main__":
     flags.DEFINE_string("out", "report.html", "File to write; what was there is replaced.")

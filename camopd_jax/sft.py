@@ -7,78 +7,12 @@ export as the main job; the work directory ends with export/, which `camopd_jax.
 `specialised_model`. The same command goes on from the last checkpoint; SIGTERM saves one first.
 """
 
-import time
-from functools import partial
-
-import jax
 from absl import flags
 
-from camopd_jax import cli, engine
-from camopd_jax.config import SftConfig
-from camopd_jax.data.pipeline import SftStream
-from camopd_jax.engine import Loaded
-from camopd_jax.host import Host
-from camopd_jax.metrics import memory_gib
-from camopd_jax.models import hf
-from camopd_jax.optim import init_state
-from camopd_jax.piecewise import Learning, micro_batches
-from camopd_jax.processes import together
-from camopd_jax.sharding import check_rows, global_rows, make_mesh, rows_of_process
-from camopd_jax.steps.update import Gradient, sft_update, sft_weights
-from camopd_jax.types import Params, SftBatch
-
-
-def sft(config: SftConfig, workdir: str) -> None:
-    """Runs the whole job: load, train, measure, export."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    check_rows(mesh, "config.batch_size", config.batch_size)
-    check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
-    check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)
-
-    def begin() -> tuple[Loaded, SftStream]:
-        folder = engine.find(config.model, "config.model")
-        loaded = engine.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
-        return loaded, SftStream(config, loaded.tokenizer, rows_of_process(mesh, config.batch_size))
-
-    student, stream = together(begin)
-    provenance = {
-        "method": "supervised fine-tuning",
-        "model": config.model,
-        "fingerprint": hf.fingerprint(student.folder),
-    }
-    host = Host(config, workdir, student, {"data": stream}, provenance)
-    state = host.restore(init_state(student.params, "shared"))
-    host.display.say(f"conversations: {stream.counts}")
-    host.evaluate("start", 0, student)
-    places = jax.tree.map(lambda x: x.sharding, state)
-    learning = Learning(student.model, places.params, config.compute.logits_chunk)
-    update = jax.jit(partial(sft_update, config=config), donate_argnums=0, out_shardings=(places, None))
-    ended = host.measure(int(state.step), state)  # the last start may have ended in the middle of an evaluation
-    for step in range(int(state.step), 0 if ended else config.steps):
-        started = time.perf_counter()
-        batch = global_rows(mesh, next(stream), config.batch_size)
-        state, metrics = update(state, gradient(config, learning, state.params, batch), batch)
-        row = {"step": step, "phase": "sft"} | {name: value.item() for name, value in metrics.items()}
-        seconds = time.perf_counter() - started
-        speed = {"tokens_per_second": row["response_tokens"] / seconds, "memory_gib": memory_gib()}
-        host.record(row | {"seconds": {"update": seconds}} | speed)
-        if host.due(step + 1) and host.milestone(step + 1, state):
-            break
-    if host.terminated:
-        return
-    state = host.chosen(state)
-    steps = int(state.step)
-    host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
-    host.finish(state)
-
-
-def gradient(config: SftConfig, learning: Learning, params: Params, batch: SftBatch) -> Gradient:
-    """Of the cross-entropy of a whole batch, rows of like length together."""
-    prompts, tokens, lengths = batch.prompts, batch.tokens, batch.lengths
-    mesh, size = tokens.sharding.mesh, config.optimizer.micro_batch
-    everyone = micro_batches(mesh, prompts, tokens, lengths, size, config.smallest_bucket)
-    return learning(params, prompts, tokens, lengths, sft_weights(lengths, tokens.shape[1]), everyone)
-
+from camopd_jax.config.schema import SftConfig
+from camopd_jax.inference import engine
+from camopd_jax.runs.fine_tuning import sft
+from camopd_jax.runtime import cli
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run, made if it is not there; gs:// paths work.")

@@ -1,4 +1,4 @@
-"""The laptop study: every method of camopd_jax/controls.py on the quickstart's models.
+"""The laptop study: every method of camopd_jax/config/methods.py on the quickstart's models.
 
 Command   python -m camopd_jax.compare --config=configs/sandbox.py --workdir=runs/sandbox --seeds=5
 Models, prompts  those of configs/quickstart.py.

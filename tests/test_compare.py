@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from rows import read_lines, write_lines
 
-from camopd_jax import compare
-from camopd_jax.compare import INTERPOLATION, Run
-from camopd_jax.config import Benchmark, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.identity import to_json
+from camopd_jax.config.schema import Benchmark, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.resolved import to_json
+from camopd_jax.runs import grid as compare
+from camopd_jax.runs.grid import INTERPOLATION, Run
 
 ROOT = Path(__file__).parents[1]
 BASE = TrainConfig(

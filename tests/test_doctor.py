@@ -10,12 +10,11 @@ import pytest
 from etils import epath
 from rows import ask, edit_json, swap_tokens, write_lines
 
-from camopd_jax import doctor
-from camopd_jax.checkpoint import claim_workdir
-from camopd_jax.config import TrainConfig, from_config_dict
+from camopd_jax.config.identity import changed
+from camopd_jax.config.schema import TrainConfig, from_config_dict
 from camopd_jax.models.transformer import Model
-from camopd_jax.planning import topology
-from camopd_jax.resolved import changed
+from camopd_jax.planning import doctor, topology
+from camopd_jax.runs.checkpoint import claim_workdir
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "configs/quickstart"

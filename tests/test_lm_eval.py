@@ -9,7 +9,7 @@ import transformers
 from lm_eval.api.instance import Instance
 from rows import ask, read_lines, write_lines
 
-from camopd_jax.lm_eval import CamopdLM
+from camopd_jax.evals.harness import CamopdLM
 
 FOLDER = Path(__file__).parents[1] / "configs" / "quickstart" / "generalist"
 PAIRS = [("reverse: abc", " cba"), ("sort: cab", " abc and more"), ("add: 12 and 3 ", "15"), ("", "double: abc")]

@@ -15,8 +15,8 @@ import pytest
 from rows import read_lines
 from safetensors.numpy import load_file
 
-from camopd_jax import distributed
 from camopd_jax.errors import UserError
+from camopd_jax.runtime import cluster
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3
@@ -224,7 +224,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(pair, tmp_
     ended = both.processes[victim].when((workdir / "checkpoints" / "2").exists, signal.SIGKILL)
     assert ended.code == -signal.SIGKILL
     left = both.processes[1 - victim]
-    assert left.wait(distributed.LOST_AFTER + 30).code not in (0, 2)
+    assert left.wait(cluster.LOST_AFTER + 30).code not in (0, 2)
     assert "another process of the run is lost" in last_line(left) and "from its last checkpoint" in last_line(left)
     leader, _ = pair("train", *flags, f"--config.steps={STEPS}").wait()
     assert leader.code == 0 and "going on from step 2" in leader.out, leader.err
@@ -241,7 +241,7 @@ def test_a_process_that_hangs_is_held_to_be_dead_within_a_bound(pair, tmp_path):
         assert time.monotonic() < deadline, left.err.read_text()
         time.sleep(0.05)
     hangs.send(signal.SIGSTOP)
-    assert left.wait(distributed.LOST_AFTER + 30).code not in (0, 2)
+    assert left.wait(cluster.LOST_AFTER + 30).code not in (0, 2)
     assert "another process of the run is lost" in last_line(left)
 
 
@@ -261,20 +261,20 @@ def test_a_search_that_fails(monkeypatch, wish, error, says):
         raise error
 
     monkeypatch.setenv("CAMOPD_DISTRIBUTED", wish)
-    monkeypatch.setattr(distributed, "_on_cloud_tpu", lambda: True)
+    monkeypatch.setattr(cluster, "_on_cloud_tpu", lambda: True)
     monkeypatch.setattr(jax.distributed, "initialize", search)
     if says:
         with pytest.raises(UserError, match=re.escape(says)):
-            distributed.join(None)
+            cluster.join(None)
     else:
-        distributed.join(None)
-    assert not distributed.joined()
+        cluster.join(None)
+    assert not cluster.joined()
 
 
 def test_no_search_where_there_is_no_tpu_and_where_it_is_turned_off(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("it searched"))
     monkeypatch.delenv("CAMOPD_DISTRIBUTED", raising=False)
-    distributed.join(None)
+    cluster.join(None)
     monkeypatch.setenv("CAMOPD_DISTRIBUTED", "0")
-    monkeypatch.setattr(distributed, "_on_cloud_tpu", lambda: True)
-    distributed.join(None)
+    monkeypatch.setattr(cluster, "_on_cloud_tpu", lambda: True)
+    cluster.join(None)

@@ -389,7 +389,7 @@ def test_steps_that_are_not_finite_end_the_run(command, other, tmp_path):
 
 
 def test_clip_rates_by_phase():
-    from camopd_jax.train import clip_rates
+    from camopd_jax.runs.training import clip_rates
 
     steps = [("recovery", 1.0), ("recovery", 0.0), ("review", 1.0)]
     metrics = [{"phase": phase, "grad_clipped": clipped} for phase, clipped in steps]

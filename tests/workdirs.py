@@ -2,12 +2,11 @@
 
 import json
 
-from camopd_jax.config import Benchmark, Evaluation, Stream, TrainConfig
-from camopd_jax.controls import CONTROLS
-from camopd_jax.evals import report
+from camopd_jax.config.identity import changed, to_json
+from camopd_jax.config.methods import CONTROLS
+from camopd_jax.config.schema import Benchmark, Evaluation, Stream, TrainConfig
 from camopd_jax.evals.task import Grade
-from camopd_jax.phases import ACTING, phase_at
-from camopd_jax.resolved import changed, to_json
+from camopd_jax.method.loop import ACTING, phase_at
 
 BENCHMARKS = (Benchmark("sums"), Benchmark("logic"), Benchmark("drugs", "choice", axis="domain"))
 NOTHING, EVERYTHING = [0.0] * 8, [1.0] * 8
@@ -71,7 +70,7 @@ def write(file, rows):
 
 def result_rows(model, step, scores):
     return [{"model": model, "step": step, "checkpoint": model, "asked": b.name}
-            | report.result(b, [[Grade(score)] for score in scores[b.name]], [3] * 8, [True] * 8)
+            | scores.result(b, [[Grade(score)] for score in scores[b.name]], [3] * 8, [True] * 8)
             for b in BENCHMARKS]  # fmt: skip
 
 

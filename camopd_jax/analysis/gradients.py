@@ -18,11 +18,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from camopd_jax.config import Diagnostics, TrainConfig
+from camopd_jax.config.schema import Diagnostics, TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.steps.losses import token_weights
-from camopd_jax.steps.score import score
-from camopd_jax.steps.select import random_subset
+from camopd_jax.method.select import random_subset
+from camopd_jax.method.token_weights import token_weights
+from camopd_jax.rollout.score import score
 from camopd_jax.types import LanguageModel, Params, Prompts, Scored
 
 SETS = ("selected", "all")

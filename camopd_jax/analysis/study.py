@@ -14,8 +14,8 @@ from rich import box
 from rich.table import Table
 from scipy import stats
 
-from camopd_jax.evals import report
-from camopd_jax.evals.report import Result
+from camopd_jax.evals import scores
+from camopd_jax.evals.scores import Result
 
 Shares = dict[str, float]  # by benchmark
 TUNING_SEED = 1000  # of the runs that choose a learning rate
@@ -36,11 +36,11 @@ def shares(models: Sequence[Sequence[Result]], for_tuning: bool) -> Shares:
     found = {}
     for rows in zip(*models, strict=True):
         chosen = [i for i in range(rows[0]["n"]) if tuning(i) == for_tuning]
-        general, specialised, student = ([report.some(row, chosen)] for row in rows)
+        general, specialised, student = ([scores.some(row, chosen)] for row in rows)
         if rows[0]["axis"] == "general":
-            share = report.recovery(general, specialised, student)
+            share = scores.recovery(general, specialised, student)
         else:
-            share = report.retention(specialised, student)
+            share = scores.retention(specialised, student)
         found[rows[0]["benchmark"]] = math.nan if share is None else share.value
     return found
 

@@ -10,10 +10,10 @@ from typing import Any
 import grain
 import numpy as np
 
-from camopd_jax.buckets import bucket
-from camopd_jax.config import RolloutConfig, SftConfig, Stream
+from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream
 from camopd_jax.data import sources, templates
 from camopd_jax.errors import UserError
+from camopd_jax.rollout.buckets import bucket
 from camopd_jax.types import PromptBatch, Prompts, SftBatch
 
 

@@ -24,13 +24,14 @@ from typing import Any
 
 from absl import flags
 
-from camopd_jax import __version__, cli
+from camopd_jax import __version__
 from camopd_jax.data import sources
 from camopd_jax.data.columns import Row
 from camopd_jax.data.recipes import RECIPES, Part, Recipe
 from camopd_jax.errors import UserError
 from camopd_jax.evals.tasks import TASKS
-from camopd_jax.jsonl import whole_file, write_rows
+from camopd_jax.runtime import cli
+from camopd_jax.runtime.jsonl import whole_file, write_rows
 
 SHORT = 8  # words; a shorter question may be another one's with other options
 

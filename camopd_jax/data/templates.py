@@ -5,7 +5,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from camopd_jax.config import Template
+from camopd_jax.config.schema import Template
 from camopd_jax.errors import UserError
 
 Row = dict[str, Any]

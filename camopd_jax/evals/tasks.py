@@ -1,7 +1,7 @@
 """The benchmarks by name: what `config.Benchmark.task` may say."""
 
-from camopd_jax.config import Judge
-from camopd_jax.evals import choice, exact, gsm8k, ifeval, judge, likelihood, mbpp, zebra
+from camopd_jax.config.schema import Judge
+from camopd_jax.evals.graders import choice, exact, gsm8k, ifeval, judge, likelihood, mbpp, zebra
 from camopd_jax.evals.task import Task
 
 TASKS: dict[str, Task] = {

@@ -6,7 +6,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.errors import UserError
 from camopd_jax.models import fused
-from camopd_jax.sharding import batch_shards, platform
+from camopd_jax.runtime.mesh import batch_shards, platform
 from camopd_jax.types import EMPTY
 
 # Scores of at most this many query-key pairs (all rows and heads of one chip) exist at one time.

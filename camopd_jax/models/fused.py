@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from camopd_jax.models.config import ModelConfig
-from camopd_jax.sharding import platform, spec
+from camopd_jax.runtime.mesh import platform, spec
 
 SHORTEST = 128  # slots: fewer are one block of the TPU's kernel, and the plain form's scores are small
 _BLOCKS = (512, 256, 128)  # queries, and keys, that the TPU's kernel takes at one time

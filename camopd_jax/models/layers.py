@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.models.attention import attend
 from camopd_jax.models.config import ModelConfig, Rope
-from camopd_jax.sharding import constrain
+from camopd_jax.runtime.mesh import constrain
 
 ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
 

@@ -17,7 +17,7 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.layers import Attention, FeedForward, RMSNorm, rotation
 from camopd_jax.models.stack import Layer, through
 from camopd_jax.models.weights import layer_by_layer, table
-from camopd_jax.sharding import ACTIVATION, RESIDUAL, constrain, constrain_even
+from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
 from camopd_jax.types import EMPTY, KVCache, Params, Residuals
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None, "rollout": None}

@@ -14,7 +14,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import ModelConfig
-from camopd_jax.sharding import RULES, sharding
+from camopd_jax.runtime.mesh import RULES, sharding
 from camopd_jax.types import Params
 
 

@@ -11,18 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
-from camopd_jax import engine, phases
-from camopd_jax.buckets import bucket
-from camopd_jax.config import TrainConfig
+from camopd_jax.config.schema import TrainConfig
+from camopd_jax.inference import engine
+from camopd_jax.method import loop
+from camopd_jax.method.optimizer import abstract_state
+from camopd_jax.method.update import Gradient
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import leaf_of, shardings, table, tree_of
-from camopd_jax.optim import abstract_state
-from camopd_jax.sharding import make_mesh, sharding
-from camopd_jax.steps import rollout as steps
-from camopd_jax.steps.rollout import Decoding
-from camopd_jax.steps.sampling import row_keys
-from camopd_jax.steps.update import Gradient
+from camopd_jax.rollout import decode as steps
+from camopd_jax.rollout.buckets import bucket
+from camopd_jax.rollout.decode import Decoding
+from camopd_jax.rollout.sampling import row_keys
+from camopd_jax.runtime.mesh import make_mesh, sharding
 from camopd_jax.types import (
     KVCache,
     LanguageModel,
@@ -74,7 +75,7 @@ def plan(config: TrainConfig, models: Models, devices: Any, platform: str) -> Pl
       UserError: for a mesh or batches that do not fit the devices or the models.
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
-    phases.check_batches(config, mesh)
+    loop.check_batches(config, mesh)
     vocab = min(models.general.vocab_size, models.specialised.vocab_size)
     dtype = engine.matmul_dtype(config.compute, platform)
 
@@ -88,13 +89,13 @@ def plan(config: TrainConfig, models: Models, devices: Any, platform: str) -> Pl
         "general": (general, abstract_params(general.config, mesh, of_teacher)),
         "specialised": (student, abstract_params(student.config, mesh, of_teacher)),
     }
-    rows = max(phases.batch_rows(config).values())
+    rows = max(loop.batch_rows(config).values())
     rollout = config.rollout
     slots = min(rollout.max_prompt_tokens, bucket(rollout.max_prompt_tokens, rollout.smallest_bucket))
     return Plan(
         config=config,
         mesh=mesh,
-        rollout_mesh=phases.rollout_mesh(config, mesh),
+        rollout_mesh=loop.rollout_mesh(config, mesh),
         student=student,
         state=abstract_state(abstract_params(student.config, mesh, config.compute.params), config.method.moments),
         teachers=teachers,

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import jax
 
-from camopd_jax import phases
+from camopd_jax.method import loop
 from camopd_jax.planning import hlo
 from camopd_jax.planning.arrays import Plan, chip_bytes
 from camopd_jax.planning.programs import Program
 from camopd_jax.planning.topology import Topology
-from camopd_jax.sharding import batch_shards
+from camopd_jax.runtime.mesh import batch_shards
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
@@ -127,7 +127,7 @@ def findings(module: hlo.Module, program: Program, plan: Plan) -> list[str]:
         for i in hlo.gathered_stacks(module, model.num_layers):
             said.append(f"gathers a parameter of all layers at once: {i.shape.split('{')[0]}")
     if stage in ("score", "gradient"):
-        size = phases.score_batch(plan.config) if stage == "score" else plan.config.optimizer.micro_batch
+        size = loop.score_batch(plan.config) if stage == "score" else plan.config.optimizer.micro_batch
         rows = size // batch_shards(plan.mesh)
         tokens = rows * plan.config.rollout.max_response_tokens
         vocab = model.output_vocab_size or model.vocab_size

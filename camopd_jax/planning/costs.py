@@ -12,14 +12,15 @@ from functools import cache
 import jax.numpy as jnp
 import numpy as np
 
-from camopd_jax import engine, phases
-from camopd_jax.answering import FIRST_RING, entering
-from camopd_jax.buckets import bucket
-from camopd_jax.config import TrainConfig
+from camopd_jax.config.schema import TrainConfig
+from camopd_jax.inference import engine
+from camopd_jax.method import loop
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.weights import table
-from camopd_jax.sharding import filled
-from camopd_jax.steps.score import tokens_at_once
+from camopd_jax.rollout.buckets import bucket
+from camopd_jax.rollout.generate import FIRST_RING, entering
+from camopd_jax.rollout.score import tokens_at_once
+from camopd_jax.runtime.mesh import filled
 
 Sizes = Mapping[str, int]  # of a mesh: {"data", "fsdp", "tensor"}
 
@@ -82,7 +83,7 @@ def rollout_sizes(config: TrainConfig, mesh: Sizes) -> dict[str, int]:
 
 
 def refills(rows: int, places: int, mesh: Sizes) -> tuple[int, int]:
-    """(how often prompts that wait take free places, how many at one time), as `answering.answers` does it."""
+    """(how often prompts that wait take free places, how many at one time), as `generate.answers` does it."""
     several = entering(places, mesh["data"] * mesh["fsdp"])
     return max(0, math.ceil((rows - places) / several)), several
 
@@ -107,12 +108,12 @@ def kept_rows(config: TrainConfig, branch: str) -> int:
 
     A review before any recovery keeps all.
     """
-    return math.ceil(getattr(config.method, branch).mass * phases.batch_rows(config)[branch])
+    return math.ceil(getattr(config.method, branch).mass * loop.batch_rows(config)[branch])
 
 
 def scoring_pieces(config: TrainConfig, rows: int) -> int:
     """Forward passes that score so many rows."""
-    return math.ceil(rows / phases.score_batch(config))
+    return math.ceil(rows / loop.score_batch(config))
 
 
 def learning_pieces(config: TrainConfig, rows: int) -> int:
@@ -147,7 +148,7 @@ def memory_estimate(
 
     sizes = rollout_sizes(config, mesh)
     shards = sizes["data"] * sizes["fsdp"]
-    rows = max(phases.batch_rows(config).values())
+    rows = max(loop.batch_rows(config).values())
     places = min(config.rollout.places or rows, rows)
     copy = n * item / (sizes["fsdp"] * sizes["tensor"])
     if sizes["fsdp"] > 1:
@@ -158,7 +159,7 @@ def memory_estimate(
     prefilled = slot * prompt + live(sizes["tensor"]) * prompt / shards  # of one place
 
     micro, scored = (
-        n / (mesh["data"] * mesh["fsdp"]) for n in (config.optimizer.micro_batch, phases.score_batch(config))
+        n / (mesh["data"] * mesh["fsdp"]) for n in (config.optimizer.micro_batch, loop.score_batch(config))
     )
     wide = live(tensor) / item - 4 * d
     enters, stream = d / tensor, stream * config.rollout.batch_size * (prompt + answer) / (mesh["data"] * mesh["fsdp"])

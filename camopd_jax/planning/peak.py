@@ -9,7 +9,7 @@ from camopd_jax.planning.arrays import Plan, chip_bytes
 from camopd_jax.planning.compiling import Report
 from camopd_jax.planning.costs import cache_bytes
 from camopd_jax.planning.programs import HELD
-from camopd_jax.sharding import batch_shards
+from camopd_jax.runtime.mesh import batch_shards
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """A run's own programs at their largest shapes, from shapes alone: no weights are read and no array is made.
 
-They are the jitted functions that the run itself calls, `answering.programs`, `piecewise.scoring` and those of
+They are the jitted functions that the run itself calls, `generate.programs`, `scoring.scoring` and those of
 `phases.compile_programs`; their arguments are those of `planning.arrays`.
 """
 
@@ -13,8 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from camopd_jax import answering, phases, piecewise
-from camopd_jax.answering import FIRST_RING
+from camopd_jax.method import loop
 from camopd_jax.planning.arrays import (
     Plan,
     abstract_batch,
@@ -26,6 +25,8 @@ from camopd_jax.planning.arrays import (
     decoding_state,
 )
 from camopd_jax.planning.costs import kept_rows, learning_pieces, refills, scoring_pieces, turns
+from camopd_jax.rollout import generate
+from camopd_jax.rollout.generate import FIRST_RING
 from camopd_jax.types import LanguageModel, Params, Scored
 
 Named = tuple["Program", tuple]  # and what makes it another program than others
@@ -55,7 +56,7 @@ def programs(p: Plan, eos_ids: tuple[int, ...]) -> Iterator[Program]:
 
 
 def _all(p: Plan, eos_ids: tuple[int, ...]) -> Iterator[Named]:
-    compiled = phases.compile_programs(p.config, p.student, eos_ids, p.state)
+    compiled = loop.compile_programs(p.config, p.student, eos_ids, p.state)
     answer = {"": (p.student, p.state.params)}
     if p.config.method.answers == "teacher":
         answer = {f": {name} teacher": teacher for name, teacher in p.teachers.items()}
@@ -76,9 +77,9 @@ def _with_offloaded(p: Plan, program: Program) -> Program:
     return dataclasses.replace(program, beside=program.beside | {"offloaded": there})
 
 
-def _rollout(p: Plan, compiled: phases.Programs, name: str, model: LanguageModel, params: Params) -> Iterator[Named]:
+def _rollout(p: Plan, compiled: loop.Programs, name: str, model: LanguageModel, params: Params) -> Iterator[Named]:
     """The parts of an answer. Between `prefill` and `decode` the cache grows, at last to the cap."""
-    parts, decode = answering.programs(p.rollout_mesh), compiled.decode
+    parts, decode = generate.programs(p.rollout_mesh), compiled.decode
     model, cap = model.on(p.rollout_mesh), decode.max_new
     weights = decoding_params(model, params)
     drawn = {"sampling": decode.sampling, "eos_ids": decode.eos_ids}
@@ -114,7 +115,7 @@ def _rollout(p: Plan, compiled: phases.Programs, name: str, model: LanguageModel
 def _reshard(p: Plan, name: str, model: LanguageModel, params: Params, weights: Params) -> Iterator[Named]:
     """A layer, and each array of no layer, as the last to move: all others are there."""
     kind, number = "teacher" if name else "parameters", jax.ShapeDtypeStruct((), jnp.int32)
-    for part, jitted in answering.moves(model, tuple(params)).items():
+    for part, jitted in generate.moves(model, tuple(params)).items():
         there = {other: array for other, array in weights.items() if other != part}
         args, runs = (params[part],), 1
         if part == "layers":
@@ -123,11 +124,11 @@ def _reshard(p: Plan, name: str, model: LanguageModel, params: Params, weights: 
                        runs=runs)  # fmt: skip
 
 
-def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:
+def _learning(p: Plan, compiled: loop.Programs) -> Iterator[Named]:
     """What acts on finished answers: a micro-batch of rows at a time, then all."""
     batch, said, config = p.batch, p.batch.rollout, p.config
     chunk = config.compute.logits_chunk
-    scored_M = jax.ShapeDtypeStruct((phases.score_batch(config),), jnp.int32)
+    scored_M = jax.ShapeDtypeStruct((loop.score_batch(config),), jnp.int32)
     learnt_1M = jax.ShapeDtypeStruct((1, config.optimizer.micro_batch), jnp.int32)
     widest = {"slots": p.slots, "answer_slots": said.tokens.shape[1], "chunk": chunk}
     scoring = {"student": (p.student, p.state.params)} | {
@@ -143,16 +144,16 @@ def _learning(p: Plan, compiled: phases.Programs) -> Iterator[Named]:
     for name, (model, params) in scoring.items():
         kind = "parameters" if name == "student" else "teacher"
         scored = batch.scores.student
-        yield _program(f"score: {name}", piecewise.scoring(p.mesh), (model, params, scored, *asked, scored_M),
+        yield _program(f"score: {name}", scoring.scoring(p.mesh), (model, params, scored, *asked, scored_M),
                        {kind: params, "batch": (scored, *asked)}, widest | {"with_top": False}, beside=wait,
                        runs=_scorings(p, name))  # fmt: skip
     draw = jax.ShapeDtypeStruct((), jnp.int32)
-    for name in phases.BRANCHES:
+    for name in loop.BRANCHES:
         yield _program(f"select: {name}", compiled.select[name], (batch.scores, said.lengths, draw),
                        {"batch": (batch.scores, said.lengths)}, beside=wait)  # fmt: skip
     params, sum_so_far = p.state.params, abstract_gradient(p.state.params)
     asked = (*asked, batch.scores.student)
-    learnt = [learning_pieces(config, kept_rows(config, name)) for name in phases.BRANCHES]
+    learnt = [learning_pieces(config, kept_rows(config, name)) for name in loop.BRANCHES]
     yield _program(
         "gradient", compiled.learning.add, (p.student, params, sum_so_far, *asked, residuals, learnt_1M, draw),
         {"parameters": params, "gradient": sum_so_far, "batch": asked, "residuals": residuals}, widest,
@@ -173,7 +174,7 @@ def _teaches(p: Plan, name: str) -> bool:
 
 def _scorings(p: Plan, name: str) -> int:
     """Pieces that a model scores in a step."""
-    rows, method = phases.batch_rows(p.config), p.config.method
+    rows, method = loop.batch_rows(p.config), p.config.method
     if method.schedule == "alternate":
         return scoring_pieces(p.config, p.rows)
     teacher = {"recovery": "general teacher", "review": f"{method.domain_teacher} teacher"}
@@ -184,7 +185,7 @@ def _parts(p: Plan, update: str) -> tuple[Scored, ...]:
     if update != "mixed":
         return (p.batch,)
     answers = p.batch.rollout.tokens.shape[1]
-    return tuple(abstract_batch(p.mesh, n, p.prompt_slots, answers) for n in phases.batch_rows(p.config).values())
+    return tuple(abstract_batch(p.mesh, n, p.prompt_slots, answers) for n in loop.batch_rows(p.config).values())
 
 
 def _program(

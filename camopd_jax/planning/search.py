@@ -6,8 +6,8 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
-from camopd_jax import phases
-from camopd_jax.config import TrainConfig
+from camopd_jax.config.schema import TrainConfig
+from camopd_jax.method import loop
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.planning.arrays import Models
 from camopd_jax.planning.costs import memory_estimate
@@ -84,7 +84,7 @@ def candidates(config: TrainConfig, models: Models, topology: Topology, answer: 
     What the config keeps on the chips goes to their hosts only in those that come after all that fit without.
     """
     shapes, chips = (models.general, models.specialised), len(topology.devices)
-    rows, found = tuple(phases.batch_rows(config).values()), []
+    rows, found = tuple(loop.batch_rows(config).values()), []
     offloads = dict.fromkeys((config.compute.offload, "late"))
     remats = dict.fromkeys((*REMATS, config.compute.remat))
     tensors = sorted({tensor for _, _, tensor in meshes(chips, shapes)})

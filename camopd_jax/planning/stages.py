@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import jax.numpy as jnp
 
-from camopd_jax import engine, phases
-from camopd_jax.config import TrainConfig
+from camopd_jax.config.schema import TrainConfig
+from camopd_jax.inference import engine
+from camopd_jax.method import loop
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.planning.costs import (
     Sizes,
@@ -50,7 +51,7 @@ def stage_work(
 ) -> dict[str, Work]:
     """The stages of a step in which every prompt has its cap's length and every answer `answer` tokens."""
     total: dict[str, Work] = {}
-    for branch in phases.ACTING[phase]:
+    for branch in loop.ACTING[phase]:
         for part in (_rollout_work, _learning_work):
             for name, work in part(config, model, mesh, platform, branch, answer).items():
                 total[name] = total[name] + work if name in total else work
@@ -64,7 +65,7 @@ def _rollout_work(
     """On the rollout's mesh, where weights that are split over fsdp are gathered at every turn."""
     item = jnp.dtype(engine.matmul_dtype(config.compute, platform)).itemsize
     sizes, prompt = rollout_sizes(config, mesh), config.rollout.max_prompt_tokens
-    rows = phases.batch_rows(config)[branch]
+    rows = loop.batch_rows(config)[branch]
     places = min(config.rollout.places or rows, rows)
     shards, tensor, fsdp = sizes["data"] * sizes["fsdp"], sizes["tensor"], sizes["fsdp"]
     share = matrix_weights(model) * item / tensor  # of the weights, what one chip multiplies with
@@ -91,7 +92,7 @@ def _learning_work(
     """Scores and gradient: parameters split over fsdp are gathered layer by layer, once for each piece."""
     dtype = engine.matmul_dtype(config.compute, platform)
     item, length = jnp.dtype(dtype).itemsize, config.rollout.max_prompt_tokens + answer
-    rows, kept = phases.batch_rows(config)[branch], kept_rows(config, branch)
+    rows, kept = loop.batch_rows(config)[branch], kept_rows(config, branch)
     fsdp, tensor = mesh["fsdp"], mesh["tensor"]
     share = matrix_weights(model) * item / tensor
     gathered = share * (fsdp - 1) / fsdp
@@ -110,7 +111,7 @@ def _learning_work(
             micro_batches * (2 * gathered + summed) + passes * kept * length * token,
         ),
     }  # fmt: skip
-    return work if phases.trusts_sampler(config, dtype) else {"score student": score} | work
+    return work if loop.trusts_sampler(config, dtype) else {"score student": score} | work
 
 
 def _reduced(model: ModelConfig, item: int, tensor: int) -> float:

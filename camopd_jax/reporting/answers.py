@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 
-from camopd_jax.phases import BRANCHES
+from camopd_jax.method.loop import BRANCHES
 from camopd_jax.reporting.blocks import Answer, Pair, Token
 from camopd_jax.reporting.cast import Cast
 from camopd_jax.reporting.runs import Row

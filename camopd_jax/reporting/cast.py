@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from camopd_jax.controls import AGAINST
+from camopd_jax.config.methods import AGAINST
 from camopd_jax.reporting.runs import Group
 from camopd_jax.reporting.svg import GROUPS
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from camopd_jax.phases import BRANCHES
+from camopd_jax.method.loop import BRANCHES
 from camopd_jax.reporting import plots, series, svg
 from camopd_jax.reporting.blocks import Figure, Legend, Section
 from camopd_jax.reporting.cast import Cast, Style

@@ -8,11 +8,11 @@ from typing import Any
 from etils import epath
 
 from camopd_jax.analysis import study
-from camopd_jax.controls import AGAINST, CONTROLS, INTERPOLATION, method_of
+from camopd_jax.config.identity import stored
+from camopd_jax.config.methods import AGAINST, CONTROLS, INTERPOLATION, method_of
 from camopd_jax.errors import UserError
-from camopd_jax.jsonl import read_rows
 from camopd_jax.reporting.runs import Group, Row, Run, Source, final
-from camopd_jax.resolved import stored
+from camopd_jax.runtime.jsonl import read_rows
 
 
 def read(folders: Sequence[str]) -> list[Source]:

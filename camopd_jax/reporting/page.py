@@ -6,8 +6,7 @@ from collections.abc import Sequence
 import jinja2
 from etils import epath
 
-from camopd_jax.controls import INTERPOLATION
-from camopd_jax.jsonl import whole_file
+from camopd_jax.config.methods import INTERPOLATION
 from camopd_jax.reporting import answers, diagnosis, directories, figures, outcomes, svg, tables
 from camopd_jax.reporting.blocks import Cell, Figure, Section, Table
 from camopd_jax.reporting.cast import Cast, cast
@@ -15,6 +14,7 @@ from camopd_jax.reporting.outcomes import Column, Outcome, estimate
 from camopd_jax.reporting.pareto import Point, pareto
 from camopd_jax.reporting.runs import Group, Source
 from camopd_jax.reporting.svg import WIDE
+from camopd_jax.runtime.jsonl import whole_file
 
 TINTS = (
     "The student's own answers. Each token is tinted by its gap: the teacher holds it likelier than the student does, "

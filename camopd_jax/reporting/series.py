@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 from camopd_jax.analysis import study
-from camopd_jax.phases import BRANCHES
+from camopd_jax.method.loop import BRANCHES
 from camopd_jax.reporting.runs import Row, Run, standings
 
 BINS = 60  # points of a line at most: what a small figure can show

@@ -4,13 +4,13 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
-from camopd_jax.controls import CONTROLS, INTERPOLATION
+from camopd_jax.config.identity import differing
+from camopd_jax.config.methods import CONTROLS, INTERPOLATION
 from camopd_jax.reporting.blocks import Cell, Table
 from camopd_jax.reporting.cast import Cast
 from camopd_jax.reporting.outcomes import Column, Interval, Outcome, columns, difference, estimate, reference
 from camopd_jax.reporting.runs import Group, Source
 from camopd_jax.reporting.svg import minus, number
-from camopd_jax.resolved import differing
 
 TITLES = {"recovery": "back", "retention": "kept"}
 NO = "\u2013"  # a dash

@@ -23,12 +23,12 @@ import numpy as np
 from tasks import COVERED, SKILLS, UNCOVERED, Row, distinct, domain_row, questions, skill_row
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
-from camopd_jax.config import Benchmark, Checkpoints, Evaluation, Log, Optimizer, SftConfig, Stream
-from camopd_jax.jsonl import write_rows
+from camopd_jax.config.schema import Benchmark, Checkpoints, Evaluation, Log, Optimizer, SftConfig, Stream
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import table
+from camopd_jax.runtime.jsonl import write_rows
 from camopd_jax.sft import sft
 
 HERE = Path(__file__).resolve().parent

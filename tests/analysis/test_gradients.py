@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from camopd_jax.analysis import gradients
-from camopd_jax.config import Diagnostics, Method, Phase, Stream, TrainConfig
-from camopd_jax.diagnosis import figures
+from camopd_jax.analysis.diagnosis import figures
+from camopd_jax.config.schema import Diagnostics, Method, Phase, Stream, TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.steps.select import random_subset, select
+from camopd_jax.method.select import random_subset, select
 from camopd_jax.types import Prompts, Scored, Scores
 
 KEY = jax.random.key(11)

@@ -5,7 +5,7 @@ import shutil
 import pytest
 from rows import ask, edit_json, swap_tokens
 
-from camopd_jax.config import Template
+from camopd_jax.config.schema import Template
 from camopd_jax.data import templates
 from camopd_jax.errors import UserError
 

@@ -4,9 +4,10 @@ import typing
 
 import pytest
 
-from camopd_jax.config import Benchmark, Judge
+from camopd_jax.config.schema import Benchmark, Judge
 from camopd_jax.errors import UserError
-from camopd_jax.evals import choice, exact, gsm8k, tasks, zebra
+from camopd_jax.evals import tasks
+from camopd_jax.evals.graders import choice, exact, gsm8k, zebra
 
 
 def test_every_benchmark_of_the_config_has_its_rules():

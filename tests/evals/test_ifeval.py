@@ -3,7 +3,7 @@
 import pytest
 
 from camopd_jax.errors import UserError
-from camopd_jax.evals import ifeval
+from camopd_jax.evals.graders import ifeval
 
 
 def row(*instructions):

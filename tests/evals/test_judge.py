@@ -6,9 +6,9 @@ from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from camopd_jax.config import Judge
+from camopd_jax.config.schema import Judge
 from camopd_jax.errors import UserError
-from camopd_jax.evals import judge
+from camopd_jax.evals.graders import judge
 
 KEY = "sk-a-very-secret-key"
 ROW = {"messages": [{"role": "system", "content": "You are Ahab."}, {"role": "user", "content": "Where is the whale?"}]}

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from camopd_jax.evals import mbpp
+from camopd_jax.evals.graders import mbpp
 
 ROW = {"test_list": ["assert double(2) == 4", "assert double(-1) == -2"]}
 

@@ -9,7 +9,7 @@ import pytest
 
 from camopd_jax.models import attention
 from camopd_jax.models.attention import attend
-from camopd_jax.sharding import make_mesh
+from camopd_jax.runtime.mesh import make_mesh
 
 
 def arrays(batch, length, heads, groups, width, seed=0):

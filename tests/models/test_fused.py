@@ -15,7 +15,7 @@ from camopd_jax.models.attention import attend
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
-from camopd_jax.sharding import make_mesh
+from camopd_jax.runtime.mesh import make_mesh
 
 BATCH, SLOTS, HEADS, GROUPS, WIDTH = 4, 200, 4, 2, 64
 FIELDS = dict(model_type="gemma2", vocab_size=22, hidden_size=24, intermediate_size=20, num_hidden_layers=3,

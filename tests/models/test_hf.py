@@ -18,7 +18,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.weights import check_rows_cover, shardings, table
-from camopd_jax.sharding import make_mesh
+from camopd_jax.runtime.mesh import make_mesh
 
 FAMILIES = ["llama-untied-biased", "smollm2", "qwen2", "qwen3", "gemma3"]
 

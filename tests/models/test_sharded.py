@@ -13,7 +13,7 @@ from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.planning.hlo import Module
-from camopd_jax.sharding import make_mesh, sharding
+from camopd_jax.runtime.mesh import make_mesh, sharding
 
 LAYERS, ROWS, SLOTS, WIDTH, VOCAB = 3, 8, 28, 48, 44
 FIELDS = dict(

@@ -12,7 +12,7 @@ import torch
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
-from camopd_jax.sharding import make_mesh
+from camopd_jax.runtime.mesh import make_mesh
 from camopd_jax.types import EMPTY, KVCache
 
 FAMILIES = ["llama", "llama-untied-biased", "llama-linear", "llama-dynamic", "llama-llama3", "smollm2", "mistral",

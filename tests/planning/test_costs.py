@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from camopd_jax.config import MeshConfig, Method, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.schema import MeshConfig, Method, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import costs

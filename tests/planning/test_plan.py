@@ -9,15 +9,24 @@ from pathlib import Path
 import jax
 import pytest
 
-from camopd_jax import plan as command_plan
-from camopd_jax.config import Compute, Evaluation, MeshConfig, Method, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.schema import (
+    Compute,
+    Evaluation,
+    MeshConfig,
+    Method,
+    Optimizer,
+    RolloutConfig,
+    Stream,
+    TrainConfig,
+)
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import from_hf
 from camopd_jax.planning import hlo, peak, topology
+from camopd_jax.planning import report as command_plan
 from camopd_jax.planning.arrays import Models, abstract_params, chip_bytes, decoding_params, decoding_state, plan
 from camopd_jax.planning.compiling import compile_program, findings, largest, refusal
 from camopd_jax.planning.programs import programs
-from camopd_jax.sharding import make_mesh
+from camopd_jax.runtime.mesh import make_mesh
 
 ROOT = Path(__file__).parents[2]
 LAYERS, VOCAB = 3, 1024

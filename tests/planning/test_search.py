@@ -4,7 +4,7 @@ import dataclasses
 
 import pytest
 
-from camopd_jax.config import Compute, Evaluation, MeshConfig, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.schema import Compute, Evaluation, MeshConfig, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.models.config import from_hf
 from camopd_jax.planning import search
 from camopd_jax.planning.arrays import Models

@@ -6,11 +6,11 @@ import math
 import pytest
 from workdirs import EVERYTHING, HALF, TEACHERS, config, result_rows, standing_row, write, write_run
 
-from camopd_jax.controls import CONTROLS, method_of
+from camopd_jax.config.identity import differing, to_json
+from camopd_jax.config.methods import CONTROLS, method_of
 from camopd_jax.errors import UserError
 from camopd_jax.reporting import answers, directories, runs, series
 from camopd_jax.reporting.page import write_page
-from camopd_jax.resolved import differing, to_json
 
 
 def only_run(folder):

@@ -1,0 +1,115 @@
+"""A resolved config as runs keep it: its JSON, its fingerprint, what differs between two, and changes by field name."""
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Any
+
+from etils import epath
+
+from camopd_jax.config.build import build
+from camopd_jax.config.schema import Config, SftConfig, TrainConfig, checked
+from camopd_jax.errors import UserError
+
+
+def to_json(config: Config) -> dict[str, Any]:
+    """The resolved config as plain JSON values."""
+    return json.loads(json.dumps(dataclasses.asdict(config)))
+
+
+_KINDS = {c.__name__: c for c in (TrainConfig, SftConfig)}
+
+
+def from_json(file: epath.Path) -> Config:
+    """The config of a work directory, from its config.json."""
+    kind, values = stored(file)
+    try:
+        return build(_KINDS[kind], values, "config")
+    except (ValueError, KeyError) as error:
+        raise UserError(f"{file}: not the config.json of a run; give the --workdir of one") from error
+
+
+def stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
+    """The kind of a config.json and its values as they stand there: those of an older version have other fields.
+
+    Raises:
+      UserError: if it is not there, or not of a run.
+    """
+    try:
+        found = json.loads(file.read_text())
+        kind, values = found["kind"], found["config"]
+    except FileNotFoundError:
+        raise UserError(f"{file}: no such file; give the --workdir of a run") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not the config.json of a run; give the --workdir of one") from error
+    if kind not in _KINDS or not isinstance(values, dict):
+        raise UserError(f"{file}: not the config.json of a run; give the --workdir of one")
+    return kind, values
+
+
+# Fields that may change between two starts of one run: they do not touch the mathematics.
+_FREE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation", "diagnostics")
+
+
+def fingerprint(config: Config) -> str:
+    """A hash of everything that decides what a run computes, save how long it goes on."""
+    kept = _deciding(to_json(config))
+    return hashlib.sha256(json.dumps([type(config).__name__, kept], sort_keys=True).encode()).hexdigest()[:16]
+
+
+def different_fields(before: dict[str, Any], after: dict[str, Any], every: bool = False) -> list[str]:
+    """Names of the fields that differ between two resolved configs: those that decide what a run computes, or every."""
+    if every:
+        return _different(before, after, "config")
+    return _different(_deciding(before), _deciding(after), "config")
+
+
+def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """What each of several resolved configs has in the fields that are not the same in all; None where it has none.
+
+    Fields are named like "method.recovery.mass", and in order of their names.
+    """
+    first, *others = configs
+    names = sorted({name for other in others for name in _different(first, other, "config")})
+    return {name.removeprefix("config."): [_value(values, name) for values in configs] for name in names}
+
+
+def _value(values: Any, name: str) -> Any:
+    """Of a field named like "config.method.schedule"; None if there is none."""
+    for part in name.split(".")[1:]:
+        values = values.get(part) if isinstance(values, dict) else None
+    return values
+
+
+def _deciding(values: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config without its free fields. A learning rate that ends with the last step depends on `steps`."""
+    free = set(_FREE) - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
+    return {name: value for name, value in values.items() if name not in free}
+
+
+def _different(before: dict[str, Any], after: dict[str, Any], where: str) -> list[str]:
+    names = []
+    for key in sorted(before.keys() | after.keys()):
+        a, b = before.get(key), after.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            names += _different(a, b, f"{where}.{key}")
+        elif a != b:
+            names.append(f"{where}.{key}")
+    return names
+
+
+def changed(config: Config, changes: dict[str, Any]) -> Config:
+    """The config with other values in fields named like "method.recovery.mass".
+
+    Raises:
+      UserError: for a field that there is not, and for values that cannot be.
+    """
+    values = to_json(config)
+    for name, value in changes.items():
+        *blocks, last = name.split(".")
+        block = values
+        for part in blocks:
+            block = block[part]
+        block[last] = value
+    return checked(build(type(config), values, "config"))

@@ -1,0 +1,78 @@
+"""Role-play and creative writing, marked from 1 to 10 by a language model behind any OpenAI-compatible endpoint.
+
+Off unless `config.evaluation.judge` names an endpoint and a model. The key is read from the environment variable
+OPENAI_API_KEY and nowhere else; it is neither stored nor printed. A mark that cannot be read is asked for again; after
+three times the answer counts as unmarked, with a score of 0.
+"""
+
+import importlib.util
+import os
+import re
+from functools import partial
+from typing import Any
+
+from camopd_jax.config.schema import Judge
+from camopd_jax.errors import UserError
+from camopd_jax.evals.task import Grade, Row, Task
+
+KEY = "OPENAI_API_KEY"
+ATTEMPTS = 3
+
+_RUBRICS = {
+    "roleplay": (
+        "You judge role-play. Below are a conversation and the reply of the character whose turn it is. Weigh: does "
+        "the reply stay in character, with that character's voice, knowledge and feelings; does it follow from the "
+        "conversation and move it on; is it well written, without repetition."
+    ),
+    "writing": (
+        "You judge creative writing. Below are a request and the text written for it. Weigh: does the text do what was "
+        "asked; is it original; is it well written and structured, without cliches and repetition."
+    ),
+}
+_FORM = 'Give your reasons in a few sentences. End with "Score: N", N a whole number from 1 (useless) to 10 (masterly).'
+_SCORE = re.compile(r"score\W*:\W*(10|[1-9])(?![\d.])", re.IGNORECASE)
+
+
+def task(kind: str, config: Judge) -> Task:
+    """The benchmark `roleplay` or `writing`, with its judge."""
+    marks = partial(grade, kind=kind, config=config)
+    grader = f"{config.model} at {config.endpoint}"
+    return Task(marks, needs=(), threads=8, grader=grader, check=partial(check, config))
+
+
+def check(config: Judge) -> None:
+    if not config.endpoint or not config.model:
+        raise UserError("config.evaluation.judge: tasks roleplay and writing need its endpoint and model")
+    if importlib.util.find_spec("openai") is None:
+        raise UserError("config.evaluation.judge: needs the package openai; pip install 'camopd_jax[eval]'")
+    if not os.environ.get(KEY):
+        raise UserError(f"config.evaluation.judge: set {KEY} in the environment (any text where no key is asked for)")
+
+
+def grade(answer: str, row: Row, *, kind: str, config: Judge) -> Grade:
+    """(mark - 1) / 9.
+
+    Raises:
+      UserError: if the endpoint does not answer.
+    """
+    import openai
+
+    client = openai.OpenAI(base_url=config.endpoint, api_key=os.environ[KEY], timeout=120, max_retries=4)
+    messages = [{"role": "user", "content": f"{_RUBRICS[kind]}\n\n{_case(answer, row)}\n\n{_FORM}"}]
+    for _ in range(ATTEMPTS):
+        try:
+            reply = client.chat.completions.create(model=config.model, messages=messages, temperature=0)
+        except openai.OpenAIError as error:
+            raise UserError(
+                f"config.evaluation.judge.endpoint: {config.endpoint} does not answer ({type(error).__name__}); "
+                f"check the address, the model {config.model} and {KEY}. Answers are kept: start again to grade them"
+            ) from error
+        marks = _SCORE.findall(reply.choices[0].message.content or "")
+        if marks:
+            return Grade((int(marks[-1]) - 1) / 9)
+    return Grade(0.0, marked=False)
+
+
+def _case(answer: str, row: dict[str, Any]) -> str:
+    turns = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in row["messages"])
+    return f"<conversation>\n{turns}\n</conversation>\n\n<reply>\n{answer}\n</reply>"

@@ -1,0 +1,59 @@
+"""What a step tells of itself: numbers for metrics.jsonl. Gaps are `log teacher - log student`, in nats."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from camopd_jax.rollout.masks import row_mean, token_mean
+from camopd_jax.types import Scored
+
+
+def step_statistics(scored: Scored) -> dict[str, jax.Array]:
+    """Scalars of one batch. Means "of tokens" are over the whole batch's tokens, selected or not."""
+    rollout, scores, selection = scored.rollout, scored.scores, scored.selection
+    gap_BT = scores.teacher - scores.student
+    lengths_B = rollout.lengths.astype(jnp.float32)
+    total = jnp.sum(selection.score)
+    return {
+        "gap_mean": token_mean(gap_BT, rollout.lengths),
+        "gap_abs_mean": token_mean(jnp.abs(gap_BT), rollout.lengths),
+        "gap_pos_mean": token_mean(jnp.maximum(gap_BT, 0), rollout.lengths),
+        "selected_fraction": jnp.mean(selection.weights),
+        "selected_mass": jnp.where(total > 0, jnp.sum(selection.score * selection.weights) / total, 1.0),
+        "selected_length_mean": jnp.sum(lengths_B * selection.weights) / jnp.sum(selection.weights),
+        "length_mean": jnp.mean(lengths_B),
+        "truncated_fraction": jnp.mean(~rollout.stopped),
+        "entropy": jnp.mean(rollout.entropy),
+        "sampler_gap": token_mean(jnp.abs(scores.student - rollout.logprobs), rollout.lengths),
+        "prompt_tokens": jnp.sum(scored.prompts.lengths),
+        "response_tokens": jnp.sum(rollout.lengths),
+    }
+
+
+def answer_table(scored: Scored) -> dict[str, jax.Array]:
+    """What there is to know of each answer of a batch, `[B]` each. Losses: nats per token, how hard it was to say."""
+    rollout, scores, selection = scored.rollout, scored.scores, scored.selection
+    return {
+        "index": scored.index,
+        "score": selection.score,
+        "selected": selection.weights > 0,
+        "length": rollout.lengths,
+        "truncated": ~rollout.stopped,
+        "entropy": rollout.entropy,
+        "student_loss": -row_mean(scores.student, rollout.lengths),
+        "teacher_loss": -row_mean(scores.teacher, rollout.lengths),
+    }
+
+
+def repetition(tokens_BT: np.ndarray, lengths_B: np.ndarray, n: int = 4) -> float:
+    """Share of an answer's n-grams that stood in it before, mean over the answers that have one. On the host.
+
+    >>> repetition(np.array([[1, 2, 3, 4, 1, 2, 3, 4]]), np.array([8]))
+    0.2
+    """
+    shares = []
+    for row, length in zip(tokens_BT, lengths_B, strict=True):
+        grams = [tuple(row[i : i + n].tolist()) for i in range(length - n + 1)]
+        if grams:
+            shares.append(1 - len(set(grams)) / len(grams))
+    return float(np.mean(shares)) if shares else 0.0

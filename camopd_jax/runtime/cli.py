@@ -1,0 +1,140 @@
+"""How every command starts and ends: flags, config files, and errors as one line with exit code 2."""
+
+import dataclasses
+import re
+import signal
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from absl import app, flags, logging
+from ml_collections import config_flags
+
+from camopd_jax.config.schema import from_config_dict
+from camopd_jax.errors import UserError
+from camopd_jax.runtime.cluster import Processes, end, joined
+
+
+def config_flag(*classes: type) -> Callable[[], Any]:
+    """Defines `--config=FILE` and its `--config.FIELD=VALUE`; returns a reader of the checked config.
+
+    Of several classes, the config is of the first one that has all its fields; else of the first.
+    """
+    names = " or a ".join(cls.__name__ for cls in classes)
+    holder = config_flags.DEFINE_config_file("config", None, f"Python file whose get_config() returns a {names}.")
+
+    def read() -> Any:
+        if holder.value is None:
+            raise UserError("--config is missing; give a config file, for example --config=configs/quickstart.py")
+        try:
+            fields = set(holder.value)
+            cls = next((c for c in classes if fields <= {f.name for f in dataclasses.fields(c)}), classes[0])
+            return from_config_dict(cls, holder.value)
+        except OSError as error:  # ml_collections tells of a file that is not there when it is first looked at
+            file = flags.FLAGS["config"].config_filename
+            raise UserError(f"--config: no config file {file}; give one, for example configs/quickstart.py") from error
+
+    return read
+
+
+_PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
+
+
+def define_processes(values: flags.FlagValues = flags.FLAGS) -> None:
+    """Defines the flags that `processes` reads."""
+    address, count, number = _PROCESS_FLAGS
+    flags.DEFINE_string(
+        address, None, "Of many processes outside Cloud TPU: host:port of process 0, a free port there.", values
+    )
+    flags.DEFINE_integer(count, None, "Of many processes outside Cloud TPU: how many they are.", flag_values=values)
+    flags.DEFINE_integer(
+        number, None, "Of many processes outside Cloud TPU: which one this is, from 0.", flag_values=values
+    )
+
+
+def processes(values: flags.FlagValues = flags.FLAGS) -> Processes | None:
+    """Where the processes of the run meet; None if the flags do not say."""
+    given = {name: values[name].value for name in _PROCESS_FLAGS}
+    missing = [f"--{name}" for name, value in given.items() if value is None]
+    if len(missing) == len(given):
+        return None
+    if missing:
+        raise UserError(f"{missing[0]} is missing; --{', --'.join(given)} go together, all three or none")
+    return Processes(**given)
+
+
+def run(main: Callable[..., None], *words: str, many: bool = False) -> None:
+    """Parses the flags and runs `main`. A user's mistake becomes one line on stderr and exit code 2.
+
+    Args:
+      words: names of the arguments without dashes that the command takes; `main` gets their values.
+      many: whether the last of them may be given more than once.
+    """
+    logging.set_verbosity(logging.WARNING)  # of the libraries; --verbosity=0 lets them talk
+    app.run(
+        lambda argv: one_line(lambda: main(*argv[1:])),
+        flags_parser=lambda argv: one_line(lambda: _parse(argv, words, many)),
+    )
+
+
+def console() -> Any:
+    """Where a command prints its tables: as wide as the terminal, else 120 columns."""
+    from rich.console import Console  # not all commands print any
+
+    return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
+
+
+def required(name: str, example: str) -> str:
+    """The value of a string flag that has to be given."""
+    value = flags.FLAGS[name].value
+    if not value:
+        raise UserError(f"--{name} is missing; for example --{name}={example}")
+    return value
+
+
+def _parse(argv: list[str], words: Sequence[str], many: bool) -> list[str]:
+    try:
+        rest = flags.FLAGS(argv)
+    except flags.Error as error:
+        raise UserError(f"{error}; see --help") from error
+    except AttributeError as error:  # ml_collections: an override of a field that is not there
+        word = re.search(r"\w+", str(error)).group()
+        name = next((a.split("=")[0] for a in argv if word in a), word)
+        near = re.search(r'Did you mean "(\w+)"', str(error))
+        hint = f"did you mean {near[1]}?" if near else "camopd_jax/config/schema.py lists them"
+        raise UserError(f"{name} is not a field of the config; {hint}") from error
+    except SystemExit:  # absl ends --help with 1
+        sys.exit(0)
+    except (OSError, ImportError, SyntaxError, TypeError, ValueError, KeyError, NameError) as error:
+        raise UserError(f"--config: cannot read the config file: {_cause(error)}") from error
+    if len(rest) > 1 + len(words) and not many:
+        raise UserError(f"{rest[1 + len(words)]!r} is not a flag; flags begin with --")
+    if len(rest) < 1 + len(words):
+        raise UserError(f"{words[len(rest) - 1]} is missing; see --help")
+    return rest
+
+
+def _cause(error: BaseException) -> str:
+    """The first reason of a chain of errors, which ml_collections wraps in its own."""
+    while error.__cause__ or error.__context__:
+        error = error.__cause__ or error.__context__
+    return f"{type(error).__name__}: {error}"
+
+
+def one_line(act: Callable[[], Any]) -> Any:
+    """Runs a command; a user's mistake becomes one line on stderr and exit code 2."""
+    try:
+        return act()
+    except UserError as error:
+        print("error: " + " ".join(str(error).split()), file=sys.stderr)
+        _exit(2)
+    except KeyboardInterrupt:
+        _exit(128 + signal.SIGINT)
+    except Exception as error:
+        if not joined():
+            raise
+        end(1, error)
+
+
+def _exit(code: int) -> None:
+    end(code) if joined() else sys.exit(code)

@@ -1,0 +1,156 @@
+"""Configs: complete defaults, checked values, names for every mistake."""
+
+import dataclasses
+import runpy
+from pathlib import Path
+
+import ml_collections
+import pytest
+from etils import epath
+
+from camopd_jax.config.identity import different_fields, fingerprint, from_json, to_json
+from camopd_jax.config.schema import SftConfig, TrainConfig, default, from_config_dict
+from camopd_jax.errors import UserError
+from camopd_jax.runs.checkpoint import claim_workdir
+
+CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
+
+
+def minimal():
+    config = default(TrainConfig)
+    config.general_model, config.specialised_model = "general", "specialised"
+    config.general.source, config.domain.source = "g.jsonl", "d.jsonl"
+    return config
+
+
+def built(**changes):
+    config = minimal()
+    config.update_from_flattened_dict({name.replace("__", "."): value for name, value in changes.items()})
+    return from_config_dict(TrainConfig, config)
+
+
+def test_the_default_is_the_dataclass():
+    assert built() == TrainConfig("general", "specialised", general=built().general, domain=built().domain)
+    assert built().general.source == "g.jsonl"
+
+
+@pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
+def test_every_config_file_is_sound_and_says_what_it_is(file):
+    module = runpy.run_path(str(file))
+    config = module["get_config"]()
+    cls = SftConfig if "model" in config else TrainConfig
+    from_config_dict(cls, config)
+    head = module["__doc__"]
+    command = "sft" if cls is SftConfig else "compare" if file.stem == "sandbox" else "train"
+    assert f"python -m camopd_jax.{command} --config=configs/{file.name}" in head
+
+
+@pytest.mark.parametrize("name", ["medqa", "roleplay"])
+def test_the_papers_configs_hold_the_papers_numbers(name):
+    (file,) = (f for f in CONFIGS if f.stem == name)
+    config = from_config_dict(TrainConfig, runpy.run_path(str(file))["get_config"]())
+    assert (config.method.recovery_steps, config.method.review_steps) == (3, 1)
+    assert (config.method.recovery.mass, config.method.review.mass) == (0.8, 0.8)
+    assert (config.method.recovery.scale, config.method.review.scale) == (2.0, 1.0)
+    assert (config.steps, config.rollout.batch_size, config.optimizer.learning_rate) == (120, 512, 2e-6)
+
+
+@pytest.mark.parametrize(
+    "changes, says",
+    [
+        ({"steps": 0}, r"config\.steps is 0; give a number > 0"),
+        (
+            {"rollout__batch_size": 12},
+            r"config\.optimizer\.micro_batch is 8; give a divisor of rollout\.batch_size = 12",
+        ),
+        ({"rollout__score_batch": 7}, r"config\.rollout\.score_batch is 7; give a divisor of rollout\.batch_size = 64"),
+        ({"method__recovery__mass": 0.0}, r"config\.method\.recovery\.mass is 0\.0; give a share in \(0, 1\]"),
+        ({"method__recovery_steps": 0, "method__review_steps": 0}, "cannot both be 0"),
+        ({"rollout__top_p": 1.5}, r"config\.rollout\.top_p is 1\.5"),
+        ({"rollout__temperature": -1.0}, r"config\.rollout\.temperature"),
+        ({"optimizer__b1": 1.0}, r"config\.optimizer\.b1 is 1\.0; give a number in \[0, 1\)"),
+        ({"optimizer__clip_norm": -1.0}, r"config\.optimizer\.clip_norm"),
+        (
+            {"optimizer__schedule": "linear"},
+            r"config\.optimizer\.schedule is 'linear'; it must be one of 'constant', 'cosine'",
+        ),
+        ({"method__importance_gate": (1.5, 2.0)}, r"config\.method\.importance_gate"),
+        ({"method__advantage_clip": 0.0}, r"config\.method\.advantage_clip"),
+        ({"general__source": ""}, r"config\.general\.source"),
+        ({"compute__remat": "all"}, r"config\.compute\.remat"),
+        ({"compute__remat": "rollout", "rollout__places": 8}, r"config\.rollout\.places is 8; give 0, or another"),
+        (
+            {"compute__remat": "rollout", "method__answers": "teacher"},
+            r"config\.compute\.remat is 'rollout'; teachers answer; give block",
+        ),
+    ],
+)
+def test_values_that_cannot_be_are_refused_by_name(changes, says):
+    with pytest.raises(UserError, match=says):
+        built(**changes)
+
+
+def test_unknown_missing_and_ill_typed_fields():
+    config = minimal()
+    with config.unlocked():
+        config.optimizer.learning_rat = 1.0
+    with pytest.raises(
+        UserError, match=r"config\.optimizer\.learning_rat is not a field; did you mean learning_rate\?"
+    ):
+        from_config_dict(TrainConfig, config)
+    with pytest.raises(UserError, match=r"config\.general_model is missing; set it"):
+        from_config_dict(TrainConfig, default(TrainConfig))
+    values = minimal().to_dict() | {"steps": "many"}
+    with pytest.raises(UserError, match=r"config\.steps is 'many'; it must be of type int"):
+        from_config_dict(TrainConfig, ml_collections.ConfigDict(values))
+    values = minimal().to_dict() | {"method": 3}
+    with pytest.raises(UserError, match=r"config\.method must be a block of schedule"):
+        from_config_dict(TrainConfig, ml_collections.ConfigDict(values))
+
+
+def test_benchmarks_need_names_of_their_own():
+    with pytest.raises(UserError, match="a name of its own"):
+        config = minimal()
+        config.evaluation.benchmarks = ({"name": "a", "source": "x.jsonl"}, {"name": "a", "source": "y.jsonl"})
+        from_config_dict(TrainConfig, config)
+
+
+def test_numbers_and_tuples_are_taken_as_meant():
+    config = built(method__importance_gate=(0, 2), method__advantage_clip=5.0)
+    assert config.method.importance_gate == (0.0, 2.0) and isinstance(config.method.importance_gate[0], float)
+    assert config.method.advantage_clip == 5.0
+
+
+def test_a_resolved_config_comes_back_from_its_file(tmp_path):
+    config = built(method__importance_gate=(0.5, 2.0), steps=7)
+    claim_workdir(epath.Path(tmp_path), config)
+    assert from_json(epath.Path(tmp_path) / "config.json") == config
+    with pytest.raises(UserError, match=r"no such file; give the --workdir of a run"):
+        from_json(epath.Path(tmp_path) / "none.json")
+
+
+def test_the_fingerprint_is_of_what_a_run_computes():
+    base = built()
+    assert fingerprint(base) == fingerprint(dataclasses.replace(base, steps=999, max_skipped=1))
+    assert fingerprint(base) != fingerprint(dataclasses.replace(base, seed=1))
+    cosine = built(optimizer__schedule="cosine")
+    assert fingerprint(cosine) != fingerprint(dataclasses.replace(cosine, steps=999))
+
+
+def test_different_fields_are_named():
+    other = built(optimizer__learning_rate=1.0, steps=1, method__recovery__scale=3.0)
+    assert different_fields(to_json(built()), to_json(other)) == [
+        "config.method.recovery.scale", "config.optimizer.learning_rate"]  # fmt: skip
+
+
+def test_a_mixed_batch_has_to_be_split():
+    assert built(method__schedule="mixed", rollout__batch_size=64).method.schedule == "mixed"
+    for changes, says in (
+        ({"rollout__batch_size": 8, "optimizer__micro_batch": 8, "method__recovery_steps": 2}, "multiple of .* = 3"),
+        ({"method__review_steps": 0}, "both have to be > 0"),
+        ({"method__moments": "separate"}, 'give "shared"'),
+    ):
+        with pytest.raises(UserError, match=says):
+            built(method__schedule="mixed", **changes)
+    with pytest.raises(UserError, match="only two gradients of one step can conflict"):
+        built(method__conflict="pcgrad")

@@ -1,0 +1,341 @@
+"""Benchmarks on the quickstart's models: answers are kept, a killed evaluation goes on, the command and its table."""
+
+import dataclasses
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import jax
+import numpy as np
+import pytest
+from etils import epath
+from rows import read_lines, write_lines
+
+from camopd_jax.config.schema import Benchmark, Compute, Evaluation, Judge
+from camopd_jax.data import templates
+from camopd_jax.errors import UserError
+from camopd_jax.evals import runner
+from camopd_jax.inference import engine
+from camopd_jax.rollout import generate
+from camopd_jax.runtime.mesh import make_mesh
+
+QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
+CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.py"
+SETTINGS = Evaluation(batch_size=8)
+COVERED = Benchmark("covered", "exact", str(QUICKSTART / "eval_covered.jsonl"), limit=20, max_response_tokens=32)
+
+
+@pytest.fixture(scope="module")
+def specialist():
+    return engine.load(QUICKSTART / "specialist", make_mesh(1, devices=make_mesh().devices.ravel()[:1]), Compute(),
+                       dtype="float32", context=96)  # fmt: skip
+
+
+@pytest.fixture
+def asked(monkeypatch):
+    """How many prompts the model was asked, each time it was."""
+    counts, answer = [], engine.answer
+
+    def counted(loaded, prompts, **options):
+        counts.append(len(prompts))
+        return answer(loaded, prompts, **options)
+
+    monkeypatch.setattr(engine, "answer", counted)
+    return counts
+
+
+def rows_of(folder, name="covered"):
+    return read_lines(folder / f"{name}.jsonl")
+
+
+def test_every_answer_is_kept_with_its_grade_and_none_is_asked_for_twice(specialist, tmp_path, asked):
+    folder, told = epath.Path(tmp_path), []
+    result = runner.run(COVERED, specialist, SETTINGS, folder, say=told.append)
+    rows = rows_of(tmp_path)
+    assert len(rows) == result["n"] == 20 and sorted(row["question"] for row in rows) == list(range(20))
+    assert sum(row["score"] for row in rows) / 20 == result["accuracy"]
+    assert told[-1] == "covered: 20 of 20 questions" and len(told) == 3
+    assert runner.run(COVERED, specialist, SETTINGS, folder) == result
+    assert asked == [20]
+
+
+def test_an_evaluation_cut_short_goes_on_with_the_open_questions(specialist, tmp_path, asked):
+    folder = epath.Path(tmp_path)
+    whole = runner.run(COVERED, specialist, SETTINGS, folder)
+    file = tmp_path / "covered.jsonl"
+    lines = file.read_text().splitlines()
+    file.write_text("\n".join(lines[:11]) + '\n{"key": "1234, "resp')  # the last line was being written
+    assert runner.run(COVERED, specialist, SETTINGS, folder) == whole
+    assert asked == [20, 9] and len(rows_of(tmp_path)) == 20
+
+
+def test_first_questions_are_part_of_the_whole(specialist, tmp_path, asked):
+    folder = epath.Path(tmp_path)
+    few = runner.run(COVERED, specialist, SETTINGS, folder, limit=6)
+    whole = runner.run(COVERED, specialist, SETTINGS, folder)
+    assert asked == [6, 14] and whole["scores"][:6] == few["scores"] and few["asked"] != whole["asked"]
+
+
+def test_another_models_answers_compile_nothing_anew(specialist, tmp_path):
+    runner.run(COVERED, specialist, SETTINGS, epath.Path(tmp_path / "a"))
+    program = generate.programs(specialist.mesh).advance
+    compiled = program._cache_size()
+    student = specialist.with_params(jax.tree.map(lambda p: p * 1.01, specialist.params))
+    runner.run(COVERED, student, SETTINGS, epath.Path(tmp_path / "b"))
+    assert program._cache_size() == compiled > 0
+
+
+def test_another_question_or_way_of_asking_is_asked_anew(specialist, tmp_path, asked):
+    folder = epath.Path(tmp_path)
+    for changes in ({}, {"max_response_tokens": 16}, {"instruction": "Be brief."}, {"temperature": 1.0}):
+        runner.run(dataclasses.replace(COVERED, limit=4, **changes), specialist, SETTINGS, folder)
+    assert asked == [4, 4, 4, 4]
+
+
+def test_sampled_answers_differ_by_draw_and_come_again_with_the_seed(specialist, tmp_path, asked):
+    benchmark = dataclasses.replace(COVERED, limit=4, samples=3, temperature=1.5)
+    first = runner.run(benchmark, specialist, SETTINGS, epath.Path(tmp_path / "a"))
+    again = runner.run(benchmark, specialist, dataclasses.replace(SETTINGS, batch_size=2), epath.Path(tmp_path / "b"))
+    assert first == again, "each answer has a random key of its own, whatever its batch"
+    responses = {}
+    for row in rows_of(tmp_path / "a"):
+        responses.setdefault(row["question"], set()).add(row["response"])
+    assert any(len(said) > 1 for said in responses.values())
+    assert len(rows_of(tmp_path / "a")) == 12 and asked == [4] * 6 and len(first["scores"]) == 4
+
+
+def test_the_likelihood_of_given_answers(specialist, tmp_path, monkeypatch):
+    """By hand from each answer's log-probabilities, closing tokens included; what is known is not weighed again."""
+    weighed, score = [], engine.score_responses
+
+    def counted(loaded, prompts, responses, **options):
+        weighed.append(len(prompts))
+        return score(loaded, prompts, responses, **options)
+
+    monkeypatch.setattr(engine, "score_responses", counted)
+    benchmark = dataclasses.replace(COVERED, task="likelihood", limit=10)
+    folder = epath.Path(tmp_path)
+    result = runner.run(benchmark, specialist, SETTINGS, folder)
+    rows = read_lines(QUICKSTART / "eval_covered.jsonl")[:10]
+    pairs = [templates.answer_ids(specialist.tokenizer, row, row["answer"], benchmark.template) for row in rows]
+    by_hand = [np.exp(score(specialist, [p], [a], batch_size=8)[0].mean()) for p, a in pairs]
+    np.testing.assert_allclose(result["scores"], by_hand, rtol=1e-4)
+    assert all(pair[1][-1] == specialist.eos_ids[0] for pair in pairs) and min(by_hand) < 0.9 < max(by_hand)
+    lines = (tmp_path / "covered.jsonl").read_text().splitlines()
+    (tmp_path / "covered.jsonl").write_text("\n".join(lines[:7]))
+    assert runner.run(benchmark, specialist, SETTINGS, folder) == result and weighed[:3] == [8, 2, 3]
+    with pytest.raises(UserError, match=r"benchmarks covered row 1: the answer '\{no\}' asks for the field 'no'"):
+        runner.run(dataclasses.replace(benchmark, answer="{no}"), specialist, SETTINGS, folder)
+
+
+def test_the_instruction_goes_behind_the_last_request(specialist):
+    def ask(*contents, instruction=""):
+        roles = ("user", "assistant", "user")
+        row = {"messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]}
+        return runner.ask(specialist.tokenizer, row, instruction, COVERED.template)
+
+    assert ask("a", "b", "c", instruction="be brief") == ask("a", "b", "c\n\nbe brief") != ask("a", "b", "c")
+    row = {"prompt": "a"}
+    runner.ask(specialist.tokenizer, row, "be brief", COVERED.template)
+    assert row == {"prompt": "a"}, "the row itself is as it was"
+
+
+def test_a_judges_mark_is_paid_for_once(specialist, tmp_path, monkeypatch):
+    marks = []
+    monkeypatch.setattr(runner.tasks.judge, "check", lambda config: None)
+
+    def grade(answer, row, *, kind, config):
+        marks.append(kind)
+        return runner.Grade(0.5)
+
+    monkeypatch.setattr(runner.tasks.judge, "grade", grade)
+    benchmark = dataclasses.replace(COVERED, task="writing", limit=4)
+    for model in ("a", "a", "b"):
+        settings = dataclasses.replace(SETTINGS, judge=Judge("http://127.0.0.1/v1", model))
+        assert runner.run(benchmark, specialist, settings, epath.Path(tmp_path))["accuracy"] == 0.5
+    assert marks == ["writing"] * 8, "four by each judge"
+
+
+def test_what_grading_would_miss_is_told_before_a_run(tmp_path):
+    source = str(write_lines(tmp_path / "q.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}]))
+
+    def check(**fields):
+        runner.check(Evaluation(benchmarks=(Benchmark("b", **fields),), judge=Judge()))
+
+    with pytest.raises(UserError, match=r'q\.jsonl row 1: no "answer" to grade against, which task medqa needs'):
+        check(task="medqa", source=source)
+    with pytest.raises(UserError, match=r'no "test_list" to grade against'):
+        check(task="mbpp", source=source)
+    with pytest.raises(UserError, match=r"config\.evaluation\.benchmarks b: task exact has no dataset of its own"):
+        check()
+    with pytest.raises(UserError, match=r"config\.evaluation\.judge"):
+        check(task="roleplay", source=source)
+
+
+# ------------------------------------------------------------------------------------ the command
+
+
+@pytest.fixture(scope="module")
+def few(tmp_path_factory):
+    """Flags for the quickstart's config with 24 questions of two benchmarks."""
+    folder = tmp_path_factory.mktemp("few")
+    benchmarks = [
+        dict(name=name, task=task, axis=axis, max_response_tokens=32,
+             source=str(write_lines(folder / f"{name}.jsonl", read_lines(QUICKSTART / f"eval_{name}.jsonl")[:24])))
+        for name, task, axis in (("covered", "exact", "general"), ("domain", "choice", "domain"))
+    ]  # fmt: skip
+    text = CONFIG.read_text().replace("Path(__file__).parent", f"Path({str(CONFIG.parent)!r})")
+    config = folder / "config.py"
+    config.write_text(
+        text.replace("    return config\n", f"    config.evaluation.benchmarks = {benchmarks!r}\n    return config\n")
+    )
+    return [f"--config={config}"]
+
+
+@pytest.fixture(scope="module")
+def teachers(few, command, tmp_path_factory):
+    """A work directory with the scores of both teachers, and what the command printed."""
+    workdir = tmp_path_factory.mktemp("evaluation")
+    ended = command("evaluate", f"--workdir={workdir}", *few)
+    assert ended.code == 0, ended.err
+    return workdir, ended.out
+
+
+def test_the_teachers_are_scored_and_told_of(teachers):
+    workdir, out = teachers
+    rows = {(row["model"], row["benchmark"]): row for row in read_lines(workdir / "eval.jsonl")}
+    assert set(rows) == {(m, b) for m in ("general", "specialised") for b in ("covered", "domain")}
+    assert rows["general", "covered"]["accuracy"] > rows["specialised", "covered"]["accuracy"]
+    assert "general teacher" in out and "± " in out and "greedy" in out and "domain: domain" in out
+
+
+def test_a_checkpoint_is_compared_with_teachers_that_were_scored_before(teachers, few, command, tmp_path):
+    workdir = tmp_path / "evaluation"
+    shutil.copytree(teachers[0], workdir)
+    shutil.copytree(QUICKSTART / "generalist", tmp_path / "mine")
+    ended = command("evaluate", f"--workdir={workdir}", f"--checkpoint={tmp_path / 'mine'}", *few)
+    assert ended.code == 0, ended.err
+    assert "back | kept" in ended.out and "100 ± 0 %" in ended.out, "the general model itself has all of it back"
+    assert {row["model"] for row in read_lines(workdir / "eval.jsonl")} == {
+        "general",
+        "specialised",
+        str(tmp_path / "mine"),
+    }
+
+
+def test_a_run_and_its_checkpoints_are_scored_as_the_run_scored_itself(few, command, tmp_path):
+    run = tmp_path / "run"
+    flags = [*few, "--config.log.report=false", "--config.steps=2", "--config.checkpoints.every=1"]
+    ended = command("train", f"--workdir={run}", *flags)
+    assert ended.code == 0, ended.err
+    of_run = {row["checkpoint"]: row["scores"] for row in read_lines(run / "eval.jsonl") if row["model"] == "student"}
+    ended = command("evaluate", f"--workdir={tmp_path / 'e'}", f"--checkpoint={run},{run}/checkpoints/1", *few)
+    assert ended.code == 0, ended.err
+    rows = {(row["model"], row["benchmark"]): row for row in read_lines(tmp_path / "e" / "eval.jsonl")}
+    last, first = rows[str(run), "domain"], rows[f"{run}/checkpoints/1", "domain"]
+    assert of_run == {last["checkpoint"]: last["scores"]} and first["checkpoint"] != last["checkpoint"]
+
+
+def test_killed_and_started_again_it_asks_only_what_is_open(teachers, few, command, tmp_path):
+    workdir = tmp_path / "evaluation"
+    flags = [f"--workdir={workdir}", *few, "--config.evaluation.batch_size=2"]
+
+    def answered():
+        return [line for file in workdir.glob("answers/*/*.jsonl") for line in file.read_text().splitlines()]
+
+    ended = command.start("evaluate", *flags).when(lambda: len(answered()) >= 6, signal.SIGKILL)
+    assert ended.code == -signal.SIGKILL
+    before = {json.loads(line)["key"] for line in answered()[:6]}
+    ended = command("evaluate", *flags)
+    assert ended.code == 0, ended.err
+    after = {row["key"] for file in workdir.glob("answers/*/*.jsonl") for row in read_lines(file)}
+    assert before <= after
+    ours, theirs = (
+        [
+            {k: v for k, v in row.items() if k in ("model", "benchmark", "scores", "asked")}
+            for row in read_lines(w / "eval.jsonl")
+        ]
+        for w in (workdir, teachers[0])
+    )
+    assert ours == theirs
+
+
+@pytest.mark.parametrize(
+    "flags, says",
+    [
+        (["--checkpoint=/no/such/model"], "--checkpoint: no folder /no/such/model"),
+        (["--config.evaluation.benchmarks=()"], "config.evaluation.benchmarks: there is none"),
+        (["--config.evaluation.nothing=1"], "--config.evaluation.nothing is not a field"),
+    ],
+)
+def test_mistakes_get_one_line(few, command, tmp_path, flags, says):
+    ended = command("evaluate", f"--workdir={tmp_path / 'e'}", *few, *flags)
+    assert ended.code == 2 and len(ended.err.strip().splitlines()) == 1 and says in ended.err
+
+
+# ------------------------------------------------------------------------------ between the steps
+
+
+@pytest.fixture(scope="module")
+def measured(few, command, tmp_path_factory):
+    """A run that evaluates every second step, on 16 questions, and keeps and exports the best."""
+    workdir = tmp_path_factory.mktemp("measured") / "run"
+    flags = [
+        f"--workdir={workdir}", *few, "--config.steps=6", "--config.rollout.batch_size=16",
+        "--config.optimizer.micro_batch=8", "--config.checkpoints.every=6", "--config.checkpoints.keep_last=1",
+        "--config.checkpoints.export=best", "--config.evaluation.every=2", "--config.evaluation.questions=16",
+    ]  # fmt: skip
+    ended = command("train", *flags)
+    assert ended.code == 0, ended.err
+    return workdir, flags, ended
+
+
+def standings(workdir):
+    return {row["step"]: row for row in read_lines(workdir / "eval.jsonl") if row["benchmark"] == "standing"}
+
+
+def test_each_evaluation_tells_recovery_and_retention(measured):
+    rows = standings(measured[0])
+    assert list(rows) == [2, 4, 6]
+    by_hand = {}
+    for row in read_lines(measured[0] / "eval.jsonl"):
+        if row["benchmark"] == "covered":
+            by_hand[row["model"], row["step"]] = sum(row["scores"][:16]) / 16
+    general, specialised = by_hand["general", 0], by_hand["specialised", 0]
+    for step, row in rows.items():
+        value, error = row["recovery"]["covered"]
+        assert value == pytest.approx((by_hand["student", step] - specialised) / (general - specialised)) and error >= 0
+        assert set(row["retention"]) == {"domain", "mean"} and row["retention"]["mean"] == row["retention"]["domain"]
+        assert row["merit"] == (row["recovery"] if row["keeps"] else row["retention"])["mean"][0]
+
+
+def test_the_best_checkpoint_is_kept_and_exported(measured):
+    workdir, _, ended = measured
+    rows = standings(workdir)
+    best = max(rows, key=lambda step: (rows[step]["keeps"], rows[step]["merit"], step))
+    kept = {int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()}
+    assert best in kept and kept <= {best, 4, 6}
+    assert f"| steps | `{best}` |" in (workdir / "export/README.md").read_text()
+    if best != 6:
+        assert f"the best checkpoint is that of step {best}" in ended.out
+
+
+def test_teachers_are_asked_once_and_students_by_their_step(measured):
+    folders = sorted(p.name for p in (measured[0] / "answers").iterdir())
+    assert len([f for f in folders if f.endswith("-float32")]) == 2
+    assert {f[-6:] for f in folders if not f.endswith("-float32")} <= {"000002", "000004", "000006"}
+
+
+def test_patience_ends_a_run(measured, command, tmp_path):
+    """A learning rate of 0 gets nothing better: the second evaluation is the last."""
+    workdir, flags, _ = measured
+    flags = [f for f in flags if not f.startswith("--workdir")]
+    still = ["--config.optimizer.learning_rate=0.0", "--config.evaluation.patience=1", "--config.steps=40"]
+    answers = f"--config.evaluation.answers={workdir / 'answers'}"
+    ended = command("train", f"--workdir={tmp_path / 'run'}", *flags, *still, answers)
+    assert ended.code == 0, ended.err
+    assert "no better than step" in ended.out and max(standings(tmp_path / "run")) == 4
+    assert (tmp_path / "run" / "export").exists()
+    again = command("train", f"--workdir={tmp_path / 'run'}", *flags, *still, answers)
+    assert again.code == 0 and max(standings(tmp_path / "run")) == 4, "started again, it has ended still"

@@ -1,0 +1,146 @@
+"""A run on eight devices is the run on one: losses, selections and parameters after several steps, on every mesh."""
+
+import dataclasses
+import itertools
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camopd_jax.config.schema import Compute, MeshConfig, Method, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.method import loop
+from camopd_jax.method.gradient import Learning
+from camopd_jax.method.loop import Branch
+from camopd_jax.method.optimizer import init_state
+from camopd_jax.models import hf
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.transformer import Model
+from camopd_jax.models.weights import shardings
+from camopd_jax.rollout.buckets import Piece
+from camopd_jax.runtime.mesh import global_rows, make_mesh, sharding
+from camopd_jax.types import PromptBatch, Prompts
+
+MODEL = from_hf(dict(model_type="qwen3", vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
+                     num_attention_heads=4, num_key_value_heads=4, head_dim=8, initializer_range=0.6,
+                     tie_word_embeddings=False))  # fmt: skip
+CONFIG = TrainConfig(
+    "g", "s", Stream("g"), Stream("d"), steps=4, method=Method(recovery_steps=1, review_steps=1),
+    rollout=RolloutConfig(batch_size=16, max_prompt_tokens=8, max_response_tokens=8, smallest_bucket=8),
+    # with Adam's usual eps, a gradient that is rounding alone moves its parameter by a whole step
+    optimizer=Optimizer(learning_rate=1e-2, micro_batch=8, eps=1e-4),
+)  # fmt: skip
+EVERY = [(d, f, t) for d, f, t in itertools.product((1, 2, 4, 8), repeat=3) if d * f * t == 8 and t <= 4]
+USUAL = [(1, 4, 2), (2, 2, 2)]
+
+
+class Prompter:
+    def __init__(self, seed):
+        self.random, self.served = np.random.default_rng(seed), 0
+
+    def __next__(self):
+        self.served += 1
+        lengths = self.random.integers(3, 9, 16).astype(np.int32)
+        prompts = Prompts(self.random.integers(0, 24, (16, 8)).astype(np.int32), lengths)
+        return PromptBatch(prompts, prompts, np.arange(16, dtype=np.int32) + 16 * self.served)
+
+
+class Watcher:
+    """Keeps every step's outcome."""
+
+    def __init__(self):
+        self.outcomes = []
+
+    def log(self, outcome):
+        self.outcomes.append(outcome)
+
+    def due(self, steps_done):
+        return steps_done == CONFIG.steps
+
+    def milestone(self, steps_done, state):
+        return True
+
+
+def run(config, mesh):
+    """(state, outcomes) of a whole run on a mesh."""
+    model, places = Model(MODEL, mesh=mesh), shardings(MODEL, mesh)
+    specialised, general = (Model(MODEL).init(jax.random.key(seed)) for seed in (0, 1))
+    teachers = {"recovery": jax.device_put(general, places), "review": jax.device_put(specialised, places)}
+    branches = {name: Branch(Prompter(i), model, params) for i, (name, params) in enumerate(teachers.items())}
+    student = jax.device_put(jax.tree.map(jnp.copy, specialised), places)  # given up at the first update
+    state = init_state(student, "shared")
+    programs = loop.compile_programs(config, model, (2, 5), state)
+    watcher = Watcher()
+    return loop.run(config, branches, programs, state, watcher), watcher.outcomes
+
+
+@pytest.fixture(scope="module")
+def alone():
+    return run(CONFIG, make_mesh(1, devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("remat, shape", [
+    *[pytest.param("block", shape, marks=[] if shape in USUAL else pytest.mark.slow) for shape in EVERY],
+    *[pytest.param("rollout", shape, marks=[] if shape == (2, 2, 2) else pytest.mark.slow) for shape in EVERY],
+])  # fmt: skip
+def test_a_run_is_the_same_on_every_mesh(alone, remat, shape):
+    """With the devices laid out anew for the answers. Some of these wait for a place, but where all of them are kept
+    for the gradient."""
+    tensor, places = max(2, shape[2]), 8 if remat == "block" else 0
+    rollout = dataclasses.replace(CONFIG.rollout, mesh=MeshConfig(tensor=tensor), places=places, shrinks=True)
+    mesh = make_mesh(*shape)
+    state, outcomes = run(dataclasses.replace(CONFIG, rollout=rollout, compute=Compute(remat=remat)), mesh)
+    assert [o.phase for o in outcomes] == ["recovery", "review"] * 2
+    for ours, theirs in zip(outcomes, alone[1], strict=True):
+        for name, part in ours.parts.items():
+            other = theirs.parts[name]
+            np.testing.assert_array_equal(part.rollout.tokens, other.rollout.tokens)
+            np.testing.assert_array_equal(part.selection.weights, other.selection.weights)
+            assert 0 < part.selection.count < 16 or ours.phase == "review"
+            assert part.rollout.tokens.sharding.is_equivalent_to(sharding(mesh, "batch"), 2)
+            assert part.scores.teacher.sharding.is_equivalent_to(sharding(mesh, "batch"), 2)
+        np.testing.assert_allclose(ours.metrics["loss"], theirs.metrics["loss"], rtol=1e-3, atol=1e-5)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.params, alone[0].params)
+    moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), state.params, Model(MODEL).init(jax.random.key(0)))
+    assert max(jax.tree.leaves(moved)) > 1e-2
+
+    def lies(array, place):
+        assert array.sharding.is_equivalent_to(place, array.ndim), (array.sharding, place)
+
+    for tree in (state.params, state.moments["shared"].mu, state.moments["shared"].nu):
+        jax.tree.map(lies, tree, shardings(MODEL, mesh))
+
+
+def gradient(mesh):
+    """Of random weights on random answers, by the quickstart's specialist: (loss, gradient)."""
+    folder = Path(__file__).parents[2] / "configs" / "quickstart" / "specialist"
+    config = from_hf(hf.read_config(folder), context=48)
+    random = np.random.default_rng(0)
+    lengths = random.integers(1, 17, 16).astype(np.int32)
+    asked, said = (random.integers(0, config.vocab_size, (16, n)).astype(np.int32) for n in (32, 16))
+    weights = (random.normal(size=(16, 16)) * (np.arange(16) < lengths[:, None])).astype(np.float32)
+    prompts = Prompts(asked, random.integers(5, 33, 16).astype(np.int32))
+    batch = global_rows(mesh, (prompts, said, lengths, weights), 16)
+    learning = Learning(Model(config, mesh=mesh), shardings(config, mesh), 0)
+    found = learning(
+        hf.load(folder, config, mesh, "float32"), *batch, [Piece(np.array([0, 3, 5, 7, 9, 11, 16, 16]), 48, 16)]
+    )
+    return jax.tree.map(np.asarray, found)
+
+
+@pytest.fixture(scope="module")
+def gradient_alone():
+    return gradient(make_mesh(1, devices=jax.devices()[:1]))
+
+
+@pytest.mark.parametrize("shape", [
+    pytest.param(shape, marks=[] if shape in USUAL else pytest.mark.slow) for shape in EVERY
+])  # fmt: skip
+def test_a_trained_models_gradient_is_the_same_on_every_mesh(gradient_alone, shape):
+    """Of other sizes than above: the compiler cuts them in other ways."""
+    ours = gradient(make_mesh(*shape))
+    np.testing.assert_allclose(ours.loss, gradient_alone.loss, rtol=1e-5)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4 * np.max(np.abs(b))), ours.of, gradient_alone.of
+    )

@@ -1,0 +1,111 @@
+"""Selection against a plain loop over Eq 8, and the scores by hand."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camopd_jax.config.schema import Phase
+from camopd_jax.method.select import absolute_gap, largest_fraction, positive_gap, random_subset, select, smallest_mass
+from camopd_jax.types import Scores
+
+GAP = jnp.array([[1.0, -3.0, 50.0], [-2.0, 50.0, 50.0]])  # the 50s are padding
+LENGTHS = jnp.array([2, 1])
+KEY = jax.random.key(0)
+
+
+def test_scores_by_hand():
+    np.testing.assert_allclose(absolute_gap(GAP, LENGTHS), [2.0, 2.0])  # (1 + 3) / 2 and 2 / 1
+    np.testing.assert_allclose(positive_gap(GAP, LENGTHS), [0.5, 0.0])  # 1 / 2 and 0
+
+
+def test_gap_is_teacher_minus_student():
+    scores = Scores(student=jnp.array([[-1.0], [-3.0]]), teacher=jnp.array([[-3.0], [-1.0]]))
+    selection = select(scores, jnp.array([1, 1]), KEY, Phase("positive_gap", mass=0.8))
+    np.testing.assert_array_equal(selection.score, [0.0, 2.0])
+    np.testing.assert_array_equal(selection.weights, [0.0, 1.0])
+
+
+def loop(scores: list[int], percent: int) -> tuple[list[int], int]:
+    """Eq 8 in whole numbers: rows by falling score, and the least k whose sum reaches the share."""
+    order = sorted(range(len(scores)), key=lambda row: (-scores[row], row))
+    total, so_far = sum(scores), 0
+    for k, row in enumerate(order, 1):
+        so_far += scores[row]
+        if 100 * so_far >= percent * total and total:
+            return order, k
+    return order, len(scores)
+
+
+@pytest.mark.parametrize("percent", [25, 50, 75, 100])
+def test_selection_equals_a_loop(percent):
+    """4 x 1,000 batches of small whole numbers: many ties, many zeros, sums and shares exact in float32."""
+    rng = np.random.default_rng(percent)
+    cases = rng.integers(0, 8, (1000, 11)) * rng.integers(0, 2, (1000, 11))
+    cases[0] = 0
+    got = jax.jit(jax.vmap(lambda s: smallest_mass(s, percent / 100)))(jnp.asarray(cases, jnp.float32))
+    for i, case in enumerate(cases.tolist()):
+        order, count = loop(case, percent)
+        assert got.order[i].tolist() == order
+        assert got.count[i] == count
+        assert np.flatnonzero(got.weights[i]).tolist() == sorted(order[:count])
+
+
+def test_real_scores_hold_the_share_and_no_row_could_be_spared():
+    rng = np.random.default_rng(0)
+    cases = rng.exponential(1, (500, 64)).astype(np.float32)
+    got = jax.vmap(lambda s: smallest_mass(s, 0.8))(jnp.asarray(cases))
+    for case, weights in zip(cases.astype(np.float64), np.asarray(got.weights), strict=True):
+        kept = np.sort(case[weights > 0])
+        assert kept.sum() >= 0.8 * case.sum() * (1 - 1e-6)
+        assert kept[1:].sum() < 0.8 * case.sum() * (1 + 1e-6)
+        assert kept[0] >= case[weights == 0].max()
+
+
+def test_all_zero_keeps_all():
+    selection = smallest_mass(jnp.zeros(5), 0.8)
+    assert selection.count == 5
+    np.testing.assert_array_equal(selection.weights, 1)
+
+
+def test_a_score_that_is_not_finite_is_ranked_last():
+    selection = smallest_mass(jnp.array([jnp.nan, 4.0, jnp.inf, 1.0]), 0.8)
+    assert selection.order.tolist() == [1, 3, 0, 2]
+    assert selection.count == 1
+    assert np.isnan(selection.score[0])  # and the update sees it
+
+
+# --------------------------------------------------------------------------------------- controls
+
+SCORE = jnp.array([1.0, 6.0, 0.0, 3.0, 0.5])
+
+
+@pytest.mark.parametrize(
+    "fraction, kept", [(0.2, [1]), (0.4, [1, 3]), (0.41, [0, 1, 3]), (0.6, [0, 1, 3]), (1.0, [0, 1, 2, 3, 4])]
+)
+def test_a_fixed_fraction_keeps_the_largest_rows_whatever_their_mass(fraction, kept):
+    selection = largest_fraction(SCORE, fraction)
+    assert np.flatnonzero(selection.weights).tolist() == kept and selection.count == len(kept)
+    assert sorted(selection.order[: len(kept)].tolist()) == kept
+    assert largest_fraction(jnp.array([jnp.nan, 1.0]), 0.5).weights.tolist() == [0, 1]
+
+
+def test_a_random_subset_has_the_same_size_and_another_draw_other_rows():
+    by_mass = smallest_mass(jnp.arange(1.0, 65.0), 0.8)
+    drawn = [random_subset(by_mass, jax.random.key(seed)) for seed in range(200)]
+    for selection in drawn:
+        assert selection.count == by_mass.count == jnp.sum(selection.weights)
+        assert sorted(selection.order.tolist()) == list(range(64))
+        np.testing.assert_array_equal(np.sort(selection.order[: selection.count]), np.flatnonzero(selection.weights))
+        np.testing.assert_array_equal(selection.score, by_mass.score)
+    frequency = np.mean([selection.weights for selection in drawn], axis=0)
+    np.testing.assert_allclose(frequency, int(by_mass.count) / 64, atol=0.15)
+
+
+def test_the_phase_says_which_rows_are_kept():
+    scores = Scores(student=jnp.zeros((5, 1)), teacher=SCORE[:, None])
+    kept = {
+        keep: select(scores, jnp.ones(5, jnp.int32), KEY, Phase("absolute_gap", 0.8, keep=keep)).count.item()
+        for keep in ("mass", "fraction", "random")
+    }
+    assert kept == {"mass": 2, "fraction": 4, "random": 2}

@@ -1,0 +1,442 @@
+"""The two updates: against exact gradients, one optax step by hand, and what must change nothing."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from camopd_jax.config.schema import Method, Optimizer, Phase, SftConfig, Stream, TrainConfig
+from camopd_jax.method.gradient import Learning, alike
+from camopd_jax.method.loop import BRANCHES
+from camopd_jax.method.optimizer import init_state
+from camopd_jax.method.select import select
+from camopd_jax.method.token_weights import token_weights
+from camopd_jax.method.update import (
+    branch_weights,
+    mixed_update,
+    pcgrad,
+    recovery_update,
+    review_update,
+    sft_update,
+    sft_weights,
+)
+from camopd_jax.models.transformer import Model
+from camopd_jax.models.weights import shardings
+from camopd_jax.rollout.buckets import Piece, pieces
+from camopd_jax.rollout.generate import Decode, answers, for_decoding
+from camopd_jax.rollout.sampling import Sampling, row_keys
+from camopd_jax.rollout.score import score
+from camopd_jax.runtime.mesh import global_rows, make_mesh
+from camopd_jax.types import Prompts, Rollout, Scored, Scores, Selection, SftBatch
+
+RATE = 1e-2
+KEY = jax.random.key(7)
+OPTIMIZER = Optimizer(learning_rate=RATE, weight_decay=0.1, micro_batch=2, eps=1e-3)
+
+
+def train_config(method=Method(), **optimizer):
+    return TrainConfig("g", "s", Stream("g"), Stream("d"), method=method,
+                       optimizer=dataclasses.replace(OPTIMIZER, **optimizer))  # fmt: skip
+
+
+def update(tiny, batch, selection=None, config=None, branch=recovery_update, state=None, model=None):
+    prompts, rollout, scores = batch
+    config = config or train_config()
+    phase = config.method.recovery if branch is recovery_update else config.method.review
+    selection = select(scores, rollout.lengths, KEY, phase) if selection is None else selection
+    scored = Scored(prompts, jnp.arange(len(prompts.lengths)), rollout, scores, selection)
+    state = init_state(tiny[1], config.method.moments) if state is None else state
+    return take_step(branch, model or tiny[0], config, state, scored)
+
+
+PROGRAMS = {}
+
+
+def take_step(branch, model, config, state, *parts):
+    """The gradient of each part's selected answers and one step along them; compiled once for all tests."""
+    places = jax.tree.map(lambda x: x.sharding, state.params)
+    learning = PROGRAMS.setdefault(model, Learning(model, places, config.compute.logits_chunk))
+    names = {recovery_update: ["recovery"], review_update: ["review"], mixed_update: BRANCHES}[branch]
+    gradients = [gradient(learning, config, state.params, name, part) for name, part in zip(names, parts, strict=True)]
+    program = PROGRAMS.setdefault((branch, repr(config)), jax.jit(partial(branch, config=config)))
+    return program(state, *gradients, *parts)
+
+
+def gradient(learning, config, params, branch, part):
+    said, order = part.rollout, np.asarray(part.selection.order)[: int(part.selection.count)]
+    widths = part.prompts.tokens.shape[1], said.tokens.shape[1]
+    some = pieces(np.asarray(part.prompts.lengths), np.asarray(said.lengths), order, config.optimizer.micro_batch,
+                  widths, 4)  # fmt: skip
+    weights = branch_weights(branch, part, config=config)
+    return learning(params, part.prompts, said.tokens, said.lengths, weights, some)
+
+
+def row_logprobs(tiny, prompts, rollout):
+    """f(params, row) -> log-probabilities [T] of its answer, by whole softmax; one row at a time, padded to 12."""
+    model, _ = tiny
+
+    @jax.jit
+    def padded(params, ids):
+        logp = jax.nn.log_softmax(model.logits(params, model.hidden(params, ids[None])), axis=-1)[0]
+        return jnp.take_along_axis(logp[:-1], ids[1:, None], axis=1)[:, 0]
+
+    def one(params, i):
+        p, t = int(prompts.lengths[i]), int(rollout.lengths[i])
+        ids = np.concatenate([prompts.tokens[i, :p], rollout.tokens[i, :t], np.zeros(12 - p - t, np.int32)])
+        return padded(params, ids)[p - 1 : p + t - 1]
+
+    return one
+
+
+def same(tree, other, **tolerance):
+    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), tree, other)
+
+
+# ------------------------------------------------------------------------------------- the maths
+
+
+def test_the_expected_sampled_gradient_is_that_of_the_exact_reverse_kl(tiny):
+    """All 196 two-token answers to one prompt, each weighted by its probability, give the gradient of
+    1/2 (KL at the first token + the mean over first tokens of KL at the second), the prefixes held fixed.
+    """
+    model, params = tiny
+    teacher = model.init(jax.random.key(9))
+    vocab, prompt = 14, [3, 1, 4]
+    answers = jnp.asarray([(a, b) for a in range(vocab) for b in range(vocab)], jnp.int32)
+    rows = len(answers)
+    prompts = Prompts(jnp.tile(jnp.asarray([prompt], jnp.int32), (rows, 1)), jnp.full(rows, 3, jnp.int32))
+    lengths = jnp.full(rows, 2, jnp.int32)
+
+    # The program's way: sampled-token log-probabilities and their gaps.
+    scores = Scores(*(score(model, p, prompts, answers, lengths, chunk=64) for p in (params, teacher)))
+    rollout = Rollout(answers, lengths, scores.student, jnp.zeros(rows), jnp.ones(rows, bool))
+    everything = Selection(jnp.ones(rows), jnp.arange(rows), jnp.int32(rows), jnp.ones(rows))
+    weights = token_weights(scores, rollout, everything, Method(), Phase("absolute_gap", 1.0, 1.0))
+    probability = jnp.exp(jnp.sum(scores.student, axis=1, keepdims=True))
+    learning = Learning(model, None, 64)
+    whole = [Piece(np.arange(rows, dtype=np.int32), 5, 2)]
+    gradient = learning(params, prompts, answers, lengths, weights * rows * probability, whole).of
+
+    # The direct way: whole distributions.
+    def reverse_kl(student_logits, teacher_logits):
+        p, q = jax.nn.log_softmax(student_logits), jax.nn.log_softmax(teacher_logits)
+        return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
+
+    def exact(params):
+        ids = jnp.asarray([[*prompt, a] for a in range(vocab)], jnp.int32)
+        ours, theirs = (model.logits(p, model.hidden(p, ids)) for p in (params, teacher))
+        kl = reverse_kl(ours, theirs)
+        first = jax.lax.stop_gradient(jax.nn.softmax(ours[0, 2]))
+        return 0.5 * (kl[0, 2] + jnp.sum(first * kl[:, 3]))
+
+    same(gradient, jax.grad(exact)(params), atol=2e-6, rtol=1e-4)
+    assert float(optax.global_norm(gradient)) > 0.1
+
+
+def by_hand(tiny, batch, scale, kind, clip_norm=1.0):
+    """One update in plain Python and optax: rows looped over, every token's log-probability from a whole softmax."""
+    params = tiny[1]
+    prompts, rollout, scores = jax.tree.map(np.asarray, batch)
+    logprobs = row_logprobs(tiny, prompts, rollout)
+    gap = scores.teacher - scores.student
+    mass = []
+    for i, length in enumerate(rollout.lengths):
+        row = gap[i, :length]
+        mass.append(np.abs(row).mean() if kind == "absolute" else np.maximum(row, 0).mean())
+    chosen, held = [], 0.0
+    for i in sorted(range(len(mass)), key=lambda i: -mass[i]):
+        chosen.append(i)
+        held += mass[i]
+        if held >= 0.8 * sum(mass):
+            break
+
+    def loss(params):
+        total = 0.0
+        for i in chosen:
+            t = rollout.lengths[i]
+            total -= jnp.sum(scale * gap[i, :t] * logprobs(params, i)) / t / len(chosen)
+        return total
+
+    def decays(path, _):
+        return path[-1].key in ("kernel", "embedding", "head")
+
+    optimizer = optax.chain(
+        optax.clip_by_global_norm(clip_norm),
+        optax.adamw(RATE, eps=OPTIMIZER.eps, weight_decay=0.1, mask=partial(jax.tree_util.tree_map_with_path, decays)),
+    )
+    value, gradient = jax.value_and_grad(loss)(params)
+    step, _ = optimizer.update(gradient, optimizer.init(params), params)
+    return optax.apply_updates(params, step), value, optax.global_norm(gradient), len(chosen)
+
+
+def test_a_mixed_update_steps_along_the_share_weighted_sum_of_both_gradients(tiny, batch):
+    """Six general rows and two domain ones: Adam's first moment, linear in the gradient, shows it."""
+    config = train_config(Method(schedule="mixed"), clip_norm=None)
+    parts = [jax.tree.map(lambda a, rows=rows: a[rows], batch) for rows in (slice(0, 6), slice(6, 8))]
+
+    def scored(part, phase):
+        prompts, rollout, scores = part
+        return Scored(
+            prompts, jnp.arange(len(prompts.lengths)), rollout, scores, select(scores, rollout.lengths, KEY, phase)
+        )
+
+    general, domain = scored(parts[0], config.method.recovery), scored(parts[1], config.method.review)
+    state = init_state(tiny[1], "shared")
+    mixed, metrics = take_step(mixed_update, tiny[0], config, state, general, domain)
+    alone = [
+        take_step(branch, tiny[0], config, state, part)
+        for branch, part in ((recovery_update, general), (review_update, domain))
+    ]
+
+    general_moment, domain_moment, moment = (s.moments["shared"].mu for s in (alone[0][0], alone[1][0], mixed))
+    same(moment, jax.tree.map(lambda g, d: 0.75 * g + 0.25 * d, general_moment, domain_moment), atol=1e-6)
+    assert float(optax.global_norm(domain_moment)) > 1e-3
+    np.testing.assert_allclose(metrics["loss"], 0.75 * alone[0][1]["loss"] + 0.25 * alone[1][1]["loss"], rtol=1e-5)
+    assert metrics["response_tokens"] == jnp.sum(batch[1].lengths)
+    np.testing.assert_allclose(metrics["review"]["gap_mean"], alone[1][1]["gap_mean"], rtol=1e-6)
+
+
+def test_pcgrad_by_hand():
+    g, d = {"a": jnp.array([1.0, 0.0]), "b": jnp.array([1.0])}, {"a": jnp.array([-2.0, 1.0]), "b": jnp.array([0.0])}
+    # g . d = -2, |g|^2 = 2, |d|^2 = 5
+    left, right = pcgrad(g, d)
+    same(left, {"a": jnp.array([1 - 0.8, 0.4]), "b": jnp.array([1.0])}, atol=1e-6)
+    same(right, {"a": jnp.array([-2 + 1.0, 1.0]), "b": jnp.array([1.0])}, atol=1e-6)
+    assert abs(float(optax.tree.vdot(left, d))) < 1e-6 and abs(float(optax.tree.vdot(right, g))) < 1e-6
+    opposed = jax.tree.map(lambda x: -x, d)
+    same(pcgrad(g, opposed), (g, opposed), atol=0)
+    zero = jax.tree.map(jnp.zeros_like, g)
+    same(pcgrad(g, zero), (g, zero), atol=0)
+
+
+@pytest.mark.parametrize("branch, scale, kind", [(recovery_update, 2.0, "absolute"), (review_update, 1.0, "positive")])
+def test_an_update_equals_one_optax_step_by_hand(tiny, batch, branch, scale, kind):
+    params, value, norm, chosen = by_hand(tiny, batch, scale, kind)
+    state, metrics = update(tiny, batch, branch=branch)
+    same(state.params, params, atol=1e-6, rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    np.testing.assert_allclose(metrics["grad_norm"], norm, rtol=1e-5)
+    assert metrics["grad_clipped"] == float(norm > 1.0)
+    assert metrics["selected_fraction"] == chosen / 8 and 0 < chosen < 8
+    assert int(state.step) == 1
+
+
+def test_review_never_enters_a_recovery(tiny, batch):
+    """Whatever a review would see: after the same state, a recovery is the same, bit for bit."""
+    prompts, rollout, scores = batch
+    other = (prompts, rollout, Scores(scores.student, scores.student - 1.0))
+    state, _ = update(tiny, batch, config=train_config(Method(moments="separate")))
+    after_other, _ = update(
+        tiny, other, branch=review_update, config=train_config(Method(moments="separate")), state=state
+    )
+    same(after_other.moments["recovery"], state.moments["recovery"], rtol=0)
+    changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), after_other.moments["review"], state.moments["review"])
+    assert all(jax.tree.leaves(changed))
+
+
+def test_shared_moments_remember_the_other_phase(tiny, batch):
+    config = train_config(Method(moments="shared"))
+    state, _ = update(tiny, batch, config=config)
+    after, _ = update(tiny, batch, config=config, branch=review_update, state=state)
+    assert set(after.moments) == {"shared"} and int(after.moments["shared"].count) == 2
+
+
+# ------------------------------------------------------------------------- what changes nothing
+
+
+@pytest.mark.parametrize("micro_batch", [1, 4, 8])
+def test_micro_batching_changes_nothing(tiny, batch, micro_batch):
+    state, metrics = update(tiny, batch)
+    again, again_metrics = update(tiny, batch, config=train_config(micro_batch=micro_batch))
+    same(again.params, state.params, atol=1e-6, rtol=1e-5)
+    same(again_metrics, metrics, rtol=1e-5)
+
+
+def test_batch_order_changes_nothing(tiny, batch):
+    order = np.random.default_rng(1).permutation(8)
+    shuffled = jax.tree.map(lambda x: x[order], batch)
+    state, metrics = update(tiny, batch)
+    again, again_metrics = update(tiny, shuffled)
+    same(again.params, state.params, atol=1e-6, rtol=1e-5)
+    table, again_table = metrics.pop("answers"), again_metrics.pop("answers")
+    same(again_metrics, metrics, rtol=1e-5)
+    for name in table.keys() - {"index"}:
+        np.testing.assert_allclose(again_table[name], table[name][order], rtol=1e-6, err_msg=name)
+
+
+@pytest.mark.parametrize("shape", [(8, 1, 1), (2, 2, 2), (1, 4, 2)])
+def test_a_mesh_changes_nothing(tiny, batch, shape):
+    config = train_config(micro_batch=8)
+    state, metrics = update(tiny, batch, config=config)
+    mesh = make_mesh(*shape)
+    model = Model(tiny[0].config, mesh=mesh)
+    params = jax.device_put(tiny[1], shardings(model.config, mesh))
+    spread = jax.tree.map(lambda x: global_rows(mesh, np.asarray(x), 8), batch)
+    again, again_metrics = update(tiny, spread, config=config, model=model, state=init_state(params, "shared"))
+    same(again.params, state.params, atol=1e-6, rtol=1e-5)
+    same(again_metrics, metrics, rtol=1e-5)
+
+
+def test_unselected_rows_may_hold_anything(tiny, batch):
+    prompts, rollout, scores = batch
+    selection = select(scores, rollout.lengths, KEY, Method().recovery)
+    out = np.asarray(selection.weights) == 0
+    assert out.any()
+    poisoned = scores.replace(teacher=jnp.where(out[:, None], jnp.nan, scores.teacher))
+    tokens = jnp.where(out[:, None], 13 - rollout.tokens, rollout.tokens)
+    state, _ = update(tiny, batch)
+    again, metrics = update(tiny, (prompts, rollout.replace(tokens=tokens), poisoned), selection)
+    same(again.params, state.params, rtol=0)
+    assert metrics["skipped"] == 0
+
+
+def test_micro_batches_in_one_call_equal_each_in_its_own(tiny, batch):
+    """As a CPU takes them, and as an accelerator does."""
+    (model, params), (prompts, said, _) = tiny, batch
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=said.tokens.shape), jnp.float32)
+    total = np.asarray(prompts.lengths + said.lengths)
+    cut = list(pieces(np.asarray(prompts.lengths), np.asarray(said.lengths), np.argsort(total), 2, (5, 7), 4))
+    assert len(list(alike(cut, 8))) < len(cut) == 4
+
+    def found(in_one_call):
+        learning = Learning(model, None, 64, in_one_call)
+        return learning(params, prompts, said.tokens, said.lengths, weights, cut)
+
+    same(found(True), found(False), atol=1e-6, rtol=1e-5)
+
+
+def test_micro_batches_of_one_width_go_together():
+    """K is the same for few and for many, so that few compile nothing new."""
+    wide, narrow = (24, 8), (16, 8)
+    cut = [Piece(np.array(rows), *widths) for rows, widths in
+           [((5, 2), wide), ((4, 1), narrow), ((0, 3), narrow), ((6,), narrow)]]  # fmt: skip
+    calls = [(piece.slots, rows.tolist(), count) for piece, rows, count in alike(cut, 7)]
+    nobody = [7, 7]
+    assert calls == [
+        (24, [[5, 2], nobody, nobody, nobody], 1),
+        (16, [[4, 1], [0, 3], nobody, nobody], 2),
+        (16, [[6]] + [[7]] * 6, 1),
+    ]
+
+
+@pytest.mark.parametrize("shrinks", [False, True])
+def test_a_gradient_from_the_residual_stream_of_a_rollout_has_no_forward_pass(tiny, batch, shrinks):
+    """It is the plain one; and with another stream another, as far as both are read."""
+    model, params = tiny
+    prompts = batch[0]
+    keeping, rows = dataclasses.replace(model, remat="rollout"), np.arange(len(prompts.lengths))
+    decode = Decode(Sampling(), (2, 5), 7, shrinks=shrinks, keep_residuals=True)
+    said = answers(keeping, for_decoding(model, params), prompts, row_keys(0, jnp.int32(1), rows), decode)
+    assert len(set(np.asarray(said.lengths).tolist())) > 2, "some end early"
+    assert [r.shape for r in said.residuals] == [(8, 5 + 7, 12)] * (model.config.num_layers + 1)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=said.tokens.shape), jnp.float32)
+    cut = list(pieces(np.asarray(prompts.lengths), np.asarray(said.lengths), rows, 2, (5, 7), 4))
+
+    def found(model, residuals):
+        return Learning(model, None, 64)(params, prompts, said.tokens, said.lengths, weights, cut, residuals)
+
+    plain, spared = found(model, ()), found(keeping, said.residuals)
+    same(spared, plain, atol=1e-5, rtol=1e-4)
+    same(found(keeping, ()), plain, atol=1e-6, rtol=1e-5)
+    halved = found(keeping, (*said.residuals[:-1], said.residuals[-1] * jnp.array([[[0.5, 1] * 6]])))
+    assert abs(halved.loss - plain.loss) > 1e-3, "the last is what the head reads"
+    first = found(keeping, (said.residuals[0] * jnp.array([[[0.5, 1] * 6]]), *said.residuals[1:]))
+    assert first.loss == spared.loss
+    assert np.max(np.abs(first.of["layers"]["mlp"]["up"]["kernel"] - plain.of["layers"]["mlp"]["up"]["kernel"])) > 1e-3
+
+
+class Counting(Model):
+    """Tells every forward pass."""
+
+    passes = 0
+
+    def hidden(self, *args, **options):
+        jax.debug.callback(self.count)
+        return super().hidden(*args, **options)
+
+    @staticmethod
+    def count():
+        Counting.passes += 1
+
+
+@pytest.mark.parametrize("chosen", [1, 2, 5, 8])
+def test_the_cost_follows_what_was_selected(tiny, batch, chosen):
+    order = jnp.arange(8, dtype=jnp.int32)
+    selection = Selection(jnp.ones(8), order, jnp.int32(chosen), (order < chosen).astype(jnp.float32))
+    Counting.passes = 0
+    state, _ = update(tiny, batch, selection, model=Counting(tiny[0].config))
+    jax.block_until_ready(state)
+    jax.effects_barrier()
+    assert Counting.passes == {1: 1, 2: 1, 5: 3, 8: 4}[chosen]
+
+
+# -------------------------------------------------------------------------------- clip and skips
+
+
+def test_a_clip_that_always_bites_cancels_the_scale(tiny, batch):
+    def step(scale, clip_norm):
+        method = Method(recovery=Phase("absolute_gap", 0.8, scale))
+        return update(tiny, batch, config=train_config(method, clip_norm=clip_norm))
+
+    (once, clipped), (hundredfold, _) = step(1.0, 1e-3), step(100.0, 1e-3)
+    assert clipped["grad_clipped"] == 1
+    same(hundredfold.params, once.params, atol=1e-7, rtol=1e-5)
+    (once, free), (hundredfold, _) = step(1.0, None), step(100.0, None)
+    assert free["grad_clipped"] == 0
+    moved = max(
+        jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), hundredfold.params, once.params))
+    )
+    assert moved > 1e-3
+
+
+@pytest.mark.parametrize("spoiled", [jnp.nan, -jnp.inf])
+def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny, batch, spoiled):
+    prompts, rollout, scores = batch
+    state, _ = update(tiny, batch)
+    bad = (prompts, rollout, scores.replace(teacher=scores.teacher.at[0, 0].set(spoiled)))
+    for times in (1, 2):
+        after, metrics = update(tiny, bad, state=state)
+        assert int(after.skipped) == times and metrics["skipped"] == times and int(after.step) == int(state.step) + 1
+        same(after.params, state.params, rtol=0)
+        same(after.moments, state.moments, rtol=0)
+        state = after
+    after, _ = update(tiny, batch, state=state)
+    assert int(after.skipped) == 0
+
+
+def test_at_review_step_zero_nothing_moves_but_by_decay(tiny, batch):
+    """Student and teacher agree: every gap is 0, all rows are kept, nothing is divided by 0."""
+    prompts, rollout, scores = batch
+    state, metrics = update(tiny, (prompts, rollout, scores.replace(teacher=scores.student)), branch=review_update,
+                            config=train_config(weight_decay=0.0))  # fmt: skip
+    same(state.params, tiny[1], rtol=0)
+    assert metrics["selected_fraction"] == 1 and metrics["loss"] == 0 and metrics["grad_norm"] == 0
+    assert all(np.all(np.isfinite(value)) for value in jax.tree.leaves(metrics))
+
+
+# ---------------------------------------------------------------------------------------- sft
+
+
+def test_sft_is_cross_entropy_over_the_answer_tokens(tiny, batch):
+    model, params = tiny
+    prompts, rollout, _ = jax.tree.map(np.asarray, batch)
+    logprobs = row_logprobs(tiny, prompts, rollout)
+    config = SftConfig("m", Stream("d"), optimizer=dataclasses.replace(OPTIMIZER, clip_norm=None, weight_decay=0.0))
+    said, slots = (rollout.tokens, rollout.lengths), rollout.tokens.shape[1]
+    everyone = pieces(prompts.lengths, rollout.lengths, np.arange(8), 2, (5, slots), 4)
+    gradient = Learning(model, None, 64)(params, prompts, *said, sft_weights(said[1], slots), everyone)
+    program = jax.jit(partial(sft_update, config=config))
+    state, metrics = program(init_state(params, "shared"), gradient, SftBatch(prompts, *said))
+
+    def loss(params):
+        return -jnp.concatenate([logprobs(params, i) for i in range(8)]).mean()
+
+    value, gradient = jax.value_and_grad(loss)(params)
+    optimizer = optax.adam(RATE, eps=OPTIMIZER.eps)
+    same(state.params, optax.apply_updates(params, optimizer.update(gradient, optimizer.init(params))[0]), atol=1e-6)
+    np.testing.assert_allclose(metrics["loss"], value, rtol=1e-5)
+    assert metrics["response_tokens"] == 35 and metrics["prompt_tokens"] == 24

@@ -1,0 +1,177 @@
+"""Rollouts against a plain loop of full forwards, and a row's independence of its batch."""
+
+import dataclasses
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camopd_jax.models.weights import shardings
+from camopd_jax.rollout import generate
+from camopd_jax.rollout.generate import Decode
+from camopd_jax.rollout.sampling import Sampling, row_keys
+from camopd_jax.rollout.score import score
+from camopd_jax.runtime.mesh import make_mesh, other_mesh
+from camopd_jax.types import Prompts
+
+GREEDY = Sampling(temperature=0.0)
+MAX_NEW = 9
+
+
+def run(tiny, prompts, index=None, sampling=Sampling(), eos_ids=(2,), max_new=MAX_NEW, model=None, **options):
+    """One rollout; each row's key is named by `index`."""
+    index = jnp.arange(len(prompts.lengths)) if index is None else jnp.asarray(index)
+    keys = row_keys(0, jnp.int32(1), index)
+    model = model or tiny[0]
+    params = generate.for_decoding(model, tiny[1])
+    return generate.answers(model, params, prompts, keys, Decode(sampling, eos_ids, max_new, **options))
+
+
+def test_weights_go_to_a_mesh_of_other_axes_and_each_device_gets_its_share(tiny):
+    """From 4 x 2 to 4 x 1 x 2 and 8 x 1 x 1: the same numbers, split as the table says and nowhere else."""
+    learns = make_mesh(1, 4, 2)
+    spread = jax.device_put(tiny[1], shardings(tiny[0].config, learns))
+    expected = tiny[0].for_decoding(tiny[1])
+    for tensor in (1, 2):
+        model = tiny[0].on(other_mesh(learns, -1, 1, tensor, "config.rollout.mesh"))
+        moved = generate.for_decoding(model, spread)
+        jax.tree.map(np.testing.assert_array_equal, moved, expected)
+        kernel = moved["layers"][0]["mlp"]["gate"]["kernel"]
+        assert kernel.addressable_shards[0].data.shape == (12, 20 // tensor)
+
+
+@pytest.mark.parametrize("mesh", [None, "of one device"])
+def test_weights_that_need_no_move_are_read_where_they_lie(tiny, mesh):
+    """Without a copy, also on a mesh of one device; a stack that an update takes over leaves its views as they are."""
+    mesh = mesh and make_mesh(1, devices=jax.devices()[:1])
+    whole_cache_lines = dict.fromkeys(("hidden_size", "intermediate_size"), 64)
+    config = dataclasses.replace(tiny[0].config, **whole_cache_lines)
+    model = dataclasses.replace(tiny[0], config=config, mesh=mesh)
+    params = model.init(jax.random.key(0))
+    if mesh is not None:
+        params = jax.device_put(params, shardings(model.config, mesh))
+    expected = jax.tree.map(np.array, model.for_decoding(params))
+    views = generate.for_decoding(model, params)
+    stack, layers = params["layers"]["mlp"]["gate"]["kernel"], [p["mlp"]["gate"]["kernel"] for p in views["layers"]]
+    start, size = stack.unsafe_buffer_pointer(), layers[0].nbytes
+    assert [layer.unsafe_buffer_pointer() for layer in layers] == [start + i * size for i in range(len(layers))]
+    cast = generate.for_decoding(dataclasses.replace(model, dtype="bfloat16"), params)
+    assert cast["layers"][0]["mlp"]["gate"]["kernel"].dtype == jnp.bfloat16
+    jax.block_until_ready(jax.jit(partial(jax.tree.map, lambda p: p + 1), donate_argnums=0)(params))
+    jax.tree.map(np.testing.assert_array_equal, views, expected)
+
+
+def test_greedy_equals_a_loop_of_full_forwards(tiny, batch):
+    model, params = tiny
+    prompts = batch[0]
+    out = run(tiny, prompts, sampling=GREEDY)
+    hidden = jax.jit(model.hidden)
+    for row, length in enumerate(np.asarray(prompts.lengths)):
+        ids = np.asarray(prompts.tokens)[row, :length].tolist()
+        for t in range(MAX_NEW):
+            padded = np.array([ids + [0] * (20 - len(ids))])
+            logits = np.asarray(model.logits(params, hidden(params, padded)[0, len(ids) - 1]), np.float64)
+            logp = logits - np.log(np.exp(logits).sum())
+            assert out.tokens[row, t] == logits.argmax()
+            np.testing.assert_allclose(out.logprobs[row, t], logp.max(), atol=1e-5)
+            ids.append(int(logits.argmax()))
+            if ids[-1] == 2:
+                break
+        assert out.lengths[row] == t + 1
+        assert out.stopped[row] == (ids[-1] == 2)
+        np.testing.assert_array_equal(out.logprobs[row, t + 1 :], 0)
+    assert 0 < int(jnp.sum(out.stopped)) < len(prompts.lengths), "the case should hold both kinds of ending"
+
+
+def test_a_row_depends_on_its_own_prompt_and_key_only(tiny, batch):
+    prompts = batch[0]
+    whole = run(tiny, prompts)
+    order = np.array([6, 1, 4])
+    wider = jnp.pad(prompts.tokens[order], ((0, 0), (0, 3)), constant_values=7)  # other batch, order and padding
+    part = run(tiny, Prompts(wider, prompts.lengths[order]), index=order)
+    np.testing.assert_array_equal(part.tokens, whole.tokens[order])
+    np.testing.assert_array_equal(part.lengths, whole.lengths[order])
+    np.testing.assert_allclose(part.logprobs, whole.logprobs[order], atol=1e-5)
+    assert not np.array_equal(run(tiny, prompts, index=np.arange(8) + 100).tokens, whole.tokens)
+
+
+def test_a_mesh_changes_nothing(tiny, batch):
+    whole = run(tiny, batch[0])
+    for shape in ((8, 1, 1), (2, 2, 2)):
+        model = dataclasses.replace(tiny[0], mesh=make_mesh(*shape))
+        np.testing.assert_array_equal(run(tiny, batch[0], model=model).tokens, whole.tokens)
+
+
+def test_sampler_logprobs_are_the_models_own_whatever_the_filter(tiny, batch):
+    model, params = tiny
+    prompts = batch[0]
+    for sampling in (Sampling(), Sampling(temperature=0.7, top_k=4), Sampling(top_p=0.8, min_p=0.05)):
+        out = run(tiny, prompts, sampling=sampling)
+        again = score(model, params, prompts, out.tokens, out.lengths, chunk=16)
+        np.testing.assert_allclose(out.logprobs, again, atol=1e-5)
+
+
+def test_entropy_is_the_mean_over_the_answer(tiny, batch):
+    model, params = tiny
+    prompts = batch[0]
+    out = run(tiny, prompts)
+    ids = np.concatenate([np.asarray(prompts.tokens)[3, : int(prompts.lengths[3])], np.asarray(out.tokens)[3]])
+    logp = jax.nn.log_softmax(model.logits(params, model.hidden(params, ids[None].astype(np.int32))[0]), axis=-1)
+    entropy = -np.sum(np.exp(logp) * logp, axis=-1)
+    first = int(prompts.lengths[3]) - 1
+    np.testing.assert_allclose(out.entropy[3], entropy[first : first + int(out.lengths[3])].mean(), rtol=1e-4)
+
+
+def test_without_eos_every_answer_is_full(tiny, batch):
+    out = run(tiny, batch[0], eos_ids=())
+    np.testing.assert_array_equal(out.lengths, MAX_NEW)
+    assert not out.stopped.any()
+
+
+def test_any_of_several_eos_ends_a_row(tiny, batch):
+    out = run(tiny, batch[0], eos_ids=(2, 5, 9))
+    for row in range(8):
+        answer = np.asarray(out.tokens)[row, : int(out.lengths[row])]
+        assert not np.isin(answer[:-1], (2, 5, 9)).any()
+        assert np.isin(answer[-1], (2, 5, 9)) == out.stopped[row]
+
+
+def test_it_stops_when_all_rows_are_done(tiny, batch):
+    """All rows end at once, at a cap no loop could walk through in a test: the turns are counted."""
+    out = run(tiny, batch[0], eos_ids=tuple(range(14)), max_new=100_000)
+    np.testing.assert_array_equal(out.lengths, 1)
+
+
+@pytest.mark.parametrize("segment", [1, 3, 4])
+def test_a_growing_cache_changes_nothing(tiny, batch, segment, monkeypatch):
+    whole = run(tiny, batch[0], max_new=11)
+    monkeypatch.setattr(generate, "FIRST_RING", segment)
+    grown = run(tiny, batch[0], max_new=11)
+    np.testing.assert_array_equal(grown.tokens, whole.tokens)
+    np.testing.assert_allclose(grown.logprobs, whole.logprobs, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "options, segment", [({"places": 3}, 2), ({"shrinks": True}, 256), ({"places": 4, "shrinks": True}, 2)]
+)
+def test_waiting_prompts_and_shrinking_batches_change_no_answer(tiny, batch, options, segment, monkeypatch):
+    """Prompts that wait enter where answers have ended; the ring of slots goes round while others go on."""
+    kinds = {"eos_ids": (2, 5, 9), "max_new": 11}
+    whole = run(tiny, batch[0], **kinds)
+    assert len(set(np.asarray(whole.lengths).tolist())) > 3, "the case should hold answers of many lengths"
+    monkeypatch.setattr(generate, "FIRST_RING", segment)
+    other = run(tiny, batch[0], **kinds, **options)
+    for name in ("tokens", "lengths", "stopped"):
+        np.testing.assert_array_equal(getattr(other, name), getattr(whole, name))
+    np.testing.assert_allclose(other.logprobs, whole.logprobs, atol=1e-5)
+    np.testing.assert_allclose(other.entropy, whole.entropy, atol=1e-5)
+
+
+def test_waiting_prompts_on_a_mesh(tiny, batch):
+    whole = run(tiny, batch[0])
+    model = dataclasses.replace(tiny[0], mesh=make_mesh(2, 1, 2, devices=jax.devices()[:4]))
+    other = run(tiny, batch[0], model=model, places=4, shrinks=True)
+    np.testing.assert_array_equal(other.tokens, whole.tokens)
+    np.testing.assert_array_equal(other.stopped, whole.stopped)

@@ -1,0 +1,150 @@
+"""Scoring against a direct softmax, and the size of every array it makes."""
+
+import re
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camopd_jax.method.gradient import Learning
+from camopd_jax.method.update import no_gradient
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.transformer import Model
+from camopd_jax.models.weights import shardings
+from camopd_jax.planning.hlo import BRANCHES, COLLECTIVES, Module
+from camopd_jax.rollout import score as score_module
+from camopd_jax.rollout.score import join, score, token_logprobs
+from camopd_jax.runtime.mesh import make_mesh, sharding
+from camopd_jax.types import Prompts
+
+
+def direct(model, params, prompts, rollout, temperature=1.0):
+    """Log-probabilities by whole logits of one row at a time."""
+    out = np.zeros(rollout.tokens.shape, np.float64)
+    for row in range(len(rollout.lengths)):
+        p, t = int(prompts.lengths[row]), int(rollout.lengths[row])
+        ids = np.concatenate([np.asarray(prompts.tokens)[row, :p], np.asarray(rollout.tokens)[row, :t]])
+        logits = np.asarray(model.logits(params, model.hidden(params, ids[None].astype(np.int32))), np.float64)[0]
+        logp = logits / temperature - np.log(np.exp(logits / temperature).sum(-1, keepdims=True))
+        out[row, :t] = logp[np.arange(p - 1, p + t - 1), ids[p:]]
+    return out
+
+
+@pytest.mark.parametrize("chunk", [1, 8, 24, 10_000])
+def test_score_equals_whole_softmax(tiny, batch, chunk):
+    model, params = tiny
+    prompts, rollout, _ = batch
+    got = jax.jit(score, static_argnums=(0, 5))(model, params, prompts, rollout.tokens, rollout.lengths, chunk)
+    np.testing.assert_allclose(got, direct(model, params, prompts, rollout), atol=1e-5)
+
+
+def test_temperature_divides_the_logits(tiny, batch):
+    model, params = tiny
+    prompts, rollout, _ = batch
+    got = score(model, params, prompts, rollout.tokens, rollout.lengths, 64, 0.6)
+    np.testing.assert_allclose(got, direct(model, params, prompts, rollout, 0.6), atol=1e-5)
+
+
+def test_join_leaves_no_hole():
+    prompts = Prompts(jnp.array([[1, 2, 99], [3, 98, 97]]), jnp.array([2, 1]))
+    joined = join(prompts, jnp.array([[4, 5], [6, 7]]))
+    np.testing.assert_array_equal(joined, [[1, 2, 4, 5, 0], [3, 6, 7, 0, 0]])
+
+
+def array_sizes(jaxpr) -> set[int]:
+    """Element counts of every array in a jaxpr, inner ones included."""
+    sizes = set()
+    for equation in jaxpr.eqns:
+        sizes |= {int(np.prod(v.aval.shape)) for v in equation.outvars if hasattr(v.aval, "shape")}
+        for value in jax.tree.leaves(equation.params, is_leaf=lambda x: hasattr(x, "eqns") or hasattr(x, "jaxpr")):
+            inner = getattr(value, "jaxpr", value)
+            if hasattr(inner, "eqns"):
+                sizes |= array_sizes(inner)
+    return sizes
+
+
+def test_no_array_of_all_logits_forward_or_backward(tiny):
+    """With B = 4, T = 50, V = 14 and chunks of 8 tokens, the largest logits are 4 x 2 x 14 = 112 numbers."""
+    model, params = tiny
+    hidden, tokens = jnp.ones((4, 50, 12)), jnp.ones((4, 50), jnp.int32)
+
+    def loss(params, hidden):
+        return jnp.sum(token_logprobs(model, params, hidden, tokens, chunk=8))
+
+    jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden).jaxpr
+    sizes = array_sizes(jaxpr)
+    assert 4 * 2 * 14 in sizes, "the walk should see the chunk's logits"
+    assert 4 * 50 * 14 not in sizes and 4 * 52 * 14 not in sizes
+    assert max(sizes) <= 4 * 52 * 12  # the hidden states themselves, padded to whole chunks
+
+
+def loops(module):
+    """{name of a loop: the instructions of its body, inner ones included} of a compiled module."""
+
+    def inside(name):
+        for i in module.computations[name].values():
+            yield i
+            for part in i.called("calls", "to_apply", "body", "condition", *BRANCHES):
+                yield from inside(part)
+
+    return {i.name: list(inside(i.called("body")[0])) for i in module.instructions() if i.opcode == "while"}
+
+
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (1, 2, 4), (8, 1, 1)])
+def test_pieces_on_a_mesh_gather_the_head_once_and_reduce_its_gradient_once(sizes):
+    """A chip has 8 tokens' logits at a time, of its own rows, and nothing but tokens crosses chips between pieces."""
+    config = from_hf(dict(model_type="qwen3", vocab_size=44, hidden_size=24, intermediate_size=20,
+                          num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=6,
+                          tie_word_embeddings=sizes[0] == 2, initializer_range=0.6))  # fmt: skip
+    mesh = make_mesh(*sizes)
+    alone, model = Model(config), Model(config, mesh=mesh)
+    params = alone.init(jax.random.key(3))
+    rng = np.random.default_rng(0)
+    hidden, tokens = rng.normal(size=(8, 29, 24)).astype(np.float32), rng.integers(0, 44, (8, 29)).astype(np.int32)
+    weights = rng.normal(size=(8, 29)).astype(np.float32)
+
+    def loss(model, chunk, params, hidden):
+        return jnp.sum(weights * token_logprobs(model, params, hidden, tokens, chunk))
+
+    def gradient(model, chunk):
+        return jax.jit(jax.value_and_grad(partial(loss, model, chunk), argnums=(0, 1)))
+
+    value, expected = gradient(alone, 10_000)(params, hidden)
+    spread = jax.device_put(params, shardings(config, mesh)), jax.device_put(hidden, sharding(mesh, "batch"))
+    compiled = gradient(model, 8).lower(*spread).compile()
+    got_value, got = compiled(*spread)
+    np.testing.assert_allclose(got_value, value, rtol=1e-5)
+    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5), got, expected)
+
+    text, shards = compiled.as_text(), sizes[0] * sizes[1]
+    trips = -(-29 // (8 // (8 // shards)))
+    assert re.findall(r'"known_trip_count":{"n":"(\d+)"', text) == [str(trips)] * 2, "there and back"
+    bodies = loops(Module(text))
+    moved = [dims for body in bodies.values() for i in body if i.opcode in COLLECTIVES for _, dims in i.arrays]
+    assert all(np.prod(dims) <= 8 * 24 for dims in moved), "hidden states and logits' sums, never the head"
+
+
+@pytest.mark.parametrize("vocab", [2**15, 2**18])
+def test_the_memory_of_a_gradient_is_flat_in_the_vocabulary(vocab, monkeypatch):
+    """Beside arrays of the head's size, what a gradient needs at one time is bounded by LOGITS_BYTES."""
+    monkeypatch.setattr(score_module, "LOGITS_BYTES", 2**21)
+    rows, slots, width = 4, 128, 8
+    model = Model(from_hf(dict(model_type="llama", vocab_size=vocab, hidden_size=width, intermediate_size=8,
+                               num_hidden_layers=1, num_attention_heads=1)))  # fmt: skip
+    params = jax.eval_shape(model.init, jax.random.key(0))
+
+    def shape(*dims, dtype=jnp.int32):
+        return jax.ShapeDtypeStruct(dims, dtype)
+
+    prompts, lengths = Prompts(shape(rows, 8), shape(rows)), shape(rows)
+    program = Learning(model, None, 0).add.lower(
+        model, params, jax.eval_shape(no_gradient, params), prompts, shape(rows, slots), lengths,
+        shape(rows, slots, dtype=jnp.float32), (), shape(1, rows), shape(), slots=8 + slots,
+        answer_slots=slots, chunk=0,
+    )  # fmt: skip
+    needed = program.compile().memory_analysis().temp_size_in_bytes
+    head, logits = 4 * vocab * width, 4 * rows * slots * vocab
+    assert needed < 6 * head + 8 * 4 * max(2**19, rows * vocab), "some heads, some pieces of logits"
+    assert needed < logits / 2

@@ -1,0 +1,306 @@
+"""Checkpoints: bit for bit, on another mesh, after a kill, and what is told when they are broken."""
+
+import json
+import resource
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from etils import epath
+from jax.sharding import NamedSharding, PartitionSpec
+
+from camopd_jax.runs.checkpoint import Checkpoints, checkpoints_folder, claim_workdir
+from camopd_jax.config.schema import Checkpoints as CheckpointsConfig
+from camopd_jax.config.schema import MeshConfig, Optimizer, SftConfig, Stream, TrainConfig
+from camopd_jax.errors import UserError
+from camopd_jax.runtime.mesh import make_mesh
+from camopd_jax.types import TrainState
+
+POSITIONS = {"general": {"next": 17, "epoch": 2}, "domain": {"next": 5, "epoch": 0}}
+PROVENANCE = {"general_model": "somewhere", "general_fingerprint": "0123abcd"}
+
+
+def state_at(step, place=lambda array, *axes: jnp.asarray(array), width=40):
+    """A small state whose numbers depend on the step; bfloat16 parameters, float32 moments."""
+    values = np.random.default_rng(step).standard_normal((16, width)).astype(np.float32)
+    values[0, :4] = np.nan, np.inf, -0.0, 1e-45
+    params = {
+        "block": {"kernel": place(values.astype(jnp.bfloat16), "fsdp", "tensor")},
+        "norm": place(values[1], "tensor"),
+    }
+    like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32), params)
+    adam = optax.ScaleByAdamState(
+        count=place(np.int32(step)),
+        mu=jax.tree.map(lambda p: place(np.full(p.shape, step, p.dtype)), like),
+        nu=jax.tree.map(lambda p: place(np.full(p.shape, step**2, p.dtype)), like),
+    )
+    return TrainState(place(np.int32(step)), params, {"shared": adam}, place(np.int32(0)))
+
+
+def on_mesh(fsdp, tensor):
+    mesh = make_mesh(8 // (fsdp * tensor), fsdp, tensor)
+    return lambda array, *axes: jax.device_put(array, NamedSharding(mesh, PartitionSpec(*axes)))
+
+
+def same_bits(a, b):
+    assert jax.tree.structure(a) == jax.tree.structure(b)
+    for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True):
+        assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+
+
+def open_at(workdir, config=CheckpointsConfig(), standings=None):
+    return Checkpoints(str(workdir), config, {} if standings is None else standings)
+
+
+def save(workdir, step, config=CheckpointsConfig(), standings=None, **kwargs):
+    checkpoints = open_at(workdir, config, standings)
+    checkpoints.save(step, state_at(step, **kwargs), POSITIONS, PROVENANCE)
+    checkpoints.wait()
+    checkpoints.close()
+    return checkpoints.steps()
+
+
+# ------------------------------------------------------------------------------ there and back
+
+
+def test_another_mesh_gets_the_same_bits(tmp_path):
+    save(tmp_path, 3, place=on_mesh(fsdp=2, tensor=4))
+    like = state_at(0, place=on_mesh(fsdp=8, tensor=1))
+    state, positions, provenance = open_at(tmp_path).restore(3, like)
+    same_bits(state, state_at(3))
+    for restored, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+        assert restored.sharding == wanted.sharding
+    assert (positions, provenance) == (POSITIONS, PROVENANCE)
+
+
+def test_an_update_during_the_save_does_not_reach_the_checkpoint(tmp_path):
+    update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
+    state = state_at(1, width=40_000)
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(1, state, POSITIONS, PROVENANCE)
+    for _ in range(3):
+        state = update(state)
+    jax.block_until_ready(state)
+    checkpoints.wait()
+    same_bits(checkpoints.restore(1, state)[0], state_at(1, width=40_000))
+
+
+def test_a_step_that_is_there_is_left_as_it_is(tmp_path):
+    save(tmp_path, 1)
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(1, state_at(2), {}, {})
+    checkpoints.wait()
+    same_bits(checkpoints.restore(1, state_at(0))[0], state_at(1))
+
+
+# --------------------------------------------------------------------------------- what is kept
+
+
+def test_keeps_the_last_and_the_best_over_restarts(tmp_path):
+    config = CheckpointsConfig(keep_last=2, keep_best=1)
+    worth = {1: 0.5, 2: 0.9, 4: 0.7, 5: 0.1}
+    kept, standings = [], {}
+    for step in range(1, 7):  # a step is evaluated after it was saved
+        kept.append(save(tmp_path, step, config, standings))
+        standings |= {step: worth[step]} if step in worth else {}
+    assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6]]
+    checkpoints = open_at(tmp_path, config, standings)
+    assert (checkpoints.latest(), checkpoints.best()) == (6, 2)
+
+
+def test_of_equals_the_last_is_best(tmp_path):
+    standings = {1: 0.5, 2: 0.5}
+    config = CheckpointsConfig(keep_last=1, keep_best=1)
+    assert [save(tmp_path, step, config, standings) for step in (1, 2, 3)] == [[1], [2], [2, 3]]
+    assert open_at(tmp_path, config, standings).best() == 2
+
+
+def test_without_a_measurement_only_the_last_are_kept_and_none_is_best(tmp_path):
+    config = CheckpointsConfig(keep_last=1, keep_best=3)
+    assert open_at(tmp_path, config).latest() is None
+    assert [save(tmp_path, step, config) for step in (1, 2, 3)] == [[1], [2], [3]]
+    assert open_at(tmp_path, config).best() is None
+
+
+# -------------------------------------------------------------------------------- what goes wrong
+
+
+def test_kill_in_the_middle_of_a_save(tmp_path):
+    """The save before stays; the half-written one is passed over, and can be written again."""
+    save(tmp_path, 1)
+    script = f"""
+        import os, signal, threading, time
+        from pathlib import Path
+        import jax.numpy as jnp, numpy as np
+        from camopd_jax.runs.checkpoint import Checkpoints
+        from camopd_jax.config import Checkpoints as CheckpointsConfig
+        from camopd_jax.types import TrainState
+
+        def kill_when_half_written():
+            while not list(Path({str(tmp_path)!r}, "checkpoints").glob("2.*/state*/*/*")):
+                time.sleep(0.0005)
+            os.kill(os.getpid(), signal.SIGKILL)
+
+        params = {{"kernel": jnp.asarray(np.random.default_rng(0).standard_normal(2**23, np.float32))}}
+        checkpoints = Checkpoints({str(tmp_path)!r}, CheckpointsConfig(), {{}})
+        threading.Thread(target=kill_when_half_written).start()
+        checkpoints.save(2, TrainState(jnp.int32(2), params, {{}}, jnp.int32(0)), {{}}, {{}})
+        checkpoints.wait()
+        time.sleep(60)
+    """
+    assert subprocess.run([sys.executable, "-c", textwrap.dedent(script)]).returncode == -signal.SIGKILL
+    assert [p.name for p in (tmp_path / "checkpoints").glob("2*")] == ["2.orbax-checkpoint-tmp"]
+
+    checkpoints = open_at(tmp_path)
+    assert (checkpoints.steps(), checkpoints.latest()) == ([1], 1)
+    same_bits(checkpoints.restore(1, state_at(0))[0], state_at(1))
+    assert save(tmp_path, 2) == [1, 2]
+    same_bits(open_at(tmp_path).restore(2, state_at(0))[0], state_at(2))
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    workdir = tmp_path_factory.mktemp("whole")
+    save(workdir, 7)
+    return workdir
+
+
+def cut_data(folder):
+    for file in folder.glob("state/**/d/*"):
+        file.write_bytes(file.read_bytes()[:-7])
+
+
+def flip_a_bit(folder):
+    for file in folder.glob("state/**/d/*"):
+        data = bytearray(file.read_bytes())
+        data[len(data) // 2] ^= 1
+        file.write_bytes(data)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        cut_data,
+        flip_a_bit,
+        lambda folder: shutil.rmtree(folder / "state"),
+        lambda folder: shutil.rmtree(folder / "positions"),
+    ],
+    ids=["cut", "bit", "no state", "no positions"],
+)
+def test_a_broken_checkpoint(whole, tmp_path, damage):
+    shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+    damage(tmp_path / "checkpoints/7")
+    with pytest.raises(
+        UserError, match=r"checkpoints/7: this checkpoint cannot be read \(.+\); delete the folder"
+    ) as e:
+        open_at(tmp_path).restore(7, state_at(0))
+    assert "\n" not in str(e.value)
+
+
+def test_another_models_state_is_not_called_broken(whole):
+    checkpoints = open_at(whole)
+    wider = r"another model \(moments/shared/mu/block/kernel is float32\[16, 40\], here float32\[16, 41\]\)"
+    with pytest.raises(UserError, match=wider):
+        checkpoints.restore(7, state_at(0, width=41))
+    like = state_at(0)
+    with pytest.raises(UserError, match=r"moments/recovery/count is not there, here int32\[\]"):
+        checkpoints.restore(7, like.replace(moments={"recovery": like.moments["shared"]}))
+
+
+def test_a_full_disk(tmp_path):
+    save(tmp_path, 1)
+    checkpoints = open_at(tmp_path)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
+    try:
+        with pytest.raises(UserError, match=r"checkpoints: a checkpoint cannot be written \(.*free some room"):
+            checkpoints.save(2, state_at(2, width=40_000), {}, {})
+            checkpoints.wait()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert open_at(tmp_path).steps() == [1]
+
+
+def test_the_folder_is_absolute_and_a_bucket_stays_a_bucket(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert str(checkpoints_folder("runs/mine")) == str(tmp_path.resolve() / "runs/mine/checkpoints")
+    assert str(checkpoints_folder("gs://bucket/runs/mine")) == "gs://bucket/runs/mine/checkpoints"
+
+
+# ------------------------------------------------------------------------- whose the directory is
+
+
+def train_config(**changes):
+    return TrainConfig("general", "specialised", Stream("g.jsonl"), Stream("d.jsonl"), **changes)
+
+
+def claim(workdir, config):
+    claim_workdir(epath.Path(workdir), config)
+    return json.loads((Path(workdir) / "config.json").read_text())
+
+
+def test_a_workdir_takes_its_own_config_again(tmp_path):
+    first = claim(tmp_path / "new/run", train_config(steps=120))
+    assert (first["kind"], first["config"]["steps"]) == ("TrainConfig", 120)
+    again = claim(tmp_path / "new/run", train_config(steps=200, mesh=MeshConfig(fsdp=2)))
+    assert again["config"]["steps"] == 200 and again["fingerprint"] == first["fingerprint"]
+    assert [p.name for p in (tmp_path / "new/run").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"seed": 1, "optimizer": Optimizer(b1=0.5)}, r"\(config\.optimizer\.b1, config\.seed\)"),
+        ({"optimizer": Optimizer(schedule="cosine")}, r"config\.optimizer\.schedule"),
+    ],
+)
+def test_a_workdir_of_another_config_is_refused_and_kept(tmp_path, changes, named):
+    claim(tmp_path, train_config())
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError, match=f"belongs to a run with another config.*{named}.*new --workdir"):
+        claim(tmp_path, train_config(**changes))
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_with_a_cosine_the_number_of_steps_is_named(tmp_path):
+    cosine = Optimizer(schedule="cosine")
+    claim(tmp_path, train_config(optimizer=cosine, steps=100))
+    with pytest.raises(UserError, match=r"another config \(config\.steps\)"):
+        claim(tmp_path, train_config(optimizer=cosine, steps=101))
+
+
+def test_a_workdir_of_another_command_is_refused(tmp_path):
+    claim(tmp_path, SftConfig("model", Stream("d.jsonl")))
+    with pytest.raises(UserError, match="belongs to a run of a SftConfig, not of a TrainConfig"):
+        claim(tmp_path, train_config())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "TrainConfig"}'])
+def test_a_config_json_that_is_not_one(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: not the config\.json of a run"):
+        claim(tmp_path, train_config())
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there"):
+        claim(tmp_path / "file/run", train_config())
+
+
+def test_a_bucket_without_its_package(monkeypatch):
+    def missing(path):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(epath.backend.fsspec_backend, "fs", missing)
+    with pytest.raises(UserError, match="gs://bucket/run: Please install gcsfs"):
+        claim("gs://bucket/run", train_config())

@@ -1,0 +1,140 @@
+"""What a run tells: plain lines without a terminal, a live display on one, files that survive a kill."""
+
+import json
+import os
+import pty
+import subprocess
+import sys
+import textwrap
+
+import pytest
+from etils import epath
+from tensorboardX.proto import event_pb2
+
+from camopd_jax.errors import UserError
+from camopd_jax.runtime.jsonl import drop_rows_after, read_rows, write_rows
+from camopd_jax.runs.metrics import Display, MetricsWriter, Stages, memory_gib
+
+ROW = {"step": 3, "phase": "recovery", "loss": 0.5, "gap_mean": -0.25, "gap_abs_mean": 0.75, "selected_fraction": 0.4,
+       "length_mean": 12.0, "skipped": 0, "tokens_per_second": 1234.5, "seconds": {"rollout": 1.0}}  # fmt: skip
+
+
+def test_stages_add_up():
+    stages = Stages()
+    for name in ("a", "b", "a"):
+        with stages(name):
+            pass
+    assert set(stages.seconds()) == {"a", "b"} and all(s >= 0 for s in stages.seconds().values())
+
+
+def test_memory_is_this_processes_where_the_device_tells_none():
+    assert 0.05 < memory_gib() < 100
+
+
+def test_a_row_goes_to_the_file_and_numbers_that_are_not_finite_become_null(tmp_path):
+    writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
+    writer.step(ROW | {"loss": float("nan"), "seconds": {"rollout": float("inf")}})
+    writer.step(ROW)
+    writer.samples([{"step": 3, "response": "é"}])
+    first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
+    assert first["loss"] is None and first["seconds"]["rollout"] is None and second == ROW
+    assert json.loads((tmp_path / "samples.jsonl").read_text())["response"] == "é"
+
+
+def scalars(folder):
+    """{tag: value} of the event file: records of a length, its check, the bytes, their check."""
+    (file,) = folder.glob("events.*")
+    data, values = file.read_bytes(), {}
+    while data:
+        size = int.from_bytes(data[:8], "little")
+        event = event_pb2.Event.FromString(data[12 : 12 + size])
+        values |= {v.tag: (event.step, v.simple_value) for v in event.summary.value}
+        data = data[16 + size :]
+    return values
+
+
+def test_tensorboard_has_the_numbers_under_their_phase(tmp_path):
+    writer = MetricsWriter(epath.Path(tmp_path), tensorboard=True)
+    writer.step(ROW | {"entropy": float("nan")})
+    writer.evaluation({"step": 4, "model": "student", "benchmark": "sums"}, "accuracy", 0.5)
+    writer.close()
+    values = scalars(tmp_path / "tensorboard")
+    assert values["recovery/loss"] == (3, 0.5) and values["recovery/seconds/rollout"] == (3, 1.0)
+    assert values["accuracy/student/sums"] == (4, 0.5) and "recovery/entropy" not in values
+
+
+def test_a_full_disk_is_told_in_one_line(tmp_path):
+    writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write .*start the same command again"):
+        writer.step(ROW)
+
+
+def test_plain_lines_without_a_terminal(capsys, monkeypatch):
+    monkeypatch.setattr("camopd_jax.runs.metrics.PLAIN_SECONDS", 0.0)
+    display = Display(total=10, start=0)
+    display.step(ROW)
+    display.step(ROW | {"step": 9, "skipped": 1})
+    first, last = capsys.readouterr().out.splitlines()
+    assert first.startswith("step 4/10 recovery loss 0.5000 · gap -0.2500 · |gap| 0.7500 · kept 40 % · length 12 ")
+    assert "1234 tok/s" in first and first.endswith("left") and "SKIPPED: not finite" in last and "\x1b" not in first
+
+
+def test_plain_lines_are_few(capsys, monkeypatch):
+    monkeypatch.setattr("camopd_jax.runs.metrics.PLAIN_SECONDS", 1000.0)
+    display = Display(total=10, start=0)
+    for step in range(10):
+        display.step(ROW | {"step": step})
+    assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1/10", "10/10"]
+
+
+def test_on_a_terminal_the_display_is_live():
+    script = f"""
+        from camopd_jax.runs.metrics import Display
+        display = Display(total=10, start=0)
+        display.step({ROW!r})
+        display.say("a line above")
+        display.close()
+    """
+    ours, theirs = pty.openpty()
+    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=theirs, stderr=theirs,
+                             env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "30"})  # fmt: skip
+    os.close(theirs)
+    shown = b""
+    while True:
+        try:
+            part = os.read(ours, 65536)
+        except OSError:
+            break
+        if not part:
+            break
+        shown += part
+    assert child.wait() == 0, shown
+    text = shown.decode()
+    assert (
+        "\x1b[" in text and "recovery" in text and "4/10" in text and "gap -0.2500" in text and "a line above" in text
+    )
+    assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is shown again"
+
+
+def test_rows_are_written_whole_and_read_up_to_a_cut(tmp_path):
+    path = epath.Path(tmp_path) / "rows.jsonl"
+    write_rows(path, [{"step": i} for i in range(4)])
+    path.write_text(path.read_text() + '{"step": 4, "lo')
+    assert [row["step"] for row in read_rows(path)] == [0, 1, 2, 3]
+    drop_rows_after(path, 2)
+    assert [row["step"] for row in read_rows(path)] == [0, 1] and not (tmp_path / "rows.jsonl.part").exists()
+    assert read_rows(epath.Path(tmp_path) / "none.jsonl") == []
+
+
+def test_an_evaluation_row_cut_by_a_kill_does_not_spoil_the_next(tmp_path):
+    (tmp_path / "eval.jsonl").write_text('{"step": 0, "model": "a"}\n{"step": 0, "mo')
+    writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
+    for _ in range(2):  # the same row again, as after a kill, is not written twice
+        writer.evaluation({"step": 1}, "accuracy", 0.5)
+    assert [r["step"] for r in read_rows(epath.Path(tmp_path) / "eval.jsonl")] == [0, 1]
+
+
+def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+    with pytest.raises(UserError, match="cannot write"):
+        write_rows(tmp_path / "no" / "rows.jsonl", [{}])
