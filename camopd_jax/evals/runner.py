@@ -23,9 +23,9 @@ from camopd_jax.inference import engine
 from camopd_jax.inference.engine import Answer, Loaded
 from camopd_jax.models import hf
 from camopd_jax.rollout.sampling import Sampling
-from camopd_jax.runs.metrics import Display, MetricsWriter
 from camopd_jax.runtime.distributed import first, share
 from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
+from camopd_jax.runtime.metrics import Display, MetricsWriter
 
 Say = Callable[[str], None]
 Kept = dict[str, Any]  # an answer's row in its file

@@ -19,7 +19,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.evals import scores
 from camopd_jax.evals.scores import Result
 from camopd_jax.runtime.jsonl import read_rows
-from camopd_jax.runs.metrics import Display, MetricsWriter
+from camopd_jax.runtime.metrics import Display, MetricsWriter
 from camopd_jax.runtime.distributed import first, share
 from camopd_jax.runtime.mesh import check_rows, make_mesh
 

@@ -12,7 +12,7 @@ from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
 from camopd_jax.inference.engine import Loaded
 from camopd_jax.runs.run import Host
-from camopd_jax.runs.metrics import memory_gib
+from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.models import hf
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.gradient import Learning

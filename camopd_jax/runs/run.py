@@ -19,7 +19,7 @@ from camopd_jax.evals import scores
 from camopd_jax.evals.scores import Result, Standing
 from camopd_jax.runs.export import write_folder
 from camopd_jax.runtime.jsonl import drop_rows_after
-from camopd_jax.runs.metrics import Display, MetricsWriter
+from camopd_jax.runtime.metrics import Display, MetricsWriter
 from camopd_jax.runtime.distributed import first, several, together, wait
 from camopd_jax.config.identity import fingerprint
 from camopd_jax.types import TrainState

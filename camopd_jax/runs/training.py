@@ -17,7 +17,7 @@ from camopd_jax.evals import scores
 from camopd_jax.evals.scores import Result, Standing
 from camopd_jax.runs.run import Host
 from camopd_jax.runtime.jsonl import read_rows
-from camopd_jax.runs.metrics import memory_gib
+from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.loop import Outcome
 from camopd_jax.runtime.distributed import together

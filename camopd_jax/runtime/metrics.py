@@ -20,8 +20,8 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
 from camopd_jax.runtime.distributed import first, share
+from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
 
 PLAIN_SECONDS = 2.0  # without a terminal, a line at most this often
 PROGRESS_SECONDS = 15.0  # the same, of a work that is no step

@@ -13,7 +13,7 @@ from tensorboardX.proto import event_pb2
 
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.jsonl import drop_rows_after, read_rows, write_rows
-from camopd_jax.runs.metrics import Display, MetricsWriter, Stages, memory_gib
+from camopd_jax.runtime.metrics import Display, MetricsWriter, Stages, memory_gib
 
 ROW = {"step": 3, "phase": "recovery", "loss": 0.5, "gap_mean": -0.25, "gap_abs_mean": 0.75, "selected_fraction": 0.4,
        "length_mean": 12.0, "skipped": 0, "tokens_per_second": 1234.5, "seconds": {"rollout": 1.0}}  # fmt: skip
@@ -71,7 +71,7 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
 
 
 def test_plain_lines_without_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("camopd_jax.runs.metrics.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("camopd_jax.runtime.metrics.PLAIN_SECONDS", 0.0)
     display = Display(total=10, start=0)
     display.step(ROW)
     display.step(ROW | {"step": 9, "skipped": 1})
@@ -81,7 +81,7 @@ def test_plain_lines_without_a_terminal(capsys, monkeypatch):
 
 
 def test_plain_lines_are_few(capsys, monkeypatch):
-    monkeypatch.setattr("camopd_jax.runs.metrics.PLAIN_SECONDS", 1000.0)
+    monkeypatch.setattr("camopd_jax.runtime.metrics.PLAIN_SECONDS", 1000.0)
     display = Display(total=10, start=0)
     for step in range(10):
         display.step(ROW | {"step": step})
@@ -90,7 +90,7 @@ def test_plain_lines_are_few(capsys, monkeypatch):
 
 def test_on_a_terminal_the_display_is_live():
     script = f"""
-        from camopd_jax.runs.metrics import Display
+        from camopd_jax.runtime.metrics import Display
         display = Display(total=10, start=0)
         display.step({ROW!r})
         display.say("a line above")
