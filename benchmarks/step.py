@@ -146,7 +146,7 @@ def one_step(config, programs, model, state, phase, branch):
     answers = timed("rollout", lambda: loop.ask(config, programs, branch, params, prompts, draw))
     answers = loop.cut_to_bucket(answers, config.rollout.smallest_bucket)
     theirs = timed("score_teacher", lambda: loop.score(config, model, teacher, prompts.teacher, answers))
-    ours = answers.logprobs
+    ours = answers.log_probs
     if not programs.trusts_sampler:
         ours = timed("score_student", lambda: loop.score(config, model, params, prompts.student, answers))
     scores = Scores(ours, theirs)

@@ -23,7 +23,7 @@ from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.rollout import generate, scoring
-from camopd_jax.rollout.buckets import Piece, pieces
+from camopd_jax.rollout.buckets import MicroBatch, split_by_length
 from camopd_jax.rollout.generate import Decode
 from camopd_jax.rollout.sampling import Sampling, row_keys
 from camopd_jax.types import Prompts
@@ -56,9 +56,9 @@ def main(_) -> None:
     lengths, rows = np.asarray(said.lengths), np.arange(v.batch)
     widths = v.prompt, v.cap
     full = np.full(v.batch, v.prompt)
-    sorted_pieces = list(pieces(full, lengths, rows, v.size, widths, 32))
+    sorted_pieces = list(split_by_length(full, lengths, rows, v.size, widths, 32))
     as_they_come = [
-        Piece(np.arange(i, i + v.size, dtype=np.int32), v.prompt + v.cap, v.cap) for i in range(0, v.batch, v.size)
+        MicroBatch(np.arange(i, i + v.size, dtype=np.int32), v.prompt + v.cap, v.cap) for i in range(0, v.batch, v.size)
     ]
 
     def score(parts):

@@ -21,7 +21,7 @@ from camopd_jax.config.schema import TrainConfig
 from camopd_jax.inference import engine
 from camopd_jax.runs.analysis import analyze
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.distributed import first
+from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.jsonl import append_rows
 
 if __name__ == "__main__":
@@ -35,9 +35,9 @@ if __name__ == "__main__":
         values, config = flags.FLAGS, read_config()
         engine.start(cli.processes())
         row = analyze(config, values.checkpoint, values.source_field)
-        if values.out and first():
+        if values.out and is_primary():
             append_rows(epath.Path(values.out), [row | {"checkpoint": values.checkpoint or config.specialised_model}])
-        console = Console(highlight=False, quiet=not first())
+        console = Console(highlight=False, quiet=not is_primary())
         for table in tables.of_row(row):
             console.print(table)
 

@@ -18,7 +18,7 @@ from camopd_jax.evals import scores
 from camopd_jax.inference import engine
 from camopd_jax.runs.evaluation import evaluate
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.distributed import first
+from camopd_jax.runtime.distributed import is_primary
 
 if __name__ == "__main__":
     flags.DEFINE_list("checkpoint", [], "Hugging Face folders, hub names, work directories or their checkpoints/STEP.")
@@ -30,7 +30,7 @@ if __name__ == "__main__":
         config = read_config()
         engine.start(cli.processes())
         models = evaluate(config, flags.FLAGS.checkpoint, flags.FLAGS.workdir)
-        console = Console(highlight=False, quiet=not first())
+        console = Console(highlight=False, quiet=not is_primary())
         console.print(scores.table(models))
         console.print(scores.details(models))
 

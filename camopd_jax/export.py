@@ -16,7 +16,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.inference import engine
 from camopd_jax.runs.export import restored, write_folder
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.distributed import first
+from camopd_jax.runtime.distributed import is_primary
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         raise UserError(f"--out: {out} exists; give a new folder")
     loaded, provenance = restored(workdir, values.step, values.best)
     write_folder(epath.Path(out), loaded, provenance)
-    if first():
+    if is_primary():
         print(f"exported step {provenance['steps']}: {out}")
 
 

@@ -20,7 +20,7 @@ from camopd_jax.data import sources, templates
 from camopd_jax.inference import engine
 from camopd_jax.rollout.sampling import Sampling
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.distributed import first
+from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.jsonl import write_rows
 from camopd_jax.runtime.mesh import check_rows, make_mesh
 
@@ -53,7 +53,7 @@ def main() -> None:
         sampling=sampling,
         seed=values.seed,
     )
-    if first():
+    if is_primary():
         write_rows(
             output,
             (
@@ -61,7 +61,7 @@ def main() -> None:
                 | {
                     "response": a.text,
                     "response_ids": a.ids,
-                    "logprobs": a.logprobs,
+                    "logprobs": a.log_probs,
                     "finish_reason": "stop" if a.stopped else "length",
                 }
                 for row, a in zip(rows, answers, strict=True)

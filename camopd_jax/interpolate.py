@@ -14,7 +14,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.inference import engine
 from camopd_jax.runs.interpolation import interpolate
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.distributed import first
+from camopd_jax.runtime.distributed import is_primary
 
 if __name__ == "__main__":
     flags.DEFINE_float("weight", 0.5, "Share of the original model.", 0.0, 1.0)
@@ -29,7 +29,7 @@ if __name__ == "__main__":
         config = read_config()
         engine.start(cli.processes())
         interpolate(config, flags.FLAGS.weight, out)
-        if first():
+        if is_primary():
             print(f"written: {out}")
 
     cli.run(main)

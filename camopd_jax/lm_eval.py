@@ -16,5 +16,5 @@ from camopd_jax.runtime import cli
 if __name__ == "__main__":
     from lm_eval.__main__ import cli_evaluate
 
-    cli.one_line(start)
-    cli.one_line(cli_evaluate)
+    cli.report_errors(start)
+    cli.report_errors(cli_evaluate)

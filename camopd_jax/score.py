@@ -15,7 +15,7 @@ from camopd_jax.data import sources, templates
 from camopd_jax.errors import UserError
 from camopd_jax.inference import engine
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.distributed import first
+from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.jsonl import write_rows
 from camopd_jax.runtime.mesh import check_rows, make_mesh
 
@@ -35,10 +35,10 @@ def main() -> None:
     responses = [_response_ids(tokenizer, row, f"{source}:{i + 1}") for i, row in enumerate(rows)]
     context = max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True))
     loaded = engine.load(folder, mesh, compute, dtype=engine.teacher_dtype(compute), context=context)
-    logprobs = engine.score_responses(
+    log_probs = engine.score_responses(
         loaded, prompts, responses, batch_size=values.batch_size, temperature=values.temperature
     )
-    if first():
+    if is_primary():
         write_rows(
             output,
             (
@@ -48,7 +48,7 @@ def main() -> None:
                     "response_ids": list(ids),
                     "logprobs": logp.tolist(),
                 }
-                for row, ids, logp in zip(rows, responses, logprobs, strict=True)
+                for row, ids, logp in zip(rows, responses, log_probs, strict=True)
             ),
         )
 

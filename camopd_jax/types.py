@@ -57,7 +57,7 @@ class Rollout:
 
     tokens: jax.Array  # int32[B, T], right-padded; a closing EOS is part of the answer
     lengths: jax.Array  # int32[B], 1..T
-    logprobs: jax.Array  # float32[B, T], log pi(token) at temperature 1, unfiltered; 0 in padding
+    log_probs: jax.Array  # float32[B, T], log pi(token) at temperature 1, unfiltered; 0 in padding
     entropy: jax.Array  # float32[B], mean entropy in nats of the answer's distributions
     stopped: jax.Array  # bool[B], True: ended by EOS; False: cut at the cap
     residuals: Residuals = ()  # of the tokens but the last, in the slots of the cache that they were made with

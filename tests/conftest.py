@@ -78,7 +78,7 @@ def batch():
     rollout = Rollout(
         tokens=jnp.asarray(rng.integers(0, VOCAB, (ROWS, ANSWER)), jnp.int32),
         lengths=jnp.asarray(lengths),
-        logprobs=jnp.asarray(np.where(mask, student + 0.1 * rng.normal(size=student.shape), 0), jnp.float32),
+        log_probs=jnp.asarray(np.where(mask, student + 0.1 * rng.normal(size=student.shape), 0), jnp.float32),
         entropy=jnp.ones(ROWS, jnp.float32),
         stopped=jnp.asarray(lengths < ANSWER),
     )

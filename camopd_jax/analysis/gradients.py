@@ -87,8 +87,8 @@ def set_gradients(
     def loss(chosen: Named, row: tuple[jax.Array, ...]) -> jax.Array:
         prompt, prompt_length, tokens, length, weights = (array[None] for array in row)
         asked = Prompts(prompt, prompt_length)
-        logprobs = score(model, rebuild(chosen), asked, tokens, length, config.compute.logits_chunk)
-        return -jnp.sum(weights * logprobs)
+        log_probs = score(model, rebuild(chosen), asked, tokens, length, config.compute.logits_chunk)
+        return -jnp.sum(weights * log_probs)
 
     rollout, micro = scored.rollout, settings.micro_batch
     rows = (scored.prompts.tokens, scored.prompts.lengths, rollout.tokens, rollout.lengths, weights_BT)

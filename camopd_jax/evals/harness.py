@@ -19,7 +19,7 @@ from camopd_jax.inference import engine
 from camopd_jax.models import hf
 from camopd_jax.rollout.sampling import Sampling
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.distributed import several
+from camopd_jax.runtime.distributed import is_distributed
 from camopd_jax.runtime.mesh import make_mesh
 
 MAX_LENGTH = 4096  # tokens, prompt and answer, where the model allows more
@@ -179,5 +179,5 @@ def start() -> None:
     except flags.Error as error:
         raise UserError(f"{error}; give numbers") from error
     engine.start(cli.processes(own))
-    if several():
+    if is_distributed():
         os.environ["LOCAL_RANK"] = str(jax.process_index())

@@ -23,7 +23,7 @@ from camopd_jax.inference import engine
 from camopd_jax.inference.engine import Answer, Loaded
 from camopd_jax.models import hf
 from camopd_jax.rollout.sampling import Sampling
-from camopd_jax.runtime.distributed import first, share
+from camopd_jax.runtime.distributed import broadcast, is_primary
 from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
 from camopd_jax.runtime.metrics import Display, MetricsWriter
 
@@ -66,7 +66,7 @@ def read_standings(workdir: epath.Path) -> dict[int, Standing]:
 
 def shared_standings(workdir: epath.Path) -> dict[int, Standing]:
     """The same, as the first of many processes reads them."""
-    return _standings(share(lambda: read_rows(workdir / "eval.jsonl")))
+    return _standings(broadcast(lambda: read_rows(workdir / "eval.jsonl")))
 
 
 def _standings(rows: Sequence[Row]) -> dict[int, Standing]:
@@ -147,7 +147,7 @@ def run(
             collect(benchmark, loaded, evaluation, file, asked, sample, say) for sample in range(benchmark.samples)
         ]
 
-    return share(lambda: graded(benchmark, task, answers, rows, file, say))
+    return broadcast(lambda: graded(benchmark, task, answers, rows, file, say))
 
 
 def graded(
@@ -231,8 +231,8 @@ def weigh(
             part = missing[start : start + evaluation.batch_size]
             prompts, answers = zip(*(pairs[i] for i in part), strict=True)
             found = engine.score_responses(loaded, prompts, answers, batch_size=evaluation.batch_size)
-            keep({i: {"sample": 0, "response": repr(float(logprobs.mean())), "length": len(logprobs), "stopped": True}
-                  for i, logprobs in zip(part, found, strict=True)})  # fmt: skip
+            keep({i: {"sample": 0, "response": repr(float(log_probs.mean())), "length": len(log_probs), "stopped": True}
+                  for i, log_probs in zip(part, found, strict=True)})  # fmt: skip
 
     return resume(file, keys, score, lambda done: say(f"{benchmark.name}: {done} of {len(keys)} answers weighed"))
 
@@ -255,21 +255,21 @@ def resume(
             write_rows(file, known.values())  # a line cut by a kill must not join the next
         return [i for i, key in enumerate(keys) if key not in known]
 
-    missing = share(open_questions)
+    missing = broadcast(open_questions)
     done = len(keys) - len(missing)
 
     def keep(results: dict[int, Kept]) -> None:
         nonlocal done
         new = [{"key": keys[i], "question": i, **result} for i, result in results.items()]
         known.update({row["key"]: row for row in new})
-        if first():
+        if is_primary():
             append_rows(file, new)
         done += len(new)
         say(done)
 
     if missing:
         work(missing, keep)
-    return [known[key] for key in keys] if first() else []
+    return [known[key] for key in keys] if is_primary() else []
 
 
 def _kept(answer: Answer, sample: int) -> Kept:

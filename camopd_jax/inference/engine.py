@@ -19,12 +19,12 @@ from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.rollout import generate, scoring
-from camopd_jax.rollout.buckets import bucket, length_batches, pieces
+from camopd_jax.rollout.buckets import bucket, length_batches, split_by_length
 from camopd_jax.rollout.generate import Decode
 from camopd_jax.rollout.sampling import Sampling, row_keys
 from camopd_jax.runtime import heap
 from camopd_jax.runtime.cluster import Processes, join
-from camopd_jax.runtime.mesh import global_rows, other_mesh, rows_of_process, whole
+from camopd_jax.runtime.mesh import gather, global_rows, reshape_mesh, rows_of_process
 from camopd_jax.types import Params, Prompts
 
 GREEDY = Sampling(temperature=0.0)
@@ -35,7 +35,7 @@ class Answer:
     """One answer. `ids` and `logprobs` (nats, temperature 1) have an entry for a closing EOS too."""
 
     ids: list[int]
-    logprobs: list[float]
+    log_probs: list[float]
     text: str  # decoded, without special tokens
     stopped: bool  # ended by EOS, not by the cap
 
@@ -69,7 +69,7 @@ def start(processes: Processes | None = None) -> None:
       processes: where they meet, as `distributed.join` takes it.
     """
     join(processes)
-    heap.return_large_blocks()
+    heap.return_large_blocks_at_once()
     if not jax.config.jax_compilation_cache_dir:
         cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "camopd_jax" / "xla"
         jax.config.update("jax_compilation_cache_dir", str(cache))
@@ -160,7 +160,7 @@ def answer(
     """
     answers: dict[int, Answer] = {}
     numbers = np.arange(len(prompts)) if rows is None else np.asarray(rows)
-    model = loaded.model.on(other_mesh(loaded.mesh, -1, 1, loaded.mesh.shape["tensor"], "config.mesh"))
+    model = loaded.model.on(reshape_mesh(loaded.mesh, -1, 1, loaded.mesh.shape["tensor"], "config.mesh"))
     params = generate.for_decoding(model, loaded.params)
     decode = Decode(sampling, loaded.eos_ids, max_new)
     for picked in length_batches([len(p) for p in prompts], batch_size):
@@ -168,9 +168,9 @@ def answer(
         row = numbers[picked].astype(np.int32)
         index = global_rows(loaded.mesh, row[rows_of_process(loaded.mesh, len(row))], len(row))
         out = generate.answers(model, params, batch, _keys(seed, np.int32(draw), index), decode)
-        tokens, lengths, logprobs, stopped = whole((out.tokens, out.lengths, out.logprobs, out.stopped))
+        tokens, lengths, log_probs, stopped = gather((out.tokens, out.lengths, out.log_probs, out.stopped))
         done = {}
-        for number, ids, n, logp, stop in zip(row, tokens, lengths, logprobs, stopped, strict=True):
+        for number, ids, n, logp, stop in zip(row, tokens, lengths, log_probs, stopped, strict=True):
             text = loaded.tokenizer.decode(ids[:n], skip_special_tokens=True)
             done[int(number)] = Answer(ids[:n].tolist(), logp[:n].tolist(), text, bool(stop))
         answers |= done
@@ -199,8 +199,8 @@ def score_responses(
         answers = _prompts(loaded.mesh, [responses[i] for i in rows], smallest_bucket)
         widths = batch.tokens.shape[1], answers.tokens.shape[1]
         lengths = [np.asarray([len(ids[i]) for i in rows]) for ids in (prompts, responses)]
-        everyone = pieces(*lengths, np.arange(len(rows)), len(rows), widths, smallest_bucket)
-        logprobs = whole(
+        everyone = split_by_length(*lengths, np.arange(len(rows)), len(rows), widths, smallest_bucket)
+        log_probs = gather(
             scoring.score(
                 loaded.model,
                 loaded.params,
@@ -213,7 +213,7 @@ def score_responses(
                 with_top=with_top,
             )
         )
-        results |= {int(row): logp[: len(responses[row])] for row, logp in zip(rows, logprobs, strict=True)}
+        results |= {int(row): logp[: len(responses[row])] for row, logp in zip(rows, log_probs, strict=True)}
     return [results[i] for i in range(len(prompts))]
 
 

@@ -7,7 +7,7 @@ import jax
 import numpy as np
 
 from camopd_jax.method.update import Gradient, add_gradient, no_gradient
-from camopd_jax.rollout.buckets import Piece
+from camopd_jax.rollout.buckets import MicroBatch
 from camopd_jax.rollout.scoring import WIDTHS, give_back
 from camopd_jax.runtime.mesh import platform, sharding
 from camopd_jax.types import LanguageModel, Params, Prompts, Residuals
@@ -38,7 +38,7 @@ class Learning:
         tokens_BT: jax.Array,
         lengths_B: jax.Array,
         weights_BT: jax.Array,
-        pieces: Iterable[Piece],
+        pieces: Iterable[MicroBatch],
         residuals: Residuals = (),
     ) -> Gradient:
         """`update.add_gradient` over all pieces."""
@@ -53,7 +53,7 @@ class Learning:
         return gradient
 
 
-def alike(pieces: Iterable[Piece], batch: int) -> Iterator[tuple[Piece, np.ndarray, int]]:
+def alike(pieces: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, np.ndarray, int]]:
     """Neighbours of one size and of one width: the first, the rows of all `[K, M]`, and how many they are.
 
     K is what a whole batch would make, whatever there is: a program compiles once for each width.

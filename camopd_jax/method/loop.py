@@ -33,7 +33,7 @@ from camopd_jax.rollout import generate, scoring
 from camopd_jax.rollout.buckets import bucket
 from camopd_jax.rollout.generate import Decode
 from camopd_jax.rollout.sampling import Sampling, row_keys
-from camopd_jax.runtime.mesh import check_rows, global_rows, other_mesh, sharding, whole
+from camopd_jax.runtime.mesh import check_rows, gather, global_rows, reshape_mesh, sharding
 from camopd_jax.runtime.metrics import Stages
 from camopd_jax.runtime.offload import on_devices, on_host
 from camopd_jax.types import LanguageModel, Params, PromptBatch, Prompts, Rollout, Scored, Scores, Selection, TrainState
@@ -88,7 +88,7 @@ def score_batch(config: TrainConfig) -> int:
 def rollout_mesh(config: TrainConfig, mesh: Mesh) -> Mesh:
     """The devices while they answer."""
     wanted = config.rollout.mesh
-    return other_mesh(mesh, wanted.data, wanted.fsdp, wanted.tensor or mesh.shape["tensor"], "config.rollout.mesh")
+    return reshape_mesh(mesh, wanted.data, wanted.fsdp, wanted.tensor or mesh.shape["tensor"], "config.rollout.mesh")
 
 
 @dataclass(frozen=True)
@@ -300,7 +300,7 @@ def score_both(
     """
     teacher = score(config, branch.teacher, branch.teacher_params, prompts.teacher, answers)
     if not forward:
-        return Scores(answers.logprobs, teacher)
+        return Scores(answers.log_probs, teacher)
     return Scores(score(config, programs.student, params, prompts.student, answers), teacher)
 
 
@@ -315,7 +315,7 @@ def score(config: TrainConfig, model: LanguageModel, params: Params, prompts: Pr
 
 def gradient(config: TrainConfig, programs: Programs, name: str, params: Params, part: Scored) -> Gradient:
     """Of Eq 9, over the selected answers of a branch: its cost follows what was selected."""
-    order, count = whole((part.selection.order, part.selection.count))
+    order, count = gather((part.selection.order, part.selection.count))
     said, smallest = part.rollout, config.rollout.smallest_bucket
     selected = scoring.micro_batches(
         programs.student.mesh, part.prompts, said.tokens, said.lengths, config.optimizer.micro_batch, smallest,
@@ -349,4 +349,4 @@ def cut_to_bucket(answers: Rollout, smallest_bucket: int) -> Rollout:
     """Drops padding slots beyond the longest answer, to a bucket's width: what follows costs less."""
     cap = answers.tokens.shape[1]
     width = min(cap, bucket(int(jnp.max(answers.lengths)), smallest_bucket))
-    return answers.replace(tokens=answers.tokens[:, :width], logprobs=answers.logprobs[:, :width])
+    return answers.replace(tokens=answers.tokens[:, :width], log_probs=answers.log_probs[:, :width])

@@ -24,7 +24,7 @@ def step_statistics(scored: Scored) -> dict[str, jax.Array]:
         "length_mean": jnp.mean(lengths_B),
         "truncated_fraction": jnp.mean(~rollout.stopped),
         "entropy": jnp.mean(rollout.entropy),
-        "sampler_gap": token_mean(jnp.abs(scores.student - rollout.logprobs), rollout.lengths),
+        "sampler_gap": token_mean(jnp.abs(scores.student - rollout.log_probs), rollout.lengths),
         "prompt_tokens": jnp.sum(scored.prompts.lengths),
         "response_tokens": jnp.sum(rollout.lengths),
     }

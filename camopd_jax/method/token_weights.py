@@ -22,7 +22,7 @@ def importance(scores: Scores, rollout: Rollout, gate: tuple[float, float] | Non
     """`w_t = pi_theta(y_t) / mu(y_t)` where it lies inside the gate, else 0 (MiMo-V2-Flash Eq 8); no gate: 1."""
     if gate is None:
         return jnp.ones_like(scores.student)
-    ratio_BT = jnp.exp(scores.student - rollout.logprobs)
+    ratio_BT = jnp.exp(scores.student - rollout.log_probs)
     return jnp.where((ratio_BT >= gate[0]) & (ratio_BT <= gate[1]), ratio_BT, 0)
 
 

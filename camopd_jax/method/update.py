@@ -67,10 +67,10 @@ def add_gradient(
     def loss(others: Params, layers: Params, rows_M: jax.Array) -> jax.Array:
         some, tokens_MT, lengths_M, weights_MT, stream = take_rows(arrays, rows_M, model.mesh)
         weights_MT = jnp.where((rows_M < len(lengths_B))[:, None], weights_MT, 0)
-        logprobs_MT = score(
+        log_probs_MT = score(
             model, params | others, some, tokens_MT, lengths_M, chunk, slots=slots, so_far=layers, residuals=stream
         )
-        return -jnp.sum(weights_MT * logprobs_MT)
+        return -jnp.sum(weights_MT * log_probs_MT)
 
     def add(k: jax.Array | int, so_far: Gradient) -> Gradient:
         value, (grads, layers) = jax.value_and_grad(loss, argnums=(0, 1))(others, so_far.of["layers"], rows_KM[k])

@@ -138,7 +138,7 @@ def decoding_state(
         prompt_lengths=number,
         keys=abstract_keys(places),
         tokens=of_places(jnp.int32, max_new),
-        logprobs=of_places(jnp.float32, max_new),
+        log_probs=of_places(jnp.float32, max_new),
         entropy=of_places(jnp.float32),
         lengths=number,
         stopped=of_places(jnp.bool_),

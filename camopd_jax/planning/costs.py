@@ -20,7 +20,7 @@ from camopd_jax.models.weights import table
 from camopd_jax.rollout.buckets import bucket
 from camopd_jax.rollout.generate import FIRST_RING, entering
 from camopd_jax.rollout.score import tokens_at_once
-from camopd_jax.runtime.mesh import filled
+from camopd_jax.runtime.mesh import fill_sizes
 
 Sizes = Mapping[str, int]  # of a mesh: {"data", "fsdp", "tensor"}
 
@@ -79,7 +79,7 @@ def rollout_sizes(config: TrainConfig, mesh: Sizes) -> dict[str, int]:
     """Of the mesh that answers are made on (`phases.rollout_mesh`)."""
     wanted, chips = config.rollout.mesh, math.prod(mesh.values())
     sizes = {"data": wanted.data, "fsdp": wanted.fsdp, "tensor": wanted.tensor or mesh["tensor"]}
-    return dict(zip(sizes, filled(sizes.values(), chips), strict=True))
+    return dict(zip(sizes, fill_sizes(sizes.values(), chips), strict=True))
 
 
 def refills(rows: int, places: int, mesh: Sizes) -> tuple[int, int]:

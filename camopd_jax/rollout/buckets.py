@@ -26,7 +26,7 @@ def fine_bucket(length: int, smallest: int) -> int:
 
 
 @dataclass(frozen=True)
-class Piece:
+class MicroBatch:
     """Rows of a batch that go through a program together."""
 
     rows: np.ndarray  # int32[M]; one beyond the batch's last stands for nobody
@@ -34,7 +34,7 @@ class Piece:
     answer_slots: int  # that hold the longest answer
 
 
-def pieces(
+def split_by_length(
     prompt_lengths: np.ndarray,
     lengths: np.ndarray,
     rows: np.ndarray,
@@ -42,7 +42,7 @@ def pieces(
     widths: tuple[int, int],
     smallest: int,
     shards: int = 1,
-) -> Iterator[Piece]:
+) -> Iterator[MicroBatch]:
     """The rows by falling length, `size` at a time; the last few, where they fill no half of that, by quarters.
 
     Args:
@@ -63,7 +63,7 @@ def pieces(
         answer_slots = min(widths[1], bucket(int(lengths[some].max()), smallest))
         slots = min(sum(widths), fine_bucket(int(total[some].max()), smallest))
         padded = np.pad(some, (0, take - len(some)), constant_values=len(lengths)).astype(np.int32)
-        yield Piece(padded, max(slots, answer_slots), answer_slots)
+        yield MicroBatch(padded, max(slots, answer_slots), answer_slots)
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:

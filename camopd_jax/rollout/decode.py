@@ -32,7 +32,7 @@ class Decoding:
     prompt_lengths: jax.Array  # int32[N]
     keys: jax.Array  # random key [N]
     tokens: jax.Array  # int32[N, T]; the last drawn is not in the cache yet
-    logprobs: jax.Array  # float32[N, T]
+    log_probs: jax.Array  # float32[N, T]
     entropy: jax.Array  # float32[N], sum over the answer so far
     lengths: jax.Array  # int32[N]
     stopped: jax.Array  # bool[N]
@@ -87,7 +87,7 @@ def begin(
         prompt_lengths=asked.lengths,
         keys=keys,
         tokens=jnp.zeros((places, max_new), jnp.int32),
-        logprobs=jnp.zeros((places, max_new), jnp.float32),
+        log_probs=jnp.zeros((places, max_new), jnp.float32),
         entropy=jnp.zeros((places,), jnp.float32),
         lengths=jnp.zeros((places,), jnp.int32),
         stopped=rows_N >= len(prompts.lengths),
@@ -153,7 +153,7 @@ def _draw(
     place_N = jnp.arange(len(t_N)), jnp.where(running_N, t_N, state.tokens.shape[1])  # beyond the last: not written
     return state.replace(
         tokens=state.tokens.at[place_N].set(token_N, mode="drop"),
-        logprobs=state.logprobs.at[place_N].set(logp_N, mode="drop"),
+        log_probs=state.log_probs.at[place_N].set(logp_N, mode="drop"),
         entropy=state.entropy + jnp.where(running_N, entropy_N, 0),
         lengths=state.lengths + running_N,
         stopped=state.stopped | (running_N & ended_N),
@@ -210,7 +210,7 @@ def join(state: Decoding, fresh: Decoding, places_M: jax.Array) -> Decoding:
 def collect(said: Rollout | None, state: Decoding, *, rows: int) -> Rollout:
     """The answers of all places, finished or not, in their rows of the batch. None: nothing is said yet."""
     found = Rollout(
-        state.tokens, state.lengths, state.logprobs, state.entropy / jnp.maximum(state.lengths, 1), state.stopped
+        state.tokens, state.lengths, state.log_probs, state.entropy / jnp.maximum(state.lengths, 1), state.stopped
     )
     if said is None:
         said = jax.tree.map(lambda new: _nothing_yet(new, rows), found)

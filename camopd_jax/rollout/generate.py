@@ -18,7 +18,7 @@ from jax.sharding import Mesh
 from camopd_jax.rollout import decode as steps
 from camopd_jax.rollout.decode import Decoding
 from camopd_jax.rollout.sampling import Sampling
-from camopd_jax.runtime.mesh import batch_shards, sharding, whole
+from camopd_jax.runtime.mesh import batch_shards, gather, sharding
 from camopd_jax.types import LanguageModel, Params, Prompts, Residuals, Rollout
 
 FIRST_RING = 256  # slots of a cache beyond the prompts; then twice as many, four times ...
@@ -168,7 +168,7 @@ def answers(
         if meanwhile is not None:
             meanwhile()
             meanwhile = None
-        told = whole(told)
+        told = gather(told)
         running, longest = told["running"], int(told["longest"])
         if longest > ring:
             filled, ring = ring, min(2 * ring, decode.max_new)

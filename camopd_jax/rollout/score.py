@@ -40,7 +40,7 @@ def tokens_at_once(chunk: int, vocab: int, tensor: int) -> int:
     return chunk or max(1, LOGITS_BYTES * tensor // (4 * vocab))
 
 
-def token_logprobs(
+def token_log_probs(
     model: LanguageModel,
     params: Params,
     hidden_BTD: jax.Array,
@@ -75,14 +75,14 @@ _How = tuple[LanguageModel, float, bool]  # model, temperature, with_top
 
 
 def _piece(how: _How, head: Params, hidden: jax.Array, tokens: jax.Array) -> jax.Array:
-    """`token_logprobs` of tokens [...] and hidden states [..., D], all at once."""
+    """`token_log_probs` of tokens [...] and hidden states [..., D], all at once."""
     model, temperature, with_top = how
     logits = model.logits(head, hidden) / temperature
     chosen = jnp.take_along_axis(logits, tokens[..., None], axis=-1)
     if with_top:
         chosen = jnp.concatenate([chosen, jnp.max(logits, axis=-1, keepdims=True)], axis=-1)
-    logprobs = chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
-    return logprobs if with_top else logprobs[..., 0]
+    log_probs = chosen - jax.nn.logsumexp(logits, axis=-1, keepdims=True)
+    return log_probs if with_top else log_probs[..., 0]
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
@@ -91,10 +91,10 @@ def _pieces(how: _How, step: int, head: Params, hidden_BTD: jax.Array, tokens_BT
     batch, slots = tokens_BT.shape
     head = _gathered(how[0], head)
 
-    def logprobs(start: jax.Array) -> jax.Array:
+    def log_probs(start: jax.Array) -> jax.Array:
         return _piece(how, head, _slots(hidden_BTD, start, step), _slots(tokens_BT, start, step))
 
-    out = jax.lax.map(logprobs, jnp.arange(0, slots, step))
+    out = jax.lax.map(log_probs, jnp.arange(0, slots, step))
     return out.swapaxes(0, 1).reshape(batch, slots, *out.shape[3:])
 
 
@@ -188,9 +188,9 @@ def score(
     predicts_BT = (prompts.lengths - 1)[:, None] + jnp.arange(answer_slots)[None, :]
     predicts_BT = jnp.minimum(predicts_BT, joined_BS.shape[1] - 1)
     hidden_BTD = jnp.take_along_axis(hidden_BSD, predicts_BT[..., None], axis=1)
-    logprobs_BT = token_logprobs(model, params, hidden_BTD, tokens_BT, chunk, temperature, with_top)
+    log_probs_BT = token_log_probs(model, params, hidden_BTD, tokens_BT, chunk, temperature, with_top)
     mask_BT = length_mask(lengths_B, answer_slots)
-    return jnp.where(mask_BT[..., None] if with_top else mask_BT, logprobs_BT, 0)
+    return jnp.where(mask_BT[..., None] if with_top else mask_BT, log_probs_BT, 0)
 
 
 def score_rows(

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from camopd_jax.rollout import score as steps
-from camopd_jax.rollout.buckets import Piece, pieces
+from camopd_jax.rollout.buckets import MicroBatch, split_by_length
 from camopd_jax.runtime import heap
-from camopd_jax.runtime.mesh import batch_shards, platform, sharding, whole
+from camopd_jax.runtime.mesh import batch_shards, gather, platform, sharding
 from camopd_jax.types import LanguageModel, Params, Prompts
 
 WIDTHS = ("slots", "answer_slots", "chunk")
@@ -40,7 +40,7 @@ def score(
     prompts: Prompts,
     tokens_BT: jax.Array,
     lengths_B: jax.Array,
-    pieces: Iterable[Piece],
+    pieces: Iterable[MicroBatch],
     *,
     with_top: bool = False,
     **options: Any,
@@ -61,7 +61,7 @@ def score(
 def give_back(mesh: Mesh | None) -> None:
     """What is free of the host's heap, where arrays lie in the host's memory."""
     if platform(mesh) == "cpu":
-        heap.return_the_rest()
+        heap.trim()
 
 
 def micro_batches(
@@ -72,9 +72,9 @@ def micro_batches(
     size: int,
     smallest: int,
     rows: np.ndarray | None = None,
-) -> Iterator[Piece]:
+) -> Iterator[MicroBatch]:
     """`buckets.pieces` of a batch on the mesh: of these rows, or of all. Every process has to ask."""
-    prompt_lengths, lengths = whole((prompts.lengths, lengths_B))
+    prompt_lengths, lengths = gather((prompts.lengths, lengths_B))
     rows = np.arange(len(lengths)) if rows is None else rows
     widths = prompts.tokens.shape[1], tokens_BT.shape[1]
-    return pieces(prompt_lengths, lengths, rows, size, widths, smallest, batch_shards(mesh))
+    return split_by_length(prompt_lengths, lengths, rows, size, widths, smallest, batch_shards(mesh))

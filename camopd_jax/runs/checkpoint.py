@@ -16,7 +16,7 @@ from camopd_jax.config.schema import Checkpoints as CheckpointsConfig
 from camopd_jax.config.schema import Config as RunConfig
 from camopd_jax.runtime.cluster import lost
 from camopd_jax.errors import UserError
-from camopd_jax.runtime.distributed import share, together
+from camopd_jax.runtime.distributed import broadcast, run_on_all
 from camopd_jax.config.identity import different_fields, fingerprint, to_json
 from camopd_jax.types import TrainState
 
@@ -209,8 +209,8 @@ def claim_workdir(workdir: epath.Path, config: RunConfig) -> None:
       UserError: naming the fields in which the run that owns the directory differs, or in which this process differs
         from the first; and if the directory is not the same on all hosts.
     """
-    owner = share(lambda: _claim(workdir, config))
-    together(lambda: _check_shared(workdir, config, owner))
+    owner = broadcast(lambda: _claim(workdir, config))
+    run_on_all(lambda: _check_shared(workdir, config, owner))
 
 
 def _check_shared(workdir: epath.Path, config: RunConfig, owner: dict[str, Any]) -> None:

@@ -20,7 +20,7 @@ from camopd_jax.evals import scores
 from camopd_jax.evals.scores import Result
 from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.metrics import Display, MetricsWriter
-from camopd_jax.runtime.distributed import first, share
+from camopd_jax.runtime.distributed import is_primary, broadcast
 from camopd_jax.runtime.mesh import check_rows, make_mesh
 
 Config = TrainConfig | SftConfig
@@ -77,7 +77,7 @@ def load(config: Config, source: str, mesh: Mesh) -> Checkpoint:
 def known_baselines(folder: epath.Path, models: dict[str, list[Result]]) -> dict[str, list[Result]]:
     """The general and the specialised model's results on the very same questions, where eval.jsonl has them all."""
     asked = [row["asked"] for row in next(iter(models.values()))]
-    rows = {(row["model"], row.get("asked")): row for row in share(lambda: read_rows(folder / "eval.jsonl"))}
+    rows = {(row["model"], row.get("asked")): row for row in broadcast(lambda: read_rows(folder / "eval.jsonl"))}
     names = ("general", "specialised")
     if not all((name, questions) in rows for name in names for questions in asked):
         return {}

@@ -20,7 +20,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.evals.runner import read_standings
 from camopd_jax.models import hf
 from camopd_jax.method.optimizer import init_state
-from camopd_jax.runtime.distributed import first, wait
+from camopd_jax.runtime.distributed import is_primary, barrier
 from camopd_jax.config.identity import from_json
 from camopd_jax.runtime.mesh import make_mesh
 
@@ -41,7 +41,7 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
     """
     try:
         with _part(out) as part:
-            if first():
+            if is_primary():
                 for pattern in _KEPT:
                     for file in loaded.folder.glob(pattern):
                         shutil.copyfile(file, part / file.name)
@@ -59,12 +59,12 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
 def _part(out: epath.Path) -> Iterator[Path]:
     """A local folder that becomes `out` when all is written."""
     local = "://" not in str(out)
-    part = Path(str(out) + ".part") if local or not first() else Path(tempfile.mkdtemp())
-    if first():
+    part = Path(str(out) + ".part") if local or not is_primary() else Path(tempfile.mkdtemp())
+    if is_primary():
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
     yield part
-    if first():
+    if is_primary():
         if out.exists():
             out.rmtree()
         if local:
@@ -74,7 +74,7 @@ def _part(out: epath.Path) -> Iterator[Path]:
             for file in part.iterdir():
                 epath.Path(file).copy(out / file.name)
             shutil.rmtree(part)
-    wait("export")
+    barrier("export")
 
 
 def model_card(name: str, provenance: dict[str, str]) -> str:

@@ -17,7 +17,7 @@ from camopd_jax.models import hf
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.gradient import Learning
 from camopd_jax.rollout.scoring import micro_batches
-from camopd_jax.runtime.distributed import together
+from camopd_jax.runtime.distributed import run_on_all
 from camopd_jax.runtime.mesh import check_rows, global_rows, make_mesh, rows_of_process
 from camopd_jax.method.update import Gradient, sft_update, sft_weights
 from camopd_jax.types import Params, SftBatch
@@ -35,7 +35,7 @@ def sft(config: SftConfig, workdir: str) -> None:
         loaded = engine.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
         return loaded, SftStream(config, loaded.tokenizer, rows_of_process(mesh, config.batch_size))
 
-    student, stream = together(begin)
+    student, stream = run_on_all(begin)
     provenance = {
         "method": "supervised fine-tuning",
         "model": config.model,

@@ -10,7 +10,7 @@ from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.runs.export import write_folder
 from camopd_jax.models import hf
-from camopd_jax.runtime.distributed import first
+from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.mesh import make_mesh
 
 

@@ -20,7 +20,7 @@ from camopd_jax.evals.scores import Result, Standing
 from camopd_jax.runs.export import write_folder
 from camopd_jax.runtime.jsonl import drop_rows_after
 from camopd_jax.runtime.metrics import Display, MetricsWriter
-from camopd_jax.runtime.distributed import first, several, together, wait
+from camopd_jax.runtime.distributed import is_primary, is_distributed, run_on_all, barrier
 from camopd_jax.config.identity import fingerprint
 from camopd_jax.types import TrainState
 
@@ -46,7 +46,7 @@ class Host:
         self.provenance = provenance | {"config_fingerprint": fingerprint(config)}
         self.workdir = epath.Path(workdir)
         self.terminated = False
-        together(lambda: runner.check(config.evaluation))
+        run_on_all(lambda: runner.check(config.evaluation))
         claim_workdir(self.workdir, config)
         self.standings = runner.shared_standings(self.workdir)
         self.checkpoints = Checkpoints(workdir, config.checkpoints, self.standings)
@@ -63,7 +63,7 @@ class Host:
                     )
             for name, stream in self.streams.items():
                 stream.set_state(positions[name])
-        if first():
+        if is_primary():
             for name in ("metrics.jsonl", "samples.jsonl", "selection.jsonl"):
                 drop_rows_after(self.workdir / name, int(state.step))
             drop_rows_after(self.workdir / "diagnostics.jsonl", int(state.step) + 1)  # these tell of the model after it
@@ -71,7 +71,7 @@ class Host:
         self.display = Display(self.config.steps, int(state.step))
         if step is not None:
             self.display.say(f"going on from step {step}")
-        if not several():  # else JAX takes the signal, and tells the others of it
+        if not is_distributed():  # else JAX takes the signal, and tells the others of it
             signal.signal(signal.SIGTERM, self._terminate)
         return state
 
@@ -93,7 +93,7 @@ class Host:
 
     def due(self, steps_done: int) -> bool:
         """Whether a checkpoint or an evaluation follows, or the end."""
-        if several():  # all have to end after the same step
+        if is_distributed():  # all have to end after the same step
             self.terminated |= multihost_utils.reached_preemption_sync_point(steps_done)
         return self.terminated or self._save_due(steps_done) or self._evaluation_due(steps_done)
 
@@ -185,9 +185,9 @@ class Host:
             self.provenance | {"steps": str(int(state.step))},
         )
         self.display.say(f"exported: {self.workdir / 'export'}")
-        if self.config.log.report and first():
+        if self.config.log.report and is_primary():
             from camopd_jax.reporting.page import write_page  # draws: slow to import, and only needed here
 
             write_page([str(self.workdir)], self.workdir / "report.html")
             self.display.say(f"report: {self.workdir / 'report.html'}")
-        wait("report")
+        barrier("report")

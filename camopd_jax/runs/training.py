@@ -20,8 +20,8 @@ from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.loop import Outcome
-from camopd_jax.runtime.distributed import together
-from camopd_jax.runtime.mesh import local_rows, make_mesh, whole
+from camopd_jax.runtime.distributed import run_on_all
+from camopd_jax.runtime.mesh import local_rows, make_mesh, gather
 from camopd_jax.method.statistics import repetition
 from camopd_jax.types import Scored, TrainState
 
@@ -33,9 +33,9 @@ def train(config: TrainConfig, workdir: str) -> None:
     loop.check_remat(config, engine.matmul_dtype(config.compute))
     rows = loop.batch_rows(config)
 
-    models = together(lambda: load_models(config, mesh))
+    models = run_on_all(lambda: load_models(config, mesh))
     student = models.student
-    branches = together(lambda: make_branches(config, models, mesh, rows, config.seed))
+    branches = run_on_all(lambda: make_branches(config, models, mesh, rows, config.seed))
     streams = {STREAMS[name]: branch.prompts for name, branch in branches.items()}
 
     # ------------------------------------------------------------------------- state, then steps
@@ -106,7 +106,7 @@ class TrainHost(Host):
             "step": outcome.step,
             "phase": outcome.phase,
             **metrics,
-            "repetition": float(np.mean([repetition(*map(whole, answers)) for answers in said.values()])),
+            "repetition": float(np.mean([repetition(*map(gather, answers)) for answers in said.values()])),
             "seconds": outcome.seconds,
             "tokens_per_second": metrics["response_tokens"] / sum(outcome.seconds.values()),
             "memory_gib": memory_gib(),
@@ -123,7 +123,7 @@ class TrainHost(Host):
     def _samples(self, step: int, branch: str, part: Scored) -> list[dict]:
         """The first answers of the batch, with each token's gap, and its log-probability as scored and as sampled."""
         arrays = (part.prompts.tokens, part.prompts.lengths, part.index, part.rollout.tokens, part.rollout.lengths,
-                  part.rollout.logprobs, part.rollout.stopped, part.scores.student, part.scores.teacher,
+                  part.rollout.log_probs, part.rollout.stopped, part.scores.student, part.scores.teacher,
                   part.selection.weights)  # fmt: skip
         asked, asked_lengths, index, tokens, lengths, sampler, stopped, student, teacher, weights = map(
             local_rows, arrays

@@ -72,8 +72,8 @@ def run(main: Callable[..., None], *words: str, many: bool = False) -> None:
     """
     logging.set_verbosity(logging.WARNING)  # of the libraries; --verbosity=0 lets them talk
     app.run(
-        lambda argv: one_line(lambda: main(*argv[1:])),
-        flags_parser=lambda argv: one_line(lambda: _parse(argv, words, many)),
+        lambda argv: report_errors(lambda: main(*argv[1:])),
+        flags_parser=lambda argv: report_errors(lambda: _parse(argv, words, many)),
     )
 
 
@@ -121,7 +121,7 @@ def _cause(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}"
 
 
-def one_line(act: Callable[[], Any]) -> Any:
+def report_errors(act: Callable[[], Any]) -> Any:
     """Runs a command; a user's mistake becomes one line on stderr and exit code 2."""
     try:
         return act()

@@ -17,7 +17,7 @@ from typing import NoReturn
 import jax
 
 from camopd_jax.errors import UserError
-from camopd_jax.runtime.distributed import first, several
+from camopd_jax.runtime.distributed import is_distributed, is_primary
 
 LOST_AFTER = 100  # seconds without a sign of life, after which a process is held to be dead
 JOIN_WITHIN = 300  # seconds in which all processes have to be there
@@ -100,7 +100,7 @@ def join(given: Processes | None) -> None:
     _sentinel = sentinel
     atexit.register(_leave)
     sentinel.last_words(ENDED)
-    sentinel.leads = several() and first()
+    sentinel.leads = is_distributed() and is_primary()
     faulthandler.disable()  # it would print the stacks of all threads between JAX's reason and ours
 
 

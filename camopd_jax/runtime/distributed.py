@@ -18,31 +18,31 @@ LONGEST = 2048  # bytes of an error that is told to the others
 T = TypeVar("T")
 
 
-def several() -> bool:
+def is_distributed() -> bool:
     return jax.process_count() > 1
 
 
-def first() -> bool:
+def is_primary() -> bool:
     """Whether this is the process that writes files and prints."""
     return jax.process_index() == 0
 
 
-def wait(name: str) -> None:
+def barrier(name: str) -> None:
     """Returns when all processes are here, at the place of this name."""
-    if several():
+    if is_distributed():
         multihost_utils.sync_global_devices(name)
 
 
-def share(make: Callable[[], Any]) -> Any:
+def broadcast(make: Callable[[], Any]) -> Any:
     """`make()` of process 0, a JSON value, on every process.
 
     Raises:
       UserError: on every process, if it is raised on the first.
     """
-    if not several():
+    if not is_distributed():
         return make()
     told, sent = None, b""
-    if first():
+    if is_primary():
         try:
             told = {"value": make()}
         except UserError as error:
@@ -57,13 +57,13 @@ def share(make: Callable[[], Any]) -> Any:
     return told["value"]
 
 
-def together(act: Callable[[], T]) -> T:
+def run_on_all(act: Callable[[], T]) -> T:
     """`act()` on every process.
 
     Raises:
       UserError: on every process, if it is raised on one: else the others would wait for that one.
     """
-    if not several():
+    if not is_distributed():
         return act()
     result, told = None, ""
     try:

@@ -7,7 +7,7 @@ import sys
 _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 
 
-def return_large_blocks() -> None:
+def return_large_blocks_at_once() -> None:
     """Has freed blocks of a megabyte and more go back at once, and the others lie in one heap.
 
     Left alone glibc keeps blocks of up to 32 MiB for later: on a CPU, a layer's worth of arrays for every layer.
@@ -18,7 +18,7 @@ def return_large_blocks() -> None:
             libc.mallopt(_M_ARENA_MAX, 1)
 
 
-def return_the_rest() -> None:
+def trim() -> None:
     """Has what is free of the heap go back now: some milliseconds."""
     if libc := _glibc():
         libc.malloc_trim(0)

@@ -41,7 +41,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
     sizes = [data, fsdp, tensor]
     if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
         raise UserError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: give sizes >= 1, at most one of them -1")
-    sizes = filled(sizes, len(devices))
+    sizes = fill_sizes(sizes, len(devices))
     if math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, sizes, strict=True))
         raise UserError(f"mesh {wanted} needs {math.prod(sizes)} devices, {len(devices)} are here; change config.mesh")
@@ -53,14 +53,14 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> M
         return Mesh(split, MESH_AXES, axis_types=types)
 
 
-def filled(sizes: Iterable[int], devices: int) -> list[int]:
+def fill_sizes(sizes: Iterable[int], devices: int) -> list[int]:
     """Sizes of mesh axes, with the one that is -1 as large as the others leave it, at least 1."""
     sizes = list(sizes)
     left = max(1, devices // math.prod(n for n in sizes if n != -1))
     return [left if n == -1 else n for n in sizes]
 
 
-def other_mesh(mesh: Mesh, data: int, fsdp: int, tensor: int, field: str) -> Mesh:
+def reshape_mesh(mesh: Mesh, data: int, fsdp: int, tensor: int, field: str) -> Mesh:
     """The same devices in the same order on axes of other sizes, one of which may be -1.
 
     Raises:
@@ -168,6 +168,6 @@ def take_rows(tree, rows_M: jax.Array, mesh: Mesh | None):
     return jax.tree.map(take, tree)
 
 
-def whole(tree):
+def gather(tree):
     """Global arrays `[rows, ...]` on the host of every process, all their rows."""
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -20,7 +20,7 @@ from rich.live import Live
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.text import Text
 
-from camopd_jax.runtime.distributed import first, share
+from camopd_jax.runtime.distributed import broadcast, is_primary
 from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
 
 PLAIN_SECONDS = 2.0  # without a terminal, a line at most this often
@@ -61,7 +61,7 @@ class MetricsWriter:
     """Appends to the files of a work directory; of many processes, the first one writes."""
 
     def __init__(self, workdir: epath.Path, tensorboard: bool):
-        self._workdir, self._writes = workdir, first()
+        self._workdir, self._writes = workdir, is_primary()
         if self._writes and (workdir / "eval.jsonl").exists():  # the next row must not join one cut by a kill
             write_rows(workdir / "eval.jsonl", read_rows(workdir / "eval.jsonl"))
         self._events = None
@@ -88,7 +88,7 @@ class MetricsWriter:
 
     def diagnosed(self) -> set[int]:
         """Steps whose line diagnostics.jsonl has."""
-        return set(share(lambda: [row["step"] for row in read_rows(self._workdir / "diagnostics.jsonl")]))
+        return set(broadcast(lambda: [row["step"] for row in read_rows(self._workdir / "diagnostics.jsonl")]))
 
     def evaluation(self, row: dict[str, Any], figure: str, value: float) -> None:
         """One line of eval.jsonl, unless it is there already, and one figure of it for TensorBoard."""
@@ -130,7 +130,7 @@ class Display:
     def __init__(self, total: int, start: int):
         on_terminal = sys.stdout.isatty()
         self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not on_terminal)
-        self._quiet = not first()
+        self._quiet = not is_primary()
         self._total, self._started, self._first = total, time.perf_counter(), start
         self._last = -math.inf
         self._live = None

@@ -187,7 +187,7 @@ def test_a_teachers_answers_are_learnt_by_heart(tiny):
     watcher = Watcher(milestones=(1,))
     run(config, branches, programs, state, watcher)
     part, metrics = watcher.outcomes[0].parts["recovery"], watcher.outcomes[0].metrics
-    np.testing.assert_allclose(part.rollout.logprobs, part.scores.teacher, atol=1e-5)
+    np.testing.assert_allclose(part.rollout.log_probs, part.scores.teacher, atol=1e-5)
     ours = scored(config, model, student, part)
     assert float(metrics["loss"]) == pytest.approx(float(jnp.mean(-jnp.sum(ours, 1) / part.rollout.lengths)), rel=1e-5)
     assert "sampler_gap" not in metrics and not programs.trusts_sampler
@@ -279,7 +279,7 @@ def test_answers_are_cut_to_the_bucket_of_the_longest():
         jnp.arange(64).reshape(2, 32), jnp.array([3, 9]), jnp.ones((2, 32)), jnp.zeros(2), jnp.ones(2, bool)
     )
     cut = cut_to_bucket(answers, 4)
-    assert cut.tokens.shape == cut.logprobs.shape == (2, 16)
+    assert cut.tokens.shape == cut.log_probs.shape == (2, 16)
     np.testing.assert_array_equal(cut.tokens, answers.tokens[:, :16])
     assert cut_to_bucket(answers, 64).tokens.shape == (2, 32)
 

@@ -18,7 +18,7 @@ from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
-from camopd_jax.rollout.buckets import Piece
+from camopd_jax.rollout.buckets import MicroBatch
 from camopd_jax.runtime.mesh import global_rows, make_mesh, sharding
 from camopd_jax.types import PromptBatch, Prompts
 
@@ -124,7 +124,7 @@ def gradient(mesh):
     batch = global_rows(mesh, (prompts, said, lengths, weights), 16)
     learning = Learning(Model(config, mesh=mesh), shardings(config, mesh), 0)
     found = learning(
-        hf.load(folder, config, mesh, "float32"), *batch, [Piece(np.array([0, 3, 5, 7, 9, 11, 16, 16]), 48, 16)]
+        hf.load(folder, config, mesh, "float32"), *batch, [MicroBatch(np.array([0, 3, 5, 7, 9, 11, 16, 16]), 48, 16)]
     )
     return jax.tree.map(np.asarray, found)
 

@@ -26,7 +26,7 @@ from camopd_jax.method.update import (
 )
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
-from camopd_jax.rollout.buckets import Piece, pieces
+from camopd_jax.rollout.buckets import MicroBatch, split_by_length
 from camopd_jax.rollout.generate import Decode, answers, for_decoding
 from camopd_jax.rollout.sampling import Sampling, row_keys
 from camopd_jax.rollout.score import score
@@ -69,7 +69,7 @@ def take_step(branch, model, config, state, *parts):
 def gradient(learning, config, params, branch, part):
     said, order = part.rollout, np.asarray(part.selection.order)[: int(part.selection.count)]
     widths = part.prompts.tokens.shape[1], said.tokens.shape[1]
-    some = pieces(np.asarray(part.prompts.lengths), np.asarray(said.lengths), order, config.optimizer.micro_batch,
+    some = split_by_length(np.asarray(part.prompts.lengths), np.asarray(said.lengths), order, config.optimizer.micro_batch,
                   widths, 4)  # fmt: skip
     weights = branch_weights(branch, part, config=config)
     return learning(params, part.prompts, said.tokens, said.lengths, weights, some)
@@ -118,7 +118,7 @@ def test_the_expected_sampled_gradient_is_that_of_the_exact_reverse_kl(tiny):
     weights = token_weights(scores, rollout, everything, Method(), Phase("absolute_gap", 1.0, 1.0))
     probability = jnp.exp(jnp.sum(scores.student, axis=1, keepdims=True))
     learning = Learning(model, None, 64)
-    whole = [Piece(np.arange(rows, dtype=np.int32), 5, 2)]
+    whole = [MicroBatch(np.arange(rows, dtype=np.int32), 5, 2)]
     gradient = learning(params, prompts, answers, lengths, weights * rows * probability, whole).of
 
     # The direct way: whole distributions.
@@ -141,7 +141,7 @@ def by_hand(tiny, batch, scale, kind, clip_norm=1.0):
     """One update in plain Python and optax: rows looped over, every token's log-probability from a whole softmax."""
     params = tiny[1]
     prompts, rollout, scores = jax.tree.map(np.asarray, batch)
-    logprobs = row_logprobs(tiny, prompts, rollout)
+    log_probs = row_logprobs(tiny, prompts, rollout)
     gap = scores.teacher - scores.student
     mass = []
     for i, length in enumerate(rollout.lengths):
@@ -158,7 +158,7 @@ def by_hand(tiny, batch, scale, kind, clip_norm=1.0):
         total = 0.0
         for i in chosen:
             t = rollout.lengths[i]
-            total -= jnp.sum(scale * gap[i, :t] * logprobs(params, i)) / t / len(chosen)
+            total -= jnp.sum(scale * gap[i, :t] * log_probs(params, i)) / t / len(chosen)
         return total
 
     def decays(path, _):
@@ -299,7 +299,7 @@ def test_micro_batches_in_one_call_equal_each_in_its_own(tiny, batch):
     (model, params), (prompts, said, _) = tiny, batch
     weights = jnp.asarray(np.random.default_rng(0).normal(size=said.tokens.shape), jnp.float32)
     total = np.asarray(prompts.lengths + said.lengths)
-    cut = list(pieces(np.asarray(prompts.lengths), np.asarray(said.lengths), np.argsort(total), 2, (5, 7), 4))
+    cut = list(split_by_length(np.asarray(prompts.lengths), np.asarray(said.lengths), np.argsort(total), 2, (5, 7), 4))
     assert len(list(alike(cut, 8))) < len(cut) == 4
 
     def found(in_one_call):
@@ -312,7 +312,7 @@ def test_micro_batches_in_one_call_equal_each_in_its_own(tiny, batch):
 def test_micro_batches_of_one_width_go_together():
     """K is the same for few and for many, so that few compile nothing new."""
     wide, narrow = (24, 8), (16, 8)
-    cut = [Piece(np.array(rows), *widths) for rows, widths in
+    cut = [MicroBatch(np.array(rows), *widths) for rows, widths in
            [((5, 2), wide), ((4, 1), narrow), ((0, 3), narrow), ((6,), narrow)]]  # fmt: skip
     calls = [(piece.slots, rows.tolist(), count) for piece, rows, count in alike(cut, 7)]
     nobody = [7, 7]
@@ -334,7 +334,7 @@ def test_a_gradient_from_the_residual_stream_of_a_rollout_has_no_forward_pass(ti
     assert len(set(np.asarray(said.lengths).tolist())) > 2, "some end early"
     assert [r.shape for r in said.residuals] == [(8, 5 + 7, 12)] * (model.config.num_layers + 1)
     weights = jnp.asarray(np.random.default_rng(0).normal(size=said.tokens.shape), jnp.float32)
-    cut = list(pieces(np.asarray(prompts.lengths), np.asarray(said.lengths), rows, 2, (5, 7), 4))
+    cut = list(split_by_length(np.asarray(prompts.lengths), np.asarray(said.lengths), rows, 2, (5, 7), 4))
 
     def found(model, residuals):
         return Learning(model, None, 64)(params, prompts, said.tokens, said.lengths, weights, cut, residuals)
@@ -424,16 +424,16 @@ def test_at_review_step_zero_nothing_moves_but_by_decay(tiny, batch):
 def test_sft_is_cross_entropy_over_the_answer_tokens(tiny, batch):
     model, params = tiny
     prompts, rollout, _ = jax.tree.map(np.asarray, batch)
-    logprobs = row_logprobs(tiny, prompts, rollout)
+    log_probs = row_logprobs(tiny, prompts, rollout)
     config = SftConfig("m", Stream("d"), optimizer=dataclasses.replace(OPTIMIZER, clip_norm=None, weight_decay=0.0))
     said, slots = (rollout.tokens, rollout.lengths), rollout.tokens.shape[1]
-    everyone = pieces(prompts.lengths, rollout.lengths, np.arange(8), 2, (5, slots), 4)
+    everyone = split_by_length(prompts.lengths, rollout.lengths, np.arange(8), 2, (5, slots), 4)
     gradient = Learning(model, None, 64)(params, prompts, *said, sft_weights(said[1], slots), everyone)
     program = jax.jit(partial(sft_update, config=config))
     state, metrics = program(init_state(params, "shared"), gradient, SftBatch(prompts, *said))
 
     def loss(params):
-        return -jnp.concatenate([logprobs(params, i) for i in range(8)]).mean()
+        return -jnp.concatenate([log_probs(params, i) for i in range(8)]).mean()
 
     value, gradient = jax.value_and_grad(loss)(params)
     optimizer = optax.adam(RATE, eps=OPTIMIZER.eps)

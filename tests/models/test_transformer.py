@@ -35,7 +35,7 @@ def load(folder, mesh, dtype="float32", **fields):
     return Model(config, mesh=mesh, dtype=dtype, **fields), hf.load(folder, config, mesh, dtype)
 
 
-def logprobs(model, params, tokens):
+def log_probs(model, params, tokens):
     """Log-probability of each token from the second on."""
     logits = jax.jit(lambda p, t: model.logits(p, model.hidden(p, t)))(params, tokens)
     logp = jax.nn.log_softmax(logits, axis=-1)
@@ -52,7 +52,7 @@ def torch_logprobs(model, tokens):
 def test_float32_logprobs_equal_transformers(family, checkpoint, mesh, tokens):
     torch_model, folder = checkpoint(family)
     model, params = load(folder, mesh)
-    np.testing.assert_allclose(logprobs(model, params, tokens), torch_logprobs(torch_model, tokens), atol=2e-5, rtol=0)
+    np.testing.assert_allclose(log_probs(model, params, tokens), torch_logprobs(torch_model, tokens), atol=2e-5, rtol=0)
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
@@ -62,7 +62,7 @@ def test_bfloat16_logprobs_are_as_near_as_transformers_own(family, checkpoint, m
     truth = torch_logprobs(torch_model, tokens)
     theirs = type(torch_model).from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
     model, params = load(folder, mesh, "bfloat16")
-    our_error = np.abs(logprobs(model, params, tokens) - truth).mean()
+    our_error = np.abs(log_probs(model, params, tokens) - truth).mean()
     assert our_error < 2 * np.abs(torch_logprobs(theirs, tokens) - truth).mean()
     assert our_error < 0.05
 

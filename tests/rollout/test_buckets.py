@@ -2,12 +2,12 @@
 
 import numpy as np
 
-from camopd_jax.rollout.buckets import pieces
+from camopd_jax.rollout.buckets import split_by_length
 
 
 def cut(prompt_lengths, lengths, rows, size, **options):
     widths = 16, 64
-    made = pieces(np.array(prompt_lengths), np.array(lengths), np.array(rows), size, widths, 4, **options)
+    made = split_by_length(np.array(prompt_lengths), np.array(lengths), np.array(rows), size, widths, 4, **options)
     return [(p.rows.tolist(), p.slots, p.answer_slots) for p in made]
 
 
@@ -32,7 +32,7 @@ def test_nobody_is_left_out_and_nothing_is_cut():
         n = int(random.integers(1, 40))
         prompt_lengths, lengths = random.integers(1, 17, n), random.integers(1, 65, n)
         rows = random.permutation(n)[: int(random.integers(1, n + 1))]
-        made = list(pieces(prompt_lengths, lengths, rows, 8, (16, 64), 4))
+        made = list(split_by_length(prompt_lengths, lengths, rows, 8, (16, 64), 4))
         seen = [row for p in made for row in p.rows.tolist() if row < n]
         assert sorted(seen) == sorted(rows.tolist())
         for p in made:

@@ -13,7 +13,7 @@ from camopd_jax.rollout import generate
 from camopd_jax.rollout.generate import Decode
 from camopd_jax.rollout.sampling import Sampling, row_keys
 from camopd_jax.rollout.score import score
-from camopd_jax.runtime.mesh import make_mesh, other_mesh
+from camopd_jax.runtime.mesh import make_mesh, reshape_mesh
 from camopd_jax.types import Prompts
 
 GREEDY = Sampling(temperature=0.0)
@@ -35,7 +35,7 @@ def test_weights_go_to_a_mesh_of_other_axes_and_each_device_gets_its_share(tiny)
     spread = jax.device_put(tiny[1], shardings(tiny[0].config, learns))
     expected = tiny[0].for_decoding(tiny[1])
     for tensor in (1, 2):
-        model = tiny[0].on(other_mesh(learns, -1, 1, tensor, "config.rollout.mesh"))
+        model = tiny[0].on(reshape_mesh(learns, -1, 1, tensor, "config.rollout.mesh"))
         moved = generate.for_decoding(model, spread)
         jax.tree.map(np.testing.assert_array_equal, moved, expected)
         kernel = moved["layers"][0]["mlp"]["gate"]["kernel"]
@@ -75,13 +75,13 @@ def test_greedy_equals_a_loop_of_full_forwards(tiny, batch):
             logits = np.asarray(model.logits(params, hidden(params, padded)[0, len(ids) - 1]), np.float64)
             logp = logits - np.log(np.exp(logits).sum())
             assert out.tokens[row, t] == logits.argmax()
-            np.testing.assert_allclose(out.logprobs[row, t], logp.max(), atol=1e-5)
+            np.testing.assert_allclose(out.log_probs[row, t], logp.max(), atol=1e-5)
             ids.append(int(logits.argmax()))
             if ids[-1] == 2:
                 break
         assert out.lengths[row] == t + 1
         assert out.stopped[row] == (ids[-1] == 2)
-        np.testing.assert_array_equal(out.logprobs[row, t + 1 :], 0)
+        np.testing.assert_array_equal(out.log_probs[row, t + 1 :], 0)
     assert 0 < int(jnp.sum(out.stopped)) < len(prompts.lengths), "the case should hold both kinds of ending"
 
 
@@ -93,7 +93,7 @@ def test_a_row_depends_on_its_own_prompt_and_key_only(tiny, batch):
     part = run(tiny, Prompts(wider, prompts.lengths[order]), index=order)
     np.testing.assert_array_equal(part.tokens, whole.tokens[order])
     np.testing.assert_array_equal(part.lengths, whole.lengths[order])
-    np.testing.assert_allclose(part.logprobs, whole.logprobs[order], atol=1e-5)
+    np.testing.assert_allclose(part.log_probs, whole.log_probs[order], atol=1e-5)
     assert not np.array_equal(run(tiny, prompts, index=np.arange(8) + 100).tokens, whole.tokens)
 
 
@@ -110,7 +110,7 @@ def test_sampler_logprobs_are_the_models_own_whatever_the_filter(tiny, batch):
     for sampling in (Sampling(), Sampling(temperature=0.7, top_k=4), Sampling(top_p=0.8, min_p=0.05)):
         out = run(tiny, prompts, sampling=sampling)
         again = score(model, params, prompts, out.tokens, out.lengths, chunk=16)
-        np.testing.assert_allclose(out.logprobs, again, atol=1e-5)
+        np.testing.assert_allclose(out.log_probs, again, atol=1e-5)
 
 
 def test_entropy_is_the_mean_over_the_answer(tiny, batch):
@@ -150,7 +150,7 @@ def test_a_growing_cache_changes_nothing(tiny, batch, segment, monkeypatch):
     monkeypatch.setattr(generate, "FIRST_RING", segment)
     grown = run(tiny, batch[0], max_new=11)
     np.testing.assert_array_equal(grown.tokens, whole.tokens)
-    np.testing.assert_allclose(grown.logprobs, whole.logprobs, atol=1e-5)
+    np.testing.assert_allclose(grown.log_probs, whole.log_probs, atol=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -165,7 +165,7 @@ def test_waiting_prompts_and_shrinking_batches_change_no_answer(tiny, batch, opt
     other = run(tiny, batch[0], **kinds, **options)
     for name in ("tokens", "lengths", "stopped"):
         np.testing.assert_array_equal(getattr(other, name), getattr(whole, name))
-    np.testing.assert_allclose(other.logprobs, whole.logprobs, atol=1e-5)
+    np.testing.assert_allclose(other.log_probs, whole.log_probs, atol=1e-5)
     np.testing.assert_allclose(other.entropy, whole.entropy, atol=1e-5)
 
 

@@ -15,7 +15,7 @@ from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.planning.hlo import BRANCHES, COLLECTIVES, Module
 from camopd_jax.rollout import score as score_module
-from camopd_jax.rollout.score import join, score, token_logprobs
+from camopd_jax.rollout.score import join, score, token_log_probs
 from camopd_jax.runtime.mesh import make_mesh, sharding
 from camopd_jax.types import Prompts
 
@@ -71,7 +71,7 @@ def test_no_array_of_all_logits_forward_or_backward(tiny):
     hidden, tokens = jnp.ones((4, 50, 12)), jnp.ones((4, 50), jnp.int32)
 
     def loss(params, hidden):
-        return jnp.sum(token_logprobs(model, params, hidden, tokens, chunk=8))
+        return jnp.sum(token_log_probs(model, params, hidden, tokens, chunk=8))
 
     jaxpr = jax.make_jaxpr(jax.value_and_grad(loss, argnums=(0, 1)))(params, hidden).jaxpr
     sizes = array_sizes(jaxpr)
@@ -106,7 +106,7 @@ def test_pieces_on_a_mesh_gather_the_head_once_and_reduce_its_gradient_once(size
     weights = rng.normal(size=(8, 29)).astype(np.float32)
 
     def loss(model, chunk, params, hidden):
-        return jnp.sum(weights * token_logprobs(model, params, hidden, tokens, chunk))
+        return jnp.sum(weights * token_log_probs(model, params, hidden, tokens, chunk))
 
     def gradient(model, chunk):
         return jax.jit(jax.value_and_grad(partial(loss, model, chunk), argnums=(0, 1)))
