@@ -160,11 +160,11 @@ class Programs:
             teacher, objective = branch.teacher, branch.objective
             params = teacher.fetch()
             asked = answers.after(prompts.teacher)
-            record = self._score(teacher.model, params, asked, TeacherReading(objective))
+            record = self.forward(teacher.model, params, asked, TeacherReading(objective))
             student = answers.log_probs
             if forward:
                 sequences = answers.after(prompts.student)
-                student = self._score(self.model, self.params(state), sequences, LOG_PROB)["log_prob"]
+                student = self.forward(self.model, self.params(state), sequences, LOG_PROB)["log_prob"]
             log_probs = LogProbs(student, record.pop("log_prob"))
             head = head_params(teacher.model, params) if objective.teacher_logits else {}
             if self._offloads:
@@ -178,7 +178,8 @@ class Programs:
         with self.stages("select"):
             return jax.block_until_ready(self.selecting[branch.name](log_probs, answers.lengths, draw))
 
-    def _score(self, model: LanguageModel, params: Params, sequences: Sequences, reading: Reading) -> Record:
+    def forward(self, model: LanguageModel, params: Params, sequences: Sequences, reading: Reading) -> Record:
+        """What is read of a model at each token of given answers, a micro-batch at a time."""
         config = self.setup.config
         parts = micro_batches(model.mesh, sequences, self.setup.score_batch, config.rollout.smallest_bucket)
         return score_batch(model, params, sequences, parts, config.compute.logits_chunk, reading)

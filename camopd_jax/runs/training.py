@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from camopd_jax.analysis.diagnosis import Diagnosis
 from camopd_jax.config.methods import description
 from camopd_jax.config.schema import TrainConfig
@@ -121,27 +122,27 @@ class TrainHost(Host):
     def _samples(self, step: int, branch: str, batch: Batch) -> list[dict[str, Any]]:
         """The first answers of the batch, with each token's gap, and its log-probability as scored and as sampled."""
         prompts, rollout = jax.tree.map(local_rows, (batch.prompts, batch.rollout))
-        log_probs, index, weights = jax.tree.map(
-            local_rows, (batch.log_probs, batch.index, batch.selection.weights)
-        )
+        log_probs, index, weights = jax.tree.map(local_rows, (batch.log_probs, batch.index, batch.selection.weights))
         decode = self.student.tokenizer.decode
         rows = []
         for i in range(min(self.config.log.samples, len(index))):
             length = rollout.lengths[i]
             tokens = rollout.tokens[i, :length]
-            rows.append({
-                "step": step,
-                "phase": branch,
-                "prompt_index": int(index[i]),
-                "prompt": decode(prompts.tokens[i, : prompts.lengths[i]]),
-                "response": decode(tokens),
-                "tokens": [decode([token]) for token in tokens],
-                "gaps": _rounded(log_probs.gap[i, :length]),
-                "logprobs": _rounded(log_probs.student[i, :length]),
-                "sampler_logprobs": _rounded(rollout.log_probs[i, :length]),
-                "selected": bool(weights[i]),
-                "finish_reason": "stop" if rollout.stopped[i] else "length",
-            })
+            rows.append(
+                {
+                    "step": step,
+                    "phase": branch,
+                    "prompt_index": int(index[i]),
+                    "prompt": decode(prompts.tokens[i, : prompts.lengths[i]]),
+                    "response": decode(tokens),
+                    "tokens": [decode([token]) for token in tokens],
+                    "gaps": _rounded(log_probs.gap[i, :length]),
+                    "logprobs": _rounded(log_probs.student[i, :length]),
+                    "sampler_logprobs": _rounded(rollout.log_probs[i, :length]),
+                    "selected": bool(weights[i]),
+                    "finish_reason": "stop" if rollout.stopped[i] else "length",
+                }
+            )
         return rows
 
 
