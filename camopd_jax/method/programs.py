@@ -136,14 +136,14 @@ class Programs:
             branch.teacher.offload()
         teacher_params = branch.teacher.fetch()
         with self.stages("rollout"):
-            model, params, asked = self.model, self.params(state), prompts.student
+            model, params, tokens = self.model, self.params(state), prompts.student
             if self.setup.config.method.answers == "teacher":
-                model, params, asked = branch.teacher.model, teacher_params, prompts.teacher
+                model, params, tokens = branch.teacher.model, teacher_params, prompts.teacher
             if model.mesh is not None:
                 model = model.on(self.setup.rollout_mesh)
             params = generate.for_decoding(model, params)
             keys = self.keys(draw, prompts.index)
-            answers = generate.answers(model, params, asked, keys, self.decode, meanwhile)
+            answers = generate.answers(model, params, tokens, keys, self.decode, meanwhile)
             if model.mesh != self.model.mesh:
                 answers = self.move_answers(answers)
             return _cut_to_bucket(answers, self.setup.config.rollout.smallest_bucket)
@@ -159,8 +159,8 @@ class Programs:
         with self.stages("score"):
             teacher, objective = branch.teacher, branch.objective
             params = teacher.fetch()
-            asked = answers.after(prompts.teacher)
-            record = self.forward(teacher.model, params, asked, TeacherReading(objective))
+            sequences = answers.after(prompts.teacher)
+            record = self.forward(teacher.model, params, sequences, TeacherReading(objective))
             student = answers.log_probs
             if forward:
                 sequences = answers.after(prompts.student)

@@ -125,13 +125,13 @@ def _trusts_sampler(config: TrainConfig, dtype: str) -> bool:
 
 def _objective(config: TrainConfig, branch: str) -> Objective:
     field, text = f"config.branches.{branch}.objective", config.branches[branch].objective
-    found = objective(text, field)
-    if config.method.answers == "teacher" and not found.off_policy:
+    chosen = objective(text, field)
+    if config.method.answers == "teacher" and not chosen.off_policy:
         raise UserError(
             f"{field} is {text!r}, whose gap says nothing of answers that the teacher gave "
             "(config.method.answers is 'teacher'); give cross_entropy"
         )
-    return found
+    return chosen
 
 
 def _check_batches(setup: Setup) -> None:

@@ -11,6 +11,7 @@ from absl import app, flags, logging
 from ml_collections import config_flags
 
 from camopd_jax.config.consistency import from_config_dict
+from camopd_jax.config.schema import MOVED
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.cluster import Processes, end, joined
 
@@ -102,6 +103,8 @@ def _parse(argv: list[str], words: Sequence[str], many: bool) -> list[str]:
         name = next((a.split("=")[0] for a in argv if word in a), word)
         near = re.search(r'Did you mean "(\w+)"', str(error))
         hint = f"did you mean {near[1]}?" if near else "camopd_jax/config/schema.py lists them"
+        if word in MOVED:
+            hint = f"it is now config.{MOVED[word]}"
         raise UserError(f"{name} is not a field of the config; {hint}") from error
     except SystemExit:  # absl ends --help with 1
         sys.exit(0)

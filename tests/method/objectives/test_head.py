@@ -1,7 +1,6 @@
 """Full-vocabulary objectives through the chunked head: against whole logits, on every mesh, whatever the chunk."""
 
 import itertools
-from functools import partial
 
 import jax
 import jax.numpy as jnp
@@ -71,20 +70,25 @@ def direct(name, case):
     return jax.value_and_grad(loss)(student)
 
 
-def same(gradient, expected, **tolerance):
+def same(gradient, expected, tolerance=2e-5):
+    """To `tolerance` of each array's largest value: sums of float32 in another order."""
     np.testing.assert_allclose(gradient.loss, expected[0], rtol=1e-5)
-    jax.tree.map(partial(np.testing.assert_allclose, **tolerance), gradient.of, expected[1])
+
+    def compare(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.max(np.abs(b)))
+
+    jax.tree.map(compare, gradient.of, expected[1])
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_gradient_is_that_of_whole_logits(name, case):
-    same(learnt(name, case), direct(name, case), atol=2e-5)
+    same(learnt(name, case), direct(name, case))
 
 
 @pytest.mark.parametrize("chunk, size", [(1, 8), (16, 8), (24, 2), (10_000, 4)])
 def test_chunks_and_micro_batches_change_nothing(case, chunk, size):
     expected = learnt("jsd(beta=0.3)", case)
-    same(learnt("jsd(beta=0.3)", case, chunk=chunk, size=size), (expected.loss, expected.of), atol=2e-5)
+    same(learnt("jsd(beta=0.3)", case, chunk=chunk, size=size), (expected.loss, expected.of))
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -94,7 +98,7 @@ def test_chunks_and_micro_batches_change_nothing(case, chunk, size):
 def test_a_mesh_changes_nothing(name, shape, case):
     expected = learnt(name, case)
     for chunk in (0, 16):
-        same(learnt(name, case, make_mesh(*shape), chunk), (expected.loss, expected.of), atol=3e-5)
+        same(learnt(name, case, make_mesh(*shape), chunk), (expected.loss, expected.of))
 
 
 def test_padding_may_hold_anything(case):
@@ -102,7 +106,7 @@ def test_padding_may_hold_anything(case):
     beyond = np.arange(13) >= sequences.lengths[:, None]
     other = sequences.replace(tokens=np.where(beyond, 43 - sequences.tokens, sequences.tokens))
     expected = learnt("reverse_kl", case)
-    same(learnt("reverse_kl", (student, teacher, other, weights)), (expected.loss, expected.of), atol=0)
+    same(learnt("reverse_kl", (student, teacher, other, weights)), (expected.loss, expected.of), 0)
 
 
 def test_the_teachers_hidden_states_are_kept_in_its_own_precision(case):
