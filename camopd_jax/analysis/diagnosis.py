@@ -41,7 +41,7 @@ class Diagnosis:
         self._measure = jax.jit(partial(gradients.measure, model=alone, config=config), out_shardings=everywhere)
         self._tables = jax.jit(partial(jax.tree.map, answer_table, is_leaf=_is_scored), out_shardings=everywhere)
 
-    def __call__(self, step: int, params: Params) -> tuple[Row, dict[str, selection.Table]]:
+    def __call__(self, step: int, params: Params) -> tuple[Row, dict[str, selection.AnswerTable]]:
         """The row of diagnostics.jsonl for a model after `step` steps, and the tables of the answers it rests on."""
         parts = {name: self._answers(i, name, step, params) for i, name in enumerate(self._branches)}
         key = jax.random.fold_in(jax.random.key(self._config.seed), FIRST_DRAW)
