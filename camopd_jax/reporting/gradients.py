@@ -26,6 +26,7 @@ FIGURES = {  # by the name that the paths of its figures contain: title, unit, o
     "survives": ("What is left of both gradients in their sum", "|g + d| / (|g| + |d|)", {}),
 }
 DASHES = {"selected": "solid", "all": "dash", "random": "dot"}  # of the sets of answers that were measured
+NOTE = "Solid: selected answers; dashed: all; dotted: as many drawn at random."
 Path = tuple[str, ...]  # names of blocks within blocks
 
 
@@ -44,7 +45,8 @@ def panels(styles: Styles) -> list[Panel]:
                     colour = colours.setdefault(whose, PART_COLOURS[len(colours) % len(PART_COLOURS)])
                     drawn.append(Line(", ".join(names), colour, curve, DASHES.get(names[-1], "solid")))
             if drawn:
-                shown.append(Panel(titled(title, group, styles), plots.lines(drawn, unit, **options)))
+                note = NOTE if any(line.dash != "solid" for line in drawn) else ""
+                shown.append(Panel(titled(title, group, styles), plots.lines(drawn, unit, **options), note))
         if layers := {", ".join(path[1:]): curve for path, curve in of_path.items() if path[0] == "layers"}:
             steps = sorted({step for curve in layers.values() for step in curve.steps})
             values = [dict(zip(curve.steps, curve.values, strict=True)) for curve in layers.values()]

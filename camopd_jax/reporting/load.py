@@ -102,17 +102,19 @@ def _grid(path: epath.Path, folders: Sequence[epath.Path], prefix: str) -> Sourc
     # Of a method without results yet: the best setting so far, or the run that is furthest.
     sweep.sort(key=lambda group: (merits.get(group.method, {}).get(str(group.setting), -math.inf), group.run.steps))
     groups += {group.method: group for group in sweep if all(group.method != g.method for g in groups)}.values()
-    for chosen in interpolation:  # one model, to be compared with the runs of every seed
-        if facts and chosen.setting == float(facts["settings"][INTERPOLATION]):
-            runs = dict.fromkeys({seed for group in groups for seed in group.runs} or {study.TUNING_SEED}, chosen.run)
-            groups.append(Group(prefix + INTERPOLATION, INTERPOLATION, str(path), runs, chosen.setting))
+    weight = float(facts["settings"].get(INTERPOLATION, math.nan)) if facts else None
+    seeds = sorted({seed for group in groups for seed in group.runs}) or [study.TUNING_SEED]
+    for chosen in [group for group in interpolation if group.setting == weight]:  # compared with runs of every seed
+        groups.append(Group(prefix + INTERPOLATION, INTERPOLATION, str(path), dict.fromkeys(seeds, chosen.run), weight))
     groups.sort(key=lambda group: METHODS.index(group.method))
 
-    ended = sum(run.ended for of_seeds in cells.values() for run in of_seeds.values())
-    state = f"a grid, in progress, {len(folders)} runs so far, {ended} of them ended"
     if facts:
-        failed = f", {len(facts['failed'])} failed" if facts.get("failed") else ""
-        state = f"a grid, ended, {len(folders)} runs{failed}, the last start took {facts['seconds'] / 60:.0f} minutes"
+        time = f"the last start took {facts['seconds'] / 60:.0f} minutes" if "seconds" in facts else ""
+        failed = f"{len(facts['failed'])} failed" if facts.get("failed") else ""
+        state = ", ".join(filter(None, ["a grid, ended", f"{len(folders)} runs", failed, time]))
+    else:
+        ended = sum(run.ended for of_seeds in cells.values() for run in of_seeds.values())
+        state = f"a grid, in progress, {len(folders)} runs so far, {ended} of them ended"
     return Source(path, state, groups, facts, merits, interpolation)
 
 

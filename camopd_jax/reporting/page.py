@@ -45,7 +45,7 @@ def write_page(folders: Sequence[str], out: str | epath.Path) -> None:
 def page(sources: Sequence[Source], now: datetime.datetime) -> str:
     """The report as HTML. `now`: the time in its header."""
     chosen = styles.choose_styles([group for source in sources for group in source.groups])
-    sweeps = [table for source in sources for table in tables.sweep(source)]
+    sweeps = map(tables.sweep, sources)
     settings = [tables.runs(chosen.groups), tables.configs(chosen.groups), *sweeps, tables.failed(sources)]
     shown = [
         _results(sources, chosen),
@@ -67,7 +67,7 @@ def page(sources: Sequence[Source], now: datetime.datetime) -> str:
         title="camopd_jax: " + (", ".join(names) if len(names) <= 3 else f"{len(names)} directories"),
         now=now.strftime("%-d %B %Y, %H:%M %Z").strip(),
         sources=sources,
-        sections=[section for section in shown if section],
+        sections=[section for section in shown if section.tables or section.panels or section.answers],
         chosen=chosen,
         styles=styles,
         themes={name: go.Figure(layout={"template": styles.template(of)}) for name, of in styles.THEMES.items()},

@@ -19,7 +19,7 @@ REFERENCE = {"line": {"color": MUTED, "width": 1, "dash": "dash"}, "layer": "bel
 
 @dataclass(frozen=True)
 class Line:
-    """A curve and how it is drawn. Those in MUTED lie below the others and are in no legend."""
+    """A curve and how it is drawn. Those in MUTED lie below the others and, like dashed ones, are in no legend."""
 
     name: str
     colour: str
@@ -41,8 +41,9 @@ def lines(
         x, y, muted = line.curve.steps, line.curve.values, line.colour == MUTED
         stroke = {"color": line.colour, "width": 1 if muted else 2, "dash": line.dash}
         mode = "lines+markers" if len(x) <= FEW and not muted else "lines"
+        in_legend = line.dash == "solid" and len(drawn) > 1
         traces += [] if muted else [_band(line)]
-        traces.append(go.Scatter(x=x, y=y, line=stroke, mode=mode, **_names(line.name, line.colour)))
+        traces.append(go.Scatter(x=x, y=y, line=stroke, mode=mode, **_names(line.name, line.colour, in_legend)))
     axis = {"rangemode": "tozero" if from_zero else "normal", **(PERCENT if percent else NUMBER)}
     plot = _figure(traces, "step", unit).update_yaxes(axis).update_xaxes(showgrid=False, hoverformat=".0f")
     return plot if reference is None else plot.add_hline(reference, **REFERENCE)
@@ -54,8 +55,8 @@ def _band(line: Line) -> go.Scatter:
     points = [(x, y, e) for x, y, e in zip(curve.steps, curve.values, curve.errors, strict=True) if e is not None]
     outline = [(x, y + e) for x, y, e in points] + [(x, y - e) for x, y, e in points[::-1]]
     area = {"fill": "toself", "fillcolor": line.colour, "opacity": 0.18, "line": {"width": 0}, "mode": "lines"}
-    names = _names(line.name, line.colour) | {"showlegend": False, "hoverinfo": "skip"}
-    return go.Scatter(x=[x for x, _ in outline], y=[y for _, y in outline], **area, **names)
+    names = _names(line.name, line.colour, in_legend=False)
+    return go.Scatter(x=[x for x, _ in outline], y=[y for _, y in outline], hoverinfo="skip", **area, **names)
 
 
 def stages(rows: dict[str, dict[str, float]]) -> go.Figure:
@@ -73,7 +74,7 @@ def heat_map(steps: Sequence[float], names: Sequence[str], values: Sequence[Sequ
     """A cell for each name and step, coloured by how far its value is from zero. Values: [names, steps]."""
     look = {"zmid": 0, "colorscale": DIVERGING, "xgap": 1, "ygap": 1, "colorbar": {"thickness": 10}}
     trace = go.Heatmap(x=[f"{step:g}" for step in steps], y=names, z=values, hoverongaps=False, **look)
-    return _figure([trace], "step", "", len(names)).update_xaxes(type="category", nticks=8)
+    return _figure([trace], "step", "", len(names)).update_xaxes(type="category", nticks=8, showgrid=False)
 
 
 def pareto(
@@ -104,9 +105,9 @@ def pareto(
     return plot.add_hline(1, **REFERENCE)
 
 
-def _names(name: str, colour: str) -> dict[str, str | bool]:
-    """A trace's name as Plotly shows it letter by letter (its texts may hold tags), and its place in the legend."""
-    return {"name": html.escape(name), "legendgroup": html.escape(name), "showlegend": colour != MUTED}
+def _names(name: str, colour: str, in_legend: bool = True) -> dict[str, str | bool]:
+    """A trace's name, which Plotly must not read for tags; its legend's entry hides all traces of its colour."""
+    return {"name": html.escape(name), "legendgroup": colour, "showlegend": in_legend and colour != MUTED}
 
 
 def _figure(traces: Sequence[go.Scatter | go.Bar | go.Heatmap], x: str, y: str, rows: int = 0, **layout) -> go.Figure:

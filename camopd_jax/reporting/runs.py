@@ -53,7 +53,7 @@ class LoadedRun:
         for row in (*self.metrics, *self.scores):
             if row["phase"] == part:
                 yield row
-            elif part in row:
+            elif isinstance(row.get(part), dict):
                 yield row[part] | {"step": row["step"]}
 
     @property
@@ -138,8 +138,9 @@ class Group:
 
     @property
     def single(self) -> Models | None:
-        """The results, where there is only one model."""
-        return next(iter(self.results.values()), None) if len(self.distinct) == 1 else None
+        """The results, where only one model has any."""
+        evaluated = [run for run in self.distinct if run.final]
+        return next(iter(self.results.values())) if len(evaluated) == 1 else None
 
     def values(self, column: Column) -> dict[int, tuple[float, float]]:
         """By seed, the recovery or retention and its standard error over questions."""

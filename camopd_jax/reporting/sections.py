@@ -36,9 +36,6 @@ class Section:
     panels: Sequence[Panel] = ()
     answers: Sequence[AnswerPair] = ()
 
-    def __bool__(self) -> bool:
-        return bool(self.tables or self.panels or self.answers)
-
 
 @dataclass(frozen=True)
 class Metric:

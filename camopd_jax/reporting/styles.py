@@ -56,7 +56,7 @@ class Styles:
 
 def choose_styles(groups: Sequence[Group]) -> Styles:
     """CaMOPD and vanilla come first, then the others; those that are more than the colours are grey."""
-    ordered = sorted(groups, key=lambda group: (group.method not in AGAINST, group.method or ""))
+    ordered = sorted(groups, key=lambda group: group.method not in AGAINST)
     colours: dict[str, str] = {}
     free = list(GROUP_COLOURS)
     for group in ordered:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from markupsafe import Markup
 
 from camopd_jax.config.identity import differing
-from camopd_jax.config.methods import INTERPOLATION
-from camopd_jax.reporting.results import Column, columns, difference, reference
+from camopd_jax.reporting.results import columns, difference, reference
 from camopd_jax.reporting.runs import Group, Source
 
 TITLES = {"recovery": "back", "retention": "kept"}
@@ -28,15 +27,15 @@ class PageTable:
 def results(groups: Sequence[Group]) -> PageTable:
     """Every group's recovery and retention in per cent, with their standard errors."""
     shown, rows = columns(groups), []
+    heads = [f"{TITLES[measure]}: {benchmark}" for measure, benchmark in shown]
     for group in groups:
-        over = (
-            f"{sum(row['n'] for row in group.single[-1])} questions" if group.single else f"{len(group.results)} seeds"
-        )
-        tokens = sum(row.get("response_tokens") or 0 for run in group.distinct for row in run.metrics)
+        questions = sum(row["n"] for row in group.single[-1]) if group.single else 0
+        over = f"{questions} questions" if questions else f"{len(group.results)} seeds"
+        tokens = [sum(row.get("response_tokens") or 0 for row in run.metrics) for run in group.distinct if run.metrics]
         # What a grid chose: a learning rate, or the interpolation's weight. Of a run alone, its learning rate.
         setting = group.run.config["optimizer"]["learning_rate"] if group.setting is None else group.setting
         step = max(run.final[0] for run in group.distinct if run.final)
-        about = [f"{setting:g}", str(step), over, f"{tokens / len(group.distinct):,.0f}" if tokens else EMPTY]
+        about = [f"{setting:g}", str(step), over, f"{sum(tokens) / len(tokens):,.0f}" if tokens else EMPTY]
         estimates = [group.estimate(column) for column in shown]
         cells = [f"{100 * each.value:.1f} ± {100 * each.error:.1f}" if each else EMPTY for each in estimates]
         rows.append([group, *about, *cells])
@@ -44,12 +43,13 @@ def results(groups: Sequence[Group]) -> PageTable:
         "In %, ± one standard error. Back: how much of the lost general ability has returned. Kept: how much of the "
         "domain's ability is still there. Tokens: of one run's answers."
     )
-    return PageTable(caption, ["", "rate", "step", "error over", "tokens sampled", *map(_heading, shown)], rows)
+    return PageTable(caption, ["", "rate", "step", "error over", "tokens sampled", *heads], rows)
 
 
 def differences(groups: Sequence[Group], method: str) -> PageTable | None:
     """How far every group is from one method; None where none can be compared."""
     shown, rows = columns(groups), []
+    heads = [f"{TITLES[measure]}: {benchmark}" for measure, benchmark in shown]
     for group in groups:
         if other := reference(groups, group, method):
             cells, over = [], EMPTY
@@ -65,27 +65,23 @@ def differences(groups: Sequence[Group], method: str) -> PageTable | None:
         f"Difference from {method}: percentage points, with 95 % confidence intervals (Student's t, paired; not "
         "corrected for the number of comparisons). Bold: the interval excludes zero."
     )
-    table = PageTable(caption, ["", "paired over", *map(_heading, shown)], rows)
+    table = PageTable(caption, ["", "paired over", *heads], rows)
     return table if any(cell != EMPTY for row in rows for cell in row[1:]) else None
 
 
-def sweep(source: Source) -> list[PageTable]:
+def sweep(source: Source) -> PageTable | None:
     """The merits by which a grid chose each method's learning rate, and the interpolation's weight."""
-    tables = []
-    for by, is_weight in (("learning rate", False), ("the original model's weight", True)):
-        methods = [name for name, merits in source.merits.items() if merits and (name == INTERPOLATION) == is_weight]
-        settings = sorted({float(setting) for name in methods for setting in source.merits[name]})
-        rows = []
-        for name in methods:
-            merits = {float(setting): merit for setting, merit in source.merits[name].items()}
-            cells = {s: _bold(f"{100 * merit:.1f}", merit == max(merits.values())) for s, merit in merits.items()}
-            rows.append([name, *(cells.get(setting, EMPTY) for setting in settings)])
-        caption = (
-            f"{source.folder.name}: mean of recovery and retention in %, on the questions that choose, one run each, "
-            f"by {by}. Bold: the best{'' if source.study else ' so far'}."
-        )
-        tables += [PageTable(caption, ["", *(f"{setting:g}" for setting in settings)], rows)] if rows else []
-    return tables
+    rows = []
+    for method, merits in source.merits.items():
+        best = max(merits.values(), default=None)
+        in_order = sorted(merits.items(), key=lambda pair: float(pair[0]))
+        rows.append([method, *(_bold(f"{setting}: {100 * merit:.1f}", merit == best) for setting, merit in in_order)])
+    caption = (
+        f"{source.folder.name}: each learning rate that was tried, and weight of the original model in the "
+        "interpolation, with its mean of recovery and retention in % on the questions that choose, of one run. "
+        f"Bold: the best{'' if source.study else ' so far'}."
+    )
+    return PageTable(caption, [], rows) if rows else None
 
 
 def runs(groups: Sequence[Group]) -> PageTable:
@@ -93,16 +89,14 @@ def runs(groups: Sequence[Group]) -> PageTable:
     rows = []
     for group in groups:
         of_group, config = group.distinct, group.run.config
-        models = [config.get(field) for field in ("general_model", "specialised_model", "model")]
-        steps = dict.fromkeys(str(steps) for steps in sorted({run.steps for run in of_group}))
-        ended = sum(run.ended for run in of_group)
-        state = {0: "in progress", len(of_group): "ended"}.get(ended, f"{ended} of {len(of_group)} ended")
         method = group.about or ("supervised fine-tuning" if "model" in config else "as its config says")
+        models = [config.get(field) for field in ("general_model", "specialised_model", "model")]
+        steps = f"{min(run.steps for run in of_group)} of {config['steps']}"
         seeds = ", ".join(str(run.config["seed"]) for run in of_group)
-        models, progress = " → ".join(filter(None, models)), f"{' or '.join(steps)} of {config['steps']}"
-        rows.append([group, method, models, progress, seeds, state])
+        state = "ended" if all(run.ended for run in of_group) else "in progress"
+        rows.append([group, method, " → ".join(filter(None, models)), steps, seeds, state])
     head = ["", "method", "models", "steps", "seeds", "state"]
-    return PageTable("The runs of this page.", head, rows, words=True)
+    return PageTable("The runs of this page. Steps: of the run that is least far.", head, rows, words=True)
 
 
 def configs(groups: Sequence[Group]) -> PageTable | None:
@@ -121,10 +115,6 @@ def failed(sources: Sequence[Source]) -> PageTable | None:
     """The runs of finished grids that failed, and why."""
     rows = [list(item) for source in sources for item in source.study.get("failed", {}).items()]
     return PageTable("Runs that failed.", ["run", "reason"], rows, words=True) if rows else None
-
-
-def _heading(column: Column) -> str:
-    return f"{TITLES[column[0]]}: {column[1]}"
 
 
 def _bold(text: str, is_bold: bool) -> str:

@@ -283,8 +283,8 @@ def test_a_finished_grid(grid):
     assert "a grid, ended, 8 runs, the last start took 10 minutes" in text
     assert row(text, "In %", "camopd")[:5] == ["0.0002", "12", "3 seeds", "1,200", "66.7 ± 9.6"]
     assert row(text, "Difference from vanilla", "camopd")[:2] == ["3 seeds", "+11.1 (-12.8 to +35.0)"]
-    assert row(text, "grid: mean of recovery", "camopd") == ["70.0", "25.0"]
-    assert "<b>70.0</b>" in text and "<b>25.0</b>" not in text
+    assert row(text, "grid: each learning rate", "camopd") == ["0.0002: 70.0", "0.0004: 25.0"]
+    assert "<b>0.0002: 70.0</b>" in text and "<b>0.0004: 25.0</b>" not in text
     assert [
         trace.name for trace in figures(text)["Loss, review"].data if trace.name == "camopd" and not trace.fill
     ] == ["camopd"]  # the tuning run is not drawn
@@ -321,7 +321,7 @@ def test_the_interpolation_is_one_model_and_a_line_of_squares(grid):
     assert row(text, "Difference from vanilla", "interpolation")[:2] == ["3 seeds", "+11.1 (-36.7 to +58.9)"]
     path = next(trace for trace in figures(text)["Recovery against retention"].data if "interpolation of" in trace.name)
     assert path.hovertext == ("30 % original", "60 % original") and path.x[1] > path.x[0]
-    assert row(text, "by the original model's weight", "interpolation") == ["40.0", "50.0"]
+    assert row(text, "grid: each learning rate", "interpolation") == ["0.3: 40.0", "0.6: 50.0"]
 
 
 def test_a_grid_in_progress_shows_its_best_tuning_run_until_there_are_results(grid):
@@ -334,7 +334,16 @@ def test_a_grid_in_progress_shows_its_best_tuning_run_until_there_are_results(gr
     assert "a grid, in progress, 11 runs so far, 10 of them ended" in text
     assert row(text, "In %", "random, tuning")[0] == "0.0002" and row(text, "In %", "camopd")[2] == "3 seeds"
     # on the tuning questions 0 and 4 all are right with the lower rate, of both axes; with the higher, of one
-    assert row(text, "grid: mean of recovery", "random") == ["100.0", "50.0"]
+    assert row(text, "grid: each learning rate", "random") == ["0.0002: 100.0", "0.0004: 50.0"]
+
+
+def test_a_grid_of_which_one_seed_has_ended_has_errors_over_its_questions(grid):
+    (grid / "study.json").unlink()
+    write_run(grid / "random" / "0.0002" / "seed-0", "random", student=HALF, seed=0)
+    write_run(grid / "random" / "0.0002" / "seed-1", "random", steps=3, student=None, exported=False, seed=1)
+    text = made(grid)
+    assert row(text, "In %", "random")[2] == "18 questions" and row(text, "In %", "random")[4] == "33.3 ± 21.1"
+    assert row(text, "The runs of this page", "random")[2:] == ["3 of 12", "0, 1", "in progress"]
 
 
 # -------------------------------------------------------------------------------------- safety
