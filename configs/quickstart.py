@@ -19,8 +19,8 @@ def get_config():
     config = default(TrainConfig)
     config.general_model = str(HERE / "generalist")
     config.specialised_model = str(HERE / "specialist")
-    config.general.source = str(HERE / "general_prompts.jsonl")
-    config.domain.source = str(HERE / "domain_prompts.jsonl")
+    config.branches.recovery.prompts.source = str(HERE / "general_prompts.jsonl")
+    config.branches.review.prompts.source = str(HERE / "domain_prompts.jsonl")
     config.steps = 240
     config.rollout.batch_size = 64
     config.rollout.max_prompt_tokens = 64

@@ -12,12 +12,12 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from camopd_jax.config.identity import different_fields, fingerprint, to_json
 from camopd_jax.config.schema import Checkpoints as CheckpointsConfig
 from camopd_jax.config.schema import Config as RunConfig
-from camopd_jax.runtime.cluster import lost
 from camopd_jax.errors import UserError
+from camopd_jax.runtime.cluster import lost
 from camopd_jax.runtime.distributed import broadcast, run_on_all
-from camopd_jax.config.identity import different_fields, fingerprint, to_json
 from camopd_jax.types import TrainState
 
 policies = ocp.checkpoint_managers.preservation_policy

@@ -17,10 +17,10 @@ import pytest
 from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from camopd_jax.runs.checkpoint import Checkpoints, checkpoints_folder, claim_workdir
 from camopd_jax.config.schema import Checkpoints as CheckpointsConfig
 from camopd_jax.config.schema import MeshConfig, Optimizer, SftConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
+from camopd_jax.runs.checkpoint import Checkpoints, checkpoints_folder, claim_workdir
 from camopd_jax.runtime.mesh import make_mesh
 from camopd_jax.types import TrainState
 
