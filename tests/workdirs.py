@@ -1,10 +1,11 @@
 """Work directories of runs and grids, small, as `train` and `compare` write them."""
 
+import dataclasses
 import json
 
 from camopd_jax.config.identity import changed, to_json
 from camopd_jax.config.methods import CONTROLS
-from camopd_jax.config.schema import Benchmark, Evaluation, Stream, TrainConfig
+from camopd_jax.config.schema import Benchmark, BranchConfig, Evaluation, Stream, TrainConfig
 from camopd_jax.evals import scores
 from camopd_jax.evals.task import Grade
 
@@ -15,11 +16,20 @@ TEACHERS = {"general": {"sums": EVERYTHING, "logic": EVERYTHING, "drugs": NOTHIN
 HALF = {"sums": [1.0, 0.0] * 4, "logic": [1.0, 0.0] * 4, "drugs": EVERYTHING}
 
 
-def config(method="camopd", **changes):
-    """A run's config; `changes` are of fields with _ for the dots between blocks' names."""
-    base = TrainConfig("original", "specialist", Stream("general.jsonl"), Stream("domain.jsonl"), steps=12,
-                       evaluation=Evaluation(benchmarks=BENCHMARKS))  # fmt: skip
-    return changed(base, CONTROLS[method].changes | changes)
+def config(method="camopd", branches=None, **changes):
+    """A run's config; `changes` are of fields with . between blocks' names.
+
+    Args:
+      branches: instead of the method's: names, and how many steps of a cycle each has.
+    """
+    if branches:
+        of = {name: BranchConfig(steps=steps) for name, steps in branches.items()}
+    else:
+        of = TrainConfig("", "").branches
+    of = {name: dataclasses.replace(branch, prompts=Stream(f"{name}.jsonl")) for name, branch in of.items()}
+    base = TrainConfig("original", "specialist", of, steps=12, evaluation=Evaluation(benchmarks=BENCHMARKS))
+    controls = {} if branches else CONTROLS[method].changes
+    return changed(base, controls | changes)
 
 
 def write_run(folder, method="camopd", *, steps=None, student=HALF, standings=(), exported=True, prompt="<|user|>2+2",
@@ -31,16 +41,14 @@ def write_run(folder, method="camopd", *, steps=None, student=HALF, standings=()
       standings: (step, recovery, retention) of evaluations between the steps.
       branches: names of other branches than the method's, and how many steps of a cycle each has.
     """
-    made = config(method, **changes)
-    values = to_json(made) | ({"branches": {name: {} for name in branches}} if branches else {})
-    branches = branches or {name: getattr(made.method, f"{name}_steps") for name in ("recovery", "review")}
-    cycle = [name for name, count in branches.items() for _ in range(count)]
+    made = config(method, branches, **changes)
+    cycle = [name for name, branch in made.branches.items() for _ in range(branch.steps)]
     mixed = made.method.schedule == "mixed"
     steps = range(made.steps if steps is None else steps)
-    pairs = [(step, name) for step in steps for name in (branches if mixed else [cycle[step % len(cycle)]])]
+    pairs = [(step, name) for step in steps for name in (made.branches if mixed else [cycle[step % len(cycle)]])]
     folder.mkdir(parents=True)
-    (folder / "config.json").write_text(json.dumps({"kind": "TrainConfig", "config": values}))
-    write(folder / "metrics.jsonl", [mixed_row(step, branches) for step in steps] if mixed else
+    (folder / "config.json").write_text(json.dumps({"kind": "TrainConfig", "config": to_json(made)}))
+    write(folder / "metrics.jsonl", [mixed_row(step, made.branches) for step in steps] if mixed else
           [metrics_row(step, name) for step, name in pairs])  # fmt: skip
     write(folder / "samples.jsonl", [sample_row(step, name, prompt) for step, name in pairs])
     write(folder / "selection.jsonl", [selection_row(step, name) for step, name in pairs])

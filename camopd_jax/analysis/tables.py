@@ -15,7 +15,8 @@ SHOWN_SOURCES = 12
 def diagnosis_tables(row: dict[str, Any]) -> Iterator[Table]:
     """The tables of one row of diagnostics.jsonl."""
     yield _coherence(row)
-    yield _conflict(row)
+    if row["conflict"]:  # a run of one branch has none
+        yield _conflict(row)
     yield _correlations("Rank correlation of an answer's score with", row["correlations"])
     training = row.get("training")
     if training:
@@ -52,12 +53,11 @@ def _coherence(row: dict[str, Any]) -> Table:
 
 def _conflict(row: dict[str, Any]) -> Table:
     view = _view(
-        "Recovery's gradient against review's",
+        f"The gradients of {' and '.join(list(row['branches'])[:2])} against each other",
         ("answers", "dot product", "cosine", "survives, %"),
         "survives: |g + d| / (|g| + |d|), what a mixed step keeps of both lengths",
     )
-    for name in SETS:
-        pair = row["conflict"][name]
+    for name, pair in row["conflict"].items():
         view.add_row(name, _number(pair["dot"]), _number(pair["cosine"]), _percent(pair["survives"]))
     view.add_section()
     for group, cosine in row["layers"].items():

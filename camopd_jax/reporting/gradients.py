@@ -8,7 +8,7 @@ from camopd_jax.reporting.curves import Curve
 from camopd_jax.reporting.plots import Line
 from camopd_jax.reporting.runs import Group
 from camopd_jax.reporting.sections import Panel, titled
-from camopd_jax.reporting.styles import PART_COLOURS, Styles
+from camopd_jax.reporting.styles import GROUP_COLOURS, Styles
 from camopd_jax.reporting.tables import EMPTY, PageTable
 
 ABOUT = (
@@ -36,13 +36,11 @@ def panels(styles: Styles) -> list[Panel]:
     for group in styles.leads:
         of_path = _curves(group)
         for key, (title, unit, options) in FIGURES.items():
-            colours = dict(styles.parts)  # of branches; of pairs of them, the next ones
             drawn = []
             for path, curve in of_path.items():
                 if key in path:
                     names = [name for name in path[1:] if name != key]
-                    whose = next((name for name in names if name not in DASHES), "")
-                    colour = colours.setdefault(whose, PART_COLOURS[len(colours) % len(PART_COLOURS)])
+                    colour = next((styles.parts[name] for name in names if name in styles.parts), GROUP_COLOURS[0])
                     drawn.append(Line(", ".join(names), colour, curve, DASHES.get(names[-1], "solid")))
             if drawn:
                 note = NOTE if any(line.dash != "solid" for line in drawn) else ""

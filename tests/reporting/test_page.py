@@ -164,28 +164,24 @@ def test_a_mixed_run_shows_both_branches(tmp_path):
     assert "vanilla MOPD: both streams" in text and "mine: review" in text
 
 
-@pytest.mark.parametrize("method", ["camopd", "vanilla"])
-def test_three_branches_of_any_name(tmp_path, method):
-    names = {"law & order": 1, "recovery": 2, "maths": 1}
-    pairs = {
-        f"{a} and {b}": {"selected": {"cosine": -0.1, "survives": 0.7}}
-        for a, b in (("law", "recovery"), ("law", "maths"))
-    }
-    rows = [diagnostics_row(step, conflict=pairs, branches={name: {"coherence": {"all": 0.1}} for name in names})
-            for step in (0, 4)]  # fmt: skip
-    text = made(write_run(tmp_path / "mine", method, branches=names, diagnostics=rows))
+@pytest.mark.parametrize("schedule", ["alternate", "mixed"])
+def test_three_branches_of_any_name(tmp_path, schedule):
+    names = {"law-2": 1, "recovery": 2, "maths": 1}
+    coherence = {"coherence": {"selected": 0.2, "all": 0.1}}
+    rows = [diagnostics_row(step, branches=dict.fromkeys(names, coherence)) for step in (0, 4)]
+    text = made(write_run(tmp_path / "mine", branches=names, diagnostics=rows, **{"method.schedule": schedule}))
     plots = figures(text)
     assert colours(plots["Answers that were selected"]) == {
-        "law &amp; order": RECOVERY,
+        "law-2": RECOVERY,
         "recovery": REVIEW,
         "maths": THIRD,
     }
-    conflict = colours(plots["Conflict of the branches"])
-    assert (
-        list(conflict) == ["law and recovery, selected", "law and maths, selected"] and len({*conflict.values()}) == 2
-    )
-    assert set(colours(plots["Coherence"])) == {f"{name}, all".replace("&", "&amp;") for name in names}
-    assert all(f"mine: {html.escape(name)}</h3>" in text for name in names)
+    assert set(colours(plots["Conflict of the branches"])) == {"selected", "all"}
+    assert {trace.name for trace in plots["Coherence"].data if trace.showlegend} == {
+        f"{name}, selected" for name in names
+    }
+    assert {f"{name}, all" for name in names} < set(colours(plots["Coherence"]))
+    assert all(f"mine: {name}</h3>" in text for name in names)
 
 
 def test_numbers_that_were_not_finite_leave_holes(tmp_path):

@@ -23,19 +23,24 @@ def test_a_method_is_known_by_its_config(method):
     assert method_of(to_json(config(method, **{"method.advantage_clip": 3.0}))) is None
 
 
-def test_a_config_of_an_older_version_has_fewer_fields():
-    values = to_json(config("vanilla"))
-    del values["method"]["conflict"]
-    assert method_of(values) == "vanilla"
+@pytest.mark.parametrize("change", [{"branches": None}, {"method": None}, {"branches": {"a": {}}}])
+def test_the_method_of_a_config_of_another_version_is_not_known(tmp_path, change):
+    folder = write_run(tmp_path / "mine")
+    stored = json.loads((folder / "config.json").read_text())
+    stored["config"] = {name: value for name, value in (stored["config"] | change).items() if value is not None}
+    (folder / "config.json").write_text(json.dumps(stored))
+    (source,) = load.read([str(folder)])
+    assert source.groups[0].method is None and source.groups[0].run.parts[-2:] == ["recovery", "review"]
 
 
 def test_differing_fields_of_several_configs():
     a, b = to_json(config()), to_json(config("mass-0.6", seed=3))
     del b["log"]
-    found = differing([a, b, a])
-    assert list(found) == ["log", "method.recovery.mass", "method.review.mass", "seed"]
-    assert found["seed"] == [0, 3, 0] and found["method.recovery.mass"] == [0.8, 0.6, 0.8]
-    assert found["log"] == [a["log"], None, a["log"]] and differing([a]) == {}
+    fields = differing([a, b, a])
+    mass = "branches.recovery.selection.mass"
+    assert list(fields) == [mass, "branches.review.selection.mass", "log", "seed"]
+    assert fields["seed"] == [0, 3, 0] and fields[mass] == [0.8, 0.6, 0.8]
+    assert fields["log"] == [a["log"], None, a["log"]] and differing([a]) == {}
 
 
 # ---------------------------------------------------------------------------------- final scores
@@ -152,6 +157,6 @@ def test_a_page_that_cannot_be_written(tmp_path):
 
 
 def test_mistakes_end_in_one_line(command, tmp_path):
-    for arguments, told in (([], "DIR is missing"), ([tmp_path, tmp_path / "gone"], "holds no run")):
+    for arguments, message in (([], "DIR is missing"), ([tmp_path, tmp_path / "gone"], "holds no run")):
         ended = command("report", *arguments)
-        assert ended.code == 2 and ended.err.count("\n") == 1 and told in ended.err, ended.err
+        assert ended.code == 2 and ended.err.count("\n") == 1 and message in ended.err, ended.err
