@@ -92,7 +92,8 @@ def _training(training: dict[str, Any]) -> Table:
     add("selected, if it was not", lambda t: _interval(t["repeats"]["anew"]))
     sources = dict.fromkeys(name for figures in training.values() for name in figures.get("by_source", {}))
     for name in list(sources)[:SHOWN_SOURCES]:
-        add(f"selected of source {name}", lambda t, name=name: _interval(t.get("by_source", {}).get(name)))
+        rates = [figures.get("by_source", {}).get(name) for figures in training.values()]
+        view.add_row(f"selected of source {name}", *map(_interval, rates))
     return view
 
 

@@ -44,5 +44,5 @@ def _mean_size(row: Record) -> float:
 
 def tint(gap: float | None) -> str:
     """`more-N` where the teacher finds a token more likely than the student does, `less-N` for less; "" near 0."""
-    level = 0 if gap is None else sum(abs(gap) >= limit for limit in LIMITS)
-    return f"{'more' if gap > 0 else 'less'}-{level}" if level else ""
+    level = sum(abs(gap or 0.0) >= limit for limit in LIMITS)
+    return f"{'more' if gap and gap > 0 else 'less'}-{level}" if level else ""

@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -25,11 +26,12 @@ class Curve:
 
 def points(rows: Iterable[Record], path: Sequence[str]) -> Points:
     """What rows hold under a path of names, without those where it is missing or was not finite (null)."""
-    values = []
+    values: Points = []
     for row in rows:
-        value = row
+        value: Any = row
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
+        value = value[0] if isinstance(value, list) and value else value  # of an estimate with its interval
         if isinstance(value, int | float) and math.isfinite(value):
             values.append((row["step"], float(value)))
     return values
@@ -65,7 +67,8 @@ def average_curve(runs: Sequence[LoadedRun], rows: Rows, path: Sequence[str], at
 def standing_curve(runs: Sequence[LoadedRun], measure: str, benchmark: str) -> Curve:
     """Recovery or retention between the steps: of one run with its error over questions, else the mean over runs."""
     of_runs = [[row for row in run.standings if benchmark in row.get(measure, {})] for run in runs]
-    of_runs = [[(row["step"], *row[measure][benchmark]) for row in rows] for rows in of_runs if rows]
+    of_runs = [rows for rows in of_runs if rows]
     if len(of_runs) == 1:
-        return Curve(*map(list, zip(*of_runs[0], strict=True)))
-    return average([[(step, value) for step, value, _ in rows] for rows in of_runs])
+        values, errors = zip(*(row[measure][benchmark] for row in of_runs[0]), strict=True)
+        return Curve([row["step"] for row in of_runs[0]], list(values), list(errors))
+    return average([[(row["step"], row[measure][benchmark][0]) for row in rows] for rows in of_runs])

@@ -26,7 +26,10 @@ def read(folders: Sequence[str]) -> list[Source]:
       UserError: for a directory that is not there, and for one that holds no run.
     """
     paths = [epath.Path(folder) for folder in dict.fromkeys(folder.rstrip("/") or "/" for folder in folders)]
-    return [_source(path, name, len(paths) > 1) for path, name in zip(paths, _short_names(paths), strict=True)]
+    names = [path.name for path in paths]
+    if len(set(names)) < len(names):
+        names = [str(path) for path in paths]
+    return [_source(path, name, len(paths) > 1) for path, name in zip(paths, names, strict=True)]
 
 
 def _source(path: epath.Path, name: str, one_of_several: bool) -> Source:
@@ -40,15 +43,6 @@ def _source(path: epath.Path, name: str, one_of_several: bool) -> Source:
     if not files:
         raise UserError(f"{path}: holds no run; give the --workdir of `train`, `sft` or `compare`")
     return _grid(path, [file.parent for file in files], f"{name}: " if one_of_several else "")
-
-
-def _short_names(paths: Sequence[epath.Path]) -> list[str]:
-    """The ends of paths, as long as it takes to tell them apart."""
-    for length in range(1, max(len(path.parts) for path in paths) + 1):
-        names = ["/".join(path.parts[-length:]) for path in paths]
-        if len(set(names)) == len(names):
-            break
-    return names
 
 
 def _method(run: LoadedRun) -> str | None:
@@ -100,7 +94,9 @@ def _grid(path: epath.Path, folders: Sequence[epath.Path], prefix: str) -> Sourc
         else:
             sweep.append(Group(f"{prefix}{method}, tuning", method, str(path), of_seeds, setting))
     # Of a method without results yet: the best setting so far, or the run that is furthest.
-    sweep.sort(key=lambda group: (merits.get(group.method, {}).get(str(group.setting), -math.inf), group.run.steps))
+    sweep.sort(
+        key=lambda group: (merits.get(str(group.method), {}).get(str(group.setting), -math.inf), group.run.steps)
+    )
     groups += {group.method: group for group in sweep if all(group.method != g.method for g in groups)}.values()
     weight = float(facts["settings"].get(INTERPOLATION, math.nan)) if facts else None
     seeds = sorted({seed for group in groups for seed in group.runs}) or [study.TUNING_SEED]

@@ -52,7 +52,7 @@ def page(sources: Sequence[Source], now: datetime.datetime) -> str:
         Section("Recovery and retention over steps", ABOUT["over steps"], panels=sections.over_steps(chosen)),
         Section("Selection", "Which answers are trained on.", panels=metric_panels(sections.SELECTION, chosen)),
         Section("Gaps", ABOUT["gaps"], panels=metric_panels(sections.GAPS, chosen)),
-        Section("Gradients", gradients.ABOUT, gradients.correlations(chosen), gradients.panels(chosen)),
+        Section("Gradients", gradients.ABOUT, panels=gradients.panels(chosen)),
         Section("Answers", "Of the student, before any are selected.", panels=metric_panels(sections.ANSWERS, chosen)),
         Section("Optimisation", panels=metric_panels(sections.OPTIMISATION, chosen)),
         Section("Throughput", panels=sections.step_times(chosen) + metric_panels(sections.SPEED, chosen)),
@@ -61,7 +61,8 @@ def page(sources: Sequence[Source], now: datetime.datetime) -> str:
     ]
     loader = jinja2.PackageLoader("camopd_jax.reporting", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"json": _figure_json, "tint": answers.tint}
+    environment.filters |= {"tint": answers.tint}
+    environment.filters["json"] = lambda plot: Markup(plot.to_json(engine="json"))  # Plotly escapes "<" and "/"
     names = [source.folder.name or str(source.folder) for source in sources]
     text = environment.get_template("page.html").render(
         title="camopd_jax: " + (", ".join(names) if len(names) <= 3 else f"{len(names)} directories"),
@@ -75,11 +76,6 @@ def page(sources: Sequence[Source], now: datetime.datetime) -> str:
         plotly=Markup(get_plotlyjs()),
     )
     return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer cannot be written
-
-
-def _figure_json(plot: go.Figure) -> Markup:
-    """A figure for a script element: Plotly writes "<" and "/" as escapes."""
-    return Markup(plot.to_json(engine="json"))
 
 
 def _results(sources: Sequence[Source], chosen: Styles) -> Section:

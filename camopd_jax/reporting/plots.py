@@ -3,6 +3,7 @@
 import html
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import plotly.graph_objects as go
 
@@ -41,9 +42,10 @@ def lines(
         x, y, muted = line.curve.steps, line.curve.values, line.colour == MUTED
         stroke = {"color": line.colour, "width": 1 if muted else 2, "dash": line.dash}
         mode = "lines+markers" if len(x) <= FEW and not muted else "lines"
-        in_legend = line.dash == "solid" and len(drawn) > 1
         traces += [] if muted else [_band(line)]
-        traces.append(go.Scatter(x=x, y=y, line=stroke, mode=mode, **_names(line.name, line.colour, in_legend)))
+        traces.append(
+            go.Scatter(x=x, y=y, line=stroke, mode=mode, **_names(line.name, line.colour, line.dash == "solid"))
+        )
     axis = {"rangemode": "tozero" if from_zero else "normal", **(PERCENT if percent else NUMBER)}
     plot = _figure(traces, "step", unit).update_yaxes(axis).update_xaxes(showgrid=False, hoverformat=".0f")
     return plot if reference is None else plot.add_hline(reference, **REFERENCE)
@@ -87,30 +89,31 @@ def pareto(
     """
     hollow = {"color": MUTED, "size": 10, "symbol": "circle-open"}
     traces = [go.Scatter(x=[0], y=[1], name="the specialised model", mode="markers", marker=hollow)]
-    path = [(group.name, *map(group.estimate, columns)) for group in interpolation]
-    if path := [(name, x.value, y.value) for name, x, y in path if x and y]:
+    recovery, retention = columns
+    between = [(group.name, group.estimate(recovery), group.estimate(retention)) for group in interpolation]
+    if path := [(name, x.value, y.value) for name, x, y in between if x and y]:
         weights, xs, ys = zip(*path, strict=True)
         look = {"mode": "lines+markers", "line": {"color": MUTED, "width": 1}, "marker": {"symbol": "square"}}
         traces.append(go.Scatter(x=xs, y=ys, name="interpolation of the two models", hovertext=weights, **look))
     for group in groups:
-        x, y = map(group.estimate, columns)
+        x, y = group.estimate(recovery), group.estimate(retention)
         if x and y:
             colour = colours[group.name]
             marker = {"color": colour, "size": 7 if colour == MUTED else 11}
-            look = {"mode": "markers", "marker": marker, **_names(group.name, colour)}
-            errors = {"error_x": {"array": [x.error]}, "error_y": {"array": [y.error]}}
-            traces.append(go.Scatter(x=[x.value], y=[y.value], **errors, **look))
+            errors = {"error_x": {"array": [x.error or 0]}, "error_y": {"array": [y.error or 0]}}
+            names = _names(group.name, colour)
+            traces.append(go.Scatter(x=[x.value], y=[y.value], mode="markers", marker=marker, **errors, **names))
     titles = "recovery: how much of the lost general ability is back", "retention: how much of the domain is kept"
     plot = _figure(traces, *titles, height=440).update_xaxes(PERCENT).update_yaxes(PERCENT)
     return plot.add_hline(1, **REFERENCE)
 
 
-def _names(name: str, colour: str, in_legend: bool = True) -> dict[str, str | bool]:
+def _names(name: str, colour: str, in_legend: bool = True) -> dict[str, Any]:
     """A trace's name, which Plotly must not read for tags; its legend's entry hides all traces of its colour."""
     return {"name": html.escape(name), "legendgroup": colour, "showlegend": in_legend and colour != MUTED}
 
 
-def _figure(traces: Sequence[go.Scatter | go.Bar | go.Heatmap], x: str, y: str, rows: int = 0, **layout) -> go.Figure:
+def _figure(traces: Sequence[Any], x: str, y: str, rows: int = 0, **layout: Any) -> go.Figure:
     """A figure whose template the page sets, by its theme. `rows`: names along the vertical axis, the first on top."""
     axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
     plot = go.Figure(traces, {"template": {}, "height": max(HEIGHT, 90 + ROW * rows), **axes, **layout})

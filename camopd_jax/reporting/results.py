@@ -3,9 +3,10 @@
 from collections.abc import Sequence
 
 from camopd_jax.analysis import study
+from camopd_jax.analysis.study import Mean
 from camopd_jax.evals import scores
 from camopd_jax.evals.scores import Result
-from camopd_jax.reporting.runs import Column, Estimate, Group, Models
+from camopd_jax.reporting.runs import Column, Group, Models
 
 AXES = {"recovery": "general", "retention": "domain"}  # of the benchmarks that each is measured on
 
@@ -26,16 +27,16 @@ def reference(groups: Sequence[Group], group: Group, method: str) -> Group | Non
     return None if first is group else first
 
 
-def difference(group: Group, other: Group, column: Column) -> Estimate | None:
+def difference(group: Group, other: Group, column: Column) -> Mean | None:
     """`group - other`: paired over the seeds that both have, or over questions between two single models."""
     if group.single and other.single:
         return _over_questions(group.single, other.single, column)
     a, b = ({seed: value for seed, (value, _) in of.values(column).items()} for of in (group, other))
-    mean = study.difference(a, b)
-    return None if mean is None else Estimate(mean.value, mean.error, len(a.keys() & b.keys()), "seeds")
+    apart = study.difference(a, b)
+    return None if apart is None else Mean(apart.value, apart.error, len(a.keys() & b.keys()))
 
 
-def _over_questions(models: Models, other: Models, column: Column) -> Estimate | None:
+def _over_questions(models: Models, other: Models, column: Column) -> Mean | None:
     """None where the two students answered different questions.
 
     Recovery and retention are linear in the student's scores. So their difference is the recovery of a student that
@@ -53,7 +54,7 @@ def _over_questions(models: Models, other: Models, column: Column) -> Estimate |
     else:
         share = scores.retention(specialised, list(map(_combined, [None] * len(a), a, b)))
     n = min((row["n"] for row in a), default=0)
-    return None if share is None or n < 2 else Estimate(share.value, share.error, n, "questions")
+    return None if share is None or n < 2 else Mean(share.value, share.error, n)
 
 
 def _combined(base: Result | None, plus: Result, minus: Result) -> Result:

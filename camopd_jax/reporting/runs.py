@@ -8,6 +8,7 @@ from typing import Any
 from etils import epath
 
 from camopd_jax.analysis import study
+from camopd_jax.analysis.study import Mean
 from camopd_jax.config.methods import CONTROLS
 from camopd_jax.evals import scores
 from camopd_jax.evals.scores import Result, Standing
@@ -91,22 +92,6 @@ class LoadedRun:
 
 
 @dataclass(frozen=True)
-class Estimate:
-    """A value and its standard error over `n` seeds, or over the questions of a single model."""
-
-    value: float
-    error: float
-    n: int
-    over: str
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The ends of the 95 % confidence interval."""
-        half = study.half_width(self.error, self.n)
-        return self.value - half, self.value + half
-
-
-@dataclass(frozen=True)
 class Group:
     """What is one line of a figure: a run alone, or a grid's runs of one method at one setting, by seed."""
 
@@ -148,16 +133,15 @@ class Group:
         by_seed = {seed: scores.comparison(*models)[measure].get(name) for seed, models in self.results.items()}
         return {seed: (value[0], value[1]) for seed, value in by_seed.items() if value}
 
-    def estimate(self, column: Column) -> Estimate | None:
-        """The mean over seeds, or the single model's value; None where no seed has one."""
+    def estimate(self, column: Column) -> Mean | None:
+        """The mean over seeds, or the single model's value with its error over questions; None where there is none."""
         values = self.values(column)
         if not values:
             return None
         if self.single:
             questions = sum(row["n"] for row in self.single[-1] if column[1] in ("mean", row["benchmark"]))
-            return Estimate(*next(iter(values.values())), questions, "questions")
-        mean = study.mean(value for value, _ in values.values())
-        return Estimate(mean.value, mean.error or 0.0, mean.n, "seeds")
+            return Mean(*next(iter(values.values())), questions)
+        return study.mean(value for value, _ in values.values())
 
 
 def _without_tuning(models: Models) -> Models:

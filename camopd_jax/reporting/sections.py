@@ -3,6 +3,7 @@
 import itertools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
@@ -12,7 +13,6 @@ from camopd_jax.reporting.answers import AnswerPair
 from camopd_jax.reporting.curves import Curve
 from camopd_jax.reporting.plots import Line
 from camopd_jax.reporting.results import columns
-from camopd_jax.reporting.runs import Group
 from camopd_jax.reporting.styles import STAGES, Styles
 from camopd_jax.reporting.tables import PageTable
 
@@ -81,7 +81,8 @@ def over_steps(styles: Styles) -> list[Panel]:
         unit, start = ("of what was lost", 0) if measure == "recovery" else ("of what was there", 1)
         if drawn := _lines(styles, curves.standing_curve, measure, name):
             title = f"{measure.capitalize()}: {'mean of its benchmarks' if name == 'mean' else name}"
-            panels.append(Panel(title, plots.lines(drawn, unit, percent=True, reference=start)))
+            plot = plots.lines(drawn, unit, percent=True, reference=start)
+            panels.append(Panel(title, plot.update_layout(showlegend=len(styles.groups) > 1)))
     return panels
 
 
@@ -101,15 +102,10 @@ def metric_panels(metrics: Sequence[Metric], styles: Styles) -> list[Panel]:
     return panels
 
 
-def _lines(styles: Styles, curve: Callable[..., Curve], *arguments) -> list[Line]:
+def _lines(styles: Styles, curve: Callable[..., Curve], *arguments: Any) -> list[Line]:
     """A line of each group that has any points in `curve(runs, *arguments)`."""
     of_groups = [(group.name, curve(group.distinct, *arguments)) for group in styles.groups]
     return [Line(name, styles.colours[name], line) for name, line in of_groups if line.steps]
-
-
-def titled(title: str, group: Group, styles: Styles) -> str:
-    """With the group's name, where the page has several."""
-    return f"{title}: {group.name}" if len(styles.groups) > 1 else title
 
 
 def step_times(styles: Styles) -> list[Panel]:
@@ -119,6 +115,7 @@ def step_times(styles: Styles) -> list[Panel]:
         of_part = [row for run in group.distinct for row in run.rows_of(part)]
         seconds = {stage: [value for _, value in curves.points(of_part, ["seconds", stage])] for stage in STAGES}
         if any(seconds.values()):
-            rows[titled(part, group, styles)] = {stage: float(np.median(of or [0])) for stage, of in seconds.items()}
+            name = f"{group.name}: {part}" if len(styles.groups) > 1 else part
+            rows[name] = {stage: float(np.median(of_stage or [0])) for stage, of_stage in seconds.items()}
     note = "Medians over steps: compiling hardly counts."
     return [Panel("Time of a step, by stage", plots.stages(rows), note)] if rows else []

@@ -60,7 +60,7 @@ def choose_styles(groups: Sequence[Group]) -> Styles:
     colours: dict[str, str] = {}
     free = list(GROUP_COLOURS)
     for group in ordered:
-        own = COMPARED_COLOURS.get(group.method)
+        own = COMPARED_COLOURS.get(group.method or "")
         colours[group.name] = own if own and own not in colours.values() else free.pop(0) if free else MUTED
     parts = dict.fromkeys(name for group in ordered for run in group.distinct for name in run.parts)
     repeated = PART_COLOURS * (1 + len(parts) // len(PART_COLOURS))

@@ -6,6 +6,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
+from camopd_jax.analysis import study
+from camopd_jax.analysis.study import Mean
 from camopd_jax.config.identity import differing
 from camopd_jax.reporting.results import columns, difference, reference
 from camopd_jax.reporting.runs import Group, Source
@@ -20,13 +22,14 @@ class PageTable:
 
     caption: str
     head: list[str]
-    rows: list[list[Group | str]]
+    rows: Sequence[Sequence[Group | str]]
     words: bool = False
 
 
 def results(groups: Sequence[Group]) -> PageTable:
     """Every group's recovery and retention in per cent, with their standard errors."""
-    shown, rows = columns(groups), []
+    shown = columns(groups)
+    rows: list[list[Group | str]] = []
     heads = [f"{TITLES[measure]}: {benchmark}" for measure, benchmark in shown]
     for group in groups:
         questions = sum(row["n"] for row in group.single[-1]) if group.single else 0
@@ -37,7 +40,7 @@ def results(groups: Sequence[Group]) -> PageTable:
         step = max(run.final[0] for run in group.distinct if run.final)
         about = [f"{setting:g}", str(step), over, f"{sum(tokens) / len(tokens):,.0f}" if tokens else EMPTY]
         estimates = [group.estimate(column) for column in shown]
-        cells = [f"{100 * each.value:.1f} ± {100 * each.error:.1f}" if each else EMPTY for each in estimates]
+        cells = [f"{100 * each.value:.1f} ± {100 * (each.error or 0):.1f}" if each else EMPTY for each in estimates]
         rows.append([group, *about, *cells])
     caption = (
         "In %, ± one standard error. Back: how much of the lost general ability has returned. Kept: how much of the "
@@ -48,19 +51,15 @@ def results(groups: Sequence[Group]) -> PageTable:
 
 def differences(groups: Sequence[Group], method: str) -> PageTable | None:
     """How far every group is from one method; None where none can be compared."""
-    shown, rows = columns(groups), []
+    shown = columns(groups)
+    rows: list[list[Group | str]] = []
     heads = [f"{TITLES[measure]}: {benchmark}" for measure, benchmark in shown]
     for group in groups:
         if other := reference(groups, group, method):
-            cells, over = [], EMPTY
-            for each in (difference(group, other, column) for column in shown):
-                cells.append(EMPTY)
-                if each:
-                    (low, high), over = each.interval, f"{each.n} {each.over}"
-                    text = f"{100 * each.value:+.1f} ({100 * low:+.1f} to {100 * high:+.1f})"
-                    # Without width it says nothing: two seeds that differ by the same amount measure no spread.
-                    cells[-1] = _bold(text, low < high and low * high > 0)
-            rows.append([group, over, *cells])
+            pairs = [difference(group, other, column) for column in shown]
+            over = "questions" if group.single and other.single else "seeds"
+            count = next((f"{pair.n} {over}" for pair in pairs if pair), EMPTY)
+            rows.append([group, count, *(_interval(pair) if pair else EMPTY for pair in pairs)])
     caption = (
         f"Difference from {method}: percentage points, with 95 % confidence intervals (Student's t, paired; not "
         "corrected for the number of comparisons). Bold: the interval excludes zero."
@@ -86,7 +85,7 @@ def sweep(source: Source) -> PageTable | None:
 
 def runs(groups: Sequence[Group]) -> PageTable:
     """What each group is and how far it has come."""
-    rows = []
+    rows: list[list[Group | str]] = []
     for group in groups:
         of_group, config = group.distinct, group.run.config
         method = group.about or ("supervised fine-tuning" if "model" in config else "as its config says")
@@ -106,7 +105,9 @@ def configs(groups: Sequence[Group]) -> PageTable | None:
         name: [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
         for name, values in fields.items()
     }
-    rows = [[group, *(_bold(of[i], of[i] != of[0]) for of in text.values())] for i, group in enumerate(groups)]
+    rows: list[list[Group | str]] = [
+        [group, *(_bold(of[i], of[i] != of[0]) for of in text.values())] for i, group in enumerate(groups)
+    ]
     caption = "Fields of the configs that are not the same in all. Bold: other than in the first row."
     return PageTable(caption, ["", *fields], rows, words=True) if fields else None
 
@@ -115,6 +116,13 @@ def failed(sources: Sequence[Source]) -> PageTable | None:
     """The runs of finished grids that failed, and why."""
     rows = [list(item) for source in sources for item in source.study.get("failed", {}).items()]
     return PageTable("Runs that failed.", ["run", "reason"], rows, words=True) if rows else None
+
+
+def _interval(pair: Mean) -> str:
+    """In bold where it excludes zero; without width it says nothing, as two equal differences measure no spread."""
+    half = study.half_width(pair.error or 0, pair.n)
+    text = f"{100 * pair.value:+.1f} ({100 * (pair.value - half):+.1f} to {100 * (pair.value + half):+.1f})"
+    return _bold(text, 0 < half < abs(pair.value))
 
 
 def _bold(text: str, is_bold: bool) -> str:
