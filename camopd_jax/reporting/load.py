@@ -26,7 +26,7 @@ def read(folders: Sequence[str]) -> list[Source]:
       UserError: for a directory that is not there, and for one that holds no run.
     """
     paths = [epath.Path(folder) for folder in dict.fromkeys(folder.rstrip("/") or "/" for folder in folders)]
-    names = [path.name for path in paths]
+    names = [path.name or str(path) for path in paths]
     if len(set(names)) < len(names):
         names = [str(path) for path in paths]
     return [_source(path, name, len(paths) > 1) for path, name in zip(paths, names, strict=True)]
