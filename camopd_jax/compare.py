@@ -52,7 +52,7 @@ if __name__ == "__main__":
         facts = compare(base, workdir, methods, rates, 2 if values.quick else values.seeds, workers)
         console = Console(highlight=False)
         notes = {method: f"{setting:g}" for method, setting in facts["settings"].items()}
-        console.print(study.table(facts["outcomes"], facts["axes"], AGAINST, notes))
+        console.print(study.methods_table(facts["outcomes"], facts["axes"], AGAINST, notes))
         for folder, reason in facts["failed"].items():
             console.print(f"failed: {folder}: {reason}")
 
