@@ -16,7 +16,7 @@ from rows import read_lines
 from safetensors.numpy import load_file
 
 from camopd_jax.errors import UserError
-from camopd_jax.runtime import cluster
+from camopd_jax.runtime import cluster, termination
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3
@@ -268,7 +268,7 @@ def test_a_search_that_fails(monkeypatch, wish, error, says):
             cluster.join(None)
     else:
         cluster.join(None)
-    assert not cluster.joined()
+    assert not termination.in_cluster()
 
 
 def test_no_search_where_there_is_no_tpu_and_where_it_is_turned_off(monkeypatch):

@@ -14,7 +14,7 @@ from etils import epath
 
 from camopd_jax.config.schema import Checkpoints as CheckpointsConfig
 from camopd_jax.config.schema import Config as RunConfig
-from camopd_jax.runtime.cluster import lost
+from camopd_jax.runtime.termination import means_lost_process
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.distributed import broadcast, run_on_all
 from camopd_jax.config.identity import different_fields, fingerprint, to_json
@@ -119,7 +119,7 @@ class Checkpoints:
                 wanted = _shapes(abstract)
                 found = self._manager.restore(step, args=arguments) if stored == wanted else None
         except Exception as error:  # Orbax and TensorStore raise many kinds
-            if lost(error):
+            if means_lost_process(error):
                 raise
             raise UserError(
                 f"{self._folder / str(step)}: this checkpoint cannot be read ({_reason(error)}); delete the folder, "
@@ -150,7 +150,7 @@ class Checkpoints:
         try:
             yield
         except (OSError, ValueError) as error:  # TensorStore raises a full disk as a ValueError
-            if lost(error):
+            if means_lost_process(error):
                 raise
             raise UserError(
                 f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); free some room and start the "

@@ -5,14 +5,17 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from absl import app, flags, logging
 from ml_collections import config_flags
 
 from camopd_jax.config.schema import from_config_dict
 from camopd_jax.errors import UserError
-from camopd_jax.runtime.cluster import Processes, end, joined
+from camopd_jax.runtime.termination import in_cluster, terminate
+
+if TYPE_CHECKING:
+    from camopd_jax.runtime.cluster import Processes
 
 
 def config_flag(*classes: type) -> Callable[[], Any]:
@@ -52,8 +55,10 @@ def define_processes(values: flags.FlagValues = flags.FLAGS) -> None:
     )
 
 
-def processes(values: flags.FlagValues = flags.FLAGS) -> Processes | None:
+def processes(values: flags.FlagValues = flags.FLAGS) -> "Processes | None":
     """Where the processes of the run meet; None if the flags do not say."""
+    from camopd_jax.runtime.cluster import Processes  # imports JAX, which a command that works alone may not need
+
     given = {name: values[name].value for name in _PROCESS_FLAGS}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(given):
@@ -127,14 +132,10 @@ def report_errors(act: Callable[[], Any]) -> Any:
         return act()
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        _exit(2)
+        terminate(2)
     except KeyboardInterrupt:
-        _exit(128 + signal.SIGINT)
+        terminate(128 + signal.SIGINT)
     except Exception as error:
-        if not joined():
+        if not in_cluster():
             raise
-        end(1, error)
-
-
-def _exit(code: int) -> None:
-    end(code) if joined() else sys.exit(code)
+        terminate(1, error)

@@ -1,35 +1,27 @@
-"""A run of several processes, one a host, that all run the same command: how they find each other, and how they end."""
+"""How the processes of a run, one a host with the same command, find each other; `termination` is how each ends."""
 
 import atexit
-import contextlib
 import faulthandler
 import importlib.util
 import os
 import socket
-import subprocess
-import sys
-import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.distributed import is_distributed, is_primary
+from camopd_jax.runtime.termination import START_AGAIN, ExitMessage, enter_cluster, leave_cluster
 
 LOST_AFTER = 100  # seconds without a sign of life, after which a process is held to be dead
 JOIN_WITHIN = 300  # seconds in which all processes have to be there
 LEAVE_WITHIN = 300  # seconds that a process which is done waits for the others
-LAST_WORDS = 3  # seconds that process 0 leaves the others to tell why they end, as it does itself
 
-AGAIN = "Give the same command again on every host: a run goes on from its last checkpoint"
-ENDED = (
+KILLED = (
     "error: this process was killed, or ended by JAX because another process of the run is lost (the lines above tell "
-    f"which). {AGAIN}"
+    f"which). {START_AGAIN}"
 )
-SIGNS = ("Gloo", "NCCL", "coordination service", "heartbeat")  # in errors of collectives whose other side is gone
 
 
 @dataclass(frozen=True)
@@ -76,17 +68,17 @@ def join(given: Processes | None) -> None:
         "shutdown_timeout_seconds": LEAVE_WITHIN,
     }
     jax.config.update("jax_cpu_collectives_implementation", "gloo")  # looked at where the devices are CPUs
-    sentinel = _Sentinel()
+    message = ExitMessage()
     try:
         if given and given.process_id == 0:
             _check_port(given)
-        sentinel.last_words(f"error: {_cannot_join(given)}" if given else ENDED)
+        message.set(f"error: {_cannot_join(given)}" if given else KILLED)
         jax.distributed.initialize(**(vars(given) if given else {}), **times)
     except UserError:
-        sentinel.last_words("")
+        message.clear()
         raise
     except Exception as error:  # detection asks environments and servers of many kinds
-        sentinel.last_words("")
+        message.clear()
         if given is None and wish != "1" and "should be defined" in str(error):  # a TPU without a cluster around it
             return
         reason = (str(error).splitlines() or [type(error).__name__])[0]
@@ -96,11 +88,9 @@ def join(given: Processes | None) -> None:
             f"the other processes cannot be found ({reason}); name them with --coordinator_address, --num_processes "
             "and --process_id, or run alone with CAMOPD_DISTRIBUTED=0 in the environment"
         ) from error
-    global _sentinel
-    _sentinel = sentinel
+    message.set(KILLED)
+    enter_cluster(message, leads=is_distributed() and is_primary())
     atexit.register(_leave)
-    sentinel.last_words(ENDED)
-    sentinel.leads = is_distributed() and is_primary()
     faulthandler.disable()  # it would print the stacks of all threads between JAX's reason and ours
 
 
@@ -124,58 +114,7 @@ def _cannot_join(given: Processes) -> str:
 
 def _leave() -> None:
     jax.distributed.shutdown()
-    _sentinel.last_words("")
-
-
-def joined() -> bool:
-    """Whether this process belongs to others, and has to end by `end` where it fails."""
-    return _sentinel is not None
-
-
-def lost(error: BaseException) -> bool:
-    """Whether an error tells that another process is gone, and not of what this one did."""
-    return joined() and any(sign in str(error) for sign in SIGNS)
-
-
-def end(code: int, error: BaseException | None = None) -> NoReturn:
-    """Ends this process of several now. The others are not waited for: they may wait for this one in a collective.
-
-    Args:
-      error: what no one expected; it is told on stderr. None: the reason is told already.
-    """
-    if error is not None and lost(error):
-        print(f"error: another process of the run is lost ({str(error).splitlines()[0]}). {AGAIN}", file=sys.stderr)
-    elif error is not None:
-        traceback.print_exception(error)
-    if sys.stdout.isatty():
-        sys.stdout.write("\x1b[?25h")  # a live display has no time to give the cursor back
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if _sentinel.leads:
-        time.sleep(LAST_WORDS)  # JAX aborts the others as soon as process 0 is gone
-    _sentinel.last_words("")
-    os._exit(code)
-
-
-class _Sentinel:
-    """A shell that outlives this process and then says its last words: JAX aborts a process from a thread that runs no
-    Python, when another one is lost.
-    """
-
-    def __init__(self):
-        self.leads = True  # whether this is process 0 of several, as it may be
-        script = 'words=; while IFS= read -r line; do words=$line; done; [ -z "$words" ] || printf "%s\n" "$words" >&2'
-        self._shell = subprocess.Popen(
-            ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-
-    def last_words(self, words: str) -> None:
-        with contextlib.suppress(OSError):  # it may have been killed
-            self._shell.stdin.write(f"{words}\n".encode())
-            self._shell.stdin.flush()
-
-
-_sentinel: _Sentinel | None = None
+    leave_cluster()
 
 
 def _on_cloud_tpu() -> bool:
