@@ -6,7 +6,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from camopd_jax.runs import evaluation
 from camopd_jax.analysis import selection
 from camopd_jax.analysis.diagnosis import Diagnosis
 from camopd_jax.config.schema import TrainConfig
@@ -15,6 +14,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.method import loop
 from camopd_jax.method.branches import STREAMS, load_models
 from camopd_jax.method.optimizer import abstract_state
+from camopd_jax.runs import evaluation
 from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.mesh import check_rows, make_mesh
 

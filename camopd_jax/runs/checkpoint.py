@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,18 +11,15 @@ import jax
 import orbax.checkpoint as ocp
 from etils import epath
 
+from camopd_jax.config.identity import different_fields, fingerprint, to_json
 from camopd_jax.config.schema import Checkpoints as CheckpointsConfig
 from camopd_jax.config.schema import Config as RunConfig
-from camopd_jax.runtime.termination import means_lost_process
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.distributed import broadcast, run_on_all
-from camopd_jax.config.identity import different_fields, fingerprint, to_json
+from camopd_jax.runtime.termination import means_lost_process
 from camopd_jax.types import TrainState
 
 policies = ocp.checkpoint_managers.preservation_policy
-
-# Orbax logs its errors with their tracebacks before it raises them; here they become one line.
-logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.exc_info))
 
 
 class Checkpoints:

@@ -4,24 +4,20 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from absl import flags
 from etils import epath
 from jax.sharding import Mesh
-from rich.console import Console
 
-from camopd_jax.runs import export
-from camopd_jax.evals import runner
-from camopd_jax.inference import engine
-from camopd_jax.runtime import cli
 from camopd_jax.config.schema import SftConfig, TrainConfig
-from camopd_jax.inference.engine import Loaded
 from camopd_jax.errors import UserError
-from camopd_jax.evals import scores
+from camopd_jax.evals import runner
 from camopd_jax.evals.scores import Result
+from camopd_jax.inference import engine
+from camopd_jax.inference.engine import Loaded
+from camopd_jax.runs import export
+from camopd_jax.runtime.distributed import broadcast
 from camopd_jax.runtime.jsonl import read_rows
-from camopd_jax.runtime.metrics import Display, MetricsWriter
-from camopd_jax.runtime.distributed import is_primary, broadcast
 from camopd_jax.runtime.mesh import check_rows, make_mesh
+from camopd_jax.runtime.metrics import Display, MetricsWriter
 
 Config = TrainConfig | SftConfig
 

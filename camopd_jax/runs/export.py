@@ -7,21 +7,19 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from absl import flags
 from etils import epath
 
 from camopd_jax import __version__
-from camopd_jax.inference import engine
-from camopd_jax.runtime import cli
-from camopd_jax.runs.checkpoint import Checkpoints
+from camopd_jax.config.identity import from_json
 from camopd_jax.config.schema import SftConfig, TrainConfig
-from camopd_jax.inference.engine import Loaded
 from camopd_jax.errors import UserError
 from camopd_jax.evals.runner import read_standings
-from camopd_jax.models import hf
+from camopd_jax.inference import engine
+from camopd_jax.inference.engine import Loaded
 from camopd_jax.method.optimizer import init_state
-from camopd_jax.runtime.distributed import is_primary, barrier
-from camopd_jax.config.identity import from_json
+from camopd_jax.models import hf
+from camopd_jax.runs.checkpoint import Checkpoints
+from camopd_jax.runtime.distributed import barrier, is_primary
 from camopd_jax.runtime.mesh import make_mesh
 
 # Files of the original folder that stay true of the trained model.

@@ -4,22 +4,20 @@ import time
 from functools import partial
 
 import jax
-from absl import flags
 
-from camopd_jax.inference import engine
-from camopd_jax.runtime import cli
 from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
+from camopd_jax.inference import engine
 from camopd_jax.inference.engine import Loaded
-from camopd_jax.runs.run import Host
-from camopd_jax.runtime.metrics import memory_gib
-from camopd_jax.models import hf
-from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.gradient import Learning
+from camopd_jax.method.optimizer import init_state
+from camopd_jax.method.update import Gradient, sft_update, sft_weights
+from camopd_jax.models import hf
 from camopd_jax.rollout.scoring import micro_batches
+from camopd_jax.runs.run import Host
 from camopd_jax.runtime.distributed import run_on_all
 from camopd_jax.runtime.mesh import check_rows, global_rows, make_mesh, rows_of_process
-from camopd_jax.method.update import Gradient, sft_update, sft_weights
+from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.types import Params, SftBatch
 
 

@@ -13,23 +13,21 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import jax
-from absl import flags
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from camopd_jax.inference import engine
-from camopd_jax.runtime import cli
 from camopd_jax.analysis import study
+from camopd_jax.config.identity import changed, different_fields, to_json
+from camopd_jax.config.methods import CONTROLS, INTERPOLATION
 from camopd_jax.config.schema import TrainConfig
-from camopd_jax.config.methods import AGAINST, CONTROLS, INTERPOLATION, QUICK
 from camopd_jax.errors import UserError
 from camopd_jax.evals.scores import Result
+from camopd_jax.inference import engine
 from camopd_jax.runs.evaluation import evaluate
 from camopd_jax.runs.interpolation import interpolate
-from camopd_jax.runtime.jsonl import read_rows, whole_file
-from camopd_jax.config.identity import changed, different_fields, to_json
 from camopd_jax.runs.training import train
+from camopd_jax.runtime.jsonl import read_rows, whole_file
 
 METHODS = (*CONTROLS, INTERPOLATION)
 WEIGHTS = tuple(i / 10 for i in range(1, 10))  # of the original model, in the interpolation's sweep

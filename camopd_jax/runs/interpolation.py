@@ -1,16 +1,13 @@
 """A model between the specialised and the original one: the weighted mean of their parameters (arXiv 2109.01903)."""
 
 import jax
-from absl import flags
 from etils import epath
 
-from camopd_jax.inference import engine
-from camopd_jax.runtime import cli
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.runs.export import write_folder
+from camopd_jax.inference import engine
 from camopd_jax.models import hf
-from camopd_jax.runtime.distributed import is_primary
+from camopd_jax.runs.export import write_folder
 from camopd_jax.runtime.mesh import make_mesh
 
 

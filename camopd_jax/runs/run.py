@@ -10,18 +10,17 @@ from typing import Any
 from etils import epath
 from jax.experimental import multihost_utils
 
-from camopd_jax.evals import runner
-from camopd_jax.runs.checkpoint import Checkpoints, claim_workdir
+from camopd_jax.config.identity import fingerprint
 from camopd_jax.config.schema import Config
-from camopd_jax.inference.engine import Loaded
 from camopd_jax.errors import UserError
-from camopd_jax.evals import scores
+from camopd_jax.evals import runner, scores
 from camopd_jax.evals.scores import Result, Standing
+from camopd_jax.inference.engine import Loaded
+from camopd_jax.runs.checkpoint import Checkpoints, claim_workdir
 from camopd_jax.runs.export import write_folder
+from camopd_jax.runtime.distributed import barrier, is_distributed, is_primary, run_on_all
 from camopd_jax.runtime.jsonl import drop_rows_after
 from camopd_jax.runtime.metrics import Display, MetricsWriter
-from camopd_jax.runtime.distributed import is_primary, is_distributed, run_on_all, barrier
-from camopd_jax.config.identity import fingerprint
 from camopd_jax.types import TrainState
 
 

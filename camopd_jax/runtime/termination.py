@@ -41,9 +41,11 @@ class ExitMessage:
         )
 
     def set(self, line: str) -> None:
+        pipe = self._shell.stdin
+        assert pipe is not None  # as asked for above
         with contextlib.suppress(OSError):  # the shell may have been killed
-            self._shell.stdin.write(f"{line}\n".encode())
-            self._shell.stdin.flush()
+            pipe.write(f"{line}\n".encode())
+            pipe.flush()
 
     def clear(self) -> None:
         self.set("")
