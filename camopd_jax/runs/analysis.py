@@ -16,12 +16,12 @@ from camopd_jax.method.branches import STREAMS, load_models
 from camopd_jax.method.optimizer import abstract_state
 from camopd_jax.runs import evaluation
 from camopd_jax.runtime.jsonl import read_rows
-from camopd_jax.runtime.mesh import check_rows, make_mesh
+from camopd_jax.runtime.mesh import check_rows, mesh_of
 
 
 def analyze(config: TrainConfig, checkpoint: str | None, source_field: str) -> dict[str, Any]:
     """The figures of one student: a row as of diagnostics.jsonl, and under "training" those of the run's every step."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     check_rows(mesh, "config.diagnostics.rows", config.diagnostics.rows)
     models = load_models(config, mesh)
     student, found = models.student, None

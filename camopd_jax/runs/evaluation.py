@@ -16,7 +16,7 @@ from camopd_jax.inference.engine import Loaded
 from camopd_jax.runs import export
 from camopd_jax.runtime.distributed import broadcast
 from camopd_jax.runtime.jsonl import read_rows
-from camopd_jax.runtime.mesh import check_rows, make_mesh
+from camopd_jax.runtime.mesh import check_rows, mesh_of
 from camopd_jax.runtime.metrics import Display, MetricsWriter
 
 Config = TrainConfig | SftConfig
@@ -27,7 +27,7 @@ def evaluate(config: Config, checkpoints: list[str], workdir: str) -> dict[str, 
     settings, folder = config.evaluation, epath.Path(workdir)
     if not settings.benchmarks:
         raise UserError("config.evaluation.benchmarks: there is none; name at least one")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     check_rows(mesh, "config.evaluation.batch_size", settings.batch_size)
     runner.check(settings)
     folder.mkdir(parents=True, exist_ok=True)

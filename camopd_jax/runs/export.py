@@ -20,7 +20,7 @@ from camopd_jax.method.optimizer import init_state
 from camopd_jax.models import hf
 from camopd_jax.runs.checkpoint import Checkpoints
 from camopd_jax.runtime.distributed import barrier, is_primary
-from camopd_jax.runtime.mesh import make_mesh
+from camopd_jax.runtime.mesh import mesh_of
 
 # Files of the original folder that stay true of the trained model.
 _KEPT = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
@@ -104,7 +104,7 @@ def restored(workdir: str, step: int | None = None, best: bool = False) -> tuple
             f"{folder / 'checkpoints'}: no checkpoint {'' if chosen is None else chosen} there, only "
             f"{checkpoints.steps()}; give one of them with --step"
         )
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     moments = config.method.moments if isinstance(config, TrainConfig) else "shared"
     base, field = (
         (config.model, "model") if isinstance(config, SftConfig) else (config.specialised_model, "specialised_model")

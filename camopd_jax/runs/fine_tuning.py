@@ -16,14 +16,14 @@ from camopd_jax.models import hf
 from camopd_jax.rollout.scoring import micro_batches
 from camopd_jax.runs.run import Host
 from camopd_jax.runtime.distributed import run_on_all
-from camopd_jax.runtime.mesh import check_rows, global_rows, make_mesh, rows_of_process
+from camopd_jax.runtime.mesh import check_rows, global_rows, mesh_of, rows_of_process
 from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.types import Params, SftBatch
 
 
 def sft(config: SftConfig, workdir: str) -> None:
     """Runs the whole job: load, train, measure, export."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     check_rows(mesh, "config.batch_size", config.batch_size)
     check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
     check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)

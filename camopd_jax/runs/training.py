@@ -21,14 +21,14 @@ from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.loop import Outcome
 from camopd_jax.runtime.distributed import run_on_all
-from camopd_jax.runtime.mesh import local_rows, make_mesh, gather
+from camopd_jax.runtime.mesh import local_rows, mesh_of, gather
 from camopd_jax.method.statistics import repetition
 from camopd_jax.types import Scored, TrainState
 
 
 def train(config: TrainConfig, workdir: str) -> None:
     """Runs the whole job: load, measure, alternate recovery and review, measure again, export."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     loop.check_batches(config, mesh)
     loop.check_remat(config, engine.matmul_dtype(config.compute))
     rows = loop.batch_rows(config)
