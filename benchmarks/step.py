@@ -46,8 +46,8 @@ from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.planning.costs import decode_bytes, forward_flops
 from camopd_jax.rollout.buckets import bucket
+from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.mesh import global_rows, make_mesh
-from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.types import PromptBatch, Prompts, Scored, Scores
 
 HISTORY = Path(__file__).parent / "history.jsonl"

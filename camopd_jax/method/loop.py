@@ -34,8 +34,8 @@ from camopd_jax.rollout.buckets import bucket
 from camopd_jax.rollout.generate import Decode
 from camopd_jax.rollout.sampling import Sampling, row_keys
 from camopd_jax.runtime.mesh import check_rows, gather, global_rows, reshape_mesh, sharding
-from camopd_jax.runtime.metrics import Stages
 from camopd_jax.runtime.offload import on_devices, on_host
+from camopd_jax.runtime.timing import Stages
 from camopd_jax.types import LanguageModel, Params, PromptBatch, Prompts, Rollout, Scored, Scores, Selection, TrainState
 
 BRANCHES = ("recovery", "review")

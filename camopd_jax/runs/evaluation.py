@@ -14,10 +14,11 @@ from camopd_jax.evals.scores import Result
 from camopd_jax.inference import engine
 from camopd_jax.inference.engine import Loaded
 from camopd_jax.runs import export
+from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import broadcast
 from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.mesh import check_rows, mesh_of
-from camopd_jax.runtime.metrics import Display, MetricsWriter
+from camopd_jax.runtime.metrics import MetricsWriter
 
 Config = TrainConfig | SftConfig
 

@@ -17,7 +17,7 @@ from camopd_jax.rollout.scoring import micro_batches
 from camopd_jax.runs.run import Host
 from camopd_jax.runtime.distributed import run_on_all
 from camopd_jax.runtime.mesh import check_rows, global_rows, mesh_of, rows_of_process
-from camopd_jax.runtime.metrics import memory_gib
+from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.types import Params, SftBatch
 
 

@@ -18,9 +18,10 @@ from camopd_jax.evals.scores import Result, Standing
 from camopd_jax.inference.engine import Loaded
 from camopd_jax.runs.checkpoint import Checkpoints, claim_workdir
 from camopd_jax.runs.export import write_folder
+from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import barrier, is_distributed, is_primary, run_on_all
 from camopd_jax.runtime.jsonl import drop_rows_after
-from camopd_jax.runtime.metrics import Display, MetricsWriter
+from camopd_jax.runtime.metrics import MetricsWriter
 from camopd_jax.types import TrainState
 
 
@@ -78,8 +79,8 @@ class Host:
 
     def record(self, row: dict[str, Any], samples: Sequence[dict[str, Any]] = ()) -> None:
         """Writes a step's metrics and samples, and shows them."""
-        self.writer.step(row)
-        self.writer.samples(samples)
+        self.writer.add_step(row)
+        self.writer.add_samples(samples)
         self.display.step(row)
         if row["skipped"] >= self.config.max_skipped:
             self.writer.close()
@@ -134,7 +135,7 @@ class Host:
             if standing is None:
                 return False
             self.standings[steps_done] = standing
-            self.writer.evaluation(
+            self.writer.add_evaluation(
                 runner.standing_row(steps_done, standing, self.comparison(results)), "merit", standing.merit
             )
         in_order = [self.standings[step] for step in sorted(self.standings) if step <= steps_done]

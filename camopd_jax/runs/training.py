@@ -17,7 +17,7 @@ from camopd_jax.evals import scores
 from camopd_jax.evals.scores import Result, Standing
 from camopd_jax.runs.run import Host
 from camopd_jax.runtime.jsonl import read_rows
-from camopd_jax.runtime.metrics import memory_gib
+from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.loop import Outcome
 from camopd_jax.runtime.distributed import run_on_all
@@ -58,11 +58,11 @@ def train(config: TrainConfig, workdir: str) -> None:
         return
     state = host.chosen(state)
     steps = int(state.step)
-    scores = host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
+    results = host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
     host.finish(state)
     host.display.say(clip_rates(read_rows(host.workdir / "metrics.jsonl")))
-    if scores:
-        host.display.say(scores.table(host.baselines | {"student": scores}))
+    if results:
+        host.display.say(scores.table(host.baselines | {"student": results}))
 
 
 class TrainHost(Host):
@@ -75,9 +75,9 @@ class TrainHost(Host):
         return super().due(steps_done) or self._diagnosis_due(steps_done)
 
     def measure(self, steps_done: int, state: TrainState) -> bool:
-        if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed():
+        if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
             self.display.progress("looking at the gradients")
-            self.writer.diagnosis(self.diagnosis(steps_done, state.params)[0])
+            self.writer.add_diagnosis(self.diagnosis(steps_done, state.params)[0])
         return super().measure(steps_done, state)
 
     def _diagnosis_due(self, steps_done: int) -> bool:
@@ -114,7 +114,7 @@ class TrainHost(Host):
         samples = [self._samples(outcome.step, name, part) for name, part in outcome.parts.items()]
         self.record(row, [sample for of_branch in samples for sample in of_branch])
         if self.config.log.selection:
-            self.writer.selection([
+            self.writer.add_selection([
                 {"step": outcome.step, "phase": name}
                 | {column: _rounded(values) if column in _MEASURES else values for column, values in table.items()}
                 for name, table in tables.items()
