@@ -24,7 +24,7 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.weights import shardings
 from camopd_jax.planning.costs import Sizes, adam_bytes, memory_estimate, weights
 from camopd_jax.planning.topology import Topology
-from camopd_jax.runs.checkpoint import check_owner
+from camopd_jax.runs.workdir import check_owner
 from camopd_jax.runtime.mesh import mesh_of
 
 GIB = 2**30

@@ -18,7 +18,7 @@ from camopd_jax.inference import engine
 from camopd_jax.inference.engine import Loaded
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.models import hf
-from camopd_jax.runs.checkpoint import Checkpoints
+from camopd_jax.runs.checkpoint import CheckpointStore
 from camopd_jax.runtime.distributed import barrier, is_primary
 from camopd_jax.runtime.mesh import mesh_of
 
@@ -97,7 +97,7 @@ def restored(workdir: str, step: int | None = None, best: bool = False) -> tuple
     """
     folder = epath.Path(workdir)
     config = from_json(folder / "config.json")
-    checkpoints = Checkpoints(workdir, config.checkpoints, read_standings(folder))
+    checkpoints = CheckpointStore(workdir, config.checkpoints, read_standings(folder))
     chosen = step if step is not None else checkpoints.best() if best else checkpoints.latest()
     if chosen is None or chosen not in checkpoints.steps():
         raise UserError(

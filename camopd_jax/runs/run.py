@@ -16,8 +16,9 @@ from camopd_jax.errors import UserError
 from camopd_jax.evals import runner, scores
 from camopd_jax.evals.scores import Result, Standing
 from camopd_jax.inference.engine import Loaded
-from camopd_jax.runs.checkpoint import Checkpoints, claim_workdir
+from camopd_jax.runs.checkpoint import CheckpointStore
 from camopd_jax.runs.export import write_folder
+from camopd_jax.runs.workdir import claim_workdir
 from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import barrier, is_distributed, is_primary, run_on_all
 from camopd_jax.runtime.jsonl import drop_rows_after
@@ -49,7 +50,7 @@ class Host:
         run_on_all(lambda: runner.check(config.evaluation))
         claim_workdir(self.workdir, config)
         self.standings = runner.shared_standings(self.workdir)
-        self.checkpoints = Checkpoints(workdir, config.checkpoints, self.standings)
+        self.checkpoints = CheckpointStore(workdir, config.checkpoints, self.standings)
 
     def restore(self, state: TrainState) -> TrainState:
         """The last checkpoint's state, on the given state's shardings; without a checkpoint, `state`."""
