@@ -192,10 +192,10 @@ class Observer(Protocol):
     def log(self, outcome: Outcome) -> None:
         """Light work: metrics and samples. Called for step n-1 while the devices roll out step n."""
 
-    def due(self, steps_done: int) -> bool:
-        """Whether `milestone` is called between this step and the next."""
+    def pauses_after(self, steps_done: int) -> bool:
+        """Whether `pause` is called between this step and the next."""
 
-    def milestone(self, steps_done: int, state: TrainState) -> bool:
+    def pause(self, steps_done: int, state: TrainState) -> bool:
         """Checkpoints and evaluations, after `log` of every step so far. True ends the run here."""
 
 
@@ -254,10 +254,10 @@ def run(
             compares = two_ways and config.method.answers == "student"
             compare(metrics[name] if len(parts) > 1 else metrics, compares, programs.trusts_sampler, step)
         waiting = Outcome(step, phase, parts, metrics, stages.seconds())
-        if observer.due(step + 1):
+        if observer.pauses_after(step + 1):
             observer.log(waiting)
             waiting = None
-            if observer.milestone(step + 1, state):
+            if observer.pause(step + 1, state):
                 break
     return state
 

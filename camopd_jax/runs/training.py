@@ -15,7 +15,7 @@ from camopd_jax.config.schema import Method, TrainConfig
 from camopd_jax.analysis.diagnosis import Diagnosis
 from camopd_jax.evals import scores
 from camopd_jax.evals.scores import Result, Standing
-from camopd_jax.runs.run import Host
+from camopd_jax.runs.run import Run
 from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.method.optimizer import init_state
@@ -52,11 +52,11 @@ def train(config: TrainConfig, workdir: str) -> None:
     programs = loop.compile_programs(config, student.model, student.eos_ids, state)
     if config.diagnostics.every:
         host.diagnosis = Diagnosis(config, models, mesh, programs)
-    if not host.measure(int(state.step), state):  # the last start may have ended in the middle of it
+    if not host.evaluate_student(int(state.step), state):  # the last start may have ended in the middle of it
         state = loop.run(config, branches, programs, state, host)
     if host.terminated:
         return
-    state = host.chosen(state)
+    state = host.state_to_export(state)
     steps = int(state.step)
     results = host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
     host.finish(state)
@@ -65,26 +65,26 @@ def train(config: TrainConfig, workdir: str) -> None:
         host.display.say(scores.table(host.baselines | {"student": results}))
 
 
-class TrainHost(Host):
+class TrainHost(Run):
     """Turns a step's outcome into a row of metrics.jsonl and a few samples, and scores into recovery and retention."""
 
     baselines: dict[str, list[Result]]  # scores of the general and the specialised model
     diagnosis: Diagnosis | None = None
 
-    def due(self, steps_done: int) -> bool:
-        return super().due(steps_done) or self._diagnosis_due(steps_done)
+    def pauses_after(self, steps_done: int) -> bool:
+        return super().pauses_after(steps_done) or self._diagnosis_due(steps_done)
 
-    def measure(self, steps_done: int, state: TrainState) -> bool:
+    def evaluate_student(self, steps_done: int, state: TrainState) -> bool:
         if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
             self.display.progress("looking at the gradients")
             self.writer.add_diagnosis(self.diagnosis(steps_done, state.params)[0])
-        return super().measure(steps_done, state)
+        return super().evaluate_student(steps_done, state)
 
     def _diagnosis_due(self, steps_done: int) -> bool:
         every = self.config.diagnostics.every
         return every > 0 and (steps_done % every == 0 or steps_done == self.config.steps)
 
-    def standing(self, results: Sequence[Result]) -> Standing | None:
+    def rank(self, results: Sequence[Result]) -> Standing | None:
         return scores.standing(*self._baselines(results), results)
 
     def comparison(self, results: Sequence[Result]) -> dict[str, Any]:

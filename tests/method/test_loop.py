@@ -63,10 +63,10 @@ class Watcher:
         self.outcomes.append(outcome)
         self.calls.append(("log", outcome.step))
 
-    def due(self, steps_done):
+    def pauses_after(self, steps_done):
         return steps_done in self.milestones or steps_done == CONFIG.steps
 
-    def milestone(self, steps_done, state):
+    def pause(self, steps_done, state):
         self.calls.append(("milestone", steps_done))
         assert int(state.step) == steps_done
         return steps_done == self.end_at

@@ -55,10 +55,10 @@ class Watcher:
     def log(self, outcome):
         self.outcomes.append(outcome)
 
-    def due(self, steps_done):
+    def pauses_after(self, steps_done):
         return steps_done == CONFIG.steps
 
-    def milestone(self, steps_done, state):
+    def pause(self, steps_done, state):
         return True
 
 
