@@ -17,7 +17,7 @@ from camopd_jax.planning import doctor, topology
 from camopd_jax.runs.workdir import claim_workdir
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "configs/quickstart"
+QUICKSTART = ROOT / "examples/quickstart"
 ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
