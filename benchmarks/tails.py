@@ -23,9 +23,10 @@ from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.rollout import generate, scoring
-from camopd_jax.rollout.buckets import MicroBatch, split_by_length
+from camopd_jax.runtime.buckets import MicroBatch, split_by_length
 from camopd_jax.rollout.generate import Decode
-from camopd_jax.rollout.sampling import Sampling, row_keys
+from camopd_jax.config.schema import Sampling
+from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.types import Prompts
 
 flags.DEFINE_enum("shape", "smollm2-135m", list(SHAPES), "Shape of the random weights.")

@@ -15,10 +15,9 @@ A row's answer depends on the seed, its line and its text, not on the batch.
 
 from absl import flags
 
-from camopd_jax.config.schema import Compute, Template
+from camopd_jax.config.schema import Compute, Sampling, Template
 from camopd_jax.data import sources, templates
 from camopd_jax.inference import engine
-from camopd_jax.rollout.sampling import Sampling
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.jsonl import write_rows
@@ -44,7 +43,7 @@ def main() -> None:
         dtype=engine.teacher_dtype(compute),
         context=max(map(len, prompts)) + values.max_new_tokens,
     )
-    sampling = Sampling(values.temperature, values.top_k, values.top_p, values.min_p)
+    sampling = Sampling(temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, min_p=values.min_p)
     answers = engine.answer(
         loaded,
         prompts,

@@ -13,8 +13,8 @@ import numpy as np
 from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream
 from camopd_jax.data import sources, templates
 from camopd_jax.errors import UserError
-from camopd_jax.rollout.buckets import bucket
-from camopd_jax.types import PromptBatch, Prompts, SftBatch
+from camopd_jax.runtime.buckets import bucket
+from camopd_jax.types import PromptBatch, Prompts, Sequences
 
 
 def pad(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
@@ -131,7 +131,7 @@ class SftStream(BatchStream):
                 f"config.data.source: none of its rows fits config.max_tokens = {config.max_tokens}; raise it"
             )
 
-        def make(numbers: np.ndarray) -> SftBatch:
+        def make(numbers: np.ndarray) -> Sequences:
             batch = [pairs[i] for i in numbers]
 
             def side(k: int) -> Prompts:
@@ -140,6 +140,6 @@ class SftStream(BatchStream):
                 return Prompts(pad(own, width), np.asarray([len(ids) for ids in own], np.int32))
 
             prompts, answers = side(0), side(1)
-            return SftBatch(prompts, answers.tokens, answers.lengths)
+            return Sequences(prompts, answers.tokens, answers.lengths)
 
         super().__init__(len(pairs), config.batch_size, config.seed, make)

@@ -13,11 +13,10 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from camopd_jax.config.schema import Compute
+from camopd_jax.config.schema import Compute, Sampling
 from camopd_jax.errors import UserError
 from camopd_jax.inference import engine
 from camopd_jax.models import hf
-from camopd_jax.rollout.sampling import Sampling
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_distributed
 from camopd_jax.runtime.mesh import make_mesh
@@ -142,10 +141,10 @@ class CamopdLM(TemplateLM):
             settings = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
             stops.append(handle_stop_sequences(settings["until"], self.tokenizer.decode([self.eot_token_id])))
             sampling = Sampling(
-                settings["temperature"] if settings["do_sample"] else 0.0,
-                int(settings.get("top_k") or 0),
-                float(settings.get("top_p") or 1.0),
-                float(settings.get("min_p") or 0.0),
+                temperature=settings["temperature"] if settings["do_sample"] else 0.0,
+                top_k=int(settings.get("top_k") or 0),
+                top_p=float(settings.get("top_p") or 1.0),
+                min_p=float(settings.get("min_p") or 0.0),
             )
             groups[min(settings["max_gen_toks"], self.max_length // 2), sampling].append(i)
         texts = [""] * len(requests)

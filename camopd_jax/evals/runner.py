@@ -13,7 +13,7 @@ from typing import Any
 
 from etils import epath
 
-from camopd_jax.config.schema import Benchmark, Evaluation, Template
+from camopd_jax.config.schema import Benchmark, Evaluation, Sampling, Template
 from camopd_jax.data import sources, templates
 from camopd_jax.errors import UserError
 from camopd_jax.evals import scores, tasks
@@ -22,7 +22,6 @@ from camopd_jax.evals.task import Grade, Row, Task
 from camopd_jax.inference import engine
 from camopd_jax.inference.engine import Answer, Loaded
 from camopd_jax.models import hf
-from camopd_jax.rollout.sampling import Sampling
 from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import broadcast, is_primary
 from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
@@ -192,7 +191,7 @@ def collect(
     say: Say,
 ) -> list[dict[str, Any]]:
     """One answer to each prompt: those in the file, and the missing ones from the model."""
-    sampling = Sampling(benchmark.temperature, benchmark.top_k, benchmark.top_p, benchmark.min_p)
+    sampling = Sampling.of(benchmark)
     how = (repr(sampling), benchmark.max_response_tokens, loaded.eos_ids, sample)
     how = how if sampling.temperature == 0 else (*how, evaluation.seed)
     keys = [hashlib.sha256(json.dumps([list(p), how]).encode()).hexdigest()[:16] for p in prompts]

@@ -11,21 +11,23 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from camopd_jax.config.schema import Compute
+from camopd_jax.config.schema import Compute, Sampling
 from camopd_jax.data import templates
 from camopd_jax.data.pipeline import pad
 from camopd_jax.errors import UserError
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, from_hf
+from camopd_jax.models.partition import merge
 from camopd_jax.models.transformer import Model
-from camopd_jax.rollout import generate, scoring
-from camopd_jax.rollout.buckets import bucket, length_batches, split_by_length
+from camopd_jax.rollout import generate
 from camopd_jax.rollout.generate import Decode
-from camopd_jax.rollout.sampling import Sampling, row_keys
+from camopd_jax.rollout.sampling import row_keys
+from camopd_jax.rollout.score import LogProb, score_batch
 from camopd_jax.runtime import heap
+from camopd_jax.runtime.buckets import bucket, length_batches, split_by_length
 from camopd_jax.runtime.cluster import Processes, join
 from camopd_jax.runtime.mesh import gather, global_rows, reshape_mesh, rows_of_process
-from camopd_jax.types import Params, Prompts
+from camopd_jax.types import Params, Prompts, Sequences
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -55,8 +57,8 @@ class Loaded:
         return self.model.mesh
 
     def with_params(self, params: Params) -> "Loaded":
-        """The same model with other weights: the student in training."""
-        return dataclasses.replace(self, params=params)
+        """The same model with other weights, all or a part of them: the student in training."""
+        return dataclasses.replace(self, params=merge(self.params, params))
 
 
 # --------------------------------------------------------------------------------- start and load
@@ -194,25 +196,16 @@ def score_responses(
     With `with_top`, rows of two: the token's, and that of the likeliest token in its place.
     """
     results: dict[int, np.ndarray] = {}
+    reading = LogProb(temperature, best=with_top)
     for rows in length_batches([len(p) + len(r) for p, r in zip(prompts, responses, strict=True)], batch_size):
         batch = _prompts(loaded.mesh, [prompts[i] for i in rows], smallest_bucket)
         answers = _prompts(loaded.mesh, [responses[i] for i in rows], smallest_bucket)
+        sequences = Sequences(batch, answers.tokens, answers.lengths)
         widths = batch.tokens.shape[1], answers.tokens.shape[1]
         lengths = [np.asarray([len(ids[i]) for i in rows]) for ids in (prompts, responses)]
-        everyone = split_by_length(*lengths, np.arange(len(rows)), len(rows), widths, smallest_bucket)
-        log_probs = gather(
-            scoring.score(
-                loaded.model,
-                loaded.params,
-                batch,
-                answers.tokens,
-                answers.lengths,
-                everyone,
-                chunk=chunk,
-                temperature=temperature,
-                with_top=with_top,
-            )
-        )
+        parts = split_by_length(*lengths, np.arange(len(rows)), len(rows), widths, smallest_bucket)
+        record = gather(score_batch(loaded.model, loaded.params, sequences, parts, chunk, reading))
+        log_probs = np.stack([record["log_prob"], record["best"]], axis=-1) if with_top else record["log_prob"]
         results |= {int(row): logp[: len(responses[row])] for row, logp in zip(rows, log_probs, strict=True)}
     return [results[i] for i in range(len(prompts))]
 

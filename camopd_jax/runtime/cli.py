@@ -12,7 +12,7 @@ import absl.logging
 from absl import app, flags
 from ml_collections import config_flags
 
-from camopd_jax.config.schema import from_config_dict
+from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.termination import in_cluster, terminate
 

@@ -21,6 +21,7 @@ class Stages:
         self._seconds[name] = self._seconds.get(name, 0.0) + elapsed - self._inner
         self._inner = outer + elapsed
 
-    def seconds(self) -> dict[str, float]:
-        """Seconds so far, by the stage's name."""
-        return dict(self._seconds)
+    def finish(self) -> dict[str, float]:
+        """The seconds of the step that ends here, by stage; the next step begins."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds

@@ -29,7 +29,9 @@ def test_stages_add_up():
     for name in ("a", "b", "a"):
         with stages(name):
             pass
-    assert set(stages.seconds()) == {"a", "b"} and all(s >= 0 for s in stages.seconds().values())
+    seconds = stages.finish()
+    assert set(seconds) == {"a", "b"} and all(s >= 0 for s in seconds.values())
+    assert stages.finish() == {}, "the next step's"
 
 
 def test_memory_is_this_processes_where_the_device_tells_none():
