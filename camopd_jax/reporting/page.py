@@ -14,7 +14,7 @@ from camopd_jax.reporting.outcomes import Column, Outcome, estimate
 from camopd_jax.reporting.pareto import Point, pareto
 from camopd_jax.reporting.runs import Group, Source
 from camopd_jax.reporting.svg import WIDE
-from camopd_jax.runtime.jsonl import whole_file
+from camopd_jax.runtime.jsonl import atomic_file
 
 TINTS = (
     "The student's own answers. Each token is tinted by its gap: the teacher holds it likelier than the student does, "
@@ -30,7 +30,7 @@ def write_page(folders: Sequence[str], out: str | epath.Path) -> None:
       UserError: for a directory that is not there or holds no run, and if the page cannot be written.
     """
     text = page(directories.read(folders), datetime.datetime.now().astimezone())
-    with whole_file(out) as file:
+    with atomic_file(out) as file:
         file.write(text)
 
 

@@ -29,7 +29,7 @@ from camopd_jax.runs.evaluation import evaluate
 from camopd_jax.runs.interpolation import interpolate
 from camopd_jax.runs.training import train
 from camopd_jax.runs.workers import WorkerPool
-from camopd_jax.runtime.jsonl import read_rows, whole_file
+from camopd_jax.runtime.jsonl import atomic_file, read_rows
 
 METHODS = (*CONTROLS, INTERPOLATION)
 WEIGHTS = tuple(i / 10 for i in range(1, 10))  # of the original model, in the sweep of the interpolation
@@ -105,7 +105,7 @@ def compare(
             "seconds": round(time.perf_counter() - started),
             "workers": workers,
         }
-    with whole_file(Path(workdir) / "study.json") as file:
+    with atomic_file(Path(workdir) / "study.json") as file:
         file.write(json.dumps(facts, indent=1) + "\n")
     return facts
 

@@ -14,6 +14,9 @@ from camopd_jax.runtime.mesh import mesh_of
 def interpolate(config: TrainConfig, weight: float, out: str) -> None:
     """Writes `weight * original + (1 - weight) * specialised` of a config's two models as a Hugging Face folder.
 
+    Args:
+      weight: of the original model, in [0, 1].
+
     Raises:
       UserError: if the two are not of one shape.
     """
