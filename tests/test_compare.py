@@ -9,13 +9,14 @@ import pytest
 from rows import read_lines, write_lines
 
 from camopd_jax.config.identity import to_json
-from camopd_jax.config.schema import Benchmark, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.schema import Benchmark, BranchConfig, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.runs.grid import INTERPOLATION, Cell, is_finished
 
 ROOT = Path(__file__).parents[1]
+BRANCHES = {"recovery": BranchConfig(Stream("g")), "review": BranchConfig(Stream("d"), teacher="specialised")}
 BASE = TrainConfig(
-    "g", "s", Stream("g"), Stream("d"), steps=4, rollout=RolloutConfig(batch_size=8), optimizer=Optimizer(),
+    "g", "s", branches=BRANCHES, steps=4, rollout=RolloutConfig(batch_size=8), optimizer=Optimizer(),
     evaluation=Evaluation(every=2, benchmarks=(Benchmark("a", source="x"), Benchmark("b", source="y", axis="domain"))),
 )  # fmt: skip
 CELL = Cell("vanilla", 1e-4, 3)

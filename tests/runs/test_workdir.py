@@ -12,7 +12,7 @@ from camopd_jax.runs.workdir import claim_workdir
 
 
 def train_config(**changes):
-    return TrainConfig("general", "specialised", Stream("g.jsonl"), Stream("d.jsonl"), **changes)
+    return TrainConfig("general", "specialised", **changes)
 
 
 def claim(workdir, config):
