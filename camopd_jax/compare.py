@@ -19,7 +19,8 @@ from camopd_jax.analysis import study
 from camopd_jax.config.methods import AGAINST, INTERPOLATION, QUICK
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.runs.grid import METHODS, compare, default_workers
+from camopd_jax.runs.grid import METHODS, compare
+from camopd_jax.runs.workers import default_workers
 from camopd_jax.runtime import cli
 
 if __name__ == "__main__":

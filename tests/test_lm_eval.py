@@ -11,7 +11,7 @@ from rows import ask, read_lines, write_lines
 
 from camopd_jax.evals.harness import CamopdLM
 
-FOLDER = Path(__file__).parents[1] / "configs" / "quickstart" / "generalist"
+FOLDER = Path(__file__).parents[1] / "examples" / "quickstart" / "generalist"
 PAIRS = [("reverse: abc", " cba"), ("sort: cab", " abc and more"), ("add: 12 and 3 ", "15"), ("", "double: abc")]
 
 

@@ -31,7 +31,7 @@ from camopd_jax.data.recipes import RECIPES, Part, Recipe
 from camopd_jax.errors import UserError
 from camopd_jax.evals.tasks import TASKS
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.jsonl import whole_file, write_rows
+from camopd_jax.runtime.jsonl import atomic_file, write_rows
 
 SHORT = 8  # words; a shorter question may be another one's with other options
 
@@ -186,7 +186,7 @@ def build(recipe: Recipe, name: str, out: Path, against: list[tuple[str, str]], 
         "parts": told,
         "against": told_of_evaluations,
     }
-    with whole_file(out / "manifest.json") as file:
+    with atomic_file(out / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=2) + "\n")
     return manifest
 

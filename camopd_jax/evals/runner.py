@@ -22,9 +22,10 @@ from camopd_jax.evals.task import Grade, Row, Task
 from camopd_jax.inference import engine
 from camopd_jax.inference.engine import Answer, Loaded
 from camopd_jax.models import hf
+from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import broadcast, is_primary
 from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
-from camopd_jax.runtime.metrics import Display, MetricsWriter
+from camopd_jax.runtime.metrics import MetricsWriter
 
 Say = Callable[[str], None]
 Kept = dict[str, Any]  # an answer's row in its file
@@ -113,7 +114,7 @@ def run_all(
     results = []
     for benchmark in evaluation.benchmarks:
         row = run(benchmark, loaded, evaluation, answers / key, limit, display.progress)
-        writer.evaluation({"model": model, "step": step, "checkpoint": key} | row, "accuracy", row["accuracy"])
+        writer.add_evaluation({"model": model, "step": step, "checkpoint": key} | row, "accuracy", row["accuracy"])
         figures = f"{100 * row['accuracy']:.1f} ± {100 * row['standard_error']:.1f} %"
         display.say(f"{model}{f' at step {step}' if step else ''}: {benchmark.name} {figures}")
         results.append(row)

@@ -26,8 +26,8 @@ from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.rollout.score import LOG_PROB, Reading, micro_batches, score_batch
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import gather, global_rows, sharding
-from camopd_jax.runtime.metrics import Stages
 from camopd_jax.runtime.offload import Waiting
+from camopd_jax.runtime.timing import Stages
 from camopd_jax.types import (
     Batch,
     LanguageModel,

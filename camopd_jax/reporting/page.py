@@ -14,7 +14,7 @@ from camopd_jax.reporting import answers, gradients, load, plots, results, secti
 from camopd_jax.reporting.runs import Source
 from camopd_jax.reporting.sections import Panel, Section, metric_panels
 from camopd_jax.reporting.styles import Styles
-from camopd_jax.runtime.jsonl import whole_file
+from camopd_jax.runtime.jsonl import atomic_file
 
 ABOUT = {
     "results": "Results of a grid are of the questions that did not choose its learning rates. “tuning”: the grid is "
@@ -38,7 +38,7 @@ def write_page(folders: Sequence[str], out: str | epath.Path) -> None:
       UserError: for a directory that is not there or holds no run, and if the page cannot be written.
     """
     text = page(load.read(folders), datetime.datetime.now().astimezone())
-    with whole_file(out) as file:
+    with atomic_file(out) as file:
         file.write(text)
 
 

@@ -19,11 +19,11 @@ from camopd_jax.method.recorder import Recorder, StepRecord
 from camopd_jax.method.setup import resolve
 from camopd_jax.method.statistics import repetition
 from camopd_jax.models import partition
-from camopd_jax.runs.run import Host
+from camopd_jax.runs.run import Run
 from camopd_jax.runtime.distributed import run_on_all
 from camopd_jax.runtime.jsonl import read_rows
+from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.mesh import gather, local_rows
-from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.types import Batch, TrainState
 
 
@@ -51,11 +51,11 @@ def train(config: TrainConfig, workdir: str) -> None:
     programs = student_programs(setup, student, state, branches)
     if config.diagnostics.every:
         host.diagnosis = Diagnosis(setup, models, teachers, programs)
-    if not host.measure(int(state.step), state):  # the last start may have ended in the middle of it
+    if not host.evaluate_student(int(state.step), state):  # the last start may have ended in the middle of it
         state = loop.run(branches, programs, state, Recorder(programs, host))
     if host.terminated:
         return
-    state = host.chosen(state)
+    state = host.state_to_export(state)
     steps = int(state.step)
     results = host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
     host.finish(state)
@@ -64,26 +64,26 @@ def train(config: TrainConfig, workdir: str) -> None:
         host.display.say(scores.table(host.baselines | {"student": results}))
 
 
-class TrainHost(Host):
+class TrainHost(Run):
     """Turns a step's outcome into a row of metrics.jsonl and a few samples, and scores into recovery and retention."""
 
     baselines: dict[str, list[Result]]  # scores of the general and the specialised model
     diagnosis: Diagnosis | None = None
 
-    def due(self, steps_done: int) -> bool:
-        return super().due(steps_done) or self._diagnosis_due(steps_done)
+    def pauses_after(self, steps_done: int) -> bool:
+        return super().pauses_after(steps_done) or self._diagnosis_due(steps_done)
 
-    def measure(self, steps_done: int, state: TrainState) -> bool:
-        if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed():
+    def evaluate_student(self, steps_done: int, state: TrainState) -> bool:
+        if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
             self.display.progress("looking at the gradients")
-            self.writer.diagnosis(self.diagnosis(steps_done, state)[0])
-        return super().measure(steps_done, state)
+            self.writer.add_diagnosis(self.diagnosis(steps_done, state)[0])
+        return super().evaluate_student(steps_done, state)
 
     def _diagnosis_due(self, steps_done: int) -> bool:
         every = self.config.diagnostics.every
         return every > 0 and (steps_done % every == 0 or steps_done == self.config.steps)
 
-    def standing(self, results: Sequence[Result]) -> Standing | None:
+    def rank(self, results: Sequence[Result]) -> Standing | None:
         return scores.standing(*self._baselines(results), results)
 
     def comparison(self, results: Sequence[Result]) -> dict[str, Any]:
@@ -113,7 +113,7 @@ class TrainHost(Host):
         samples = [self._samples(record.step, name, batch) for name, batch in record.batches.items()]
         self.record(row, [sample for of_branch in samples for sample in of_branch])
         if self.config.log.selection:
-            self.writer.selection([
+            self.writer.add_selection([
                 {"step": record.step, "phase": name}
                 | {column: _rounded(values) if column in _MEASURES else values for column, values in table.items()}
                 for name, table in tables.items()

@@ -13,7 +13,7 @@ from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.config.identity import different_fields, fingerprint, from_json, to_json
 from camopd_jax.config.schema import BranchConfig, SelectionConfig, Stream
 from camopd_jax.errors import UserError
-from camopd_jax.runs.checkpoint import claim_workdir
+from camopd_jax.runs.workdir import claim_workdir
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 

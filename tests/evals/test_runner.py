@@ -20,7 +20,7 @@ from camopd_jax.inference import engine
 from camopd_jax.rollout import generate
 from camopd_jax.runtime.mesh import make_mesh
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.py"
 SETTINGS = Evaluation(batch_size=8)
 COVERED = Benchmark("covered", "exact", str(QUICKSTART / "eval_covered.jsonl"), limit=20, max_response_tokens=32)
@@ -185,7 +185,7 @@ def few(tmp_path_factory):
              source=str(write_lines(folder / f"{name}.jsonl", read_lines(QUICKSTART / f"eval_{name}.jsonl")[:24])))
         for name, task, axis in (("covered", "exact", "general"), ("domain", "choice", "domain"))
     ]  # fmt: skip
-    text = CONFIG.read_text().replace("Path(__file__).parent", f"Path({str(CONFIG.parent)!r})")
+    text = CONFIG.read_text().replace("Path(__file__)", f"Path({str(CONFIG)!r})")
     config = folder / "config.py"
     config.write_text(
         text.replace("    return config\n", f"    config.evaluation.benchmarks = {benchmarks!r}\n    return config\n")

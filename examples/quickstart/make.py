@@ -1,6 +1,6 @@
 """Makes all that lies beside it from nothing: data, tokenizer, and the two tiny checkpoints.
 
-    python configs/quickstart/make.py            # about 15 minutes on 2 CPU cores
+    python examples/quickstart/make.py            # about 15 minutes on 2 CPU cores
 
 generalist/  a 3-layer, 96-wide Llama that learnt the six skills of tasks.py
 specialist/  its copy, fine-tuned on the invented pharmacopoeia (2 % skills among it): it knows the domain and lost
