@@ -35,7 +35,7 @@ from camopd_jax import __version__
 from camopd_jax.config.schema import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
 from camopd_jax.data import templates
 from camopd_jax.data.pipeline import pad
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.method import loop
 from camopd_jax.method.loop import Branch
 from camopd_jax.method.optimizer import init_state
@@ -48,6 +48,7 @@ from camopd_jax.planning.costs import decode_bytes, forward_flops
 from camopd_jax.rollout.buckets import bucket
 from camopd_jax.runtime.mesh import global_rows, make_mesh
 from camopd_jax.runtime.metrics import memory_gib
+from camopd_jax.runtime.start import start
 from camopd_jax.types import PromptBatch, Prompts, Scored, Scores
 
 HISTORY = Path(__file__).parent / "history.jsonl"
@@ -98,15 +99,15 @@ def build():
         optimizer=Optimizer(learning_rate=values.learning_rate, micro_batch=values.micro_batch),
     )  # fmt: skip
     shape = hf.read_config(Path(values.model)) if values.model else SHAPES[values.shape]
-    model = Model(from_hf(shape, context=length), mesh=mesh, dtype=engine.matmul_dtype(compute), remat=values.remat)
+    model = Model(from_hf(shape, context=length), mesh=mesh, dtype=loading.matmul_dtype(compute), remat=values.remat)
     if values.model:
         student = hf.load(Path(values.model), model.config, mesh, compute.params)
-        teacher = hf.load(Path(values.teacher or values.model), model.config, mesh, engine.teacher_dtype(compute))
+        teacher = hf.load(Path(values.teacher or values.model), model.config, mesh, loading.teacher_dtype(compute))
     else:
         places = shardings(model.config, mesh)
         make = jax.jit(model.init, out_shardings=places)
         student = make(jax.random.key(0))
-        cast = jax.jit(partial(jax.tree.map, lambda p: p.astype(engine.teacher_dtype(compute))), out_shardings=places)
+        cast = jax.jit(partial(jax.tree.map, lambda p: p.astype(loading.teacher_dtype(compute))), out_shardings=places)
         teacher = cast(make(jax.random.key(1)))
     return config, model, student, teacher
 
@@ -184,7 +185,7 @@ def counted(c: ModelConfig, seconds: dict[str, float], kept: float, dtype: str) 
 
 
 def main(_) -> None:
-    engine.start()
+    start()
     v = flags.FLAGS
     if (v.general or v.domain or v.ends) and not v.model:
         raise app.UsageError("--general, --domain and --ends take a model's tokenizer; give --model")
@@ -193,7 +194,7 @@ def main(_) -> None:
     vocab, cycle = model.config.vocab_size, ["recovery"]
     branches = {"recovery": Branch(questions(v.general, vocab), model, teacher)}
     if v.domain:
-        own = hf.load(Path(v.model), model.config, model.mesh, engine.teacher_dtype(config.compute))
+        own = hf.load(Path(v.model), model.config, model.mesh, loading.teacher_dtype(config.compute))
         branches["review"] = Branch(questions(v.domain, vocab), model, own)
         method = config.method
         cycle = [loop.phase_at(step, method) for step in range(method.recovery_steps + method.review_steps)]
@@ -230,7 +231,7 @@ def main(_) -> None:
         "model": Path(v.model).name if v.model else v.shape,
         "batch": v.batch, "prompt": v.prompt, "answer": v.answer, "micro_batch": v.micro_batch,
         "score_batch": loop.score_batch(config), "mesh": v.mesh, "dtype": str(model.dtype),
-        "teacher_dtype": engine.teacher_dtype(config.compute), "remat": v.remat, "logits_chunk": v.logits_chunk,
+        "teacher_dtype": loading.teacher_dtype(config.compute), "remat": v.remat, "logits_chunk": v.logits_chunk,
         "mass": v.mass, "ends": v.ends, "shrinks": v.shrinks, "cycle": cycle, "steps": v.steps,
         "selected": kept,
         "tokens_sampled_per_step": middle(sampled),

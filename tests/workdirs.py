@@ -5,6 +5,7 @@ import json
 from camopd_jax.config.identity import changed, to_json
 from camopd_jax.config.methods import CONTROLS
 from camopd_jax.config.schema import Benchmark, Evaluation, Stream, TrainConfig
+from camopd_jax.evals.results import summarise
 from camopd_jax.evals.task import Grade
 from camopd_jax.method.loop import ACTING, phase_at
 
@@ -70,7 +71,7 @@ def write(file, rows):
 
 def result_rows(model, step, scores):
     return [{"model": model, "step": step, "checkpoint": model, "asked": b.name}
-            | scores.result(b, [[Grade(score)] for score in scores[b.name]], [3] * 8, [True] * 8)
+            | summarise(b, [[Grade(score)] for score in scores[b.name]], [3] * 8, [True] * 8)
             for b in BENCHMARKS]  # fmt: skip
 
 

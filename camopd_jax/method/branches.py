@@ -9,8 +9,9 @@ from jax.sharding import Mesh
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.data import templates
 from camopd_jax.data.pipeline import PromptStream
-from camopd_jax.inference import engine
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.data.templates import Tokenizers
+from camopd_jax.inference import loading
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.loop import Branch
 from camopd_jax.models import hf
 from camopd_jax.runtime.mesh import rows_of_process
@@ -43,16 +44,16 @@ def load_models(config: TrainConfig, mesh: Mesh) -> Models:
     Raises:
       UserError: for checkpoints that are not there or broken, and for tokenizers that differ.
     """
-    general = engine.find(config.general_model, "config.general_model")
-    specialised = engine.find(config.specialised_model, "config.specialised_model")
+    general = loading.find(config.general_model, "config.general_model")
+    specialised = loading.find(config.specialised_model, "config.specialised_model")
     warning = templates.check_same_tokenizer(specialised, general)
     context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    vocab = min(engine.model_config(folder, context).vocab_size for folder in (general, specialised))
+    vocab = min(loading.model_config(folder, context).vocab_size for folder in (general, specialised))
 
     def load(folder: Path, dtype: str) -> Loaded:
-        return engine.load(folder, mesh, config.compute, dtype=dtype, context=context, output_vocab_size=vocab)
+        return loading.load(folder, mesh, config.compute, dtype=dtype, context=context, output_vocab_size=vocab)
 
-    teacher = engine.teacher_dtype(config.compute)
+    teacher = loading.teacher_dtype(config.compute)
     return Models(load(general, teacher), load(specialised, teacher), load(specialised, config.compute.params), warning)
 
 
@@ -71,10 +72,10 @@ def make_branches(
 
     def branch(name: str, stream: str, number: int) -> Branch:
         rollout = dataclasses.replace(config.rollout, batch_size=rows[name])
-        tokenizers = models.student.tokenizer, teachers[name].tokenizer
+        tokenizers = Tokenizers(models.student.tokenizer, teachers[name].tokenizer)
         mine = rows_of_process(mesh, rows[name])
         prompts = PromptStream(
-            getattr(config, stream), rollout, *tokenizers, 2 * seed + number, mine, f"config.{stream}"
+            getattr(config, stream), rollout, tokenizers, 2 * seed + number, mine, f"config.{stream}"
         )
         return Branch(prompts, teachers[name].model, teachers[name].params)
 

@@ -5,7 +5,7 @@ import itertools
 from collections.abc import Callable, Sequence
 from functools import partial
 
-from camopd_jax.evals import scores
+from camopd_jax.evals.results import on_axis
 from camopd_jax.method.loop import BRANCHES
 from camopd_jax.reporting import plots, series, svg
 from camopd_jax.reporting.blocks import Figure, Legend, Section
@@ -47,7 +47,7 @@ def _columns_of_standings(cast: Cast) -> list[Column]:
             for row in series.standings(run)[-1:]:
                 for measure, axis in (("recovery", "general"), ("retention", "domain")):
                     shares = row.get(measure, {})
-                    asked = [b["name"] for b in scores.on_axis(run.config["evaluation"]["benchmarks"], axis)]
+                    asked = [b["name"] for b in on_axis(run.config["evaluation"]["benchmarks"], axis)]
                     order = [name for name in ("mean", *asked) if name in shares]
                     names |= dict.fromkeys((measure, name) for name in (order if len(order) > 2 else order[-1:]))
     return sorted(names, key=lambda column: list(MEASURES).index(column[0]))

@@ -5,8 +5,8 @@ from dataclasses import dataclass
 
 from camopd_jax.analysis import study
 from camopd_jax.config.methods import AGAINST
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result
+from camopd_jax.evals.comparison import comparison, kept_share, recovered_share
+from camopd_jax.evals.results import Result, on_axis, on_questions
 from camopd_jax.reporting.runs import Final, Group, final
 
 Column = tuple[str, str]  # "recovery" or "retention"; benchmark or "mean"
@@ -22,7 +22,7 @@ class Outcome:
     def shares(self, column: Column) -> dict[int, tuple[float, float]]:
         """By seed, a share and its standard error over questions."""
         measure, name = column
-        found = {seed: scores.comparison(*last.models)[measure].get(name) for seed, last in self.finals.items()}
+        found = {seed: comparison(*last.models)[measure].get(name) for seed, last in self.finals.items()}
         return {seed: (share[0], share[1]) for seed, share in found.items() if share is not None}
 
     @property
@@ -75,7 +75,7 @@ def columns(outcomes: Sequence[Outcome]) -> list[Column]:
     rows = {row["benchmark"]: row for of in outcomes for last in of.finals.values() for row in last.student}
     found = []
     for measure, axis in (("recovery", "general"), ("retention", "domain")):
-        names = [row["benchmark"] for row in scores.on_axis(list(rows.values()), axis)]
+        names = [row["benchmark"] for row in on_axis(list(rows.values()), axis)]
         found += [(measure, name) for name in (*names, *(["mean"] if len(names) > 1 else []))]
     return found
 
@@ -114,8 +114,8 @@ def difference(ours: Outcome, theirs: Outcome, column: Column) -> Interval | Non
 def _over_questions(ours: Final, theirs: Final, column: Column) -> Interval | None:
     """None where the two were asked different questions.
 
-    The difference of two shares is the share of one student whose scores are the difference: of what `report.recovery`
-    takes the specialised model from, and of what `report.retention` divides by it.
+    The difference of two shares is the share of one student whose scores are the difference: of what `recovered_share`
+    takes the specialised model from, and of what `kept_share` divides by it.
     """
     measure, name = column
     kept = [i for i, row in enumerate(ours.student) if name in ("mean", row["benchmark"])]
@@ -128,9 +128,9 @@ def _over_questions(ours: Final, theirs: Final, column: Column) -> Interval | No
     pairs = [pair for pair in pairs if pair[0]["axis"] == axis]
     if measure == "recovery":
         apart = [_summed(p, a, b) for p, (a, b) in zip(specialised, pairs, strict=True)]
-        share = scores.recovery(general, specialised, apart)
+        share = recovered_share(general, specialised, apart)
     else:
-        share = scores.retention(specialised, [_summed(None, a, b) for a, b in pairs])
+        share = kept_share(specialised, [_summed(None, a, b) for a, b in pairs])
     n = min((row["n"] for row, _ in pairs), default=0)
     return None if share is None or n < 2 else _interval(share.value, share.error, n, "questions")
 
@@ -139,7 +139,7 @@ def _summed(base: Result | None, plus: Result, minus: Result) -> Result:
     """A result whose questions score `base + plus - minus`."""
     before = base["scores"] if base else [0.0] * plus["n"]
     scores = [x + a - b for x, a, b in zip(before, plus["scores"], minus["scores"], strict=True)]
-    return scores.some(plus | {"scores": scores}, range(plus["n"]))
+    return on_questions(plus | {"scores": scores}, range(plus["n"]))
 
 
 def _interval(value: float, error: float, n: int, over: str) -> Interval:

@@ -7,8 +7,8 @@ from typing import Any
 from etils import epath
 
 from camopd_jax.analysis import study
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result, Standing
+from camopd_jax.evals.comparison import rank_of
+from camopd_jax.evals.results import Result, on_questions
 
 Row = dict[str, Any]
 TEACHERS = ("general", "specialised")
@@ -62,7 +62,7 @@ class Final:
 
     def without_tuning(self) -> "Final":
         """On the questions that did not choose a setting."""
-        kept = [[scores.some(row, [i for i in range(row["n"]) if not study.tuning(i)]) for row in rows]
+        kept = [[on_questions(row, [i for i in range(row["n"]) if not study.tuning(i)]) for row in rows]
                 for rows in self.models]  # fmt: skip
         return Final(self.step, *kept)
 
@@ -118,7 +118,7 @@ def final(run: Run) -> Final | None:
         return None
     step, of_student = next(((step, found) for step, found in reversed(asked) if step == _best(run)), asked[-1])
     student = [of_student[name] for name in names]
-    before = [[scores.some(of[row["benchmark"]], range(row["n"])) for row in student] for of in teachers]
+    before = [[on_questions(of[row["benchmark"]], range(row["n"])) for row in student] for of in teachers]
     return Final(step, *before, student)
 
 
@@ -139,7 +139,7 @@ def _best(run: Run) -> int | None:
     rows = standings(run)
     if not run.exported or not rows or run.config["checkpoints"]["export"] != "best":
         return None
-    return max(rows, key=lambda row: (Standing(row["keeps"], row["merit"]), row["step"]))["step"]
+    return max(rows, key=lambda row: (rank_of(row), row["step"]))["step"]
 
 
 def standings(run: Run) -> list[Row]:

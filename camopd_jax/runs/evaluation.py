@@ -11,13 +11,12 @@ from rich.console import Console
 
 from camopd_jax.runs import export
 from camopd_jax.evals import runner
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.runtime import cli
 from camopd_jax.config.schema import SftConfig, TrainConfig
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.errors import UserError
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result
+from camopd_jax.evals.results import Result
 from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.metrics import Display, MetricsWriter
 from camopd_jax.runtime.distributed import is_primary, broadcast
@@ -35,11 +34,11 @@ def evaluate(config: Config, checkpoints: list[str], workdir: str) -> dict[str, 
     check_rows(mesh, "config.evaluation.batch_size", settings.batch_size)
     runner.check(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    writer, display = MetricsWriter(folder, tensorboard=False), Display(0, 0)
+    evaluator = runner.Evaluator(settings, folder, MetricsWriter(folder, tensorboard=False), Display(0, 0))
     models: dict[str, list[Result]] = {}
     for name, source in ((s, s) for s in checkpoints) if checkpoints else own_models(config).items():
         found = load(config, source, mesh)
-        models[name] = runner.run_all(settings, found.loaded, folder, writer, display, name, key=found.key)
+        models[name] = evaluator.run(name, found.loaded, key=found.key)
     return known_baselines(folder, models) | models
 
 
@@ -67,10 +66,10 @@ def load(config: Config, source: str, mesh: Mesh) -> Checkpoint:
         loaded, provenance = export.restored(run, int(step[2]) if step else None)
         done = int(provenance["steps"])
         return Checkpoint(loaded, runner.run_key(provenance["config_fingerprint"], done), epath.Path(run), done)
-    folder: Path = engine.find(source, "--checkpoint")
-    dtype = engine.teacher_dtype(config.compute)
+    folder: Path = loading.find(source, "--checkpoint")
+    dtype = loading.teacher_dtype(config.compute)
     context = max((b.max_response_tokens for b in config.evaluation.benchmarks), default=0)
-    loaded = engine.load(folder, mesh, config.compute, dtype=dtype, context=context)
+    loaded = loading.load(folder, mesh, config.compute, dtype=dtype, context=context)
     return Checkpoint(loaded, runner.model_key(loaded), None, 0)
 
 

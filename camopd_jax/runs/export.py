@@ -11,13 +11,13 @@ from absl import flags
 from etils import epath
 
 from camopd_jax import __version__
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.runtime import cli
 from camopd_jax.runs.checkpoint import Checkpoints
 from camopd_jax.config.schema import SftConfig, TrainConfig
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.errors import UserError
-from camopd_jax.evals.runner import read_standings
+from camopd_jax.evals.runner import read_ranks
 from camopd_jax.models import hf
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.runtime.distributed import is_primary, barrier
@@ -99,7 +99,7 @@ def restored(workdir: str, step: int | None = None, best: bool = False) -> tuple
     """
     folder = epath.Path(workdir)
     config = from_json(folder / "config.json")
-    checkpoints = Checkpoints(workdir, config.checkpoints, read_standings(folder))
+    checkpoints = Checkpoints(workdir, config.checkpoints, read_ranks(folder))
     chosen = step if step is not None else checkpoints.best() if best else checkpoints.latest()
     if chosen is None or chosen not in checkpoints.steps():
         raise UserError(
@@ -111,8 +111,8 @@ def restored(workdir: str, step: int | None = None, best: bool = False) -> tuple
     base, field = (
         (config.model, "model") if isinstance(config, SftConfig) else (config.specialised_model, "specialised_model")
     )
-    loaded = engine.load(
-        engine.find(base, f"config.{field}"), mesh, config.compute, dtype=config.compute.params, context=1
+    loaded = loading.load(
+        loading.find(base, f"config.{field}"), mesh, config.compute, dtype=config.compute.params, context=1
     )
     state, _, provenance = checkpoints.restore(chosen, init_state(loaded.params, moments))
     return loaded.with_params(state.params), provenance | {"steps": str(chosen)}

@@ -6,11 +6,11 @@ from functools import partial
 import jax
 from absl import flags
 
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.runtime import cli
 from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.runs.run import Host
 from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.models import hf
@@ -31,8 +31,8 @@ def sft(config: SftConfig, workdir: str) -> None:
     check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)
 
     def begin() -> tuple[Loaded, SftStream]:
-        folder = engine.find(config.model, "config.model")
-        loaded = engine.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
+        folder = loading.find(config.model, "config.model")
+        loaded = loading.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
         return loaded, SftStream(config, loaded.tokenizer, rows_of_process(mesh, config.batch_size))
 
     student, stream = run_on_all(begin)

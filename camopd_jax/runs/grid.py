@@ -18,13 +18,13 @@ from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from camopd_jax.inference import engine
+from camopd_jax.runtime.start import start
 from camopd_jax.runtime import cli
 from camopd_jax.analysis import study
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.config.methods import AGAINST, CONTROLS, INTERPOLATION, QUICK
 from camopd_jax.errors import UserError
-from camopd_jax.evals.scores import Result
+from camopd_jax.evals.results import Result
 from camopd_jax.runs.evaluation import evaluate
 from camopd_jax.runs.interpolation import interpolate
 from camopd_jax.runtime.jsonl import read_rows, whole_file
@@ -217,7 +217,7 @@ def _begin(cores: multiprocessing.Queue) -> None:
     mine = cores.get()
     if mine is not None:
         os.sched_setaffinity(0, mine)  # before XLA counts its threads
-    engine.start()
+    start()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # every run compiles the same small programs
 
 

@@ -4,7 +4,7 @@ import jax
 from absl import flags
 from etils import epath
 
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.runtime import cli
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
@@ -22,7 +22,7 @@ def interpolate(config: TrainConfig, weight: float, out: str) -> None:
     """
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     general, specialised = (
-        engine.load(engine.find(name, f"config.{field}"), mesh, config.compute, dtype="float32", context=1)
+        loading.load(loading.find(name, f"config.{field}"), mesh, config.compute, dtype="float32", context=1)
         for field, name in (("general_model", config.general_model), ("specialised_model", config.specialised_model))
     )
     if general.model.config != specialised.model.config:

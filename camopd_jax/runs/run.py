@@ -13,10 +13,10 @@ from jax.experimental import multihost_utils
 from camopd_jax.evals import runner
 from camopd_jax.runs.checkpoint import Checkpoints, claim_workdir
 from camopd_jax.config.schema import Config
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.errors import UserError
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result, Standing
+from camopd_jax.evals.comparison import Rank, out_of_patience, rank_row
+from camopd_jax.evals.results import AXES, Result, axis_mean
 from camopd_jax.runs.export import write_folder
 from camopd_jax.runtime.jsonl import drop_rows_after
 from camopd_jax.runtime.metrics import Display, MetricsWriter
@@ -48,7 +48,7 @@ class Host:
         self.terminated = False
         run_on_all(lambda: runner.check(config.evaluation))
         claim_workdir(self.workdir, config)
-        self.standings = runner.shared_standings(self.workdir)
+        self.standings = runner.broadcast_ranks(self.workdir)
         self.checkpoints = Checkpoints(workdir, config.checkpoints, self.standings)
 
     def restore(self, state: TrainState) -> TrainState:
@@ -136,18 +136,18 @@ class Host:
                 return False
             self.standings[steps_done] = standing
             self.writer.evaluation(
-                runner.standing_row(steps_done, standing, self.comparison(results)), "merit", standing.merit
+                rank_row(steps_done, standing, self.comparison(results)), "merit", standing.value
             )
         in_order = [self.standings[step] for step in sorted(self.standings) if step <= steps_done]
-        if ended := scores.out_of_patience(in_order, self.config.evaluation.patience):
+        if ended := out_of_patience(in_order, self.config.evaluation.patience):
             best = max(sorted(self.standings, reverse=True), key=self.standings.__getitem__)
             self.display.say(f"no better than step {best} for {self.config.evaluation.patience} evaluations: ends here")
         return ended
 
-    def standing(self, results: Sequence[Result]) -> Standing | None:
+    def standing(self, results: Sequence[Result]) -> Rank | None:
         """What a checkpoint's scores are worth: here, their mean."""
-        means = [mean for axis in scores.AXES if (mean := scores.axis_mean(results, axis))]
-        return Standing(True, sum(mean for mean, _ in means) / len(means)) if means else None
+        means = [mean for axis in AXES if (mean := axis_mean(results, axis))]
+        return Rank(True, sum(mean for mean, _ in means) / len(means)) if means else None
 
     def comparison(self, results: Sequence[Result]) -> dict[str, Any]:
         """Further facts on a checkpoint's scores."""
@@ -159,10 +159,9 @@ class Host:
     def evaluate(
         self, name: str, step: int, loaded: Loaded, key: str | None = None, questions: int | None = None
     ) -> list[Result]:
-        """`evaluation.run_all` with this run's benchmarks, in its work directory."""
-        return runner.run_all(
-            self.config.evaluation, loaded, self.workdir, self.writer, self.display, name, step, key, questions
-        )
+        """The results of a model on this run's benchmarks."""
+        evaluator = runner.Evaluator(self.config.evaluation, self.workdir, self.writer, self.display)
+        return evaluator.run(name, loaded, step, key, questions)
 
     def chosen(self, state: TrainState) -> TrainState:
         """The state to export: the last, or the best checkpoint's where the config asks for it."""

@@ -7,14 +7,15 @@ import jax
 import numpy as np
 from absl import flags
 
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.method import loop
 from camopd_jax.runtime import cli
 from camopd_jax.method.branches import STREAMS, load_models, make_branches
 from camopd_jax.config.schema import Method, TrainConfig
 from camopd_jax.analysis.diagnosis import Diagnosis
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result, Standing
+from camopd_jax.evals import tables
+from camopd_jax.evals.comparison import Rank, comparison, rank_student
+from camopd_jax.evals.results import Result, on_questions
 from camopd_jax.runs.run import Host
 from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.metrics import memory_gib
@@ -30,7 +31,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     """Runs the whole job: load, measure, alternate recovery and review, measure again, export."""
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
     loop.check_batches(config, mesh)
-    loop.check_remat(config, engine.matmul_dtype(config.compute))
+    loop.check_remat(config, loading.matmul_dtype(config.compute))
     rows = loop.batch_rows(config)
 
     models = run_on_all(lambda: load_models(config, mesh))
@@ -62,7 +63,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     host.finish(state)
     host.display.say(clip_rates(read_rows(host.workdir / "metrics.jsonl")))
     if scores:
-        host.display.say(scores.table(host.baselines | {"student": scores}))
+        host.display.say(tables.accuracies(host.baselines | {"student": scores}))
 
 
 class TrainHost(Host):
@@ -84,17 +85,17 @@ class TrainHost(Host):
         every = self.config.diagnostics.every
         return every > 0 and (steps_done % every == 0 or steps_done == self.config.steps)
 
-    def standing(self, results: Sequence[Result]) -> Standing | None:
-        return scores.standing(*self._baselines(results), results)
+    def standing(self, results: Sequence[Result]) -> Rank | None:
+        return rank_student(*self._baselines(results), results)
 
     def comparison(self, results: Sequence[Result]) -> dict[str, Any]:
         """Recovery or retention of every benchmark and of the axis means, each with its standard error."""
-        return scores.comparison(*self._baselines(results), results)
+        return comparison(*self._baselines(results), results)
 
     def _baselines(self, results: Sequence[Result]) -> list[list[Result]]:
         """The teachers' scores on the questions that the student was asked."""
         return [
-            [scores.some(row, range(asked["n"])) for row, asked in zip(self.baselines[name], results, strict=True)]
+            [on_questions(row, range(asked["n"])) for row, asked in zip(self.baselines[name], results, strict=True)]
             for name in ("general", "specialised")
         ]
 

@@ -19,7 +19,7 @@ LOWER = ("change_case:english_lowercase", {})
 def figures(answer, *instructions):
     grade = ifeval.grade(answer, row(*instructions))
     parts = grade.parts
-    return grade.score, parts["prompt_loose"][0], parts["instruction_strict"], parts["instruction_loose"]
+    return grade.value, parts["prompt_loose"][0], parts["instruction_strict"], parts["instruction_loose"]
 
 
 def test_strict_and_loose_by_prompt_and_by_instruction():

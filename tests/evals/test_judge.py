@@ -47,13 +47,13 @@ def endpoint():
 @pytest.fixture
 def task(endpoint, monkeypatch):
     monkeypatch.setenv(judge.KEY, KEY)
-    return judge.task("roleplay", Judge(f"http://127.0.0.1:{endpoint.server_port}/v1", "marker"))
+    return judge.roleplay(Judge(f"http://127.0.0.1:{endpoint.server_port}/v1", "marker"))
 
 
 def test_a_mark_from_one_to_ten(task, endpoint):
     task.check()
     endpoint.replies = [(200, "Vivid.\nScore: 10"), (200, "Flat. **Score:** 1"), (200, "Score: 3? No.\nScore: 4")]
-    assert [task.grade("Thar she blows", ROW).score for _ in range(3)] == [1.0, 0.0, pytest.approx(1 / 3)]
+    assert [task.grade("Thar she blows", ROW).value for _ in range(3)] == [1.0, 0.0, pytest.approx(1 / 3)]
     path, key, body = endpoint.asked[0]
     assert path == "/v1/chat/completions" and key == f"Bearer {KEY}" and body["model"] == "marker"
     case = body["messages"][0]["content"]
@@ -63,10 +63,10 @@ def test_a_mark_from_one_to_ten(task, endpoint):
 
 def test_a_mark_that_cannot_be_read_is_asked_for_again(task, endpoint):
     endpoint.replies = [(200, "Lovely."), (200, "Score: 11"), (200, "Score: 7")]
-    assert task.grade("x", ROW).score == pytest.approx(6 / 9)
+    assert task.grade("x", ROW).value == pytest.approx(6 / 9)
     endpoint.replies = [(200, "Score: 7.5")] * 3
     grade = task.grade("x", ROW)
-    assert (grade.score, grade.marked) == (0, False) and len(endpoint.asked) == 6
+    assert (grade.value, grade.marked) == (0, False) and len(endpoint.asked) == 6
 
 
 def test_the_key_is_in_no_error_and_no_output(task, endpoint, capfd, caplog):
