@@ -206,9 +206,9 @@ class _Job:
         grades = self._grade(answers, rows)
         by_question = [grades[i :: len(rows)] for i in range(len(rows))]
         lengths, stopped = ([row[name] for row in answers] for name in ("length", "stopped"))
-        # "asked" identifies the questions and the way they were sampled: equal results are of the same questions.
-        asked = hashlib.sha256("".join(row["key"] for row in answers).encode()).hexdigest()[:16]
-        return {"asked": asked} | summarise(self.benchmark, by_question, lengths, stopped)
+        # Identifies the questions and the way they were sampled: only results with the same "asked" are compared.
+        identity = hashlib.sha256("".join(row["key"] for row in answers).encode()).hexdigest()[:16]
+        return {"asked": identity} | summarise(self.benchmark, by_question, lengths, stopped)
 
     def _grade(self, answers: Sequence[AnswerRow], rows: Sequence[Row]) -> list[Grade]:
         """The grade of each answer, which its file keeps. A grade that cost is not computed again."""

@@ -36,8 +36,12 @@ def conversations(lengths):
 @pytest.fixture
 def medical(tmp_path):
     """--source flags of small copies of the four medical datasets; one of them parquet."""
-    files = {"medmcqa": many(MEDMCQA, "question", 12), "medreason": many(MEDREASON, "question", 9, 100),
-             "r1_distill": many(DISTILL, "question", 8), "m23k": many(M23K, "prompt", 5)}  # fmt: skip
+    files = {
+        "medmcqa": many(MEDMCQA, "question", 12),
+        "medreason": many(MEDREASON, "question", 9, 100),
+        "r1_distill": many(DISTILL, "question", 8),
+        "m23k": many(M23K, "prompt", 5),
+    }
     flags = []
     for name, rows in files.items():
         path = tmp_path / f"{name}.jsonl"
@@ -133,8 +137,13 @@ def test_general_prompts_end_on_a_request_and_carry_their_licence(command, tmp_p
         ]
 
     tool = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None}]
-    files = {"chat": nemotron(4), "code": nemotron(4), "math": nemotron(9, license="MIT"), "stem": nemotron(500),
-             "tool_calling": [*nemotron(2), NEMOTRON | {"messages": tool}]}  # fmt: skip
+    files = {
+        "chat": nemotron(4),
+        "code": nemotron(4),
+        "math": nemotron(9, license="MIT"),
+        "stem": nemotron(500),
+        "tool_calling": [*nemotron(2), NEMOTRON | {"messages": tool}],
+    }
     flags = [f"--source={name}={write_lines(tmp_path / f'{name}.jsonl', rows)}" for name, rows in files.items()]
     manifest, _ = build(command, "general", tmp_path / "out", "--rows=40", *flags)
     parts = {part["part"]: part for part in manifest["parts"]}

@@ -59,9 +59,11 @@ def test_the_error_of_a_recovery_is_its_spread_over_draws_of_questions():
 
 
 def test_a_comparison_names_every_benchmark_and_the_mean():
-    models = [[scored([1, 1], "a"), scored([1, 0], "b"), scored([0, 0], "d", "domain")],
-              [scored([0, 0], "a"), scored([1, 0], "b"), scored([1, 1], "d", "domain")],
-              [scored([1, 0], "a"), scored([1, 1], "b"), scored([1, 0], "d", "domain")]]  # fmt: skip
+    models = [
+        [scored([1, 1], "a"), scored([1, 0], "b"), scored([0, 0], "d", "domain")],
+        [scored([0, 0], "a"), scored([1, 0], "b"), scored([1, 1], "d", "domain")],
+        [scored([1, 0], "a"), scored([1, 1], "b"), scored([1, 0], "d", "domain")],
+    ]
     compared = comparison(*models)
     assert set(compared["recovery"]) == {"a", "mean"}, "b was not lost"
     assert compared["recovery"]["a"][0] == 0.5 and compared["recovery"]["mean"][0] == 1.0
@@ -106,8 +108,16 @@ def test_with_one_axis_alone_that_axis_decides():
 
 @pytest.mark.parametrize(
     "merits, patience, ends",
-    [([1, 2, 3], 1, False), ([1, 3, 2], 1, True), ([3, 3], 1, True), ([3, 1, 2], 2, True), ([3, 1, 4], 2, False),
-     ([3, 1], 2, False), ([3, 2, 1], 0, False), ([3], 1, False)],
-)  # fmt: skip
+    [
+        ([1, 2, 3], 1, False),
+        ([1, 3, 2], 1, True),
+        ([3, 3], 1, True),
+        ([3, 1, 2], 2, True),
+        ([3, 1, 4], 2, False),
+        ([3, 1], 2, False),
+        ([3, 2, 1], 0, False),
+        ([3], 1, False),
+    ],
+)
 def test_patience(merits, patience, ends):
     assert out_of_patience([Rank(True, m) for m in merits], patience) == ends

@@ -100,9 +100,15 @@ def test_the_number_of_gsm8k(answer, right):
 
 @pytest.mark.parametrize(
     "answer, gold",
-    [("Final answer: 1,234,567", "1234567"), (r"#### 1{,}200", "1,200"), ("#### \u22123", "-3"),
-     ("Final answer: 3/4", "0.75"), ("Final answer: 2.50 euros", "2.5"), ("Final answer: 18.", "18")],
-)  # fmt: skip
+    [
+        ("Final answer: 1,234,567", "1234567"),
+        (r"#### 1{,}200", "1,200"),
+        ("#### \u22123", "-3"),
+        ("Final answer: 3/4", "0.75"),
+        ("Final answer: 2.50 euros", "2.5"),
+        ("Final answer: 18.", "18"),
+    ],
+)
 def test_numbers_are_compared_as_values(answer, gold):
     assert gsm8k.grade(answer, {"answer": gold}).value == 1
 
@@ -113,14 +119,22 @@ GRID = {"House 1": {"Name": "Arnold", "Music": "pop"}, "House 2": {"Name": "Eric
 @pytest.mark.parametrize(
     "answer, score, cells",
     [
-        ('So {"solution": {"House 1": {"Name": "Arnold", "Music": "pop"}, '
-         '"House 2": {"Name": "eric ", "Music": "rock"}}} is it.', 1, 4),
-        ('```json\n{"solution": {"House 1": {"Name": "Arnold", "Music": "rock"}, '
-         '"House 2": {"Name": "Eric", "Music": "pop"}}}\n```', 0, 2),
+        (
+            'So {"solution": {"House 1": {"Name": "Arnold", "Music": "pop"}, '
+            '"House 2": {"Name": "eric ", "Music": "rock"}}} is it.',
+            1,
+            4,
+        ),
+        (
+            '```json\n{"solution": {"House 1": {"Name": "Arnold", "Music": "rock"}, '
+            '"House 2": {"Name": "Eric", "Music": "pop"}}}\n```',
+            0,
+            2,
+        ),
         ('{"solution": {"House 1": {"Name": "x"}}} no: {"solution": {"House 1": {"Name": "Arnold"}}}', 0, 1),
         ('{"solution": {"House 1": "Arnold", "House 2": null}}', 0, 0),
     ],
-)  # fmt: skip
+)
 def test_a_zebra_grid_by_puzzle_and_by_cell(answer, score, cells):
     grade = zebra.grade(answer, {"answer": GRID})
     assert (grade.value, grade.marked, grade.parts["cells"]) == (score, True, (cells, 4))

@@ -41,12 +41,20 @@ def test_a_verdict_is_the_same_every_time():
 @pytest.mark.parametrize(
     "name, kwargs, good, bad",
     [
-        ("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 3}, "One. Two.",
-         "One went. Two came. Three saw."),
-        ("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 2},
-         "THIS is LOUD", "this is quiet"),
+        (
+            "length_constraints:number_sentences",
+            {"relation": "less than", "num_sentences": 3},
+            "One. Two.",
+            "One went. Two came. Three saw.",
+        ),
+        (
+            "change_case:capital_word_frequency",
+            {"capital_relation": "at least", "capital_frequency": 2},
+            "THIS is LOUD",
+            "this is quiet",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_checkers_that_split_sentences_work_without_a_download(name, kwargs, good, bad):
     assert figures(good, (name, kwargs))[0] == 1 and figures(bad, (name, kwargs))[0] == 0
 

@@ -24,8 +24,13 @@ def endpoint():
             server.asked.append((self.path, self.headers["Authorization"], body))
             status, text = server.replies.pop(0)
             message = {"role": "assistant", "content": text}
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
-                     "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
+            reply = {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": body["model"],
+                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+            }
             data = json.dumps(reply if status == 200 else {"error": {"message": "denied"}}).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")

@@ -40,7 +40,9 @@ def test_some_of_the_questions_alone():
 
 
 def test_axis_mean_and_its_error():
-    rows = [{"axis": axis, "accuracy": a, "standard_error": e}
-            for axis, a, e in (("general", 0.5, 0.03), ("general", 0.7, 0.04), ("domain", 0.1, 0.01))]  # fmt: skip
+    rows = [
+        {"axis": axis, "accuracy": a, "standard_error": e}
+        for axis, a, e in (("general", 0.5, 0.03), ("general", 0.7, 0.04), ("domain", 0.1, 0.01))
+    ]
     assert axis_mean(rows, "general") == (pytest.approx(0.6), pytest.approx(0.025))
     assert axis_mean(rows[:2], "domain") is None

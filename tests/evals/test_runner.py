@@ -191,10 +191,15 @@ def few(tmp_path_factory):
     """Flags for the quickstart's config with 24 questions of two benchmarks."""
     folder = tmp_path_factory.mktemp("few")
     benchmarks = [
-        dict(name=name, task=task, axis=axis, max_response_tokens=32,
-             source=str(write_lines(folder / f"{name}.jsonl", read_lines(QUICKSTART / f"eval_{name}.jsonl")[:24])))
+        dict(
+            name=name,
+            task=task,
+            axis=axis,
+            max_response_tokens=32,
+            source=str(write_lines(folder / f"{name}.jsonl", read_lines(QUICKSTART / f"eval_{name}.jsonl")[:24])),
+        )
         for name, task, axis in (("covered", "exact", "general"), ("domain", "choice", "domain"))
-    ]  # fmt: skip
+    ]
     text = CONFIG.read_text().replace("Path(__file__)", f"Path({str(CONFIG)!r})")
     config = folder / "config.py"
     config.write_text(
@@ -292,10 +297,17 @@ def measured(few, command, tmp_path_factory):
     """A run that evaluates every second step, on 16 questions, and keeps and exports the best."""
     workdir = tmp_path_factory.mktemp("measured") / "run"
     flags = [
-        f"--workdir={workdir}", *few, "--config.steps=6", "--config.rollout.batch_size=16",
-        "--config.optimizer.micro_batch=8", "--config.checkpoints.every=6", "--config.checkpoints.keep_last=1",
-        "--config.checkpoints.export=best", "--config.evaluation.every=2", "--config.evaluation.questions=16",
-    ]  # fmt: skip
+        f"--workdir={workdir}",
+        *few,
+        "--config.steps=6",
+        "--config.rollout.batch_size=16",
+        "--config.optimizer.micro_batch=8",
+        "--config.checkpoints.every=6",
+        "--config.checkpoints.keep_last=1",
+        "--config.checkpoints.export=best",
+        "--config.evaluation.every=2",
+        "--config.evaluation.questions=16",
+    ]
     ended = command("train", *flags)
     assert ended.code == 0, ended.err
     return workdir, flags, ended

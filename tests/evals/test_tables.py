@@ -21,11 +21,14 @@ def text(table, width=80):
 def models(*names):
     shares = itertools.cycle([(100, 100, 0), (20, 40, 100), (80, 70, 95)])
     return {
-        name: [scored([1] * n + [0] * (100 - n), bench, axis)
-               for n, (bench, axis) in zip(of, (("covered", "general"), ("uncovered", "general"), ("medqa", "domain")),
-                                           strict=True)]
+        name: [
+            scored([1] * n + [0] * (100 - n), bench, axis)
+            for n, (bench, axis) in zip(
+                of, (("covered", "general"), ("uncovered", "general"), ("medqa", "domain")), strict=True
+            )
+        ]
         for name, of in zip(names, shares, strict=False)
-    }  # fmt: skip
+    }
 
 
 def test_the_table_fits_eighty_columns():
