@@ -57,7 +57,7 @@ def check(config: Judge) -> None:
     if importlib.util.find_spec("openai") is None:
         raise UserError("config.evaluation.judge: needs the package openai; pip install 'camopd_jax[eval]'")
     if not os.environ.get(KEY):
-        raise UserError(f"config.evaluation.judge: set {KEY} in the environment (any text if the endpoint needs no key)")
+        raise UserError(f"config.evaluation.judge: set {KEY} in the environment (any text if no key is needed)")
 
 
 def grade(answer: str, row: Row, *, kind: str, config: Judge) -> Grade:
