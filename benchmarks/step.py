@@ -45,11 +45,11 @@ from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.planning.costs import decode_bytes, forward_flops
-from camopd_jax.rollout.buckets import bucket
+from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import global_rows, make_mesh
 from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.runtime.start import start
-from camopd_jax.types import PromptBatch, Prompts, Scored, Scores
+from camopd_jax.types import Batch, LogProbs, PromptBatch, Prompts
 
 HISTORY = Path(__file__).parent / "history.jsonl"
 
@@ -150,9 +150,9 @@ def one_step(config, programs, model, state, phase, branch):
     ours = answers.log_probs
     if not programs.trusts_sampler:
         ours = timed("score_student", lambda: loop.score(config, model, params, prompts.student, answers))
-    scores = Scores(ours, theirs)
+    scores = LogProbs(ours, theirs)
     selection = timed("select", lambda: programs.select[phase](scores, answers.lengths, draw))
-    part = Scored(prompts.student, prompts.index, answers, scores, selection)
+    part = Batch(prompts.student, prompts.index, answers, scores, selection)
     gradient = timed("gradient", lambda: loop.gradient(config, programs, phase, params, part))
     part = loop.without_residuals(part)
     answers = part.rollout

@@ -17,15 +17,15 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from camopd_jax.config.schema import Compute
+from camopd_jax.config.schema import Compute, Sampling
 from camopd_jax.inference import loading
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.rollout import generate, scoring
-from camopd_jax.rollout.buckets import MicroBatch, split_by_length
 from camopd_jax.rollout.generate import Decode
-from camopd_jax.rollout.sampling import Sampling, row_keys
+from camopd_jax.rollout.sampling import row_keys
+from camopd_jax.runtime.buckets import MicroBatch, split_by_length
 from camopd_jax.runtime.start import start
 from camopd_jax.types import Prompts
 

@@ -15,8 +15,8 @@ A row's answer depends on the seed, its line and its text, not on the batch.
 
 from absl import flags
 
+from camopd_jax.config.schema import Sampling
 from camopd_jax.inference.files import FileJob, answer_file
-from camopd_jax.rollout.sampling import Sampling
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.start import start
 

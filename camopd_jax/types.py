@@ -23,6 +23,7 @@ from jax.sharding import Mesh
 Params = Any  # a nested dict of arrays, see models/weights.py
 # The residual stream: what enters each layer, and what leaves the last; L + 1 arrays [B, S, D]. (): not kept
 Residuals = tuple[jax.Array, ...]
+Record = dict[str, jax.Array]  # of a teacher, what an objective keeps of it at each token: arrays [B, T, ...] by name
 
 
 @struct.dataclass
@@ -43,8 +44,8 @@ class PromptBatch:
 
 
 @struct.dataclass
-class SftBatch:
-    """Prompts with the answers to learn."""
+class Sequences:
+    """Prompts with given answers: what a model scores, and learns from."""
 
     prompts: Prompts
     tokens: jax.Array  # int32[B, T], right-padded; the closing tokens of a turn are part of the answer
@@ -62,43 +63,65 @@ class Rollout:
     stopped: jax.Array  # bool[B], True: ended by EOS; False: cut at the cap
     residuals: Residuals = ()  # of the tokens but the last, in the slots of the cache that they were made with
 
+    def after(self, prompts: Prompts) -> Sequences:
+        """The answers behind their prompts."""
+        return Sequences(prompts, self.tokens, self.lengths)
+
 
 @struct.dataclass
-class Scores:
+class LogProbs:
     """Log-probabilities of the sampled tokens under both models; 0 in padding."""
 
     student: jax.Array  # float32[B, T]
     teacher: jax.Array  # float32[B, T]
+
+    @property
+    def gap(self) -> jax.Array:
+        """float32[B, T], `log teacher - log student` in nats (Eq 1)."""
+        return self.teacher - self.student
 
 
 @struct.dataclass
 class Selection:
     """Which answers are trained on (methods Eq 6-8)."""
 
-    score: jax.Array  # float32[B], the gap mass of each answer, >= 0
-    order: jax.Array  # int32[B], rows by falling score, ties by row
+    mass: jax.Array  # float32[B], the gap mass of each answer, >= 0
+    order: jax.Array  # int32[B], rows by falling gap mass, ties by row
     count: jax.Array  # int32[], the first `count` rows of `order` are trained on
     weights: jax.Array  # float32[B], 1 for a selected row, else 0
 
 
 @struct.dataclass
-class Scored:
-    """A branch's answers in one step, ranked: what an update takes."""
+class TeacherRecord:
+    """What an objective keeps of the teacher until the gradient."""
+
+    tokens: Record = struct.field(default_factory=dict)  # at each token, beside the token's log-probability
+    head: Params = struct.field(default_factory=dict)  # its output head, where "hidden" states are among them
+
+
+@struct.dataclass
+class Batch:
+    """A branch's answers in one step, scored and ranked."""
 
     prompts: Prompts  # as the student read them
     index: jax.Array  # int32[B], the prompts' rows in their source
     rollout: Rollout
-    scores: Scores
+    log_probs: LogProbs
     selection: Selection
+    teacher: TeacherRecord = TeacherRecord()
+
+    def after_gradient(self) -> "Batch":
+        """What is still needed once the gradient is there."""
+        return self.replace(rollout=self.rollout.replace(residuals=()), teacher=TeacherRecord())
 
 
 @struct.dataclass
 class TrainState:
-    """All that an update changes."""
+    """All that an update changes: what is trained, and what the optimizer remembers of it."""
 
     step: jax.Array  # int32[], updates done or skipped
-    params: Params
-    moments: dict[str, Any]  # Adam state: {"shared": ...} or {"recovery": ..., "review": ...}
+    params: Params  # those that are trained; frozen ones are no part of it
+    moments: dict[str, Any]  # Adam state: {"shared": ...}, or one for each branch by its name
     skipped: jax.Array  # int32[], non-finite updates skipped in a row
 
 

@@ -26,8 +26,8 @@ def get_config():
     config = default(TrainConfig)
     config.general_model = "Qwen/Qwen3-8B"
     config.specialised_model = "Intelligent-Internet/II-Medical-8B"
-    config.general.source = "data/general/general.jsonl"
-    config.domain.source = "data/medical/medical.jsonl"
+    config.branches.recovery.prompts.source = "data/general/general.jsonl"
+    config.branches.review.prompts.source = "data/medical/medical.jsonl"
     config.steps = 120
     config.rollout.batch_size = 512
     config.rollout.max_prompt_tokens = 4096
@@ -39,7 +39,7 @@ def get_config():
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = 8
-    config.rollout.places = 256
+    config.rollout.concurrency = 256
     config.optimizer.micro_batch = 32
     config.checkpoints.every = 10
     config.evaluation.every = 40

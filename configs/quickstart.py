@@ -19,8 +19,8 @@ def get_config():
     config = default(TrainConfig)
     config.general_model = str(FILES / "generalist")
     config.specialised_model = str(FILES / "specialist")
-    config.general.source = str(FILES / "general_prompts.jsonl")
-    config.domain.source = str(FILES / "domain_prompts.jsonl")
+    config.branches.recovery.prompts.source = str(FILES / "general_prompts.jsonl")
+    config.branches.review.prompts.source = str(FILES / "domain_prompts.jsonl")
     config.steps = 240
     config.rollout.batch_size = 64
     config.rollout.max_prompt_tokens = 64

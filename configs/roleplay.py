@@ -27,8 +27,8 @@ def get_config():
     config = default(TrainConfig)
     config.general_model = "Qwen/Qwen3-4B-Instruct-2507"
     config.specialised_model = "runs/coser_sft/export"
-    config.general.source = "data/general/general.jsonl"
-    config.domain.source = "data/roleplay/roleplay.jsonl"
+    config.branches.recovery.prompts.source = "data/general/general.jsonl"
+    config.branches.review.prompts.source = "data/roleplay/roleplay.jsonl"
     config.steps = 120
     config.rollout.batch_size = 512
     config.rollout.max_prompt_tokens = 4096
@@ -40,7 +40,7 @@ def get_config():
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = 8
-    config.rollout.places = 256
+    config.rollout.concurrency = 256
     config.optimizer.micro_batch = 32
     config.checkpoints.every = 10
     config.evaluation.benchmarks = (

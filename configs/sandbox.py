@@ -20,8 +20,8 @@ def get_config():
     config = default(TrainConfig)
     config.general_model = str(MODELS / "generalist")
     config.specialised_model = str(MODELS / "specialist")
-    config.general.source = str(MODELS / "general_prompts.jsonl")
-    config.domain.source = str(MODELS / "domain_prompts.jsonl")
+    config.branches.recovery.prompts.source = str(MODELS / "general_prompts.jsonl")
+    config.branches.review.prompts.source = str(MODELS / "domain_prompts.jsonl")
     config.steps = 120
     config.rollout.batch_size = 64
     config.rollout.max_prompt_tokens = 64

@@ -2,8 +2,8 @@
 
 First        python -m camopd_jax.sft --config=configs/smollm2_sft.py --workdir=runs/smollm2_medical
 Command      python -m camopd_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
-Control      the same with --config.method.schedule=mixed --config.method.recovery_steps=1
-             --config.method.recovery.mass=1 --config.method.review.mass=1 --config.method.recovery.scale=1:
+Control      the same with --config.method.schedule=mixed --config.branches.recovery.steps=1
+             --config.branches.recovery.selection.mass=1 --config.branches.review.selection.mass=1 --config.branches.recovery.scale=1:
              vanilla multi-teacher distillation, both streams 1:1 in each step, as many tokens sampled
 Without hub  --config.general_model=DIR takes a local Hugging Face folder.
 Data         JSONL at the paths below, rows with {"messages": [...]}. Any general and medical prompts do; those of
@@ -22,8 +22,8 @@ def get_config():
     config = default(TrainConfig)
     config.general_model = "HuggingFaceTB/SmolLM2-135M-Instruct"
     config.specialised_model = "runs/smollm2_medical/export"
-    config.general.source = "data/general_open.jsonl"
-    config.domain.source = "data/medqa_dev.jsonl,data/medmcqa.jsonl"
+    config.branches.recovery.prompts.source = "data/general_open.jsonl"
+    config.branches.review.prompts.source = "data/medqa_dev.jsonl,data/medmcqa.jsonl"
     config.steps = 12
     config.rollout.batch_size = 8
     config.rollout.max_prompt_tokens = 128

@@ -18,7 +18,7 @@ import pytest
 
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
-from camopd_jax.types import Prompts, Rollout, Scores
+from camopd_jax.types import Prompts, Rollout, LogProbs
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
@@ -82,4 +82,4 @@ def batch():
         entropy=jnp.ones(ROWS, jnp.float32),
         stopped=jnp.asarray(lengths < ANSWER),
     )
-    return prompts, rollout, Scores(jnp.asarray(student), jnp.asarray(teacher))
+    return prompts, rollout, LogProbs(jnp.asarray(student), jnp.asarray(teacher))

@@ -4,21 +4,20 @@ A diagnosis asks prompts of its own, with random keys of its own: the run is the
 are comparable over steps. `analysis.gradients` has the equations.
 """
 
-import dataclasses
 from functools import partial
 from typing import Any
 
 import jax
 import numpy as np
-from jax.sharding import Mesh
 
 from camopd_jax.analysis import gradients, selection
-from camopd_jax.config.schema import TrainConfig
-from camopd_jax.method.branches import Models, make_branches
-from camopd_jax.method.loop import BRANCHES, Programs, ask, cut_to_bucket, score_both, without_residuals
+from camopd_jax.method.branches import Models, Teacher, make_branches
+from camopd_jax.method.gradient import Loss
+from camopd_jax.method.programs import Programs
+from camopd_jax.method.setup import Setup
 from camopd_jax.method.statistics import answer_table
 from camopd_jax.runtime.mesh import global_rows, sharding
-from camopd_jax.types import Params, Scored
+from camopd_jax.types import Batch, TrainState
 
 PROMPT_SEED = 2**20  # of the order in which a diagnosis's prompts are drawn
 FIRST_DRAW = 2**30  # random keys from here on are no step's of a run
@@ -27,46 +26,61 @@ Row = dict[str, Any]
 
 
 class Diagnosis:
-    """Compiled once; called with a step's parameters."""
+    """Compiled once; called with a step's state."""
 
-    def __init__(self, config: TrainConfig, models: Models, mesh: Mesh, programs: Programs):
-        self._config, self._programs = config, programs
-        rows = dict.fromkeys(BRANCHES, config.diagnostics.rows)
-        self._branches = make_branches(config, models, mesh, rows, PROMPT_SEED)
+    def __init__(self, setup: Setup, models: Models, teachers: dict[str, Teacher], programs: Programs):
+        """
+        Args:
+          teachers: of each branch, those of the run.
+        """
+        self._setup, self._programs = setup, programs
+        config, mesh = setup.config, setup.mesh
+        rows = dict.fromkeys(config.branches, config.diagnostics.rows)
+        self._branches = make_branches(setup, models, teachers, rows, PROMPT_SEED)
         self._prompts = {
             name: global_rows(mesh, next(branch.prompts), rows[name]) for name, branch in self._branches.items()
         }
-        alone = dataclasses.replace(models.student.model, mesh=None)
-        everywhere = sharding(mesh)
-        self._measure = jax.jit(partial(gradients.measure, model=alone, config=config), out_shardings=everywhere)
-        self._tables = jax.jit(partial(jax.tree.map, answer_table, is_leaf=_is_scored), out_shardings=everywhere)
+        student, replicated = models.student.model.on(None), sharding(mesh)
+        losses = {
+            name: Loss(
+                student, branch.objective, branch.teacher.model.on(None) if branch.objective.teacher_logits else None
+            )
+            for name, branch in self._branches.items()
+        }
+        measure = partial(gradients.measure, losses=losses, config=config)
+        self._measure = jax.jit(measure, out_shardings=replicated)
+        self._tables = jax.jit(
+            lambda batches: {name: answer_table(batch) for name, batch in batches.items()}, out_shardings=replicated
+        )
 
-    def __call__(self, step: int, params: Params) -> tuple[Row, dict[str, selection.Table]]:
+    def __call__(self, step: int, state: TrainState) -> tuple[Row, dict[str, selection.Table]]:
         """The row of diagnostics.jsonl for a model after `step` steps, and the tables of the answers it rests on."""
-        parts = {name: self._answers(i, name, step, params) for i, name in enumerate(self._branches)}
-        key = jax.random.fold_in(jax.random.key(self._config.seed), FIRST_DRAW)
-        found = jax.tree.map(np.asarray, self._measure(params, parts, key))
-        tables = jax.tree.map(lambda column: np.asarray(column).tolist(), self._tables(parts))
-        settings = self._config.diagnostics
+        batches = {name: self._answers(i, name, step, state) for i, name in enumerate(self._branches)}
+        config = self._setup.config
+        key = jax.random.fold_in(jax.random.key(config.seed), FIRST_DRAW)
+        measured = jax.tree.map(np.asarray, self._measure(self._programs.params(state), batches, key))
+        tables = self._tables({name: batch.after_gradient() for name, batch in batches.items()})
+        tables = jax.tree.map(lambda column: np.asarray(column).tolist(), tables)
+        settings = config.diagnostics
         row = {"step": step, "rows": settings.rows, "parameters": settings.parameters, "sketch": settings.sketch}
         correlations = {name: selection.correlations(table) for name, table in tables.items()}
-        return row | figures(found) | {"correlations": correlations}, tables
+        return row | figures(measured) | {"correlations": correlations}, tables
 
-    def _answers(self, number: int, name: str, step: int, params: Params) -> Scored:
+    def _answers(self, number: int, name: str, step: int, state: TrainState) -> Batch:
         branch, programs, prompts = self._branches[name], self._programs, self._prompts[name]
         draw = np.int32(FIRST_DRAW + len(self._branches) * step + number)
-        answers = ask(self._config, programs, branch, params, prompts, draw)
-        answers = cut_to_bucket(answers, self._config.rollout.smallest_bucket)
-        # A pass of the student's own: equal models have gaps of 0.
-        scores = score_both(self._config, programs, branch, params, prompts, answers, forward=True)
-        ranked = programs.select[name](scores, answers.lengths, draw)
-        return without_residuals(Scored(prompts.student, prompts.index, answers, scores, ranked))
+        answers = programs.generate(branch, state, prompts, draw)
+        # A forward pass of the student's own: equal models have gaps of 0.
+        log_probs, teacher = programs.score(branch, state, prompts, answers, forward=True)
+        ranked = programs.select(branch, log_probs, answers, draw)
+        answers = answers.replace(residuals=())
+        return Batch(prompts.student, prompts.index, answers, log_probs, ranked, teacher)
 
 
-def figures(found: dict[str, Any]) -> Row:
-    """Ratios of what `gradients.measure` found, as JSON values; null where there is no gradient to divide by."""
+def figures(measured: dict[str, Any]) -> Row:
+    """Ratios of what `gradients.measure` returns, as JSON values; null where there is no gradient to divide by."""
     branches = {}
-    for branch, of_set in found["branches"].items():
+    for branch, of_set in measured["branches"].items():
         coherence = _by_set(of_set["sum"], of_set["lengths"])
         branches[branch] = {
             "coherence": coherence,
@@ -76,8 +90,8 @@ def figures(found: dict[str, Any]) -> Row:
             "selected_fraction": float(of_set["count"][0] / of_set["count"][1]),
         }
     conflict = {}
-    for name in gradients.SETS:
-        dots, g, d = _pair(found, name)
+    for name in measured["products"]:
+        dots, g, d = _pair(measured, name)
         dot, lengths = _sum(dots), [np.sqrt(_sum(g)), np.sqrt(_sum(d))]
         left = np.sqrt(max(_sum(g) + _sum(d) + 2 * dot, 0.0))
         conflict[name] = {
@@ -85,15 +99,16 @@ def figures(found: dict[str, Any]) -> Row:
             "cosine": _ratio(dot, lengths[0] * lengths[1]),
             "survives": _ratio(left, sum(lengths)),
         }
-    groups = list(_by_layer(*_pair(found, "all")))
+    groups = list(_by_layer(*_pair(measured, "all"))) if conflict else []
     layers = {group: _ratio(value, np.sqrt(g_square * d_square)) for group, value, g_square, d_square in groups}
     layer_dots = {group: float(value) for group, value, *_ in groups}
     return {"branches": branches, "conflict": conflict, "layers": layers, "layer_dots": layer_dots}
 
 
-def _pair(found: dict[str, Any], name: str) -> tuple[gradients.Named, ...]:
-    """By group: the product of a set's two mean gradients, and the square of each."""
-    return found["products"][name], *(found["squares"][branch][name] for branch in BRANCHES)
+def _pair(measured: dict[str, Any], name: str) -> tuple[gradients.Named, ...]:
+    """By group: the product of a set's mean gradients in the first two branches, and the square of each."""
+    first_two = list(measured["squares"].values())[:2]
+    return measured["products"][name], *(squares[name] for squares in first_two)
 
 
 def _by_set(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, float | None]:
@@ -122,7 +137,3 @@ def _sum(groups: gradients.Named) -> float:
 
 def _ratio(a: float, b: float) -> float | None:
     return float(a / b) if b > 0 else None
-
-
-def _is_scored(node: Any) -> bool:
-    return isinstance(node, Scored)

@@ -5,8 +5,8 @@ With `g_i` the gradient of answer i's own loss, the bracket of Eq 9:
     coherence   Coh(A) = |sum_A g_i| / sum_A |g_i| of a set A of answers       (arXiv 2605.27115, section 4.4)
     GCG         (Coh(selected) - Coh(all)) / Coh(all): what the selection gains. Small sets cohere by being small (n
                 gradients at right angles: 1 / sqrt(n)), so the gain is also given over sets of equal size drawn by lot
-    signal      |sum_A g_i| / |A|: the length of the gradient that an update on A follows
-    conflict    g . d and cos(g, d) of the two branches' mean gradients; survives = |g + d| / (|g| + |d|), the share of
+    signal      |sum_A g_i| / |A|: the length of the gradient that an update on A follows conflict    g . d and cos(g,
+    d) of the first two branches' mean gradients; survives = |g + d| / (|g| + |d|), the share of
                 their lengths that a mixed step is left with
 
 Few gradients are in memory at one time: those of one micro-batch, and a sum for each set. With `sketch > 0` neither the
@@ -20,10 +20,12 @@ import jax.numpy as jnp
 
 from camopd_jax.config.schema import Diagnostics, TrainConfig
 from camopd_jax.errors import UserError
+from camopd_jax.method.gradient import Lesson, Loss, weighted_loss
 from camopd_jax.method.select import random_subset
-from camopd_jax.method.token_weights import token_weights
-from camopd_jax.rollout.score import score
-from camopd_jax.types import LanguageModel, Params, Prompts, Scored
+from camopd_jax.method.weights import token_weights
+from camopd_jax.models import partition
+from camopd_jax.runtime.buckets import Widths
+from camopd_jax.types import Batch, Params
 
 SETS = ("selected", "all")
 LOTS = 4  # sets of as many answers as were selected, drawn by lot: what any set of that size would do
@@ -31,72 +33,84 @@ Named = dict[str, jax.Array]  # arrays by their parameter's name, as in "layers.
 
 
 def measure(
-    params: Params, parts: dict[str, Scored], key: jax.Array, *, model: LanguageModel, config: TrainConfig
+    params: Params, batches: dict[str, Batch], key: jax.Array, *, losses: dict[str, Loss], config: TrainConfig
 ) -> dict[str, Any]:
-    """Lengths and products of the gradients of both branches' answers under the same parameters.
+    """Lengths and products of the gradients of the branches' answers under the same parameters.
 
     Args:
-      parts: of each branch.
+      params: all of the model.
+      batches: of each branch.
       key: of the lots and of the random projection.
+      losses: of each branch, on models without a mesh: each answer's gradient is its own program, and the compiler
+        spreads them as it likes.
 
     Returns:
       "branches", of each branch float32[2 + LOTS] with an entry for each of SETS, then for each lot: "sum", the length
       of the set's summed gradient; "lengths", the sum of its answers' gradients' lengths; "count", its size.
-      "products", of each of SETS the inner products of the branches' mean gradients by group (`products`); "squares",
-      of each branch and set those with itself.
+      "products", of each of SETS the inner products of the first two branches' mean gradients by group (`products`);
+      empty, where there is one branch. "squares", of each branch and set those with itself.
     """
     means: dict[str, list[Named]] = {}
-    told: dict[str, Any] = {"branches": {}, "squares": {}}
-    for number, (branch, scored) in enumerate(parts.items()):
+    result: dict[str, Any] = {"branches": {}, "squares": {}, "products": {}}
+    for number, (branch, batch) in enumerate(batches.items()):
         lots = jax.random.split(jax.random.fold_in(key, number), LOTS)
-        random = [random_subset(scored.selection, lot).weights for lot in lots]
-        sets_AB = jnp.stack([scored.selection.weights, jnp.ones_like(random[0]), *random])
-        sums, lengths_B = set_gradients(branch, params, scored, sets_AB, key, model, config)
+        random = [random_subset(batch.selection, lot).weights for lot in lots]
+        sets_AB = jnp.stack([batch.selection.weights, jnp.ones_like(random[0]), *random])
+        lesson = answer_lesson(batch, losses[branch], config, branch)
+        sums, lengths_B = set_gradients(losses[branch], params, lesson, batch.teacher.head, sets_AB, key, config)
         counts = jnp.sum(sets_AB, axis=1)
-        squares = jax.vmap(lambda one: whole(products(one, one)))(sums)
-        told["branches"][branch] = {"sum": jnp.sqrt(squares), "lengths": sets_AB @ lengths_B, "count": counts}
+        squares = jax.vmap(lambda one: total(products(one, one)))(sums)
+        result["branches"][branch] = {"sum": jnp.sqrt(squares), "lengths": sets_AB @ lengths_B, "count": counts}
         means[branch] = [{name: s[i] / counts[i] for name, s in sums.items()} for i in range(len(SETS))]
-        told["squares"][branch] = {name: products(m, m) for name, m in zip(SETS, means[branch], strict=True)}
-    told["products"] = {name: products(g, d) for name, g, d in zip(SETS, *means.values(), strict=True)}
-    return told
+        result["squares"][branch] = {name: products(m, m) for name, m in zip(SETS, means[branch], strict=True)}
+    if len(means) > 1:
+        first, second = list(means.values())[:2]
+        result["products"] = {name: products(g, d) for name, g, d in zip(SETS, first, second, strict=True)}
+    return result
+
+
+def answer_lesson(batch: Batch, loss: Loss, config: TrainConfig, branch: str) -> Lesson:
+    """All answers of a batch, each with the weights of its own loss: the bracket of Eq 9."""
+    selection = batch.selection
+    alone = selection.replace(weights=jnp.ones_like(selection.weights), count=jnp.int32(1))
+    scale = config.branches[branch].scale
+    weights = token_weights(batch.replace(selection=alone), config.method, loss.objective, scale)
+    return Lesson(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens)
 
 
 def set_gradients(
-    branch: str,
+    loss: Loss,
     params: Params,
-    scored: Scored,
+    lesson: Lesson,
+    teacher_head: Params,
     sets_AB: jax.Array,
     key: jax.Array,
-    model: LanguageModel,
     config: TrainConfig,
 ) -> tuple[Named, jax.Array]:
     """The summed gradient of each set of answers, and the length of every answer's gradient.
 
     Args:
       sets_AB: float32[A, B], 1 where an answer is in a set.
-      model: without a mesh: each answer's gradient is its own program, and the compiler spreads them as it likes.
 
     Returns:
       {parameter: float32[A, ...]}, or the sums' projections float32[A, (L,) sketch]; and float32[B].
     """
-    settings = config.diagnostics
-    everyone = scored.selection.replace(weights=jnp.ones_like(scored.selection.weights), count=jnp.int32(1))
-    weights_BT = token_weights(scored.scores, scored.rollout, everyone, config.method, getattr(config.method, branch))
-    chosen, rebuild = split(params, settings)
+    settings, sequences = config.diagnostics, lesson.sequences
+    trained = partition.trained(params, config.optimizer.trained)
+    chosen, rebuild = split(trained, settings)
+    slots = sequences.prompts.tokens.shape[1], sequences.tokens.shape[1]
+    widths = Widths(sum(slots), slots[1], config.compute.logits_chunk)
 
-    def loss(chosen: Named, row: tuple[jax.Array, ...]) -> jax.Array:
-        prompt, prompt_length, tokens, length, weights = (array[None] for array in row)
-        asked = Prompts(prompt, prompt_length)
-        log_probs = score(model, rebuild(chosen), asked, tokens, length, config.compute.logits_chunk)
-        return -jnp.sum(weights * log_probs)
+    def of_answer(chosen: Named, answer: Lesson) -> jax.Array:
+        answer = jax.tree.map(lambda array: array[None], answer)
+        return weighted_loss(loss, partition.merge(params, rebuild(chosen)), answer, teacher_head, widths)
 
-    rollout, micro = scored.rollout, settings.micro_batch
-    rows = (scored.prompts.tokens, scored.prompts.lengths, rollout.tokens, rollout.lengths, weights_BT)
-    pieces = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), (*rows, sets_AB.T))
+    micro = settings.micro_batch
+    pieces = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), (lesson, sets_AB.T))
 
-    def add(sums: Named, piece: tuple[jax.Array, ...]) -> tuple[Named, jax.Array]:
-        *row, member_MA = piece
-        grads = jax.vmap(jax.grad(loss), in_axes=(None, 0))(chosen, tuple(row))
+    def add(sums: Named, piece: tuple[Lesson, jax.Array]) -> tuple[Named, jax.Array]:
+        answers, member_MA = piece
+        grads = jax.vmap(jax.grad(of_answer), in_axes=(None, 0))(chosen, answers)
         grads = {name: g.astype(jnp.float32) for name, g in grads.items()}
         squares_M = sum(jnp.sum(jnp.square(g).reshape(micro, -1), axis=1) for g in grads.values())
         if settings.sketch:
@@ -172,7 +186,7 @@ def products(a: Named, b: Named) -> Named:
     return groups
 
 
-def whole(groups: Named) -> jax.Array:
+def total(groups: Named) -> jax.Array:
     """The inner product over all groups."""
     return sum(jnp.sum(value) for value in groups.values())
 

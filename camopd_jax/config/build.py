@@ -1,15 +1,26 @@
-"""Frozen dataclasses from ml_collections' ConfigDicts: complete defaults, checked types, names for every mistake."""
+"""Frozen dataclasses from ml_collections' ConfigDicts: complete defaults, checked types and limits, names for mistakes.
+"""
 
 import dataclasses
 import difflib
+import math
 import types
 import typing
-from typing import Any, Literal
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal
 
 import ml_collections
+from annotated_types import Ge, Gt, Le, Lt
 from ml_collections import config_dict
 
 from camopd_jax.errors import UserError
+
+_LIMITS = {
+    Gt: (">", lambda value, limit: value > limit.gt, lambda limit: limit.gt),
+    Ge: (">=", lambda value, limit: value >= limit.ge, lambda limit: limit.ge),
+    Lt: ("<", lambda value, limit: value < limit.lt, lambda limit: limit.lt),
+    Le: ("<=", lambda value, limit: value <= limit.le, lambda limit: limit.le),
+}
 
 
 def default(cls: type) -> ml_collections.ConfigDict:
@@ -18,89 +29,134 @@ def default(cls: type) -> ml_collections.ConfigDict:
     config = default(TrainConfig)
     config.optimizer.learning_rate = 1e-6
     """
-    values = {}
     hints = typing.get_type_hints(cls)
-    for f in dataclasses.fields(cls):
-        value = None if _required(f) else f.default if f.default is not dataclasses.MISSING else f.default_factory()
-        if _required(f) and dataclasses.is_dataclass(hints[f.name]):
-            value = hints[f.name]()
-        if dataclasses.is_dataclass(value):
-            values[f.name] = default(type(value)) if _required(f) else _with_values(default(type(value)), value)
-        elif value is None or type(None) in typing.get_args(hints[f.name]):  # stays open to None and to a value
-            values[f.name] = config_dict.FieldReference(value, field_type=_placeholder_type(hints[f.name]))
-        else:
-            values[f.name] = value
-    return ml_collections.ConfigDict(values)
+    return _config_dict({f.name: _default_value(f, hints[f.name]) for f in dataclasses.fields(cls)})
 
 
-def _with_values(config: ml_collections.ConfigDict, instance: Any) -> ml_collections.ConfigDict:
-    for key, value in vars(instance).items():
-        if dataclasses.is_dataclass(value):
-            _with_values(config[key], value)
-        elif value is not None:
-            config[key] = value
-    return config
+def _default_value(field: dataclasses.Field, hint: Any) -> Any:
+    if _required(field):
+        if dataclasses.is_dataclass(hint):
+            return default(hint)
+        return config_dict.FieldReference(None, field_type=_reference_type(hint))
+    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
+    return _to_config(value, hint)
 
 
-def _placeholder_type(hint: Any) -> type:
+def _to_config(value: Any, hint: Any) -> Any:
+    """A default as a ConfigDict holds it. Fields that may be None stay open to None and to a value."""
+    if dataclasses.is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        return _config_dict({name: _to_config(part, hints[name]) for name, part in vars(value).items()})
+    if isinstance(value, dict) and _is_table(hint):
+        return _config_dict({name: _to_config(part, typing.get_args(hint)[1]) for name, part in value.items()})
+    if value is None or type(None) in typing.get_args(hint):
+        return config_dict.FieldReference(value, field_type=_reference_type(hint))
+    return value
+
+
+def _config_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:
+    return ml_collections.ConfigDict(values, sort_keys=False)  # the order of branches is theirs in a cycle
+
+
+def _is_table(hint: Any) -> bool:
+    """Whether a type is a dict of config classes by name."""
+    return typing.get_origin(hint) is dict and dataclasses.is_dataclass(typing.get_args(hint)[1])
+
+
+def _reference_type(hint: Any) -> type:
     option = next((a for a in typing.get_args(hint) if a is not type(None)), hint)
+    option = typing.get_args(option)[0] if typing.get_origin(option) is Annotated else option
     option = typing.get_origin(option) or option
     return object if dataclasses.is_dataclass(option) else option
 
 
-def _required(f: dataclasses.Field) -> bool:
-    return f.default is f.default_factory is dataclasses.MISSING
+def _required(field: dataclasses.Field) -> bool:
+    return field.default is field.default_factory is dataclasses.MISSING
 
 
-def build(cls: type, values: dict[str, Any], where: str) -> Any:
+def build(
+    cls: type, values: Mapping[str, Any], where: str, moved: Mapping[str, str] = types.MappingProxyType({})
+) -> Any:
     """An instance of a config class from plain values.
 
+    Args:
+      moved: names of fields that there were once, and what they are now.
+
     Raises:
-      UserError: naming the field, after `where`, for unknown, missing and ill-typed ones.
+      UserError: naming the field, after `where`, for unknown, missing and ill-typed ones, and for numbers beyond their
+        limits.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
     for key in values:
         if key not in fields:
-            near = difflib.get_close_matches(key, fields, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"the fields here are {', '.join(fields)}"
-            raise UserError(f"{where}.{key} is not a field; {hint}")
+            raise UserError(unknown_field(f"{where}.{key}", key, fields, moved))
     for name, f in fields.items():
         if _required(f) and values.get(name) is None:
             raise UserError(f"{where}.{name} is missing; set it in the config file or with --{where}.{name}=...")
-    hints = typing.get_type_hints(cls)
-    return cls(**{key: _convert(hints[key], value, f"{where}.{key}") for key, value in values.items()})
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return cls(**{key: _convert(hints[key], value, f"{where}.{key}", moved) for key, value in values.items()})
 
 
-def _convert(hint: Any, value: Any, where: str) -> Any:
+def unknown_field(where: str, name: str, fields: Iterable[str], moved: Mapping[str, str]) -> str:
+    """What to say of a field that there is not."""
+    fields = list(fields)
+    if name in moved:
+        return f"{where} is not a field any more; it is now config.{moved[name]}"
+    near = difflib.get_close_matches(name, fields, n=1)
+    hint = f"did you mean {near[0]}?" if near else f"the fields here are {', '.join(fields)}"
+    return f"{where} is not a field; {hint}"
+
+
+def _convert(hint: Any, value: Any, where: str, moved: Mapping[str, str]) -> Any:
     """`value` as the type `hint`, or a UserError that names the field."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
-        if value is None and type(None) in args:
-            return None
-        options = [a for a in args if a is not type(None)]
-        for option in options[:-1]:
-            try:
-                return _convert(option, value, where)
-            except UserError:
-                continue
-        return _convert(options[-1], value, where)
+        return _convert_optional(args, value, where, moved)
+    if origin is Annotated:
+        return _within_limits(_convert(args[0], value, where, moved), args[1:], where)
     if origin is Literal:
         if value not in args:
             raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}")
         return value
     if dataclasses.is_dataclass(hint):
-        if isinstance(value, dict):
-            return build(hint, value, where)
+        if isinstance(value, Mapping):
+            return build(hint, value, where, moved)
         raise UserError(f"{where} must be a block of {', '.join(f.name for f in dataclasses.fields(hint))}")
     if origin is tuple and isinstance(value, list | tuple):
         items = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(items) == len(value):
-            return tuple(_convert(a, v, f"{where}[{i}]") for i, (a, v) in enumerate(zip(items, value, strict=True)))
-    if origin is dict and isinstance(value, dict):
-        return value
+            pairs = zip(items, value, strict=True)
+            return tuple(_convert(item, part, f"{where}[{i}]", moved) for i, (item, part) in enumerate(pairs))
+    if origin is dict and isinstance(value, Mapping):
+        if not _is_table(hint):
+            return dict(value)
+        return {name: _convert(args[1], part, f"{where}.{name}", moved) for name, part in value.items()}
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+        value = float(value)
     if isinstance(hint, type) and isinstance(value, hint) and (hint is bool or not isinstance(value, bool)):
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UserError(f"{where} is {value!r}; give a finite number")
         return value
     kind = getattr(hint, "__name__", str(hint)) if origin is None else str(hint).replace("typing.", "")
     raise UserError(f"{where} is {value!r}; it must be of type {kind}")
+
+
+def _convert_optional(options: tuple[Any, ...], value: Any, where: str, moved: Mapping[str, str]) -> Any:
+    if value is None and type(None) in options:
+        return None
+    options = tuple(option for option in options if option is not type(None))
+    for option in options[:-1]:
+        try:
+            return _convert(option, value, where, moved)
+        except UserError:
+            continue
+    return _convert(options[-1], value, where, moved)
+
+
+def _within_limits(value: Any, limits: tuple[Any, ...], where: str) -> Any:
+    bounds = [limit for limit in limits if type(limit) in _LIMITS]
+    if all(_LIMITS[type(limit)][1](value, limit) for limit in bounds):
+        return value
+    described = " and ".join(f"{_LIMITS[type(b)][0]} {_LIMITS[type(b)][2](b)}" for b in bounds)
+    note = "".join(f" ({limit})" for limit in limits if isinstance(limit, str))
+    raise UserError(f"{where} is {value!r}; give a number {described}{note}")

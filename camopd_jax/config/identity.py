@@ -9,7 +9,8 @@ from typing import Any
 from etils import epath
 
 from camopd_jax.config.build import build
-from camopd_jax.config.schema import Config, SftConfig, TrainConfig, checked
+from camopd_jax.config.consistency import checked
+from camopd_jax.config.schema import MOVED, Config, SftConfig, TrainConfig
 from camopd_jax.errors import UserError
 
 
@@ -25,7 +26,7 @@ def from_json(file: epath.Path) -> Config:
     """The config of a work directory, from its config.json."""
     kind, values = stored(file)
     try:
-        return build(_KINDS[kind], values, "config")
+        return build(_KINDS[kind], values, "config", MOVED)
     except (ValueError, KeyError) as error:
         raise UserError(f"{file}: not the config.json of a run; give the --workdir of one") from error
 
@@ -37,8 +38,8 @@ def stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
       UserError: if it is not there, or not of a run.
     """
     try:
-        found = json.loads(file.read_text())
-        kind, values = found["kind"], found["config"]
+        record = json.loads(file.read_text())
+        kind, values = record["kind"], record["config"]
     except FileNotFoundError:
         raise UserError(f"{file}: no such file; give the --workdir of a run") from None
     except (ValueError, KeyError, TypeError) as error:
@@ -68,7 +69,7 @@ def different_fields(before: dict[str, Any], after: dict[str, Any], every: bool 
 def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """What each of several resolved configs has in the fields that are not the same in all; None where it has none.
 
-    Fields are named like "method.recovery.mass", and in order of their names.
+    Fields are named like "branches.recovery.scale", and in order of their names.
     """
     first, *others = configs
     names = sorted({name for other in others for name in _different(first, other, "config")})
@@ -85,7 +86,8 @@ def _value(values: Any, name: str) -> Any:
 def _deciding(values: dict[str, Any]) -> dict[str, Any]:
     """A resolved config without its free fields. A learning rate that ends with the last step depends on `steps`."""
     free = set(_FREE) - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
-    return {name: value for name, value in values.items() if name not in free}
+    order = {"branch_order": list(values["branches"])} if "branches" in values else {}
+    return {name: value for name, value in values.items() if name not in free} | order
 
 
 def _different(before: dict[str, Any], after: dict[str, Any], where: str) -> list[str]:
@@ -100,7 +102,7 @@ def _different(before: dict[str, Any], after: dict[str, Any], where: str) -> lis
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
-    """The config with other values in fields named like "method.recovery.mass".
+    """The config with other values in fields named like "branches.recovery.scale".
 
     Raises:
       UserError: for a field that there is not, and for values that cannot be.
@@ -112,4 +114,4 @@ def changed(config: Config, changes: dict[str, Any]) -> Config:
         for part in blocks:
             block = block[part]
         block[last] = value
-    return checked(build(type(config), values, "config"))
+    return checked(build(type(config), values, "config", MOVED))

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from camopd_jax.config.schema import Method
+from camopd_jax.config.schema import TrainConfig
 
 
 @dataclass(frozen=True)
@@ -14,18 +14,26 @@ class Control:
     changes: dict[str, Any] = field(default_factory=dict)
 
 
-_ONE_TO_ONE = {"method.recovery_steps": 1, "method.review_steps": 1}
+_BRANCHES = ("recovery", "review")
+
+
+def _both(field_name: str, value: Any) -> dict[str, Any]:
+    return {f"branches.{branch}.{field_name}": value for branch in _BRANCHES}
+
+
+_ONE_TO_ONE = _both("steps", 1)
 _MIXED = {"method.schedule": "mixed", **_ONE_TO_ONE}
-_EVERY_ANSWER = {"method.recovery.mass": 1.0, "method.review.mass": 1.0}
-_EQUAL_PULL = {"method.recovery.scale": 1.0}
-_TEACHERS_ANSWERS = {"method.answers": "teacher", **_EVERY_ANSWER, **_EQUAL_PULL}
+_EVERY_ANSWER = _both("selection.mass", 1.0)
+_EQUAL_PULL = {"branches.recovery.scale": 1.0}
+_CROSS_ENTROPY = {"method.answers": "teacher", **_both("objective", "cross_entropy")}
+_TEACHERS_ANSWERS = {**_CROSS_ENTROPY, **_EVERY_ANSWER, **_EQUAL_PULL}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 
 CONTROLS = {
     "camopd": Control("CaMOPD as the paper has it: alternating 3:1, mass 0.8, pull 2 and 1"),
     "vanilla": Control("vanilla MOPD: both streams in each step 1:1, every answer, equal pull", _VANILLA),
     # ------------------------------------------------------------------ its parts, one at a time and left out
-    "mixed-3-1": Control("vanilla with prompts 3:1", {**_VANILLA, "method.recovery_steps": 3}),
+    "mixed-3-1": Control("vanilla with prompts 3:1", {**_VANILLA, "branches.recovery.steps": 3}),
     "alternating": Control("CaMOPD without selection", _EVERY_ANSWER),
     "alternating-r1": Control("CaMOPD without selection, equal pull", {**_EVERY_ANSWER, **_EQUAL_PULL}),
     "camopd-r1": Control("CaMOPD, equal pull", _EQUAL_PULL),
@@ -33,33 +41,35 @@ CONTROLS = {
     "pull-2": Control("vanilla with pull 2 of recovery", {**_MIXED, **_EVERY_ANSWER}),
     # ------------------------------------------------------------------------------------ its settings
     "camopd-1-1": Control("CaMOPD alternating 1:1", _ONE_TO_ONE),
-    "camopd-5-1": Control("CaMOPD alternating 5:1", {"method.recovery_steps": 5}),
-    "mass-0.6": Control("CaMOPD with mass 0.6", {"method.recovery.mass": 0.6, "method.review.mass": 0.6}),
+    "camopd-5-1": Control("CaMOPD alternating 5:1", {"branches.recovery.steps": 5}),
+    "mass-0.6": Control("CaMOPD with mass 0.6", _both("selection.mass", 0.6)),
     # ------------------------------------------------------------------------- which answers are kept
-    "half": Control("CaMOPD keeping the half with the largest gaps", {
-        f"method.{branch}.{name}": value
-        for branch in ("recovery", "review") for name, value in (("keep", "fraction"), ("mass", 0.5))}),
-    "random": Control("CaMOPD keeping as many answers as it does, drawn by lot",
-                      {"method.recovery.keep": "random", "method.review.keep": "random"}),
-    "scores-swapped": Control("CaMOPD ranking recovery by positive gaps and review by absolute ones",
-                              {"method.recovery.score": "positive_gap", "method.review.score": "absolute_gap"}),
+    "half": Control(
+        "CaMOPD keeping the half with the largest gaps",
+        {**_both("selection.keep", "fraction"), **_both("selection.mass", 0.5)},
+    ),
+    "random": Control("CaMOPD keeping as many answers as it does, drawn by lot", _both("selection.keep", "random")),
+    "scores-swapped": Control(
+        "CaMOPD ranking recovery by positive gaps and review by absolute ones",
+        {"branches.recovery.selection.by": "positive_gap", "branches.review.selection.by": "absolute_gap"},
+    ),
     # --------------------------------------------------------------------------------- the optimizer
-    "moments": Control("CaMOPD with Adam moments for each phase", {"method.moments": "separate"}),
+    "moments": Control("CaMOPD with Adam moments for each branch", {"method.moments": "separate"}),
     "no-clip": Control("CaMOPD without clipping of the gradient's norm", {"optimizer.clip_norm": None}),
     "no-clip-r1": Control("CaMOPD without clipping, equal pull", {**_EQUAL_PULL, "optimizer.clip_norm": None}),
     "vanilla-no-clip": Control("vanilla without clipping", {**_VANILLA, "optimizer.clip_norm": None}),
     "pcgrad": Control("vanilla with PCGrad", {**_VANILLA, "method.conflict": "pcgrad"}),
     # ------------------------------------------------------------------------------------ one teacher
-    "recovery-only": Control("recovery in every step", {"method.recovery_steps": 1, "method.review_steps": 0}),
-    "review-only": Control("review in every step", {"method.recovery_steps": 0}),
+    "recovery-only": Control("recovery in every step", {"branches.recovery.steps": 1, "branches.review.steps": 0}),
+    "review-only": Control("review in every step", {"branches.recovery.steps": 0}),
     "one-teacher": Control("vanilla with the original model teaching both streams",
-                           {**_VANILLA, "method.domain_teacher": "general"}),
+                           {**_VANILLA, "branches.review.teacher": "general"}),
     # -------------------------------------------------------------------------------- teachers' answers
     "distillation": Control("cross-entropy on the original model's answers to general prompts",
-                            {**_TEACHERS_ANSWERS, "method.recovery_steps": 1, "method.review_steps": 0}),
+                            {**_TEACHERS_ANSWERS, "branches.recovery.steps": 1, "branches.review.steps": 0}),
     "replay-50": Control("cross-entropy on teachers' answers, 50 % of them general", {**_TEACHERS_ANSWERS, **_MIXED}),
     "replay-12": Control("cross-entropy on teachers' answers, 12.5 % of them general",
-                         {**_TEACHERS_ANSWERS, **_MIXED, "method.review_steps": 7}),
+                         {**_TEACHERS_ANSWERS, **_MIXED, "branches.review.steps": 7}),
 }  # fmt: skip
 
 QUICK = ("camopd", "vanilla", "alternating", "random", "recovery-only", "distillation")
@@ -70,16 +80,40 @@ AGAINST = ("vanilla", "camopd")  # whom every method is compared with
 
 def method_of(config: dict[str, Any]) -> str | None:
     """The name of the method that a run's resolved config makes; None if it is none of these."""
+    if "branches" not in config:
+        return None  # of an earlier version
+    actual = {"method": config["method"], "branches": _without_prompts(config["branches"])}
     clips = config["optimizer"].get("clip_norm") is not None
     for name, control in CONTROLS.items():
-        method = asdict(Method())
-        for field_name, value in control.changes.items():
-            block, *path, last = field_name.split(".")
-            if block == "method":
-                part = method
-                for step in path:
-                    part = part[step]
-                part[last] = value
-        if clips == ("optimizer.clip_norm" not in control.changes) and config["method"].items() <= method.items():
+        if clips == ("optimizer.clip_norm" not in control.changes) and actual == _settings(control):
             return name
     return None
+
+
+def description(config: TrainConfig) -> str:
+    """What a model card says of a run's method."""
+    name = method_of(asdict(config))
+    if name is not None:
+        return "CaMOPD (arXiv 2605.27115)" if name == "camopd" else CONTROLS[name].about
+    order = "in alternation" if config.method.schedule == "alternate" else "in every step"
+    teachers = ", ".join(f"{name} ({branch.objective})" for name, branch in config.branches.items())
+    answers = "on-policy distillation" if config.method.answers == "student" else "distillation on teachers' answers"
+    return f"{answers} with the branches {teachers} {order}"
+
+
+def _settings(control: Control) -> dict[str, Any]:
+    """What a control makes of the method's and the branches' defaults."""
+    defaults = asdict(TrainConfig("", ""))
+    settings = {"method": defaults["method"], "branches": _without_prompts(defaults["branches"])}
+    for name, value in control.changes.items():
+        block, *path, last = name.split(".")
+        if block in settings:
+            part = settings[block]
+            for step in path:
+                part = part[step]
+            part[last] = value
+    return settings
+
+
+def _without_prompts(branches: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    return {name: {key: v for key, v in branch.items() if key != "prompts"} for name, branch in branches.items()}

@@ -15,8 +15,8 @@ from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream
 from camopd_jax.data import sources, templates
 from camopd_jax.data.templates import Tokenizer, Tokenizers
 from camopd_jax.errors import UserError
-from camopd_jax.rollout.buckets import bucket
-from camopd_jax.types import PromptBatch, Prompts, SftBatch
+from camopd_jax.runtime.buckets import bucket
+from camopd_jax.types import PromptBatch, Prompts, Sequences
 
 Batch = TypeVar("Batch")
 
@@ -159,8 +159,8 @@ def tokenise(
 # ---------------------------------------------------------------------------------- conversations
 
 
-class SftStream(BatchStream[SftBatch]):
-    """`SftBatch`es of conversations to learn from, with this process's rows.
+class SftStream(BatchStream[Sequences]):
+    """`Sequences`es of conversations to learn from, with this process's rows.
 
     `counts` says how many conversations were kept and dropped.
     """
@@ -176,7 +176,7 @@ class SftStream(BatchStream[SftBatch]):
         """
         pairs, self.counts = _conversations(config, tokenizer)
 
-        def make(numbers: np.ndarray) -> SftBatch:
+        def make(numbers: np.ndarray) -> Sequences:
             batch = [pairs[i] for i in numbers]
 
             def padded(side: int) -> Prompts:
@@ -184,7 +184,7 @@ class SftStream(BatchStream[SftBatch]):
                 return pad_prompts([batch[i][side] for i in own_rows], width)
 
             prompts, answers = padded(0), padded(1)
-            return SftBatch(prompts, answers.tokens, answers.lengths)
+            return Sequences(prompts, answers.tokens, answers.lengths)
 
         super().__init__(len(pairs), config.batch_size, config.seed, make)
 

@@ -15,14 +15,13 @@ from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
-from camopd_jax.config.schema import Compute
+from camopd_jax.config.schema import Compute, Sampling
 from camopd_jax.data.templates import Messages
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
 from camopd_jax.inference.answer import answer
 from camopd_jax.inference.log_probs import score_responses
 from camopd_jax.models import hf
-from camopd_jax.rollout.sampling import Sampling
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_distributed
 from camopd_jax.runtime.mesh import make_mesh

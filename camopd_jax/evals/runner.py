@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from etils import epath
 
-from camopd_jax.config.schema import Benchmark, Evaluation
+from camopd_jax.config.schema import Benchmark, Evaluation, Sampling
 from camopd_jax.data import templates
 from camopd_jax.evals import comparison, tasks
 from camopd_jax.evals.answer_file import AnswerFile, AnswerRow, Save, answer_key
@@ -23,7 +23,6 @@ from camopd_jax.inference.answer import answer
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.inference.log_probs import score_responses
 from camopd_jax.models import hf
-from camopd_jax.rollout.sampling import Sampling
 from camopd_jax.runtime.distributed import broadcast
 from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.metrics import Display, MetricsWriter
@@ -140,9 +139,7 @@ class _Job:
     def _sample(self, tokens: Sequence[Sequence[int]], sample: int) -> list[AnswerRow]:
         """One answer to each prompt."""
         benchmark, evaluation = self.benchmark, self.evaluation
-        sampling = Sampling(
-            temperature=benchmark.temperature, top_k=benchmark.top_k, top_p=benchmark.top_p, min_p=benchmark.min_p
-        )
+        sampling = Sampling.of(benchmark)
         sampled = sampling.temperature > 0
         way = [repr(sampling), benchmark.max_response_tokens, self.loaded.eos_ids, sample]
         way += [evaluation.seed] if sampled else []

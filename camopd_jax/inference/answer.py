@@ -6,12 +6,13 @@ from dataclasses import dataclass
 import jax
 import numpy as np
 
+from camopd_jax.config.schema import Sampling
 from camopd_jax.inference.batches import global_batch
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.rollout import generate
-from camopd_jax.rollout.buckets import length_batches
 from camopd_jax.rollout.generate import Decode
-from camopd_jax.rollout.sampling import Sampling, row_keys
+from camopd_jax.rollout.sampling import row_keys
+from camopd_jax.runtime.buckets import length_batches
 from camopd_jax.runtime.mesh import gather, global_rows, reshape_mesh, rows_of_process
 
 GREEDY = Sampling(temperature=0.0)

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from jax.sharding import Mesh
 
 from camopd_jax.data.pipeline import pad_prompts
-from camopd_jax.rollout.buckets import bucket
+from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import global_rows, rows_of_process
 from camopd_jax.types import Prompts
 

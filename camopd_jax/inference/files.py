@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-from camopd_jax.config.schema import Compute, Template
+from camopd_jax.config.schema import Compute, Sampling, Template
 from camopd_jax.data import sources, templates
 from camopd_jax.data.columns import Row
 from camopd_jax.data.templates import Tokenizer
@@ -13,7 +13,6 @@ from camopd_jax.inference import loading
 from camopd_jax.inference.answer import answer
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.inference.log_probs import score_responses
-from camopd_jax.rollout.sampling import Sampling
 from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.jsonl import write_rows
 from camopd_jax.runtime.mesh import check_rows, make_mesh

@@ -14,6 +14,7 @@ from camopd_jax.data import templates
 from camopd_jax.errors import UserError
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, from_hf
+from camopd_jax.models.partition import merge
 from camopd_jax.models.transformer import Model
 from camopd_jax.types import Params
 
@@ -32,8 +33,8 @@ class Loaded:
     eos_ids: tuple[int, ...]  # every token that ends an answer
 
     def with_params(self, params: Params) -> "Loaded":
-        """The same model with other weights, as the student has them in training."""
-        return dataclasses.replace(self, params=params)
+        """The same model with other weights, all or a part of them, as the student has them in training."""
+        return dataclasses.replace(self, params=merge(self.params, params))
 
 
 def find(name: str, field: str, files: Sequence[str] = CHECKPOINT) -> Path:

@@ -6,9 +6,10 @@ import numpy as np
 
 from camopd_jax.inference.batches import global_batch
 from camopd_jax.inference.loading import Loaded
-from camopd_jax.rollout import scoring
-from camopd_jax.rollout.buckets import length_batches, split_by_length
+from camopd_jax.rollout.score import LogProb, score_batch
+from camopd_jax.runtime.buckets import length_batches, split_by_length
 from camopd_jax.runtime.mesh import gather
+from camopd_jax.types import Sequences
 
 
 def score_responses(
@@ -37,11 +38,12 @@ def score_responses(
       token at its position.
     """
     results: dict[int, np.ndarray] = {}
+    reading = LogProb(temperature, best=with_top)
     totals = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
     for rows in length_batches(totals, batch_size):
         prompt = global_batch(loaded.mesh, [prompts[i] for i in rows], smallest_bucket)
         response = global_batch(loaded.mesh, [responses[i] for i in rows], smallest_bucket)
-        one_piece = split_by_length(
+        parts = split_by_length(
             np.asarray([len(prompts[i]) for i in rows]),
             np.asarray([len(responses[i]) for i in rows]),
             np.arange(len(rows)),
@@ -49,18 +51,8 @@ def score_responses(
             (prompt.tokens.shape[1], response.tokens.shape[1]),
             smallest_bucket,
         )
-        log_probs = gather(
-            scoring.score(
-                loaded.model,
-                loaded.params,
-                prompt,
-                response.tokens,
-                response.lengths,
-                one_piece,
-                chunk=chunk,
-                temperature=temperature,
-                with_top=with_top,
-            )
-        )
+        sequences = Sequences(prompt, response.tokens, response.lengths)
+        record = gather(score_batch(loaded.model, loaded.params, sequences, parts, chunk, reading))
+        log_probs = np.stack([record["log_prob"], record["best"]], axis=-1) if with_top else record["log_prob"]
         results |= {int(row): values[: len(responses[row])] for row, values in zip(rows, log_probs, strict=True)}
     return [results[i] for i in range(len(prompts))]

@@ -1,5 +1,6 @@
 """AdamW, a learning rate that follows the run's own step, and a clip that tells when it bites."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -7,34 +8,40 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from camopd_jax.config.schema import Optimizer
+from camopd_jax.config.schema import Optimizer, TrainConfig
 from camopd_jax.types import Params, TrainState
 
 # Parameters that decay; norms and biases do not.
 _DECAYED = ("kernel", "embedding", "head")
 
 
-def init_state(params: Params, moments: str | None) -> TrainState:
+def moment_names(config: TrainConfig) -> tuple[str, ...]:
+    """Of the Adam states of a run: one that all branches share, or one for each."""
+    return ("shared",) if config.method.moments == "shared" else tuple(config.branches)
+
+
+def init_state(params: Params, moments: Sequence[str] = ("shared",)) -> TrainState:
     """The state before the first update, on the devices of the parameters.
 
-    Adam's moments are float32: one state "shared" by both phases, or one for "recovery" and one for
-    "review". One shared state is the published method. With it, what the moments remember of one phase
-    acts in the other: a phase's scale r is its weight in that memory, not the length of its step. None: no moments,
-    where nothing is updated.
+    One shared Adam state is the published method. With it, what the moments remember of one branch acts in the other: a
+    branch's scale r is its weight in that memory, not the length of its step.
+
+    Args:
+      params: those that are trained.
+      moments: names of the Adam states, float32 (`moment_names`); none, where nothing is updated.
     """
     rest = abstract_state(params, moments).replace(params=None)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), rest)
     return zeros.replace(params=params)
 
 
-def abstract_state(params: Params, moments: str | None) -> TrainState:
-    """The state of `init_state` as shapes with their places; of the parameters too, shapes are enough."""
-    names = {None: (), "shared": ("shared",), "separate": ("recovery", "review")}[moments]
+def abstract_state(params: Params, moments: Sequence[str] = ("shared",)) -> TrainState:
+    """The state of `init_state` as shapes with their shardings; of the parameters too, shapes are enough."""
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
     like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), params)
     adam = _placed(jax.eval_shape(optax.scale_by_adam().init, like), params)
     zero = _placed(jax.ShapeDtypeStruct((), jnp.int32), params)
-    return TrainState(zero, params, dict.fromkeys(names, adam), zero)
+    return TrainState(zero, params, dict.fromkeys(moments, adam), zero)
 
 
 def learning_rate(config: Optimizer, steps: int, step: jax.Array) -> jax.Array:
@@ -52,7 +59,7 @@ def apply(
     """One AdamW step where `sound` and the gradient is finite; else everything stays as it is.
 
     The gradient is scaled down to global norm `clip_norm` where it is longer. A clip that bites at every
-    step makes all gradients equally long and so cancels the phases' scales r: `grad_clipped` tells.
+    step makes all gradients equally long and so cancels the branches' scales r: `grad_clipped` tells.
 
     A step that is not taken is one with decays of 1 and a gradient of 0: so the old values need not be kept beside
     the new ones.
@@ -85,19 +92,19 @@ def apply(
 
 
 def _placed(shapes: Any, params: Params) -> Any:
-    """Shapes with places. Those that mirror the parameters lie where the parameters lie, others everywhere:
-    a scalar that an update gives back has the place it had before, so that no program compiles twice.
+    """Shapes with shardings. Those that mirror the parameters lie as the parameters lie, others on every device: a
+    scalar that an update returns has the sharding it had before, so that no program compiles twice.
     """
     mirrors = jax.tree.structure(params)
-    place = jax.tree.leaves(params)[0].sharding
-    everywhere = NamedSharding(place.mesh, PartitionSpec()) if isinstance(place, NamedSharding) else place
+    sharding = jax.tree.leaves(params)[0].sharding
+    replicated = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
-    def put(shape: jax.ShapeDtypeStruct, place: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=place)
+    def put(shape: jax.ShapeDtypeStruct, sharding: jax.sharding.Sharding) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     def fill(node: Any) -> Any:
         if jax.tree.structure(node) == mirrors:
             return jax.tree.map(lambda s, p: put(s, p.sharding), node, params)
-        return put(node, everywhere)
+        return put(node, replicated)
 
     return jax.tree.map(fill, shapes, is_leaf=lambda node: jax.tree.structure(node) == mirrors)

@@ -1,47 +1,47 @@
-"""What a step tells of itself: numbers for metrics.jsonl. Gaps are `log teacher - log student`, in nats."""
+"""Statistics of a step, for metrics.jsonl. Gaps are `log teacher - log student`, in nats."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from camopd_jax.rollout.masks import row_mean, token_mean
-from camopd_jax.types import Scored
+from camopd_jax.types import Batch
 
 
-def step_statistics(scored: Scored) -> dict[str, jax.Array]:
+def step_statistics(batch: Batch) -> dict[str, jax.Array]:
     """Scalars of one batch. Means "of tokens" are over the whole batch's tokens, selected or not."""
-    rollout, scores, selection = scored.rollout, scored.scores, scored.selection
-    gap_BT = scores.teacher - scores.student
+    rollout, log_probs, selection = batch.rollout, batch.log_probs, batch.selection
+    gap_BT = log_probs.gap
     lengths_B = rollout.lengths.astype(jnp.float32)
-    total = jnp.sum(selection.score)
+    total = jnp.sum(selection.mass)
     return {
         "gap_mean": token_mean(gap_BT, rollout.lengths),
         "gap_abs_mean": token_mean(jnp.abs(gap_BT), rollout.lengths),
         "gap_pos_mean": token_mean(jnp.maximum(gap_BT, 0), rollout.lengths),
         "selected_fraction": jnp.mean(selection.weights),
-        "selected_mass": jnp.where(total > 0, jnp.sum(selection.score * selection.weights) / total, 1.0),
+        "selected_mass": jnp.where(total > 0, jnp.sum(selection.mass * selection.weights) / total, 1.0),
         "selected_length_mean": jnp.sum(lengths_B * selection.weights) / jnp.sum(selection.weights),
         "length_mean": jnp.mean(lengths_B),
         "truncated_fraction": jnp.mean(~rollout.stopped),
         "entropy": jnp.mean(rollout.entropy),
-        "sampler_gap": token_mean(jnp.abs(scores.student - rollout.log_probs), rollout.lengths),
-        "prompt_tokens": jnp.sum(scored.prompts.lengths),
+        "sampler_gap": token_mean(jnp.abs(log_probs.student - rollout.log_probs), rollout.lengths),
+        "prompt_tokens": jnp.sum(batch.prompts.lengths),
         "response_tokens": jnp.sum(rollout.lengths),
     }
 
 
-def answer_table(scored: Scored) -> dict[str, jax.Array]:
-    """What there is to know of each answer of a batch, `[B]` each. Losses: nats per token, how hard it was to say."""
-    rollout, scores, selection = scored.rollout, scored.scores, scored.selection
+def answer_table(batch: Batch) -> dict[str, jax.Array]:
+    """What is known of each answer of a batch, `[B]` each: a line of selection.jsonl. Losses: nats per token."""
+    rollout, log_probs, selection = batch.rollout, batch.log_probs, batch.selection
     return {
-        "index": scored.index,
-        "score": selection.score,
+        "index": batch.index,
+        "score": selection.mass,
         "selected": selection.weights > 0,
         "length": rollout.lengths,
         "truncated": ~rollout.stopped,
         "entropy": rollout.entropy,
-        "student_loss": -row_mean(scores.student, rollout.lengths),
-        "teacher_loss": -row_mean(scores.teacher, rollout.lengths),
+        "student_loss": -row_mean(log_probs.student, rollout.lengths),
+        "teacher_loss": -row_mean(log_probs.teacher, rollout.lengths),
     }
 
 

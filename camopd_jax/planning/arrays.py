@@ -20,19 +20,19 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import leaf_of, shardings, table, tree_of
 from camopd_jax.rollout import decode as steps
-from camopd_jax.rollout.buckets import bucket
 from camopd_jax.rollout.decode import Decoding
 from camopd_jax.rollout.sampling import row_keys
+from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import make_mesh, sharding
 from camopd_jax.types import (
+    Batch,
     KVCache,
     LanguageModel,
+    LogProbs,
     Params,
     Prompts,
     Residuals,
     Rollout,
-    Scored,
-    Scores,
     Selection,
     TrainState,
 )
@@ -57,7 +57,7 @@ class Plan:
     student: LanguageModel
     state: TrainState  # all of it abstract, as the next two
     teachers: dict[str, tuple[LanguageModel, Params]]  # "general", "specialised"
-    batch: Scored  # of the branch with the most rows
+    batch: Batch  # of the branch with the most rows
     prompt_slots: int
     rows: int
     places: int  # answered at one time
@@ -169,20 +169,20 @@ def abstract_gradient(params: Params) -> Gradient:
     return Gradient(jax.ShapeDtypeStruct((), jnp.float32, sharding=sharding(mesh)), like)
 
 
-def abstract_batch(mesh: Mesh, rows: int, prompt_slots: int, answer_slots: int) -> Scored:
+def abstract_batch(mesh: Mesh, rows: int, prompt_slots: int, answer_slots: int) -> Batch:
     """Scored answers, split over the batch axes; a selection's order and count are whole everywhere."""
 
     def of_rows(*shape: int, dtype=jnp.float32) -> jax.ShapeDtypeStruct:
         return jax.ShapeDtypeStruct((rows, *shape), dtype, sharding=sharding(mesh, "batch"))
 
     lengths = of_rows(dtype=jnp.int32)
-    return Scored(
+    return Batch(
         prompts=Prompts(of_rows(prompt_slots, dtype=jnp.int32), lengths),
         index=lengths,
         rollout=Rollout(
             of_rows(answer_slots, dtype=jnp.int32), lengths, of_rows(answer_slots), of_rows(), of_rows(dtype=jnp.bool_)
         ),
-        scores=Scores(of_rows(answer_slots), of_rows(answer_slots)),
+        scores=LogProbs(of_rows(answer_slots), of_rows(answer_slots)),
         selection=Selection(
             score=of_rows(),
             order=jax.ShapeDtypeStruct((rows,), jnp.int32, sharding=sharding(mesh)),

@@ -17,9 +17,9 @@ from camopd_jax.inference import loading
 from camopd_jax.method import loop
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.weights import table
-from camopd_jax.rollout.buckets import bucket
 from camopd_jax.rollout.generate import FIRST_RING, entering
 from camopd_jax.rollout.score import tokens_at_once
+from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import fill_sizes
 
 Sizes = Mapping[str, int]  # of a mesh: {"data", "fsdp", "tensor"}

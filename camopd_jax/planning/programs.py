@@ -27,7 +27,7 @@ from camopd_jax.planning.arrays import (
 from camopd_jax.planning.costs import kept_rows, learning_pieces, refills, scoring_pieces, turns
 from camopd_jax.rollout import generate
 from camopd_jax.rollout.generate import FIRST_RING
-from camopd_jax.types import LanguageModel, Params, Scored
+from camopd_jax.types import Batch, LanguageModel, Params
 
 Named = tuple["Program", tuple]  # and what makes it another program than others
 
@@ -181,7 +181,7 @@ def _scorings(p: Plan, name: str) -> int:
     return sum(scoring_pieces(p.config, n) for branch, n in rows.items() if name in ("student", teacher[branch]))
 
 
-def _parts(p: Plan, update: str) -> tuple[Scored, ...]:
+def _parts(p: Plan, update: str) -> tuple[Batch, ...]:
     if update != "mixed":
         return (p.batch,)
     answers = p.batch.rollout.tokens.shape[1]

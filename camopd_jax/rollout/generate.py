@@ -1,9 +1,8 @@
-"""Answers to a batch of prompts: the host's loop over the compiled parts of `steps.rollout`.
+"""Answers to a batch of prompts: the host's loop over the compiled parts of `rollout.decode`.
 
 The device answers on its own until something has to be decided: the cache is too short, or enough answers have ended.
-Then the cache grows; or prompts that wait take the places of finished answers (continuous refill); or, where none
-waits, the answers that go on move together and the rest is computed no more. An answer is the same whatever happens
-around it.
+Then the cache grows; or prompts that wait take the lanes of finished answers (continuous refill); or, where none waits,
+the batch shrinks to the answers that go on. An answer is the same whatever happens around it.
 """
 
 import functools
@@ -15,14 +14,14 @@ import jax
 import numpy as np
 from jax.sharding import Mesh
 
-from camopd_jax.rollout import decode as steps
+from camopd_jax.config.schema import Sampling
+from camopd_jax.rollout import decode
 from camopd_jax.rollout.decode import Decoding
-from camopd_jax.rollout.sampling import Sampling
 from camopd_jax.runtime.mesh import batch_shards, gather, sharding
 from camopd_jax.types import LanguageModel, Params, Prompts, Residuals, Rollout
 
 FIRST_RING = 256  # slots of a cache beyond the prompts; then twice as many, four times ...
-REFILL = 8  # prompts enter when one of so many places is free
+REFILL = 8  # prompts enter when one of so many lanes is free
 
 
 @dataclass(frozen=True)
@@ -40,30 +39,30 @@ class Programs:
 
 @functools.cache
 def programs(mesh: Mesh | None) -> Programs:
-    """Jits the parts. What each gives back has its place, so that nothing compiles twice."""
-    state = steps.shardings(mesh)
+    """Jits the parts. What each returns has its sharding, so that nothing compiles twice."""
+    state = decode.shardings(mesh)
     rows, everywhere = (None, None) if mesh is None else (sharding(mesh, "batch"), sharding(mesh))
-    of_heads = {True: state and state.cache.keys, False: rows}
+    of_cache = {True: state and state.cache.keys, False: rows}
     drawn = ("sampling", "eos_ids")
     return Programs(
         begin=jax.jit(
-            steps.begin, static_argnums=0, static_argnames=(*drawn, "max_new", "keep_residuals"), out_shardings=state
+            decode.begin, static_argnums=0, static_argnames=(*drawn, "max_new", "keep_residuals"), out_shardings=state
         ),
         advance=jax.jit(
-            steps.advance,
+            decode.advance,
             static_argnums=0,
             static_argnames=(*drawn, "prompt_slots"),
             donate_argnums=2,
             out_shardings=(state, everywhere),
         ),
         grow={
-            heads: jax.jit(steps.grow, static_argnames=("prompt_slots", "slots"), out_shardings=place)
-            for heads, place in of_heads.items()
+            heads: jax.jit(decode.grow, static_argnames=("prompt_slots", "slots"), out_shardings=sharded)
+            for heads, sharded in of_cache.items()
         },
-        keep={heads: jax.jit(steps.keep, out_shardings=place) for heads, place in of_heads.items()},
-        join=jax.jit(steps.join, donate_argnums=0, out_shardings=state),
-        collect=jax.jit(steps.collect, static_argnames="rows", donate_argnums=0, out_shardings=rows),
-        put_rows=jax.jit(steps.put_rows, static_argnames="rows", donate_argnums=0, out_shardings=rows),
+        keep={heads: jax.jit(decode.keep, out_shardings=sharded) for heads, sharded in of_cache.items()},
+        join=jax.jit(decode.join, donate_argnums=0, out_shardings=state),
+        collect=jax.jit(decode.collect, static_argnames="rows", donate_argnums=0, out_shardings=rows),
+        put_rows=jax.jit(decode.put_rows, static_argnames="rows", donate_argnums=0, out_shardings=rows),
     )
 
 
@@ -76,20 +75,20 @@ def for_decoding(model: LanguageModel, params: Params) -> Params:
     move = moves(model, tuple(params))
     stacks = params["layers"]
     count = len(jax.tree.leaves(stacks)[0])
-    if _lie_there(model, stacks):
+    if _readable_in_place(model, stacks):
         layers = _views(model, stacks, count)
     else:
         layers = tuple(move["layers"](stacks, np.int32(i)) for i in range(count))
     return {name: layers if name == "layers" else move[name](array) for name, array in params.items()}
 
 
-def _lie_there(model: LanguageModel, stacks: Params) -> bool:
+def _readable_in_place(model: LanguageModel, stacks: Params) -> bool:
     """Whether parameters lie on the one CPU device that answers, in its precision."""
     arrays, dtype = jax.tree.leaves(stacks), np.dtype(model.dtype)
-    here = arrays[0].devices()
-    there = here if model.mesh is None else set(model.mesh.devices.flat)
-    one_cpu = [device.platform for device in here] == ["cpu"]
-    return one_cpu and all(array.devices() == there and array.dtype == dtype for array in arrays)
+    devices = arrays[0].devices()
+    answering = devices if model.mesh is None else set(model.mesh.devices.flat)
+    one_cpu = [device.platform for device in devices] == ["cpu"]
+    return one_cpu and all(array.devices() == answering and array.dtype == dtype for array in arrays)
 
 
 def _views(model: LanguageModel, stacks: Params, count: int) -> tuple[Params, ...]:
@@ -104,7 +103,7 @@ def _views(model: LanguageModel, stacks: Params, count: int) -> tuple[Params, ..
 def moves(model: LanguageModel, names: tuple[str, ...]) -> dict[str, Any]:
     """The compiled moves of `for_decoding`: of a layer, and of what belongs to none, by name.
 
-    Their results' places are given from outside: a constraint inside, on another mesh than the arguments', is lost.
+    Their results' shardings are given from outside: a constraint inside, on another mesh than the arguments', is lost.
     """
     places = model.decoding_places or dict.fromkeys(names)
 
@@ -112,8 +111,8 @@ def moves(model: LanguageModel, names: tuple[str, ...]) -> dict[str, Any]:
         return jax.jit(lambda array: model.others_for_decoding({name: array})[name], out_shardings=places[name])
 
     layer = places["layers"] and places["layers"][0]
-    found = {name: alone(name) for name in names if name != "layers"}
-    return found | {"layers": jax.jit(model.layer_for_decoding, out_shardings=layer)}
+    others = {name: alone(name) for name in names if name != "layers"}
+    return others | {"layers": jax.jit(model.layer_for_decoding, out_shardings=layer)}
 
 
 @dataclass(frozen=True)
@@ -123,14 +122,14 @@ class Decode:
     sampling: Sampling
     eos_ids: tuple[int, ...]
     max_new: int
-    places: int = 0  # answered at one time; 0: the whole batch
+    concurrency: int = 0  # answers in progress at one time; 0: the whole batch
     shrinks: bool = False  # whether a batch half of which is done becomes half a batch
-    keep_residuals: bool = False  # whether the answers come with their residual stream; only without `places`
+    keep_residuals: bool = False  # whether the answers come with their residual stream; only without `concurrency`
 
 
-def entering(places: int, shards: int) -> int:
-    """How many prompts that wait take free places at one time: a share of the places that the batch's pieces divide."""
-    return -(-places // (REFILL * shards)) * shards
+def refill_size(lanes: int, shards: int) -> int:
+    """How many prompts that wait enter at one time: a share of the lanes that the batch's shards divide."""
+    return -(-lanes // (REFILL * shards)) * shards
 
 
 def answers(
@@ -138,88 +137,92 @@ def answers(
     params: Params,
     prompts: Prompts,
     keys_B: jax.Array,
-    decode: Decode,
+    how: Decode,
     meanwhile: Callable[[], None] | None = None,
 ) -> Rollout:
-    """An answer of at most `decode.max_new` tokens to each prompt; `steps.rollout.begin` has the arguments.
+    """An answer of at most `how.max_new` tokens to each prompt.
 
     Args:
       params: as `for_decoding` makes them.
+      keys_B: a random key for each row of the batch (`sampling.row_keys`).
       meanwhile: called once, while the device answers.
     """
     rows, prompt_slots = prompts.tokens.shape
     p, shards = programs(model.mesh), batch_shards(model.mesh)
-    places = min(decode.places or rows, rows)
-    several = entering(places, shards)
-    drawn = {"sampling": decode.sampling, "eos_ids": decode.eos_ids}
+    lanes = min(how.concurrency or rows, rows)
+    refill = refill_size(lanes, shards)
+    drawing = {"sampling": how.sampling, "eos_ids": how.eos_ids}
 
-    def started(rows_N: np.ndarray) -> Decoding:
-        options = {"max_new": decode.max_new, "keep_residuals": decode.keep_residuals}
-        return p.begin(model, params, prompts, keys_B, rows_N, **options, **drawn)
+    def begin(rows_N: np.ndarray) -> Decoding:
+        options = {"max_new": how.max_new, "keep_residuals": how.keep_residuals}
+        return p.begin(model, params, prompts, keys_B, rows_N, **options, **drawing)
 
-    said, residuals, waiting = None, (), np.arange(places, rows, dtype=np.int32)
-    ring = min(FIRST_RING, decode.max_new)
-    state = _grown(p, started(np.arange(places, dtype=np.int32)), prompt_slots, 0, ring)
+    done: Rollout | None = None
+    residuals: Residuals = ()
+    waiting = np.arange(lanes, rows, dtype=np.int32)
+    ring = min(FIRST_RING, how.max_new)
+    state = _grow(p, begin(np.arange(lanes, dtype=np.int32)), prompt_slots, 0, ring)
     while True:
         half = len(state.row) // 2
-        shrinks = decode.shrinks and half >= shards and half % shards == 0
-        enough = len(state.row) - several if len(waiting) else half if shrinks else 0
-        state, told = p.advance(model, params, state, np.int32(enough), prompt_slots=prompt_slots, **drawn)
+        shrinks = how.shrinks and half >= shards and half % shards == 0
+        enough = len(state.row) - refill if len(waiting) else half if shrinks else 0
+        state, progress = p.advance(model, params, state, np.int32(enough), prompt_slots=prompt_slots, **drawing)
         if meanwhile is not None:
             meanwhile()
             meanwhile = None
-        told = gather(told)
-        running, longest = told["running"], int(told["longest"])
+        progress = gather(progress)
+        running, longest = progress["running"], int(progress["longest"])
         if longest > ring:
-            filled, ring = ring, min(2 * ring, decode.max_new)
-            state = _grown(p, state, prompt_slots, filled, ring)
+            filled, ring = ring, min(2 * ring, how.max_new)
+            state = _grow(p, state, prompt_slots, filled, ring)
             continue
-        said = p.collect(said, state, rows=rows)
+        done = p.collect(done, state, rows=rows)
         if len(waiting):
-            new, waiting = waiting[:several], waiting[several:]
-            free = np.flatnonzero(~running)[: len(new)]
-            state = p.join(state, started(_filled(new, several, rows)), _filled(free, several, len(running)))
+            entering, waiting = waiting[:refill], waiting[refill:]
+            free = np.flatnonzero(~running)[: len(entering)]
+            state = p.join(state, begin(_fill(entering, refill, rows)), _fill(free, refill, len(running)))
         elif running.any():
             residuals = _put_rows(p, residuals, state, rows)
-            state = _kept(p, state, np.argsort(~running, kind="stable")[:half].astype(np.int32))
+            state = _keep(p, state, np.argsort(~running, kind="stable")[:half].astype(np.int32))
         elif residuals:
-            return said.replace(residuals=_put_rows(p, residuals, state, rows))
-        else:  # nobody has left their place: row i lies in place i
-            return said.replace(residuals=state.cache.residuals)
+            return done.replace(residuals=_put_rows(p, residuals, state, rows))
+        else:  # no lane was given up: row i lies in lane i
+            return done.replace(residuals=state.cache.residuals)
 
 
-def _filled(numbers: np.ndarray, size: int, nobody: int) -> np.ndarray:
-    return np.pad(numbers, (0, size - len(numbers)), constant_values=nobody).astype(np.int32)
+def _fill(numbers: np.ndarray, size: int, none: int) -> np.ndarray:
+    """The numbers, and behind them, up to this size, one that stands for none."""
+    return np.pad(numbers, (0, size - len(numbers)), constant_values=none).astype(np.int32)
 
 
-def _grown(p: Programs, state: Decoding, prompt_slots: int, ring: int, wanted: int) -> Decoding:
-    """The state with a longer ring, the first `ring` slots of it filled."""
-    sizes = {"prompt_slots": prompt_slots, "slots": prompt_slots + wanted}
+def _grow(p: Programs, state: Decoding, prompt_slots: int, filled: int, ring: int) -> Decoding:
+    """The state with a longer ring, the first `filled` slots of it filled."""
+    sizes = {"prompt_slots": prompt_slots, "slots": prompt_slots + ring}
     cache = _one_by_one(lambda array: p.grow[array.ndim == 4](array, state.slot, **sizes), state.cache)
-    return state.replace(cache=cache, slot=jax.device_put(np.int32(ring), state.slot.sharding))
+    return state.replace(cache=cache, slot=jax.device_put(np.int32(filled), state.slot.sharding))
 
 
 def _put_rows(p: Programs, residuals: Residuals, state: Decoding, rows: int) -> Residuals:
-    """The residual stream of those who have left their places, and of those who are there."""
+    """The residual stream of the lanes that were given up, and of those that are left."""
     before = residuals or (None,) * len(state.cache.residuals)
     return tuple(
-        p.put_rows(whole, array, state.row, rows=rows)
-        for whole, array in zip(before, state.cache.residuals, strict=True)
+        p.put_rows(stream, array, state.row, rows=rows)
+        for stream, array in zip(before, state.cache.residuals, strict=True)
     )
 
 
-def _kept(p: Programs, state: Decoding, places_M: np.ndarray) -> Decoding:
-    """The state with these places only."""
-    places = _one_by_one(lambda array: p.keep[array.ndim == 4](array, places_M), state.replace(slot=None))
-    return places.replace(slot=state.slot)
+def _keep(p: Programs, state: Decoding, lanes_M: np.ndarray) -> Decoding:
+    """The state with these lanes only."""
+    lanes = _one_by_one(lambda array: p.keep[array.ndim == 4](array, lanes_M), state.replace(slot=None))
+    return lanes.replace(slot=state.slot)
 
 
 def _one_by_one(change: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
-    """Every array changed and the old one given up, so that only one of them lies there twice."""
+    """Every array changed and the old one given up, so that only one of them is there twice."""
 
-    def replaced(array: jax.Array) -> jax.Array:
+    def replace(array: jax.Array) -> jax.Array:
         new = change(array)
         array.delete()
         return new
 
-    return jax.tree.map(replaced, tree)
+    return jax.tree.map(replace, tree)

@@ -1,21 +1,11 @@
 """Drawing the next token. Every row has a random key of its own."""
 
-from dataclasses import dataclass
-
 import jax
 import jax.numpy as jnp
 
+from camopd_jax.config.schema import Sampling
+
 _BLOCK = 256  # tokens
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How tokens are drawn; the default is the distribution itself. The filters act in this order."""
-
-    temperature: float = 1.0  # 0: greedy
-    top_k: int = 0  # keep the k likeliest; 0: all
-    top_p: float = 1.0  # keep the likeliest tokens that together reach this probability; 1: all
-    min_p: float = 0.0  # keep tokens of at least this share of the likeliest one's probability; 0: all
 
 
 def row_keys(seed: int, step: jax.Array, index_B: jax.Array) -> jax.Array:

@@ -6,62 +6,65 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Sharding
 
-from camopd_jax.runs import evaluation
 from camopd_jax.analysis import selection
 from camopd_jax.analysis.diagnosis import Diagnosis
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.data import sources
 from camopd_jax.errors import UserError
-from camopd_jax.method import loop
-from camopd_jax.method.branches import STREAMS, load_models
-from camopd_jax.method.optimizer import abstract_state
+from camopd_jax.method.branches import load_models, make_branches, make_teachers
+from camopd_jax.method.optimizer import init_state
+from camopd_jax.method.programs import student_programs
+from camopd_jax.method.setup import check_diagnostics, resolve
+from camopd_jax.models import partition
+from camopd_jax.runs import evaluation
 from camopd_jax.runtime.jsonl import read_rows
-from camopd_jax.runtime.mesh import check_rows, make_mesh
 
 
 def analyze(config: TrainConfig, checkpoint: str | None, source_field: str) -> dict[str, Any]:
     """The figures of one student: a row as of diagnostics.jsonl, and under "training" those of the run's every step."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    check_rows(mesh, "config.diagnostics.rows", config.diagnostics.rows)
-    models = load_models(config, mesh)
-    student, found = models.student, None
+    setup = resolve(config)
+    check_diagnostics(config, setup.mesh)
+    models = load_models(setup)
+    student, source = models.student, None
     if checkpoint:
-        found = evaluation.load(config, checkpoint, mesh)
-        if jax.tree.map(jnp.shape, found.loaded.params) != jax.tree.map(jnp.shape, student.params):
+        source = evaluation.load(config, checkpoint, setup.mesh)
+        if jax.tree.map(jnp.shape, source.loaded.params) != jax.tree.map(jnp.shape, student.params):
             raise UserError(
                 f"--checkpoint={checkpoint}: its shape is not that of config.specialised_model = "
                 f"{config.specialised_model}; give a student of this config"
             )
-        student = student.with_params(jax.device_put(found.loaded.params, jax.tree.map(_place, student.params)))
-    state = abstract_state(student.params, None)
-    programs = loop.compile_programs(config, student.model, student.eos_ids, state)
-    row, answers = Diagnosis(config, models, mesh, programs)(found.step if found else 0, student.params)
-    of_prompts = {branch: prompt_sources(config, branch, source_field) for branch in STREAMS}
+        student = student.with_params(jax.device_put(source.loaded.params, jax.tree.map(_sharding, student.params)))
+    state = init_state(partition.trained(student.params, config.optimizer.trained), moments=())
+    teachers = make_teachers(config, models)
+    branches = make_branches(setup, models, teachers, setup.rows, config.seed)
+    programs = student_programs(setup, student, state, branches)
+    row, answers = Diagnosis(setup, models, teachers, programs)(source.step if source else 0, state)
+    of_prompts = {branch: prompt_sources(config, branch, source_field) for branch in config.branches}
     row["correlations"] = {branch: selection.correlations(answers[branch], of_prompts[branch]) for branch in answers}
-    if found and found.run and (rows := read_rows(found.run / "selection.jsonl")):
-        row["training"] = {branch: of_training(rows, branch, of_prompts[branch]) for branch in STREAMS}
+    if source and source.run and (rows := read_rows(source.run / "selection.jsonl")):
+        row["training"] = {branch: of_training(rows, branch, of_prompts[branch]) for branch in config.branches}
     return row
 
 
 def of_training(rows: list[dict[str, Any]], branch: str, of_prompts: list[str] | None) -> dict[str, Any]:
     """What a whole run's selection followed, from its selection.jsonl."""
     steps = [row for row in rows if row["phase"] == branch]
-    told = {
+    figures = {
         "steps": len(steps),
         "correlations": selection.over_steps(steps, of_prompts),
         "lengths": selection.lengths(steps),
         "repeats": selection.repeats(steps),
     }
-    return told if of_prompts is None else told | {"by_source": selection.rates_by_source(steps, of_prompts)}
+    return figures if of_prompts is None else figures | {"by_source": selection.rates_by_source(steps, of_prompts)}
 
 
 def prompt_sources(config: TrainConfig, branch: str, field: str) -> list[str] | None:
     """Where each prompt of a branch's file comes from; None if its rows do not all say, or all say the same."""
-    stream = getattr(config, STREAMS[branch])
-    rows = sources.read(stream.source, stream.split, stream.limit, f"config.{STREAMS[branch]}.source")
+    stream = config.branches[branch].prompts
+    rows = sources.read(stream.source, stream.split, stream.limit, f"config.branches.{branch}.prompts.source")
     named = [str(row.get(field, "")) for row in rows]
     return named if all(named) and len(set(named)) > 1 else None
 
 
-def _place(array: jax.Array) -> Sharding:
+def _sharding(array: jax.Array) -> Sharding:
     return array.sharding

@@ -18,8 +18,8 @@ from camopd_jax.config.schema import SftConfig, TrainConfig
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.errors import UserError
 from camopd_jax.evals.runner import read_ranks
-from camopd_jax.models import hf
-from camopd_jax.method.optimizer import init_state
+from camopd_jax.models import hf, partition
+from camopd_jax.method.optimizer import init_state, moment_names
 from camopd_jax.runtime.distributed import is_primary, barrier
 from camopd_jax.config.identity import from_json
 from camopd_jax.runtime.mesh import make_mesh
@@ -107,12 +107,13 @@ def restored(workdir: str, step: int | None = None, best: bool = False) -> tuple
             f"{checkpoints.steps()}; give one of them with --step"
         )
     mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    moments = config.method.moments if isinstance(config, TrainConfig) else "shared"
+    moments = moment_names(config) if isinstance(config, TrainConfig) else ("shared",)
     base, field = (
         (config.model, "model") if isinstance(config, SftConfig) else (config.specialised_model, "specialised_model")
     )
     loaded = loading.load(
         loading.find(base, f"config.{field}"), mesh, config.compute, dtype=config.compute.params, context=1
     )
-    state, _, provenance = checkpoints.restore(chosen, init_state(loaded.params, moments))
+    trained = partition.trained(loaded.params, config.optimizer.trained)
+    state, _, provenance = checkpoints.restore(chosen, init_state(trained, moments))
     return loaded.with_params(state.params), provenance | {"steps": str(chosen)}

@@ -4,31 +4,29 @@ import time
 from functools import partial
 
 import jax
-from absl import flags
 
-from camopd_jax.inference import loading
-from camopd_jax.runtime import cli
 from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
+from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
-from camopd_jax.runs.run import Host
-from camopd_jax.runtime.metrics import memory_gib
-from camopd_jax.models import hf
+from camopd_jax.method.gradient import Gradient, Learner, Lesson, Loss
+from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.method.optimizer import init_state
-from camopd_jax.method.gradient import Learning
-from camopd_jax.rollout.scoring import micro_batches
+from camopd_jax.method.setup import resolve_fine_tuning
+from camopd_jax.method.update import sft_update
+from camopd_jax.method.weights import cross_entropy_weights
+from camopd_jax.models import hf, partition
+from camopd_jax.rollout.score import micro_batches
+from camopd_jax.runs.run import Host
 from camopd_jax.runtime.distributed import run_on_all
-from camopd_jax.runtime.mesh import check_rows, global_rows, make_mesh, rows_of_process
-from camopd_jax.method.update import Gradient, sft_update, sft_weights
-from camopd_jax.types import Params, SftBatch
+from camopd_jax.runtime.mesh import global_rows, rows_of_process
+from camopd_jax.runtime.metrics import memory_gib
+from camopd_jax.types import Params, Sequences
 
 
 def sft(config: SftConfig, workdir: str) -> None:
     """Runs the whole job: load, train, measure, export."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    check_rows(mesh, "config.batch_size", config.batch_size)
-    check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
-    check_rows(mesh, "config.evaluation.batch_size", config.evaluation.batch_size)
+    mesh = resolve_fine_tuning(config)
 
     def begin() -> tuple[Loaded, SftStream]:
         folder = loading.find(config.model, "config.model")
@@ -42,17 +40,19 @@ def sft(config: SftConfig, workdir: str) -> None:
         "fingerprint": hf.fingerprint(student.folder),
     }
     host = Host(config, workdir, student, {"data": stream}, provenance)
-    state = host.restore(init_state(student.params, "shared"))
+    state = host.restore(init_state(partition.trained(student.params, config.optimizer.trained)))
     host.display.say(f"conversations: {stream.counts}")
     host.evaluate("start", 0, student)
-    places = jax.tree.map(lambda x: x.sharding, state)
-    learning = Learning(student.model, places.params, config.compute.logits_chunk)
-    update = jax.jit(partial(sft_update, config=config), donate_argnums=0, out_shardings=(places, None))
+    shardings = jax.tree.map(lambda x: x.sharding, state)
+    loss = Loss(student.model, OBJECTIVES["cross_entropy"]())
+    learner = Learner(loss, shardings.params, config.compute.logits_chunk)
+    update = jax.jit(partial(sft_update, config=config), donate_argnums=0, out_shardings=(shardings, None))
     ended = host.measure(int(state.step), state)  # the last start may have ended in the middle of an evaluation
     for step in range(int(state.step), 0 if ended else config.steps):
         started = time.perf_counter()
         batch = global_rows(mesh, next(stream), config.batch_size)
-        state, metrics = update(state, gradient(config, learning, state.params, batch), batch)
+        params = student.with_params(state.params).params
+        state, metrics = update(state, gradient(config, learner, params, state.params, batch), batch)
         row = {"step": step, "phase": "sft"} | {name: value.item() for name, value in metrics.items()}
         seconds = time.perf_counter() - started
         speed = {"tokens_per_second": row["response_tokens"] / seconds, "memory_gib": memory_gib()}
@@ -67,9 +67,9 @@ def sft(config: SftConfig, workdir: str) -> None:
     host.finish(state)
 
 
-def gradient(config: SftConfig, learning: Learning, params: Params, batch: SftBatch) -> Gradient:
+def gradient(config: SftConfig, learner: Learner, params: Params, trained: Params, batch: Sequences) -> Gradient:
     """Of the cross-entropy of a whole batch, rows of like length together."""
-    prompts, tokens, lengths = batch.prompts, batch.tokens, batch.lengths
-    mesh, size = tokens.sharding.mesh, config.optimizer.micro_batch
-    everyone = micro_batches(mesh, prompts, tokens, lengths, size, config.smallest_bucket)
-    return learning(params, prompts, tokens, lengths, sft_weights(lengths, tokens.shape[1]), everyone)
+    mesh, size = batch.tokens.sharding.mesh, config.optimizer.micro_batch
+    parts = micro_batches(mesh, batch, size, config.smallest_bucket)
+    weights = cross_entropy_weights(batch.lengths, batch.tokens.shape[1])
+    return learner(params, trained, Lesson(batch, weights), parts)

@@ -5,65 +5,63 @@ from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
-
-from camopd_jax.inference import loading
-from camopd_jax.method import loop
-from camopd_jax.runtime import cli
-from camopd_jax.method.branches import STREAMS, load_models, make_branches
-from camopd_jax.config.schema import Method, TrainConfig
 from camopd_jax.analysis.diagnosis import Diagnosis
+from camopd_jax.config.methods import description
+from camopd_jax.config.schema import TrainConfig
 from camopd_jax.evals import tables
 from camopd_jax.evals.comparison import Rank, comparison, rank_student
 from camopd_jax.evals.results import Result, on_questions
-from camopd_jax.runs.run import Host
-from camopd_jax.runtime.jsonl import read_rows
-from camopd_jax.runtime.metrics import memory_gib
-from camopd_jax.method.optimizer import init_state
-from camopd_jax.method.loop import Outcome
-from camopd_jax.runtime.distributed import run_on_all
-from camopd_jax.runtime.mesh import local_rows, make_mesh, gather
+from camopd_jax.method import loop
+from camopd_jax.method.branches import load_models, make_branches, make_teachers
+from camopd_jax.method.optimizer import init_state, moment_names
+from camopd_jax.method.programs import student_programs
+from camopd_jax.method.recorder import Recorder, StepRecord
+from camopd_jax.method.setup import resolve
 from camopd_jax.method.statistics import repetition
-from camopd_jax.types import Scored, TrainState
+from camopd_jax.models import partition
+from camopd_jax.runs.run import Host
+from camopd_jax.runtime.distributed import run_on_all
+from camopd_jax.runtime.jsonl import read_rows
+from camopd_jax.runtime.mesh import gather, local_rows
+from camopd_jax.runtime.metrics import memory_gib
+from camopd_jax.types import Batch, TrainState
 
 
 def train(config: TrainConfig, workdir: str) -> None:
     """Runs the whole job: load, measure, alternate recovery and review, measure again, export."""
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    loop.check_batches(config, mesh)
-    loop.check_remat(config, loading.matmul_dtype(config.compute))
-    rows = loop.batch_rows(config)
-
-    models = run_on_all(lambda: load_models(config, mesh))
+    setup = resolve(config)
+    models = run_on_all(lambda: load_models(setup))
     student = models.student
-    branches = run_on_all(lambda: make_branches(config, models, mesh, rows, config.seed))
-    streams = {STREAMS[name]: branch.prompts for name, branch in branches.items()}
+    teachers = make_teachers(config, models)
+    branches = run_on_all(lambda: make_branches(setup, models, teachers, setup.rows, config.seed))
+    streams = {name: branch.prompts for name, branch in branches.items()}
 
     # ------------------------------------------------------------------------- state, then steps
-    provenance = {"method": method_name(config.method)} | models.provenance(config)
+    provenance = {"method": description(config)} | models.provenance(config)
     host = TrainHost(config, workdir, student, streams, provenance)
-    state = host.restore(init_state(student.params, config.method.moments))
-    if models.warning:
-        host.display.say(f"warning: {models.warning}")
+    trained = partition.trained(student.params, config.optimizer.trained)
+    state = host.restore(init_state(trained, moment_names(config)))
+    for warning in models.warnings:
+        host.display.say(f"warning: {warning}")
     host.display.say(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
     host.baselines = {
         "general": host.evaluate("general", 0, models.general),
         "specialised": host.evaluate("specialised", 0, models.specialised),
     }
-    programs = loop.compile_programs(config, student.model, student.eos_ids, state)
+    programs = student_programs(setup, student, state, branches)
     if config.diagnostics.every:
-        host.diagnosis = Diagnosis(config, models, mesh, programs)
+        host.diagnosis = Diagnosis(setup, models, teachers, programs)
     if not host.measure(int(state.step), state):  # the last start may have ended in the middle of it
-        state = loop.run(config, branches, programs, state, host)
+        state = loop.run(branches, programs, state, Recorder(programs, host))
     if host.terminated:
         return
     state = host.chosen(state)
     steps = int(state.step)
-    scores = host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
+    results = host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
     host.finish(state)
     host.display.say(clip_rates(read_rows(host.workdir / "metrics.jsonl")))
-    if scores:
-        host.display.say(tables.accuracies(host.baselines | {"student": scores}))
+    if results:
+        host.display.say(tables.accuracies(host.baselines | {"student": results}))
 
 
 class TrainHost(Host):
@@ -78,7 +76,7 @@ class TrainHost(Host):
     def measure(self, steps_done: int, state: TrainState) -> bool:
         if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed():
             self.display.progress("looking at the gradients")
-            self.writer.diagnosis(self.diagnosis(steps_done, state.params)[0])
+            self.writer.diagnosis(self.diagnosis(steps_done, state)[0])
         return super().measure(steps_done, state)
 
     def _diagnosis_due(self, steps_done: int) -> bool:
@@ -99,60 +97,53 @@ class TrainHost(Host):
             for name in ("general", "specialised")
         ]
 
-    def log(self, outcome: Outcome) -> None:
-        metrics = jax.tree.map(lambda value: np.asarray(value).tolist(), outcome.metrics)
-        tables = {name: metrics.get(name, metrics).pop("answers") for name in outcome.parts}
-        said = {name: (part.rollout.tokens, part.rollout.lengths) for name, part in outcome.parts.items()}
+    def log(self, record: StepRecord) -> None:
+        metrics = jax.tree.map(lambda value: np.asarray(value).tolist(), record.metrics)
+        tables = {name: metrics.get(name, metrics).pop("answers") for name in record.batches}
+        answers = [(batch.rollout.tokens, batch.rollout.lengths) for batch in record.batches.values()]
         row = {
-            "step": outcome.step,
-            "phase": outcome.phase,
+            "step": record.step,
+            "phase": record.phase,
             **metrics,
-            "repetition": float(np.mean([repetition(*map(gather, answers)) for answers in said.values()])),
-            "seconds": outcome.seconds,
-            "tokens_per_second": metrics["response_tokens"] / sum(outcome.seconds.values()),
+            "repetition": float(np.mean([repetition(*map(gather, pair)) for pair in answers])),
+            "seconds": record.seconds,
+            "tokens_per_second": metrics["response_tokens"] / sum(record.seconds.values()),
             "memory_gib": memory_gib(),
         }
-        samples = [self._samples(outcome.step, name, part) for name, part in outcome.parts.items()]
+        samples = [self._samples(record.step, name, batch) for name, batch in record.batches.items()]
         self.record(row, [sample for of_branch in samples for sample in of_branch])
         if self.config.log.selection:
             self.writer.selection([
-                {"step": outcome.step, "phase": name}
+                {"step": record.step, "phase": name}
                 | {column: _rounded(values) if column in _MEASURES else values for column, values in table.items()}
                 for name, table in tables.items()
             ])  # fmt: skip
 
-    def _samples(self, step: int, branch: str, part: Scored) -> list[dict]:
+    def _samples(self, step: int, branch: str, batch: Batch) -> list[dict[str, Any]]:
         """The first answers of the batch, with each token's gap, and its log-probability as scored and as sampled."""
-        arrays = (part.prompts.tokens, part.prompts.lengths, part.index, part.rollout.tokens, part.rollout.lengths,
-                  part.rollout.log_probs, part.rollout.stopped, part.scores.student, part.scores.teacher,
-                  part.selection.weights)  # fmt: skip
-        asked, asked_lengths, index, tokens, lengths, sampler, stopped, student, teacher, weights = map(
-            local_rows, arrays
+        prompts, rollout = jax.tree.map(local_rows, (batch.prompts, batch.rollout))
+        log_probs, index, weights = jax.tree.map(
+            local_rows, (batch.log_probs, batch.index, batch.selection.weights)
         )
         decode = self.student.tokenizer.decode
-        return [
-            {
+        rows = []
+        for i in range(min(self.config.log.samples, len(index))):
+            length = rollout.lengths[i]
+            tokens = rollout.tokens[i, :length]
+            rows.append({
                 "step": step,
                 "phase": branch,
                 "prompt_index": int(index[i]),
-                "prompt": decode(asked[i, : asked_lengths[i]]),
-                "response": decode(tokens[i, : lengths[i]]),
-                "tokens": [decode([t]) for t in tokens[i, : lengths[i]]],
-                "gaps": _rounded((teacher - student)[i, : lengths[i]]),
-                "logprobs": _rounded(student[i, : lengths[i]]),
-                "sampler_logprobs": _rounded(sampler[i, : lengths[i]]),
+                "prompt": decode(prompts.tokens[i, : prompts.lengths[i]]),
+                "response": decode(tokens),
+                "tokens": [decode([token]) for token in tokens],
+                "gaps": _rounded(log_probs.gap[i, :length]),
+                "logprobs": _rounded(log_probs.student[i, :length]),
+                "sampler_logprobs": _rounded(rollout.log_probs[i, :length]),
                 "selected": bool(weights[i]),
-                "finish_reason": "stop" if stopped[i] else "length",
-            }
-            for i in range(min(self.config.log.samples, len(tokens)))
-        ]
-
-
-def method_name(method: Method) -> str:
-    """What a model card calls the method."""
-    if method.answers == "teacher":
-        return "distillation on teachers' answers"
-    return {"alternate": "CaMOPD (arXiv 2605.27115)", "mixed": "mixed on-policy distillation"}[method.schedule]
+                "finish_reason": "stop" if rollout.stopped[i] else "length",
+            })
+        return rows
 
 
 _MEASURES = ("score", "entropy", "student_loss", "teacher_loss")
@@ -162,14 +153,16 @@ def _rounded(values: Iterable[float]) -> list[float]:
     return [round(float(value), 4) for value in values]
 
 
-def clip_rates(metrics: list[dict]) -> str:
+def clip_rates(metrics: list[dict[str, Any]]) -> str:
     """How often each phase's gradient was clipped, and what it means where that was always."""
-    clipped = {phase: [row["grad_clipped"] for row in metrics if row["phase"] == phase] for phase in loop.UPDATES}
-    rates = {phase: sum(steps) / len(steps) for phase, steps in clipped.items() if steps}
-    told = "gradients clipped: " + ", ".join(f"{100 * rate:.0f} % of {phase} steps" for phase, rate in rates.items())
+    clipped: dict[str, list[float]] = {}
+    for row in metrics:
+        clipped.setdefault(row["phase"], []).append(row["grad_clipped"])
+    rates = {phase: sum(steps) / len(steps) for phase, steps in clipped.items()}
+    text = "gradients clipped: " + ", ".join(f"{100 * rate:.0f} % of {phase} steps" for phase, rate in rates.items())
     if len(rates) > 1 and min(rates.values()) > 0.95:
-        told += (
-            "; a clip that always bites makes all gradients equally long and cancels the phases' scales: raise "
+        text += (
+            "; a clip that always acts makes all gradients equally long and cancels the branches' scales: raise "
             "config.optimizer.clip_norm to let them act"
         )
-    return told
+    return text

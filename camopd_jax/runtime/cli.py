@@ -10,7 +10,7 @@ from typing import Any
 from absl import app, flags, logging
 from ml_collections import config_flags
 
-from camopd_jax.config.schema import from_config_dict
+from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.cluster import Processes, end, joined
 

@@ -44,8 +44,10 @@ class Stages:
         self._seconds[name] = self._seconds.get(name, 0.0) + took - self._inner
         self._inner = outer + took
 
-    def seconds(self) -> dict[str, float]:
-        return dict(self._seconds)
+    def finish(self) -> dict[str, float]:
+        """The seconds of the step that ends here, by stage."""
+        seconds, self._seconds = self._seconds, {}
+        return seconds
 
 
 def memory_gib() -> float:

@@ -13,7 +13,7 @@ from camopd_jax.analysis.diagnosis import figures
 from camopd_jax.config.schema import Diagnostics, Method, Phase, Stream, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.method.select import random_subset, select
-from camopd_jax.types import Prompts, Scored, Scores
+from camopd_jax.types import Prompts, Batch, LogProbs
 
 KEY = jax.random.key(11)
 CONFIG = TrainConfig(
@@ -27,11 +27,11 @@ def two_parts(batch, config=CONFIG):
     prompts, rollout, scores = batch
     mask = np.arange(rollout.tokens.shape[1]) < np.asarray(rollout.lengths)[:, None]
     gaps = np.roll(np.asarray(scores.teacher - scores.student), 1, axis=0)
-    other = Scores(scores.student, jnp.asarray(np.where(mask, scores.student + gaps, 0)))
+    other = LogProbs(scores.student, jnp.asarray(np.where(mask, scores.student + gaps, 0)))
     found = {}
     for name, given in {"recovery": scores, "review": other}.items():
         ranked = select(given, rollout.lengths, KEY, getattr(config.method, name))
-        found[name] = Scored(prompts, jnp.arange(8, dtype=jnp.int32), rollout, given, ranked)
+        found[name] = Batch(prompts, jnp.arange(8, dtype=jnp.int32), rollout, given, ranked)
     return found
 
 
@@ -175,7 +175,7 @@ def test_no_gradient_is_told_as_nothing(tiny, batch):
     """Before the first step the review's gaps are all 0."""
     parts = two_parts(batch)
     scores = parts["review"].scores
-    still = Scores(scores.student, scores.student)
+    still = LogProbs(scores.student, scores.student)
     review = Method().review
     parts["review"] = parts["review"].replace(
         scores=still, selection=select(still, parts["review"].rollout.lengths, KEY, review)
@@ -191,7 +191,7 @@ def test_rows_alone_see_no_neighbours(tiny, batch):
     parts = two_parts(batch)
     prompts, rollout = parts["recovery"].prompts, parts["recovery"].rollout
     others = jnp.arange(8)[:, None] != 3
-    changed = Scored(
+    changed = Batch(
         Prompts(jnp.where(others, 1, prompts.tokens), prompts.lengths), parts["recovery"].index,
         rollout.replace(tokens=jnp.where(others, 2, rollout.tokens)),
         parts["recovery"].scores, parts["recovery"].selection,

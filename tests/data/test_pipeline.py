@@ -11,7 +11,7 @@ from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream, Template
 from camopd_jax.data.pipeline import BatchStream, PromptStream, SftStream, pad
 from camopd_jax.data.templates import Tokenizers
 from camopd_jax.errors import UserError
-from camopd_jax.rollout.buckets import bucket, length_batches
+from camopd_jax.runtime.buckets import bucket, length_batches
 
 ROLLOUT = RolloutConfig(batch_size=4, max_prompt_tokens=16, smallest_bucket=8)
 

@@ -18,7 +18,7 @@ from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
-from camopd_jax.rollout.buckets import MicroBatch
+from camopd_jax.runtime.buckets import MicroBatch
 from camopd_jax.runtime.mesh import global_rows, make_mesh, sharding
 from camopd_jax.types import PromptBatch, Prompts
 

@@ -7,7 +7,7 @@ import pytest
 
 from camopd_jax.config.schema import Phase
 from camopd_jax.method.select import absolute_gap, largest_fraction, positive_gap, random_subset, select, smallest_mass
-from camopd_jax.types import Scores
+from camopd_jax.types import LogProbs
 
 GAP = jnp.array([[1.0, -3.0, 50.0], [-2.0, 50.0, 50.0]])  # the 50s are padding
 LENGTHS = jnp.array([2, 1])
@@ -20,7 +20,7 @@ def test_scores_by_hand():
 
 
 def test_gap_is_teacher_minus_student():
-    scores = Scores(student=jnp.array([[-1.0], [-3.0]]), teacher=jnp.array([[-3.0], [-1.0]]))
+    scores = LogProbs(student=jnp.array([[-1.0], [-3.0]]), teacher=jnp.array([[-3.0], [-1.0]]))
     selection = select(scores, jnp.array([1, 1]), KEY, Phase("positive_gap", mass=0.8))
     np.testing.assert_array_equal(selection.score, [0.0, 2.0])
     np.testing.assert_array_equal(selection.weights, [0.0, 1.0])
@@ -103,7 +103,7 @@ def test_a_random_subset_has_the_same_size_and_another_draw_other_rows():
 
 
 def test_the_phase_says_which_rows_are_kept():
-    scores = Scores(student=jnp.zeros((5, 1)), teacher=SCORE[:, None])
+    scores = LogProbs(student=jnp.zeros((5, 1)), teacher=SCORE[:, None])
     kept = {
         keep: select(scores, jnp.ones(5, jnp.int32), KEY, Phase("absolute_gap", 0.8, keep=keep)).count.item()
         for keep in ("mass", "fraction", "random")

@@ -8,7 +8,7 @@ import pytest
 
 from camopd_jax.config.schema import Method, Phase
 from camopd_jax.method.token_weights import advantage, importance, token_weights
-from camopd_jax.types import Rollout, Scores, Selection
+from camopd_jax.types import Rollout, LogProbs, Selection
 
 LENGTHS = np.array([2, 3])
 STUDENT = np.array([[-1.0, -2.0, 0.0], [-0.5, -1.0, -3.0]], np.float32)
@@ -23,7 +23,7 @@ def case(chosen=(1.0, 1.0)):
     )
     order = jnp.argsort(-jnp.asarray(chosen)).astype(jnp.int32)
     selection = Selection(jnp.ones(2), order, jnp.int32(sum(chosen)), jnp.asarray(chosen, jnp.float32))
-    return Scores(jnp.asarray(STUDENT), jnp.asarray(TEACHER)), rollout, selection
+    return LogProbs(jnp.asarray(STUDENT), jnp.asarray(TEACHER)), rollout, selection
 
 
 def weights(chosen=(1.0, 1.0), scale=1.0, **method):

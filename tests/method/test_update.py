@@ -26,12 +26,13 @@ from camopd_jax.method.update import (
 )
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
-from camopd_jax.rollout.buckets import MicroBatch, split_by_length
+from camopd_jax.runtime.buckets import MicroBatch, split_by_length
 from camopd_jax.rollout.generate import Decode, answers, for_decoding
-from camopd_jax.rollout.sampling import Sampling, row_keys
+from camopd_jax.config.schema import Sampling
+from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.rollout.score import score
 from camopd_jax.runtime.mesh import global_rows, make_mesh
-from camopd_jax.types import Prompts, Rollout, Scored, Scores, Selection, SftBatch
+from camopd_jax.types import Prompts, Rollout, Batch, LogProbs, Selection, Sequences
 
 RATE = 1e-2
 KEY = jax.random.key(7)
@@ -48,7 +49,7 @@ def update(tiny, batch, selection=None, config=None, branch=recovery_update, sta
     config = config or train_config()
     phase = config.method.recovery if branch is recovery_update else config.method.review
     selection = select(scores, rollout.lengths, KEY, phase) if selection is None else selection
-    scored = Scored(prompts, jnp.arange(len(prompts.lengths)), rollout, scores, selection)
+    scored = Batch(prompts, jnp.arange(len(prompts.lengths)), rollout, scores, selection)
     state = init_state(tiny[1], config.method.moments) if state is None else state
     return take_step(branch, model or tiny[0], config, state, scored)
 
@@ -112,7 +113,7 @@ def test_the_expected_sampled_gradient_is_that_of_the_exact_reverse_kl(tiny):
     lengths = jnp.full(rows, 2, jnp.int32)
 
     # The program's way: sampled-token log-probabilities and their gaps.
-    scores = Scores(*(score(model, p, prompts, answers, lengths, chunk=64) for p in (params, teacher)))
+    scores = LogProbs(*(score(model, p, prompts, answers, lengths, chunk=64) for p in (params, teacher)))
     rollout = Rollout(answers, lengths, scores.student, jnp.zeros(rows), jnp.ones(rows, bool))
     everything = Selection(jnp.ones(rows), jnp.arange(rows), jnp.int32(rows), jnp.ones(rows))
     weights = token_weights(scores, rollout, everything, Method(), Phase("absolute_gap", 1.0, 1.0))
@@ -180,7 +181,7 @@ def test_a_mixed_update_steps_along_the_share_weighted_sum_of_both_gradients(tin
 
     def scored(part, phase):
         prompts, rollout, scores = part
-        return Scored(
+        return Batch(
             prompts, jnp.arange(len(prompts.lengths)), rollout, scores, select(scores, rollout.lengths, KEY, phase)
         )
 
@@ -228,7 +229,7 @@ def test_an_update_equals_one_optax_step_by_hand(tiny, batch, branch, scale, kin
 def test_review_never_enters_a_recovery(tiny, batch):
     """Whatever a review would see: after the same state, a recovery is the same, bit for bit."""
     prompts, rollout, scores = batch
-    other = (prompts, rollout, Scores(scores.student, scores.student - 1.0))
+    other = (prompts, rollout, LogProbs(scores.student, scores.student - 1.0))
     state, _ = update(tiny, batch, config=train_config(Method(moments="separate")))
     after_other, _ = update(
         tiny, other, branch=review_update, config=train_config(Method(moments="separate")), state=state
@@ -430,7 +431,7 @@ def test_sft_is_cross_entropy_over_the_answer_tokens(tiny, batch):
     everyone = split_by_length(prompts.lengths, rollout.lengths, np.arange(8), 2, (5, slots), 4)
     gradient = Learning(model, None, 64)(params, prompts, *said, sft_weights(said[1], slots), everyone)
     program = jax.jit(partial(sft_update, config=config))
-    state, metrics = program(init_state(params, "shared"), gradient, SftBatch(prompts, *said))
+    state, metrics = program(init_state(params, "shared"), gradient, Sequences(prompts, *said))
 
     def loss(params):
         return -jnp.concatenate([log_probs(params, i) for i in range(8)]).mean()

@@ -11,7 +11,8 @@ import pytest
 from camopd_jax.models.weights import shardings
 from camopd_jax.rollout import generate
 from camopd_jax.rollout.generate import Decode
-from camopd_jax.rollout.sampling import Sampling, row_keys
+from camopd_jax.config.schema import Sampling
+from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.rollout.score import score
 from camopd_jax.runtime.mesh import make_mesh, reshape_mesh
 from camopd_jax.types import Prompts

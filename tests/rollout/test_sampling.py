@@ -5,7 +5,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from camopd_jax.rollout.sampling import Sampling, filtered, row_keys, sample
+from camopd_jax.config.schema import Sampling
+from camopd_jax.rollout.sampling import filtered, row_keys, sample
 
 LOGITS = np.random.default_rng(0).normal(0, 2, (37, 23)).astype(np.float32)
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from camopd_jax.rollout.buckets import split_by_length
+from camopd_jax.runtime.buckets import split_by_length
 
 
 def cut(prompt_lengths, lengths, rows, size, **options):

@@ -26,12 +26,24 @@ def fine_bucket(length: int, smallest: int) -> int:
 
 
 @dataclass(frozen=True)
-class MicroBatch:
-    """Rows of a batch that go through a program together."""
+class Widths:
+    """Static sizes of a program that scores or learns."""
 
-    rows: np.ndarray  # int32[M]; one beyond the batch's last stands for nobody
     slots: int  # that hold the longest row, prompt and answer
     answer_slots: int  # that hold the longest answer
+    chunk: int  # tokens of a chip whose logits may exist at one time; 0: `head.tokens_at_once`
+
+
+@dataclass(frozen=True)
+class MicroBatch:
+    """Rows of a batch that go through a program at one time."""
+
+    rows: np.ndarray  # int32[M]; one beyond the batch's last stands for no row
+    slots: int  # that hold the longest row, prompt and answer
+    answer_slots: int  # that hold the longest answer
+
+    def widths(self, chunk: int) -> Widths:
+        return Widths(self.slots, self.answer_slots, chunk)
 
 
 def split_by_length(
@@ -47,7 +59,7 @@ def split_by_length(
 
     Args:
       prompt_lengths, lengths: int[B], of the whole batch's prompts and answers.
-      rows: which of them are wanted.
+      rows: which of them to take.
       widths: prompt and answer slots of the batch: no piece is wider.
       smallest: the least width.
       shards: what the rows of a piece have to divide by.

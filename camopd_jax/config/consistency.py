@@ -1,0 +1,117 @@
+"""What the fields of a config have to be to each other. Limits of single fields stand beside them, in schema.py."""
+
+import re
+from typing import Any
+
+import ml_collections
+
+from camopd_jax.config.build import build
+from camopd_jax.config.schema import MOVED, BranchConfig, Config, Evaluation, SftConfig, TrainConfig
+from camopd_jax.errors import UserError
+
+
+def from_config_dict(cls: type, config: ml_collections.ConfigDict) -> Any:
+    """Builds and checks a `TrainConfig` or `SftConfig`.
+
+    Raises:
+      UserError: naming the field, for unknown, missing or ill-typed keys and for values that cannot be.
+    """
+    return checked(build(cls, config.to_dict(), "config", MOVED))
+
+
+def checked(config: Config) -> Config:
+    """The config, if its fields go together.
+
+    Raises:
+      UserError: naming the field that does not.
+    """
+    _check_evaluation(config.evaluation)
+    if isinstance(config, TrainConfig):
+        _check_train(config)
+    else:
+        _check_sft(config)
+    return config
+
+
+def _need(holds: bool, name: str, value: Any, advice: str) -> None:
+    if not holds:
+        raise UserError(f"config.{name} is {value!r}; {advice}")
+
+
+def _check_sft(config: SftConfig) -> None:
+    _need(config.compute.remat != "rollout", "compute.remat", "rollout", "fine-tuning has no rollout; give block")
+    micro = config.optimizer.micro_batch
+    advice = f"give a divisor of batch_size = {config.batch_size}"
+    _need(config.batch_size % micro == 0, "optimizer.micro_batch", micro, advice)
+
+
+def _check_evaluation(config: Evaluation) -> None:
+    names = [b.name for b in config.benchmarks]
+    _need(len(set(names)) == len(names), "evaluation.benchmarks", names, "give each benchmark a name of its own")
+    for b in config.benchmarks:
+        block = f"evaluation.benchmarks {b.name!r}:"
+        named = re.fullmatch(r"[\w.-]+", b.name) is not None
+        _need(named, f"{block} name", b.name, "give one of letters, digits, - and _")
+        several = b.samples == 1 or b.temperature > 0
+        _need(several, f"{block} samples", b.samples, "greedy answers are all alike; 1, or a temperature > 0")
+
+
+def _check_train(config: TrainConfig) -> None:
+    rollout, method, optimizer = config.rollout, config.method, config.optimizer
+    divisor = f"give a divisor of rollout.batch_size = {rollout.batch_size}"
+    micro, scored = optimizer.micro_batch, rollout.score_batch
+    _need(rollout.batch_size % micro == 0, "optimizer.micro_batch", micro, divisor)
+    advice = f"{divisor}, or 0 (as optimizer.micro_batch)"
+    _need(not scored or rollout.batch_size % scored == 0, "rollout.score_batch", scored, advice)
+    keeps = config.compute.remat == "rollout"
+    advice = "give 0, or another compute.remat than 'rollout'"
+    _need(not keeps or not rollout.concurrency, "rollout.concurrency", rollout.concurrency, advice)
+    by_student = method.answers == "student"
+    _need(not keeps or by_student, "compute.remat", config.compute.remat, "teachers answer; give block")
+    gate = method.importance_gate
+    advice = "give (low, high) with low <= 1 <= high, or None"
+    _need(gate is None or 0 <= gate[0] <= 1 <= gate[1], "method.importance_gate", gate, advice)
+    advice = "a teacher's answers have no sampler of the student's; give None"
+    _need(gate is None or by_student, "method.importance_gate", gate, advice)
+    rows, at_once = config.diagnostics.rows, config.diagnostics.micro_batch
+    advice = f"give a divisor of diagnostics.rows = {rows}"
+    _need(rows % at_once == 0, "diagnostics.micro_batch", at_once, advice)
+    _check_trained(optimizer.trained)
+    _check_branches(config)
+
+
+def _check_trained(pattern: str) -> None:
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise UserError(f"config.optimizer.trained is {pattern!r}, no regular expression ({error})") from error
+
+
+def _check_branches(config: TrainConfig) -> None:
+    branches, method = config.branches, config.method
+    for name, branch in branches.items():
+        _check_branch(name, branch)
+    cycle = sum(branch.steps for branch in branches.values())
+    _need(cycle > 0, "branches", list(branches), "at least one of them needs steps > 0")
+    mixed = method.schedule == "mixed"
+    advice = 'only gradients of one step can conflict; give "sum"'
+    _need(mixed or method.conflict == "sum", "method.conflict", method.conflict, advice)
+    if not mixed:
+        return
+    idle = [name for name, branch in branches.items() if branch.steps == 0]
+    advice = f"every branch has its part of a mixed batch; give branches.{''.join(idle[:1])}.steps > 0"
+    _need(not idle, "method.schedule", method.schedule, advice)
+    size = config.rollout.batch_size
+    advice = f"give a multiple of the branches' steps together = {cycle}: a mixed batch is split so"
+    _need(size % cycle == 0, "rollout.batch_size", size, advice)
+    _need(method.moments == "shared", "method.moments", method.moments, 'a mixed step has one gradient; give "shared"')
+
+
+RESERVED = ("mixed", "sft", "diagnostics", "shared")  # names that rows of metrics.jsonl and moments have already
+
+
+def _check_branch(name: str, branch: BranchConfig) -> None:
+    plain = re.fullmatch(r"[A-Za-z][\w-]*", name) is not None and name not in RESERVED
+    _need(plain, "branches", name, f"name it with letters, digits, - and _, and not one of {', '.join(RESERVED)}")
+    source = branch.prompts.source
+    _need(bool(source), f"branches.{name}.prompts.source", source, "name a file or dataset of prompts")

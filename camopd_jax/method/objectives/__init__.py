@@ -1,0 +1,43 @@
+"""The objectives by name. A new one is a class of its own file and a line of this table."""
+
+import ast
+
+from camopd_jax.errors import UserError
+from camopd_jax.method.objectives.base import Objective as Objective
+from camopd_jax.method.objectives.base import TeacherReading as TeacherReading
+from camopd_jax.method.objectives.full_vocabulary import JSD, ForwardKL, ReverseKL
+from camopd_jax.method.objectives.sampled_token import CrossEntropy, SampledToken
+
+OBJECTIVES: dict[str, type[Objective]] = {
+    "sampled_token": SampledToken,
+    "cross_entropy": CrossEntropy,
+    "reverse_kl": ReverseKL,
+    "forward_kl": ForwardKL,
+    "jsd": JSD,
+}
+
+
+def objective(text: str, field: str) -> Objective:
+    """The objective that a config names, with its options in parentheses.
+
+    >>> objective("jsd(beta=0.1)", "config.branches.recovery.objective")
+    JSD(beta=0.1)
+
+    Raises:
+      UserError: naming `field`, for a name or an option that there is not.
+    """
+    try:
+        call = ast.parse(text.strip(), mode="eval").body
+        if isinstance(call, ast.Name):
+            call = ast.Call(call, [], [])
+        if not isinstance(call, ast.Call) or not isinstance(call.func, ast.Name) or call.args:
+            raise SyntaxError
+        name, options = call.func.id, {option.arg or "": ast.literal_eval(option.value) for option in call.keywords}
+    except (SyntaxError, ValueError) as error:
+        raise UserError(f"{field} is {text!r}; give a name, with options as in jsd(beta=0.1)") from error
+    if name not in OBJECTIVES:
+        raise UserError(f"{field} is {text!r}; the objectives are {', '.join(OBJECTIVES)}")
+    try:
+        return OBJECTIVES[name](**options)
+    except (TypeError, UserError) as error:
+        raise UserError(f"{field} is {text!r}: {error}") from error

@@ -1,0 +1,249 @@
+"""The compiled functions of a step, and what surrounds each call: the mesh it runs on, its time, arrays that wait."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from camopd_jax.config.schema import Sampling
+from camopd_jax.inference.loading import Loaded
+from camopd_jax.method import schedule
+from camopd_jax.method.branches import Branch
+from camopd_jax.method.gradient import Gradient, Learner, Lesson, Loss
+from camopd_jax.method.objectives import TeacherReading
+from camopd_jax.method.select import select
+from camopd_jax.method.setup import Setup
+from camopd_jax.method.update import Metrics, branch_update, mixed_update
+from camopd_jax.method.weights import token_weights
+from camopd_jax.models.partition import merge
+from camopd_jax.rollout import generate
+from camopd_jax.rollout.generate import Decode
+from camopd_jax.rollout.head import head_params
+from camopd_jax.rollout.sampling import row_keys
+from camopd_jax.rollout.score import LOG_PROB, Reading, micro_batches, score_batch
+from camopd_jax.runtime.buckets import bucket
+from camopd_jax.runtime.mesh import gather, global_rows, sharding
+from camopd_jax.runtime.metrics import Stages
+from camopd_jax.runtime.offload import Waiting
+from camopd_jax.types import (
+    Batch,
+    LanguageModel,
+    LogProbs,
+    Params,
+    PromptBatch,
+    Record,
+    Rollout,
+    Selection,
+    Sequences,
+    TeacherRecord,
+    TrainState,
+)
+
+COMPARE_EVERY = 16  # steps, where the sampler's log-probabilities are taken for the student's
+
+
+class Programs:
+    """All that a run compiles: each function once per shape bucket, over the whole run.
+
+    Of the student's parameters only those that are trained are taken from a state; the frozen ones are kept here.
+    """
+
+    def __init__(
+        self,
+        setup: Setup,
+        model: LanguageModel,
+        params: Params,
+        eos_ids: tuple[int, ...],
+        state: TrainState,
+        teachers: dict[str, LanguageModel],
+    ):
+        """Jits the functions; the state keeps its sharding and is donated to each update.
+
+        Args:
+          model, params: of the student. Of parameters and state, shapes with shardings are enough for compiling.
+          teachers: the model that teaches each branch.
+        """
+        config = setup.config
+        self.setup, self.model, self.stages = setup, model, Stages()
+        self._params, self._moments = params, Waiting()
+        self._offloads = config.compute.offload != "off"
+        self.decode = Decode(
+            Sampling.of(config.rollout),
+            eos_ids,
+            config.rollout.max_response_tokens,
+            config.rollout.concurrency,
+            config.rollout.shrinks,
+            setup.keep_residuals,
+        )
+        rows = replicated = selection = None
+        if model.mesh is not None:
+            rows, replicated = sharding(model.mesh, "batch"), sharding(model.mesh)
+            selection = Selection(mass=rows, order=replicated, count=replicated, weights=rows)
+        shardings = jax.tree.map(lambda x: x.sharding, state)
+        kept = (shardings, shardings.step)  # metrics, as the step's number, are complete on every device
+        self.keys = jax.jit(partial(row_keys, config.seed), out_shardings=rows)
+        self.move_answers = jax.jit(lambda answers: answers, out_shardings=rows)
+        self.selecting, self.weighing, self.learners = {}, {}, {}
+        for name, branch in config.branches.items():
+            objective = setup.objectives[name]
+            rule = partial(_select, seed=config.seed, rule=branch.selection)
+            weigh = partial(token_weights, method=config.method, objective=objective, scale=branch.scale)
+            loss = Loss(model, objective, teachers[name] if objective.teacher_logits else None)
+            self.selecting[name] = jax.jit(rule, out_shardings=selection)
+            self.weighing[name] = jax.jit(weigh, out_shardings=rows)
+            self.learners[name] = Learner(loss, shardings.params, config.compute.logits_chunk)
+        self.updates = {
+            phase: jax.jit(update, donate_argnums=0, out_shardings=kept) for phase, update in _updates(setup).items()
+        }
+
+    def params(self, state: TrainState) -> Params:
+        """All parameters of the student."""
+        return merge(self._params, state.params)
+
+    def compares(self, step: int) -> bool:
+        """Whether the student's answers get a forward pass of their own in this step, beside the sampler's word."""
+        return not self.setup.trusts_sampler or step % COMPARE_EVERY == 0
+
+    # ------------------------------------------------------------------------------- a branch's answers
+
+    def next_prompts(self, branch: Branch) -> PromptBatch:
+        """The next batch of the branch's own stream, on the mesh."""
+        with self.stages("other"):
+            return global_rows(self.model.mesh, next(branch.prompts), self.setup.rows[branch.name])
+
+    def generate(
+        self,
+        branch: Branch,
+        state: TrainState,
+        prompts: PromptBatch,
+        draw: np.int32,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> Rollout:
+        """The student's answers to a batch of a branch's prompts; under a control, the branch's teacher's.
+
+        The weights go, cast once, to where the devices answer from; the answers come back to where they are learnt
+        from.
+
+        Args:
+          draw: names the random keys.
+          meanwhile: called once, while the devices answer.
+        """
+        if self._offloads:
+            self._moments.park(state.moments)
+            branch.teacher.offload()
+        teacher_params = branch.teacher.fetch()
+        with self.stages("rollout"):
+            model, params, asked = self.model, self.params(state), prompts.student
+            if self.setup.config.method.answers == "teacher":
+                model, params, asked = branch.teacher.model, teacher_params, prompts.teacher
+            if model.mesh is not None:
+                model = model.on(self.setup.rollout_mesh)
+            params = generate.for_decoding(model, params)
+            keys = self.keys(draw, prompts.index)
+            answers = generate.answers(model, params, asked, keys, self.decode, meanwhile)
+            if model.mesh != self.model.mesh:
+                answers = self.move_answers(answers)
+            return _cut_to_bucket(answers, self.setup.config.rollout.smallest_bucket)
+
+    def score(
+        self, branch: Branch, state: TrainState, prompts: PromptBatch, answers: Rollout, forward: bool
+    ) -> tuple[LogProbs, TeacherRecord]:
+        """Log-probabilities of the answers under both models, and what the branch's objective keeps of the teacher.
+
+        The student's were computed when it sampled: where they are trusted, only `forward` asks for a pass of their
+        own.
+        """
+        with self.stages("score"):
+            teacher, objective = branch.teacher, branch.objective
+            params = teacher.fetch()
+            asked = answers.after(prompts.teacher)
+            record = self._score(teacher.model, params, asked, TeacherReading(objective))
+            student = answers.log_probs
+            if forward:
+                sequences = answers.after(prompts.student)
+                student = self._score(self.model, self.params(state), sequences, LOG_PROB)["log_prob"]
+            log_probs = LogProbs(student, record.pop("log_prob"))
+            head = head_params(teacher.model, params) if objective.teacher_logits else {}
+            if self._offloads:
+                head = jax.tree.map(jnp.copy, head)
+            log_probs, record, head = jax.block_until_ready((log_probs, record, head))
+            teacher.release()
+            return log_probs, TeacherRecord(record, head)
+
+    def select(self, branch: Branch, log_probs: LogProbs, answers: Rollout, draw: np.int32) -> Selection:
+        """Which of the answers the update learns from."""
+        with self.stages("select"):
+            return jax.block_until_ready(self.selecting[branch.name](log_probs, answers.lengths, draw))
+
+    def _score(self, model: LanguageModel, params: Params, sequences: Sequences, reading: Reading) -> Record:
+        config = self.setup.config
+        parts = micro_batches(model.mesh, sequences, self.setup.score_batch, config.rollout.smallest_bucket)
+        return score_batch(model, params, sequences, parts, config.compute.logits_chunk, reading)
+
+    # --------------------------------------------------------------------------- gradients and the update
+
+    def gradients(
+        self, branches: dict[str, Branch], state: TrainState, batches: dict[str, Batch]
+    ) -> tuple[dict[str, Gradient], dict[str, Batch]]:
+        """The gradient of each batch, and the batches without what it alone needed."""
+        with self.stages("update"):
+            if self.setup.config.compute.offload == "ahead":
+                self._moments.fetch()
+            gradients = {name: self._gradient(name, state, batch) for name, batch in batches.items()}
+            if self.setup.config.compute.offload == "late":
+                jax.block_until_ready(gradients)
+            return gradients, {name: batch.after_gradient() for name, batch in batches.items()}
+
+    def update(
+        self, state: TrainState, gradients: dict[str, Gradient], batches: dict[str, Batch]
+    ) -> tuple[TrainState, Metrics]:
+        """One step of the optimizer along the gradients."""
+        with self.stages("update"):
+            if self._offloads:
+                state = state.replace(moments=self._moments.take())
+            if self.setup.config.method.schedule == schedule.MIXED:
+                return jax.block_until_ready(self.updates[schedule.MIXED](state, gradients, batches))
+            (name,) = batches
+            return jax.block_until_ready(self.updates[name](state, gradients[name], batches[name]))
+
+    def _gradient(self, name: str, state: TrainState, batch: Batch) -> Gradient:
+        """Of Eq 9, over the selected answers of a branch: its cost follows what was selected."""
+        order, count = gather((batch.selection.order, batch.selection.count))
+        config, sequences = self.setup.config, batch.rollout.after(batch.prompts)
+        size, smallest = config.optimizer.micro_batch, config.rollout.smallest_bucket
+        parts = micro_batches(self.model.mesh, sequences, size, smallest, order[:count])
+        weights = self.weighing[name](batch.after_gradient())
+        lesson = Lesson(sequences, weights, batch.teacher.tokens, batch.rollout.residuals)
+        return self.learners[name](self.params(state), state.params, lesson, parts, batch.teacher.head)
+
+
+def student_programs(setup: Setup, student: Loaded, state: TrainState, branches: dict[str, Branch]) -> Programs:
+    """The programs of a run."""
+    teachers = {name: branch.teacher.model for name, branch in branches.items()}
+    return Programs(setup, student.model, student.params, student.eos_ids, state, teachers)
+
+
+def _select(log_probs: LogProbs, lengths: jax.Array, draw: jax.Array, *, seed: int, rule: Any) -> Selection:
+    return select(log_probs, lengths, jax.random.fold_in(jax.random.key(seed), draw), rule)
+
+
+def _updates(setup: Setup) -> dict[str, Callable[..., tuple[TrainState, Metrics]]]:
+    """The update of each phase, named as profiles show it: `recovery_update`, `review_update`, ..."""
+    config = setup.config
+    if config.method.schedule == schedule.MIXED:
+        return {schedule.MIXED: partial(mixed_update, config=config)}
+    updates = {}
+    for name in config.branches:
+        update = partial(branch_update, branch=name, config=config)
+        update.__name__ = f"{name}_update"
+        updates[name] = update
+    return updates
+
+
+def _cut_to_bucket(answers: Rollout, smallest_bucket: int) -> Rollout:
+    """Drops padding slots beyond the longest answer, to a bucket's width: what follows costs less."""
+    width = min(answers.tokens.shape[1], bucket(int(jnp.max(answers.lengths)), smallest_bucket))
+    return answers.replace(tokens=answers.tokens[:, :width], log_probs=answers.log_probs[:, :width])

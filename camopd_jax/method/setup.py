@@ -1,0 +1,154 @@
+"""Where config, mesh and platform meet. What follows from the three is computed once, in `Setup`, and every check of a
+config against a mesh, a model or a platform is here: `train`, `doctor` and `plan` call the same.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import jax.numpy as jnp
+from jax.sharding import Mesh
+
+from camopd_jax.config.schema import Compute, Evaluation, SftConfig, TrainConfig
+from camopd_jax.errors import UserError
+from camopd_jax.inference import loading
+from camopd_jax.method import schedule
+from camopd_jax.method.objectives import Objective, objective
+from camopd_jax.models import fused
+from camopd_jax.models.config import ModelConfig
+from camopd_jax.models.weights import shardings
+from camopd_jax.runtime.buckets import bucket
+from camopd_jax.runtime.mesh import check_rows, make_mesh, platform, reshape_mesh
+
+
+@dataclass(frozen=True)
+class Setup:
+    """A run's config with all that follows from it and its devices."""
+
+    config: TrainConfig
+    mesh: Mesh  # while the student learns
+    rollout_mesh: Mesh  # the same devices while they answer
+    dtype: str  # of activations and matrix products
+    teacher_dtype: str  # of the teachers' weights
+    rows: dict[str, int]  # prompts of each branch in a step in which it acts
+    score_batch: int  # answers in one forward pass that scores them
+    objectives: dict[str, Objective]  # of each branch
+    trusts_sampler: bool  # whether the sampler's log-probabilities spare the student a forward pass
+
+    @property
+    def keep_residuals(self) -> bool:
+        """Whether a rollout keeps the residual stream for the gradient."""
+        return self.config.compute.remat == "rollout"
+
+    @property
+    def context(self) -> int:
+        """The longest sequence, in tokens."""
+        return self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
+
+    @property
+    def prompt_slots(self) -> int:
+        """Slots of the longest prompt."""
+        rollout = self.config.rollout
+        return min(rollout.max_prompt_tokens, bucket(rollout.max_prompt_tokens, rollout.smallest_bucket))
+
+
+def resolve(config: TrainConfig, devices: Any = None) -> Setup:
+    """The set-up of a run on these devices; None: on all of this process's runtime.
+
+    Raises:
+      UserError: naming the field, for a mesh that the devices do not make, for batches that it does not divide, and for
+        fields that do not go together on this platform.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
+    wanted = config.rollout.mesh
+    tensor = wanted.tensor or mesh.shape["tensor"]
+    dtype = loading.matmul_dtype(config.compute, platform(mesh))
+    setup = Setup(
+        config=config,
+        mesh=mesh,
+        rollout_mesh=reshape_mesh(mesh, wanted.data, wanted.fsdp, tensor, "config.rollout.mesh"),
+        dtype=dtype,
+        teacher_dtype=loading.teacher_dtype(config.compute, platform(mesh)),
+        rows=schedule.batch_rows(config),
+        score_batch=config.rollout.score_batch or config.optimizer.micro_batch,
+        objectives={name: _objective(config, name) for name in config.branches},
+        trusts_sampler=_trusts_sampler(config, dtype),
+    )
+    _check_batches(setup)
+    check_remat(config, dtype)
+    return setup
+
+
+def check_model(config: ModelConfig, mesh: Mesh, compute: Compute, dtype: str) -> None:
+    """Raises UserError unless the mesh divides a model and its platform has what the config asks of it."""
+    shardings(config, mesh)
+    if compute.attention == "fused" and (reason := fused.obstacle(config, mesh, dtype)):
+        raise UserError(f"config.compute.attention is 'fused'; {reason}; give auto or xla")
+
+
+def check_evaluation(evaluation: Evaluation, mesh: Mesh) -> None:
+    """Raises UserError unless the mesh divides the batches of an evaluation."""
+    check_rows(mesh, "config.evaluation.batch_size", evaluation.batch_size)
+
+
+def check_diagnostics(config: TrainConfig, mesh: Mesh) -> None:
+    """Raises UserError unless the mesh divides the answers of a diagnosis."""
+    check_rows(mesh, "config.diagnostics.rows", config.diagnostics.rows)
+
+
+def resolve_fine_tuning(config: SftConfig) -> Mesh:
+    """The mesh of a supervised fine-tuning.
+
+    Raises:
+      UserError: as `resolve`.
+    """
+    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    check_rows(mesh, "config.batch_size", config.batch_size)
+    check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
+    check_evaluation(config.evaluation, mesh)
+    return mesh
+
+
+def check_remat(config: TrainConfig, dtype: str) -> None:
+    """Raises UserError for a gradient that begins with the rollout, where the sampler is not trusted."""
+    if config.compute.remat == "rollout" and not _trusts_sampler(config, dtype):
+        raise UserError(
+            "config.compute.remat is 'rollout', which trusts the sampler, and in "
+            f"{dtype} config.rollout.student_logprobs does not; set that to sampler, or remat to block"
+        )
+
+
+def _trusts_sampler(config: TrainConfig, dtype: str) -> bool:
+    exact = jnp.dtype(dtype) == jnp.float32
+    trusts = {"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs]
+    return trusts and config.method.answers == "student"
+
+
+def _objective(config: TrainConfig, branch: str) -> Objective:
+    field, text = f"config.branches.{branch}.objective", config.branches[branch].objective
+    found = objective(text, field)
+    if config.method.answers == "teacher" and not found.off_policy:
+        raise UserError(
+            f"{field} is {text!r}, whose gap says nothing of answers that the teacher gave "
+            "(config.method.answers is 'teacher'); give cross_entropy"
+        )
+    return found
+
+
+def _check_batches(setup: Setup) -> None:
+    """Raises UserError unless every batch of the run divides over the mesh."""
+    config, mesh = setup.config, setup.mesh
+    rollout = config.rollout
+    for n in setup.rows.values():
+        field = "config.rollout.batch_size"
+        if n != rollout.batch_size:
+            field = f"a branch's part of {field} under config.method"
+        check_rows(mesh, field, n)
+        check_rows(setup.rollout_mesh, field, n, "config.rollout.mesh")
+    if rollout.concurrency:
+        check_rows(setup.rollout_mesh, "config.rollout.concurrency", rollout.concurrency, "config.rollout.mesh")
+    check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
+    if rollout.score_batch:
+        check_rows(mesh, "config.rollout.score_batch", rollout.score_batch)
+    check_evaluation(config.evaluation, mesh)
+    if config.diagnostics.every:
+        check_diagnostics(config, mesh)

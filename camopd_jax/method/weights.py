@@ -1,0 +1,45 @@
+"""The constant weight of each token's loss: all of Eq 9 but the objective.
+
+    L = 1/|S| sum_{i in S} 1/T_i sum_t w_t r c_t loss_t
+
+with |S| the selected answers, T_i the length of answer i, w_t the importance of a token, r the branch's scale, c_t the
+objective's coefficient (of the sampled-token objective the advantage A_t) and loss_t the objective's loss.
+"""
+
+import jax
+import jax.numpy as jnp
+
+from camopd_jax.config.schema import Method
+from camopd_jax.method.objectives.base import Objective
+from camopd_jax.rollout.masks import length_mask
+from camopd_jax.types import Batch, LogProbs, Rollout
+
+
+def importance(log_probs: LogProbs, rollout: Rollout, gate: tuple[float, float] | None) -> jax.Array:
+    """`w_t = pi_theta(y_t) / mu(y_t)` where it lies inside the gate, else 0 (MiMo-V2-Flash Eq 8); no gate: 1."""
+    if gate is None:
+        return jnp.ones_like(log_probs.student)
+    ratio_BT = jnp.exp(log_probs.student - rollout.log_probs)
+    return jnp.where((ratio_BT >= gate[0]) & (ratio_BT <= gate[1]), ratio_BT, 0)
+
+
+def token_weights(batch: Batch, method: Method, objective: Objective, scale: float) -> jax.Array:
+    """The weight of each token's loss, float32[B, T]; 0 outside the selected answers.
+
+    With `method.normalise == "token"` the sum over all selected tokens is divided by their number, in the place of the
+    two means.
+    """
+    rollout, selection = batch.rollout, batch.selection
+    pull_BT = scale * objective.coefficient(batch.log_probs, method.advantage_clip)
+    weight_BT = importance(batch.log_probs, rollout, method.importance_gate) * pull_BT
+    if method.normalise == "sequence":
+        share_B = selection.weights / (selection.count * jnp.maximum(rollout.lengths, 1))
+    else:
+        share_B = selection.weights / jnp.maximum(jnp.sum(selection.weights * rollout.lengths), 1)
+    selected_BT = length_mask(rollout.lengths, rollout.tokens.shape[1]) & (selection.weights > 0)[:, None]
+    return jax.lax.stop_gradient(jnp.where(selected_BT, weight_BT * share_B[:, None], 0))
+
+
+def cross_entropy_weights(lengths_B: jax.Array, slots: int) -> jax.Array:
+    """Of supervised fine-tuning: the mean over the batch's answer tokens."""
+    return length_mask(lengths_B, slots) / jnp.sum(lengths_B).astype(jnp.float32)
