@@ -43,7 +43,6 @@ from camopd_jax.config.schema import (
 )
 from camopd_jax.data import templates
 from camopd_jax.data.pipeline import pad
-from camopd_jax.inference import engine
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import Branch, Teacher
 from camopd_jax.method.objectives import TeacherReading
@@ -59,8 +58,9 @@ from camopd_jax.planning.costs import decode_bytes, forward_flops
 from camopd_jax.rollout.head import head_params
 from camopd_jax.rollout.score import LOG_PROB
 from camopd_jax.runtime.buckets import bucket
+from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.mesh import global_rows
-from camopd_jax.runtime.metrics import memory_gib
+from camopd_jax.runtime.start import start
 from camopd_jax.types import Batch, LogProbs, PromptBatch, Prompts, TeacherRecord
 
 HISTORY = Path(__file__).parent / "history.jsonl"
@@ -203,7 +203,7 @@ def counted(c: ModelConfig, seconds: dict[str, float], kept: float, dtype: str) 
 
 
 def main(_) -> None:
-    engine.start()
+    start()
     v = flags.FLAGS
     if (v.general or v.domain or v.ends) and not v.model:
         raise app.UsageError("--general, --domain and --ends take a model's tokenizer; give --model")

@@ -18,7 +18,7 @@ import numpy as np
 from absl import app, flags
 
 from camopd_jax.config.schema import Compute, Sampling
-from camopd_jax.inference import engine
+from camopd_jax.inference.loading import matmul_dtype
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
@@ -27,6 +27,7 @@ from camopd_jax.rollout.generate import Decode
 from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.rollout.score import score_batch
 from camopd_jax.runtime.buckets import MicroBatch, split_by_length
+from camopd_jax.runtime.start import start
 from camopd_jax.types import Prompts
 
 flags.DEFINE_enum("shape", "smollm2-135m", list(SHAPES), "Shape of the random weights.")
@@ -39,9 +40,9 @@ flags.DEFINE_integer("rounds", 3, "Rounds of alternation, after one that compile
 
 
 def main(_) -> None:
-    engine.start()
+    start()
     v = flags.FLAGS
-    model = Model(from_hf(SHAPES[v.shape], context=v.prompt + v.cap), dtype=engine.matmul_dtype(Compute()))
+    model = Model(from_hf(SHAPES[v.shape], context=v.prompt + v.cap), dtype=matmul_dtype(Compute()))
     params = jax.jit(model.init)(jax.random.key(0))
     weights = generate.for_decoding(model, params)
     words = np.random.default_rng(0).integers(0, model.config.vocab_size, (v.batch, v.prompt)).astype(np.int32)

@@ -60,10 +60,10 @@ class Watcher:
         self.records.append(record)
         self.calls.append(("log", record.step))
 
-    def due(self, steps_done):
+    def pauses_after(self, steps_done):
         return steps_done in self.milestones or steps_done == self.last
 
-    def milestone(self, steps_done, state):
+    def pause(self, steps_done, state):
         self.calls.append(("milestone", steps_done))
         assert int(state.step) == steps_done
         return steps_done == self.end_at

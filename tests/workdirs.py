@@ -6,7 +6,7 @@ import json
 from camopd_jax.config.identity import changed, to_json
 from camopd_jax.config.methods import CONTROLS
 from camopd_jax.config.schema import Benchmark, BranchConfig, Evaluation, Stream, TrainConfig
-from camopd_jax.evals import scores
+from camopd_jax.evals.results import summarise
 from camopd_jax.evals.task import Grade
 
 BENCHMARKS = (Benchmark("sums"), Benchmark("logic"), Benchmark("drugs", "choice", axis="domain"))
@@ -84,7 +84,7 @@ def write(file, rows):
 
 def result_rows(model, step, by_benchmark):
     return [{"model": model, "step": step, "checkpoint": model, "asked": b.name}
-            | scores.result(b, [[Grade(score)] for score in by_benchmark[b.name]], [3] * 8, [True] * 8)
+            | summarise(b, [[Grade(score)] for score in by_benchmark[b.name]], [3] * 8, [True] * 8)
             for b in BENCHMARKS]  # fmt: skip
 
 

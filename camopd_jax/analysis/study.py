@@ -1,7 +1,7 @@
 """Many methods over many seeds: what each recovers and retains, and paired tests of their differences.
 
 A run's outcome is a number for each benchmark: the recovery of a general one, the retention of a domain one
-(`evals.scores`). Runs of one seed see the same prompts in the same order, so methods are compared seed by seed.
+(`evals.comparison`). Runs of one seed see the same prompts in the same order, so methods are compared seed by seed.
 """
 
 import math
@@ -13,8 +13,8 @@ from rich import box
 from rich.table import Table
 from scipy import special
 
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result
+from camopd_jax.evals.comparison import kept_share, recovered_share
+from camopd_jax.evals.results import Result, on_questions
 
 Shares = dict[str, float]  # by benchmark
 TUNING_SEED = 1000  # of the runs that choose a learning rate
@@ -35,11 +35,11 @@ def shares(models: Sequence[Sequence[Result]], for_tuning: bool) -> Shares:
     of_benchmark = {}
     for rows in zip(*models, strict=True):
         chosen = [i for i in range(rows[0]["n"]) if tuning(i) == for_tuning]
-        general, specialised, student = ([scores.some(row, chosen)] for row in rows)
+        general, specialised, student = ([on_questions(row, chosen)] for row in rows)
         if rows[0]["axis"] == "general":
-            share = scores.recovery(general, specialised, student)
+            share = recovered_share(general, specialised, student)
         else:
-            share = scores.retention(specialised, student)
+            share = kept_share(specialised, student)
         of_benchmark[rows[0]["benchmark"]] = math.nan if share is None else share.value
     return of_benchmark
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from camopd_jax.config.schema import Sampling
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import Branch
 from camopd_jax.method.gradient import Gradient, Learner, Lesson, Loss

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.config.schema import Compute, Evaluation, SftConfig, TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.method import schedule
 from camopd_jax.method.objectives import Objective, objective
 from camopd_jax.models import fused
@@ -61,13 +61,13 @@ def resolve(config: TrainConfig, devices: Any = None) -> Setup:
     mesh = mesh_of(config.mesh, devices)
     wanted = config.rollout.mesh
     tensor = wanted.tensor or mesh.shape["tensor"]
-    dtype = engine.matmul_dtype(config.compute, platform(mesh))
+    dtype = loading.matmul_dtype(config.compute, platform(mesh))
     setup = Setup(
         config=config,
         mesh=mesh,
         rollout_mesh=reshape_mesh(mesh, wanted.data, wanted.fsdp, tensor, "config.rollout.mesh"),
         dtype=dtype,
-        teacher_dtype=engine.teacher_dtype(config.compute, platform(mesh)),
+        teacher_dtype=loading.teacher_dtype(config.compute, platform(mesh)),
         rows=schedule.batch_rows(config),
         score_batch=config.rollout.score_batch or config.optimizer.micro_batch,
         objectives={name: _objective(config, name) for name in config.branches},

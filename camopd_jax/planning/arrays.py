@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding
 
 from camopd_jax.config.schema import TrainConfig
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.method import loop
 from camopd_jax.method.optimizer import abstract_state
 from camopd_jax.method.update import Gradient
@@ -77,14 +77,14 @@ def plan(config: TrainConfig, models: Models, devices: Any, platform: str) -> Pl
     mesh = mesh_of(config.mesh, devices)
     loop.check_batches(config, mesh)
     vocab = min(models.general.vocab_size, models.specialised.vocab_size)
-    dtype = engine.matmul_dtype(config.compute, platform)
+    dtype = loading.matmul_dtype(config.compute, platform)
 
     def model(shape: ModelConfig) -> Model:
         shape = dataclasses.replace(shape, output_vocab_size=vocab)
         return Model(shape, mesh=mesh, dtype=dtype, remat=config.compute.remat, attention=config.compute.attention)
 
     general, student = model(models.general), model(models.specialised)
-    of_teacher = engine.teacher_dtype(config.compute, platform)
+    of_teacher = loading.teacher_dtype(config.compute, platform)
     teachers = {
         "general": (general, abstract_params(general.config, mesh, of_teacher)),
         "specialised": (student, abstract_params(student.config, mesh, of_teacher)),

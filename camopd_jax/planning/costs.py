@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from camopd_jax.config.schema import TrainConfig
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.method import loop
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.weights import table
@@ -132,8 +132,8 @@ def memory_estimate(
     Rough in the temporaries: a layer's live activations are counted, not scheduled. Good for leaving out what cannot
     fit; the compiler has the last word.
     """
-    item = jnp.dtype(engine.matmul_dtype(config.compute, platform)).itemsize
-    teacher = jnp.dtype(engine.teacher_dtype(config.compute, platform)).itemsize
+    item = jnp.dtype(loading.matmul_dtype(config.compute, platform)).itemsize
+    teacher = jnp.dtype(loading.teacher_dtype(config.compute, platform)).itemsize
     split, tensor = mesh["fsdp"] * mesh["tensor"], mesh["tensor"]
     master = jnp.dtype(config.compute.params).itemsize
     n, d, layers = weights(student), student.hidden_size, student.num_layers

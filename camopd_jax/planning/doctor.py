@@ -13,10 +13,12 @@ from rich.table import Table
 from camopd_jax.config.schema import Benchmark, Template, TrainConfig
 from camopd_jax.data import sources, templates
 from camopd_jax.data.pipeline import PromptStream
-from camopd_jax.data.recipe import keys
+from camopd_jax.data.questions import question_keys
+from camopd_jax.data.templates import Tokenizers
 from camopd_jax.errors import UserError
-from camopd_jax.evals import runner, tasks
-from camopd_jax.inference import engine
+from camopd_jax.evals import tasks
+from camopd_jax.evals.questions import read_questions
+from camopd_jax.inference import loading
 from camopd_jax.method import loop
 from camopd_jax.method.branches import STREAMS
 from camopd_jax.models import hf
@@ -98,9 +100,9 @@ def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[
 
 
 def _model(found: Findings, config: TrainConfig, side: str) -> Checked:
-    folder = engine.find(getattr(config, f"{side}_model"), f"config.{side}_model")
+    folder = loading.find(getattr(config, f"{side}_model"), f"config.{side}_model")
     context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    model = engine.model_config(folder, context)
+    model = loading.model_config(folder, context)
     kinds = sorted({str(tensor.dtype) for tensor in hf.matching(folder, model).values()})
     tokenizer = templates.load_tokenizer(folder)
     raw = hf.read_config(folder)
@@ -157,7 +159,7 @@ def _prompts(
     student = models["specialised"].tokenizer
     rows = loop.batch_rows(config)[branch]
     prompts = PromptStream(
-        stream, config.rollout, student, teacher.tokenizer, config.seed, range(rows), f"config.{name}"
+        stream, config.rollout, Tokenizers(student, teacher.tokenizer), config.seed, range(rows), f"config.{name}"
     )
     kept, dropped, truncated = (prompts.counts[count] for count in ("kept", "dropped", "truncated"))
     cap = f"config.rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}"
@@ -190,7 +192,7 @@ def _prompts(
 
 def _telling(row: dict[str, Any]) -> set[str]:
     """What tells a question from others; nothing, where a row has no text."""
-    return keys(row) - {""}
+    return question_keys(row) - {""}
 
 
 # --------------------------------------------------------------------- benchmarks, machine, folder
@@ -198,9 +200,9 @@ def _telling(row: dict[str, Any]) -> set[str]:
 
 def _benchmark(found: Findings, config: TrainConfig, benchmark: Benchmark) -> dict[str, list[set[str]]]:
     """{its name: what tells each of its questions}"""
-    task = tasks.find(benchmark.task, config.evaluation.judge)
+    task = tasks.find(benchmark, config.evaluation.judge)
     task.check()
-    rows = runner.questions(benchmark, task)
+    rows = read_questions(benchmark, task)
     found.good(f"benchmark {benchmark.name}", f"{len(rows)} questions of the {benchmark.axis} axis")
     return {benchmark.name: list(map(_telling, rows))}
 
@@ -219,7 +221,7 @@ def _axes(found: Findings, config: TrainConfig) -> None:
 def _devices(found: Findings, config: TrainConfig, where: Topology, models: dict[str, Checked | None]) -> None:
     mesh = mesh_of(config.mesh, where.devices)
     loop.check_batches(config, mesh)
-    loop.check_remat(config, engine.matmul_dtype(config.compute, where.platform))
+    loop.check_remat(config, loading.matmul_dtype(config.compute, where.platform))
     there = {side: model.config for side, model in models.items() if model}
     for model in there.values():
         shardings(model, mesh)

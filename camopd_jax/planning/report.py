@@ -7,7 +7,7 @@ from typing import Any
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.method import loop
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
@@ -53,7 +53,7 @@ def _config_json(instead: str | None, flag: str, name: str, field: str) -> dict[
         return hf.read_config(Path(instead).expanduser())
     if instead:
         raise UserError(f"{flag}: {instead} is no file or folder, and no shape; the shapes are {', '.join(SHAPES)}")
-    return hf.read_config(engine.find(name, field, files=("config.json",)))
+    return hf.read_config(loading.find(name, field, files=("config.json",)))
 
 
 def compile_all(config: TrainConfig, models: Models, where: Topology, wanted: Wanted) -> tuple[Plan, list[Report]]:

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import jax.numpy as jnp
 
 from camopd_jax.config.schema import TrainConfig
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.method import loop
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.planning.costs import (
@@ -63,7 +63,7 @@ def _rollout_work(
     config: TrainConfig, model: ModelConfig, mesh: Sizes, platform: str, branch: str, answer: int
 ) -> dict[str, Work]:
     """On the rollout's mesh, where weights that are split over fsdp are gathered at every turn."""
-    item = jnp.dtype(engine.matmul_dtype(config.compute, platform)).itemsize
+    item = jnp.dtype(loading.matmul_dtype(config.compute, platform)).itemsize
     sizes, prompt = rollout_sizes(config, mesh), config.rollout.max_prompt_tokens
     rows = loop.batch_rows(config)[branch]
     places = min(config.rollout.places or rows, rows)
@@ -90,7 +90,7 @@ def _learning_work(
     config: TrainConfig, model: ModelConfig, mesh: Sizes, platform: str, branch: str, answer: int
 ) -> dict[str, Work]:
     """Scores and gradient: parameters split over fsdp are gathered layer by layer, once for each piece."""
-    dtype = engine.matmul_dtype(config.compute, platform)
+    dtype = loading.matmul_dtype(config.compute, platform)
     item, length = jnp.dtype(dtype).itemsize, config.rollout.max_prompt_tokens + answer
     rows, kept = loop.batch_rows(config)[branch], kept_rows(config, branch)
     fsdp, tensor = mesh["fsdp"], mesh["tensor"]

@@ -4,8 +4,8 @@ from collections.abc import Sequence
 
 from camopd_jax.analysis import study
 from camopd_jax.analysis.study import Mean
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result
+from camopd_jax.evals.comparison import kept_share, recovered_share
+from camopd_jax.evals.results import Result, on_questions
 from camopd_jax.reporting.runs import Column, Group, Models
 
 AXES = {"recovery": "general", "retention": "domain"}  # of the benchmarks that each is measured on
@@ -50,9 +50,9 @@ def _over_questions(models: Models, other: Models, column: Column) -> Mean | Non
     if [(row["asked"], row["n"]) for row in a] != [(row["asked"], row["n"]) for row in b]:
         return None
     if measure == "recovery":
-        share = scores.recovery(general, specialised, list(map(_combined, specialised, a, b)))
+        share = recovered_share(general, specialised, list(map(_combined, specialised, a, b)))
     else:
-        share = scores.retention(specialised, list(map(_combined, [None] * len(a), a, b)))
+        share = kept_share(specialised, list(map(_combined, [None] * len(a), a, b)))
     n = min((row["n"] for row in a), default=0)
     return None if share is None or n < 2 else Mean(share.value, share.error, n)
 
@@ -61,4 +61,4 @@ def _combined(base: Result | None, plus: Result, minus: Result) -> Result:
     """A result whose questions score `base + plus - minus`."""
     start = base["scores"] if base else [0.0] * plus["n"]
     combined = [x + a - b for x, a, b in zip(start, plus["scores"], minus["scores"], strict=True)]
-    return scores.some(plus | {"scores": combined}, range(plus["n"]))
+    return on_questions(plus | {"scores": combined}, range(plus["n"]))

@@ -10,8 +10,8 @@ from etils import epath
 from camopd_jax.analysis import study
 from camopd_jax.analysis.study import Mean
 from camopd_jax.config.methods import CONTROLS
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result, Standing
+from camopd_jax.evals.comparison import comparison, rank_of
+from camopd_jax.evals.results import Result, on_questions
 
 Record = dict[str, Any]  # one line of a run's files
 Models = tuple[list[Result], list[Result], list[Result]]  # of general teacher, specialised teacher and student
@@ -81,11 +81,11 @@ class LoadedRun:
             return None
         step = max(complete)
         if self.exported and self.config["checkpoints"]["export"] == "best":
-            best = max(self.standings, key=lambda row: (Standing(row["keeps"], row["merit"]), row["step"]), default={})
+            best = max(self.standings, key=lambda row: (rank_of(row), row["step"]), default={})
             step = best["step"] if best.get("step") in complete else step
         student = [students[step][name] for name in names]
         general, specialised = (
-            [scores.some(teachers[teacher, row["benchmark"]], range(row["n"])) for row in student]
+            [on_questions(teachers[teacher, row["benchmark"]], range(row["n"])) for row in student]
             for teacher in TEACHERS
         )
         return step, (general, specialised, student)
@@ -130,7 +130,7 @@ class Group:
     def values(self, column: Column) -> dict[int, tuple[float, float]]:
         """By seed, the recovery or retention and its standard error over questions."""
         measure, name = column
-        by_seed = {seed: scores.comparison(*models)[measure].get(name) for seed, models in self.results.items()}
+        by_seed = {seed: comparison(*models)[measure].get(name) for seed, models in self.results.items()}
         return {seed: (value[0], value[1]) for seed, value in by_seed.items() if value}
 
     def estimate(self, column: Column) -> Mean | None:
@@ -146,7 +146,7 @@ class Group:
 
 def _without_tuning(models: Models) -> Models:
     general, specialised, student = (
-        [scores.some(row, [i for i in range(row["n"]) if not study.tuning(i)]) for row in rows] for rows in models
+        [on_questions(row, [i for i in range(row["n"]) if not study.tuning(i)]) for row in rows] for rows in models
     )
     return general, specialised, student
 

@@ -10,9 +10,9 @@ from jax.sharding import Mesh
 from camopd_jax.config.schema import Config, SftConfig
 from camopd_jax.errors import UserError
 from camopd_jax.evals import runner
-from camopd_jax.evals.scores import Result
-from camopd_jax.inference import engine
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.evals.results import Result
+from camopd_jax.inference import loading
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.runs import export
 from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import broadcast
@@ -38,12 +38,12 @@ def evaluate(config: Config, checkpoints: Sequence[str], workdir: str) -> dict[s
     check_rows(mesh, "config.evaluation.batch_size", settings.batch_size)
     runner.check(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    writer, display = MetricsWriter(folder, tensorboard=False), Display(0, 0)
+    evaluator = runner.Evaluator(settings, folder, MetricsWriter(folder, tensorboard=False), Display(0, 0))
     sources = {name: name for name in checkpoints} or own_models(config)
     results: dict[str, list[Result]] = {}
     for name, source in sources.items():
         model = load_source(config, source, mesh)
-        results[name] = runner.run_all(settings, model.loaded, folder, writer, display, name, key=model.key)
+        results[name] = evaluator.run(name, model.loaded, key=model.key)
     return known_baselines(folder, results) | results
 
 
@@ -72,11 +72,11 @@ def load_source(config: Config, source: str, mesh: Mesh) -> Source:
         loaded, provenance = export.restore_model(run, int(checkpoint[2]) if checkpoint else None)
         step = int(provenance["steps"])
         return Source(loaded, runner.run_key(provenance["config_fingerprint"], step), epath.Path(run), step)
-    loaded = engine.load(
-        engine.find(source, "--checkpoint"),
+    loaded = loading.load(
+        loading.find(source, "--checkpoint"),
         mesh,
         config.compute,
-        dtype=engine.teacher_dtype(config.compute),
+        dtype=loading.teacher_dtype(config.compute),
         context=max((benchmark.max_response_tokens for benchmark in config.evaluation.benchmarks), default=0),
     )
     return Source(loaded, runner.model_key(loaded), None, 0)

@@ -13,9 +13,9 @@ from camopd_jax import __version__
 from camopd_jax.config.identity import from_json
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.evals.runner import read_standings
-from camopd_jax.inference import engine
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.evals.runner import read_ranks
+from camopd_jax.inference import loading
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.optimizer import init_state, moment_names
 from camopd_jax.models import hf, partition
 from camopd_jax.runs.checkpoint import CheckpointStore
@@ -110,7 +110,7 @@ def restore_model(workdir: str, step: int | None = None, best: bool = False) -> 
     """
     folder = epath.Path(workdir)
     config = from_json(folder / "config.json")
-    checkpoints = CheckpointStore(workdir, config.checkpoints, read_standings(folder))
+    checkpoints = CheckpointStore(workdir, config.checkpoints, read_ranks(folder))
     if step is None:
         step = checkpoints.best() if best else checkpoints.latest()
     if step is None or step not in checkpoints.steps():
@@ -122,8 +122,8 @@ def restore_model(workdir: str, step: int | None = None, best: bool = False) -> 
         start, field, moments = config.specialised_model, "config.specialised_model", moment_names(config)
     else:
         start, field, moments = config.model, "config.model", ("shared",)
-    loaded = engine.load(
-        engine.find(start, field), mesh_of(config.mesh), config.compute, dtype=config.compute.params, context=1
+    loaded = loading.load(
+        loading.find(start, field), mesh_of(config.mesh), config.compute, dtype=config.compute.params, context=1
     )
     trained = partition.trained(loaded.params, config.optimizer.trained)
     state, _, provenance = checkpoints.restore(step, init_state(trained, moments))

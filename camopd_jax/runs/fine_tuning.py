@@ -7,8 +7,8 @@ import jax
 
 from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
-from camopd_jax.inference import engine
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.inference import loading
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.gradient import Gradient, Learner, Lesson, Loss
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.method.optimizer import init_state
@@ -29,8 +29,8 @@ def sft(config: SftConfig, workdir: str) -> None:
     mesh = resolve_fine_tuning(config)
 
     def begin() -> tuple[Loaded, SftStream]:
-        folder = engine.find(config.model, "config.model")
-        loaded = engine.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
+        folder = loading.find(config.model, "config.model")
+        loaded = loading.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
         return loaded, SftStream(config, loaded.tokenizer, rows_of_process(mesh, config.batch_size))
 
     student, stream = run_on_all(begin)

@@ -24,7 +24,7 @@ from camopd_jax.config.identity import changed, different_fields, to_json
 from camopd_jax.config.methods import CONTROLS, INTERPOLATION
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.evals.scores import Result
+from camopd_jax.evals.results import Result
 from camopd_jax.runs.evaluation import evaluate
 from camopd_jax.runs.interpolation import interpolate
 from camopd_jax.runs.training import train

@@ -5,7 +5,7 @@ from etils import epath
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.models import hf
 from camopd_jax.runs.export import write_folder
 from camopd_jax.runtime.mesh import mesh_of
@@ -22,7 +22,7 @@ def interpolate(config: TrainConfig, weight: float, out: str) -> None:
     """
     mesh = mesh_of(config.mesh)
     general, specialised = (
-        engine.load(engine.find(name, f"config.{field}"), mesh, config.compute, dtype="float32", context=1)
+        loading.load(loading.find(name, f"config.{field}"), mesh, config.compute, dtype="float32", context=1)
         for field, name in (("general_model", config.general_model), ("specialised_model", config.specialised_model))
     )
     if general.model.config != specialised.model.config:

@@ -10,9 +10,10 @@ from jax.experimental import multihost_utils
 from camopd_jax.config.identity import fingerprint
 from camopd_jax.config.schema import Config
 from camopd_jax.errors import UserError
-from camopd_jax.evals import runner, scores
-from camopd_jax.evals.scores import Result, Standing
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.evals import runner
+from camopd_jax.evals.comparison import Rank, out_of_patience, rank_row
+from camopd_jax.evals.results import AXES, Result, axis_mean
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.runs.checkpoint import CheckpointStore
 from camopd_jax.runs.export import write_folder
 from camopd_jax.runs.workdir import claim_workdir
@@ -70,7 +71,7 @@ class Run:
         self.terminated = False  # whether this process was asked to end
         run_on_all(lambda: runner.check(config.evaluation))
         claim_workdir(self.workdir, config)
-        self.ranks = runner.shared_standings(self.workdir)  # of the evaluated checkpoints, by step
+        self.ranks = runner.broadcast_ranks(self.workdir)  # of the evaluated checkpoints, by step
         self.checkpoints = CheckpointStore(workdir, config.checkpoints, self.ranks)
 
     def restore(self, state: TrainState) -> TrainState:
@@ -170,7 +171,7 @@ class Run:
             return False
         so_far = [self.ranks[step] for step in sorted(self.ranks) if step <= steps_done]
         patience = self.config.evaluation.patience
-        if not scores.out_of_patience(so_far, patience):
+        if not out_of_patience(so_far, patience):
             return False
         best = max(sorted(self.ranks, reverse=True), key=self.ranks.__getitem__)
         self.display.say(f"no better than step {best} for {patience} evaluations: ends here")
@@ -184,14 +185,14 @@ class Run:
         if rank is None:
             return False
         self.ranks[steps_done] = rank
-        row = runner.standing_row(steps_done, rank, self.comparison(results))
-        self.writer.add_evaluation(row, "merit", rank.merit)
+        row = rank_row(steps_done, rank, self.comparison(results))
+        self.writer.add_evaluation(row, "merit", rank.value)
         return True
 
-    def rank(self, results: Sequence[Result]) -> Standing | None:
+    def rank(self, results: Sequence[Result]) -> Rank | None:
         """How good a checkpoint with these results is: here, by their mean. None without results."""
-        means = [mean for axis in scores.AXES if (mean := scores.axis_mean(results, axis))]
-        return Standing(True, sum(mean for mean, _ in means) / len(means)) if means else None
+        means = [mean for axis in AXES if (mean := axis_mean(results, axis))]
+        return Rank(True, sum(mean for mean, _ in means) / len(means)) if means else None
 
     def comparison(self, results: Sequence[Result]) -> dict[str, Any]:
         """What else the line of eval.jsonl that ranks a checkpoint holds."""
@@ -204,10 +205,9 @@ class Run:
     def evaluate(
         self, name: str, step: int, loaded: Loaded, key: str | None = None, questions: int | None = None
     ) -> list[Result]:
-        """`evals.runner.run_all` with this run's benchmarks, in its work directory."""
-        return runner.run_all(
-            self.config.evaluation, loaded, self.workdir, self.writer, self.display, name, step, key, questions
-        )
+        """The results of a model on this run's benchmarks, as `Evaluator.run` takes it."""
+        evaluator = runner.Evaluator(self.config.evaluation, self.workdir, self.writer, self.display)
+        return evaluator.run(name, loaded, step, key, questions)
 
     # ----------------------------------------------------------------- the end
 

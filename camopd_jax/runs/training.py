@@ -9,8 +9,9 @@ import numpy as np
 from camopd_jax.analysis.diagnosis import Diagnosis
 from camopd_jax.config.methods import description
 from camopd_jax.config.schema import TrainConfig
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result, Standing
+from camopd_jax.evals import tables
+from camopd_jax.evals.comparison import Rank, comparison, rank_student
+from camopd_jax.evals.results import Result, on_questions
 from camopd_jax.method import loop
 from camopd_jax.method.branches import load_models, make_branches, make_teachers
 from camopd_jax.method.optimizer import init_state, moment_names
@@ -61,7 +62,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     host.finish(state)
     host.display.say(clip_rates(read_rows(host.workdir / "metrics.jsonl")))
     if results:
-        host.display.say(scores.table(host.baselines | {"student": results}))
+        host.display.say(tables.accuracies(host.baselines | {"student": results}))
 
 
 class TrainHost(Run):
@@ -83,23 +84,23 @@ class TrainHost(Run):
         every = self.config.diagnostics.every
         return every > 0 and (steps_done % every == 0 or steps_done == self.config.steps)
 
-    def rank(self, results: Sequence[Result]) -> Standing | None:
-        return scores.standing(*self._baselines(results), results)
+    def rank(self, results: Sequence[Result]) -> Rank | None:
+        return rank_student(*self._baselines(results), results)
 
     def comparison(self, results: Sequence[Result]) -> dict[str, Any]:
         """Recovery or retention of every benchmark and of the axis means, each with its standard error."""
-        return scores.comparison(*self._baselines(results), results)
+        return comparison(*self._baselines(results), results)
 
     def _baselines(self, results: Sequence[Result]) -> list[list[Result]]:
         """The teachers' scores on the questions that the student was asked."""
         return [
-            [scores.some(row, range(asked["n"])) for row, asked in zip(self.baselines[name], results, strict=True)]
+            [on_questions(row, range(asked["n"])) for row, asked in zip(self.baselines[name], results, strict=True)]
             for name in ("general", "specialised")
         ]
 
     def log(self, record: StepRecord) -> None:
         metrics = jax.tree.map(lambda value: np.asarray(value).tolist(), record.metrics)
-        tables = {name: metrics.get(name, metrics).pop("answers") for name in record.batches}
+        answer_tables = {name: metrics.get(name, metrics).pop("answers") for name in record.batches}
         answers = [(batch.rollout.tokens, batch.rollout.lengths) for batch in record.batches.values()]
         row = {
             "step": record.step,
@@ -116,7 +117,7 @@ class TrainHost(Run):
             self.writer.add_selection([
                 {"step": record.step, "phase": name}
                 | {column: _rounded(values) if column in _MEASURES else values for column, values in table.items()}
-                for name, table in tables.items()
+                for name, table in answer_tables.items()
             ])  # fmt: skip
 
     def _samples(self, step: int, branch: str, batch: Batch) -> list[dict[str, Any]]:

@@ -8,7 +8,7 @@ from multiprocessing.queues import Queue
 
 import jax
 
-from camopd_jax.inference import engine
+from camopd_jax.runtime.start import start
 
 Cores = list[int] | None  # None: as the system gives them
 
@@ -48,7 +48,7 @@ def _start_worker(cores: "Queue[Cores]") -> None:
     own = cores.get()
     if own is not None:
         os.sched_setaffinity(0, own)  # before XLA counts its threads
-    engine.start()
+    start()
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # every job compiles the same small programs
 
 
