@@ -54,7 +54,7 @@ def shardings(mesh: Mesh | None) -> Decoding | None:
     return Decoding(**alike, cache=KVCache(cache, cache, rows, rows), slot=sharding(mesh))
 
 
-_OF_PLACES = ("row", "prompt_lengths", "keys", "tokens", "logprobs", "entropy", "lengths", "stopped")
+_OF_PLACES = ("row", "prompt_lengths", "keys", "tokens", "log_probs", "entropy", "lengths", "stopped")
 
 
 def begin(
