@@ -147,7 +147,7 @@ class LanguageModel(Protocol):
         """That of parameters that belong to no layer."""
 
     @property
-    def decoding_places(self) -> Params | None:
+    def decoding_shardings(self) -> Params | None:
         """Where these lie, a tree like them; None: one device."""
 
     def prefill(

@@ -7,6 +7,8 @@ import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from jax.sharding import Mesh
+
 from camopd_jax.errors import UserError
 
 
@@ -53,9 +55,25 @@ class ModelConfig:
     output_vocab_size: int | None = None  # logits are cut to this; None: vocab_size
 
     @property
-    def window_kinds(self) -> tuple[int | None, ...]:
+    def distinct_windows(self) -> tuple[int | None, ...]:
         """The different `windows`, each once."""
         return tuple(dict.fromkeys(self.windows))
+
+
+Implementation = Literal["auto", "xla", "fused"]
+
+
+@dataclass(frozen=True)
+class AttentionSpec:
+    """What the attention of a model's layers has in common."""
+
+    windows: tuple[int | None, ...]  # the different windows of the layers, None where a layer sees everything
+    scale: float  # factor on q.k, before `softcap * tanh(scores / softcap)`
+    softcap: float | None = None
+    # Of whole rows. "fused": the platform's kernel; "auto": the kernel where the rows are long enough for it and divide
+    # over the mesh; "xla": plain products, as always over a cache.
+    implementation: Implementation = "xla"
+    mesh: Mesh | None = None  # what rows and heads are split over; None: one device
 
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")

@@ -129,7 +129,7 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
     return tree_of({row.path: sharding(mesh, *row.axes) for row in table(c)})
 
 
-def layer_by_layer(c: ModelConfig, mesh: Mesh) -> Params:
+def decoding_shardings(c: ModelConfig, mesh: Mesh) -> Params:
     """`shardings`, each layer's apart, in a tuple."""
     places = shardings(c, mesh)
     layer = jax.tree.map(lambda place: NamedSharding(mesh, PartitionSpec(*place.spec[1:])), places["layers"])
