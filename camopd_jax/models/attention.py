@@ -1,5 +1,7 @@
 """Attention, in one function: plainly, or by a platform's fused kernel (fused.py)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
@@ -38,31 +40,19 @@ def attend(
     Raises:
       ValueError: for the implementation "fused" and rows that the mesh does not divide.
     """
-    rows_attend_to_themselves = key_positions is None
-    if key_positions is None:
-        if _takes_kernel(query, spec):
-            return fused.attend_rows(query, key, value, spec, window_index)
-        key_positions = query_positions
+    if key_positions is None and _takes_kernel(query, spec):
+        return fused.attend_rows(query, key, value, spec, window_index)
     window = _window(spec.windows, window_index)
-    batch, length, heads, width = query.shape
-    rows = max(1, _MAX_SCORES // (_local_heads(batch, heads, spec.mesh) * key.shape[2]))
+    batch, length, heads, _ = query.shape
+    queries = max(1, _MAX_SCORES // (_local_heads(batch, heads, spec.mesh) * key.shape[2]))  # of a row, at one time
+    if key_positions is None and _HALVED_FROM <= length <= queries and platform(spec.mesh) == "cpu":
+        return _attend_by_halves(query, key, value, query_positions, window, spec)
+    key_positions = query_positions if key_positions is None else key_positions
 
     def block(query: jax.Array, query_positions: jax.Array) -> jax.Array:
         return _attend(query, key, value, query_positions, key_positions, window, spec)
 
-    if length <= rows:
-        if rows_attend_to_themselves and length >= _HALVED_FROM and platform(spec.mesh) == "cpu":
-            return _attend_by_halves(query, key, value, query_positions, window, spec)
-        return block(query, query_positions)
-    # Too many scores for one piece: queries in chunks, each computed again in the backward pass.
-    chunks = -(-length // rows)
-    padding = chunks * rows - length
-    query = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
-    query_positions = jnp.pad(query_positions, ((0, 0), (0, padding)))
-    query = query.reshape(batch, chunks, rows, heads, width).swapaxes(0, 1)
-    query_positions = query_positions.reshape(query_positions.shape[0], chunks, rows).swapaxes(0, 1)
-    out = jax.lax.map(lambda chunk: jax.checkpoint(block)(*chunk), (query, query_positions))
-    return out.swapaxes(0, 1).reshape(batch, chunks * rows, heads, width)[:, :length]
+    return block(query, query_positions) if length <= queries else _in_chunks(block, query, query_positions, queries)
 
 
 def _takes_kernel(query: jax.Array, spec: AttentionSpec) -> bool:
@@ -70,16 +60,30 @@ def _takes_kernel(query: jax.Array, spec: AttentionSpec) -> bool:
     rows, length, shards = query.shape[0], query.shape[1], batch_shards(spec.mesh)
     if spec.implementation == "fused" and rows % shards:
         raise ValueError(f"fused attention: {rows} rows do not divide by data x fsdp = {shards} of the mesh")
-    return spec.implementation == "fused" or (
-        spec.implementation == "auto" and rows % shards == 0 and length >= fused.SHORTEST
-    )
+    long_enough = spec.implementation == "auto" and rows % shards == 0 and length >= fused.SHORTEST
+    return long_enough or spec.implementation == "fused"
 
 
 def _window(windows: tuple[int | None, ...], index: jax.Array | int) -> jax.Array | int | None:
     """The window that holds; None where no layer has one."""
-    if isinstance(index, int):
-        return windows[index]
+    if len(windows) == 1 or isinstance(index, int):
+        return windows[index if isinstance(index, int) else 0]
     return jnp.asarray([EMPTY if w is None else w for w in windows], jnp.int32)[index] if any(windows) else None
+
+
+def _in_chunks(
+    block: Callable[[jax.Array, jax.Array], jax.Array], query: jax.Array, query_positions: jax.Array, size: int
+) -> jax.Array:
+    """`block` of so many queries of each row at one time; every chunk is computed again in the backward pass."""
+    batch, length, heads, width = query.shape
+    chunks = -(-length // size)
+    padding = chunks * size - length
+    query = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
+    query_positions = jnp.pad(query_positions, ((0, 0), (0, padding)))
+    query = query.reshape(batch, chunks, size, heads, width).swapaxes(0, 1)
+    query_positions = query_positions.reshape(query_positions.shape[0], chunks, size).swapaxes(0, 1)
+    out = jax.lax.map(lambda chunk: jax.checkpoint(block)(*chunk), (query, query_positions))
+    return out.swapaxes(0, 1).reshape(batch, chunks * size, heads, width)[:, :length]
 
 
 def _local_heads(batch: int, heads: int, mesh: Mesh | None) -> int:

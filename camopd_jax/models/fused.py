@@ -144,8 +144,16 @@ def _splash_kernel(
 
     shape = (slots, slots)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    fields = ("q", "kv", "kv_compute", "q_dkv", "kv_dkv", "kv_dkv_compute", "q_dq", "kv_dq")
-    sizes = library.BlockSizes(**{f"block_{name}": block for name in fields})
+    sizes = library.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     with jax.ensure_compile_time_eval():
         kernel = library.make_splash_mha(
             masks.MultiHeadMask([mask] * heads),

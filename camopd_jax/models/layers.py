@@ -53,7 +53,7 @@ KeysValues = tuple[jax.Array, jax.Array]  # [B, G, S', K] each
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * (offset + scale)` over the last axis, in float32."""
+    """`rms_norm` with its weight."""
 
     eps: float
     offset: float
@@ -61,10 +61,14 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         initial = nn.initializers.constant(1.0 - self.offset)
-        scale = self.param("scale", initial, (x.shape[-1],)).astype(jnp.float32)
-        y = x.astype(jnp.float32)
-        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * jnp.broadcast_to(self.offset + scale, y.shape)).astype(x.dtype)
+        return rms_norm(x, self.param("scale", initial, (x.shape[-1],)), self.eps, self.offset)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
+    """`x / rms(x) * (offset + scale)` over the last axis, in float32. https://arxiv.org/abs/1910.07467, Eq 4."""
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * jnp.broadcast_to(offset + scale.astype(jnp.float32), y.shape)).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -147,9 +151,7 @@ class Attention(nn.Module):
             start = (0, 0, cache.slot, 0)
             key = jax.lax.dynamic_update_slice(cache.keys, key, start)
             value = jax.lax.dynamic_update_slice(cache.values, value, start)
-        spec = AttentionSpec(
-            c.distinct_windows, c.query_scale, c.attention_softcap, self.implementation, self.mesh
-        )
+        spec = AttentionSpec(c.distinct_windows, c.query_scale, c.attention_softcap, self.implementation, self.mesh)
         key_positions = None if cache is None else cache.positions
         out = attend(query, key, value, positions.tokens, key_positions, spec, kind.window)
         bias = (c.hidden_size,) if c.output_bias else None

@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from camopd_jax.errors import UserError
 from camopd_jax.models import fused
 from camopd_jax.models.config import Implementation, ModelConfig
-from camopd_jax.models.layers import Block, KeysValues, LayerCache, LayerKind, Positions, RMSNorm, rotation
+from camopd_jax.models.layers import Block, LayerCache, LayerKind, Positions, RMSNorm, rms_norm, rotation
 from camopd_jax.models.stack import LayerFunction, run_layers
 from camopd_jax.models.weights import decoding_shardings, table
 from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
@@ -57,10 +57,7 @@ class Model:
     ) -> jax.Array:
         c = self.config
         positions = self._positions(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None, :])
-        kinds = LayerKind(
-            rope=jnp.asarray(c.layer_rope, jnp.int32),
-            window=jnp.asarray([c.distinct_windows.index(w) for w in c.windows], jnp.int32),
-        )
+        kinds = LayerKind(jnp.asarray(c.layer_rope, jnp.int32), jnp.asarray(c.layer_window, jnp.int32))
         residuals = tuple(constrain_even(array, self.mesh, *RESIDUAL) for array in residuals)
         x = run_layers(
             self._layer_function(),
@@ -99,8 +96,7 @@ class Model:
         return constrain_even(x, self.mesh, *RESIDUAL)
 
     def _final_norm(self, params: Params, x_BSD: jax.Array) -> jax.Array:
-        norm = RMSNorm(self.config.norm_eps, self.config.norm_offset)
-        return norm.apply({"params": params["final_norm"]}, x_BSD)
+        return rms_norm(x_BSD, params["final_norm"]["scale"], self.config.norm_eps, self.config.norm_offset)
 
     # ------------------------------------------------------------------------------ one token after the other
 
@@ -169,7 +165,7 @@ class Model:
         x = self._embed(params, tokens_BS)
         stream, keys_values = [x], []
         for i, layer in enumerate(params["layers"]):
-            kind = LayerKind(c.layer_rope[i], c.distinct_windows.index(c.windows[i]))
+            kind = LayerKind(c.layer_rope[i], c.layer_window[i])
             x, new = block.apply({"params": layer}, x, positions, kind, caches and caches[i])
             stream.append(x)
             keys_values.append(new)
