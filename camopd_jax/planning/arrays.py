@@ -119,7 +119,7 @@ def decoding_params(model: LanguageModel, params: Params) -> Params:
     """What `model.for_decoding` makes of the parameters, on the model's mesh: each layer's apart."""
     bare = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype), params)
     shapes = jax.eval_shape(model.for_decoding, bare)
-    return _placed(shapes, model.decoding_places)
+    return _placed(shapes, model.decoding_shardings)
 
 
 def decoding_state(
