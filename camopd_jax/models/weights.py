@@ -23,9 +23,9 @@ class Row:
     """One parameter. The Hugging Face tensor, viewed as `split` and transposed by `order`, is ours.
 
     >>> row = Row(("layers", "attention", "query", "kernel"), "model.layers.{}.self_attn.q_proj.weight",
-    ...           ("layers", "embed", "heads", "head_dim"), split=(9, 64, 576), order=(2, 0, 1))
-    >>> row.hf_shape, row.shape(layers=30)
-    ((576, 576), (30, 576, 9, 64))
+    ...           ("layers", "embed", "heads", "head_dim"), split=(9, 64, 576), order=(2, 0, 1), hf_shape=(576, 576))
+    >>> row.shape(layers=30)
+    (30, 576, 9, 64)
     """
 
     path: tuple[str, ...]
