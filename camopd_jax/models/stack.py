@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from camopd_jax.models.layers import LayerKind, Positions
+from camopd_jax.models.partition import subset
 from camopd_jax.types import Params, Residuals
 
 # (parameters of one layer, x [B, S, D], where the tokens stand, the layer's kind) -> x [B, S, D]
@@ -37,8 +38,8 @@ def run_layers(
       x: [B, S, D].
       positions: where the tokens stand, the same for every layer.
       kinds: of each layer, [L] each.
-      so_far: a gradient like `layers`, float32. Differentiate by it and never by `layers`: what comes back is `so_far`
-        plus the gradient of the layers.
+      so_far: a gradient like `layers`, or like a part of them, float32. Differentiate by it and never by `layers`: what
+        comes back is `so_far` plus the gradient of that part.
       residuals: what enters each layer and what leaves the last, L + 1 arrays [B, S, D], where they are known: there is
         no forward pass then, and the backward pass computes each layer again from what enters it.
 
@@ -78,7 +79,7 @@ def _collect_backward(i: jax.Array, gradients: tuple[Params, Params]):
         entry = jax.lax.dynamic_index_in_dim(total, i, keepdims=False)
         return jax.lax.dynamic_update_index_in_dim(total, entry + part.astype(jnp.float32), i, 0)
 
-    return None, jax.tree.map(add, total, of_params), None
+    return None, jax.tree.map(add, total, subset(of_params, like=total)), None
 
 
 _collect.defvjp(_collect_forward, _collect_backward)
