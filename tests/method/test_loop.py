@@ -22,7 +22,6 @@ from camopd_jax.method import programs as programs_module
 from camopd_jax.method import recorder, schedule
 from camopd_jax.method.setup import check_remat, resolve
 from camopd_jax.models.config import from_hf
-from camopd_jax.models.partition import count
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.rollout import generate
@@ -53,6 +52,11 @@ def tiny():
     model = Model(config, mesh=make_mesh(1, devices=jax.devices()[:1]))
     places = shardings(config, model.mesh)
     return model, *(jax.device_put(model.init(jax.random.key(seed)), places) for seed in (0, 1))
+
+
+def count(tree):
+    """Numbers in all arrays of a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
 
 PROGRAMS = {}  # compiled once for all tests
