@@ -38,7 +38,7 @@ if __name__ == "__main__":
         if values.out and is_primary():
             append_rows(epath.Path(values.out), [row | {"checkpoint": values.checkpoint or config.specialised_model}])
         console = Console(highlight=False, quiet=not is_primary())
-        for table in tables.of_row(row):
+        for table in tables.diagnosis_tables(row):
             console.print(table)
 
     cli.run(main)

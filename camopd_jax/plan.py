@@ -19,7 +19,7 @@ from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import topology
 from camopd_jax.planning.report import KINDS, look_for, read_models, report
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.jsonl import whole_file
+from camopd_jax.runtime.jsonl import atomic_file
 
 if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "Chips to plan for, as v5e:8x8, v6e:4x4, v5p:4x4x4, v4:2x2x4; or local.")
@@ -48,7 +48,7 @@ if __name__ == "__main__":
         else:
             told |= report(config, models, where, answer, wanted)
         if values.json:
-            with whole_file(values.json) as file:
+            with atomic_file(values.json) as file:
                 file.write(json.dumps(told, indent=1) + "\n")
 
     cli.run(main)

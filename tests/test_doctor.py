@@ -14,7 +14,7 @@ from camopd_jax.config.identity import changed
 from camopd_jax.config.schema import TrainConfig, from_config_dict
 from camopd_jax.models.transformer import Model
 from camopd_jax.planning import doctor, topology
-from camopd_jax.runs.checkpoint import claim_workdir
+from camopd_jax.runs.workdir import claim_workdir
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples/quickstart"

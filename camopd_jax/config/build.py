@@ -1,5 +1,4 @@
-"""Frozen dataclasses from ml_collections' ConfigDicts: complete defaults, checked types and limits, names for mistakes.
-"""
+"""Frozen dataclasses from ml_collections' ConfigDicts: complete defaults, checked types and limits, clear mistakes."""
 
 import dataclasses
 import difflib

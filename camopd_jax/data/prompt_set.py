@@ -22,7 +22,7 @@ from camopd_jax.data.recipes import Part, Recipe
 from camopd_jax.data.sources import RawRow
 from camopd_jax.data.templates import Messages
 from camopd_jax.errors import UserError
-from camopd_jax.runtime.jsonl import whole_file, write_rows
+from camopd_jax.runtime.jsonl import atomic_file, write_rows
 
 Manifest = dict[str, Any]
 
@@ -147,7 +147,7 @@ def build(recipe: Recipe, name: str, out: Path, evaluations: Sequence[tuple[str,
         "parts": parts,
         "against": evaluation_facts,
     }
-    with whole_file(out / "manifest.json") as file:
+    with atomic_file(out / "manifest.json") as file:
         file.write(json.dumps(manifest, indent=2) + "\n")
     return manifest
 

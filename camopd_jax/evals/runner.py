@@ -23,9 +23,10 @@ from camopd_jax.inference.answer import answer
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.inference.log_probs import score_responses
 from camopd_jax.models import hf
+from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import broadcast
 from camopd_jax.runtime.jsonl import read_rows
-from camopd_jax.runtime.metrics import Display, MetricsWriter
+from camopd_jax.runtime.metrics import MetricsWriter
 
 Progress = Callable[[str], None]  # shows a line of text
 GRADED_AT_ONCE = 64  # answers, between two writes of grades that cost
@@ -91,7 +92,7 @@ class Evaluator:
         for benchmark in self.evaluation.benchmarks:
             result = run_benchmark(benchmark, loaded, self.evaluation, folder / key, limit, self.display.progress)
             row = {"model": name, "step": step, "checkpoint": key} | result
-            self.writer.evaluation(row, "accuracy", result["accuracy"])
+            self.writer.add_evaluation(row, "accuracy", result["accuracy"])
             accuracy = f"{100 * result['accuracy']:.1f} ± {100 * result['standard_error']:.1f} %"
             self.display.say(f"{name}{f' at step {step}' if step else ''}: {benchmark.name} {accuracy}")
             results.append(result)

@@ -23,7 +23,7 @@ from camopd_jax.rollout import decode as steps
 from camopd_jax.rollout.decode import Decoding
 from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.runtime.buckets import bucket
-from camopd_jax.runtime.mesh import make_mesh, sharding
+from camopd_jax.runtime.mesh import mesh_of, sharding
 from camopd_jax.types import (
     Batch,
     KVCache,
@@ -74,7 +74,7 @@ def plan(config: TrainConfig, models: Models, devices: Any, platform: str) -> Pl
     Raises:
       UserError: for a mesh or batches that do not fit the devices or the models.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
+    mesh = mesh_of(config.mesh, devices)
     loop.check_batches(config, mesh)
     vocab = min(models.general.vocab_size, models.specialised.vocab_size)
     dtype = loading.matmul_dtype(config.compute, platform)

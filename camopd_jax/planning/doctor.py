@@ -26,8 +26,8 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.weights import shardings
 from camopd_jax.planning.costs import Sizes, adam_bytes, memory_estimate, weights
 from camopd_jax.planning.topology import Topology
-from camopd_jax.runs.checkpoint import check_owner
-from camopd_jax.runtime.mesh import make_mesh
+from camopd_jax.runs.workdir import check_owner
+from camopd_jax.runtime.mesh import mesh_of
 
 GIB = 2**30
 T = TypeVar("T")
@@ -219,7 +219,7 @@ def _axes(found: Findings, config: TrainConfig) -> None:
 
 
 def _devices(found: Findings, config: TrainConfig, where: Topology, models: dict[str, Checked | None]) -> None:
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=where.devices)
+    mesh = mesh_of(config.mesh, where.devices)
     loop.check_batches(config, mesh)
     loop.check_remat(config, loading.matmul_dtype(config.compute, where.platform))
     there = {side: model.config for side, model in models.items() if model}
