@@ -1,7 +1,7 @@
 """The models of a run, and the branches that they teach."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -150,7 +150,7 @@ def make_branches(
     def branch(number: int, name: str) -> Branch:
         rollout = dataclasses.replace(config.rollout, batch_size=rows[name])
         teacher = models.teacher(config.branches[name].teacher)
-        own_rows: Sequence[int] = rows_of_process(setup.mesh, rows[name])
+        own_rows = rows_of_process(setup.mesh, rows[name])
         prompts = PromptStream(
             config.branches[name].prompts,
             rollout,

@@ -91,12 +91,14 @@ class TrainHost(Run):
         """Recovery or retention of every benchmark and of the axis means, each with its standard error."""
         return comparison(*self._baselines(results), results)
 
-    def _baselines(self, results: Sequence[Result]) -> list[list[Result]]:
-        """The teachers' scores on the questions that the student was asked."""
-        return [
-            [on_questions(row, range(asked["n"])) for row, asked in zip(self.baselines[name], results, strict=True)]
-            for name in ("general", "specialised")
-        ]
+    def _baselines(self, results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
+        """The teachers' results on the questions that the student was asked."""
+
+        def baseline(name: str) -> list[Result]:
+            pairs = zip(self.baselines[name], results, strict=True)
+            return [on_questions(row, range(of_student["n"])) for row, of_student in pairs]
+
+        return baseline("general"), baseline("specialised")
 
     def log(self, record: StepRecord) -> None:
         metrics = jax.tree.map(lambda value: np.asarray(value).tolist(), record.metrics)
