@@ -241,7 +241,7 @@ def with_a_third_branch(folder, **law):
 
 
 def test_two_domains_with_two_specialists(command, tmp_path):
-    """A third branch with a teacher of its own, killed in the middle, goes on to the same end; a report has all three."""
+    """A third branch with its own teacher, killed in the middle, goes on to the same end; a report has all three."""
     specialist = tmp_path / "lawyer"
     shutil.copytree(QUICKSTART / "specialist", specialist)
     tensors = load_file(specialist / "model.safetensors")
