@@ -1,203 +1,328 @@
-"""A plan: compiles the programs of a run, prints what they need, and looks for flags that fit."""
+"""A plan: compiles the programs of a run, prints what they need, and looks for flags that fit. Bytes are of one chip.
+"""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.inference import engine
-from camopd_jax.method import loop
+from camopd_jax.method import schedule
+from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
-from camopd_jax.planning import peak, search, table
-from camopd_jax.planning.arrays import Models, Plan, plan
-from camopd_jax.planning.compiling import Report, compile_program
+from camopd_jax.planning import costs, peak, search
+from camopd_jax.planning.arrays import Models, Plan, chip_bytes, plan
+from camopd_jax.planning.compiling import Report, compile_all
 from camopd_jax.planning.peak import Peak
-from camopd_jax.planning.programs import programs
-from camopd_jax.planning.search import Candidate
-from camopd_jax.planning.stages import phase_shares, stage_work
-from camopd_jax.planning.topology import Topology
-from camopd_jax.runtime import cli
+from camopd_jax.planning.programs import HELD, Program, programs
+from camopd_jax.planning.search import Candidate, Tried
+from camopd_jax.planning.topology import Chip, Topology
 
-Wanted = tuple[str, ...]  # beginnings of programs' names
-
-CONSOLE = cli.console()
-
-
+GIB = 2**30
 KINDS = ["reshard", "prefill", "refill", "grow", "decode", "score", "select", "gradient", "update"]
-# For most memory; the quick ones first. No review asks for more than a recovery.
-SEARCHED = ("reshard", "score", "gradient", "update: mixed", "update: recovery", "prefill", "refill", "decode")
+SEARCHED = ("reshard", "score", "gradient", "update", "prefill", "refill", "decode")  # the quick ones first
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is made of."""
+
+    config: TrainConfig
+    models: Models
+    topology: Topology
+    answer: int  # length of answers for the seconds, in tokens
+    wanted: tuple[str, ...]  # beginnings of programs' names
+    console: Console
 
 
 def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
-    """The two models' shapes; files, folders or names of shapes stand in for what the config names."""
+    """The models' shapes; files, folders or names of shapes stand in for the two that every config names."""
+    given = {"general": general, "specialised": specialised}
     context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    given = {
-        "general": _config_json(general, "--general_config", config.general_model, "config.general_model"),
-        "specialised": _config_json(
-            specialised, "--specialised_config", config.specialised_model, "config.specialised_model"
-        ),
+    files = {
+        name: _config_json(config, name, field, given.get(name)) for name, field in teacher_names(config).items()
     }
-    shapes = {name: from_hf(values, context=context, where=name) for name, values in given.items()}
-    eos = given["specialised"].get("eos_token_id")
-    return Models(**shapes, eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+    eos = files["specialised"].get("eos_token_id")
+    shapes = {name: from_hf(values, context=context, where=name) for name, values in files.items()}
+    return Models(shapes, tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
 
 
-def _config_json(instead: str | None, flag: str, name: str, field: str) -> dict[str, Any]:
+def _config_json(config: TrainConfig, name: str, field: str, instead: str | None) -> dict[str, Any]:
     if instead in SHAPES:
         return SHAPES[instead]
-    if instead and Path(instead).expanduser().exists():
+    if instead is None:
+        return hf.read_config(find_model(config, name, field, files=("config.json",)))
+    if Path(instead).expanduser().exists():
         return hf.read_config(Path(instead).expanduser())
-    if instead:
-        raise UserError(f"{flag}: {instead} is no file or folder, and no shape; the shapes are {', '.join(SHAPES)}")
-    return hf.read_config(engine.find(name, field, files=("config.json",)))
+    shapes = ", ".join(SHAPES)
+    raise UserError(f"--{name}_config: {instead} is no file or folder, and no shape; the shapes are {shapes}")
 
 
-def compile_all(config: TrainConfig, models: Models, where: Topology, wanted: Wanted) -> tuple[Plan, list[Report]]:
-    """The run's arrays, and a report of each of its programs, or of those whose name begins with a wanted word."""
-    made = plan(config, models, where.devices, where.platform)
-    return made, list(_compile(made, models, where, wanted))
-
-
-def _compile(made: Plan, models: Models, where: Topology, wanted: Wanted) -> Iterator[Report]:
-    """In the order of `wanted`.
+def _compile(made: Plan, request: Request, wanted: Sequence[str]) -> Iterator[tuple[list[Program], list[Report]]]:
+    """All programs of the run, and a report of each whose name begins with a wanted word, in the words' order: as many
+    as there are so far.
 
     Raises:
       UserError: if the run has none of these.
     """
-    found = list(programs(made, models.eos_ids))
-    chosen = [program for word in wanted for program in found if program.name.startswith(word)]
+    several = programs(made)
+    chosen = [program for word in wanted for program in several if program.name.startswith(word)]
     if not chosen:
         raise UserError(f"--programs={','.join(wanted)}: the run has none; give some of {', '.join(KINDS)}")
+    reports: list[Report] = []
+    compiled = compile_all(chosen, made)
     for program in chosen:
-        with CONSOLE.status(f"{program.name} …"):
-            yield compile_program(program, made, where)
+        with request.console.status(f"{program.name} …"):
+            reports.append(next(compiled))
+        yield several, reports
 
 
-def report(config: TrainConfig, models: Models, where: Topology, answer: int, wanted: Wanted) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------ a report
+
+
+def report(request: Request) -> dict[str, Any]:
     """Compiles, prints the tables, and returns all of it for the JSON file."""
-    made, reports = compile_all(config, models, where, wanted)
-    there = peak.residents(made, reports)
-    peaks = peak.peaks(there, reports)
-    say = CONSOLE.print
-    mesh = dict(made.mesh.shape)
-    sizes = " x ".join(f"{axis} {n}" for axis, n in mesh.items())
-    answering = " x ".join(map(str, made.rollout_mesh.shape.values()))
-    slots = f"{made.prompt_slots} + {config.rollout.max_response_tokens} slots"
-    say(f"{where.name}: {len(where.devices)} devices, mesh {sizes}; {made.rows} rows of {slots}, {made.student.dtype}")
-    scored, learnt = loop.score_batch(config), config.optimizer.micro_batch
-    say(f"answers on {answering}, {made.places} at a time; scores of {scored}, gradients of {learnt}")
-    say()
-    say(table.resident_table(there, peak.kv_cache(made)))
-    say(table.memory_table(there, reports, peaks, where.hbm))
+    config, where, say = request.config, request.topology, request.console.print
+    made = plan(config, request.models, where.devices)
+    *_, (several, reports) = _compile(made, request, request.wanted)
+    resident = peak.residents(made, several, reports)
+    peaks = peak.peaks(sum(resident.values()), reports)
     high = peak.worst(peaks)
+    for line in _header(made, where):
+        say(line)
+    say()
+    say(resident_table(resident, _kv_cache(several)))
+    say(memory_table(sum(resident.values()), reports, peaks, where.hbm))
     say(_fit_line(high, where) + "\n")
-    for line in table.largest_lines(reports):
-        say(line)
-    say(table.work_table(reports, where))
-    for line in table.slowest_lines(reports, where.chip) if where.chip else ():
-        say(line)
-    say(table.collectives_table(reports))
-    for line in table.busiest_lines(reports):
-        say(line)
+    say(collectives_table(reports, where.chip))
     for r in reports:
-        for finding in r.findings:
-            say(f"{r.name}: {finding}")
-    told: dict[str, Any] = {
-        "topology": where.name, "devices": len(where.devices), "hbm": where.hbm, "mesh": mesh,
-        "residents": vars(there), "kv_cache": peak.kv_cache(made), "peaks": [vars(p) for p in peaks],
-        "fits": where.hbm and high.exact and high.bytes <= where.hbm,
+        for warning in r.warnings:
+            say(f"{r.name}: {warning}")
+    values: dict[str, Any] = {
+        "topology": where.name,
+        "devices": len(where.devices),
+        "hbm": where.hbm,
+        "mesh": dict(made.setup.mesh.shape),
+        "residents": resident,
+        "kv_cache": _kv_cache(several),
+        "peaks": [vars(p) for p in peaks],
+        "fits": where.hbm and high.fits(where.hbm),
         "programs": [dataclasses.asdict(r) for r in reports],
-    }  # fmt: skip
-    return told | (times(config, models, where, mesh, reports, answer) if where.chip else {})
+    }
+    return values | (_times(request, made, where.chip) if where.chip else {})
+
+
+def _header(made: Plan, where: Topology) -> Iterator[str]:
+    setup, config = made.setup, made.setup.config
+    sizes = " x ".join(f"{axis} {n}" for axis, n in setup.mesh.shape.items())
+    answering = " x ".join(map(str, setup.rollout_mesh.shape.values()))
+    branch = max(setup.rows, key=setup.rows.__getitem__)
+    slots = f"{setup.prompt_slots} + {config.rollout.max_response_tokens} slots"
+    yield f"{where.name}: {len(where.devices)} devices, mesh {sizes}; {setup.rows[branch]} rows of {slots}, {setup.dtype}"
+    lanes, learnt = costs.lanes_of(setup, branch), config.optimizer.micro_batch
+    yield f"answers on {answering}, {lanes} at a time; scores of {setup.score_batch}, gradients of {learnt}"
+
+
+def _kv_cache(several: Sequence[Program]) -> int:
+    """Bytes of keys and values, where answers have their cap's length."""
+    cache = next(program.args[2].cache for program in several if program.name.startswith("decode"))
+    return chip_bytes((cache.keys, cache.values))
 
 
 def _fit_line(high: Peak, where: Topology) -> str:
-    at = f"The peak is {'' if high.exact else 'above '}{high.bytes / table.GIB:.2f} GiB, in {high.program}"
+    at = f"The peak is {'' if high.exact else 'above '}{high.bytes / GIB:.2f} GiB, in {high.program}"
     if where.hbm is None:
         return f"{at}; this device does not say how much it has (--hbm_gib)"
-    fits = high.exact and high.bytes <= where.hbm
-    return f"{at}, of {where.hbm / table.GIB:.2f} GiB: it {'fits' if fits else 'does not fit'}"
+    return f"{at}, of {where.hbm / GIB:.2f} GiB: it {'fits' if high.fits(where.hbm) else 'does not fit'}"
 
 
-def times(
-    config: TrainConfig, models: Models, where: Topology, mesh: dict[str, int], reports: list[Report], answer: int
-) -> dict[str, Any]:
+def _times(request: Request, made: Plan, chip: Chip) -> dict[str, Any]:
     """Seconds of a step and of the run, decoding against its limit."""
-    chip, chips = where.chip, len(where.devices)
-    shares = phase_shares(config)
-    work = {phase: stage_work(config, models.specialised, mesh, where.platform, phase, answer) for phase in shares}
-    by_name = {r.name: r for r in reports}
-    compiled = {f"{phase} {stage}": _of_stage(by_name, phase, stage) for phase in shares for stage in work[phase]}
-    CONSOLE.print(table.time_table(work, where, compiled, answer))
-    step = sum(shares[p] * sum(w.seconds(chip, chips) for w in stages.values()) for p, stages in work.items())
-    rows = sum(loop.batch_rows(config)[name] for name in loop.ACTING[next(iter(shares))])
-    decode = work[next(iter(shares))]["decode"]
-    rate = rows * answer / decode.seconds(chip, chips)
-    CONSOLE.print(
-        f"a step at best {table.duration(step)}, the run's {config.steps} steps {table.duration(step * config.steps)}, "
-        f"without evaluations\ndecoding: at best {rate:.4g} tokens/s of all chips"
+    setup, answer, chips = made.setup, request.answer, made.setup.mesh.size
+    phases = schedule.phases(setup.config)
+    work = {phase: costs.stage_work(setup, request.models, phase, answer) for phase in phases}
+    request.console.print(time_table(work, request.topology.chip, chips, answer))
+    step = costs.step_seconds(setup, request.models, answer, chip)
+    first = next(iter(phases))
+    rows = sum(setup.rows[name] for name in setup.rows if first in (name, schedule.MIXED))
+    rate, run = rows * answer / work[first]["decode"].seconds(chip, chips), step * setup.config.steps
+    request.console.print(
+        f"a step at best {duration(step)}, the run's {setup.config.steps} steps {duration(run)}, without evaluations\n"
+        f"decoding: at best {rate:.4g} tokens/s of all chips"
     )
     return {
-        "answer_tokens": answer, "step_seconds": step, "run_seconds": step * config.steps,
+        "answer_tokens": answer,
+        "step_seconds": step,
+        "run_seconds": run,
         "decode_tokens_per_second": rate,
-        "compiler_seconds": {r.name: r.runs * r.counts.cycles / chip.clock for r in reports if not r.same_as},
         "work": {phase: {name: vars(w) for name, w in stages.items()} for phase, stages in work.items()},
-    }  # fmt: skip
+    }
 
 
-def _of_stage(reports: dict[str, Report], phase: str, stage: str) -> list[Report]:
-    """What was compiled for a stage; of two teachers' programs of the same shapes, the first."""
-    names = {
-        "prefill": ["prefill", "refill"], "score student": ["score: student"], "update": [f"update: {phase}"],
-        "score teacher": {"recovery": ["score: general teacher"], "review": ["score: specialised teacher"]}.get(
-            phase, ["score: general teacher", "score: specialised teacher"]),
-    }.get(stage, [stage])  # fmt: skip
-    found = [reports[name] for name in names if name in reports]
-    return [dataclasses.replace(reports[r.same_as], runs=r.runs) if r.same_as else r for r in found]
+# ------------------------------------------------------------------------------------------ the search
 
 
-def look_for(
-    config: TrainConfig, models: Models, where: Topology, answer: int, tries: int, wanted: Wanted
-) -> dict[str, Any]:
+def look_for(request: Request, tries: int) -> dict[str, Any]:
     """The search: prints what was tried and ends in flags."""
+    config, models, where, say = request.config, request.models, request.topology, request.console.print
     if where.hbm is None:
         raise UserError("--search needs to know a device's memory; give --hbm_gib")
-    ordered = search.candidates(config, models, where, answer)
+    ordered = search.candidates(config, models, where, request.answer)
     if not ordered:
         raise UserError(
             f"--search: no mesh of {len(where.devices)} devices divides the models' heads and the batch of "
             f"{config.rollout.batch_size}; change config.rollout.batch_size or --topology"
         )
+    words = [word for word in SEARCHED if word.startswith(request.wanted)] or request.wanted
 
     def compiled(candidate: Candidate) -> Peak:
         """The highest peak, or the first that is too high: the compiler need not be asked for the rest."""
-        made = plan(candidate.applied(config), models, where.devices, where.platform)
-        words = tuple(word for word in SEARCHED if word.startswith(wanted)) or wanted
-        reports: list[Report] = []
-        for one in _compile(made, models, where, words):
-            reports.append(one)
-            high = peak.worst(peak.peaks(peak.residents(made, reports), reports))
-            if not high.exact or high.bytes > where.hbm:
+        made = plan(search.changed(config, candidate.changes), models, where.devices)
+        for several, reports in _compile(made, request, words):
+            resident = peak.residents(made, several, reports)
+            high = peak.worst(peak.peaks(sum(resident.values()), reports))
+            if not high.fits(where.hbm):
                 break
         return high
 
-    found, tried = search.choose(ordered, compiled, where.hbm, tries)
-    CONSOLE.print(table.tried_table(tried, where))
-    if found:
-        CONSOLE.print("fits with:\n  " + " \\\n  ".join(found.flags(config)))
+    best, tried = search.choose(ordered, compiled, where.hbm, tries)
+    say(tried_table(tried, where.hbm))
+    if best:
+        say("fits with:\n  " + " \\\n  ".join(best.flags(config)))
     else:
         less = search.shorter(config, models, where)
-        CONSOLE.print(
-            "nothing that was tried fits." + (f" By arithmetic {less} would; it changes the run" if less else "")
-        )
+        say("nothing that was tried fits." + (f" By arithmetic {less} would; it changes the run" if less else ""))
     return {
         "search": [
             dataclasses.asdict(t.candidate) | {"peak": vars(t.peak), "flags": t.candidate.flags(config)} for t in tried
         ],
-        "recommended": found and found.flags(config),
+        "recommended": best and best.flags(config),
         "candidates": len(ordered),
     }
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+    left = {"title_justify": "left", "caption_justify": "left"}
+    view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, **left)
+    for i, name in enumerate(columns):
+        view.add_column(name, justify="right" if i else "left", no_wrap=not i)
+    return view
+
+
+def _gib(n: float) -> str:
+    return f"{n / GIB:.2f}"
+
+
+def resident_table(resident: dict[str, int], cache: int) -> Table:
+    view = _table("What lies on a chip through the run, in GiB", "", "GiB")
+    for name, n in resident.items():
+        view.add_row(name.replace("_", " "), _gib(n))
+    view.add_row("together", _gib(sum(resident.values())), style="bold")
+    view.add_row("KV cache at the cap, while the student answers", _gib(cache), style="dim")
+    return view
+
+
+def memory_table(resident: int, reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
+    """A row a program: what lies there, what it adds, and the peak: their sum."""
+    kinds = [kind for kind in HELD if any(r.holds.get(kind) for r in reports)]
+    caption = (
+        "runs: in a step, at most. weights, cache: of the answering student. outputs: beyond those in a donated "
+        "argument's place. temps: temporaries and activations; refused: the compiler gave up at these"
+    )
+    columns = ("", "runs", "resident", *kinds, "outputs", "temps", "peak", "")
+    view = _table("Memory of a chip while each program runs, in GiB", *columns, caption=caption)
+    for r, p in zip(reports, peaks, strict=True):
+        held = [_gib(r.holds[kind]) if r.holds.get(kind) else "" for kind in kinds]
+        added = ["", f">{_gib(r.refused_bytes)}"]
+        if r.memory:
+            added = [_gib(r.memory.outputs - r.memory.aliased), _gib(r.memory.temporaries)]
+        high, style = ("" if p.exact else ">") + _gib(p.bytes), "dim" if r.same_as else None
+        view.add_row(r.name, str(r.runs), _gib(resident), *held, *added, high, verdict(p, hbm), style=style)
+    return view
+
+
+def verdict(high: Peak, hbm: float | None) -> str:
+    if hbm is None:
+        return "?"
+    if not high.exact:
+        return "refused"
+    return "fits" if high.fits(hbm) else f"{_gib(high.bytes - hbm)} too much"
+
+
+def collectives_table(reports: Sequence[Report], chip: Chip | None) -> Table:
+    caption = (
+        "runs, GB and seconds: of one run of the program, with every loop's trips; turns of decoding to the cap. "
+        "Seconds at the links' peak, where an all-reduce goes around twice"
+    )
+    view = _table("Collectives", "", "kind", "in the text", "runs", "GB of a chip", "seconds", caption=caption)
+    for r in (r for r in reports if not r.same_as):
+        for i, (kind, t) in enumerate(sorted(r.collectives.items(), key=lambda kv: -kv[1].bytes_run)):
+            sent = t.bytes_run * (2 if kind == "all-reduce" else 1)
+            seconds = duration(sent / (chip.ici_bandwidth / 2)) if chip else ""
+            view.add_row("" if i else r.name, kind, str(t.count), str(t.runs), f"{t.bytes_run / 1e9:.3g}", seconds)
+    return view
+
+
+def time_table(work: dict[str, dict[str, costs.Work]], chip: Chip, chips: int, answer: int) -> Table:
+    """Stages of each phase at the chips' limits."""
+    title = f"Seconds of a step at {chips} {chip.name} chips' limits, answers of {answer} tokens"
+    caption = (
+        "products, HBM, links: each at its peak; a stage takes as long as the slowest, the others hidden behind it. "
+        "MFU: the model's FLOPs by the peak in those seconds"
+    )
+    columns = ("", "PFLOP", "products", "HBM", "links", "seconds", "bound by", "MFU")
+    view = _table(title, *columns, caption=caption)
+
+    def mfu(flops: float, seconds: float) -> str:
+        return f"{100 * flops / seconds / chips / chip.flops:.0f} %" if flops else ""
+
+    for phase, stages in work.items():
+        view.add_row(phase, style="bold")
+        for name, w in stages.items():
+            limits, seconds = w.limits(chip, chips), w.seconds(chip, chips)
+            bound = max(limits, key=limits.__getitem__)
+            pflop, each = f"{w.flops / 1e15:.3g}" if w.flops else "", map(duration, limits.values())
+            view.add_row(f"  {name}", pflop, *each, duration(seconds), bound, mfu(w.flops, seconds))
+        total, flops = sum(w.seconds(chip, chips) for w in stages.values()), sum(w.flops for w in stages.values())
+        view.add_row("  step", f"{flops / 1e15:.3g}", "", "", "", duration(total), "", mfu(flops, total))
+    return view
+
+
+def duration(seconds: float) -> str:
+    if seconds == 0:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def tried_table(tried: Sequence[Tried], hbm: float) -> Table:
+    columns = ("data x fsdp x tensor", "rollout tensor", "concurrency", "micro batch", "remat", "offload",
+               "step at best", "estimated", "compiled", "")  # fmt: skip
+    view = _table("Search: what the compiler was asked", *columns)
+    for t in tried:
+        value, high = t.candidate.changes.__getitem__, t.peak
+        view.add_row(
+            " x ".join(str(value(f"mesh.{axis}")) for axis in ("data", "fsdp", "tensor")),
+            str(value("rollout.mesh.tensor")),
+            str(value("rollout.concurrency") or "all"),
+            str(value("optimizer.micro_batch")),
+            value("compute.remat"),
+            value("compute.offload"),
+            duration(t.candidate.seconds),
+            _gib(t.candidate.peak),
+            ("" if high.exact else "> ") + _gib(high.bytes),
+            f"{high.program}: {verdict(high, hbm)}",
+        )
+    return view
