@@ -10,6 +10,7 @@ from functools import cache
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import Mesh
 
 from camopd_jax.method import schedule
 from camopd_jax.method.optimizer import moment_names
@@ -65,7 +66,12 @@ def _sum(start: int, end: int) -> int:
     return (end - start) * (start + end - 1) // 2
 
 
-# ------------------------------------------------------------------------------------- how often what runs
+# ------------------------------------------------------------------------------ how often what runs
+
+
+def largest(setup: Setup) -> str:
+    """The branch with the most rows."""
+    return max(setup.rows, key=setup.rows.__getitem__)
 
 
 def lanes_of(setup: Setup, branch: str) -> int:
@@ -88,14 +94,12 @@ def turns(rows: int, lanes: int, answer: int) -> int:
 
 def slots_read(rows: int, lanes: int, prompt: int, answer: int, cap: int) -> int:
     """Slots of the cache that one lane's turns read in all: every turn all of the ring, which grows as it fills."""
-    read = done = 0
-    for ring in rings(cap):
-        read += (min(answer, ring) - done) * ring
-        done = min(answer, ring)
-        if done == answer:
-            break
-    later = (math.ceil(rows / lanes) - 1) * answer * ring
-    return turns(rows, lanes, answer) * prompt + read + later
+    read = done = ring = 0
+    sizes = rings(cap)
+    while done < answer:
+        ring = next(sizes)
+        read, done = read + (min(answer, ring) - done) * ring, min(answer, ring)
+    return turns(rows, lanes, answer) * prompt + read + (math.ceil(rows / lanes) - 1) * answer * ring
 
 
 def kept_rows(setup: Setup, branch: str) -> int:
@@ -103,6 +107,28 @@ def kept_rows(setup: Setup, branch: str) -> int:
     the rows. A review before any recovery keeps all.
     """
     return math.ceil(setup.config.branches[branch].selection.mass * setup.rows[branch])
+
+
+# ----------------------------------------------------------------------------- a model on a mesh
+
+
+class OnMesh:
+    """What one chip has of a model on a mesh, and receives in a forward pass. In bytes."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, dtype: str):
+        self.model, self.item, self.shards = model, jnp.dtype(dtype).itemsize, batch_shards(mesh)
+        self.fsdp, self.tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+        self.weights = weights(model) * self.item / (self.fsdp * self.tensor)
+        self.multiplied = matrix_weights(model) * self.item / self.tensor  # weights in its products
+        self.gathered = self.multiplied * (1 - 1 / self.fsdp)  # of these, what other chips send
+        head = model.vocab_size * model.hidden_size
+        self.layer = (matrix_weights(model) - head) / model.num_layers * self.item / self.tensor
+        # A token of the batch: twice a layer, what the split heads and the split feed-forward add is summed, there and
+        # back around a ring
+        self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / self.tensor) / self.shards
+        # A token in the middle of a layer
+        wide = 2 * (model.intermediate_size + model.num_heads * model.head_dim) / self.tensor
+        self.live, self.wide = (4 * model.hidden_size + wide) * self.item, wide * self.item
 
 
 # ------------------------------------------------------------------------------- seconds at the limits
@@ -122,11 +148,8 @@ class Work:
 
     def limits(self, chip: Chip, chips: int) -> dict[str, float]:
         """Seconds of products, HBM and links, each at its peak."""
-        return {
-            "products": self.done / chips / chip.flops,
-            "HBM": self.read / chip.hbm_bandwidth,
-            "links": self.received / (chip.ici_bandwidth / 2),
-        }
+        received = self.received / (chip.ici_bandwidth / 2)
+        return {"products": self.done / chips / chip.flops, "HBM": self.read / chip.hbm_bandwidth, "links": received}
 
     def seconds(self, chip: Chip, chips: int) -> float:
         """At the chip's limits: of the slowest of the three, the others being hidden behind it."""
@@ -137,93 +160,75 @@ def stage_work(setup: Setup, models: Models, phase: str, answer: int) -> dict[st
     """The stages of a phase's step in which every prompt has its cap's length and every answer `answer` tokens."""
     total: dict[str, Work] = {}
     for branch in setup.config.branches if phase == schedule.MIXED else [phase]:
-        for part in (_rollout_work, _learning_work):
-            for name, work in part(setup, models, branch, answer).items():
-                total[name] = total[name] + work if name in total else work
-    split = setup.mesh.shape["fsdp"] * setup.mesh.shape["tensor"]
-    state = weights(models.student, setup.config.optimizer.trained) / split * 4
-    return total | {"update": Work(0, 0, 7 * state, 0)}  # parameters, moments and gradient, and the first two back
+        stages = _rollout_work(setup, models, branch, answer) | _learning_work(setup, models, branch, answer)
+        for name, work in stages.items():
+            total[name] = total[name] + work if name in total else work
+    read = 7 * _trained_bytes(setup, models)  # parameters, moments and gradient, and the first two back
+    return total | {"update": Work(0, 0, read, 0)}
 
 
 def step_seconds(setup: Setup, models: Models, answer: int, chip: Chip) -> float:
     """Of a step at the chips' limits, the mean over the phases of a cycle."""
-    stages = {phase: stage_work(setup, models, phase, answer) for phase in schedule.phases(setup.config)}
+    phases = schedule.phases(setup.config)
+    stages = {phase: stage_work(setup, models, phase, answer).values() for phase in phases}
     return sum(
-        share * work.seconds(chip, setup.mesh.size)
-        for phase, share in schedule.phases(setup.config).items()
-        for work in stages[phase].values()
+        often * sum(work.seconds(chip, setup.mesh.size) for work in stages[phase]) for phase, often in phases.items()
     )
+
+
+def _trained_bytes(setup: Setup, models: Models) -> float:
+    """Of the trained parameters, in float32, on one chip."""
+    split = setup.mesh.shape["fsdp"] * setup.mesh.shape["tensor"]
+    return 4 * weights(models.student, setup.config.optimizer.trained) / split
 
 
 def _rollout_work(setup: Setup, models: Models, branch: str, answer: int) -> dict[str, Work]:
     """On the rollout's mesh, where weights that are split over fsdp are gathered at every turn."""
-    config, item, prompt = setup.config, jnp.dtype(setup.dtype).itemsize, setup.config.rollout.max_prompt_tokens
+    config, prompt = setup.config, setup.config.rollout.max_prompt_tokens
     by_teacher = config.method.answers == "teacher"
     model = models.shapes[config.branches[branch].teacher] if by_teacher else models.student
-    kind = setup.teacher_dtype if by_teacher else config.compute.params
-    rows, lanes, shards = setup.rows[branch], lanes_of(setup, branch), batch_shards(setup.rollout_mesh)
-    fsdp, tensor = setup.rollout_mesh.shape["fsdp"], setup.rollout_mesh.shape["tensor"]
-    split = setup.mesh.shape["fsdp"] * setup.mesh.shape["tensor"]
-    multiplied = matrix_weights(model) * item / tensor  # of the weights, by one chip
-    gathered = multiplied * (fsdp - 1) / fsdp
-    copy, master = weights(model) * item / (fsdp * tensor), weights(model) * jnp.dtype(kind).itemsize / split
-    kept_here = min(1.0, fsdp * tensor / split)  # of the copy, what lay there before
-    slot = cache_bytes(model, item) / tensor * lanes / shards  # of all lanes of a chip
-    begun = 1 + refills(setup, branch)[0]
-    token = _reduced(model, item, tensor) / shards
+    on = OnMesh(model, setup.rollout_mesh, setup.dtype)
+    master = OnMesh(model, setup.mesh, setup.teacher_dtype if by_teacher else config.compute.params)
+    rows, lanes = setup.rows[branch], lanes_of(setup, branch)
+    stays = min(1.0, on.fsdp * on.tensor / (master.fsdp * master.tensor))  # of the copy, what lay there before
+    slot = cache_bytes(model, on.item) * lanes / setup.mesh.size  # of all lanes
+    begun, n = 1 + refills(setup, branch)[0], turns(rows, lanes, answer)
     prefill = forward_flops(model, rows, 0, prompt, 0)
     decode = forward_flops(model, rows, prompt, prompt + answer, answer)
-    n = turns(rows, lanes, answer)
     slots = slots_read(rows, lanes, prompt, answer, config.rollout.max_response_tokens)
+    prefilled = begun * on.multiplied + slot * prompt, begun * on.gathered + rows * prompt * on.summed
+    decoded = n * on.multiplied + slot * slots, n * on.gathered + rows * answer * on.summed
     return {
-        "reshard": Work(0, 0, master + copy, copy * (1 - kept_here)),
-        "prefill": Work(prefill, prefill, begun * multiplied + slot * prompt, begun * gathered + rows * prompt * token),
-        "decode": Work(decode, decode, n * multiplied + slot * slots, n * gathered + rows * answer * token),
+        "reshard": Work(0, 0, master.weights + on.weights, on.weights * (1 - stays)),
+        "prefill": Work(prefill, prefill, *prefilled),
+        "decode": Work(decode, decode, *decoded),
     }
 
 
 def _learning_work(setup: Setup, models: Models, branch: str, answer: int) -> dict[str, Work]:
     """Scores and gradient: parameters split over fsdp are gathered layer by layer, once for each micro-batch."""
-    config, item = setup.config, jnp.dtype(setup.dtype).itemsize
-    fsdp, tensor = setup.mesh.shape["fsdp"], setup.mesh.shape["tensor"]
-    length, rows, kept = config.rollout.max_prompt_tokens + answer, setup.rows[branch], kept_rows(setup, branch)
-
-    def multiplied(model: ModelConfig) -> float:
-        return matrix_weights(model) * item / tensor
-
-    def gathered(model: ModelConfig) -> float:
-        return multiplied(model) * (fsdp - 1) / fsdp
-
-    def token(model: ModelConfig) -> float:
-        return _reduced(model, item, tensor) / batch_shards(setup.mesh)
+    config, length = setup.config, setup.config.rollout.max_prompt_tokens + answer
+    rows, kept = setup.rows[branch], kept_rows(setup, branch)
 
     def score(model: ModelConfig) -> Work:
-        pieces, flops = math.ceil(rows / setup.score_batch), forward_flops(model, rows, 0, length, answer)
-        return Work(flops, flops, pieces * multiplied(model), pieces * gathered(model) + rows * length * token(model))
+        on, times = OnMesh(model, setup.mesh, setup.dtype), math.ceil(rows / setup.score_batch)
+        flops = forward_flops(model, rows, 0, length, answer)
+        return Work(flops, flops, times * on.multiplied, times * on.gathered + rows * length * on.summed)
 
-    student, teacher = models.student, models.shapes[config.branches[branch].teacher]
-    learnt = weights(student, config.optimizer.trained)
-    part = learnt / weights(student)
-    passes, pieces = PASSES[config.compute.remat] - 1 + part, math.ceil(kept / config.optimizer.micro_batch)
-    forward = forward_flops(student, kept, 0, length, answer)
-    summed = 4 * learnt / tensor  # gradients in float32, each chip its part
-    gradient = Work(
-        (2 + part) * forward,
-        passes * forward,
-        pieces * (3 * multiplied(student) + 2 * summed / fsdp),
-        pieces * (2 * gathered(student) + summed * (fsdp - 1) / fsdp) + passes * kept * length * token(student),
-    )
+    student = models.student
+    on, times = OnMesh(student, setup.mesh, setup.dtype), math.ceil(kept / config.optimizer.micro_batch)
+    frozen = 1 - weights(student, config.optimizer.trained) / weights(student)  # have no gradient of their own
+    forward, passes = forward_flops(student, kept, 0, length, answer), PASSES[config.compute.remat] - frozen
+    gradient = _trained_bytes(setup, models)  # of which each chip sums its part
+    read = times * (3 * on.multiplied + 2 * gradient)
+    received = times * (2 * on.gathered + gradient * (on.fsdp - 1)) + passes * kept * length * on.summed
     scores = {} if setup.trusts_sampler else {"score student": score(student)}
-    return scores | {"score teacher": score(teacher), "gradient": gradient}
+    teacher = score(models.shapes[config.branches[branch].teacher])
+    work = Work((3 - frozen) * forward, passes * forward, read, received)
+    return scores | {"score teacher": teacher, "gradient": work}
 
 
-def _reduced(model: ModelConfig, item: int, tensor: int) -> float:
-    """Bytes that a token costs a chip in a forward pass: twice a layer, what the split heads and the split feed-forward
-    add is summed, there and back around a ring."""
-    return 2 * model.num_layers * model.hidden_size * item * 2 * (tensor - 1) / tensor
-
-
-# ----------------------------------------------------------------------------------------- memory
+# ------------------------------------------------------------------------------------------ memory
 
 
 def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
@@ -232,14 +237,12 @@ def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
     Rough in the temporaries: a layer's live activations are counted, not scheduled. Good for leaving out what cannot
     fit; the compiler has the last word.
     """
-    config, student, teacher_item = setup.config, models.student, jnp.dtype(setup.teacher_dtype).itemsize
-    split = setup.mesh.shape["fsdp"] * setup.mesh.shape["tensor"]
-    learnt = weights(student, config.optimizer.trained) / split
-    teachers = [weights(shape) * teacher_item / split for shape in models.shapes.values()]
-    parameters = weights(student) * jnp.dtype(config.compute.params).itemsize / split
-    moments = 8 * learnt * len(moment_names(config))
-    gradients = 4 * learnt * (len(config.branches) if config.method.schedule == schedule.MIXED else 1)
-    added = _rollout_memory(setup, student) | _learning_memory(setup, student, gradients) | {"update": gradients}
+    config, gradients = setup.config, _trained_bytes(setup, models)
+    moments = 2 * gradients * len(moment_names(config))
+    gradients *= len(config.branches) if config.method.schedule == schedule.MIXED else 1
+    teachers = [OnMesh(shape, setup.mesh, setup.teacher_dtype).weights for shape in models.shapes.values()]
+    parameters = OnMesh(models.student, setup.mesh, config.compute.params).weights
+    added = _rollout_memory(setup, models.student) | _learning_memory(setup, models.student, gradients)
     if config.compute.offload == "off":
         return {"resident": parameters + moments + sum(teachers), **added}
     returned = {"gradient": moments if config.compute.offload == "ahead" else 0, "update": moments}
@@ -247,59 +250,38 @@ def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
 
 
 def _rollout_memory(setup: Setup, model: ModelConfig) -> dict[str, float]:
-    fsdp, tensor, shards = *list(setup.rollout_mesh.shape.values())[1:], batch_shards(setup.rollout_mesh)
-    item, prompt, branch = jnp.dtype(setup.dtype).itemsize, setup.config.rollout.max_prompt_tokens, _largest(setup)
-    lanes = lanes_of(setup, branch)
-    copy = weights(model) * item / (fsdp * tensor) + (2 * _layer(model) * item / tensor if fsdp > 1 else 0)
-    slot = (cache_bytes(model, item) / tensor + _stream(setup, model)) / shards  # of one lane
-    filled = slot * lanes * setup.context
-    prefilled = (slot + _live(model, tensor) * item / shards) * prompt  # of one lane
-    added = {
-        "reshard": copy,
-        "prefill": copy + lanes * prefilled,
-        "decode": copy + filled * (1 + 1 / model.num_layers),
-    }
-    times, several = refills(setup, branch)
-    return added | ({"refill": copy + filled + several * prefilled} if times else {})
+    on, prompt = OnMesh(model, setup.rollout_mesh, setup.dtype), setup.config.rollout.max_prompt_tokens
+    branch = largest(setup)
+    lanes, (times, several) = lanes_of(setup, branch), refills(setup, branch)
+    copy = on.weights + (2 * on.layer if on.fsdp > 1 else 0)
+    slot = (cache_bytes(model, on.item) / on.tensor + _stream(setup, on)) / on.shards  # of one lane
+    filled, prefilled = slot * lanes * setup.context, (slot + on.live / on.shards) * prompt
+    decode = {"decode": copy + filled * (1 + 1 / model.num_layers)}
+    refill = {"refill": copy + filled + several * prefilled} if times else {}
+    return {"reshard": copy, "prefill": copy + lanes * prefilled} | decode | refill
 
 
 def _learning_memory(setup: Setup, model: ModelConfig, gradients: float) -> dict[str, float]:
-    compute, rollout, (_, fsdp, tensor) = setup.config.compute, setup.config.rollout, setup.mesh.shape.values()
-    item, shards, answer = jnp.dtype(setup.dtype).itemsize, batch_shards(setup.mesh), rollout.max_response_tokens
-    head, live = model.vocab_size * model.hidden_size, _live(model, tensor)
-    wide, enters = live - 4 * model.hidden_size, model.hidden_size / tensor
-    saved = {"rollout": enters, "block": enters, "dots": enters + wide, "none": 4 * enters + 2 * wide}[compute.remat]
-    gathered = (2 * _layer(model) + head) / tensor  # weights of two layers, and the head
-    hidden = any(objective.teacher_logits for objective in setup.objectives.values()) * model.hidden_size * item
-    waits = rollout.batch_size / shards * (_stream(setup, model) * setup.context + hidden * answer)
+    on, compute = OnMesh(model, setup.mesh, setup.dtype), setup.config.compute
+    answer = setup.config.rollout.max_response_tokens
+    head, enters = model.vocab_size * model.hidden_size / on.tensor, model.hidden_size * on.item / on.tensor
+    saved = {"rollout": enters, "block": enters, "dots": enters + on.wide, "none": 4 * enters + 2 * on.wide}
+    hidden = any(objective.teacher_logits for objective in setup.objectives.values()) * model.hidden_size * on.item
+    waits = setup.config.rollout.batch_size / on.shards * (_stream(setup, on) * setup.context + hidden * answer)
 
-    def of(rows: float, layers: float, item_of_gathered: int) -> float:
-        """Of so many rows of a chip, with what is saved of so many layers."""
-        logits = min(tokens_at_once(compute.logits_chunk, model.vocab_size, tensor), rows * answer)
-        activations = rows * setup.context * (layers * saved + live) * item
-        return waits + activations + gathered * item_of_gathered + logits * 8 * model.vocab_size / tensor
+    def of(rows: float, token: float, item: int) -> float:
+        """Of so many rows of a chip, with activations of so many bytes a token."""
+        logits = min(tokens_at_once(compute.logits_chunk, model.vocab_size, on.tensor), rows * answer)
+        gathered = (2 * on.layer / on.item + head) * item  # weights of two layers, and the head
+        return waits + rows * setup.context * token + gathered + logits * 8 * model.vocab_size / on.tensor
 
-    micro = setup.config.optimizer.micro_batch / shards
-    fresh = 8 * head / (fsdp * tensor)  # gradients of embedding and head, added once they are complete
-    learning = gradients + fresh + of(micro, model.num_layers, item + 4) + micro * setup.context * live * item
-    return {"score": of(setup.score_batch / shards, 0, item), "gradient": learning}
-
-
-def _largest(setup: Setup) -> str:
-    """The branch with the most rows."""
-    return max(setup.rows, key=setup.rows.__getitem__)
+    micro, score = (n / on.shards for n in (setup.config.optimizer.micro_batch, setup.score_batch))
+    fresh = 8 * head / on.fsdp  # gradients of embedding and head, added once they are complete
+    token = model.num_layers * saved[compute.remat] + 2 * on.live
+    gradient = gradients + fresh + of(micro, token, on.item + 4)
+    return {"score": of(score, on.live, on.item), "gradient": gradient, "update": gradients}
 
 
-def _layer(model: ModelConfig) -> float:
-    """Weights of one layer's products."""
-    return (matrix_weights(model) - model.vocab_size * model.hidden_size) / model.num_layers
-
-
-def _live(model: ModelConfig, tensor: int) -> float:
-    """Numbers of a token in the middle of a layer."""
-    return 4 * model.hidden_size + 2 * (model.intermediate_size + model.num_heads * model.head_dim) / tensor
-
-
-def _stream(setup: Setup, model: ModelConfig) -> int:
+def _stream(setup: Setup, on: OnMesh) -> int:
     """Bytes of a token's residual stream, where it is kept."""
-    return setup.keep_residuals * (model.num_layers + 1) * model.hidden_size * jnp.dtype(setup.dtype).itemsize
+    return setup.keep_residuals * (on.model.num_layers + 1) * on.model.hidden_size * on.item

@@ -22,25 +22,22 @@ class Peak:
 
 
 def residents(plan: Plan, programs: Sequence[Program], reports: Sequence[Report]) -> dict[str, int]:
-    """Bytes on one chip that are there through the whole run: the student, what trains it, teachers, answers of the
+    """Bytes on one chip that are there through the whole run: the student and what trains it, teachers, answers of the
     step before (which the host still reads) and of this one, and the code of all compiled programs.
     """
-    config, state = plan.setup.config, plan.state
-    offloads = config.compute.offload != "off"
-    mixed = config.method.schedule == schedule.MIXED
-    acting = list(config.branches) if mixed else list(schedule.phases(config))
-    waiting = {config.branches[branch].teacher for branch in acting} if offloads else set()
-    teachers = {
-        _field(plan, name): 0 if name in waiting else chip_bytes(params)
-        for name, (_, params) in plan.teachers.items()
-    }
+    config, state, waiting = plan.setup.config, plan.state, set()
+    if config.compute.offload != "off":
+        phases = schedule.phases(config)
+        waiting = {of.teacher for name, of in config.branches.items() if name in phases or schedule.MIXED in phases}
+    optimizer = () if config.compute.offload != "off" else (state.moments, state.step, state.skipped)
+    teachers = {name: chip_bytes(() if name in waiting else params) for name, (_, params) in plan.teachers.items()}
     batches = (program.args[-1] for program in programs if program.name.startswith("update"))
     return {
         "parameters": chip_bytes(plan.params),
-        "optimizer": 0 if offloads else chip_bytes((state.moments, state.step, state.skipped)),
-        **teachers,
+        "optimizer": chip_bytes(optimizer),
+        **{_field(plan, name): n for name, n in teachers.items()},
         "answers": 2 * max(map(chip_bytes, batches)),
-        "code": sum(report.memory.code for report in reports if report.memory and not report.same_as),
+        "code": sum(report.memory["code"] for report in reports if report.memory and not report.same_as),
     }
 
 
@@ -53,12 +50,9 @@ def _field(plan: Plan, teacher: str) -> str:
 
 def peaks(resident: int, reports: Sequence[Report]) -> list[Peak]:
     """Residents, what else lies there while each program runs, and what it needs beside its arguments."""
-    found = []
-    for report in reports:
-        held, memory = resident + sum(report.holds.values()), report.memory
-        needed = memory.outputs - memory.aliased + memory.temporaries if memory else report.refused_bytes
-        found.append(Peak(report.name, held + needed, memory is not None))
-    return found
+    return [
+        Peak(r.name, resident + sum(r.holds.values()) + r.added + r.temporaries, r.memory is not None) for r in reports
+    ]
 
 
 def worst(several: Sequence[Peak]) -> Peak:

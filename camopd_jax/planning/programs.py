@@ -5,7 +5,7 @@ of it too (`eval_shape`), and is an argument of the next: no weights are read an
 """
 
 import dataclasses
-from collections.abc import Callable, Generator, Hashable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from camopd_jax.method import schedule
 from camopd_jax.method import programs as method
+from camopd_jax.method import schedule
 from camopd_jax.method.gradient import Gradient, Lesson
 from camopd_jax.method.objectives import TeacherReading
 from camopd_jax.planning.arrays import Plan, chip_bytes, rows
@@ -73,13 +73,13 @@ class Program:
 
 def programs(p: Plan) -> list[Program]:
     """The programs of a run, in the order of its steps."""
-    config = p.setup.config
+    config, steps = p.setup.config, []
     teachers = {branch: p.teacher(branch)[0] for branch in config.branches}
     run = method.Programs(p.setup, p.student, p.params, p.eos_ids, p.state, teachers)
-    steps = []
     for phase in schedule.phases(config):
-        branches = list(config.branches) if phase == schedule.MIXED else [phase]
-        steps += _merged(_step(p, run, phase, branches), runs=sum)
+        step = _Step(p, run)
+        step.take(phase, list(config.branches) if phase == schedule.MIXED else [phase])
+        steps += _merged(step.programs, runs=sum)
     return _merged(steps, runs=max)
 
 
@@ -88,171 +88,164 @@ def _merged(several: Iterable[Program], runs: Callable[[Iterable[int]], int]) ->
     by_name: dict[str, list[Program]] = {}
     for program in several:
         by_name.setdefault(program.name, []).append(program)
+    return [
+        dataclasses.replace(max(same, key=_bytes), runs=runs(program.runs for program in same))
+        for same in by_name.values()
+    ]
 
-    def largest(same: list[Program]) -> Program:
-        one = max(same, key=lambda program: chip_bytes((program.args, program.holds)))
-        return dataclasses.replace(one, runs=runs(program.runs for program in same))
 
-    return list(map(largest, by_name.values()))
+def _bytes(program: Program) -> int:
+    return chip_bytes((program.args, program.holds))
 
 
 def _and(holds: Held, **more: Any) -> Held:
     return holds | {kind: (holds.get(kind, ()), tree) for kind, tree in more.items()}
 
 
-# ------------------------------------------------------------------------------------------ one step
-
-
-def _step(p: Plan, run: method.Programs, phase: str, branches: list[str]) -> Iterator[Program]:
-    """`loop.run`, one turn of it."""
-    offload, moments = p.setup.config.compute.offload, p.state.moments
-    kept: Held = {}
-    batches: dict[str, Batch] = {}
-    gradients: dict[str, Gradient] = {}
-    for name in branches:
-        batches[name], kept = yield from _collect(p, run, name, kept)
-    holds = _and(kept, offloaded=moments) if offload == "ahead" else kept
-    for name, batch in batches.items():
-        gradients[name] = yield from _gradient(p, run, name, batch, holds)
-        holds = _and(holds, gradient=gradients[name])
-    batches = {name: batch.after_gradient() for name, batch in batches.items()}
-    mixed = phase == schedule.MIXED
-    args = (p.state, gradients, batches) if mixed else (p.state, gradients[phase], batches[phase])
-    holds = {"gradient": gradients} | ({"offloaded": moments} if offload != "off" else {})
-    yield Program(f"update: {phase}", run.updates[phase], args, {}, holds)
-
-
-def _collect(p: Plan, run: method.Programs, name: str, kept: Held) -> Generator[Program, None, tuple[Batch, Held]]:
-    """`loop.collect`: a branch's batch, and what is kept until the gradient."""
-    setup = p.setup
-    objective, (teacher, params) = setup.objectives[name], p.teacher(name)
-    offloads = setup.config.compute.offload != "off"
-    holds = _and(kept, offloaded=params) if offloads else kept
-    asked = Prompts(_numbers(setup.rows[name], setup.prompt_slots), _numbers(setup.rows[name]))
-    prompts = rows(setup.mesh, PromptBatch(asked, asked, asked.lengths))
-    answers = yield from _generate(p, run, name, prompts, holds)
-    holds, kept = (_and(lies, residuals=answers.residuals) for lies in (holds, kept))
-
-    sequences, reading = answers.after(prompts.teacher), TeacherReading(objective)
-    record = yield from _score(p, f"score: {name} teacher", (teacher, params), sequences, reading, holds)
-    of_teacher = record.pop("log_prob")
-    head = head_params(teacher, params) if objective.teacher_logits else {}
-    waits = record, head if offloads else ()  # else it is the teacher's own
-    holds, kept = (_and(lies, record=waits) for lies in (holds, kept))
-    sequences = answers.after(prompts.student)
-    of_student = yield from _score(p, "score: student", (p.student, p.params), sequences, LOG_PROB, holds)
-
-    log_probs = LogProbs(of_student["log_prob"], of_teacher)
-    select = Program(f"select: {name}", run.selecting[name], (log_probs, answers.lengths, NUMBER), {}, kept)
-    yield select
-    record = TeacherRecord(record, head)
-    return Batch(prompts.student, prompts.index, answers, log_probs, select.returns(), record), kept
-
-
 def _numbers(*shape: int) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _generate(
-    p: Plan, run: method.Programs, name: str, prompts: PromptBatch, holds: Held
-) -> Generator[Program, None, Rollout]:
-    """`method.Programs.generate` and `rollout.generate.answers`."""
-    setup, how = p.setup, run.decode
-    asked, model, params, of = prompts.student, p.student, p.params, ""
-    if setup.config.method.answers == "teacher":
-        asked, of, (model, params) = prompts.teacher, f": {name} teacher", p.teacher(name)
-    model, jitted = model.on(setup.rollout_mesh), generate.programs(setup.rollout_mesh)
-    lanes, total = lanes_of(setup, name), setup.rows[name]
-    weights = yield from _reshard(model, params, of, holds)
-    holds = _and(holds, weights=weights)
-    drawing = {"sampling": how.sampling, "eos_ids": how.eos_ids}
-    keys = run.keys.eval_shape(NUMBER, prompts.index)
+class _Step:
+    """A step on shapes. Methods are those of the run, and note the programs that it calls."""
 
-    def begin(name: str, size: int, holds: Held, runs: int = 1) -> Program:
-        args = (model, weights, asked, keys, _numbers(size))
-        options = {"max_new": how.max_new, "keep_residuals": how.keep_residuals} | drawing
-        return Program(f"{name}{of}", jitted.begin, args, options, holds, runs)
+    def __init__(self, p: Plan, run: method.Programs):
+        self.p, self.run, self.setup, self.config = p, run, p.setup, p.setup.config
+        self.offload = self.config.compute.offload
+        self.programs: list[Program] = []
 
-    prefill = begin("prefill", lanes, holds)
-    yield prefill
-    state = prefill.returns()
+    def note(
+        self, name: str, jitted: Any, args: tuple[Any, ...], holds: Held, runs: int = 1, trips: int = 1, **options: Any
+    ) -> Program:
+        self.programs.append(Program(name, jitted, args, options, holds, runs, trips))
+        return self.programs[-1]
 
-    def grow(array: jax.ShapeDtypeStruct, ring: int, holds: Held = holds, runs: int = 1) -> Program:
-        options = {"prompt_slots": setup.prompt_slots, "slots": setup.prompt_slots + ring}
-        return Program(f"grow{of}", jitted.grow[len(array.shape) == 4], (array, state.slot), options, holds, runs)
+    def take(self, phase: str, branches: list[str]) -> None:
+        """One turn of `loop.run`."""
+        kept: Held = {}
+        batches: dict[str, Batch] = {}
+        gradients: dict[str, Gradient] = {}
+        for name in branches:
+            batches[name], kept = self.collect(name, kept)
+        holds = _and(kept, offloaded=self.p.state.moments) if self.offload == "ahead" else kept
+        for name, batch in batches.items():
+            gradients[name] = self.gradient(name, batch, holds)
+            holds = _and(holds, gradient=gradients[name])
+        batches = {name: batch.after_gradient() for name, batch in batches.items()}
+        of_branches = (gradients, batches) if phase == schedule.MIXED else (gradients[phase], batches[phase])
+        returned = {} if self.offload == "off" else {"offloaded": self.p.state.moments}
+        args, holds = (self.p.state, *of_branches), {"gradient": gradients} | returned
+        self.note(f"update: {phase}", self.run.updates[phase], args, holds)
 
-    *_, before, last = 0, *generate.rings(how.max_new)
-    empty = jax.tree.leaves(state.cache)
-    arrays = [grow(array, before).returns() if before else array for array in empty]
-    full = state.replace(cache=jax.tree.map(lambda array: grow(array, last).returns(), state.cache))
-    widest = max(range(len(arrays)), key=lambda i: chip_bytes(arrays[i]))
-    others = [array for i, array in enumerate(jax.tree.leaves(full.cache)) if i != widest]
-    alike = sum(array.shape == arrays[widest].shape for array in arrays)
-    grown = _and(holds, cache=(full.replace(cache=None), others, arrays[widest]))
-    yield grow(arrays[widest], last, grown, runs=alike)
+    def collect(self, name: str, kept: Held) -> tuple[Batch, Held]:
+        """`loop.collect`: a branch's batch, and what is kept until the gradient."""
+        objective, (teacher, params) = self.setup.objectives[name], self.p.teacher(name)
+        holds = kept if self.offload == "off" else _and(kept, offloaded=params)
+        asked = Prompts(_numbers(self.setup.rows[name], self.setup.prompt_slots), _numbers(self.setup.rows[name]))
+        prompts = rows(self.setup.mesh, PromptBatch(asked, asked, asked.lengths))
+        answers = self.generate(name, prompts, holds)
+        holds, kept = (_and(lies, residuals=answers.residuals) for lies in (holds, kept))
+        sequences, reading = answers.after(prompts.teacher), TeacherReading(objective)
+        record = self.score(f"score: {name} teacher", (teacher, params), sequences, reading, holds)
+        of_teacher = record.pop("log_prob")
+        head = head_params(teacher, params) if objective.teacher_logits else {}
+        waits = record if self.offload == "off" else (record, head)  # else the head is the teacher's own
+        holds, kept = (_and(lies, record=waits) for lies in (holds, kept))
+        sequences = answers.after(prompts.student)
+        of_student = self.score("score: student", (self.p.student, self.p.params), sequences, LOG_PROB, holds)
+        log_probs = LogProbs(of_student["log_prob"], of_teacher)
+        args = log_probs, answers.lengths, NUMBER
+        selection = self.note(f"select: {name}", self.run.selecting[name], args, kept).returns()
+        record = TeacherRecord(record, head)
+        return Batch(prompts.student, prompts.index, answers, log_probs, selection, record), kept
 
-    holds = _and(holds, cache=full)
-    times, several = refills(setup, name)
-    if times:
-        yield begin("refill", several, holds, runs=times)
-    args, options = (model, weights, full, NUMBER), {"prompt_slots": setup.prompt_slots} | drawing
-    yield Program(f"decode{of}", jitted.advance, args, options, holds, trips=turns(total, lanes, how.max_new))
-    answers = jitted.collect.eval_shape(None, full, rows=total)
-    return run.move_answers.eval_shape(answers.replace(residuals=full.cache.residuals))
+    def generate(self, name: str, prompts: PromptBatch, holds: Held) -> Rollout:
+        """`method.Programs.generate` and `rollout.generate.answers`."""
+        setup, how, of = self.setup, self.run.decode, ""
+        asked, model, params = prompts.student, self.p.student, self.p.params
+        if self.config.method.answers == "teacher":
+            asked, of, (model, params) = prompts.teacher, f": {name} teacher", self.p.teacher(name)
+        model, compiled = model.on(setup.rollout_mesh), generate.programs(setup.rollout_mesh)
+        weights = self.for_decoding(model, params, of, holds)
+        holds = _and(holds, weights=weights)
+        drawing = {"sampling": how.sampling, "eos_ids": how.eos_ids}
+        keys = self.run.keys.eval_shape(NUMBER, prompts.index)
 
+        def begin(name: str, lanes: int, holds: Held, runs: int = 1) -> Program:
+            args = (model, weights, asked, keys, _numbers(lanes))
+            options = drawing | {"max_new": how.max_new, "keep_residuals": how.keep_residuals}
+            return self.note(name + of, compiled.begin, args, holds, runs, **options)
 
-def _reshard(model: LanguageModel, params: Params, of: str, holds: Held) -> Generator[Program, None, Params]:
-    """`generate.for_decoding`: each part as the last to move, when all others are there."""
-    count, moves = jax.tree.leaves(params["layers"])[0].shape[0], {}
-    for part, jitted in generate.moves(model, tuple(params)).items():
-        args, runs = ((params[part], NUMBER), count) if part == "layers" else ((params[part],), 1)
-        moves[part] = Program(f"reshard{of}: {part}", jitted, args, {}, {}, runs)
-    arrived = {part: [move.returns()] * move.runs for part, move in moves.items()}
-    for part, move in moves.items():
-        yield dataclasses.replace(move, holds=_and(holds, weights=arrived | {part: arrived[part][1:]}))
-    return {part: tuple(arrays) if part == "layers" else arrays[0] for part, arrays in arrived.items()}
+        lanes = lanes_of(setup, name)
+        begun = begin("prefill", lanes, holds).returns()
 
+        def grow(ring: int) -> Callable[[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+            sizes = {"prompt_slots": setup.prompt_slots, "slots": setup.prompt_slots + ring}
+            return lambda array: compiled.grow[len(array.shape) == 4].eval_shape(array, begun.slot, **sizes)
 
-def _score(
-    p: Plan, name: str, scorer: tuple[LanguageModel, Params], sequences: Sequences, reading: Reading, holds: Held
-) -> Generator[Program, None, Record]:
-    """`score.score_batch`."""
-    model, params = scorer
-    total, chunk = len(sequences.lengths), p.setup.config.compute.logits_chunk
-    parts = _parts(p, total, total, p.setup.score_batch)
-    record = rows(p.setup.mesh, jax.eval_shape(partial(empty_record, model, reading=reading), params, sequences))
-    args = (model, params, record, sequences, _numbers(*parts[0].rows.shape))
-    options = {"widths": parts[0].widths(chunk), "reading": reading}
-    waits = {kind: array for kind, array in record.items() if kind != "log_prob"}
-    program = Program(name, scoring(p.setup.mesh), args, options, _and(holds, record=waits), runs=len(parts))
-    yield program
-    return program.returns()
+        *_, before, ring = 0, *generate.rings(how.max_new)
+        shorter, arrays = (jax.tree.leaves(jax.tree.map(grow(slots), begun.cache)) for slots in (before, ring))
+        full = begun.replace(cache=jax.tree.map(grow(ring), begun.cache))
+        widest = max(range(len(arrays)), key=lambda i: chip_bytes(arrays[i]))
+        array, others = shorter[widest], [*arrays[:widest], *arrays[widest + 1 :]]
+        holds_grown = _and(holds, cache=(full.replace(cache=others), array))
+        sizes = {"prompt_slots": setup.prompt_slots, "slots": setup.prompt_slots + ring}
+        alike = sum(other.shape == array.shape for other in shorter)
+        jitted = compiled.grow[len(array.shape) == 4]
+        self.note(f"grow{of}", jitted, (array, begun.slot), holds_grown, runs=alike, **sizes)
 
+        holds = _and(holds, cache=full)
+        times, several = refills(setup, name)
+        if times:
+            begin("refill", several, holds, runs=times)
+        trips = turns(setup.rows[name], lanes, how.max_new)
+        args = (model, weights, full, NUMBER)
+        self.note(f"decode{of}", compiled.advance, args, holds, trips=trips, prompt_slots=setup.prompt_slots, **drawing)
+        answers = compiled.collect.eval_shape(None, full, rows=setup.rows[name])
+        return self.run.move_answers.eval_shape(answers.replace(residuals=full.cache.residuals))
 
-def _gradient(
-    p: Plan, run: method.Programs, name: str, batch: Batch, holds: Held
-) -> Generator[Program, None, Gradient]:
-    """`method.gradient.Learner`, over as many answers as can be selected."""
-    learner, total = run.learners[name], p.setup.rows[name]
-    parts = _parts(p, total, kept_rows(p.setup, name), p.setup.config.optimizer.micro_batch)
-    (part, micro_batches), *others = learner.calls(parts, total)
-    weights = run.weighing[name].eval_shape(batch.after_gradient())
-    lesson = Lesson(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens, batch.rollout.residuals)
-    so_far = learner.begin.eval_shape(p.state.params)
-    numbers = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), micro_batches)
-    args = (learner.loss, p.params, so_far, lesson, batch.teacher.head, numbers)
-    options = {"widths": part.widths(p.setup.config.compute.logits_chunk)}
-    holds = _and(holds, gradient=(so_far, weights))
-    runs, trips = 1 + len(others), int(micro_batches.count)
-    program = Program(f"gradient: {name}", learner.add, args, options, holds, runs, trips)
-    yield program
-    return program.returns()
+    def for_decoding(self, model: LanguageModel, params: Params, of: str, holds: Held) -> Params:
+        """`generate.for_decoding`: each part as the last to move, when all others are there."""
+        count = jax.tree.leaves(params["layers"])[0].shape[0]
+        moves = generate.moves(model, tuple(params))
+        args = {part: (params[part], NUMBER) if part == "layers" else (params[part],) for part in moves}
+        weights = {part: move.eval_shape(*args[part]) for part, move in moves.items()}
+        weights["layers"] = (weights["layers"],) * count
+        for part, move in moves.items():
+            layers = part == "layers"
+            others = weights | {part: weights[part][1:] if layers else ()}
+            self.note(f"reshard{of}: {part}", move, args[part], _and(holds, weights=others), count if layers else 1)
+        return weights
 
+    def score(
+        self, name: str, scorer: tuple[LanguageModel, Params], sequences: Sequences, reading: Reading, holds: Held
+    ) -> Record:
+        """`score.score_batch`."""
+        (model, params), total = scorer, len(sequences.lengths)
+        parts = self.micro_batches(total, total, self.setup.score_batch)
+        record = rows(self.setup.mesh, jax.eval_shape(partial(empty_record, model, reading=reading), params, sequences))
+        holds = _and(holds, record={kind: array for kind, array in record.items() if kind != "log_prob"})
+        args = (model, params, record, sequences, _numbers(*parts[0].rows.shape))
+        options = {"widths": parts[0].widths(self.config.compute.logits_chunk), "reading": reading}
+        return self.note(name, scoring(self.setup.mesh), args, holds, runs=len(parts), **options).returns()
 
-def _parts(p: Plan, total: int, taken: int, size: int) -> list[MicroBatch]:
-    """Micro-batches of so many of a batch's rows, all as long as can be."""
-    setup = p.setup
-    widths = setup.prompt_slots, setup.config.rollout.max_response_tokens
-    lengths = (np.full(total, width) for width in widths)
-    smallest, shards = setup.config.rollout.smallest_bucket, batch_shards(setup.mesh)
-    return list(split_by_length(*lengths, np.arange(taken), size, widths, smallest, shards))
+    def gradient(self, name: str, batch: Batch, holds: Held) -> Gradient:
+        """`method.gradient.Learner`, over as many answers as can be selected."""
+        learner, total = self.run.learners[name], self.setup.rows[name]
+        parts = self.micro_batches(total, kept_rows(self.setup, name), self.config.optimizer.micro_batch)
+        (part, first), *others = learner.calls(parts, total)
+        weights = self.run.weighing[name].eval_shape(batch.after_gradient())
+        lesson = Lesson(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens, batch.rollout.residuals)
+        so_far = learner.begin.eval_shape(self.p.state.params)
+        numbers = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), first)
+        args = (learner.loss, self.p.params, so_far, lesson, batch.teacher.head, numbers)
+        holds, widths = _and(holds, gradient=(so_far, weights)), part.widths(self.config.compute.logits_chunk)
+        runs, trips = 1 + len(others), int(first.count)
+        return self.note(f"gradient: {name}", learner.add, args, holds, runs, trips, widths=widths).returns()
+
+    def micro_batches(self, total: int, taken: int, size: int) -> list[MicroBatch]:
+        """Of so many of a batch's rows, all as long as can be."""
+        widths = self.setup.prompt_slots, self.config.rollout.max_response_tokens
+        lengths = (np.full(total, width) for width in widths)
+        smallest, shards = self.config.rollout.smallest_bucket, batch_shards(self.setup.mesh)
+        return list(split_by_length(*lengths, np.arange(taken), size, widths, smallest, shards))

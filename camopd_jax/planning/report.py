@@ -1,8 +1,7 @@
-"""A plan: compiles the programs of a run, prints what they need, and looks for flags that fit. Bytes are of one chip.
-"""
+"""A plan: compiles the programs of a run, prints what they need, and looks for flags that fit. Bytes: of one chip."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -46,12 +45,10 @@ class Request:
 def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
     """The models' shapes; files, folders or names of shapes stand in for the two that every config names."""
     given = {"general": general, "specialised": specialised}
-    context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    files = {
-        name: _config_json(config, name, field, given.get(name)) for name, field in teacher_names(config).items()
-    }
-    eos = files["specialised"].get("eos_token_id")
+    names, context = teacher_names(config), config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    files = {name: _config_json(config, name, field, given.get(name)) for name, field in names.items()}
     shapes = {name: from_hf(values, context=context, where=name) for name, values in files.items()}
+    eos = files["specialised"].get("eos_token_id")
     return Models(shapes, tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
 
 
@@ -66,23 +63,22 @@ def _config_json(config: TrainConfig, name: str, field: str, instead: str | None
     raise UserError(f"--{name}_config: {instead} is no file or folder, and no shape; the shapes are {shapes}")
 
 
-def _compile(made: Plan, request: Request, wanted: Sequence[str]) -> Iterator[tuple[list[Program], list[Report]]]:
-    """All programs of the run, and a report of each whose name begins with a wanted word, in the words' order: as many
-    as there are so far.
+def _compile(made: Plan, request: Request, wanted: Sequence[str]) -> Iterator[tuple[dict[str, int], list[Report]]]:
+    """What lies there through the run, and a report of each program whose name begins with a wanted word, in the words'
+    order: as many as there are so far.
 
     Raises:
       UserError: if the run has none of these.
     """
-    several = programs(made)
+    several, reports = programs(made), []
     chosen = [program for word in wanted for program in several if program.name.startswith(word)]
     if not chosen:
         raise UserError(f"--programs={','.join(wanted)}: the run has none; give some of {', '.join(KINDS)}")
-    reports: list[Report] = []
     compiled = compile_all(chosen, made)
     for program in chosen:
         with request.console.status(f"{program.name} …"):
             reports.append(next(compiled))
-        yield several, reports
+        yield peak.residents(made, several, reports), reports
 
 
 # ------------------------------------------------------------------------------------------ a report
@@ -90,16 +86,13 @@ def _compile(made: Plan, request: Request, wanted: Sequence[str]) -> Iterator[tu
 
 def report(request: Request) -> dict[str, Any]:
     """Compiles, prints the tables, and returns all of it for the JSON file."""
-    config, where, say = request.config, request.topology, request.console.print
-    made = plan(config, request.models, where.devices)
-    *_, (several, reports) = _compile(made, request, request.wanted)
-    resident = peak.residents(made, several, reports)
+    where, say = request.topology, request.console.print
+    made = plan(request.config, request.models, where.devices)
+    *_, (resident, reports) = _compile(made, request, request.wanted)
     peaks = peak.peaks(sum(resident.values()), reports)
-    high = peak.worst(peaks)
-    for line in _header(made, where):
-        say(line)
-    say()
-    say(resident_table(resident, _kv_cache(several)))
+    high, cache = peak.worst(peaks), _kv_cache(programs(made))
+    say(_header(made, where) + "\n")
+    say(resident_table(resident, cache))
     say(memory_table(sum(resident.values()), reports, peaks, where.hbm))
     say(_fit_line(high, where) + "\n")
     say(collectives_table(reports, where.chip))
@@ -112,7 +105,7 @@ def report(request: Request) -> dict[str, Any]:
         "hbm": where.hbm,
         "mesh": dict(made.setup.mesh.shape),
         "residents": resident,
-        "kv_cache": _kv_cache(several),
+        "kv_cache": cache,
         "peaks": [vars(p) for p in peaks],
         "fits": where.hbm and high.fits(where.hbm),
         "programs": [dataclasses.asdict(r) for r in reports],
@@ -120,15 +113,16 @@ def report(request: Request) -> dict[str, Any]:
     return values | (_times(request, made, where.chip) if where.chip else {})
 
 
-def _header(made: Plan, where: Topology) -> Iterator[str]:
+def _header(made: Plan, where: Topology) -> str:
     setup, config = made.setup, made.setup.config
     sizes = " x ".join(f"{axis} {n}" for axis, n in setup.mesh.shape.items())
     answering = " x ".join(map(str, setup.rollout_mesh.shape.values()))
-    branch = max(setup.rows, key=setup.rows.__getitem__)
-    slots = f"{setup.prompt_slots} + {config.rollout.max_response_tokens} slots"
-    yield f"{where.name}: {len(where.devices)} devices, mesh {sizes}; {setup.rows[branch]} rows of {slots}, {setup.dtype}"
-    lanes, learnt = costs.lanes_of(setup, branch), config.optimizer.micro_batch
-    yield f"answers on {answering}, {lanes} at a time; scores of {setup.score_batch}, gradients of {learnt}"
+    branch, slots = costs.largest(setup), f"{setup.prompt_slots} + {config.rollout.max_response_tokens} slots"
+    return (
+        f"{where.name}: {len(where.devices)} devices, mesh {sizes}; {setup.rows[branch]} rows of {slots}, "
+        f"{setup.dtype}\nanswers on {answering}, {costs.lanes_of(setup, branch)} at a time; scores of "
+        f"{setup.score_batch}, gradients of {config.optimizer.micro_batch}"
+    )
 
 
 def _kv_cache(several: Sequence[Program]) -> int:
@@ -138,30 +132,29 @@ def _kv_cache(several: Sequence[Program]) -> int:
 
 
 def _fit_line(high: Peak, where: Topology) -> str:
-    at = f"The peak is {'' if high.exact else 'above '}{high.bytes / GIB:.2f} GiB, in {high.program}"
+    at = f"The peak is {'' if high.exact else 'above '}{_gib(high.bytes)} GiB, in {high.program}"
     if where.hbm is None:
         return f"{at}; this device does not say how much it has (--hbm_gib)"
-    return f"{at}, of {where.hbm / GIB:.2f} GiB: it {'fits' if high.fits(where.hbm) else 'does not fit'}"
+    return f"{at}, of {_gib(where.hbm)} GiB: it {'fits' if high.fits(where.hbm) else 'does not fit'}"
 
 
 def _times(request: Request, made: Plan, chip: Chip) -> dict[str, Any]:
     """Seconds of a step and of the run, decoding against its limit."""
-    setup, answer, chips = made.setup, request.answer, made.setup.mesh.size
+    setup, answer, chips, steps = made.setup, request.answer, made.setup.mesh.size, request.config.steps
     phases = schedule.phases(setup.config)
     work = {phase: costs.stage_work(setup, request.models, phase, answer) for phase in phases}
-    request.console.print(time_table(work, request.topology.chip, chips, answer))
-    step = costs.step_seconds(setup, request.models, answer, chip)
-    first = next(iter(phases))
+    request.console.print(time_table(work, chip, chips, answer))
+    step, first = costs.step_seconds(setup, request.models, answer, chip), next(iter(phases))
     rows = sum(setup.rows[name] for name in setup.rows if first in (name, schedule.MIXED))
-    rate, run = rows * answer / work[first]["decode"].seconds(chip, chips), step * setup.config.steps
+    rate = rows * answer / work[first]["decode"].seconds(chip, chips)
     request.console.print(
-        f"a step at best {duration(step)}, the run's {setup.config.steps} steps {duration(run)}, without evaluations\n"
+        f"a step at best {duration(step)}, the run's {steps} steps {duration(step * steps)}, without evaluations\n"
         f"decoding: at best {rate:.4g} tokens/s of all chips"
     )
     return {
         "answer_tokens": answer,
         "step_seconds": step,
-        "run_seconds": run,
+        "run_seconds": step * steps,
         "decode_tokens_per_second": rate,
         "work": {phase: {name: vars(w) for name, w in stages.items()} for phase, stages in work.items()},
     }
@@ -186,8 +179,7 @@ def look_for(request: Request, tries: int) -> dict[str, Any]:
     def compiled(candidate: Candidate) -> Peak:
         """The highest peak, or the first that is too high: the compiler need not be asked for the rest."""
         made = plan(search.changed(config, candidate.changes), models, where.devices)
-        for several, reports in _compile(made, request, words):
-            resident = peak.residents(made, several, reports)
+        for resident, reports in _compile(made, request, words):
             high = peak.worst(peak.peaks(sum(resident.values()), reports))
             if not high.fits(where.hbm):
                 break
@@ -212,44 +204,43 @@ def look_for(request: Request, tries: int) -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------ tables
 
 
-def _table(title: str, *columns: str, caption: str | None = None) -> Table:
+def _table(title: str, columns: Sequence[str], rows: Iterable[Sequence[str]], caption: str | None = None) -> Table:
     left = {"title_justify": "left", "caption_justify": "left"}
     view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, **left)
     for i, name in enumerate(columns):
         view.add_column(name, justify="right" if i else "left", no_wrap=not i)
+    for row in rows:
+        view.add_row(*row)
     return view
 
 
-def _gib(n: float) -> str:
-    return f"{n / GIB:.2f}"
+def _gib(n: float | None) -> str:
+    return "" if n is None else f"{n / GIB:.2f}"
 
 
 def resident_table(resident: dict[str, int], cache: int) -> Table:
-    view = _table("What lies on a chip through the run, in GiB", "", "GiB")
-    for name, n in resident.items():
-        view.add_row(name.replace("_", " "), _gib(n))
-    view.add_row("together", _gib(sum(resident.values())), style="bold")
-    view.add_row("KV cache at the cap, while the student answers", _gib(cache), style="dim")
-    return view
+    rows = [(name.replace("_", " "), _gib(n)) for name, n in resident.items()]
+    rows.append(("[bold]together", f"[bold]{_gib(sum(resident.values()))}"))
+    rows.append(("[dim]KV cache at the cap, while the student answers", f"[dim]{_gib(cache)}"))
+    return _table("What lies on a chip through the run, in GiB", ("", "GiB"), rows)
 
 
 def memory_table(resident: int, reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
     """A row a program: what lies there, what it adds, and the peak: their sum."""
     kinds = [kind for kind in HELD if any(r.holds.get(kind) for r in reports)]
-    caption = (
-        "runs: in a step, at most. weights, cache: of the answering student. outputs: beyond those in a donated "
-        "argument's place. temps: temporaries and activations; refused: the compiler gave up at these"
-    )
-    columns = ("", "runs", "resident", *kinds, "outputs", "temps", "peak", "")
-    view = _table("Memory of a chip while each program runs, in GiB", *columns, caption=caption)
+    rows = []
     for r, p in zip(reports, peaks, strict=True):
-        held = [_gib(r.holds[kind]) if r.holds.get(kind) else "" for kind in kinds]
-        added = ["", f">{_gib(r.refused_bytes)}"]
-        if r.memory:
-            added = [_gib(r.memory.outputs - r.memory.aliased), _gib(r.memory.temporaries)]
-        high, style = ("" if p.exact else ">") + _gib(p.bytes), "dim" if r.same_as else None
-        view.add_row(r.name, str(r.runs), _gib(resident), *held, *added, high, verdict(p, hbm), style=style)
-    return view
+        above = "" if p.exact else ">"
+        held = (_gib(r.holds.get(kind) or None) for kind in kinds)
+        added = _gib(r.added if p.exact else None), above + _gib(r.temporaries)
+        rows.append((r.name, str(r.runs), _gib(resident), *held, *added, above + _gib(p.bytes), verdict(p, hbm)))
+    return _table(
+        "Memory of a chip while each program runs, in GiB",
+        ("", "runs", "resident", *kinds, "outputs", "temps", "peak", ""),
+        rows,
+        "runs: in a step, at most. weights, cache: of the answering model. outputs: beyond those in a donated "
+        "argument's place. temps: temporaries and activations; refused: the compiler gave up at these",
+    )
 
 
 def verdict(high: Peak, hbm: float | None) -> str:
@@ -261,42 +252,45 @@ def verdict(high: Peak, hbm: float | None) -> str:
 
 
 def collectives_table(reports: Sequence[Report], chip: Chip | None) -> Table:
-    caption = (
-        "runs, GB and seconds: of one run of the program, with every loop's trips; turns of decoding to the cap. "
-        "Seconds at the links' peak, where an all-reduce goes around twice"
-    )
-    view = _table("Collectives", "", "kind", "in the text", "runs", "GB of a chip", "seconds", caption=caption)
+    rows = []
     for r in (r for r in reports if not r.same_as):
         for i, (kind, t) in enumerate(sorted(r.collectives.items(), key=lambda kv: -kv[1].bytes_run)):
             sent = t.bytes_run * (2 if kind == "all-reduce" else 1)
             seconds = duration(sent / (chip.ici_bandwidth / 2)) if chip else ""
-            view.add_row("" if i else r.name, kind, str(t.count), str(t.runs), f"{t.bytes_run / 1e9:.3g}", seconds)
-    return view
+            rows.append(("" if i else r.name, kind, str(t.count), str(t.runs), f"{t.bytes_run / 1e9:.3g}", seconds))
+    return _table(
+        "Collectives" if rows else "No collectives",
+        ("", "kind", "in the text", "runs", "GB of a chip", "seconds"),
+        rows,
+        "Of one run of the program, with every loop's trips; turns of decoding to the cap. seconds: at the links' "
+        "peak, where an all-reduce goes around twice",
+    )
 
 
 def time_table(work: dict[str, dict[str, costs.Work]], chip: Chip, chips: int, answer: int) -> Table:
     """Stages of each phase at the chips' limits."""
-    title = f"Seconds of a step at {chips} {chip.name} chips' limits, answers of {answer} tokens"
-    caption = (
-        "products, HBM, links: each at its peak; a stage takes as long as the slowest, the others hidden behind it. "
-        "MFU: the model's FLOPs by the peak in those seconds"
-    )
-    columns = ("", "PFLOP", "products", "HBM", "links", "seconds", "bound by", "MFU")
-    view = _table(title, *columns, caption=caption)
 
-    def mfu(flops: float, seconds: float) -> str:
-        return f"{100 * flops / seconds / chips / chip.flops:.0f} %" if flops else ""
+    def row(name: str, flops: float, seconds: float, limits: Sequence[float], bound: str = "") -> Sequence[str]:
+        mfu = f"{100 * flops / seconds / chips / chip.flops:.0f} %" if flops else ""
+        pflop = f"{flops / 1e15:.3g}" if flops else ""
+        return (f"  {name}", pflop, *map(duration, limits), duration(seconds), bound, mfu)
 
+    rows: list[Sequence[str]] = []
     for phase, stages in work.items():
-        view.add_row(phase, style="bold")
+        rows.append((f"[bold]{phase}",))
         for name, w in stages.items():
-            limits, seconds = w.limits(chip, chips), w.seconds(chip, chips)
+            limits = w.limits(chip, chips)
             bound = max(limits, key=limits.__getitem__)
-            pflop, each = f"{w.flops / 1e15:.3g}" if w.flops else "", map(duration, limits.values())
-            view.add_row(f"  {name}", pflop, *each, duration(seconds), bound, mfu(w.flops, seconds))
-        total, flops = sum(w.seconds(chip, chips) for w in stages.values()), sum(w.flops for w in stages.values())
-        view.add_row("  step", f"{flops / 1e15:.3g}", "", "", "", duration(total), "", mfu(flops, total))
-    return view
+            rows.append(row(name, w.flops, limits[bound], [*limits.values()], bound))
+        seconds = sum(w.seconds(chip, chips) for w in stages.values())
+        rows.append(row("step", sum(w.flops for w in stages.values()), seconds, (0, 0, 0)))
+    return _table(
+        f"Seconds of a step at {chips} {chip.name} chips' limits, answers of {answer} tokens",
+        ("", "PFLOP", "products", "HBM", "links", "seconds", "bound by", "MFU"),
+        rows,
+        "products, HBM, links: each at its peak; a stage takes as long as the slowest, the others hidden behind it. "
+        "MFU: the model's FLOPs by the peak in those seconds",
+    )
 
 
 def duration(seconds: float) -> str:
@@ -308,21 +302,27 @@ def duration(seconds: float) -> str:
 
 
 def tried_table(tried: Sequence[Tried], hbm: float) -> Table:
-    columns = ("data x fsdp x tensor", "rollout tensor", "concurrency", "micro batch", "remat", "offload",
-               "step at best", "estimated", "compiled", "")  # fmt: skip
-    view = _table("Search: what the compiler was asked", *columns)
+    names = ("rollout.mesh.tensor", "rollout.concurrency", "optimizer.micro_batch", "compute.remat", "compute.offload")
+    rows = []
     for t in tried:
-        value, high = t.candidate.changes.__getitem__, t.peak
-        view.add_row(
-            " x ".join(str(value(f"mesh.{axis}")) for axis in ("data", "fsdp", "tensor")),
-            str(value("rollout.mesh.tensor")),
-            str(value("rollout.concurrency") or "all"),
-            str(value("optimizer.micro_batch")),
-            value("compute.remat"),
-            value("compute.offload"),
-            duration(t.candidate.seconds),
-            _gib(t.candidate.peak),
-            ("" if high.exact else "> ") + _gib(high.bytes),
-            f"{high.program}: {verdict(high, hbm)}",
+        rows.append(
+            (
+                " x ".join(str(t.candidate.changes[f"mesh.{axis}"]) for axis in ("data", "fsdp", "tensor")),
+                *(str(t.candidate.changes[name]) for name in names),
+                duration(t.candidate.seconds),
+                _gib(t.candidate.peak),
+                ("" if t.peak.exact else "> ") + _gib(t.peak.bytes),
+                f"{t.peak.program}: {verdict(t.peak, hbm)}",
+            )
         )
-    return view
+    columns = (
+        "rollout tensor",
+        "concurrency",
+        "micro batch",
+        "remat",
+        "offload",
+        "step at best",
+        "estimated",
+        "compiled",
+    )
+    return _table("Search: what the compiler was asked", ("data x fsdp x tensor", *columns, ""), rows)

@@ -3,11 +3,10 @@
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any
-
-from jax.sharding import Mesh
 
 from camopd_jax.config.schema import MeshConfig, TrainConfig
 from camopd_jax.errors import UserError
@@ -35,25 +34,20 @@ class Candidate:
 
     @property
     def peak(self) -> float:
-        return self.memory["resident"] + max(n for name, n in self.memory.items() if name != "resident")
+        return self.asks(*self.memory.keys() - {"resident"})
+
+    def asks(self, *programs: str) -> float:
+        """Bytes while the largest of these programs runs."""
+        return self.memory["resident"] + max(self.memory.get(name, 0.0) for name in programs)
 
     def flags(self, config: TrainConfig) -> list[str]:
         """What to add to the command: the meshes, and of the rest what differs from the config."""
-        return [
-            f"--config.{name}={value}"
-            for name, value in self.changes.items()
-            if name in ALWAYS or value != _value(config, name)
-        ]
-
-
-def _value(config: TrainConfig, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part)
-    return config
+        named = {n: v for n, v in self.changes.items() if n in ALWAYS or changed(config, {n: v}) != config}
+        return [f"--config.{name}={value}" for name, value in named.items()]
 
 
 def changed(config: Any, changes: Changes) -> Any:
-    """A config with other values in some fields, as they are: `config.identity.changed` checks them, at length."""
+    """A config with other values in some fields, unchecked, and so much quicker than `config.identity.changed`."""
     for name, value in changes.items():
         block, _, rest = name.partition(".")
         if rest:
@@ -68,55 +62,43 @@ def candidates(config: TrainConfig, models: Models, topology: Topology, answer: 
 
     What the config keeps on the chips goes to their hosts only in those that come after all that fit without.
     """
-    remats = dict.fromkeys((*REMATS, config.compute.remat))
-    offloads = dict.fromkeys((config.compute.offload, "late"))
+    chips, batch = len(topology.devices), config.rollout.batch_size
+    splits = itertools.product(_divisors(chips), repeat=2)
+    meshes = [(chips // (tensor * fsdp), fsdp, tensor) for tensor, fsdp in splits if chips % (tensor * fsdp) == 0]
+    remats, offloads = dict.fromkeys((*REMATS, config.compute.remat)), dict.fromkeys((config.compute.offload, "late"))
+
+    @cache
+    def setup(mesh: tuple[int, int, int], tensor: int, lanes: int) -> Setup | None:
+        return _setup(config, models, topology, mesh, MeshConfig(tensor=tensor), lanes)
+
     several = []
-    answering = list(_answering(config, models, topology))
-    for setup, learning in _learning(config, models, topology):
-        for remat, offload, (rollout_mesh, lanes) in itertools.product(remats, offloads, answering):
-            if remat == "rollout" and lanes["rollout.concurrency"]:
+    halves = [0, *(batch >> k for k in range(1, batch.bit_length()))]
+    for mesh, tensor, lanes in itertools.product(meshes, _divisors(chips), halves):
+        learning, answering = setup(mesh, mesh[2], 0), setup((chips // tensor, 1, tensor), tensor, lanes)
+        for micro, remat, offload in itertools.product(_divisors(batch), remats, offloads):
+            if not (learning and answering) or micro % batch_shards(learning.mesh) or (remat == "rollout" and lanes):
                 continue
-            changes = learning | lanes | {"compute.remat": remat, "compute.offload": offload}
-            tried = dataclasses.replace(setup, config=changed(config, changes), rollout_mesh=rollout_mesh)
+            changes = dict(zip(ALWAYS, (*mesh, tensor), strict=True)) | {
+                "rollout.mesh.data": -1,
+                "rollout.mesh.fsdp": 1,
+                "rollout.concurrency": lanes,
+                "optimizer.micro_batch": micro,
+                "compute.remat": remat,
+                "compute.offload": offload,
+                "evaluation.batch_size": learning.config.evaluation.batch_size,
+            }
+            score_batch = config.rollout.score_batch or micro
+            tried = dataclasses.replace(learning, config=changed(config, changes), score_batch=score_batch)
+            tried = dataclasses.replace(tried, rollout_mesh=answering.rollout_mesh)
             seconds = step_seconds(tried, models, answer, topology.chip) if topology.chip else 0.0
             several.append(Candidate(changes, memory_estimate(tried, models), seconds))
-    limit = topology.hbm or math.inf
 
-    def order(c: Candidate) -> tuple:
-        if c.peak > limit:
+    def order(c: Candidate) -> tuple[Any, ...]:
+        if c.peak > (topology.hbm or math.inf):
             return True, c.peak
         return False, c.changes["compute.offload"] != config.compute.offload, c.seconds, c.peak
 
     return sorted(several, key=order)
-
-
-def _learning(config: TrainConfig, models: Models, topology: Topology) -> Iterator[tuple[Setup, Changes]]:
-    """Set-ups with every mesh, and every micro-batch on it."""
-    chips, batch = len(topology.devices), config.rollout.batch_size
-    for tensor, fsdp in itertools.product(_divisors(chips), repeat=2):
-        setup = None
-        if chips % (tensor * fsdp) == 0:
-            setup = _setup(config, models, topology, (chips // (tensor * fsdp), fsdp, tensor), tensor)
-        for micro_batch in _divisors(batch) if setup else ():
-            if micro_batch % batch_shards(setup.mesh) == 0:
-                score_batch = config.rollout.score_batch or micro_batch
-                changes = {f"mesh.{axis}": size for axis, size in setup.mesh.shape.items()}
-                changes |= {"optimizer.micro_batch": micro_batch}
-                changes |= {"evaluation.batch_size": setup.config.evaluation.batch_size}
-                yield dataclasses.replace(setup, score_batch=score_batch), changes
-
-
-def _answering(config: TrainConfig, models: Models, topology: Topology) -> Iterator[tuple[Mesh, Changes]]:
-    """Meshes that answer, and how many answers are in progress: all, a half, a quarter ..."""
-    chips = len(topology.devices)
-    for tensor in _divisors(chips):
-        lanes = 0
-        while setup := _setup(config, models, topology, (chips // tensor, 1, tensor), tensor, lanes):
-            changes = {"rollout.mesh.data": -1, "rollout.mesh.fsdp": 1, "rollout.mesh.tensor": tensor}
-            yield setup.rollout_mesh, changes | {"rollout.concurrency": lanes}
-            lanes = (lanes or max(setup.rows.values())) // 2
-            if not lanes:
-                break
 
 
 def _divisors(n: int) -> list[int]:
@@ -124,16 +106,18 @@ def _divisors(n: int) -> list[int]:
 
 
 def _setup(
-    config: TrainConfig, models: Models, topology: Topology, mesh: tuple[int, int, int], tensor: int, lanes: int = 0
+    config: TrainConfig,
+    models: Models,
+    topology: Topology,
+    mesh: tuple[int, int, int],
+    rollout_mesh: MeshConfig,
+    lanes: int,
 ) -> Setup | None:
     """The run on such meshes, with the least micro-batch; None where it would be refused."""
     shards = mesh[0] * mesh[1]
-    changes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True)) | {
-        "rollout.mesh": MeshConfig(tensor=tensor),
-        "rollout.concurrency": lanes,
-        "optimizer.micro_batch": shards,
-        "evaluation.batch_size": -(-config.evaluation.batch_size // shards) * shards,
-    }
+    changes = {"mesh": MeshConfig(*mesh), "rollout.mesh": rollout_mesh, "rollout.concurrency": lanes}
+    evaluated = -(-config.evaluation.batch_size // shards) * shards
+    changes |= {"optimizer.micro_batch": shards, "evaluation.batch_size": evaluated}
     try:
         setup = resolve(changed(config, changes), topology.devices)
         for shape in models.shapes.values():
@@ -160,31 +144,25 @@ def choose(
     tried: list[Tried] = []
     left = list(ordered)
     while left and len(tried) < tries:
-        candidate = left.pop(0)
-        peak = compiled(candidate)
-        tried.append(Tried(candidate, peak))
-        if peak.fits(limit):
-            return candidate, tried
-        stage = peak.program.split(":")[0]
-        bar = MARGIN * _asks(candidate, stage)
-        left = [c for c in left if _asks(c, stage) < bar]
+        tried.append(Tried(left[0], compiled(left[0])))
+        if tried[-1].peak.fits(limit):
+            return left[0], tried
+        stage = tried[-1].peak.program.split(":")[0]
+        bar = MARGIN * left[0].asks(stage)
+        left = [c for c in left[1:] if c.asks(stage) < bar]
     return None, tried
-
-
-def _asks(candidate: Candidate, stage: str) -> float:
-    return candidate.memory["resident"] + candidate.memory.get(stage, 0.0)
 
 
 def shorter(config: TrainConfig, models: Models, topology: Topology) -> str:
     """Where nothing fits: how far the batch or the answers would have to be halved. Either changes the method."""
     fields = []
     for name in ("max_response_tokens", "batch_size"):
-        value = getattr(config.rollout, name)
-        while value > 1:
-            value //= 2
+        value = getattr(config.rollout, name) // 2
+        while value:
             tried = changed(config, {f"rollout.{name}": value})
             best = candidates(tried, models, topology, tried.rollout.max_response_tokens)
             if best and best[0].peak <= topology.hbm:
                 fields.append(f"config.rollout.{name} <= {value}")
                 break
+            value //= 2
     return " or ".join(fields)
