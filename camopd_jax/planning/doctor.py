@@ -117,12 +117,8 @@ class Examination:
         if hf.fingerprint(self.models["general"].folder) == hf.fingerprint(student.folder):
             same = "config.general_model and config.specialised_model hold the same weights"
             self.odd(about, f"{same}: there is nothing to bring back")
-        row, ends = (
-            {"messages": [{"role": "user", "content": "hi"}]},
-            templates.eos_ids(student.folder, student.tokenizer),
-        )
-        name = student.tokenizer.convert_ids_to_tokens
-        for last in {self._last(row, branch.prompts.template) for branch in self.config.branches.values()}:
+        ends, name = templates.eos_ids(student.folder, student.tokenizer), student.tokenizer.convert_ids_to_tokens
+        for last in {self._last(branch.prompts.template) for branch in self.config.branches.values()}:
             if last is not None and last not in ends:
                 self.odd(
                     about,

@@ -127,30 +127,24 @@ def _setup(
         return None
 
 
-@dataclass(frozen=True)
-class Tried:
-    candidate: Candidate
-    peak: Peak  # as the compiler has it
-
-
 def choose(
     ordered: Sequence[Candidate], compiled: Callable[[Candidate], Peak], limit: float, tries: int
-) -> tuple[Candidate | None, list[Tried]]:
-    """Compiles candidates in their order until one fits, at most `tries` of them.
+) -> list[tuple[Candidate, Peak]]:
+    """Compiles candidates in their order until one fits, at most `tries` of them: these, with their peaks.
 
     After one that does not fit, those that by arithmetic ask for about as much in the program that failed are passed
     over.
     """
-    tried: list[Tried] = []
+    tried: list[tuple[Candidate, Peak]] = []
     left = list(ordered)
     while left and len(tried) < tries:
-        tried.append(Tried(left[0], compiled(left[0])))
-        if tried[-1].peak.fits(limit):
-            return left[0], tried
-        stage = tried[-1].peak.program.split(":")[0]
-        bar = MARGIN * left[0].asks(stage)
-        left = [c for c in left[1:] if c.asks(stage) < bar]
-    return None, tried
+        one, peak = left[0], compiled(left[0])
+        tried.append((one, peak))
+        if peak.fits(limit):
+            break
+        stage = peak.program.split(":")[0]
+        left = [c for c in left[1:] if c.asks(stage) < MARGIN * one.asks(stage)]
+    return tried
 
 
 def shorter(config: TrainConfig, models: Models, topology: Topology) -> str:
