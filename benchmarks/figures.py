@@ -3,7 +3,7 @@
     python benchmarks/figures.py --study=runs/sandbox --diagnosed=runs/diagnosed
 
 --study is a finished grid of camopd_jax.compare; --diagnosed one whose runs have a diagnostics.jsonl (several seeds of
-camopd and vanilla). Writes docs/figures/{methods,differences,gradients}.svg.
+camopd and vanilla). Writes docs/figures/{methods,differences,gradients}.svg. Needs matplotlib: pip install '.[bench]'.
 """
 
 import json

@@ -17,10 +17,12 @@ import transformers
 from absl import flags
 
 from camopd_jax.config.schema import Compute, SftConfig, TrainConfig
-from camopd_jax.evals import runner, tasks
-from camopd_jax.inference import engine
+from camopd_jax.evals import questions, tasks
+from camopd_jax.inference import loading
+from camopd_jax.inference.answer import answer
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.mesh import make_mesh
+from camopd_jax.runtime.start import start
 
 flags.DEFINE_string("model", None, "Hugging Face folder.")
 flags.DEFINE_integer("questions", 50, "The first questions of each benchmark.", 1)
@@ -49,19 +51,19 @@ def logit_difference(model, prompt: list[int], ours: list[int], theirs: list[int
 
 def compare(benchmark, loaded, model, config) -> dict:
     values = flags.FLAGS
-    task = tasks.find(benchmark.task, config.evaluation.judge)
-    rows = runner.questions(benchmark, task, values.questions)
-    prompts = runner.prompts(benchmark, task, loaded.tokenizer, rows)
+    task = tasks.find(benchmark, config.evaluation.judge)
+    rows = questions.read_questions(benchmark, task, values.questions)
+    prompts = questions.prompts(benchmark, task, loaded.tokenizer, rows)
     cap = values.tokens or benchmark.max_response_tokens
     started = time.perf_counter()
-    ours = engine.answer(loaded, prompts, max_new=cap, batch_size=config.evaluation.batch_size)
+    ours = answer(loaded, prompts, max_new=cap, batch_size=config.evaluation.batch_size)
     middle = time.perf_counter()
     theirs = [answer_with_torch(model, prompt, loaded.eos_ids, cap) for prompt in prompts]
     ended = time.perf_counter()
     different = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a.ids != b]
     gaps = [logit_difference(model, prompts[i], ours[i].ids, theirs[i]) for i in different]
     texts = [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in theirs]
-    scores = [[task.grade(text, row).score for text, row in zip(said, rows, strict=True)]
+    scores = [[task.grade(text, row).value for text, row in zip(said, rows, strict=True)]
               for said in ([answer.text for answer in ours], texts)]  # fmt: skip
     return {
         "benchmark": benchmark.name,
@@ -83,11 +85,11 @@ if __name__ == "__main__":
 
     def main() -> None:
         config = read_config()
-        engine.start()
-        folder = engine.find(cli.required("model", "HF_DIR"), "--model")
-        loaded = engine.load(folder, make_mesh(), Compute(matmul="float32"), dtype="float32", context=2048)
+        start()
+        folder = loading.find(cli.required("model", "HF_DIR"), "--model")
+        loaded = loading.load(folder, make_mesh(), Compute(matmul="float32"), dtype="float32", context=2048)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        sampled = [b for b in config.evaluation.benchmarks if not tasks.find(b.task, config.evaluation.judge).given]
+        sampled = [b for b in config.evaluation.benchmarks if not tasks.find(b, config.evaluation.judge).given]
         found = [compare(benchmark, loaded, model, config) for benchmark in sampled]
         for line in found:
             print(json.dumps(line | {"device": jax.devices()[0].device_kind}))

@@ -1,6 +1,6 @@
 """How the programs of a step grow, by the TPU compiler alone: docs/scaling.md. No TPU is needed, and none is used.
 
-    pip install '.[plan]'
+    pip install '.[plan,bench]'
     python benchmarks/scaling.py --out=docs/figures      # scaling.json and a figure a sweep
     python benchmarks/scaling.py --out=docs/figures --draw_only
 

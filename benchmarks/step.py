@@ -32,23 +32,36 @@ from limits import limits
 from prompts import tokenised
 
 from camopd_jax import __version__
-from camopd_jax.config.schema import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.schema import (
+    BranchConfig,
+    Compute,
+    MeshConfig,
+    Optimizer,
+    RolloutConfig,
+    SelectionConfig,
+    TrainConfig,
+)
 from camopd_jax.data import templates
 from camopd_jax.data.pipeline import pad
-from camopd_jax.inference import engine
-from camopd_jax.method import loop
-from camopd_jax.method.loop import Branch
+from camopd_jax.method import schedule
+from camopd_jax.method.branches import Branch, Teacher
+from camopd_jax.method.objectives import TeacherReading
 from camopd_jax.method.optimizer import init_state
+from camopd_jax.method.programs import Programs
+from camopd_jax.method.setup import resolve
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.planning.costs import decode_bytes, forward_flops
+from camopd_jax.rollout.head import head_params
+from camopd_jax.rollout.score import LOG_PROB
 from camopd_jax.runtime.buckets import bucket
-from camopd_jax.runtime.mesh import global_rows, make_mesh
-from camopd_jax.runtime.metrics import memory_gib
-from camopd_jax.types import PromptBatch, Prompts, Batch, LogProbs
+from camopd_jax.runtime.memory import memory_gib
+from camopd_jax.runtime.mesh import global_rows
+from camopd_jax.runtime.start import start
+from camopd_jax.types import Batch, LogProbs, PromptBatch, Prompts, TeacherRecord
 
 HISTORY = Path(__file__).parent / "history.jsonl"
 
@@ -75,6 +88,7 @@ flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision o
 flags.DEFINE_enum("teacher_dtype", None, ["float32", "bfloat16"], "Of the teachers' weights; default: --dtype.")
 flags.DEFINE_enum("remat", "block", ["none", "dots", "block", "rollout"], "What the backward pass computes again.")
 flags.DEFINE_float("mass", 0.8, "Share of the gap mass that is trained on; 1: every answer.", 0.01, 1.0)
+flags.DEFINE_string("objective", "sampled_token", "Of both branches: a name of camopd_jax/method/objectives.")
 flags.DEFINE_string("mesh", "-1,1,1", "data,fsdp,tensor.")
 flags.DEFINE_integer("steps", 3, "Steps timed (with --domain: cycles), after those that compile.", lower_bound=1)
 flags.DEFINE_integer("warm_up", 1, "Steps (or cycles) that compile.", lower_bound=1)
@@ -83,32 +97,36 @@ flags.DEFINE_string("profile", None, "Folder for an XProf trace of one more step
 
 
 def build():
-    """(config, student model, student parameters, teacher parameters) on the mesh."""
+    """(setup, student model, student parameters, teacher parameters) on the mesh."""
     values = flags.FLAGS
-    mesh = make_mesh(*map(int, values.mesh.split(",")))
     compute = Compute(teacher=values.teacher_dtype or values.dtype, matmul=values.dtype, remat=values.remat,
                       logits_chunk=values.logits_chunk)  # fmt: skip
     length = values.prompt + values.answer
-    method = Method(recovery=Phase("absolute_gap", values.mass, 2.0), review=Phase("positive_gap", values.mass, 1.0))
+    rules = [SelectionConfig(by, values.mass) for by in ("absolute_gap", "positive_gap")]
+    branches = {
+        "recovery": BranchConfig(teacher="general", objective=values.objective, selection=rules[0], scale=2.0, steps=3),
+        "review": BranchConfig(teacher="specialised", objective=values.objective, selection=rules[1]),
+    }
     config = TrainConfig(
-        "general", "specialised", Stream("g"), Stream("d"), method=method, compute=compute,
+        "general", "specialised", branches, compute=compute, mesh=MeshConfig(*map(int, values.mesh.split(","))),
         rollout=RolloutConfig(batch_size=values.batch, max_prompt_tokens=values.prompt,
                               max_response_tokens=values.answer, score_batch=values.score_batch,
                               smallest_bucket=min(values.smallest_bucket, values.answer), shrinks=values.shrinks),
         optimizer=Optimizer(learning_rate=values.learning_rate, micro_batch=values.micro_batch),
     )  # fmt: skip
+    setup = resolve(config)
     shape = hf.read_config(Path(values.model)) if values.model else SHAPES[values.shape]
-    model = Model(from_hf(shape, context=length), mesh=mesh, dtype=engine.matmul_dtype(compute), remat=values.remat)
+    model = Model(from_hf(shape, context=length), mesh=setup.mesh, dtype=setup.dtype, remat=values.remat)
     if values.model:
-        student = hf.load(Path(values.model), model.config, mesh, compute.params)
-        teacher = hf.load(Path(values.teacher or values.model), model.config, mesh, engine.teacher_dtype(compute))
+        student = hf.load(Path(values.model), model.config, setup.mesh, compute.params)
+        teacher = hf.load(Path(values.teacher or values.model), model.config, setup.mesh, setup.teacher_dtype)
     else:
-        places = shardings(model.config, mesh)
+        places = shardings(model.config, setup.mesh)
         make = jax.jit(model.init, out_shardings=places)
         student = make(jax.random.key(0))
-        cast = jax.jit(partial(jax.tree.map, lambda p: p.astype(engine.teacher_dtype(compute))), out_shardings=places)
+        cast = jax.jit(partial(jax.tree.map, lambda p: p.astype(setup.teacher_dtype)), out_shardings=places)
         teacher = cast(make(jax.random.key(1)))
-    return config, model, student, teacher
+    return setup, model, student, teacher
 
 
 def questions(file: str | None, vocab: int) -> Iterator[Prompts]:
@@ -130,9 +148,9 @@ def questions(file: str | None, vocab: int) -> Iterator[Prompts]:
         yield Prompts(pad(some, min(slots, bucket(int(lengths.max()), values.smallest_bucket))), lengths)
 
 
-def one_step(config, programs, model, state, phase, branch):
-    """(state, {stage: seconds}, {"selected": answers, "sampled": tokens}): `phases.run`'s calls, each waited for."""
-    batch, seconds = flags.FLAGS.batch, {}
+def one_step(programs: Programs, branch: Branch, state):
+    """(state, {stage: seconds}, {"selected": answers, "sampled": tokens}): the loop's calls, each waited for."""
+    seconds, model, batch = {}, programs.model, flags.FLAGS.batch
 
     def timed(name, call):
         started = time.perf_counter()
@@ -142,20 +160,21 @@ def one_step(config, programs, model, state, phase, branch):
 
     host = next(branch.prompts)
     prompts = global_rows(model.mesh, PromptBatch(host, host, np.arange(batch, dtype=np.int32)), batch)
-    draw, params, teacher = np.int32(state.step), state.params, branch.teacher_params
-    answers = timed("rollout", lambda: loop.ask(config, programs, branch, params, prompts, draw))
-    answers = loop.cut_to_bucket(answers, config.rollout.smallest_bucket)
-    theirs = timed("score_teacher", lambda: loop.score(config, model, teacher, prompts.teacher, answers))
-    ours = answers.log_probs
-    if not programs.trusts_sampler:
-        ours = timed("score_student", lambda: loop.score(config, model, params, prompts.student, answers))
-    scores = LogProbs(ours, theirs)
-    selection = timed("select", lambda: programs.select[phase](scores, answers.lengths, draw))
-    part = Batch(prompts.student, prompts.index, answers, scores, selection)
-    gradient = timed("gradient", lambda: loop.gradient(config, programs, phase, params, part))
-    part = loop.without_residuals(part)
-    answers = part.rollout
-    after, _ = timed("update", lambda: programs.update[phase](state, gradient, part))
+    draw, teacher = np.int32(state.step), branch.teacher
+    answers = timed("rollout", lambda: programs.generate(branch, state, prompts, draw))
+    sequences, reading = answers.after(prompts.student), TeacherReading(branch.objective)
+    record = timed("score_teacher", lambda: programs.forward(teacher.model, teacher.fetch(), sequences, reading))
+    student = answers.log_probs
+    if not programs.setup.trusts_sampler:
+        params = programs.params(state)
+        student = timed("score_student", lambda: programs.forward(model, params, sequences, LOG_PROB))["log_prob"]
+    log_probs = LogProbs(student, record.pop("log_prob"))
+    selection = timed("select", lambda: programs.select(branch, log_probs, answers, draw))
+    kept = TeacherRecord(record, head_params(teacher.model, teacher.fetch()) if branch.objective.teacher_logits else {})
+    batches = {branch.name: Batch(prompts.student, prompts.index, answers, log_probs, selection, kept)}
+    gradients, batches = timed("gradient", lambda: programs.gradients({branch.name: branch}, state, batches))
+    answers = answers.replace(residuals=())  # as a run, which gives them up before the update
+    after, _ = timed("update", lambda: programs.update(state, gradients, batches))
     return after, seconds, {"selected": int(selection.count), "sampled": int(jnp.sum(answers.lengths))}
 
 
@@ -184,39 +203,42 @@ def counted(c: ModelConfig, seconds: dict[str, float], kept: float, dtype: str) 
 
 
 def main(_) -> None:
-    engine.start()
+    start()
     v = flags.FLAGS
     if (v.general or v.domain or v.ends) and not v.model:
         raise app.UsageError("--general, --domain and --ends take a model's tokenizer; give --model")
-    config, model, student, teacher = build()
-    state = init_state(student, "shared")
+    setup, model, student, teacher = build()
+    config = setup.config
+    state = init_state(student)
     vocab, cycle = model.config.vocab_size, ["recovery"]
-    branches = {"recovery": Branch(questions(v.general, vocab), model, teacher)}
+    objectives = setup.objectives
+    branches = {
+        "recovery": Branch("recovery", questions(v.general, vocab), Teacher(model, teacher), objectives["recovery"])
+    }
     if v.domain:
-        own = hf.load(Path(v.model), model.config, model.mesh, engine.teacher_dtype(config.compute))
-        branches["review"] = Branch(questions(v.domain, vocab), model, own)
-        method = config.method
-        cycle = [loop.phase_at(step, method) for step in range(method.recovery_steps + method.review_steps)]
+        own = hf.load(Path(v.model), model.config, model.mesh, setup.teacher_dtype)
+        branches["review"] = Branch("review", questions(v.domain, vocab), Teacher(model, own), objectives["review"])
+        cycle = [schedule.phase(config, step) for step in range(4)]
     before = np.asarray(student["final_norm"]["scale"])
     eos_ids = templates.eos_ids(Path(v.model), templates.load_tokenizer(Path(v.model))) if v.ends else ()
-    programs = loop.compile_programs(config, model, eos_ids, state)
+    programs = Programs(setup, model, student, eos_ids, state, dict.fromkeys(config.branches, model))
     middle = statistics.mean if v.ends else statistics.median
 
     started = time.perf_counter()
     for phase in cycle * v.warm_up:
-        state, *_ = one_step(config, programs, model, state, phase, branches[phase])
+        state, *_ = one_step(programs, branches[phase], state)
     compiled = time.perf_counter() - started
     taken: dict[str, list[dict[str, float]]] = {phase: [] for phase in branches}
     selected: dict[str, list[int]] = {phase: [] for phase in branches}
     sampled = []
     for phase in cycle * v.steps:
-        state, seconds, done = one_step(config, programs, model, state, phase, branches[phase])
+        state, seconds, done = one_step(programs, branches[phase], state)
         taken[phase].append(seconds)
         selected[phase].append(done["selected"])
         sampled.append(done["sampled"])
     if v.profile:
         with jax.profiler.trace(v.profile):
-            state, *_ = one_step(config, programs, model, state, "recovery", branches["recovery"])
+            state, *_ = one_step(programs, branches["recovery"], state)
 
     peak = memory_gib()  # before the limits are measured, which takes memory too
     kept = {phase: statistics.median(counts) for phase, counts in selected.items()}
@@ -229,9 +251,10 @@ def main(_) -> None:
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {platform.machine()}",
         "model": Path(v.model).name if v.model else v.shape,
         "batch": v.batch, "prompt": v.prompt, "answer": v.answer, "micro_batch": v.micro_batch,
-        "score_batch": loop.score_batch(config), "mesh": v.mesh, "dtype": str(model.dtype),
-        "teacher_dtype": engine.teacher_dtype(config.compute), "remat": v.remat, "logits_chunk": v.logits_chunk,
-        "mass": v.mass, "ends": v.ends, "shrinks": v.shrinks, "cycle": cycle, "steps": v.steps,
+        "score_batch": setup.score_batch, "mesh": v.mesh, "dtype": str(model.dtype),
+        "teacher_dtype": setup.teacher_dtype, "remat": v.remat, "logits_chunk": v.logits_chunk,
+        "mass": v.mass, "objective": v.objective, "ends": v.ends, "shrinks": v.shrinks, "cycle": cycle,
+        "steps": v.steps,
         "selected": kept,
         "tokens_sampled_per_step": middle(sampled),
         "largest_move": float(np.max(np.abs(np.asarray(state.params["final_norm"]["scale"]) - before))),

@@ -17,16 +17,17 @@ import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
 
-from camopd_jax.config.schema import Compute
-from camopd_jax.inference import engine
+from camopd_jax.config.schema import Compute, Sampling
+from camopd_jax.inference.loading import matmul_dtype
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
-from camopd_jax.rollout import generate, scoring
-from camopd_jax.runtime.buckets import MicroBatch, split_by_length
+from camopd_jax.rollout import generate
 from camopd_jax.rollout.generate import Decode
-from camopd_jax.config.schema import Sampling
 from camopd_jax.rollout.sampling import row_keys
+from camopd_jax.rollout.score import score_batch
+from camopd_jax.runtime.buckets import MicroBatch, split_by_length
+from camopd_jax.runtime.start import start
 from camopd_jax.types import Prompts
 
 flags.DEFINE_enum("shape", "smollm2-135m", list(SHAPES), "Shape of the random weights.")
@@ -39,9 +40,9 @@ flags.DEFINE_integer("rounds", 3, "Rounds of alternation, after one that compile
 
 
 def main(_) -> None:
-    engine.start()
+    start()
     v = flags.FLAGS
-    model = Model(from_hf(SHAPES[v.shape], context=v.prompt + v.cap), dtype=engine.matmul_dtype(Compute()))
+    model = Model(from_hf(SHAPES[v.shape], context=v.prompt + v.cap), dtype=matmul_dtype(Compute()))
     params = jax.jit(model.init)(jax.random.key(0))
     weights = generate.for_decoding(model, params)
     words = np.random.default_rng(0).integers(0, model.config.vocab_size, (v.batch, v.prompt)).astype(np.int32)
@@ -53,8 +54,8 @@ def main(_) -> None:
         decode = Decode(Sampling(), ends, v.cap, **options)
         return lambda: generate.answers(model, weights, prompts, keys, decode)
 
-    said = rollout()()
-    lengths, rows = np.asarray(said.lengths), np.arange(v.batch)
+    answers = rollout()()
+    lengths, rows = np.asarray(answers.lengths), np.arange(v.batch)
     widths = v.prompt, v.cap
     full = np.full(v.batch, v.prompt)
     sorted_pieces = list(split_by_length(full, lengths, rows, v.size, widths, 32))
@@ -63,27 +64,27 @@ def main(_) -> None:
     ]
 
     def score(parts):
-        return lambda: scoring.score(model, params, prompts, said.tokens, said.lengths, parts, chunk=1024)
+        return lambda: score_batch(model, params, answers.after(prompts), parts, 1024)["log_prob"]
 
     ways = {
         "rollout: whole batch": rollout(),
         "rollout: shrinking": rollout(shrinks=True),
-        "rollout: half the places": rollout(places=v.batch // 2),
-        "rollout: a quarter of the places": rollout(places=v.batch // 4),
-        "rollout: half the places, shrinking": rollout(places=v.batch // 2, shrinks=True),
+        "rollout: half at a time": rollout(concurrency=v.batch // 2),
+        "rollout: a quarter of it at a time": rollout(concurrency=v.batch // 4),
+        "rollout: half at a time, shrinking": rollout(concurrency=v.batch // 2, shrinks=True),
         "score: as they come": score(as_they_come),
         "score: like lengths together": score(sorted_pieces),
     }
     seconds: dict[str, list[float]] = {name: [] for name in ways}
-    expected = {"rollout": said.tokens, "score": ways["score: as they come"]()}
+    expected = {"rollout": answers.tokens, "score": ways["score: as they come"]()}
     for number in range(v.rounds + 1):
         for name, way in ways.items():
             started = time.perf_counter()
             out = jax.block_until_ready(way())
             took = time.perf_counter() - started
             kind = name.split(":")[0]
-            found = out.tokens if kind == "rollout" else out
-            if not np.allclose(found, expected[kind], atol=1e-3):
+            result = out.tokens if kind == "rollout" else out
+            if not np.allclose(result, expected[kind], atol=1e-3):
                 raise SystemExit(f"{name}: other answers")
             if number:
                 seconds[name].append(took)

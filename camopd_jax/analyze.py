@@ -18,11 +18,11 @@ from rich.console import Console
 
 from camopd_jax.analysis import tables
 from camopd_jax.config.schema import TrainConfig
-from camopd_jax.inference import engine
 from camopd_jax.runs.analysis import analyze
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.jsonl import append_rows
+from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "Hugging Face folder, work directory of a run, or its checkpoints/STEP.")
@@ -33,12 +33,12 @@ if __name__ == "__main__":
 
     def main() -> None:
         values, config = flags.FLAGS, read_config()
-        engine.start(cli.processes())
+        start(cli.processes())
         row = analyze(config, values.checkpoint, values.source_field)
         if values.out and is_primary():
             append_rows(epath.Path(values.out), [row | {"checkpoint": values.checkpoint or config.specialised_model}])
         console = Console(highlight=False, quiet=not is_primary())
-        for table in tables.of_row(row):
+        for table in tables.diagnosis_tables(row):
             console.print(table)
 
     cli.run(main)

@@ -19,7 +19,8 @@ from camopd_jax.analysis import study
 from camopd_jax.config.methods import AGAINST, INTERPOLATION, QUICK
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.runs.grid import METHODS, compare, default_workers
+from camopd_jax.runs.grid import METHODS, compare
+from camopd_jax.runs.workers import default_workers
 from camopd_jax.runtime import cli
 
 if __name__ == "__main__":
@@ -52,7 +53,7 @@ if __name__ == "__main__":
         facts = compare(base, workdir, methods, rates, 2 if values.quick else values.seeds, workers)
         console = Console(highlight=False)
         notes = {method: f"{setting:g}" for method, setting in facts["settings"].items()}
-        console.print(study.table(facts["outcomes"], facts["axes"], AGAINST, notes))
+        console.print(study.methods_table(facts["outcomes"], facts["axes"], AGAINST, notes))
         for folder, reason in facts["failed"].items():
             console.print(f"failed: {folder}: {reason}")
 

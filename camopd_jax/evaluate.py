@@ -14,11 +14,11 @@ from absl import flags
 from rich.console import Console
 
 from camopd_jax.config.schema import SftConfig, TrainConfig
-from camopd_jax.evals import scores
-from camopd_jax.inference import engine
+from camopd_jax.evals import tables
 from camopd_jax.runs.evaluation import evaluate
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_primary
+from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
     flags.DEFINE_list("checkpoint", [], "Hugging Face folders, hub names, work directories or their checkpoints/STEP.")
@@ -28,10 +28,10 @@ if __name__ == "__main__":
 
     def main() -> None:
         config = read_config()
-        engine.start(cli.processes())
+        start(cli.processes())
         models = evaluate(config, flags.FLAGS.checkpoint, flags.FLAGS.workdir)
         console = Console(highlight=False, quiet=not is_primary())
-        console.print(scores.table(models))
-        console.print(scores.details(models))
+        console.print(tables.accuracies(models))
+        console.print(tables.details(models))
 
     cli.run(main)

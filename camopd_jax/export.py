@@ -13,19 +13,19 @@ from absl import flags
 from etils import epath
 
 from camopd_jax.errors import UserError
-from camopd_jax.inference import engine
-from camopd_jax.runs.export import restored, write_folder
+from camopd_jax.runs.export import restore_model, write_folder
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_primary
+from camopd_jax.runtime.start import start
 
 
 def main() -> None:
-    engine.start(cli.processes())
+    start(cli.processes())
     values = flags.FLAGS
     workdir, out = cli.required("workdir", "runs/medqa"), cli.required("out", "recovered")
     if epath.Path(out).exists():
         raise UserError(f"--out: {out} exists; give a new folder")
-    loaded, provenance = restored(workdir, values.step, values.best)
+    loaded, provenance = restore_model(workdir, values.step, values.best)
     write_folder(epath.Path(out), loaded, provenance)
     if is_primary():
         print(f"exported step {provenance['steps']}: {out}")

@@ -15,58 +15,10 @@ A row's answer depends on the seed, its line and its text, not on the batch.
 
 from absl import flags
 
-from camopd_jax.config.schema import Compute, Sampling, Template
-from camopd_jax.data import sources, templates
-from camopd_jax.inference import engine
+from camopd_jax.config.schema import Sampling
+from camopd_jax.inference.files import FileJob, answer_file
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.distributed import is_primary
-from camopd_jax.runtime.jsonl import write_rows
-from camopd_jax.runtime.mesh import check_rows, make_mesh
-
-
-def main() -> None:
-    model, source = cli.required("model", "HF_DIR"), cli.required("input", "x.jsonl")
-    output = cli.required("output", "y.jsonl")
-    values = flags.FLAGS
-    engine.start(cli.processes())
-    mesh = make_mesh()
-    check_rows(mesh, "--batch_size", values.batch_size)
-    compute = Compute(teacher=values.dtype, matmul=values.dtype)
-    rows = sources.read_jsonl(source)
-    folder = engine.find(model, "--model")
-    tokenizer = templates.load_tokenizer(folder)
-    prompts = [templates.prompt_ids(tokenizer, row, Template(system=values.system)) for row in rows]
-    loaded = engine.load(
-        folder,
-        mesh,
-        compute,
-        dtype=engine.teacher_dtype(compute),
-        context=max(map(len, prompts)) + values.max_new_tokens,
-    )
-    sampling = Sampling(temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, min_p=values.min_p)
-    answers = engine.answer(
-        loaded,
-        prompts,
-        max_new=values.max_new_tokens,
-        batch_size=values.batch_size,
-        sampling=sampling,
-        seed=values.seed,
-    )
-    if is_primary():
-        write_rows(
-            output,
-            (
-                row
-                | {
-                    "response": a.text,
-                    "response_ids": a.ids,
-                    "logprobs": a.log_probs,
-                    "finish_reason": "stop" if a.stopped else "length",
-                }
-                for row, a in zip(rows, answers, strict=True)
-            ),
-        )
-
+from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "Hugging Face folder or hub name.")
@@ -79,7 +31,22 @@ if __name__ == "__main__":
     flags.DEFINE_float("min_p", 0.0, "Drop tokens below this share of the likeliest one; 0: off.", 0.0, 1.0)
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
     flags.DEFINE_string("system", None, "System prompt for conversations without one.")
-    flags.DEFINE_integer("batch_size", 16, "Rows answered together.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", 16, "Rows answered at one time.", lower_bound=1)
     flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of weights and products.")
     cli.define_processes()
+
+    def main() -> None:
+        values = flags.FLAGS
+        job = FileJob(
+            cli.required("model", "HF_DIR"),
+            cli.required("input", "x.jsonl"),
+            cli.required("output", "y.jsonl"),
+            values.system,
+            values.batch_size,
+            values.dtype,
+        )
+        sampling = Sampling(temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, min_p=values.min_p)
+        start(cli.processes())
+        answer_file(job, sampling, values.max_new_tokens, values.seed)
+
     cli.run(main)

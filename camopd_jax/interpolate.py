@@ -11,10 +11,10 @@ from etils import epath
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.inference import engine
 from camopd_jax.runs.interpolation import interpolate
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_primary
+from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
     flags.DEFINE_float("weight", 0.5, "Share of the original model.", 0.0, 1.0)
@@ -27,7 +27,7 @@ if __name__ == "__main__":
         if epath.Path(out).exists():
             raise UserError(f"--out: {out} exists; give a new folder")
         config = read_config()
-        engine.start(cli.processes())
+        start(cli.processes())
         interpolate(config, flags.FLAGS.weight, out)
         if is_primary():
             print(f"written: {out}")

@@ -19,7 +19,7 @@ from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import topology
 from camopd_jax.planning.report import KINDS, Request, look_for, read_models, report
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.jsonl import whole_file
+from camopd_jax.runtime.jsonl import atomic_file
 
 if __name__ == "__main__":
     flags.DEFINE_string("topology", None, "Chips to plan for, as v5e:8x8, v6e:4x4, v5p:4x4x4, v4:2x2x4; or local.")
@@ -50,7 +50,7 @@ if __name__ == "__main__":
         result: dict[str, Any] = {"config": dataclasses.asdict(config)}
         result |= look_for(request, values.tries) if values.search else report(request)
         if values.json:
-            with whole_file(values.json) as file:
+            with atomic_file(values.json) as file:
                 file.write(json.dumps(result, indent=1) + "\n")
 
     cli.run(main)

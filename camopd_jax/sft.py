@@ -10,9 +10,9 @@ export as the main job; the work directory ends with export/, which `camopd_jax.
 from absl import flags
 
 from camopd_jax.config.schema import SftConfig
-from camopd_jax.inference import engine
 from camopd_jax.runs.fine_tuning import sft
 from camopd_jax.runtime import cli
+from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run, made if it is not there; gs:// paths work.")
@@ -22,7 +22,7 @@ if __name__ == "__main__":
     def main() -> None:
         workdir = cli.required("workdir", "runs/sft")
         config = read_config()
-        engine.start(cli.processes())
+        start(cli.processes())
         sft(config, workdir)
 
     cli.run(main)

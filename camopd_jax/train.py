@@ -15,9 +15,9 @@ Started again with the same command, a run goes on from its last checkpoint; SIG
 from absl import flags
 
 from camopd_jax.config.schema import TrainConfig
-from camopd_jax.inference import engine
 from camopd_jax.runs.training import train
 from camopd_jax.runtime import cli
+from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run, made if it is not there; gs:// paths work.")
@@ -27,7 +27,7 @@ if __name__ == "__main__":
     def main() -> None:
         workdir = cli.required("workdir", "runs/quickstart")
         config = read_config()
-        engine.start(cli.processes())
+        start(cli.processes())
         train(config, workdir)
 
     cli.run(main)

@@ -144,9 +144,19 @@ class LanguageModel(Protocol):
     `models.transformer.Model` is the one implementation.
     """
 
-    mesh: Mesh | None  # where its arrays lie; None: one device
-    dtype: str  # of activations and matrix products
-    head_axes: dict[str, tuple[str | None, ...]]  # logical axes of the parameters that `logits` reads
+    @property
+    def mesh(self) -> Mesh | None:
+        """Where its arrays lie; None: one device."""
+
+    @property
+    def dtype(self) -> str:
+        """Of activations and matrix products."""
+
+    @property
+    def head_axes(self) -> dict[str, tuple[str | None, ...]]:
+        """Logical axes of the parameters that `logits` reads."""
+
+    def __hash__(self) -> int: ...
 
     def on(self, mesh: Mesh | None) -> "LanguageModel":
         """The same model on another mesh of the same devices."""
@@ -163,14 +173,14 @@ class LanguageModel(Protocol):
     def for_decoding(self, params: Params) -> Params:
         """Parameters as `prefill`, `decode` and `logits` take them: cast once, each layer's apart."""
 
-    def layer_for_decoding(self, layers: Params, i: jax.Array) -> Params:
+    def layer_for_decoding(self, layers: Params, i: jax.Array | int) -> Params:
         """Layer i of that, out of the parameters of all layers."""
 
     def others_for_decoding(self, others: Params) -> Params:
         """That of parameters that belong to no layer."""
 
     @property
-    def decoding_places(self) -> Params | None:
+    def decoding_shardings(self) -> Params | None:
         """Where these lie, a tree like them; None: one device."""
 
     def prefill(

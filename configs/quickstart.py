@@ -1,9 +1,9 @@
 """The whole job in about a minute on 2 CPU cores, with nothing to download.
 
 Command   python -m camopd_jax.train --config=configs/quickstart.py --workdir=runs/quickstart
-Models    configs/quickstart/: a generalist of 0.3M parameters that learnt six text skills (reverse, sort, shift,
+Models    examples/quickstart/: a generalist of 0.3M parameters that learnt six text skills (reverse, sort, shift,
           add, double, swap), and its copy fine-tuned on an invented pharmacopoeia, which knows the domain and
-          lost a third of the skills. configs/quickstart/make.py trained both from nothing.
+          lost a third of the skills. examples/quickstart/make.py trained both from nothing.
 Prompts   four of the six skills; the other two (double, swap) are in no prompt, as proxy prompts cover no
           one's every ability.
 """
@@ -12,15 +12,15 @@ from pathlib import Path
 
 from camopd_jax.config import TrainConfig, default
 
-HERE = Path(__file__).parent / "quickstart"
+FILES = Path(__file__).parents[1] / "examples" / "quickstart"
 
 
 def get_config():
     config = default(TrainConfig)
-    config.general_model = str(HERE / "generalist")
-    config.specialised_model = str(HERE / "specialist")
-    config.branches.recovery.prompts.source = str(HERE / "general_prompts.jsonl")
-    config.branches.review.prompts.source = str(HERE / "domain_prompts.jsonl")
+    config.general_model = str(FILES / "generalist")
+    config.specialised_model = str(FILES / "specialist")
+    config.branches.recovery.prompts.source = str(FILES / "general_prompts.jsonl")
+    config.branches.review.prompts.source = str(FILES / "domain_prompts.jsonl")
     config.steps = 240
     config.rollout.batch_size = 64
     config.rollout.max_prompt_tokens = 64
@@ -31,7 +31,7 @@ def get_config():
     config.checkpoints.every = 60
     config.evaluation.batch_size = 96
     config.evaluation.benchmarks = tuple(
-        dict(name=name, source=str(HERE / f"eval_{name}.jsonl"), axis=axis, task=task, max_response_tokens=32)
+        dict(name=name, source=str(FILES / f"eval_{name}.jsonl"), axis=axis, task=task, max_response_tokens=32)
         for name, axis, task in (
             ("covered", "general", "exact"),
             ("uncovered", "general", "exact"),

@@ -3,7 +3,8 @@
 First        python -m camopd_jax.sft --config=configs/smollm2_sft.py --workdir=runs/smollm2_medical
 Command      python -m camopd_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
 Control      the same with --config.method.schedule=mixed --config.branches.recovery.steps=1
-             --config.branches.recovery.selection.mass=1 --config.branches.review.selection.mass=1 --config.branches.recovery.scale=1:
+             --config.branches.recovery.selection.mass=1 --config.branches.review.selection.mass=1
+             --config.branches.review.steps=1 --config.branches.recovery.scale=1:
              vanilla multi-teacher distillation, both streams 1:1 in each step, as many tokens sampled
 Without hub  --config.general_model=DIR takes a local Hugging Face folder.
 Data         JSONL at the paths below, rows with {"messages": [...]}. Any general and medical prompts do; those of

@@ -18,7 +18,7 @@ import pytest
 
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
-from camopd_jax.types import Prompts, Rollout, LogProbs
+from camopd_jax.types import LogProbs, Prompts, Rollout
 
 jax.config.update("jax_numpy_rank_promotion", "raise")
 

@@ -9,48 +9,48 @@ import pytest
 from rows import read_lines, write_lines
 
 from camopd_jax.config.identity import to_json
-from camopd_jax.config.schema import Benchmark, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.schema import Benchmark, BranchConfig, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.runs import grid as compare
-from camopd_jax.runs.grid import INTERPOLATION, Run
+from camopd_jax.runs.grid import INTERPOLATION, Cell, is_finished
 
 ROOT = Path(__file__).parents[1]
+BRANCHES = {"recovery": BranchConfig(Stream("g")), "review": BranchConfig(Stream("d"), teacher="specialised")}
 BASE = TrainConfig(
-    "g", "s", Stream("g"), Stream("d"), steps=4, rollout=RolloutConfig(batch_size=8), optimizer=Optimizer(),
+    "g", "s", branches=BRANCHES, steps=4, rollout=RolloutConfig(batch_size=8), optimizer=Optimizer(),
     evaluation=Evaluation(every=2, benchmarks=(Benchmark("a", source="x"), Benchmark("b", source="y", axis="domain"))),
 )  # fmt: skip
-RUN = Run("vanilla", 1e-4, 3)
+CELL = Cell("vanilla", 1e-4, 3)
 
 
-def leave(workdir, run, benchmarks=("a", "b"), step=4, config=None):
-    folder = run.folder(workdir)
+def leave(workdir, cell, benchmarks=("a", "b"), step=4, config=None):
+    folder = cell.folder(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"config": to_json(config or run.config(BASE))}))
+    (folder / "config.json").write_text(json.dumps({"config": to_json(config or cell.config(BASE))}))
     write_lines(folder / "eval.jsonl", [{"model": "student", "step": step, "benchmark": name} for name in benchmarks])
 
 
 def test_a_run_of_the_grid_is_its_method_at_its_rate_and_seed():
-    config = RUN.config(BASE)
+    config = CELL.config(BASE)
     assert (config.seed, config.optimizer.learning_rate, config.method.schedule) == (3, 1e-4, "mixed")
     assert config.evaluation.every == 0, "compared at the end alone"
-    assert str(RUN.folder("w")) == "w/vanilla/0.0001/seed-3"
-    assert Run(INTERPOLATION, 0.3, 0).config(BASE) == BASE
+    assert str(CELL.folder("w")) == "w/vanilla/0.0001/seed-3"
+    assert Cell(INTERPOLATION, 0.3, 0).config(BASE) == BASE
 
 
 def test_only_a_run_with_all_its_last_scores_is_finished(tmp_path):
-    assert not compare.finished(RUN, BASE, str(tmp_path))
-    leave(tmp_path, RUN, benchmarks=("a",))
-    assert not compare.finished(RUN, BASE, str(tmp_path))
-    leave(tmp_path, RUN, step=2)
-    assert not compare.finished(RUN, BASE, str(tmp_path))
-    leave(tmp_path, RUN)
-    assert compare.finished(RUN, BASE, str(tmp_path))
+    assert not is_finished(CELL, BASE, str(tmp_path))
+    leave(tmp_path, CELL, benchmarks=("a",))
+    assert not is_finished(CELL, BASE, str(tmp_path))
+    leave(tmp_path, CELL, step=2)
+    assert not is_finished(CELL, BASE, str(tmp_path))
+    leave(tmp_path, CELL)
+    assert is_finished(CELL, BASE, str(tmp_path))
 
 
 def test_a_grid_of_another_config_is_refused_by_the_field(tmp_path):
-    leave(tmp_path, RUN, config=Run("vanilla", 2e-4, 3).config(BASE))
+    leave(tmp_path, CELL, config=Cell("vanilla", 2e-4, 3).config(BASE))
     with pytest.raises(UserError, match=r"seed-3: made with another config\.optimizer\.learning_rate; give the old"):
-        compare.finished(RUN, BASE, str(tmp_path))
+        is_finished(CELL, BASE, str(tmp_path))
 
 
 def test_mistakes(command, tmp_path):
@@ -70,7 +70,7 @@ def test_mistakes(command, tmp_path):
 def test_a_killed_grid_leaves_no_worker_behind(command, tmp_path):
     flags = [f"--config={ROOT / 'configs/sandbox.py'}", f"--workdir={tmp_path / 'w'}", "--config.steps=400",
              "--methods=camopd", "--rates=1e-4", "--seeds=1", "--workers=1"]  # fmt: skip
-    metrics = Run("camopd", 1e-4, 0).folder(tmp_path / "w") / "metrics.jsonl"
+    metrics = Cell("camopd", 1e-4, 0).folder(tmp_path / "w") / "metrics.jsonl"
     command.start("compare", *flags).when(metrics.exists, signal.SIGKILL)
     time.sleep(2)
     size = metrics.stat().st_size

@@ -20,10 +20,10 @@ from camopd_jax.models.transformer import Model
 from camopd_jax.planning import doctor, topology
 from camopd_jax.planning.arrays import Models
 from camopd_jax.planning.costs import memory_estimate
-from camopd_jax.runs.checkpoint import claim_workdir
+from camopd_jax.runs.workdir import claim_workdir
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "configs/quickstart"
+QUICKSTART = ROOT / "examples/quickstart"
 
 
 @pytest.fixture(scope="module")

@@ -8,7 +8,7 @@ import torch
 import transformers
 from rows import read_lines, write_lines
 
-FOLDER = Path(__file__).parents[1] / "configs" / "quickstart" / "generalist"
+FOLDER = Path(__file__).parents[1] / "examples" / "quickstart" / "generalist"
 ROWS = [
     {"messages": [{"role": "user", "content": "reverse abcd"}], "id": 7},
     {"prompt": "sort b"},

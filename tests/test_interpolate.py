@@ -9,7 +9,7 @@ from rows import edit_json
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "configs" / "quickstart"
+QUICKSTART = ROOT / "examples" / "quickstart"
 CONFIG = f"--config={ROOT / 'configs/quickstart.py'}"
 
 

@@ -11,7 +11,7 @@ from rows import ask, read_lines, write_lines
 
 from camopd_jax.evals.harness import CamopdLM
 
-FOLDER = Path(__file__).parents[1] / "configs" / "quickstart" / "generalist"
+FOLDER = Path(__file__).parents[1] / "examples" / "quickstart" / "generalist"
 PAIRS = [("reverse: abc", " cba"), ("sort: cab", " abc and more"), ("add: 12 and 3 ", "15"), ("", "double: abc")]
 
 
@@ -111,19 +111,40 @@ def test_its_command_runs_a_task_that_needs_no_download(command, tmp_path):
         for text in ("abcd", "bca", "cdab")
     ]
     file = write_lines(tmp_path / "rows.jsonl", rows)
-    generate = TASK.format(name="reversing", file=file, kind="generate_until", metric="exact_match",
-                           more='generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}')  # fmt: skip
-    choose = TASK.format(name="choosing", file=file, kind="multiple_choice", metric="acc",
-                         more='doc_to_choice: "{{choices}}"\ntarget_delimiter: ""').replace(
-                             'doc_to_target: "{{answer}}"', "doc_to_target: 0")  # fmt: skip
+    generate = TASK.format(
+        name="reversing",
+        file=file,
+        kind="generate_until",
+        metric="exact_match",
+        more='generation_kwargs: {until: ["\\n"], max_gen_toks: 8, do_sample: false}',
+    )
+    choose = TASK.format(
+        name="choosing",
+        file=file,
+        kind="multiple_choice",
+        metric="acc",
+        more='doc_to_choice: "{{choices}}"\ntarget_delimiter: ""',
+    ).replace('doc_to_target: "{{answer}}"', "doc_to_target: 0")
     (tmp_path / "reversing.yaml").write_text(generate)
     (tmp_path / "choosing.yaml").write_text(choose)
     ended = command(
-        "lm_eval", "--model", "camopd_jax", "--model_args", f"path={FOLDER}", "--batch_size", "4",
+        "lm_eval",
+        "--model",
+        "camopd_jax",
+        "--model_args",
+        f"path={FOLDER}",
+        "--batch_size",
+        "4",
         "--apply_chat_template",
-        "--tasks", "reversing,choosing", "--include_path", tmp_path, "--output_path", tmp_path / "out", "--log_samples",
+        "--tasks",
+        "reversing,choosing",
+        "--include_path",
+        tmp_path,
+        "--output_path",
+        tmp_path / "out",
+        "--log_samples",
         env={"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"},
-    )  # fmt: skip
+    )
     assert ended.code == 0, ended.err
     (results,) = (tmp_path / "out").rglob("results_*.json")
     scores = json.loads(results.read_text())["results"]

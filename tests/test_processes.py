@@ -16,7 +16,7 @@ from rows import read_lines
 from safetensors.numpy import load_file
 
 from camopd_jax.errors import UserError
-from camopd_jax.runtime import cluster
+from camopd_jax.runtime import cluster, termination
 
 ROOT = Path(__file__).parents[1]
 STEPS = 3
@@ -224,7 +224,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(pair, tmp_
     ended = both.processes[victim].when((workdir / "checkpoints" / "2").exists, signal.SIGKILL)
     assert ended.code == -signal.SIGKILL
     left = both.processes[1 - victim]
-    assert left.wait(cluster.LOST_AFTER + 30).code not in (0, 2)
+    assert left.wait(cluster.HEARTBEAT_TIMEOUT + 30).code not in (0, 2)
     assert "another process of the run is lost" in last_line(left) and "from its last checkpoint" in last_line(left)
     leader, _ = pair("train", *flags, f"--config.steps={STEPS}").wait()
     assert leader.code == 0 and "going on from step 2" in leader.out, leader.err
@@ -241,7 +241,7 @@ def test_a_process_that_hangs_is_held_to_be_dead_within_a_bound(pair, tmp_path):
         assert time.monotonic() < deadline, left.err.read_text()
         time.sleep(0.05)
     hangs.send(signal.SIGSTOP)
-    assert left.wait(cluster.LOST_AFTER + 30).code not in (0, 2)
+    assert left.wait(cluster.HEARTBEAT_TIMEOUT + 30).code not in (0, 2)
     assert "another process of the run is lost" in last_line(left)
 
 
@@ -268,7 +268,7 @@ def test_a_search_that_fails(monkeypatch, wish, error, says):
             cluster.join(None)
     else:
         cluster.join(None)
-    assert not cluster.joined()
+    assert not termination.in_cluster()
 
 
 def test_no_search_where_there_is_no_tpu_and_where_it_is_turned_off(monkeypatch):

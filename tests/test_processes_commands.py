@@ -10,7 +10,7 @@ from rows import ask, read_lines, write_lines
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "configs/quickstart"
+QUICKSTART = ROOT / "examples/quickstart"
 CONFIG = [
     f"--config={ROOT / 'configs/quickstart.py'}", "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
     "--config.rollout.max_response_tokens=16", "--config.evaluation.batch_size=8", "--config.log.report=false",

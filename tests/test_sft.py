@@ -8,7 +8,7 @@ import pytest
 from rows import read_lines
 from safetensors.numpy import load_file
 
-QUICKSTART = Path(__file__).parents[1] / "configs" / "quickstart"
+QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 CONFIG = f"""
 from camopd_jax.config import SftConfig, default
 

@@ -43,6 +43,16 @@ def test_folders_import_each_other_in_one_direction():
     assert len(order) > 15
 
 
+def test_imports_go_downward_in_the_picture_of_the_architecture():
+    picture = (PACKAGE.parent / "docs" / "architecture.md").read_text().split("```")[1]
+    rows = {name: i for i, line in enumerate(picture.splitlines()) for name in line[:18].split()}
+    folders = {parts[0] for _, parts in modules() if len(parts) > 1}
+    assert folders <= set(rows), f"docs/architecture.md does not show {folders - set(rows)}"
+    for name, targets in graph().items():
+        for target in targets & set(rows) if name in rows else ():
+            assert rows[name] < rows[target], f"{name} imports {target}, which stands no lower in the picture"
+
+
 def test_nothing_imports_a_command():
     commands = {parts[0] for _, parts in modules() if len(parts) == 1} - GROUND
     for name, targets in graph().items():

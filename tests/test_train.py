@@ -12,7 +12,7 @@ from rows import edit_json, read_lines, swap_tokens, write_lines
 from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "configs" / "quickstart"
+QUICKSTART = ROOT / "examples" / "quickstart"
 STEPS = 8
 SMALL = [
     f"--config={ROOT / 'configs/quickstart.py'}", f"--config.steps={STEPS}", "--config.rollout.batch_size=16",

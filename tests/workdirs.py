@@ -1,12 +1,13 @@
 """Work directories of runs and grids, small, as `train` and `compare` write them."""
 
+import dataclasses
 import json
 
 from camopd_jax.config.identity import changed, to_json
 from camopd_jax.config.methods import CONTROLS
-from camopd_jax.config.schema import Benchmark, Evaluation, Stream, TrainConfig
+from camopd_jax.config.schema import Benchmark, BranchConfig, Evaluation, Stream, TrainConfig
+from camopd_jax.evals.results import summarise
 from camopd_jax.evals.task import Grade
-from camopd_jax.method.loop import ACTING, phase_at
 
 BENCHMARKS = (Benchmark("sums"), Benchmark("logic"), Benchmark("drugs", "choice", axis="domain"))
 NOTHING, EVERYTHING = [0.0] * 8, [1.0] * 8
@@ -15,36 +16,49 @@ TEACHERS = {"general": {"sums": EVERYTHING, "logic": EVERYTHING, "drugs": NOTHIN
 HALF = {"sums": [1.0, 0.0] * 4, "logic": [1.0, 0.0] * 4, "drugs": EVERYTHING}
 
 
-def config(method="camopd", **changes):
-    """A run's config; `changes` are of fields with _ for the dots between blocks' names."""
-    base = TrainConfig("original", "specialist", Stream("general.jsonl"), Stream("domain.jsonl"), steps=12,
-                       evaluation=Evaluation(benchmarks=BENCHMARKS))  # fmt: skip
-    return changed(base, CONTROLS[method].changes | changes)
+def config(method="camopd", branches=None, **changes):
+    """A run's config; `changes` are of fields with . between blocks' names.
+
+    Args:
+      branches: instead of the method's: names, and how many steps of a cycle each has.
+    """
+    if branches:
+        of = {name: BranchConfig(steps=steps) for name, steps in branches.items()}
+    else:
+        of = TrainConfig("", "").branches
+    of = {name: dataclasses.replace(branch, prompts=Stream(f"{name}.jsonl")) for name, branch in of.items()}
+    base = TrainConfig("original", "specialist", of, steps=12, evaluation=Evaluation(benchmarks=BENCHMARKS))
+    controls = {} if branches else CONTROLS[method].changes
+    return changed(base, controls | changes)
 
 
 def write_run(folder, method="camopd", *, steps=None, student=HALF, standings=(), exported=True, prompt="<|user|>2+2",
-              diagnostics=(), **changes):  # fmt: skip
+              diagnostics=(), branches=None, **changes):  # fmt: skip
     """Writes a run that has done `steps` steps (default: all) and returns its folder.
 
     Args:
       student: scores of the finished model by benchmark; None: not evaluated.
       standings: (step, recovery, retention) of evaluations between the steps.
+      branches: names of other branches than the method's, and how many steps of a cycle each has.
     """
-    made = config(method, **changes)
-    steps = made.steps if steps is None else steps
+    made = config(method, branches, **changes)
+    cycle = [name for name, branch in made.branches.items() for _ in range(branch.steps)]
+    mixed = made.method.schedule == "mixed"
+    steps = range(made.steps if steps is None else steps)
+    pairs = [(step, name) for step in steps for name in (made.branches if mixed else [cycle[step % len(cycle)]])]
     folder.mkdir(parents=True)
     (folder / "config.json").write_text(json.dumps({"kind": "TrainConfig", "config": to_json(made)}))
-    write(folder / "metrics.jsonl", [metrics_row(step, phase_at(step, made.method)) for step in range(steps)])
-    branches = [(step, branch) for step in range(steps) for branch in ACTING[phase_at(step, made.method)]]
-    write(folder / "samples.jsonl", [sample_row(step, branch, prompt) for step, branch in branches])
-    write(folder / "selection.jsonl", [selection_row(step, branch) for step, branch in branches])
+    write(folder / "metrics.jsonl", [mixed_row(step, made.branches) for step in steps] if mixed else
+          [metrics_row(step, name) for step, name in pairs])  # fmt: skip
+    write(folder / "samples.jsonl", [sample_row(step, name, prompt) for step, name in pairs])
+    write(folder / "selection.jsonl", [selection_row(step, name) for step, name in pairs])
     if diagnostics:
         write(folder / "diagnostics.jsonl", diagnostics)
     rows = [standing_row(*of) for of in standings]
     if student:
-        for name, scores in TEACHERS.items():
-            rows += result_rows(name, 0, scores)
-        rows += result_rows("student", steps, student)
+        for name, of_teacher in TEACHERS.items():
+            rows += result_rows(name, 0, of_teacher)
+        rows += result_rows("student", len(steps), student)
     write(folder / "eval.jsonl", rows)
     if exported:
         (folder / "export").mkdir()
@@ -55,8 +69,8 @@ def write_grid(folder, students, sweep=None):
     """Writes a finished grid: `students` are the finished models' scores by method and seed."""
     settings = dict.fromkeys(students, 0.0002)
     for method, of_seeds in students.items():
-        for seed, scores in of_seeds.items():
-            write_run(folder / method / "0.0002" / f"seed-{seed}", method, student=scores, seed=seed)
+        for seed, student in of_seeds.items():
+            write_run(folder / method / "0.0002" / f"seed-{seed}", method, student=student, seed=seed)
         write_run(folder / method / "0.0004" / "seed-1000", method, seed=1000)
     facts = {"axes": {b.name: b.axis for b in BENCHMARKS}, "settings": settings, "outcomes": {}, "failed": {},
              "merits": sweep or {}, "tokens": {}, "seconds": 600, "workers": 2}  # fmt: skip
@@ -68,9 +82,9 @@ def write(file, rows):
     file.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-def result_rows(model, step, scores):
+def result_rows(model, step, by_benchmark):
     return [{"model": model, "step": step, "checkpoint": model, "asked": b.name}
-            | scores.result(b, [[Grade(score)] for score in scores[b.name]], [3] * 8, [True] * 8)
+            | summarise(b, [[Grade(score)] for score in by_benchmark[b.name]], [3] * 8, [True] * 8)
             for b in BENCHMARKS]  # fmt: skip
 
 
@@ -81,15 +95,26 @@ def standing_row(step, recovery, retention):
 
 
 def metrics_row(step, phase):
-    branch = {"loss": 1 / (step + 1), "gap_mean": -0.5 / (step + 1), "gap_abs_mean": 0.7 / (step + 1),
-              "gap_pos_mean": 0.1, "selected_fraction": 0.25 + step / 100, "selected_mass": 0.8, "entropy": 0.2,
-              "selected_length_mean": 5.0, "length_mean": 7.0, "truncated_fraction": 0.0}  # fmt: skip
-    own = {name: {key: value * (1 + i) for key, value in branch.items()} for i, name in enumerate(ACTING["mixed"])}
-    parts = {"loss": 0.5, **own} if phase == "mixed" else branch
+    return {"step": step, "phase": phase, **branch_figures(step), **step_figures()}
+
+
+def mixed_row(step, branches):
+    own = {
+        name: {key: value * (1 + i) for key, value in branch_figures(step).items()} for i, name in enumerate(branches)
+    }
+    return {"step": step, "phase": "mixed", "loss": 0.5, **own, **step_figures()}
+
+
+def branch_figures(step):
+    return {"loss": 1 / (step + 1), "gap_mean": -0.5 / (step + 1), "gap_abs_mean": 0.7 / (step + 1),
+            "gap_pos_mean": 0.1, "selected_fraction": 0.25 + step / 100, "selected_mass": 0.8, "entropy": 0.2,
+            "selected_length_mean": 5.0, "length_mean": 7.0, "truncated_fraction": 0.0}  # fmt: skip
+
+
+def step_figures():
     seconds = {"rollout": 0.3, "score": 0.2, "select": 0.01, "update": 0.4, "other": 0.09}
-    return {"step": step, "phase": phase, **parts, "grad_norm": 3.0, "grad_clipped": 1.0, "learning_rate": 1e-4,
-            "response_tokens": 100, "repetition": 0.02, "seconds": seconds, "tokens_per_second": 100.0,
-            "skipped": 0}  # fmt: skip
+    return {"grad_norm": 3.0, "grad_clipped": 1.0, "learning_rate": 1e-4, "response_tokens": 100, "repetition": 0.02,
+            "seconds": seconds, "tokens_per_second": 100.0, "skipped": 0}  # fmt: skip
 
 
 def sample_row(step, branch, prompt):

@@ -53,7 +53,7 @@ class Diagnosis:
             lambda batches: {name: answer_table(batch) for name, batch in batches.items()}, out_shardings=replicated
         )
 
-    def __call__(self, step: int, state: TrainState) -> tuple[Row, dict[str, selection.Table]]:
+    def __call__(self, step: int, state: TrainState) -> tuple[Row, dict[str, selection.AnswerTable]]:
         """The row of diagnostics.jsonl for a model after `step` steps, and the tables of the answers it rests on."""
         batches = {name: self._answers(i, name, step, state) for i, name in enumerate(self._branches)}
         config = self._setup.config

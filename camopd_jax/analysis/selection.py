@@ -1,7 +1,7 @@
-"""What the selection follows: how an answer's score goes with its length, its difficulty, its prompt.
+"""What the selection follows: how an answer's score correlates with its length, its difficulty and its prompt.
 
-A table is what `steps.statistics.answer_table` tells of a batch's answers, as lists; selection.jsonl holds one for each
-step and branch. Scores fall while a model learns, so answers are ranked among those of their own batch.
+A table is what `method.statistics.answer_table` returns for a batch of answers, as lists; selection.jsonl holds one for
+each step and branch. Scores fall while a model learns, so answers are ranked among those of their own batch.
 """
 
 import itertools
@@ -12,8 +12,8 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-Table = dict[str, Any]  # {"index", "score", "selected", "length", ...: lists of one length}
-# An estimate and the ends of its 95 % confidence interval, None where one observation tells of no error
+AnswerTable = dict[str, Any]  # {"index", "score", "selected", "length", ...: lists of one length}
+# An estimate and the ends of its 95 % confidence interval, None where a single observation gives no error
 Interval = tuple[float, float | None, float | None]
 
 FEATURES = ("length", "truncated", "entropy", "student_loss", "teacher_loss")
@@ -27,12 +27,12 @@ def correlation(scores: Sequence[float], feature: Sequence[float]) -> Interval |
     rho = float(stats.spearmanr(scores, feature).statistic)
     if abs(rho) > 1 - 1e-12:
         return rho, rho, rho
-    reach = stats.norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (len(scores) - 3))
-    return rho, math.tanh(math.atanh(rho) - reach), math.tanh(math.atanh(rho) + reach)
+    half_width = stats.norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (len(scores) - 3))
+    return rho, math.tanh(math.atanh(rho) - half_width), math.tanh(math.atanh(rho) + half_width)
 
 
-def correlations(table: Table, sources: Sequence[str] | None = None) -> dict[str, Interval]:
-    """Of the score with each feature of the answers of one batch.
+def correlations(table: AnswerTable, sources: Sequence[str] | None = None) -> dict[str, Interval]:
+    """Correlations of the score with each feature of the answers of one batch.
 
     Args:
       sources: where each prompt of the source file comes from; each then is a feature too, true of its answers.
@@ -41,62 +41,61 @@ def correlations(table: Table, sources: Sequence[str] | None = None) -> dict[str
     if sources is not None:
         of_answer = [sources[i] for i in table["index"]]
         features |= {SOURCE + name: [s == name for s in of_answer] for name in sorted(set(of_answer))}
-    found = {name: correlation(table["score"], feature) for name, feature in features.items()}
-    return {name: interval for name, interval in found.items() if interval is not None}
+    intervals = {name: correlation(table["score"], feature) for name, feature in features.items()}
+    return {name: interval for name, interval in intervals.items() if interval is not None}
 
 
-def over_steps(tables: Iterable[Table], sources: Sequence[str] | None = None) -> dict[str, Interval]:
+def over_steps(tables: Iterable[AnswerTable], sources: Sequence[str] | None = None) -> dict[str, Interval]:
     """The mean over steps of each step's correlations, with a t interval over the steps."""
     return _means([correlations(table, sources) for table in tables], lambda interval: interval[0])
 
 
-def lengths(tables: Iterable[Table]) -> dict[str, Interval]:
+def lengths(tables: Iterable[AnswerTable]) -> dict[str, Interval]:
     """Mean lengths in tokens over steps: of the selected answers, of all, and their difference within a step."""
     rows = []
     for table in tables:
         length, selected = np.asarray(table["length"]), np.asarray(table["selected"], bool)
         if selected.any():
-            kept, everyone = float(length[selected].mean()), float(length.mean())
-            rows.append({"selected": kept, "all": everyone, "difference": kept - everyone})
+            of_selected, of_all = float(length[selected].mean()), float(length.mean())
+            rows.append({"selected": of_selected, "all": of_all, "difference": of_selected - of_all})
     return _means(rows, float)
 
 
-def rates_by_source(tables: Iterable[Table], sources: Sequence[str]) -> dict[str, Interval]:
+def rates_by_source(tables: Iterable[AnswerTable], sources: Sequence[str]) -> dict[str, Interval]:
     """Share of each source's answers that were selected, with Wilson's interval."""
-    asked: dict[str, int] = {}
-    kept: dict[str, int] = {}
+    of_source: dict[str, list[bool]] = {}
     for table in tables:
         for index, selected in zip(table["index"], table["selected"], strict=True):
-            asked[sources[index]] = asked.get(sources[index], 0) + 1
-            kept[sources[index]] = kept.get(sources[index], 0) + selected
-    return {name: _share(kept[name], asked[name]) for name in sorted(asked)}
+            of_source.setdefault(sources[index], []).append(bool(selected))
+    return {name: _share(sum(answers), len(answers)) for name, answers in sorted(of_source.items())}
 
 
-def repeats(tables: Iterable[Table]) -> dict[str, Any]:
+def repeats(tables: Iterable[AnswerTable]) -> dict[str, Any]:
     """How often the same prompts are selected over training.
 
     Returns:
-      prompts: that were asked; asked, selected: how often on average. never, always: shares of the prompts asked at
-      least twice. again, anew: share selected of the answers to prompts that were, or were not, selected when they
-      were asked before; None without any. Where the selection does not depend on the prompt, the two are alike.
+      prompts: how many came. asked, selected: how often each came and was selected, on average. never, always: of the
+      prompts that came at least twice, the share never or always selected. again, anew: share selected of the answers
+      to prompts that were, or were not, selected the time before; None without any. Where the selection does not
+      depend on the prompt, the two are alike.
     """
     history: dict[int, list[bool]] = {}
     for table in tables:
         for index, selected in zip(table["index"], table["selected"], strict=True):
             history.setdefault(index, []).append(bool(selected))
-    twice = [h for h in history.values() if len(h) > 1]
-    pairs = [pair for h in twice for pair in itertools.pairwise(h)]
+    repeated = [times for times in history.values() if len(times) > 1]
+    pairs = [pair for times in repeated for pair in itertools.pairwise(times)]
 
     def after(before: bool) -> Interval | None:
-        then = [now for was, now in pairs if was == before]
-        return _share(sum(then), len(then)) if then else None
+        following = [now for was, now in pairs if was == before]
+        return _share(sum(following), len(following)) if following else None
 
     return {
         "prompts": len(history),
-        "asked": _mean(len(h) for h in history.values()),
-        "selected": _mean(sum(h) for h in history.values()),
-        "never": _mean(not any(h) for h in twice),
-        "always": _mean(all(h) for h in twice),
+        "asked": _mean(len(times) for times in history.values()),
+        "selected": _mean(sum(times) for times in history.values()),
+        "never": _mean(not any(times) for times in repeated),
+        "always": _mean(all(times) for times in repeated),
         "again": after(True),
         "anew": after(False),
     }
@@ -108,7 +107,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 def _means(rows: Sequence[dict[str, Any]], value: Callable[[Any], float]) -> dict[str, Interval]:
-    """Of each key the mean over the rows that have it, with a t interval; a single row has none."""
+    """The mean of each key over the rows that have it, with a t interval; a single row has none."""
     columns: dict[str, list[float]] = {}
     for row in rows:
         for name, entry in row.items():
@@ -120,10 +119,10 @@ def _t_interval(values: Sequence[float]) -> Interval:
     mean, n = float(np.mean(values)), len(values)
     if n == 1:
         return mean, None, None
-    reach = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
-    return mean, mean - reach, mean + reach
+    half_width = float(stats.t.ppf(0.975, n - 1) * np.std(values, ddof=1) / math.sqrt(n))
+    return mean, mean - half_width, mean + half_width
 
 
-def _share(of: int, n: int) -> Interval:
-    interval = stats.binomtest(of, n).proportion_ci(0.95, method="wilson")
-    return of / n, float(interval.low), float(interval.high)
+def _share(count: int, n: int) -> Interval:
+    interval = stats.binomtest(count, n).proportion_ci(0.95, method="wilson")
+    return count / n, float(interval.low), float(interval.high)

@@ -1,8 +1,7 @@
-"""Many methods over many seeds: what each gets back and keeps, and paired tests of their differences.
+"""Many methods over many seeds: what each recovers and retains, and paired tests of their differences.
 
 A run's outcome is a number for each benchmark: the recovery of a general one, the retention of a domain one
-(`report.recovery`, `report.retention`). Runs of one seed see the same prompts in the same order, so methods are
-compared seed by seed.
+(`evals.comparison`). Runs of one seed see the same prompts in the same order, so methods are compared seed by seed.
 """
 
 import math
@@ -12,10 +11,10 @@ from dataclasses import dataclass
 import numpy as np
 from rich import box
 from rich.table import Table
-from scipy import stats
+from scipy import special
 
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result
+from camopd_jax.evals.comparison import kept_share, recovered_share
+from camopd_jax.evals.results import Result, on_questions
 
 Shares = dict[str, float]  # by benchmark
 TUNING_SEED = 1000  # of the runs that choose a learning rate
@@ -28,21 +27,21 @@ def tuning(number: int) -> bool:
 
 
 def shares(models: Sequence[Sequence[Result]], for_tuning: bool) -> Shares:
-    """Recovery or retention of each benchmark, on the questions that tune or on the others.
+    """Recovery or retention of each benchmark, on the questions that choose settings or on the others.
 
     Args:
       models: results of the general teacher, the specialised model and a student, benchmark by benchmark.
     """
-    found = {}
+    of_benchmark = {}
     for rows in zip(*models, strict=True):
         chosen = [i for i in range(rows[0]["n"]) if tuning(i) == for_tuning]
-        general, specialised, student = ([scores.some(row, chosen)] for row in rows)
+        general, specialised, student = ([on_questions(row, chosen)] for row in rows)
         if rows[0]["axis"] == "general":
-            share = scores.recovery(general, specialised, student)
+            share = recovered_share(general, specialised, student)
         else:
-            share = scores.retention(specialised, student)
-        found[rows[0]["benchmark"]] = math.nan if share is None else share.value
-    return found
+            share = kept_share(specialised, student)
+        of_benchmark[rows[0]["benchmark"]] = math.nan if share is None else share.value
+    return of_benchmark
 
 
 def merit(of_run: Shares, axes: dict[str, str]) -> float:
@@ -75,28 +74,29 @@ class Difference:
     p: float | None
 
 
-def difference(ours: dict[int, float], theirs: dict[int, float]) -> Difference | None:
-    """`ours - theirs` over the seeds that both have; None with fewer than two."""
-    seeds = sorted(ours.keys() & theirs.keys())
-    if len(seeds) < 2:
+def difference(first: dict[int, float], second: dict[int, float]) -> Difference | None:
+    """`first - second` over the seeds that both have; None with fewer than two."""
+    seeds = sorted(first.keys() & second.keys())
+    n = len(seeds)
+    if n < 2:
         return None
-    apart = np.asarray([ours[seed] - theirs[seed] for seed in seeds])
-    error = float(np.std(apart, ddof=1)) / math.sqrt(len(apart))
-    return Difference(float(np.mean(apart)), error, float(stats.ttest_1samp(apart, 0).pvalue) if error else None)
+    differences = np.asarray([first[seed] - second[seed] for seed in seeds])
+    value, error = float(np.mean(differences)), float(np.std(differences, ddof=1)) / math.sqrt(n)
+    return Difference(value, error, 2 * float(special.stdtr(n - 1, -abs(value) / error)) if error else None)
 
 
 def half_width(error: float, n: int, level: float = 0.95) -> float:
-    """Of the confidence interval around a mean of n values with this standard error (Student's t, n - 1)."""
-    return float(stats.t.ppf((1 + level) / 2, n - 1)) * error
+    """Half the width of the confidence interval of a mean of n values with this standard error (Student's t)."""
+    return float(special.stdtrit(n - 1, (1 + level) / 2)) * error
 
 
-def table(
+def methods_table(
     outcomes: dict[str, dict[int, Shares]], axes: dict[str, str], against: Sequence[str], notes: dict[str, str]
 ) -> Table:
-    """A row of each method: its shares in %, and how far they are from the methods in `against`.
+    """A row of each method: its recovery and retention in %, and the differences from the methods in `against`.
 
     Args:
-      outcomes: by method and seed. axes: of each benchmark. notes: a word on each method, as its setting.
+      outcomes: by method and seed. axes: of each benchmark. notes: of each method, as its setting.
     """
     view = Table(
         title="In %, ± one standard error over seeds: back, of the lost ability; kept, of the domain",
@@ -116,22 +116,27 @@ def table(
             continue
         cells = []
         for name in axes:
-            ours = {seed: found[name] for seed, found in of_seeds.items()}
-            less = [
-                _less(difference(ours, {seed: found[name] for seed, found in outcomes[other].items()}), len(outcomes))
-                if other in outcomes and other != method else "-" for other in against
-            ]  # fmt: skip
-            cells.append(f"{_percent(mean(ours.values()))}\n{' '.join(less)}")
+            by_method = {
+                other: {seed: values[name] for seed, values in runs.items()} for other, runs in outcomes.items()
+            }
+            own = by_method[method]
+            differences = [
+                _difference_cell(difference(own, by_method[other]), len(outcomes))
+                if other in outcomes and other != method
+                else "-"
+                for other in against
+            ]
+            cells.append(f"{_mean_cell(mean(own.values()))}\n{' '.join(differences)}")
         view.add_row(method, notes.get(method, ""), *cells)
     return view
 
 
-def _percent(of: Mean) -> str:
-    return f"{100 * of.value:.1f}" + ("" if of.error is None else f" ± {100 * of.error:.1f}")
+def _mean_cell(of_seeds: Mean) -> str:
+    return f"{100 * of_seeds.value:.1f}" + ("" if of_seeds.error is None else f" ± {100 * of_seeds.error:.1f}")
 
 
-def _less(found: Difference | None, comparisons: int) -> str:
-    if found is None:
+def _difference_cell(apart: Difference | None, comparisons: int) -> str:
+    if apart is None:
         return "-"
-    sure = "" if found.p is None or found.p >= 0.05 else "**" if found.p < 0.05 / comparisons else "*"
-    return f"{100 * found.value:+.1f}{sure}"
+    stars = "" if apart.p is None or apart.p >= 0.05 else "**" if apart.p < 0.05 / comparisons else "*"
+    return f"{100 * apart.value:+.1f}{stars}"

@@ -1,5 +1,4 @@
-"""Frozen dataclasses from ml_collections' ConfigDicts: complete defaults, checked types and limits, names for mistakes.
-"""
+"""Frozen dataclasses from ml_collections' ConfigDicts: complete defaults, checked types and limits, clear mistakes."""
 
 import dataclasses
 import difflib
@@ -33,13 +32,14 @@ def default(cls: type) -> ml_collections.ConfigDict:
     return _config_dict({f.name: _default_value(f, hints[f.name]) for f in dataclasses.fields(cls)})
 
 
-def _default_value(field: dataclasses.Field, hint: Any) -> Any:
+def _default_value(field: dataclasses.Field[Any], hint: Any) -> Any:
     if _required(field):
-        if dataclasses.is_dataclass(hint):
+        if isinstance(hint, type) and dataclasses.is_dataclass(hint):
             return default(hint)
         return config_dict.FieldReference(None, field_type=_reference_type(hint))
-    value = field.default if field.default is not dataclasses.MISSING else field.default_factory()
-    return _to_config(value, hint)
+    if field.default_factory is not dataclasses.MISSING:
+        return _to_config(field.default_factory(), hint)
+    return _to_config(field.default, hint)
 
 
 def _to_config(value: Any, hint: Any) -> Any:
@@ -70,7 +70,7 @@ def _reference_type(hint: Any) -> type:
     return object if dataclasses.is_dataclass(option) else option
 
 
-def _required(field: dataclasses.Field) -> bool:
+def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is field.default_factory is dataclasses.MISSING
 
 
@@ -118,7 +118,7 @@ def _convert(hint: Any, value: Any, where: str, moved: Mapping[str, str]) -> Any
         if value not in args:
             raise UserError(f"{where} is {value!r}; it must be one of {', '.join(map(repr, args))}")
         return value
-    if dataclasses.is_dataclass(hint):
+    if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping):
             return build(hint, value, where, moved)
         raise UserError(f"{where} must be a block of {', '.join(f.name for f in dataclasses.fields(hint))}")

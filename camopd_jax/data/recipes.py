@@ -1,37 +1,77 @@
-"""The prompt sets of the CaMOPD paper (arXiv 2605.27115, Appendix A): where they come from and how they are put.
+"""The prompt sets of the CaMOPD paper (arXiv 2605.27115, Appendix A): their datasets and the form of their prompts.
 
 A recipe is a list of parts; a part takes `rows` prompts of one dataset. Which ones the paper took is not published:
-here they are a seeded sample or, of role-play, the conversations with most turns, as there.
+here they are a seeded sample or, of role-play, the conversations with most turns, as in the paper.
 """
 
 import re
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 
 from camopd_jax.data.columns import LETTERS, Row
-
-Messages = list[dict[str, str]]
+from camopd_jax.data.templates import Messages
+from camopd_jax.errors import UserError
 
 
 @dataclass(frozen=True)
 class Part:
-    """A share of a recipe's prompts, from one dataset."""
+    """The prompts that a recipe takes from one dataset."""
 
     name: str
     source: str  # as of a Stream
-    rows: int
-    put: Callable[[Row], Messages | None]  # a row's prompt; None: it has none
+    rows: int  # prompts
+    prompt: Callable[[Row], Messages | None]  # a row's prompt; None: it has none
     split: str = "train"
-    # Only so many times `rows` usable rows are looked at, from the first on: a large dataset is not read whole
+    # The part reads rows until `window` times `rows` are usable, so that a large dataset is not read to its end;
+    # None: all rows
     window: int | None = None
-    rank: Callable[[Row], int] | None = None  # the highest are taken; None: a random sample
+    rank: Callable[[Row], int] | None = None  # the rows of the highest rank are taken; None: a random sample
 
 
 @dataclass(frozen=True)
 class Recipe:
+    """A set of prompts, and the file names it is written to."""
+
     file: str
     parts: tuple[Part, ...]
-    rest: str | None = None  # file of the conversations that were not taken, whole, for the fine-tune before
+    # File of the conversations that were not taken, with their last turn, to fine-tune a specialised model on
+    rest: str | None = None
+
+
+def resized(recipe: Recipe, rows: int | None) -> Recipe:
+    """The recipe with `rows` prompts in all, in the same proportions (largest remainders); None: as it is."""
+    if rows is None:
+        return recipe
+    total = sum(part.rows for part in recipe.parts)
+    exact = [part.rows * rows / total for part in recipe.parts]
+    counts = [int(count) for count in exact]
+    for i in sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])[: rows - sum(counts)]:
+        counts[i] += 1
+    parts = [replace(part, rows=count) for part, count in zip(recipe.parts, counts, strict=True) if count]
+    return replace(recipe, parts=tuple(parts))
+
+
+def with_sources(recipe: Recipe, sources: Sequence[str]) -> Recipe:
+    """The recipe with other sources for its parts.
+
+    Args:
+      sources: values of --source, each "PART=SOURCE".
+
+    Raises:
+      UserError: for a value of another form, and if a part has no source.
+    """
+    by_part = {}
+    for text in sources:
+        name, _, source = text.partition("=")
+        if name not in {part.name for part in recipe.parts} or not source:
+            names = " or ".join(part.name for part in recipe.parts)
+            raise UserError(f"--source={text}: give PART=FILE, where PART is {names}")
+        by_part[name] = source
+    parts = [replace(part, source=by_part.get(part.name, part.source)) for part in recipe.parts]
+    for part in parts:
+        if not part.source:
+            raise UserError(f"--source is missing; give --source={part.name}=FILE.jsonl")
+    return replace(recipe, parts=tuple(parts))
 
 
 # ----------------------------------------------------------------------------------------- medicine
@@ -54,10 +94,10 @@ def medical(row: Row) -> Messages | None:
         listed = " ".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
         text = f"{row['question']} {listed} {_CHOICE}"
     else:
-        asked = request(row)
-        if asked is None:
+        messages = request(row)
+        if messages is None:
             return None
-        text = asked[-1]["content"].strip()
+        text = messages[-1]["content"].strip()
         text = f"{text} {_CHOICE if has_options(text) else _OPEN}"
     return [{"role": "system", "content": MEDICAL_SYSTEM}, {"role": "user", "content": text}]
 
@@ -71,7 +111,7 @@ def has_options(text: str) -> bool:
 
 
 def request(row: Row) -> Messages | None:
-    """A conversation up to its last request."""
+    """A conversation up to its last request; None if it has none."""
     if "messages" not in row:
         return [{"role": "user", "content": row["prompt"]}] if row.get("prompt") else None
     messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
@@ -81,12 +121,13 @@ def request(row: Row) -> Messages | None:
 
 
 def all_but_the_last_turn(row: Row) -> Messages | None:
-    """The first n-1 turns of a conversation of n, where the last is a reply."""
+    """The first n - 1 turns of a conversation of n turns; None if the last is no reply."""
     messages = row.get("messages") or []
     return request(row) if len(messages) > 1 and [m["role"] for m in messages[-2:]] == ["user", "assistant"] else None
 
 
 def turns(row: Row) -> int:
+    """The number of turns of a conversation, without its system prompt."""
     return sum(message["role"] != "system" for message in row["messages"])
 
 

@@ -1,8 +1,8 @@
-"""Rows of prompts from JSONL or parquet files, or from a `datasets` dataset.
+"""Rows of prompts from JSONL or parquet files, or from a dataset of the Hugging Face hub.
 
-A row is a dict with one of "messages" ([{"role", "content"}, ...]), "prompt" (text) and "prompt_ids"
-([int, ...]); commonly "answer", "response" or "response_ids"; whatever else it holds is kept. Rows with the columns
-of a dataset that columns.py knows become such rows.
+A row is a dict with one of "messages" ([{"role", "content"}, ...]), "prompt" (text) and "prompt_ids" ([int, ...]);
+commonly "answer", "response" or "response_ids"; its other fields are kept. Rows of a dataset that columns.py knows
+become such rows.
 """
 
 import itertools
@@ -12,40 +12,41 @@ from pathlib import Path
 from typing import Any
 
 from camopd_jax.data import columns
+from camopd_jax.data.columns import Row
 from camopd_jax.errors import UserError
-
-Row = dict[str, Any]
 
 _FILES = (".jsonl", ".json", ".parquet")
 
+RawRow = tuple[Any, str]  # a row before `checked`, and its file and line, for error messages
+
 
 def read(source: str, split: str = "train", limit: int | None = None, field: str = "source") -> list[Row]:
-    """The rows of a source.
+    """The checked rows of a source.
 
     Args:
       source: .jsonl or .parquet file, several with commas between them; else the name of a dataset, with its
-        configuration behind a colon and its revision behind an at sign where wanted ("openai/gsm8k:main@cc7b047").
+        configuration behind a colon and its revision behind an at sign if wanted ("openai/gsm8k:main@cc7b047").
       split: of a dataset.
-      limit: only the first rows; a dataset is then not downloaded whole.
-      field: how errors name the source.
+      limit: only the first rows; a dataset is then not downloaded completely.
+      field: the flag or config field that names the source, for error messages.
 
     Raises:
-      UserError: naming the file and line of a malformed row, or the field of a source that is not there.
+      UserError: naming the file and line of a malformed row, or the field of a source that does not exist.
     """
-    found = stream(source, split, field, whole=limit is None)
-    return [checked(row, where) for row, where in itertools.islice(found, limit)]
+    rows = stream(source, split, field, download=limit is None)
+    return [checked(row, where) for row, where in itertools.islice(rows, limit)]
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """The rows of a JSONL file, each checked; blank lines are passed over."""
+    """The checked rows of the JSONL file that --input names; blank lines are skipped."""
     return [checked(row, where) for row, where in _jsonl(_existing(path, "--input"))]
 
 
-def stream(source: str, split: str, field: str, whole: bool = False) -> Iterator[tuple[Any, str]]:
-    """The rows of a source as they come, unchecked, each with the words that name it in an error.
+def stream(source: str, split: str, field: str, download: bool = False) -> Iterator[RawRow]:
+    """The rows of a source one by one, unchecked.
 
     Args:
-      whole: a dataset is downloaded before its first row, and kept for the next time.
+      download: whether a dataset is downloaded before its first row, and kept for the next time.
     """
     for name in (part.strip() for part in source.split(",")):
         if name.endswith(".parquet"):
@@ -53,11 +54,12 @@ def stream(source: str, split: str, field: str, whole: bool = False) -> Iterator
         elif name.endswith(_FILES):
             yield from _jsonl(_existing(name, field))
         else:
-            rows = _load_dataset(name, split, field, streaming=not whole)
+            rows = _load_dataset(name, split, field, streaming=not download)
             yield from ((row, f"{name}[{split}] row {i}") for i, row in enumerate(rows))
 
 
 def is_file(source: str) -> bool:
+    """Whether a source is a file; else it is a dataset of the hub."""
     return source.endswith(_FILES)
 
 
@@ -68,7 +70,7 @@ def _existing(path: str | Path, field: str) -> Path:
     return path
 
 
-def _jsonl(path: Path) -> Iterator[tuple[Any, str]]:
+def _jsonl(path: Path) -> Iterator[RawRow]:
     empty = True
     with path.open(encoding="utf-8") as file:
         try:
@@ -89,7 +91,7 @@ def _parsed(line: str, where: str) -> Any:
         raise UserError(f"{where}: not JSON ({error}); every line must be one JSON object") from error
 
 
-def _parquet(path: Path) -> Iterator[tuple[Any, str]]:
+def _parquet(path: Path) -> Iterator[RawRow]:
     import pyarrow.parquet  # slow to import, and only needed here
 
     try:
@@ -117,8 +119,12 @@ def _load_dataset(name: str, split: str, field: str, streaming: bool) -> Any:
         ) from error
 
 
-def resolved(name: str, field: str) -> tuple[str, str | None]:
-    """A dataset's name with the revision it has now, and the licence that its card states."""
+def pinned(name: str, field: str) -> tuple[str, str | None]:
+    """A dataset's name with its current revision behind an at sign, and the licence that its card states.
+
+    Raises:
+      UserError: if the hub has no such dataset.
+    """
     from huggingface_hub import HfApi  # slow to import, and only needed here
 
     path, configuration, revision = _parts(name)
@@ -144,21 +150,19 @@ def _parts(name: str) -> tuple[str, str | None, str | None]:
 
 
 def checked(row: Any, where: str) -> Row:
-    """The row as one of ours.
+    """The row, normalised by columns.py, with a prompt and fields of the right types.
+
+    Args:
+      where: the row's file and line, for error messages.
 
     Raises:
-      UserError: if it is none; `where` names it.
+      UserError: for a row that is malformed or has no prompt.
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be a JSON object, this is {type(row).__name__}")
     row = columns.normalise({name: value for name, value in row.items() if value is not None})  # parquet's empty cells
     if "messages" in row:
-        messages = row["messages"]
-        if not isinstance(messages, list) or not messages:
-            raise UserError(f'{where}: "messages" must be a list of at least one message')
-        for message in messages:
-            if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-                raise UserError(f'{where}: every message needs a text "role" and a text "content"')
+        _check_messages(row["messages"], where)
     elif "prompt_ids" in row:
         _check_ids(row["prompt_ids"], "prompt_ids", where)
         if not row["prompt_ids"]:
@@ -170,6 +174,14 @@ def checked(row: Any, where: str) -> Row:
     if not isinstance(row.get("response", ""), str):
         raise UserError(f'{where}: "response" must be text')
     return row
+
+
+def _check_messages(messages: Any, where: str) -> None:
+    if not isinstance(messages, list) or not messages:
+        raise UserError(f'{where}: "messages" must be a list of at least one message')
+    for message in messages:
+        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
+            raise UserError(f'{where}: every message needs a text "role" and a text "content"')
 
 
 def _check_ids(ids: Any, name: str, where: str) -> None:

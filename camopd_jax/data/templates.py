@@ -1,19 +1,40 @@
-"""Tokenizers and chat templates: how a request is put before a model."""
+"""Tokenizers and chat templates: the tokens in which a model reads a request, and those of an answer to learn."""
 
 import json
 import os
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 from camopd_jax.config.schema import Template
+from camopd_jax.data.columns import Row
 from camopd_jax.errors import UserError
 
-Row = dict[str, Any]
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+Tokenizer: TypeAlias = "PreTrainedTokenizerBase"
+Messages = list[dict[str, str]]  # [{"role": ..., "content": ...}, ...]
 
 
-def load_tokenizer(folder: Path) -> Any:
-    """The tokenizer of a Hugging Face folder; code that comes with a checkpoint is never run."""
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # that there is no torch, which nobody needs here
+@dataclass(frozen=True)
+class Tokenizers:
+    """Those of a student and its teacher. Their vocabularies are the same, their chat templates may differ."""
+
+    student: Tokenizer
+    teacher: Tokenizer
+
+
+# ------------------------------------------------------------------------------------- tokenizers
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """The tokenizer of a Hugging Face folder; code that comes with a checkpoint is never run.
+
+    Raises:
+      UserError: if the folder has none, or one that cannot be read.
+    """
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns where torch is missing
     from transformers import AutoTokenizer  # slow to import
 
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
@@ -27,62 +48,7 @@ def load_tokenizer(folder: Path) -> Any:
         ) from error
 
 
-def prompt_ids(tokenizer: Any, row: Row, template: Template) -> list[int]:
-    """The tokens of a row's prompt.
-
-    "messages" go through the chat template, with the generation prompt and the template's options; its
-    system prompt is set before a conversation that has none. "prompt" is tokenised as the tokenizer does
-    by default, "prompt_ids" are taken as they are.
-    """
-    if "messages" in row:
-        return _render(tokenizer, _with_system(_request(row["messages"]), template), template, open_answer=True)
-    if "prompt" in row:
-        return list(tokenizer(row["prompt"])["input_ids"])
-    return list(row["prompt_ids"])
-
-
-def fill(answer: str, row: dict[str, Any], where: str) -> str:
-    """An answer with a row's fields in the place of its braces.
-
-    Raises:
-      UserError: naming the row by `where` and the field that it lacks.
-    """
-    try:
-        return answer.format_map(row)
-    except (KeyError, IndexError, ValueError) as error:
-        raise UserError(
-            f"{where}: the answer {answer!r} asks for the field {error}, which the row lacks; add it, or change "
-            "the config's answer"
-        ) from error
-
-
-def answer_ids(tokenizer: Any, row: Row, answer: str, template: Template) -> tuple[list[int], list[int]]:
-    """Prompt and answer of a row to learn from: the answer is what the template writes after the prompt.
-
-    The answer is the row's last assistant turn, else `answer`. It ends with the template's closing
-    tokens up to the last special one, which tells the model to stop.
-
-    Raises:
-      UserError: if the template does not write the conversation after the open prompt.
-    """
-    prompt = prompt_ids(tokenizer, row, template)
-    messages = row["messages"]
-    if messages[-1]["role"] != "assistant":
-        messages = [*messages, {"role": "assistant", "content": answer}]
-    whole = _render(tokenizer, _with_system(messages, template), template, open_answer=False)
-    if whole[: len(prompt)] != prompt or len(whole) == len(prompt):
-        raise UserError(
-            "chat template: the rendered conversation does not begin with the rendered prompt; give template "
-            "options that make it so, for instance enable_thinking=False"
-        )
-    response = whole[len(prompt) :]
-    special = set(tokenizer.all_special_ids)
-    while len(response) > 1 and response[-1] not in special and any(i in special for i in response):
-        response.pop()  # a line break after the turn's end is not the model's to say
-    return prompt, response
-
-
-def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
+def eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Every token that ends an answer, by generation_config.json, config.json and the tokenizer."""
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
@@ -95,30 +61,97 @@ def eos_ids(folder: Path, tokenizer: Any) -> tuple[int, ...]:
 
 
 def check_same_tokenizer(student: Path, teacher: Path) -> str | None:
-    """Raises UserError unless both folders' tokenizers give every token the same id.
+    """Compares the tokenizers of two Hugging Face folders.
 
     Returns:
       A warning, if the two models end their answers with different tokens; else None.
+
+    Raises:
+      UserError: unless both give every token the same id.
     """
-    ours, theirs = load_tokenizer(student), load_tokenizer(teacher)
-    a, b = ours.get_vocab(), theirs.get_vocab()
+    of_student, of_teacher = load_tokenizer(student), load_tokenizer(teacher)
+    a, b = of_student.get_vocab(), of_teacher.get_vocab()
     if a != b:
         token = min((t for t in a.keys() | b.keys() if a.get(t) != b.get(t)), key=lambda t: (a.get(t, b.get(t)), t))
         raise UserError(
             f"{student} and {teacher}: their tokenizers differ, first at token {token!r} (id {a.get(token)} and "
-            f"{b.get(token)}); student and teacher must share one tokenizer"
+            f"{b.get(token)}); give models that share one tokenizer"
         )
-    ours_end, theirs_end = eos_ids(student, ours), eos_ids(teacher, theirs)
-    if ours_end != theirs_end:
-        name = ours.convert_ids_to_tokens
+    student_eos, teacher_eos = eos_ids(student, of_student), eos_ids(teacher, of_teacher)
+    if student_eos != teacher_eos:
+        tokens = of_student.convert_ids_to_tokens
         return (
-            f"answers end with {name(list(ours_end))} in {student} but with {name(list(theirs_end))} in {teacher}; "
-            f"the student's are used"
+            f"answers end with {tokens(list(student_eos))} in {student} but with {tokens(list(teacher_eos))} in "
+            f"{teacher}; the student's are used"
         )
     return None
 
 
-def _request(messages: list[dict[str, str]]) -> list[dict[str, str]]:
+# ------------------------------------------------------------------------------ prompts and answers
+
+
+def prompt_ids(tokenizer: Tokenizer, row: Row, template: Template) -> list[int]:
+    """The tokens of a row's prompt.
+
+    "messages" go through the chat template, with the generation prompt and the template's options; its system prompt
+    is set before a conversation that has none. "prompt" is tokenised as the tokenizer does by default, "prompt_ids"
+    are taken as they are.
+
+    Raises:
+      UserError: if the tokenizer has no chat template, or one that refuses the conversation.
+    """
+    if "messages" in row:
+        return _render(tokenizer, _with_system(_request(row["messages"]), template), template, open_answer=True)
+    if "prompt" in row:
+        return list(tokenizer(row["prompt"])["input_ids"])
+    return list(row["prompt_ids"])
+
+
+def fill(answer: str, row: Row, where: str) -> str:
+    """An answer whose fields in braces are replaced by the row's.
+
+    Args:
+      where: the row's file and number, for error messages.
+
+    Raises:
+      UserError: naming the field that the row lacks.
+    """
+    try:
+        return answer.format_map(row)
+    except (KeyError, IndexError, ValueError) as error:
+        raise UserError(
+            f"{where}: the answer {answer!r} asks for the field {error}, which the row lacks; add it, or change "
+            "the config's answer"
+        ) from error
+
+
+def answer_ids(tokenizer: Tokenizer, row: Row, answer: str, template: Template) -> tuple[list[int], list[int]]:
+    """Prompt and answer of a row to learn from: the answer is what the template writes after the prompt.
+
+    The answer is the row's last assistant turn, else `answer`. It ends with the template's closing tokens up to the
+    last special one, which tells the model to stop.
+
+    Raises:
+      UserError: if the rendered conversation does not begin with the rendered prompt.
+    """
+    prompt = prompt_ids(tokenizer, row, template)
+    messages = row["messages"]
+    if messages[-1]["role"] != "assistant":
+        messages = [*messages, {"role": "assistant", "content": answer}]
+    conversation = _render(tokenizer, _with_system(messages, template), template, open_answer=False)
+    if conversation[: len(prompt)] != prompt or len(conversation) == len(prompt):
+        raise UserError(
+            "chat template: the rendered conversation does not begin with the rendered prompt; give template "
+            "options that make it so, for instance enable_thinking=False"
+        )
+    response = conversation[len(prompt) :]
+    special = set(tokenizer.all_special_ids)
+    while len(response) > 1 and response[-1] not in special and any(i in special for i in response):
+        response.pop()  # a line break after the end of a turn: the model has stopped before it
+    return prompt, response
+
+
+def _request(messages: Messages) -> Messages:
     """The conversation up to the last turn that is not the assistant's."""
     messages = list(messages)
     while len(messages) > 1 and messages[-1]["role"] == "assistant":
@@ -126,25 +159,24 @@ def _request(messages: list[dict[str, str]]) -> list[dict[str, str]]:
     return messages
 
 
-def _with_system(messages: list[dict[str, str]], template: Template) -> list[dict[str, str]]:
+def _with_system(messages: Messages, template: Template) -> Messages:
     if template.system is None or messages[0]["role"] == "system":
         return messages
     return [{"role": "system", "content": template.system}, *messages]
 
 
-def _render(tokenizer: Any, messages: list[dict[str, str]], template: Template, open_answer: bool) -> list[int]:
+def _render(tokenizer: Tokenizer, messages: Messages, template: Template, open_answer: bool) -> list[int]:
     if not tokenizer.chat_template:
         raise UserError(
             f"{tokenizer.name_or_path}: no chat template in tokenizer_config.json or chat_template.jinja; copy "
             'that of the original model, or give rows with "prompt" instead of "messages"'
         )
+    options: dict[str, Any] = template.options
     try:
-        text = tokenizer.apply_chat_template(
-            messages, tokenize=False, add_generation_prompt=open_answer, **template.options
-        )
+        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer, **options)
     except Exception as error:  # jinja2 raises what the template raises
         raise UserError(
             f"{tokenizer.name_or_path}: the chat template refuses a conversation of roles "
-            f"{[m['role'] for m in messages]} ({error})"
+            f"{[m['role'] for m in messages]} ({error}); change the rows, or the config's template options"
         ) from error
     return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -3,25 +3,32 @@
 import os
 import sys
 from collections import defaultdict
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
 import numpy as np
 from absl import flags
+from lm_eval.api.instance import Instance
 from lm_eval.api.model import TemplateLM
 from lm_eval.api.registry import register_model
 from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from camopd_jax.config.schema import Compute, Sampling
+from camopd_jax.data.templates import Messages
 from camopd_jax.errors import UserError
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
+from camopd_jax.inference.answer import answer
+from camopd_jax.inference.log_probs import score_responses
 from camopd_jax.models import hf
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_distributed
 from camopd_jax.runtime.mesh import make_mesh
+from camopd_jax.runtime.start import start
 
 MAX_LENGTH = 4096  # tokens, prompt and answer, where the model allows more
+DTYPES = ("auto", "float32", "bfloat16")
 
 
 @register_model("camopd_jax")
@@ -41,52 +48,64 @@ class CamopdLM(TemplateLM):
         seed: int = 0,
         **_: Any,
     ):
-        """
+        """Loads the model. lm_eval passes the fields of --model_args, as numbers or text.
+
         Args:
           path: Hugging Face folder or hub name.
           batch_size: rows of a batch; data x fsdp has to divide it.
           max_length: of prompt and answer in tokens; longer ones lose their front. Default: the model's, at most 4,096.
-          max_gen_toks: of an answer, where the task does not say; at most half of max_length.
+          max_gen_toks: of an answer, where the task gives no number; at most half of max_length.
           dtype: of parameters and matrix products: auto, float32 or bfloat16.
           data, fsdp, tensor: devices along each axis of the mesh.
           seed: of sampled answers.
+
+        Raises:
+          UserError: for a model that cannot be read, and for sizes that do not fit the devices.
         """
         super().__init__()
-        folder = engine.find(path, "--model_args path")
+        if dtype not in DTYPES:
+            raise UserError(f"--model_args dtype={dtype}: give {', '.join(DTYPES)}")
+        folder = loading.find(path, "--model_args path")
         positions = int(hf.read_config(folder).get("max_position_embeddings", MAX_LENGTH))
         self.max_length = int(max_length) if max_length else min(MAX_LENGTH, positions)
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self.max_gen_toks, self.seed = int(max_gen_toks), int(seed)
-        compute = Compute(teacher=dtype, matmul=dtype)
-        self.loaded = engine.load(
-            folder, make_mesh(int(data), int(fsdp), int(tensor)), compute, dtype=engine.teacher_dtype(compute),
-            context=self.max_length,
-        )  # fmt: skip
+        compute = Compute(teacher=dtype, matmul=dtype)  # type: ignore[arg-type]  # one of DTYPES
+        mesh, weights = make_mesh(int(data), int(fsdp), int(tensor)), loading.teacher_dtype(compute)
+        self.loaded = loading.load(folder, mesh, compute, dtype=weights, context=self.max_length)
         self.tokenizer = self.loaded.tokenizer
 
     # ------------------------------------------------------------------------------------ tokens
 
     @property
     def tokenizer_name(self) -> str:
+        """Under which lm_eval keeps answers that depend on the tokenizer."""
         return str(self.loaded.folder)
 
     @property
     def eot_token_id(self) -> int:
+        """The token that ends a text."""
         return self.loaded.eos_ids[0]
 
     @property
     def prefix_token_id(self) -> int:
+        """The token before the first of a text."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        """Token ids; unless told, with the tokenizer's special tokens where the text does not begin with them."""
+        """Token ids of a text.
+
+        Args:
+          add_special_tokens: None: with special tokens, unless the text begins with the first of them.
+        """
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
-    def apply_chat_template(self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def apply_chat_template(self, chat_history: Messages, add_generation_prompt: bool = True) -> str:
+        """A conversation as the chat template writes it."""
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"{self.loaded.folder}: its tokenizer has no chat template; leave --apply_chat_template out"
@@ -100,64 +119,78 @@ class CamopdLM(TemplateLM):
 
     # -------------------------------------------------------------------------------- likelihoods
 
-    def _loglikelihood_tokens(self, requests: list, **_: Any) -> list[tuple[float, bool]]:
-        """Of each (texts, context ids, continuation ids): its log-likelihood, and whether greedy decoding says it."""
-        found = self._score([(context, continuation) for _, context, continuation in requests])
-        results = [(float(row[:, 0].sum()), bool(np.all(row[:, 0] >= row[:, 1]))) for row in found]
-        for (texts, _, _), result in zip(requests, results, strict=True):
-            if texts is not None:
-                self.cache_hook.add_partial("loglikelihood", texts, result)
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
+        """The log-likelihood of each (texts, context ids, continuation ids), and whether it is the greedy answer."""
+        log_probs = self._score([(context, continuation) for _, context, continuation in requests])
+        results = [(float(row[:, 0].sum()), bool(np.all(row[:, 0] >= row[:, 1]))) for row in log_probs]
+        for request, result in zip(requests, results, strict=True):
+            if request[0] is not None:
+                self.cache_hook.add_partial("loglikelihood", request[0], result)
         return results
 
-    def loglikelihood_rolling(self, requests: list, disable_tqdm: bool = False) -> list[float]:
-        """Of whole texts, in windows of `max_length` where they are longer."""
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """The log-likelihood of each text, in windows of `max_length` if it is longer."""
         windows, owners = [], []
         for i, request in enumerate(requests):
             (text,) = request.args
-            for pair in get_rolling_token_windows(self.tok_encode(text), self.prefix_token_id, self.max_length - 1, 1):
-                windows.append(make_disjoint_window(pair))
+            ids = self.tok_encode(text)
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1):
+                windows.append(make_disjoint_window(window))
                 owners.append(i)
         sums = [0.0] * len(requests)
-        for i, row in zip(owners, self._score(windows), strict=True):
-            sums[i] += float(row[:, 0].sum())
+        for i, log_probs in zip(owners, self._score(windows), strict=True):
+            sums[i] += float(log_probs[:, 0].sum())
         for request, value in zip(requests, sums, strict=True):
             self.cache_hook.add_partial("loglikelihood_rolling", request.args, value)
         return sums
 
-    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[np.ndarray]:
-        """float32[n, 2] for the n tokens of each continuation; a pair that is too long loses its front."""
-        room = [max(1, self.max_length - len(continuation)) for _, continuation in pairs]
-        contexts = [context[-n:] for (context, _), n in zip(pairs, room, strict=True)]
-        continuations = [continuation for _, continuation in pairs]
-        return engine.score_responses(self.loaded, contexts, continuations, batch_size=self.batch_size, with_top=True)
+    def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[np.ndarray]:
+        """float32[n, 2] of (context, continuation) pairs: the log-probability of each of the continuation's n tokens,
+        and that of the likeliest token at its position. A pair that is too long loses its front.
+        """
+        contexts = [context[-max(1, self.max_length - len(after)) :] for context, after in pairs]
+        continuations = [after for _, after in pairs]
+        return score_responses(self.loaded, contexts, continuations, batch_size=self.batch_size, with_top=True)
 
     # ------------------------------------------------------------------------------------ answers
 
-    def generate_until(self, requests: list, disable_tqdm: bool = False) -> list[str]:
-        """Answers, cut at the first of the task's stop strings."""
-        groups: dict[tuple[int, Sampling], list[int]] = defaultdict(list)
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """An answer to each prompt, cut at the first of its stop strings."""
+        groups: dict[tuple[int, Sampling], list[int]] = defaultdict(list)  # requests that are sampled alike
         stops = []
+        end_of_text = self.tokenizer.decode([self.eot_token_id])
         for i, request in enumerate(requests):
             settings = normalize_gen_kwargs(request.args[1], self.max_gen_toks)
-            stops.append(handle_stop_sequences(settings["until"], self.tokenizer.decode([self.eot_token_id])))
-            sampling = Sampling(
-                temperature=settings["temperature"] if settings["do_sample"] else 0.0,
-                top_k=int(settings.get("top_k") or 0),
-                top_p=float(settings.get("top_p") or 1.0),
-                min_p=float(settings.get("min_p") or 0.0),
-            )
-            groups[min(settings["max_gen_toks"], self.max_length // 2), sampling].append(i)
+            stops.append(handle_stop_sequences(settings["until"], end_of_text))
+            groups[min(settings["max_gen_toks"], self.max_length // 2), _sampling(settings)].append(i)
         texts = [""] * len(requests)
         for (max_new, sampling), numbers in groups.items():
             prompts = [self.tok_encode(requests[i].args[0])[-(self.max_length - max_new) :] for i in numbers]
-            answers = engine.answer(
-                self.loaded, prompts, max_new=max_new, batch_size=self.batch_size, sampling=sampling, seed=self.seed,
+            answers = answer(
+                self.loaded,
+                prompts,
+                max_new=max_new,
+                batch_size=self.batch_size,
+                sampling=sampling,
+                seed=self.seed,
                 rows=numbers,
-            )  # fmt: skip
-            for i, answer in zip(numbers, answers, strict=True):
-                texts[i] = _until(answer.text, stops[i])
+            )
+            for i, given in zip(numbers, answers, strict=True):
+                texts[i] = _until(given.text, stops[i])
                 self.cache_hook.add_partial("generate_until", requests[i].args, texts[i])
         return texts
+
+
+def _sampling(settings: Mapping[str, Any]) -> Sampling:
+    """How lm_eval's settings of a request have its answer sampled."""
+    return Sampling(
+        temperature=settings["temperature"] if settings["do_sample"] else 0.0,
+        top_k=int(settings.get("top_k") or 0),
+        top_p=float(settings.get("top_p") or 1.0),
+        min_p=float(settings.get("min_p") or 0.0),
+    )
 
 
 def _until(text: str, stops: list[str]) -> str:
@@ -165,10 +198,13 @@ def _until(text: str, stops: list[str]) -> str:
     return text[: min((at for stop in stops if stop and (at := text.find(stop)) >= 0), default=len(text))]
 
 
-def start() -> None:
-    """Takes the flags of several processes from the command line, joins them and leaves the rest to lm_eval.
+def join_processes() -> None:
+    """Reads the flags of several processes, joins the processes and leaves the other flags to lm_eval.
 
-    The processes work as one: of those, lm_eval lets the one whose LOCAL_RANK is 0 report.
+    The processes work as one. lm_eval reports from the process whose LOCAL_RANK is 0.
+
+    Raises:
+      UserError: for flags that are incomplete or no numbers.
     """
     own = flags.FlagValues()
     own.set_gnu_getopt()
@@ -177,6 +213,6 @@ def start() -> None:
         sys.argv = own(sys.argv, known_only=True)
     except flags.Error as error:
         raise UserError(f"{error}; give numbers") from error
-    engine.start(cli.processes(own))
+    start(cli.processes(own))
     if is_distributed():
         os.environ["LOCAL_RANK"] = str(jax.process_index())

@@ -1,31 +1,36 @@
-"""What a benchmark is: what it adds to a question, and how it grades an answer."""
+"""A benchmark's rules: what is added to its questions, and how an answer is graded."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
 
-Row = dict[str, Any]
+from camopd_jax.data.columns import Row as Row
 
 
 @dataclass(frozen=True)
 class Grade:
-    """What one answer is worth."""
+    """The grade of one answer."""
 
-    score: float  # in [0, 1]
-    marked: bool = True  # the answer has the form the benchmark asks for
+    value: float  # in [0, 1]
+    marked: bool = True  # whether the answer has the form that the benchmark asks for
     parts: dict[str, tuple[float, float]] = field(default_factory=dict)  # further counts by name: (right, of)
+
+
+def _no_check() -> None:
+    pass
 
 
 @dataclass(frozen=True)
 class Task:
-    """A benchmark's rules. Rows are questions: "messages", and the fields that `needs` names."""
+    """A benchmark's rules. Its rows are questions: a prompt, and the fields that `needs` names."""
 
-    grade: Callable[[str, Row], Grade]
-    instruction: str = ""  # put behind the question: the form of the answer
-    needs: tuple[str, ...] = ("answer",)
-    dataset: str = ""  # where the benchmark itself lies, as a Stream's source
-    split: str = "test"
+    grade: Callable[[str, Row], Grade]  # of an answer's text to a row
+    instruction: str = ""  # put behind each question: the form of the answer
+    needs: tuple[str, ...] = ("answer",)  # fields of a row that `grade` reads
+    dataset: str = ""  # the benchmark's own questions, as a Stream's source; "": it has none
+    split: str = "test"  # of `dataset`
     threads: int = 1  # answers graded at one time
-    grader: str = ""  # who grades, where that costs: a grade that it gave is not asked for again
-    given: bool = False  # the model is not asked for answers but for the likelihood of given ones
-    check: Callable[[], None] = lambda: None  # raises a UserError where something that grading needs is not there
+    grader: str = ""  # names who grades, where grading costs: a grade of the same grader is not computed again
+    # Whether the model's likelihood of the row's given answer is graded, instead of an answer of its own. `grade` then
+    # takes the mean log-probability of the given answer's tokens, in nats, as text
+    given: bool = False
+    check: Callable[[], None] = _no_check  # raises a UserError if a package or setting that grading needs is missing

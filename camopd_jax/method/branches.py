@@ -8,8 +8,9 @@ from pathlib import Path
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.data import templates
 from camopd_jax.data.pipeline import PromptStream
-from camopd_jax.inference import engine
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.data.templates import Tokenizers
+from camopd_jax.inference import loading
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.objectives import Objective
 from camopd_jax.method.setup import Setup, check_model
 from camopd_jax.models import hf
@@ -95,10 +96,10 @@ def find_models(config: TrainConfig) -> dict[str, Path]:
     return {name: find_model(config, name, field) for name, field in teacher_names(config).items()}
 
 
-def find_model(config: TrainConfig, name: str, field: str, files: Sequence[str] = engine.CHECKPOINT) -> Path:
+def find_model(config: TrainConfig, name: str, field: str, files: Sequence[str] = loading.CHECKPOINT) -> Path:
     """The folder of one of `teacher_names`, with these files."""
     own = {"general": config.general_model, "specialised": config.specialised_model}
-    return engine.find(own.get(name, name), field, files)
+    return loading.find(own.get(name, name), field, files)
 
 
 def load_models(setup: Setup) -> Models:
@@ -113,13 +114,13 @@ def load_models(setup: Setup) -> Models:
     student = folders["specialised"]
     others = [folder for name, folder in folders.items() if name != "specialised"]
     warnings = [templates.check_same_tokenizer(student, folder) for folder in others]
-    configs = {name: engine.model_config(folder, setup.context) for name, folder in folders.items()}
+    configs = {name: loading.model_config(folder, setup.context) for name, folder in folders.items()}
     for model in configs.values():
         check_model(model, setup.mesh, config.compute, setup.dtype)
     vocab = min(model.vocab_size for model in configs.values())
 
     def load(folder: Path, dtype: str) -> Loaded:
-        return engine.load(
+        return loading.load(
             folder, setup.mesh, config.compute, dtype=dtype, context=setup.context, output_vocab_size=vocab
         )
 
@@ -153,12 +154,12 @@ def make_branches(
 
     def branch(number: int, name: str) -> Branch:
         rollout = dataclasses.replace(config.rollout, batch_size=rows[name])
-        tokenizers = models.student.tokenizer, models.teacher(config.branches[name].teacher).tokenizer
+        teacher = models.teacher(config.branches[name].teacher)
         own_rows: Sequence[int] = rows_of_process(setup.mesh, rows[name])
         prompts = PromptStream(
             config.branches[name].prompts,
             rollout,
-            *tokenizers,
+            Tokenizers(models.student.tokenizer, teacher.tokenizer),
             len(config.branches) * seed + number,
             own_rows,
             f"config.branches.{name}.prompts",

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from camopd_jax.config.schema import Sampling
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import Branch
 from camopd_jax.method.gradient import Gradient, Learner, Lesson, Loss
@@ -26,8 +26,8 @@ from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.rollout.score import LOG_PROB, Reading, micro_batches, score_batch
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import gather, global_rows, sharding
-from camopd_jax.runtime.metrics import Stages
 from camopd_jax.runtime.offload import Waiting
+from camopd_jax.runtime.timing import Stages
 from camopd_jax.types import (
     Batch,
     LanguageModel,
@@ -136,14 +136,14 @@ class Programs:
             branch.teacher.offload()
         teacher_params = branch.teacher.fetch()
         with self.stages("rollout"):
-            model, params, asked = self.model, self.params(state), prompts.student
+            model, params, tokens = self.model, self.params(state), prompts.student
             if self.setup.config.method.answers == "teacher":
-                model, params, asked = branch.teacher.model, teacher_params, prompts.teacher
+                model, params, tokens = branch.teacher.model, teacher_params, prompts.teacher
             if model.mesh is not None:
                 model = model.on(self.setup.rollout_mesh)
             params = generate.for_decoding(model, params)
             keys = self.keys(draw, prompts.index)
-            answers = generate.answers(model, params, asked, keys, self.decode, meanwhile)
+            answers = generate.answers(model, params, tokens, keys, self.decode, meanwhile)
             if model.mesh != self.model.mesh:
                 answers = self.move_answers(answers)
             return _cut_to_bucket(answers, self.setup.config.rollout.smallest_bucket)
@@ -159,12 +159,12 @@ class Programs:
         with self.stages("score"):
             teacher, objective = branch.teacher, branch.objective
             params = teacher.fetch()
-            asked = answers.after(prompts.teacher)
-            record = self._score(teacher.model, params, asked, TeacherReading(objective))
+            sequences = answers.after(prompts.teacher)
+            record = self.forward(teacher.model, params, sequences, TeacherReading(objective))
             student = answers.log_probs
             if forward:
                 sequences = answers.after(prompts.student)
-                student = self._score(self.model, self.params(state), sequences, LOG_PROB)["log_prob"]
+                student = self.forward(self.model, self.params(state), sequences, LOG_PROB)["log_prob"]
             log_probs = LogProbs(student, record.pop("log_prob"))
             head = head_params(teacher.model, params) if objective.teacher_logits else {}
             if self._offloads:
@@ -178,7 +178,8 @@ class Programs:
         with self.stages("select"):
             return jax.block_until_ready(self.selecting[branch.name](log_probs, answers.lengths, draw))
 
-    def _score(self, model: LanguageModel, params: Params, sequences: Sequences, reading: Reading) -> Record:
+    def forward(self, model: LanguageModel, params: Params, sequences: Sequences, reading: Reading) -> Record:
+        """What is read of a model at each token of given answers, a micro-batch at a time."""
         config = self.setup.config
         parts = micro_batches(model.mesh, sequences, self.setup.score_batch, config.rollout.smallest_bucket)
         return score_batch(model, params, sequences, parts, config.compute.logits_chunk, reading)

@@ -30,10 +30,10 @@ class Observer(Protocol):
     def log(self, record: StepRecord) -> None:
         """Light work: metrics and samples. Called for step n-1 while the devices roll out step n."""
 
-    def due(self, steps_done: int) -> bool:
-        """Whether `milestone` is called between this step and the next."""
+    def pauses_after(self, steps_done: int) -> bool:
+        """Whether `pause` is called between this step and the next."""
 
-    def milestone(self, steps_done: int, state: TrainState) -> bool:
+    def pause(self, steps_done: int, state: TrainState) -> bool:
         """Checkpoints and evaluations, after `log` of every step so far. True ends the run here."""
 
 
@@ -55,10 +55,10 @@ class Recorder:
             self._check_sampler(step, metrics if config.method.schedule != schedule.MIXED else metrics[name])
         phase = schedule.phase(config, step)
         self._last = StepRecord(step, phase, batches, metrics, self._programs.stages.finish())
-        if not self._observer.due(step + 1):
+        if not self._observer.pauses_after(step + 1):
             return False
         self.log_last()
-        return self._observer.milestone(step + 1, state)
+        return self._observer.pause(step + 1, state)
 
     def log_last(self) -> None:
         """Hands the last step to the observer, if that has not been done."""

@@ -42,8 +42,7 @@ def phases(config: TrainConfig) -> dict[str, float]:
 
 
 def batch_rows(config: TrainConfig) -> dict[str, int]:
-    """Prompts of each branch in a step in which it acts. A mixed batch is split in proportion to the branches' steps.
-    """
+    """Prompts of each branch in a step in which it acts. A mixed batch is split in proportion to their `steps`."""
     rows = config.rollout.batch_size
     if config.method.schedule != MIXED:
         return dict.fromkeys(config.branches, rows)

@@ -10,14 +10,14 @@ from jax.sharding import Mesh
 
 from camopd_jax.config.schema import Compute, Evaluation, SftConfig, TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.inference import engine
+from camopd_jax.inference import loading
 from camopd_jax.method import schedule
 from camopd_jax.method.objectives import Objective, objective
 from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.weights import shardings
 from camopd_jax.runtime.buckets import bucket
-from camopd_jax.runtime.mesh import check_rows, make_mesh, platform, reshape_mesh
+from camopd_jax.runtime.mesh import check_rows, mesh_of, platform, reshape_mesh
 
 
 @dataclass(frozen=True)
@@ -58,16 +58,16 @@ def resolve(config: TrainConfig, devices: Any = None) -> Setup:
       UserError: naming the field, for a mesh that the devices do not make, for batches that it does not divide, and for
         fields that do not go together on this platform.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor, devices=devices)
+    mesh = mesh_of(config.mesh, devices)
     wanted = config.rollout.mesh
     tensor = wanted.tensor or mesh.shape["tensor"]
-    dtype = engine.matmul_dtype(config.compute, platform(mesh))
+    dtype = loading.matmul_dtype(config.compute, platform(mesh))
     setup = Setup(
         config=config,
         mesh=mesh,
         rollout_mesh=reshape_mesh(mesh, wanted.data, wanted.fsdp, tensor, "config.rollout.mesh"),
         dtype=dtype,
-        teacher_dtype=engine.teacher_dtype(config.compute, platform(mesh)),
+        teacher_dtype=loading.teacher_dtype(config.compute, platform(mesh)),
         rows=schedule.batch_rows(config),
         score_batch=config.rollout.score_batch or config.optimizer.micro_batch,
         objectives={name: _objective(config, name) for name in config.branches},
@@ -101,7 +101,7 @@ def resolve_fine_tuning(config: SftConfig) -> Mesh:
     Raises:
       UserError: as `resolve`.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     check_rows(mesh, "config.batch_size", config.batch_size)
     check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
     check_evaluation(config.evaluation, mesh)
@@ -125,13 +125,13 @@ def _trusts_sampler(config: TrainConfig, dtype: str) -> bool:
 
 def _objective(config: TrainConfig, branch: str) -> Objective:
     field, text = f"config.branches.{branch}.objective", config.branches[branch].objective
-    found = objective(text, field)
-    if config.method.answers == "teacher" and not found.off_policy:
+    chosen = objective(text, field)
+    if config.method.answers == "teacher" and not chosen.off_policy:
         raise UserError(
             f"{field} is {text!r}, whose gap says nothing of answers that the teacher gave "
             "(config.method.answers is 'teacher'); give cross_entropy"
         )
-    return found
+    return chosen
 
 
 def _check_batches(setup: Setup) -> None:

@@ -1,17 +1,19 @@
 """Attention, in one function: plainly, or by a platform's fused kernel (fused.py)."""
 
+from collections.abc import Callable
+
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from camopd_jax.errors import UserError
 from camopd_jax.models import fused
+from camopd_jax.models.config import AttentionSpec
 from camopd_jax.runtime.mesh import batch_shards, platform
 from camopd_jax.types import EMPTY
 
 # Scores of at most this many query-key pairs (all rows and heads of one chip) exist at one time.
 _MAX_SCORES = 2**26
-_HALVED = 128  # queries of a row, from which on two products cost a CPU less than one twice as large
+_HALVED_FROM = 128  # queries of a row, from which on two products cost a CPU less than one twice as large
 
 
 def attend(
@@ -20,13 +22,8 @@ def attend(
     value: jax.Array,
     query_positions: jax.Array,
     key_positions: jax.Array | None,
-    *,
-    windows: tuple[int | None, ...],
-    kind: jax.Array | int,
-    scale: float,
-    softcap: float | None,
-    mesh: Mesh | None = None,
-    form: str = "xla",
+    spec: AttentionSpec,
+    window_index: jax.Array | int = 0,
 ) -> jax.Array:
     """Softmax attention of grouped heads, `[B, S, H, K]`.
 
@@ -38,80 +35,95 @@ def attend(
       key, value: [B, G, S', K], heads first as a cache holds them: no step of decoding transposes it. G divides H.
       query_positions: int32[B or 1, S].
       key_positions: int32[B or 1, S']; None: rows attend to themselves, and slot i is position i.
-      windows: those of the model's layers, None where a layer sees everything; `kind` (a number or int32[]) is
-        which of them holds here.
-      scale: factor on q.k, before `softcap * tanh(scores / softcap)`.
-      mesh: what rows and heads are split over; None: one device.
-      form: of whole rows. "fused": by the platform's kernel; "auto": so where the rows are long enough for it; "xla":
-        plainly, as always over a cache.
+      window_index: which of `spec.windows` holds here, a number or int32[].
 
     Raises:
-      UserError: for form "fused" and rows that the mesh does not divide.
+      ValueError: for the implementation "fused" and rows that the mesh does not divide.
     """
-    to_themselves = key_positions is None
-    if to_themselves:
-        length, even = query.shape[1], query.shape[0] % batch_shards(mesh) == 0
-        if form == "fused" and not even:
-            raise UserError(
-                f"config.compute.attention is 'fused', and a batch of {query.shape[0]} rows does not divide by data x "
-                f"fsdp = {batch_shards(mesh)} of the mesh; give config.compute.attention=auto or change config.mesh"
-            )
-        if form == "fused" or (form == "auto" and even and length >= fused.SHORTEST):
-            return fused.attend_rows(
-                query, key, value, windows=windows, kind=kind, scale=scale, softcap=softcap, mesh=mesh
-            )
-        key_positions = query_positions
-    window = _window(windows, kind)
-    batch, length, heads, width = query.shape
-    rows = max(1, _MAX_SCORES // (_share(batch, heads, mesh) * key.shape[2]))
+    if key_positions is None and _takes_kernel(query, spec):
+        return fused.attend_rows(query, key, value, spec, window_index)
+    window = _window(spec.windows, window_index)
+    batch, length, heads, _ = query.shape
+    queries = max(1, _MAX_SCORES // (_local_heads(batch, heads, spec.mesh) * key.shape[2]))  # of a row, at one time
+    if key_positions is None and _HALVED_FROM <= length <= queries and platform(spec.mesh) == "cpu":
+        return _attend_by_halves(query, key, value, query_positions, window, spec)
+    key_positions = query_positions if key_positions is None else key_positions
 
     def block(query: jax.Array, query_positions: jax.Array) -> jax.Array:
-        return _attend(query, key, value, query_positions, key_positions, window, scale, softcap)
+        return _attend(query, key, value, query_positions, key_positions, window, spec)
 
-    if length <= rows:
-        if to_themselves and length >= _HALVED and platform(mesh) == "cpu":
-            return _by_halves(query, key, value, query_positions, window, scale, softcap)
-        return block(query, query_positions)
-    # Too many scores for one piece: queries in chunks, each computed again in the backward pass.
-    chunks = -(-length // rows)
-    padding = chunks * rows - length
+    return block(query, query_positions) if length <= queries else _in_chunks(block, query, query_positions, queries)
+
+
+def _takes_kernel(query: jax.Array, spec: AttentionSpec) -> bool:
+    """Whether whole rows `[B, S, H, K]` go through the fused kernel."""
+    rows, length, shards = query.shape[0], query.shape[1], batch_shards(spec.mesh)
+    if spec.implementation == "fused" and rows % shards:
+        raise ValueError(f"fused attention: {rows} rows do not divide by data x fsdp = {shards} of the mesh")
+    long_enough = spec.implementation == "auto" and rows % shards == 0 and length >= fused.SHORTEST
+    return long_enough or spec.implementation == "fused"
+
+
+def _window(windows: tuple[int | None, ...], index: jax.Array | int) -> jax.Array | int | None:
+    """The window that holds; None where no layer has one."""
+    if len(windows) == 1 or isinstance(index, int):
+        return windows[index if isinstance(index, int) else 0]
+    return jnp.asarray([EMPTY if w is None else w for w in windows], jnp.int32)[index] if any(windows) else None
+
+
+def _in_chunks(
+    block: Callable[[jax.Array, jax.Array], jax.Array], query: jax.Array, query_positions: jax.Array, size: int
+) -> jax.Array:
+    """`block` of so many queries of each row at one time; every chunk is computed again in the backward pass."""
+    batch, length, heads, width = query.shape
+    chunks = -(-length // size)
+    padding = chunks * size - length
     query = jnp.pad(query, ((0, 0), (0, padding), (0, 0), (0, 0)))
     query_positions = jnp.pad(query_positions, ((0, 0), (0, padding)))
-    query = query.reshape(batch, chunks, rows, heads, width).swapaxes(0, 1)
-    query_positions = query_positions.reshape(query_positions.shape[0], chunks, rows).swapaxes(0, 1)
+    query = query.reshape(batch, chunks, size, heads, width).swapaxes(0, 1)
+    query_positions = query_positions.reshape(query_positions.shape[0], chunks, size).swapaxes(0, 1)
     out = jax.lax.map(lambda chunk: jax.checkpoint(block)(*chunk), (query, query_positions))
-    return out.swapaxes(0, 1).reshape(batch, chunks * rows, heads, width)[:, :length]
+    return out.swapaxes(0, 1).reshape(batch, chunks * size, heads, width)[:, :length]
 
 
-def _window(windows: tuple[int | None, ...], kind: jax.Array | int) -> jax.Array | int | None:
-    """The window that holds; None where no layer has one."""
-    if isinstance(kind, int):
-        return windows[kind]
-    return jnp.asarray([EMPTY if w is None else w for w in windows], jnp.int32)[kind] if any(windows) else None
-
-
-def _share(batch: int, heads: int, mesh: Mesh | None) -> int:
+def _local_heads(batch: int, heads: int, mesh: Mesh | None) -> int:
     """Rows times heads that one chip holds."""
     if mesh is None:
         return batch * heads
     return -(-batch // batch_shards(mesh)) * (heads // mesh.shape["tensor"])
 
 
-def _by_halves(query, key, value, positions, *how) -> jax.Array:
+def _attend_by_halves(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    positions: jax.Array,
+    window: jax.Array | int | None,
+    spec: AttentionSpec,
+) -> jax.Array:
     """`_attend` of rows to themselves: the first half of the queries need not meet the second half of the keys."""
     half = query.shape[1] // 2
     early, late = positions[:, :half], positions[:, half:]
-    first = _attend(query[:, :half], key[:, :, :half], value[:, :, :half], early, early, *how)
-    return jnp.concatenate([first, _attend(query[:, half:], key, value, late, positions, *how)], axis=1)
+    first = _attend(query[:, :half], key[:, :, :half], value[:, :, :half], early, early, window, spec)
+    second = _attend(query[:, half:], key, value, late, positions, window, spec)
+    return jnp.concatenate([first, second], axis=1)
 
 
-def _attend(query, key, value, query_positions, key_positions, window, scale, softcap) -> jax.Array:
+def _attend(
+    query: jax.Array,
+    key: jax.Array,
+    value: jax.Array,
+    query_positions: jax.Array,
+    key_positions: jax.Array,
+    window: jax.Array | int | None,
+    spec: AttentionSpec,
+) -> jax.Array:
     batch, length, heads, width = query.shape
     groups = key.shape[1]
     query = query.reshape(batch, length, groups, heads // groups, width)
-    scores = jnp.einsum("bsgrk,bgtk->bgrst", query, key, preferred_element_type=jnp.float32) * scale
-    if softcap is not None:
-        scores = softcap * jnp.tanh(scores / softcap)
+    scores = jnp.einsum("bsgrk,bgtk->bgrst", query, key, preferred_element_type=jnp.float32) * spec.scale
+    if spec.softcap is not None:
+        scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     seen = key_positions[:, None, :] <= query_positions[:, :, None]
     if window is not None:
         seen &= key_positions[:, None, :] > query_positions[:, :, None] - window

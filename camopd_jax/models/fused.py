@@ -12,22 +12,32 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from camopd_jax.models.config import ModelConfig
-from camopd_jax.runtime.mesh import platform, spec
+from camopd_jax.models.config import AttentionSpec, ModelConfig
+from camopd_jax.runtime.mesh import platform
+from camopd_jax.runtime.mesh import spec as axes_spec
 
 SHORTEST = 128  # slots: fewer are one block of the TPU's kernel, and the plain form's scores are small
 _BLOCKS = (512, 256, 128)  # queries, and keys, that the TPU's kernel takes at one time
 _RESIDUAL_BYTES = 2**28  # the TPU's kernel writes its log-sums 128 times each: rows at a time are limited by them
 
+Kernel = Callable[..., jax.Array]
 
-def obstacle(config: ModelConfig, mesh: Mesh | None, dtype: str) -> str | None:
-    """Why no fused kernel takes a model's attention there; None where one does."""
-    where = platform(mesh)
-    if where == "tpu":
+
+def why_not(config: ModelConfig, mesh: Mesh | None, dtype: str) -> str | None:
+    """Why no fused kernel takes a model's attention on a mesh; None where one does.
+
+    Args:
+      dtype: of the matrix products.
+
+    Returns:
+      One clause for an error, without a full stop.
+    """
+    target = platform(mesh)
+    if mesh is None or target not in ("tpu", "gpu"):
+        return "only TPUs and NVIDIA GPUs have a kernel"
+    if target == "tpu":
         wide = config.head_dim % 64 == 0
         return None if wide else f"the TPU's kernel needs a head_dim that is a multiple of 64, not {config.head_dim}"
-    if where != "gpu":
-        return "only TPUs and NVIDIA GPUs have a kernel"
     capability = str(getattr(mesh.devices.flat[0], "compute_capability", ""))
     if re.fullmatch(r"\d+\.\d+", capability) is None or float(capability) < 8:
         return "cuDNN's kernel needs an NVIDIA GPU of compute capability 8.0 or later"
@@ -42,39 +52,32 @@ def obstacle(config: ModelConfig, mesh: Mesh | None, dtype: str) -> str | None:
 
 
 def attend_rows(
-    query: jax.Array,
-    key: jax.Array,
-    value: jax.Array,
-    *,
-    windows: tuple[int | None, ...],
-    kind: int | jax.Array,
-    scale: float,
-    softcap: float | None,
-    mesh: Mesh,
+    query: jax.Array, key: jax.Array, value: jax.Array, spec: AttentionSpec, window_index: jax.Array | int = 0
 ) -> jax.Array:
     """Causal softmax attention of rows `[B, S, H, K]` with themselves; see `attention.attend` for the arguments.
 
     B divides over the mesh's batch axes, H and G over its tensor axis.
     """
-    real = mesh.devices.flat[0].platform
-    kernel = cudnn if platform(mesh) == "gpu" else partial(splash_rows, interpret=real == "cpu")
+    assert spec.mesh is not None, "a kernel is chosen by the devices of a mesh"
+    interpret = spec.mesh.devices.flat[0].platform == "cpu"
+    kernel: Kernel = cudnn if platform(spec.mesh) == "gpu" else partial(splash, interpret=interpret)
     # A window of all slots is none; a kernel's window is part of its program.
-    windows = tuple(None if w is None or w >= query.shape[1] else w for w in windows)
+    windows = tuple(None if w is None or w >= query.shape[1] else w for w in spec.windows)
     distinct = tuple(dict.fromkeys(windows))
-    kinds: list[Callable] = [partial(kernel, window=w, scale=scale, softcap=softcap) for w in distinct]
+    kernels = [partial(kernel, window=w, scale=spec.scale, softcap=spec.softcap) for w in distinct]
 
-    def local(query: jax.Array, key: jax.Array, value: jax.Array, kind: jax.Array) -> jax.Array:
-        if len(kinds) == 1:
-            return kinds[0](query, key, value)
-        return jax.lax.switch(kind, kinds, query, key, value)
+    def local(query: jax.Array, key: jax.Array, value: jax.Array, index: jax.Array) -> jax.Array:
+        if len(kernels) == 1:
+            return kernels[0](query, key, value)
+        return jax.lax.switch(index, kernels, query, key, value)
 
-    if len(kinds) > 1:
-        kind = jnp.asarray([distinct.index(w) for w in windows], jnp.int32)[kind]
-    rows, cached = spec("batch", "sequence", "heads", None), spec("batch", "kv_heads", "sequence", None)
+    index = jnp.asarray([distinct.index(w) for w in windows], jnp.int32)[window_index]
+    rows = axes_spec("batch", "sequence", "heads", None)
+    cached = axes_spec("batch", "kv_heads", "sequence", None)
     split = jax.shard_map(
-        local, mesh=mesh, in_specs=(rows, cached, cached, spec()), out_specs=rows, check_vma=False
-    )  # fmt: skip
-    return split(query, key, value, jnp.asarray(kind, jnp.int32))
+        local, mesh=spec.mesh, in_specs=(rows, cached, cached, axes_spec()), out_specs=rows, check_vma=False
+    )
+    return split(query, key, value, index)
 
 
 def cudnn(
@@ -83,12 +86,17 @@ def cudnn(
     """One GPU's rows and heads, by cuDNN."""
     assert softcap is None
     return jax.nn.dot_product_attention(
-        query, key.swapaxes(1, 2), value.swapaxes(1, 2), scale=scale, is_causal=True,
-        local_window_size=None if window is None else (window - 1, 0), implementation="cudnn",
-    )  # fmt: skip
+        query,
+        key.swapaxes(1, 2),
+        value.swapaxes(1, 2),
+        scale=scale,
+        is_causal=True,
+        local_window_size=None if window is None else (window - 1, 0),
+        implementation="cudnn",
+    )
 
 
-def splash_rows(
+def splash(
     query: jax.Array,
     key: jax.Array,
     value: jax.Array,
@@ -104,18 +112,18 @@ def splash_rows(
     query = (query.astype(jnp.float32) * scale).astype(query.dtype).swapaxes(1, 2)
     # Slots behind a row's end: no query before them sees their keys.
     query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, padded - slots), (0, 0))) for x in (query, key, value))
-    kernel = _splash(padded, heads, block, window, softcap, interpret)
-    together = max(1, _RESIDUAL_BYTES // (heads * padded * 128 * 4))
+    kernel = _splash_kernel(padded, heads, block, window, softcap, interpret)
+    rows = max(1, _RESIDUAL_BYTES // (heads * padded * 128 * 4))
     with jax.named_scope(f"attention_of_{pairs(padded, window)}_pairs_{width}_wide"):
-        if together >= batch:
+        if rows >= batch:
             out = jax.vmap(kernel)(query, key, value)
         else:
-            out = jax.lax.map(lambda row: kernel(*row), (query, key, value), batch_size=together)
+            out = jax.lax.map(lambda row: kernel(*row), (query, key, value), batch_size=rows)
     return out[:, :, :slots].swapaxes(1, 2)
 
 
 def blocks(slots: int) -> tuple[int, int]:
-    """(block, slots padded to whole blocks): the largest block that adds at most an eighth."""
+    """(block, slots padded to full blocks): the largest block that adds at most an eighth."""
     sizes = [(block, -(-slots // block) * block) for block in _BLOCKS]
     return next((one for one in sizes if one[1] * 8 <= slots * 9), sizes[-1])
 
@@ -127,22 +135,32 @@ def pairs(slots: int, window: int | None) -> int:
 
 
 @lru_cache(maxsize=64)
-def _splash(
+def _splash_kernel(
     slots: int, heads: int, block: int, window: int | None, softcap: float | None, interpret: bool
 ) -> Callable[[jax.Array, jax.Array, jax.Array], jax.Array]:
     # Slow to import, and only needed here.
-    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as library
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
     shape = (slots, slots)
     mask = masks.CausalMask(shape) if window is None else masks.LocalMask(shape, (window - 1, 0), 0)
-    sizes = splash.BlockSizes(
-        block_q=block, block_kv=block, block_kv_compute=block, block_q_dkv=block, block_kv_dkv=block,
-        block_kv_dkv_compute=block, block_q_dq=block, block_kv_dq=block,
-    )  # fmt: skip
+    sizes = library.BlockSizes(
+        block_q=block,
+        block_kv=block,
+        block_kv_compute=block,
+        block_q_dkv=block,
+        block_kv_dkv=block,
+        block_kv_dkv_compute=block,
+        block_q_dq=block,
+        block_kv_dq=block,
+    )
     with jax.ensure_compile_time_eval():
-        made = splash.make_splash_mha(
-            masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-            attn_logits_soft_cap=softcap, interpret=interpret,
-        )  # fmt: skip
-        return jax.tree.map(np.asarray, made)  # no device's arrays: the program may be for others
+        kernel = library.make_splash_mha(
+            masks.MultiHeadMask([mask] * heads),
+            block_sizes=sizes,
+            head_shards=1,
+            q_seq_shards=1,
+            attn_logits_soft_cap=softcap,
+            interpret=interpret,
+        )
+        return jax.tree.map(np.asarray, kernel)  # no device's arrays: the program may be for others

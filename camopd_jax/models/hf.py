@@ -3,6 +3,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,13 @@ from safetensors.numpy import save_file
 
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import ModelConfig
-from camopd_jax.models.weights import check_rows_cover, leaf_of, shardings, table, tree_of
+from camopd_jax.models.weights import MODULE_NAMES, check_rows_cover, leaf_of, shardings, table, tree_of
 from camopd_jax.types import Params
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 _INDEX = "model.safetensors.index.json"
 _SINGLE = "model.safetensors"
+_HEAD, _EMBEDDING = (f"{MODULE_NAMES[name]}.weight" for name in ("head", "embedding"))
 
 
 @dataclass(frozen=True)
@@ -64,23 +66,29 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     Raises:
       UserError: for all that `matching` refuses.
     """
-    found = matching(folder, config)
+    on_disk = matching(folder, config)
     places = shardings(config, mesh)
     leaves = {}
     for row in table(config):
-        layers = range(config.num_layers) if row.stacked else [0]
-        views = [row.from_hf(found[row.hf_name.format(i)].map()) for i in layers]
-
-        def piece(index: tuple[slice, ...], views=views, stacked=row.stacked) -> np.ndarray:
-            wanted = [view[index[1:]] for view in views[index[0]]] if stacked else [views[0][index]]
-            out = np.empty((len(wanted), *wanted[0].shape), dtype)
-            for layer, view in zip(out, wanted, strict=True):
-                layer[...] = view
-            return out if stacked else out[0]
-
+        views = [row.from_hf(on_disk[name].map()) for name in row.names(config.num_layers)]
+        piece = partial(_piece, views, row.stacked, dtype)
         leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(places, row.path), piece)
         leaves[row.path] = jax.block_until_ready(leaf)  # else the next piece is read while this one is still held
     return tree_of(leaves)
+
+
+def _piece(views: list[np.ndarray], stacked: bool, dtype: str, index: tuple[slice, ...] | None) -> np.ndarray:
+    """What one device holds of a parameter, read from the tensors that make it.
+
+    Args:
+      index: of the piece; None, which JAX's own type admits, does not occur.
+    """
+    assert index is not None
+    wanted = [view[index[1:]] for view in views[index[0]]] if stacked else [views[0][index]]
+    out = np.empty((len(wanted), *wanted[0].shape), dtype)
+    for layer, view in zip(out, wanted, strict=True):
+        layer[...] = view
+    return out if stacked else out[0]
 
 
 def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -89,16 +97,12 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     Raises:
       UserError: for missing, extra or misshaped tensors, and for all `tensors` refuses.
     """
-    found = tensors(folder)
-    names = {
-        row.hf_name.format(i): row.hf_shape
-        for row in table(config)
-        for i in range(config.num_layers if row.stacked else 1)
-    }
-    if config.tied_head and "lm_head.weight" in found:
-        _check_tied(found, folder)
-        names["lm_head.weight"] = (config.vocab_size, config.hidden_size)
-    missing, extra = sorted(names.keys() - found.keys()), sorted(found.keys() - names.keys())
+    on_disk = tensors(folder)
+    shapes = {name: row.hf_shape for row in table(config) for name in row.names(config.num_layers)}
+    if config.tied_head and _HEAD in on_disk:
+        _check_tied(on_disk, folder)
+        shapes[_HEAD] = (config.vocab_size, config.hidden_size)
+    missing, extra = sorted(shapes.keys() - on_disk.keys()), sorted(on_disk.keys() - shapes.keys())
     if missing:
         raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); fetch the checkpoint again")
     if extra:
@@ -106,13 +110,13 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
             f"{folder}: tensor {extra[0]} ({len(extra)} in all) has no place in a model of this config.json; "
             "config.json and weights belong to different models"
         )
-    for name, shape in names.items():
-        if found[name].shape != shape:
+    for name, shape in shapes.items():
+        tensor = on_disk[name]
+        if tensor.shape != shape:
             raise UserError(
-                f"{found[name].file}: tensor {name} has shape {list(found[name].shape)}, "
-                f"config.json asks for {list(shape)}"
+                f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
-    return found
+    return on_disk
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
@@ -140,18 +144,18 @@ def tensors(folder: Path) -> dict[str, Tensor]:
                 f"{folder}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors"
             )
         raise UserError(f"{folder}: no {_SINGLE} and no {_INDEX}; give a Hugging Face folder with safetensors")
-    found: dict[str, Tensor] = {}
+    on_disk: dict[str, Tensor] = {}
     for name in files:
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing, though {_INDEX} names it; fetch the checkpoint again")
-        part = _header(folder / name)
-        twice = found.keys() & part.keys()
+        of_file = _header(folder / name)
+        twice = on_disk.keys() & of_file.keys()
         if twice:
             raise UserError(f"{folder / name}: tensor {min(twice)} is in another file too; fetch the checkpoint again")
-        found |= part
-    if weight_map is not None and (lost := weight_map.keys() - found.keys()):
+        on_disk |= of_file
+    if weight_map is not None and (lost := weight_map.keys() - on_disk.keys()):
         raise UserError(f"{index}: tensor {min(lost)} is in none of the files; fetch the checkpoint again")
-    return {name: t for name, t in found.items() if not name.endswith("rotary_emb.inv_freq")}
+    return {name: t for name, t in on_disk.items() if not name.endswith("rotary_emb.inv_freq")}
 
 
 def tensor_dtypes(folder: Path) -> dict[str, np.dtype]:
@@ -175,37 +179,42 @@ def fingerprint(folder: Path) -> str:
 
 
 def _header(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file: 8 bytes of length, a JSON header, then the bytes it tells of."""
+    """The tensors of one file: 8 bytes of length, a JSON header, then the bytes that it describes."""
     size = file.stat().st_size
     try:
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
-            header = json.loads(stream.read(length)) if 0 < length <= size - 8 else None
+            if not 0 < length <= size - 8:
+                raise ValueError(length)
+            header = json.loads(stream.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        found = {}
-        for name, entry in entries.items():
-            start, stop = entry["data_offsets"]
-            if entry["dtype"] not in _DTYPES:
-                raise UserError(
-                    f"{file}: tensor {name} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} are read "
-                    "(quantised checkpoints: give the original)"
-                )
-            dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-            if stop - start != dtype.itemsize * int(np.prod(shape)) or start < 0:
-                raise ValueError(name)
-            if 8 + length + stop > size:
-                raise UserError(f"{file} is cut short at tensor {name}; fetch the checkpoint again")
-            found[name] = Tensor(file, dtype, shape, 8 + length + start)
-        return found
+        return {name: _entry(file, name, entry, 8 + length, size) for name, entry in entries.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(f"{file} is no safetensors file; fetch the checkpoint again") from error
 
 
-def _check_tied(found: dict[str, Tensor], folder: Path) -> None:
-    head, embedding = found["lm_head.weight"], found["model.embed_tokens.weight"]
+def _entry(file: Path, name: str, entry: dict[str, Any], data: int, size: int) -> Tensor:
+    """One tensor of a header; `data` is where the file's tensors begin, `size` where it ends, in bytes."""
+    start, stop = entry["data_offsets"]
+    if entry["dtype"] not in _DTYPES:
+        raise UserError(
+            f"{file}: tensor {name} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} are read "
+            "(quantised checkpoints: give the original)"
+        )
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if stop - start != dtype.itemsize * int(np.prod(shape)) or start < 0:
+        raise ValueError(name)
+    if data + stop > size:
+        raise UserError(f"{file} is cut short at tensor {name}; fetch the checkpoint again")
+    return Tensor(file, dtype, shape, data + start)
+
+
+def _check_tied(on_disk: dict[str, Tensor], folder: Path) -> None:
+    """Raises UserError if a head that config.json ties to the embedding differs from it."""
+    head, embedding = on_disk[_HEAD], on_disk[_EMBEDDING]
     if head.dtype != embedding.dtype or not np.array_equal(head.map().view(np.uint8), embedding.map().view(np.uint8)):
         raise UserError(
-            f"{folder / 'config.json'}: tie_word_embeddings is true, but lm_head.weight differs from the "
+            f"{folder / 'config.json'}: tie_word_embeddings is true, but {_HEAD} differs from the "
             "embedding; set it to false"
         )
 
@@ -241,45 +250,58 @@ def save(
       max_shard_bytes: files stay below this, and so does the host's memory.
     """
     check_rows_cover(params, config)
-    writer = jax.process_index() == 0
-    shards: list[list[str]] = []
-    pending: dict[str, np.ndarray] = {}
-    total = 0
-
-    def flush() -> None:
-        if writer:
-            file = folder / f"part-{len(shards)}"
-            file.touch()
-            mode = file.stat().st_mode
-            save_file(pending, file, metadata={"format": "pt"})
-            file.chmod(mode)  # safetensors keeps a file to its owner
-        shards.append(list(pending))
-        pending.clear()
-
+    files = _Files(folder, max_shard_bytes)
     for row in table(config):
         array = leaf_of(params, row.path)
-        for i in range(config.num_layers if row.stacked else 1):
-            name = row.hf_name.format(i)
-            ours = multihost_utils.process_allgather(array[i] if row.stacked else array, tiled=True)
-            tensor = np.ascontiguousarray(row.to_hf(np.asarray(ours)).astype(dtypes[name]))
-            copies = [name, "lm_head.weight"] if config.tied_head and row.path == ("embedding",) else [name]
+        for i, name in enumerate(row.names(config.num_layers)):
+            gathered = multihost_utils.process_allgather(array[i] if row.stacked else array, tiled=True)
+            tensor = np.ascontiguousarray(row.to_hf(np.asarray(gathered)).astype(dtypes[name]))
+            copies = (name, _HEAD) if config.tied_head and name == _EMBEDDING else (name,)
             for copy in copies:
                 if copy in dtypes:
-                    if pending and sum(t.nbytes for t in pending.values()) + tensor.nbytes > max_shard_bytes:
-                        flush()
-                    pending[copy] = tensor
-                    total += tensor.nbytes
-    flush()
-    if not writer:
-        return
-    (folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
-    if len(shards) == 1:
-        (folder / "part-0").rename(folder / _SINGLE)
-        return
-    weight_map = {}
-    for i, shard in enumerate(shards):
-        file = f"model-{i + 1:05d}-of-{len(shards):05d}.safetensors"
-        (folder / f"part-{i}").rename(folder / file)
-        weight_map |= dict.fromkeys(shard, file)
-    index = {"metadata": {"total_size": total}, "weight_map": dict(sorted(weight_map.items()))}
-    (folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+                    files.add(copy, tensor)
+    files.close(hf_config)
+
+
+class _Files:
+    """The safetensors files of a folder in the making: tensors join one until it is full."""
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self._folder, self._max_bytes = folder, max_bytes
+        self._writes = jax.process_index() == 0
+        self._names: list[list[str]] = []  # of the tensors of each file that is full
+        self._pending: dict[str, np.ndarray] = {}
+        self._total = 0
+
+    def add(self, name: str, tensor: np.ndarray) -> None:
+        if self._pending and sum(t.nbytes for t in self._pending.values()) + tensor.nbytes > self._max_bytes:
+            self._flush()
+        self._pending[name] = tensor
+        self._total += tensor.nbytes
+
+    def close(self, hf_config: dict[str, Any]) -> None:
+        """Writes what is pending and config.json, and gives the files the names that Hugging Face expects."""
+        self._flush()
+        if not self._writes:
+            return
+        (self._folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
+        if len(self._names) == 1:
+            (self._folder / "part-0").rename(self._folder / _SINGLE)
+            return
+        weight_map: dict[str, str] = {}
+        for i, names in enumerate(self._names):
+            file = f"model-{i + 1:05d}-of-{len(self._names):05d}.safetensors"
+            (self._folder / f"part-{i}").rename(self._folder / file)
+            weight_map |= dict.fromkeys(names, file)
+        index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
+        (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+
+    def _flush(self) -> None:
+        if self._writes:
+            file = self._folder / f"part-{len(self._names)}"
+            file.touch()
+            mode = file.stat().st_mode
+            save_file(self._pending, file, metadata={"format": "pt"})
+            file.chmod(mode)  # safetensors keeps a file to its owner
+        self._names.append(list(self._pending))
+        self._pending.clear()

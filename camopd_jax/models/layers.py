@@ -3,24 +3,57 @@
 Parameters are cast to the compute dtype where they are used; norms, rotations and softmax are float32.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax.sharding import Mesh
 
 from camopd_jax.models.attention import attend
-from camopd_jax.models.config import ModelConfig, Rope
-from camopd_jax.runtime.mesh import constrain
+from camopd_jax.models.config import AttentionSpec, Implementation, ModelConfig, Rope
+from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
 
-ACTIVATIONS = {"silu": jax.nn.silu, "gelu_tanh": lambda x: jax.nn.gelu(x, approximate=True)}
+ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
+    "silu": jax.nn.silu,
+    "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+}
+
+
+@struct.dataclass
+class Positions:
+    """Where the tokens of a call stand in their rows: the same for every layer."""
+
+    tokens: jax.Array  # int32[B or 1, S]
+    rotation: tuple[jax.Array, jax.Array]  # cosines and sines of every RoPE of the model, float32[R, B or 1, S, K / 2]
+
+
+@struct.dataclass
+class LayerKind:
+    """What tells one layer from another beside its parameters. Numbers, or arrays in a scan over layers."""
+
+    rope: jax.Array | int  # which of the model's RoPEs
+    window: jax.Array | int  # which of its attention windows
+
+
+@struct.dataclass
+class LayerCache:
+    """Keys and values of earlier tokens of a layer, which the tokens of a call join."""
+
+    keys: jax.Array  # [B, G, S', K]
+    values: jax.Array  # [B, G, S', K]
+    positions: jax.Array  # int32[B, S'], of each slot's token, the new ones included; EMPTY where there is none
+    slot: jax.Array  # int32[], that the first new token takes
+
+
+KeysValues = tuple[jax.Array, jax.Array]  # [B, G, S', K] each
 
 
 class RMSNorm(nn.Module):
-    """`x / rms(x) * (offset + scale)` over the last axis, in float32."""
+    """`rms_norm` with its weight."""
 
     eps: float
     offset: float
@@ -28,10 +61,14 @@ class RMSNorm(nn.Module):
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         initial = nn.initializers.constant(1.0 - self.offset)
-        scale = self.param("scale", initial, (x.shape[-1],)).astype(jnp.float32)
-        y = x.astype(jnp.float32)
-        y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + self.eps)
-        return (y * jnp.broadcast_to(self.offset + scale, y.shape)).astype(x.dtype)
+        return rms_norm(x, self.param("scale", initial, (x.shape[-1],)), self.eps, self.offset)
+
+
+def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
+    """`x / rms(x) * (offset + scale)` over the last axis, in float32. https://arxiv.org/abs/1910.07467, Eq 4."""
+    y = x.astype(jnp.float32)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    return (y * jnp.broadcast_to(offset + scale.astype(jnp.float32), y.shape)).astype(x.dtype)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
@@ -82,11 +119,15 @@ class Attention(nn.Module):
 
     config: ModelConfig
     mesh: Mesh | None
-    form: str  # of attention over whole rows
+    implementation: Implementation  # of attention over whole rows
 
     @nn.compact
-    def __call__(self, x_BSD: jax.Array, shared: dict[str, Any], layer: dict[str, Any]):
-        """The output `[B, S, D]`, and what joins or makes a cache: keys and values `[B, G, S', K]`, or None."""
+    def __call__(
+        self, x_BSD: jax.Array, positions: Positions, kind: LayerKind, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, KeysValues]:
+        """The output `[B, S, D]`, and the keys and values that were attended to: of the cache with these tokens in it,
+        or of these tokens alone.
+        """
         c = self.config
         std = c.initializer_range
 
@@ -102,32 +143,20 @@ class Attention(nn.Module):
         if c.qk_norm:
             query = RMSNorm(c.norm_eps, c.norm_offset, name="query_norm")(query)
             key = RMSNorm(c.norm_eps, c.norm_offset, name="key_norm")(key)
-        cos, sin = (table[layer["rope"]] for table in shared["rotation"])
+        cos, sin = (table[kind.rope] for table in positions.rotation)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
 
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        if layer["cache"]:  # (keys, values) of earlier tokens, each [B, G, S', K]
-            place = (0, 0, shared["slot"], 0)
-            key, value = (
-                jax.lax.dynamic_update_slice(cached, new, place)
-                for cached, new in zip(layer["cache"], (key, value), strict=True)
-            )
-        out = attend(
-            query,
-            key,
-            value,
-            shared["positions"],
-            shared["key_positions"],
-            windows=c.window_kinds,
-            kind=0 if layer["window"] is None else layer["window"],
-            scale=c.query_scale,
-            softcap=c.attention_softcap,
-            mesh=self.mesh,
-            form=self.form,
-        )
+        if cache is not None:
+            start = (0, 0, cache.slot, 0)
+            key = jax.lax.dynamic_update_slice(cache.keys, key, start)
+            value = jax.lax.dynamic_update_slice(cache.values, value, start)
+        spec = AttentionSpec(c.distinct_windows, c.query_scale, c.attention_softcap, self.implementation, self.mesh)
+        key_positions = None if cache is None else cache.positions
+        out = attend(query, key, value, positions.tokens, key_positions, spec, kind.window)
         bias = (c.hidden_size,) if c.output_bias else None
         out = Linear("bshk,hkd->bsd", (c.num_heads, c.head_dim, c.hidden_size), bias, std, name="output")(out)
-        return out, (None if layer["cache"] is None else (key, value))
+        return out, (key, value)
 
 
 class FeedForward(nn.Module):
@@ -145,6 +174,37 @@ class FeedForward(nn.Module):
         up = Linear("bsd,df->bsf", (d, f), wide, std, name="up")(x_BSD)
         y = constrain(ACTIVATIONS[c.activation](gate) * up, self.mesh, "batch", "sequence", "mlp")
         return Linear("bsf,fd->bsd", (f, d), narrow, std, name="down")(y)
+
+
+class Block(nn.Module):
+    """One decoder layer: attention and feed-forward, each on normalised inputs and added to the residual stream."""
+
+    config: ModelConfig
+    mesh: Mesh | None = None
+    implementation: Implementation = "xla"  # of attention over whole rows
+
+    @nn.compact
+    def __call__(
+        self, x_BSD: jax.Array, positions: Positions, kind: LayerKind, cache: LayerCache | None = None
+    ) -> tuple[jax.Array, KeysValues]:
+        """The layer's output `[B, S, D]`, and the keys and values of `Attention`."""
+        c = self.config
+
+        def norm(name: str, x: jax.Array) -> jax.Array:
+            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
+
+        def gathered(x: jax.Array) -> jax.Array:
+            return constrain(x, self.mesh, *ACTIVATION)
+
+        def split(x: jax.Array) -> jax.Array:
+            return constrain_even(x, self.mesh, *RESIDUAL)
+
+        attention = Attention(c, self.mesh, self.implementation, name="attention")
+        y, keys_values = attention(gathered(norm("attention_norm", x_BSD)), positions, kind, cache)
+        y = split(y)
+        x_BSD = split(x_BSD + (norm("post_attention_norm", y) if c.post_norms else y))
+        y = split(FeedForward(c, self.mesh, name="mlp")(gathered(norm("mlp_norm", x_BSD))))
+        return split(x_BSD + (norm("post_mlp_norm", y) if c.post_norms else y)), keys_values
 
 
 def rotate(x_BSHK: jax.Array, cos_BSK: jax.Array, sin_BSK: jax.Array) -> jax.Array:
@@ -168,7 +228,7 @@ def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
         return frequencies / rope.factor
     if rope.kind == "llama3":
         turns = rope.original_context * frequencies / (2 * np.pi)  # in the original context
-        share = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        share = np.clip(share, 0.0, 1.0)  # of the unstretched frequency
-        return frequencies * share + frequencies / rope.factor * (1 - share)
+        unstretched = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
+        unstretched = np.clip(unstretched, 0.0, 1.0)
+        return frequencies * unstretched + frequencies / rope.factor * (1 - unstretched)
     return frequencies

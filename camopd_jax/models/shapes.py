@@ -1,39 +1,55 @@
 """Public models' shapes by name, as `config.json` contents: for benchmarks with random weights, and for plans."""
 
-SHAPES = {
-    "tiny": dict(
-        model_type="llama", vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=2,
-        num_attention_heads=4, num_key_value_heads=2, rope_theta=10_000.0, tie_word_embeddings=True,
-        max_position_embeddings=8192,
-    ),
-    "smollm2-135m": dict(
-        model_type="llama", vocab_size=49152, hidden_size=576, intermediate_size=1536, num_hidden_layers=30,
-        num_attention_heads=9, num_key_value_heads=3, rope_theta=100_000.0, tie_word_embeddings=True,
-        max_position_embeddings=8192, rms_norm_eps=1e-5,
-    ),
-    "qwen3-0.6b": dict(
-        model_type="qwen3", vocab_size=151936, hidden_size=1024, intermediate_size=3072, num_hidden_layers=28,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128, rope_theta=1_000_000.0, tie_word_embeddings=True,
-        max_position_embeddings=40960,
-    ),
-    "qwen3-1.7b": dict(
-        model_type="qwen3", vocab_size=151936, hidden_size=2048, intermediate_size=6144, num_hidden_layers=28,
-        num_attention_heads=16, num_key_value_heads=8, head_dim=128, rope_theta=1_000_000.0, tie_word_embeddings=True,
-        max_position_embeddings=40960,
-    ),
-    "qwen3-4b-2507": dict(
-        model_type="qwen3", vocab_size=151936, hidden_size=2560, intermediate_size=9728, num_hidden_layers=36,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=5_000_000.0, tie_word_embeddings=True,
-        max_position_embeddings=262144,
-    ),
-    "qwen3-8b": dict(
-        model_type="qwen3", vocab_size=151936, hidden_size=4096, intermediate_size=12288, num_hidden_layers=36,
-        num_attention_heads=32, num_key_value_heads=8, head_dim=128, rope_theta=1_000_000.0, tie_word_embeddings=False,
-        max_position_embeddings=40960,
-    ),
-    "qwen3-32b": dict(
-        model_type="qwen3", vocab_size=151936, hidden_size=5120, intermediate_size=25600, num_hidden_layers=64,
-        num_attention_heads=64, num_key_value_heads=8, head_dim=128, rope_theta=1_000_000.0, tie_word_embeddings=False,
-        max_position_embeddings=40960,
-    ),
-}  # fmt: skip
+from typing import Any
+
+
+def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool = True, **fields: Any) -> dict[str, Any]:
+    """What all models of the family share, with the sizes that they do not."""
+    return {
+        "model_type": "qwen3",
+        "vocab_size": 151936,
+        "hidden_size": hidden,
+        "intermediate_size": intermediate,
+        "num_hidden_layers": layers,
+        "num_attention_heads": heads,
+        "num_key_value_heads": 8,
+        "head_dim": 128,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": tied,
+        "max_position_embeddings": 40960,
+        **fields,
+    }
+
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "tiny": {
+        "model_type": "llama",
+        "vocab_size": 512,
+        "hidden_size": 64,
+        "intermediate_size": 160,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+    },
+    "smollm2-135m": {
+        "model_type": "llama",
+        "vocab_size": 49152,
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "rope_theta": 100_000.0,
+        "tie_word_embeddings": True,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+    },
+    "qwen3-0.6b": _qwen3(1024, 3072, layers=28, heads=16),
+    "qwen3-1.7b": _qwen3(2048, 6144, layers=28, heads=16),
+    "qwen3-4b-2507": _qwen3(2560, 9728, layers=36, heads=32, rope_theta=5_000_000.0, max_position_embeddings=262144),
+    "qwen3-8b": _qwen3(4096, 12288, layers=36, heads=32, tied=False),
+    "qwen3-32b": _qwen3(5120, 25600, layers=64, heads=64, tied=False),
+}

@@ -1,10 +1,9 @@
-"""The layers of a model, with gradients that are added where earlier ones lie.
+"""Runs the layers of a model one after the other, and adds their gradient to an earlier one in place.
 
-Differentiated the plain way, a stack of layers gives a new gradient as large as itself, which is then added to the one
-so far: both lie there. Here the backward pass adds each layer's gradient to its place in the one so far.
-
-Where the residual stream is known already, there is no forward pass: the backward pass begins with what leaves the last
-layer and computes each layer again from what enters it.
+Differentiated by its parameters, a scan over layers returns a gradient as large as they are, which is then added to the
+sum over earlier micro-batches: both lie in memory. Here that sum travels backward through the layers beside the
+gradient of the activations, and each layer's gradient is added to its entry as soon as it is known. What the layers
+keep for their backward pass is left to JAX: to `jax.lax.scan`, and to `jax.checkpoint` where a layer is wrapped in it.
 """
 
 from collections.abc import Callable
@@ -14,71 +13,111 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from camopd_jax.types import Params
+from camopd_jax.models.layers import LayerKind, Positions
+from camopd_jax.models.partition import subset
+from camopd_jax.types import Params, Residuals
 
-# (one layer's parameters, x, what all layers share, what is its own) -> x; under jax.checkpoint it says what is kept
-Layer = Callable[[Params, jax.Array, Any, Any], jax.Array]
+# (parameters of one layer, x [B, S, D], where the tokens stand, the layer's kind) -> x [B, S, D]
+LayerFunction = Callable[[Params, jax.Array, Positions, LayerKind], jax.Array]
+
+
+def run_layers(
+    layer: LayerFunction,
+    layers: Params,
+    x: jax.Array,
+    positions: Positions,
+    kinds: LayerKind,
+    so_far: Params | None = None,
+    residuals: Residuals = (),
+) -> jax.Array:
+    """`x` through all layers, by one scan: one layer is compiled, whatever the depth.
+
+    Args:
+      layer: computes one layer; wrapped in `jax.checkpoint`, the policy says what is kept for the backward pass.
+      layers: parameters, [L, ...] each.
+      x: [B, S, D].
+      positions: where the tokens stand, the same for every layer.
+      kinds: of each layer, [L] each.
+      so_far: a gradient like `layers`, or like a part of them, float32. Differentiate by it and never by `layers`: what
+        comes back is `so_far` plus the gradient of that part.
+      residuals: what enters each layer and what leaves the last, L + 1 arrays [B, S, D], where they are known: there is
+        no forward pass then, and the backward pass computes each layer again from what enters it.
+
+    Returns:
+      [B, S, D].
+    """
+    inputs = jnp.stack(residuals[:-1]) if residuals else None
+
+    def step(carry: tuple[jax.Array, Params], one: tuple[Any, ...]) -> tuple[tuple[jax.Array, Params], None]:
+        x, total = carry
+        i, params, kind, known_x = one
+        if so_far is not None:
+            params, total = _collect(params, total, i)
+        if known_x is not None:
+            return (_backward_only(layer, params, x, known_x, positions, kind), total), None
+        return (layer(params, x, positions, kind), total), None
+
+    count = jax.tree.leaves(layers)[0].shape[0]
+    (x, total), _ = jax.lax.scan(step, (x, so_far), (jnp.arange(count), layers, kinds, inputs))
+    return _finish(residuals[-1] if residuals else x, x, total, so_far)
+
+
+@jax.custom_vjp
+def _collect(params: Params, total: Params, i: jax.Array) -> tuple[Params, Params]:
+    """A layer's parameters and the total as they are; backward, their gradient is added to entry `i` of the total."""
+    return params, total
+
+
+def _collect_forward(params: Params, total: Params, i: jax.Array):
+    return (params, total), i
+
+
+def _collect_backward(i: jax.Array, gradients: tuple[Params, Params]):
+    of_params, total = gradients
+
+    def add(total: jax.Array, part: jax.Array) -> jax.Array:
+        entry = jax.lax.dynamic_index_in_dim(total, i, keepdims=False)
+        return jax.lax.dynamic_update_index_in_dim(total, entry + part.astype(jnp.float32), i, 0)
+
+    return None, jax.tree.map(add, total, subset(of_params, like=total)), None
+
+
+_collect.defvjp(_collect_forward, _collect_backward)
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def through(
-    layer: Layer, stack: Params, so_far: Params, x: jax.Array, shared: Any, own: Any, residuals: jax.Array | None
+def _backward_only(
+    layer: LayerFunction, params: Params, x: jax.Array, known_x: jax.Array, positions: Positions, kind: LayerKind
 ) -> jax.Array:
-    """`x` through all layers.
-
-    Differentiate by `so_far`, never by `stack`: what comes back is `so_far` plus the stack's gradient, float32.
-
-    Args:
-      stack: parameters [L, ...]; so_far: the same in float32.
-      shared: the same for every layer; own: of each layer, [L, ...]. Neither has a gradient.
-      residuals: [L + 1, B, S, D], what enters each layer and what leaves the last, if that is known; for a layer that
-        keeps nothing else.
-    """
-    return _forward(layer, stack, so_far, x, shared, own, residuals)[0]
+    """A layer whose input is known from elsewhere: forward it does nothing, backward it is `layer` at that input."""
+    return x
 
 
-def _pull(layer: Layer, params: Params, x: jax.Array, shared: Any, mine: Any):
-    """A layer's output, its backward pass as a tree, and which leaves of that are not at hand there anyway."""
-    out, pull = jax.vjp(lambda params, x: layer(params, x, shared, mine), params, x)
-    leaves, structure = jax.tree.flatten(pull)
-    at_hand = {id(leaf) for leaf in jax.tree.leaves((params, shared, mine))}
-    return out, leaves, structure, [i for i, leaf in enumerate(leaves) if id(leaf) not in at_hand]
+def _backward_only_forward(layer, params, x, known_x, positions, kind):
+    return x, (params, known_x, positions, kind)
 
 
-def _forward(layer, stack, so_far, x, shared, own, residuals):
-    if residuals is not None:
-        return residuals[-1], (stack, so_far, (residuals[:-1], []), shared, own)
-
-    def step(x, one):
-        params, mine = one
-        out, leaves, _, kept = _pull(layer, params, x, shared, mine)
-        return out, (x, [leaves[i] for i in kept if leaves[i] is not x])
-
-    out, saved = jax.lax.scan(step, x, (stack, own))
-    return out, (stack, so_far, saved, shared, own)
+def _backward_only_backward(layer, saved, gradient: jax.Array):
+    params, known_x, positions, kind = saved
+    _, pull = jax.vjp(lambda params, x: layer(params, x, positions, kind), params, known_x)
+    return *pull(gradient), None, None, None
 
 
-def _backward(layer, kept, gradient):
-    stack, so_far, saved, shared, own = kept
-
-    def step(carry, one):
-        gradient, total = carry
-        i, params, (x, kept_leaves), mine = one
-        # Traced once more for its structure: of its arithmetic, only what was not kept is left in the program.
-        _, leaves, structure, kept = _pull(layer, params, x, shared, mine)
-        for place, leaf in zip([i for i in kept if leaves[i] is not x], kept_leaves, strict=True):
-            leaves[place] = leaf
-        to_params, to_x = jax.tree.unflatten(structure, leaves)(gradient)
-
-        def add(whole: jax.Array, part: jax.Array) -> jax.Array:
-            place = jax.lax.dynamic_index_in_dim(whole, i, keepdims=False)
-            return jax.lax.dynamic_update_index_in_dim(whole, place + part.astype(jnp.float32), i, 0)
-
-        return (to_x, jax.tree.map(add, total, to_params)), None
-
-    numbers = jnp.arange(len(jax.tree.leaves(stack)[0]))
-    (to_x, total), _ = jax.lax.scan(step, (gradient, so_far), (numbers, stack, saved, own), reverse=True)
-    return None, total, to_x, None, None, None
+_backward_only.defvjp(_backward_only_forward, _backward_only_backward)
 
 
-through.defvjp(_forward, _backward)
+@jax.custom_vjp
+def _finish(value: jax.Array, x: jax.Array, total: Params | None, so_far: Params | None) -> jax.Array:
+    """`value`; backward, its gradient is that of `x`, and the total begins as `so_far`."""
+    return value
+
+
+def _finish_forward(value: jax.Array, x: jax.Array, total: Params | None, so_far: Params | None):
+    return value, so_far
+
+
+def _finish_backward(so_far: Params | None, gradient: jax.Array):
+    return None, gradient, so_far, None
+
+
+_finish.defvjp(_finish_forward, _finish_backward)

@@ -1,12 +1,13 @@
-"""One row for each parameter: where it is in our tree, what Hugging Face calls it, how it lies on the mesh.
+"""One row for each parameter: its path, what Hugging Face calls its tensors, how it lies on the mesh.
 
-The table drives initial shardings, import and export. A parameter without a row raises, and so does a
-tensor without a parameter.
+The table drives shardings, import and export. A parameter without a row raises, and so does a tensor without a
+parameter.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import numpy as np
@@ -17,20 +18,42 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.runtime.mesh import RULES, sharding
 from camopd_jax.types import Params
 
+Path = tuple[str, ...]  # of a parameter in the tree
+
+# What Hugging Face calls the modules of a layer (below "model.layers.N.") and those around the layers.
+MODULE_NAMES = {
+    "embedding": "model.embed_tokens",
+    "head": "lm_head",
+    "final_norm": "model.norm",
+    "attention_norm": "input_layernorm",
+    "attention.query": "self_attn.q_proj",
+    "attention.key": "self_attn.k_proj",
+    "attention.value": "self_attn.v_proj",
+    "attention.query_norm": "self_attn.q_norm",
+    "attention.key_norm": "self_attn.k_norm",
+    "attention.output": "self_attn.o_proj",
+    "post_attention_norm": "post_attention_layernorm",
+    "mlp_norm": "post_attention_layernorm",
+    "mlp.gate": "mlp.gate_proj",
+    "mlp.up": "mlp.up_proj",
+    "mlp.down": "mlp.down_proj",
+    "post_mlp_norm": "post_feedforward_layernorm",
+}
+
 
 @dataclass(frozen=True)
 class Row:
-    """One parameter. The Hugging Face tensor, viewed as `split` and transposed by `order`, is ours.
+    """One parameter: the Hugging Face tensor, viewed as `split` and transposed by `order`.
 
     >>> row = Row(("layers", "attention", "query", "kernel"), "model.layers.{}.self_attn.q_proj.weight",
-    ...           ("layers", "embed", "heads", "head_dim"), split=(9, 64, 576), order=(2, 0, 1))
-    >>> row.hf_shape, row.shape(layers=30)
-    ((576, 576), (30, 576, 9, 64))
+    ...           ("layers", "embed", "heads", "head_dim"), split=(9, 64, 576), order=(2, 0, 1), hf_shape=(576, 576))
+    >>> row.shape(layers=30), row.names(layers=2)[1]
+    ((30, 576, 9, 64), 'model.layers.1.self_attn.q_proj.weight')
     """
 
-    path: tuple[str, ...]
+    path: Path
     hf_name: str  # with {} for the layer, where the parameter is stacked
-    axes: tuple[str | None, ...]  # logical axes of our array, "layers" first where it is stacked
+    axes: tuple[str | None, ...]  # logical axes of the parameter, "layers" first where it is stacked
     split: tuple[int, ...]  # the tensor's dimensions, with heads and head width apart
     order: tuple[int, ...]
     hf_shape: tuple[int, ...]
@@ -40,12 +63,16 @@ class Row:
         return "{}" in self.hf_name
 
     def shape(self, layers: int) -> tuple[int, ...]:
-        """Of our array."""
-        ours = tuple(self.split[i] for i in self.order)
-        return (layers, *ours) if self.stacked else ours
+        """Of the parameter in a model of so many layers."""
+        shape = tuple(self.split[i] for i in self.order)
+        return (layers, *shape) if self.stacked else shape
+
+    def names(self, layers: int) -> list[str]:
+        """The tensors that make the parameter: of every layer, or one alone."""
+        return [self.hf_name.format(i) for i in range(layers if self.stacked else 1)]
 
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
-        """A view of one layer's Hugging Face tensor as ours; nothing is read or copied."""
+        """A view of one layer's Hugging Face tensor as the parameter; nothing is read or copied."""
         return tensor.reshape(self.split).transpose(self.order)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
@@ -60,63 +87,67 @@ def table(c: ModelConfig) -> tuple[Row, ...]:
 
 def _rows(c: ModelConfig) -> Iterator[Row]:
     d, f, k, v = c.hidden_size, c.intermediate_size, c.head_dim, c.vocab_size
+    names = MODULE_NAMES | dict(c.module_names)
 
-    def top(path: tuple[str, ...], name: str, axes, split, order) -> Row:
-        return Row(path, name, axes, split, order, split)
+    def top(path: Path, axes: tuple[str | None, ...], split: tuple[int, ...], order: tuple[int, ...]) -> Row:
+        return Row(path, f"{names[path[0]]}.weight", axes, split, order, split)
 
-    def layer(path: str, name: str, axes, split, order, hf_shape=None) -> Row:
-        hf_name = "model.layers.{}." + name
-        return Row(("layers", *path.split(".")), hf_name, ("layers", *axes), split, order, hf_shape or split)
+    def layer(
+        module: str,
+        leaf: str,
+        axes: tuple[str | None, ...],
+        split: tuple[int, ...],
+        order: tuple[int, ...] = (0,),
+        hf_shape: tuple[int, ...] | None = None,
+    ) -> Row:
+        hf_name = f"model.layers.{{}}.{names[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+        return Row(("layers", *module.split("."), leaf), hf_name, ("layers", *axes), split, order, hf_shape or split)
 
-    yield top(("embedding",), "model.embed_tokens.weight", ("vocab", "embed"), (v, d), (0, 1))
+    yield top(("embedding",), ("vocab", "embed"), (v, d), (0, 1))
     if not c.tied_head:
-        yield top(("head",), "lm_head.weight", ("embed", "vocab"), (v, d), (1, 0))
-    yield top(("final_norm", "scale"), "model.norm.weight", (None,), (d,), (0,))
+        yield top(("head",), ("embed", "vocab"), (v, d), (1, 0))
+    yield top(("final_norm", "scale"), (None,), (d,), (0,))
 
-    norms = {"attention_norm": "input_layernorm", "mlp_norm": "post_attention_layernorm"}
-    if c.post_norms:
-        norms = {
-            "attention_norm": "input_layernorm", "post_attention_norm": "post_attention_layernorm",
-            "mlp_norm": "pre_feedforward_layernorm", "post_mlp_norm": "post_feedforward_layernorm",
-        }  # fmt: skip
-    for ours, theirs in norms.items():
-        yield layer(f"{ours}.scale", f"{theirs}.weight", (None,), (d,), (0,))
+    for norm in ("attention_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm"):
+        if c.post_norms or not norm.startswith("post_"):
+            yield layer(norm, "scale", (None,), (d,))
 
-    projections = {"query": ("q", c.num_heads, "heads"), "key": ("k", c.num_kv_heads, "kv_heads"),
-                   "value": ("v", c.num_kv_heads, "kv_heads")}  # fmt: skip
-    for ours, (letter, heads, axis) in projections.items():
-        name = f"self_attn.{letter}_proj"
-        yield layer(f"attention.{ours}.kernel", f"{name}.weight", ("embed", axis, "head_dim"),
-                    (heads, k, d), (2, 0, 1), (heads * k, d))  # fmt: skip
+    projections = {
+        "query": (c.num_heads, "heads", c.qk_norm),
+        "key": (c.num_kv_heads, "kv_heads", c.qk_norm),
+        "value": (c.num_kv_heads, "kv_heads", False),
+    }
+    for name, (heads, axis, has_norm) in projections.items():
+        module, shape = f"attention.{name}", (heads * k, d)
+        yield layer(module, "kernel", ("embed", axis, "head_dim"), (heads, k, d), (2, 0, 1), shape)
         if c.qkv_bias:
-            yield layer(f"attention.{ours}.bias", f"{name}.bias", (axis, "head_dim"), (heads, k), (0, 1), (heads * k,))
-        if c.qk_norm and ours != "value":
-            yield layer(f"attention.{ours}_norm.scale", f"self_attn.{letter}_norm.weight", (None,), (k,), (0,))
-    yield layer("attention.output.kernel", "self_attn.o_proj.weight", ("heads", "head_dim", "embed"),
-                (d, c.num_heads, k), (1, 2, 0), (d, c.num_heads * k))  # fmt: skip
+            yield layer(module, "bias", (axis, "head_dim"), (heads, k), (0, 1), (heads * k,))
+        if has_norm:
+            yield layer(f"{module}_norm", "scale", (None,), (k,))
+    heads_split, shape = (d, c.num_heads, k), (d, c.num_heads * k)
+    yield layer("attention.output", "kernel", ("heads", "head_dim", "embed"), heads_split, (1, 2, 0), shape)
     if c.output_bias:
-        yield layer("attention.output.bias", "self_attn.o_proj.bias", (None,), (d,), (0,))
+        yield layer("attention.output", "bias", (None,), (d,))
 
     feed_forward = {"gate": (f, d, "embed", "mlp"), "up": (f, d, "embed", "mlp"), "down": (d, f, "mlp", "embed")}
-    for ours, (outputs, inputs, in_axis, out_axis) in feed_forward.items():
-        name = f"mlp.{ours}_proj"
-        yield layer(f"mlp.{ours}.kernel", f"{name}.weight", (in_axis, out_axis), (outputs, inputs), (1, 0))
+    for name, (outputs, inputs, in_axis, out_axis) in feed_forward.items():
+        yield layer(f"mlp.{name}", "kernel", (in_axis, out_axis), (outputs, inputs), (1, 0))
         if c.mlp_bias:
-            bias_axis = "mlp" if out_axis == "mlp" else None
-            yield layer(f"mlp.{ours}.bias", f"{name}.bias", (bias_axis,), (outputs,), (0,))
+            yield layer(f"mlp.{name}", "bias", ("mlp" if out_axis == "mlp" else None,), (outputs,))
 
 
 def shardings(c: ModelConfig, mesh: Mesh) -> Params:
     """The sharding of every parameter, as a tree like the parameters.
 
     Raises:
-      UserError: if a dimension does not divide over its mesh axis, with the mend.
+      UserError: if a dimension does not divide over its mesh axis, with the sizes that do.
     """
-    sizes: dict[str, dict[str, int]] = {}  # mesh axis -> what it splits -> how long that is
+    sizes: dict[str, dict[str, int]] = {}  # mesh axis -> the logical axes that it splits -> how long they are
     for row in table(c):
         for axis, size in zip(row.axes, row.shape(c.num_layers), strict=True):
-            if axis is not None and RULES[axis] is not None:
-                sizes.setdefault(RULES[axis], {})[axis] = size
+            rule = RULES[axis] if axis is not None else None
+            if isinstance(rule, str) and axis is not None:
+                sizes.setdefault(rule, {})[axis] = size
     for mesh_axis, split in sizes.items():
         given, common = mesh.shape[mesh_axis], math.gcd(*split.values())
         if common % given:
@@ -129,14 +160,14 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
     return tree_of({row.path: sharding(mesh, *row.axes) for row in table(c)})
 
 
-def layer_by_layer(c: ModelConfig, mesh: Mesh) -> Params:
-    """`shardings`, each layer's apart, in a tuple."""
-    places = shardings(c, mesh)
-    layer = jax.tree.map(lambda place: NamedSharding(mesh, PartitionSpec(*place.spec[1:])), places["layers"])
-    return places | {"layers": (layer,) * c.num_layers}
+def decoding_shardings(c: ModelConfig, mesh: Mesh) -> Params:
+    """`shardings` of parameters for decoding: of each layer apart, in a tuple."""
+    tree = shardings(c, mesh)
+    layer = jax.tree.map(lambda stacked: NamedSharding(mesh, PartitionSpec(*stacked.spec[1:])), tree["layers"])
+    return tree | {"layers": (layer,) * c.num_layers}
 
 
-def tree_of(leaves: dict[tuple[str, ...], object]) -> Params:
+def tree_of(leaves: Mapping[Path, Any]) -> Params:
     """A nested dict from {path: leaf}."""
     tree: Params = {}
     for path, leaf in leaves.items():
@@ -147,7 +178,7 @@ def tree_of(leaves: dict[tuple[str, ...], object]) -> Params:
     return tree
 
 
-def leaf_of(tree: Params, path: tuple[str, ...]) -> jax.Array | NamedSharding:
+def leaf_of(tree: Params, path: Path) -> Any:
     """The leaf at a path; raises KeyError where there is none."""
     for name in path:
         tree = tree[name]

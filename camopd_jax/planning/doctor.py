@@ -13,10 +13,12 @@ from rich.table import Table
 from camopd_jax.config.schema import Benchmark, Stream, Template, TrainConfig
 from camopd_jax.data import sources, templates
 from camopd_jax.data.pipeline import PromptStream
-from camopd_jax.data.recipe import keys
+from camopd_jax.data.questions import question_keys
+from camopd_jax.data.templates import Tokenizers
 from camopd_jax.errors import UserError
-from camopd_jax.evals import runner, tasks
-from camopd_jax.inference import engine
+from camopd_jax.evals import tasks
+from camopd_jax.evals.questions import read_questions
+from camopd_jax.inference import loading
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.method.optimizer import moment_names
@@ -26,7 +28,7 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.planning.arrays import Models
 from camopd_jax.planning.costs import memory_estimate, weights
 from camopd_jax.planning.topology import Topology
-from camopd_jax.runs.checkpoint import check_owner
+from camopd_jax.runs.workdir import check_owner
 
 GIB = 2**30
 MARKS = {"good": "[green]ok[/]", "odd": "[yellow]odd[/]", "wrong": "[red]wrong[/]"}
@@ -95,7 +97,7 @@ class Examination:
     def model(self, about: str, name: str, field: str) -> None:
         folder = find_model(self.config, name, field)
         context = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
-        model, values = engine.model_config(folder, context), hf.read_config(folder)
+        model, values = loading.model_config(folder, context), hf.read_config(folder)
         kinds = sorted({str(tensor.dtype) for tensor in hf.matching(folder, model).values()})
         self.models[name] = Checked(folder, model, templates.load_tokenizer(folder))
         self.good(about, f"{values['model_type']}, {weights(model) / 1e6:,.1f} M parameters in {', '.join(kinds)}")
@@ -140,9 +142,10 @@ class Examination:
     def prompts(self, about: str, branch: str) -> None:
         """Reads a branch's prompts as a run does."""
         config, name, of = self.config, f"config.branches.{branch}.prompts", self.config.branches[branch]
-        student, teacher = (self.models[model].tokenizer for model in ("specialised", of.teacher))
+        student = self.models["specialised"].tokenizer
+        tokenizers = Tokenizers(student, self.models[of.teacher].tokenizer)
         rows = schedule.batch_rows(config)[branch]
-        prompts = PromptStream(of.prompts, config.rollout, student, teacher, config.seed, range(rows), name)
+        prompts = PromptStream(of.prompts, config.rollout, tokenizers, config.seed, range(rows), name)
         kept, dropped, truncated = (prompts.counts[count] for count in ("kept", "dropped", "truncated"))
         acts = sum(branch in schedule.acting(config, step) for step in range(config.steps))
         low, middle, high = (int(np.quantile(prompts.lengths, q)) for q in (0, 0.5, 1))
@@ -174,9 +177,9 @@ class Examination:
                 )
 
     def benchmark(self, about: str, benchmark: Benchmark) -> None:
-        task = tasks.find(benchmark.task, self.config.evaluation.judge)
+        task = tasks.find(benchmark, self.config.evaluation.judge)
         task.check()
-        rows = runner.questions(benchmark, task)
+        rows = read_questions(benchmark, task)
         self.good(about, f"{len(rows)} questions of the {benchmark.axis} axis")
         self.questions[benchmark.name] = list(map(_keys, rows))
 
@@ -224,7 +227,7 @@ class Examination:
 
 def _keys(row: dict[str, Any]) -> set[str]:
     """What tells a question from others; nothing, where a row has no text."""
-    return keys(row) - {""}
+    return question_keys(row) - {""}
 
 
 def table(findings: list[Finding]) -> Table:

@@ -1,29 +1,26 @@
-"""Answers of the student early and late in a run, side by side, each token tinted by its gap."""
+"""Answers of the student early and late in a run, side by side."""
 
 from collections.abc import Sequence
 
-from camopd_jax.method.loop import BRANCHES
-from camopd_jax.reporting.blocks import Answer, Pair, Token
-from camopd_jax.reporting.cast import Cast
-from camopd_jax.reporting.runs import Row
+from camopd_jax.reporting.runs import Record
+from camopd_jax.reporting.styles import Styles
 
 LIMITS = (0.05, 0.25, 1.0, 3.0)  # nats, from which a token's tint is stronger
-LONGEST = 300  # tokens of an answer that are shown
-LONGEST_PROMPT = 1500  # characters
-PAIRS = 2  # of each branch
+SHOWN = 2  # pairs of each branch
+AnswerPair = tuple[str, str, Record, Record]  # group, branch, an early and a late row of samples.jsonl
 
 
-def pairs(cast: Cast) -> list[Pair]:
+def answer_pairs(styles: Styles) -> list[AnswerPair]:
     """Of each lead group's first run, and each branch."""
     return [
-        Pair(group.name, branch, _answer(early), _answer(late))
-        for group in cast.leads
-        for branch in BRANCHES
-        for early, late in _early_and_late([row for row in group.run.samples if row["phase"] == branch])
+        (group.name, branch, *pair)
+        for group in styles.leads
+        for branch in styles.parts
+        for pair in early_and_late([row for row in group.run.samples if row["phase"] == branch])
     ]
 
 
-def _early_and_late(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
+def early_and_late(rows: Sequence[Record]) -> list[tuple[Record, Record]]:
     """Answers to one prompt that came again; else those of the first and the last quarter with the largest gaps."""
     if not rows or rows[0]["step"] == rows[-1]["step"]:
         return []
@@ -31,34 +28,21 @@ def _early_and_late(rows: Sequence[Row]) -> list[tuple[Row, Row]]:
     early = [row for row in rows if row["step"] <= first + (last - first) / 4]
     late = [row for row in rows if row["step"] >= last - (last - first) / 4]
     again = {row["prompt"]: row for row in late}
+    early, late = (sorted(part, key=_mean_size, reverse=True) for part in (early, late))
     same = [(row, again[row["prompt"]]) for row in early if row["prompt"] in again]
-    by_gap = [sorted(part, key=_size, reverse=True) for part in (early, late)]
-    same.sort(key=lambda pair: _size(pair[0]), reverse=True)
-    found: dict[str, tuple[Row, Row]] = {}
-    for pair in [*same, *zip(*by_gap, strict=False)]:
-        found.setdefault(pair[0]["prompt"], pair)
-    return list(found.values())[:PAIRS]
+    by_prompt: dict[str, tuple[Record, Record]] = {}
+    for pair in [*same, *zip(early, late, strict=False)]:
+        by_prompt.setdefault(pair[0]["prompt"], pair)
+    return list(by_prompt.values())[:SHOWN]
 
 
-def _size(row: Row) -> float:
+def _mean_size(row: Record) -> float:
     """Mean size of an answer's gaps."""
-    found = [abs(gap) for gap in row["gaps"] if gap is not None]
-    return sum(found) / max(1, len(found))
-
-
-def _answer(row: Row) -> Answer:
-    pieces = list(zip(row["tokens"], row["gaps"], strict=False))
-    prompt = row["prompt"]
-    if len(prompt) > LONGEST_PROMPT:
-        prompt = f"{prompt[:LONGEST_PROMPT]} … ({len(prompt) - LONGEST_PROMPT} more characters)"
-    facts = ["selected" if row["selected"] else "not selected"]
-    if row["finish_reason"] == "length":
-        facts.append("cut at the longest length")
-    tokens = [Token(text, tint(gap), "" if gap is None else f"gap {gap:+.4f}") for text, gap in pieces[:LONGEST]]
-    return Answer(row["step"], prompt, tokens, max(0, len(pieces) - LONGEST), ", ".join(facts))
+    sizes = [abs(gap) for gap in row["gaps"] if gap is not None]
+    return sum(sizes) / max(1, len(sizes))
 
 
 def tint(gap: float | None) -> str:
-    """`up-N` where the teacher holds a token likelier than the student, `down-N` where less likely; "" near 0."""
-    level = 0 if gap is None else sum(abs(gap) >= limit for limit in LIMITS)
-    return f"{'up' if gap > 0 else 'down'}-{level}" if level else ""
+    """`more-N` where the teacher finds a token more likely than the student does, `less-N` for less; "" near 0."""
+    level = sum(abs(gap or 0.0) >= limit for limit in LIMITS)
+    return f"{'more' if gap and gap > 0 else 'less'}-{level}" if level else ""

@@ -4,156 +4,91 @@ import datetime
 from collections.abc import Sequence
 
 import jinja2
+import plotly.graph_objects as go
 from etils import epath
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
-from camopd_jax.config.methods import INTERPOLATION
-from camopd_jax.reporting import answers, diagnosis, directories, figures, outcomes, svg, tables
-from camopd_jax.reporting.blocks import Cell, Figure, Section, Table
-from camopd_jax.reporting.cast import Cast, cast
-from camopd_jax.reporting.outcomes import Column, Outcome, estimate
-from camopd_jax.reporting.pareto import Point, pareto
-from camopd_jax.reporting.runs import Group, Source
-from camopd_jax.reporting.svg import WIDE
-from camopd_jax.runtime.jsonl import whole_file
+from camopd_jax.config.methods import AGAINST
+from camopd_jax.reporting import answers, gradients, load, plots, results, sections, styles, tables
+from camopd_jax.reporting.runs import Source
+from camopd_jax.reporting.sections import Panel, Section, metric_panels
+from camopd_jax.reporting.styles import Styles
+from camopd_jax.runtime.jsonl import atomic_file
 
-TINTS = (
-    "The student's own answers. Each token is tinted by its gap: the teacher holds it likelier than the student does, "
-    "or less likely (underlined). Shown are answers to one prompt that came in the first and again in the last quarter "
-    "of the run, and else those of both with the largest gaps."
-)
+ABOUT = {
+    "results": "Results of a grid are of the questions that did not choose its learning rates. “tuning”: the grid is "
+    "still choosing; the best learning rate so far, one run.",
+    "over steps": "Bands: ± one standard error, over seeds or, of a run alone, over questions. Dashed: where the "
+    "specialised model is, which the student starts as.",
+    "gaps": "The signal: how much more likely the teacher finds the student's own tokens. An answer's score is made of "
+    "its gaps, and decides whether it is selected.",
+    "answers": "The student's own answers. Each token is tinted by its gap: the teacher finds it more likely than the "
+    "student does, or less likely (underlined). Shown are answers to one prompt that came in the first and again in "
+    "the last quarter of the run, and else those of both with the largest gaps.",
+    "pareto": "Up and to the right is better. Bars: ± one standard error. Dashed: all of the domain is kept. Hollow: "
+    "the specialised model, which every student starts as. Squares: the weighted mean of the two models' parameters.",
+}
 
 
 def write_page(folders: Sequence[str], out: str | epath.Path) -> None:
-    """Writes the report on some directories, as it stands now.
+    """Writes the report on directories, as they are now.
 
     Raises:
       UserError: for a directory that is not there or holds no run, and if the page cannot be written.
     """
-    text = page(directories.read(folders), datetime.datetime.now().astimezone())
-    with whole_file(out) as file:
+    text = page(load.read(folders), datetime.datetime.now().astimezone())
+    with atomic_file(out) as file:
         file.write(text)
 
 
 def page(sources: Sequence[Source], now: datetime.datetime) -> str:
-    """The report as HTML. `now`: the time that its header tells."""
-    drawn = cast([group for source in sources for group in source.groups])
-    samples = Section("Answers early and late", TINTS, pairs=answers.pairs(drawn))
-    sections = [
-        results(sources, drawn),
-        figures.over_steps(drawn),
-        figures.selection(drawn),
-        figures.gaps(drawn),
-        diagnosis.section(drawn),
-        figures.answers(drawn),
-        figures.optimisation(drawn),
-        figures.throughput(drawn),
-        samples,
-        settings(sources, drawn),
+    """The report as HTML. `now`: the time in its header."""
+    chosen = styles.choose_styles([group for source in sources for group in source.groups])
+    sweeps = map(tables.sweep, sources)
+    settings = [tables.runs(chosen.groups), tables.configs(chosen.groups), *sweeps, tables.failed(sources)]
+    shown = [
+        _results(sources, chosen),
+        Section("Recovery and retention over steps", ABOUT["over steps"], panels=sections.over_steps(chosen)),
+        Section("Selection", "Which answers are trained on.", panels=metric_panels(sections.SELECTION, chosen)),
+        Section("Gaps", ABOUT["gaps"], panels=metric_panels(sections.GAPS, chosen)),
+        Section("Gradients", gradients.ABOUT, panels=gradients.panels(chosen)),
+        Section("Answers", "Of the student, before any are selected.", panels=metric_panels(sections.ANSWERS, chosen)),
+        Section("Optimisation", panels=metric_panels(sections.OPTIMISATION, chosen)),
+        Section("Throughput", panels=sections.step_times(chosen) + metric_panels(sections.SPEED, chosen)),
+        Section("Answers early and late", ABOUT["answers"], answers=answers.answer_pairs(chosen)),
+        Section("Runs and settings", tables=[table for table in settings if table]),
     ]
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("camopd_jax.reporting", "."), autoescape=True, trim_blocks=True, lstrip_blocks=True
-    )
+    loader = jinja2.PackageLoader("camopd_jax.reporting", ".")
+    environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"tint": answers.tint}
+    environment.filters["json"] = lambda plot: Markup(plot.to_json(engine="json"))  # Plotly escapes "<" and "/"
+    names = [source.folder.name or str(source.folder) for source in sources]
     text = environment.get_template("page.html").render(
-        title=_title(sources),
-        counts=_counts(sources),
-        read=[_told(source) for source in sources],
+        title="camopd_jax: " + (", ".join(names) if len(names) <= 3 else f"{len(names)} directories"),
         now=now.strftime("%-d %B %Y, %H:%M %Z").strip(),
-        sections=[section for section in sections if section],
-        failed=_failed(sources),
+        sources=sources,
+        sections=[section for section in shown if section.tables or section.panels or section.answers],
+        chosen=chosen,
+        styles=styles,
+        themes={name: go.Figure(layout={"template": styles.template(of)}) for name, of in styles.THEMES.items()},
+        limits=answers.LIMITS,
+        plotly=Markup(get_plotlyjs()),
     )
     return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer cannot be written
 
 
-def results(sources: Sequence[Source], drawn: Cast) -> Section:
-    """The tables of shares and differences, and recovery against retention."""
-    found = [of for group in drawn.groups if (of := outcomes.outcome(group))]
-    if not found:
+def _results(sources: Sequence[Source], chosen: Styles) -> Section:
+    """The tables of results and differences, and recovery against retention."""
+    groups = [group for group in chosen.groups if group.results]
+    if not groups:
         return Section("Results")
-    against = [tables.differences(found, drawn, method) for method in outcomes.references(found)]
-    return Section(
-        "Results",
-        _results_note(found),
-        figures=_pareto(found, sources, drawn),
-        tables=[tables.results(found, drawn), *(table for table in against if table)],
-    )
-
-
-def _results_note(found: Sequence[Outcome]) -> str:
-    notes = []
-    if any(of.group.origin for of in found):
-        notes.append("Results of a grid are of the questions that did not choose its learning rates.")
-    if any(of.group.tuning for of in found):
-        notes.append("“tuning”: the grid is still choosing; the best learning rate so far, one run.")
-    return " ".join(notes)
-
-
-def _pareto(found: Sequence[Outcome], sources: Sequence[Source], drawn: Cast) -> list[Figure]:
-    back, kept = (_last(found, measure) for measure in ("recovery", "retention"))
-    if back is None or kept is None:
-        return []
-    points = [Point(of.group.name, drawn.style(of.group), x, y) for of in found
-              if (x := estimate(of, back)) and (y := estimate(of, kept))]  # fmt: skip
-    between = []
-    for source in sources:
-        for weight, run in source.between.items():
-            of = outcomes.outcome(Group(INTERPOLATION, INTERPOLATION, str(source.folder), {0: run}, weight))
-            if of and (x := estimate(of, back)) and (y := estimate(of, kept)):
-                between.append((weight, x, y))
-    if not points:
-        return []
-    title = "What came back against what was kept"
-    note = "Up and to the right is better. Bars: ± one standard error. Dashed: all of the domain is kept. Hollow: the "
-    note += "specialised model, which every student starts as."
-    if between:
-        note += " Squares: the weighted mean of the two models' parameters, without training."
-    return [Figure(title, svg.draw(pareto(points, between), title, WIDE, left=58), note=note, wide=True)]
-
-
-def _last(found: Sequence[Outcome], measure: str) -> Column | None:
-    """The column of an axis's mean, or of its only benchmark."""
-    return next((column for column in reversed(outcomes.columns(found)) if column[0] == measure), None)
-
-
-def settings(sources: Sequence[Source], drawn: Cast) -> Section:
-    """Which runs these are, how their configs differ, and how grids chose their learning rates."""
-    found: list[Table | None] = [tables.essentials(drawn), tables.configs(drawn) if len(drawn.groups) > 1 else None]
-    found += [table for source in sources for table in tables.sweep(source)]
-    return Section("Runs and settings", tables=[table for table in found if table])
-
-
-# ----------------------------------------------------------------------------------- the header
-
-
-def _title(sources: Sequence[Source]) -> str:
-    names = [source.folder.name or str(source.folder) for source in sources]
-    return "camopd_jax: " + (", ".join(names) if len(names) <= 3 else f"{len(names)} runs")
-
-
-def _counts(sources: Sequence[Source]) -> str:
-    found, ended = sum(source.found for source in sources), sum(source.ended for source in sources)
-    return f"{len(sources)} directories, {found} runs, {ended} ended" + (
-        f", {found - ended} not" if ended < found else ""
-    )
-
-
-def _told(source: Source) -> str:
-    kind = "grid" if source.is_grid else "run"
-    state = "ended" if source.ended == source.found else "in progress"
-    if not source.is_grid:
-        run = source.groups[0].run
-        return f"{source.folder}: a {kind}, {state}, {run.steps} of {run.config['steps']} steps"
-    seconds = (
-        f", the last start took {source.study['seconds'] / 60:.0f} minutes"
-        if source.study and "seconds" in source.study
-        else ""
-    )
-    if source.study:
-        failed = f", {len(source.study['failed'])} failed" if source.study.get("failed") else ""
-        return f"{source.folder}: a grid, ended, {source.found} runs{failed}{seconds}"
-    return f"{source.folder}: a grid, in progress, {source.found} runs so far, {source.ended} of them ended"
-
-
-def _failed(sources: Sequence[Source]) -> Table | None:
-    rows = [[Cell(folder), Cell(reason)] for source in sources if source.study
-            for folder, reason in source.study.get("failed", {}).items()]  # fmt: skip
-    return Table("Runs that failed.", ["run", "reason"], rows) if rows else None
+    shown = [tables.results(groups), *(tables.differences(groups, method) for method in AGAINST)]
+    last = dict(results.columns(groups))  # of each measure the mean, or its only benchmark
+    panels = []
+    if len(last) == 2:
+        interpolation = [group for source in sources for group in source.interpolation]
+        plot = plots.pareto(groups, interpolation, list(last.items()), chosen.colours)
+        panels.append(Panel("Recovery against retention", plot, ABOUT["pareto"]))
+    about = ABOUT["results"] if any(group.grid for group in groups) else ""
+    return Section("Results", about, [table for table in shown if table], panels)

@@ -1,197 +1,120 @@
-"""What is painted on a figure's axes: lines with bands, histograms, stacked bars, heat maps, intervals."""
+"""Plotly figures of the page: lines over steps, stacked bars, heat maps, recovery against retention."""
 
-from collections.abc import Callable, Sequence
+import html
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
-import numpy as np
-from matplotlib.axes import Axes
-from matplotlib.colors import ListedColormap
-from matplotlib.ticker import FixedLocator, FuncFormatter, NullLocator
+import plotly.graph_objects as go
 
-from camopd_jax.reporting import svg
-from camopd_jax.reporting.cast import Style
-from camopd_jax.reporting.series import Curve
-from camopd_jax.reporting.svg import LEVELS, STAGES, colour
+from camopd_jax.reporting.curves import Curve
+from camopd_jax.reporting.runs import Column, Group
+from camopd_jax.reporting.styles import DIVERGING, MUTED, STAGES
 
-Paint = Callable[[Axes], None]
-LOWEST = 1e-3  # nats per token: of a score that a histogram tells from zero
 FEW = 12  # points of a line that are marked each
+HEIGHT, ROW = 270, 22  # pixels: of a figure, and of one row of a figure with rows
+PERCENT = {"tickformat": ".3~%", "hoverformat": ".1%"}
+NUMBER = {"hoverformat": ".4~g"}
+REFERENCE = {"line": {"color": MUTED, "width": 1, "dash": "dash"}, "layer": "below"}
 
 
 @dataclass(frozen=True)
 class Line:
+    """A curve and how it is drawn. Those in MUTED lie below the others and, like dashed ones, are in no legend."""
+
     name: str
-    style: Style
+    colour: str
     curve: Curve
-    dashes: str = "-"
+    dash: str = "solid"
 
 
 def lines(
-    drawn: Sequence[Line], unit: str, share: bool = False, floor: float | None = None, reference: float | None = None
-) -> Paint:
+    drawn: Sequence[Line], unit: str, percent: bool = False, from_zero: bool = False, reference: float | None = None
+) -> go.Figure:
     """Lines over steps, each with a band of one standard error on either side where its points have errors.
 
     Args:
-      unit: of the values. share: whether they are shown in per cent.
-      floor: the vertical axis begins there. reference: where a dashed line is drawn across.
+      unit: of the values. percent: whether they are shown in per cent. from_zero: whether the axis includes zero.
+      reference: where a dashed line is drawn across.
     """
-
-    def paint(axes: Axes) -> None:
-        if reference is not None:
-            axes.axhline(reference, color=colour("soft"), lw=0.9, ls=(0, (4, 3)))
-        for order, line in enumerate(sorted(drawn, key=lambda line: not line.style.muted)):
-            curve, style, on_top = line.curve, line.style, 2 + order
-            marker = "o" if len(curve.steps) <= FEW and not style.muted else ""
-            (path,) = axes.plot(curve.steps, curve.values, line.dashes, color=colour(style.colour), lw=style.width,
-                                alpha=style.alpha, marker=marker, ms=4, zorder=on_top)  # fmt: skip
-            svg.named(path, line.name)
-            if not style.muted and any(error is not None for error in curve.errors):
-                steps, low, high = zip(*((x, y - e, y + e) for x, y, e in zip(
-                    curve.steps, curve.values, curve.errors, strict=True) if e is not None), strict=True)  # fmt: skip
-                axes.fill_between(steps, low, high, color=colour(style.colour), alpha=0.16, lw=0, zorder=on_top)
-        _step_axes(axes, unit, share)
-        if floor is not None:
-            axes.set_ylim(bottom=floor)
-        if any(line.style.muted for line in drawn):
-            _frame(axes, drawn, floor)
-            _name_ends(axes, drawn)
-
-    return paint
+    traces = []
+    for line in sorted(drawn, key=lambda line: line.colour != MUTED):
+        x, y, muted = line.curve.steps, line.curve.values, line.colour == MUTED
+        stroke = {"color": line.colour, "width": 1 if muted else 2, "dash": line.dash}
+        mode = "lines+markers" if len(x) <= FEW and not muted else "lines"
+        traces += [] if muted else [_band(line)]
+        traces.append(
+            go.Scatter(x=x, y=y, line=stroke, mode=mode, **_names(line.name, line.colour, line.dash == "solid"))
+        )
+    axis = {"rangemode": "tozero" if from_zero else "normal", **(PERCENT if percent else NUMBER)}
+    plot = _figure(traces, "step", unit).update_yaxes(axis).update_xaxes(showgrid=False, hoverformat=".0f")
+    return plot if reference is None else plot.add_hline(reference, **REFERENCE)
 
 
-def _frame(axes: Axes, drawn: Sequence[Line], floor: float | None) -> None:
-    """Limits by the lines in colour and by four fifths of all: one that is far out must not flatten the rest."""
-    most = np.quantile([value for line in drawn for value in line.curve.values], (0.1, 0.9)).tolist()
-    shown = most + [value for line in drawn if not line.style.muted for value in line.curve.values]
-    low, high = min(shown), max(shown)
-    if low < high:
-        margin = 0.12 * (high - low)
-        axes.set_ylim(low - margin if floor is None else floor, high + margin)
+def _band(line: Line) -> go.Scatter:
+    """The area within one standard error of a line, where it has errors."""
+    curve = line.curve
+    points = [(x, y, e) for x, y, e in zip(curve.steps, curve.values, curve.errors, strict=True) if e is not None]
+    outline = [(x, y + e) for x, y, e in points] + [(x, y - e) for x, y, e in points[::-1]]
+    area = {"fill": "toself", "fillcolor": line.colour, "opacity": 0.18, "line": {"width": 0}, "mode": "lines"}
+    names = _names(line.name, line.colour, in_legend=False)
+    return go.Scatter(x=[x for x, _ in outline], y=[y for _, y in outline], hoverinfo="skip", **area, **names)
 
 
-def _name_ends(axes: Axes, drawn: Sequence[Line]) -> None:
-    """Names at the right ends of lines where there is room: first of those in colour, then of the outermost."""
-    box = axes.get_position()
-    axes.set_position((box.x0, box.y0, box.width * 0.76, box.height))
-    axes.set_ylim(axes.get_ylim())
-    frame = axes.get_window_extent()
-    ends = {line.name: axes.transData.transform((line.curve.steps[-1], line.curve.values[-1]))[1] for line in drawn}
-    middle = sorted(ends.values())[len(ends) // 2]
-    taken: list[float] = []
-    for line in sorted(drawn, key=lambda line: (line.style.muted, -abs(ends[line.name] - middle))):
-        height = min(max(ends[line.name], frame.y0), frame.y1)
-        away = "\u2193 " if ends[line.name] < frame.y0 - 1 else "\u2191 " if ends[line.name] > frame.y1 + 1 else ""
-        if all(abs(height - other) >= 11 for other in taken):
-            taken.append(height)
-            place = (1.02, axes.transAxes.inverted().transform((0, height))[1])
-            axes.text(*place, away + _cut(line.name, 12), transform=axes.transAxes, va="center", fontsize=10,
-                      color=colour("soft" if line.style.muted else line.style.colour))  # fmt: skip
+def stages(rows: dict[str, dict[str, float]]) -> go.Figure:
+    """A bar for each row: seconds of a step, stage by stage."""
+    names = [html.escape(f"{name}, {sum(seconds.values()):.3g} s") for name, seconds in rows.items()]
+    traces = [
+        go.Bar(x=[row[stage] for row in rows.values()], y=names, name=stage, orientation="h", marker={"color": colour})
+        for stage, colour in STAGES.items()
+    ]
+    plot = _figure(traces, "seconds of a step", "", len(rows), barmode="stack", legend={"traceorder": "normal"})
+    return plot.update_xaxes(hoverformat=".3~g")
 
 
-def _step_axes(axes: Axes, unit: str, share: bool) -> None:
-    axes.set_xlabel("step")
-    axes.set_ylabel(unit)
-    axes.margins(x=0.02, y=0.08)
-    svg.steps(axes.xaxis)
-    (svg.percent if share else svg.plain)(axes.yaxis)
+def heat_map(steps: Sequence[float], names: Sequence[str], values: Sequence[Sequence[float | None]]) -> go.Figure:
+    """A cell for each name and step, coloured by how far its value is from zero. Values: [names, steps]."""
+    look = {"zmid": 0, "colorscale": DIVERGING, "xgap": 1, "ygap": 1, "colorbar": {"thickness": 10}}
+    trace = go.Heatmap(x=[f"{step:g}" for step in steps], y=names, z=values, hoverongaps=False, **look)
+    return _figure([trace], "step", "", len(names)).update_xaxes(type="category", nticks=8, showgrid=False)
 
 
-def histograms(values: Sequence[Sequence[float]], of: str, lowest: float = LOWEST) -> Paint:
-    """Outlines of the shares of answers by score, on a logarithmic axis: from early, pale, to late, full.
+def pareto(
+    groups: Sequence[Group], interpolation: Sequence[Group], columns: Sequence[Column], colours: dict[str, str]
+) -> go.Figure:
+    """Recovery against retention with error bars of one standard error, and the path between the two models.
 
     Args:
-      values: early, middle and late. of: the colour's name. lowest: what is less is counted there.
+      columns: of recovery and of retention. colours: of the groups, by name.
     """
-    highest = max(10 * lowest, *(max(part) for part in values if len(part)))
-    edges = np.geomspace(lowest, highest, 25)
-
-    def paint(axes: Axes) -> None:
-        for part, alpha, width in zip(values, (0.35, 0.65, 1), (1.2, 1.6, 2.2), strict=True):
-            if len(part):
-                counts = np.histogram(np.clip(part, lowest, highest), edges)[0]
-                axes.stairs(counts / len(part), edges, color=colour(of), alpha=alpha, lw=width)
-        axes.set_xscale("log")
-        axes.set_xlim(lowest, highest)
-        axes.xaxis.set_major_locator(FixedLocator([10.0**k for k in range(-3, 4) if lowest <= 10.0**k <= highest]))
-        axes.xaxis.set_minor_locator(NullLocator())
-        axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: svg.number(value)))
-        axes.set_xlabel("an answer's score (nats per token)")
-        axes.set_ylabel("of the answers")
-        svg.percent(axes.yaxis)
-        axes.set_ylim(bottom=0)
-
-    return paint
-
-
-def stages(rows: Sequence[tuple[str, dict[str, float]]]) -> Paint:
-    """A bar for each row: seconds of a step, stage by stage. Rows: names and seconds."""
-
-    def paint(axes: Axes) -> None:
-        axes.grid(False)
-        axes.grid(axis="x")
-        for i, (_, seconds) in enumerate(rows):
-            left = 0.0
-            for name in STAGES:
-                (bar,) = axes.barh(i, seconds.get(name, 0.0), 0.62, left, color=colour(f"stage-{name}"), lw=0)
-                svg.named(bar, f"{name}: {svg.number(seconds.get(name, 0.0))} s")
-                left += seconds.get(name, 0.0)
-            axes.text(left, i, f" {svg.number(left)} s", va="center", fontsize=10.5)
-        axes.set_yticks(range(len(rows)), [_cut(name, 20) for name, _ in rows])
-        axes.set_ylim(len(rows) - 0.4, -0.6)
-        axes.set_xlim(0, 1.18 * max(sum(seconds.values()) for _, seconds in rows))
-        axes.set_xlabel("seconds of a step")
-        svg.plain(axes.xaxis)
-
-    return paint
+    hollow = {"color": MUTED, "size": 10, "symbol": "circle-open"}
+    traces = [go.Scatter(x=[0], y=[1], name="the specialised model", mode="markers", marker=hollow)]
+    recovery, retention = columns
+    between = [(group.name, group.estimate(recovery), group.estimate(retention)) for group in interpolation]
+    if path := [(name, x.value, y.value) for name, x, y in between if x and y]:
+        weights, xs, ys = zip(*path, strict=True)
+        look = {"mode": "lines+markers", "line": {"color": MUTED, "width": 1}, "marker": {"symbol": "square"}}
+        traces.append(go.Scatter(x=xs, y=ys, name="interpolation of the two models", hovertext=weights, **look))
+    for group in groups:
+        x, y = group.estimate(recovery), group.estimate(retention)
+        if x and y:
+            colour = colours[group.name]
+            marker = {"color": colour, "size": 7 if colour == MUTED else 11}
+            errors = {"error_x": {"array": [x.error or 0]}, "error_y": {"array": [y.error or 0]}}
+            names = _names(group.name, colour)
+            traces.append(go.Scatter(x=[x.value], y=[y.value], mode="markers", marker=marker, **errors, **names))
+    titles = "recovery: how much of the lost general ability is back", "retention: how much of the domain is kept"
+    plot = _figure(traces, *titles, height=440).update_xaxes(PERCENT).update_yaxes(PERCENT)
+    return plot.add_hline(1, **REFERENCE)
 
 
-def heat(steps: Sequence[float], names: Sequence[str], values: np.ndarray, limit: float) -> Paint:
-    """A cell for each name and step, coloured from -limit over zero to limit.
-
-    Args:
-      values: [names, steps]; NaN where there is none.
-    """
-    scale = ListedColormap([colour(f"level-{i}") for i in range(LEVELS)])
-
-    def paint(axes: Axes) -> None:
-        axes.grid(False)
-        edges = np.linspace(-limit, limit, LEVELS + 1)[1:-1]
-        for i, name in enumerate(names):
-            for j, value in enumerate(values[i]):
-                if np.isfinite(value):
-                    (cell,) = axes.barh(i, 0.96, 0.92, j + 0.02, color=scale(int(np.digitize(value, edges))), lw=0)
-                    svg.named(cell, f"{name}, step {steps[j]:.0f}: {svg.number(value)}")
-        every = max(1, -(-len(steps) // 6))
-        axes.set_xticks(np.arange(len(steps))[::every] + 0.5, [svg.number(step) for step in steps[::every]])
-        some = max(1, -(-len(names) // 14))
-        axes.set_yticks(range(len(names))[::some], list(names)[::some])
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlim(0, len(steps))
-        axes.set_xlabel("step")
-
-    return paint
+def _names(name: str, colour: str, in_legend: bool = True) -> dict[str, Any]:
+    """A trace's name, which Plotly must not read for tags; its legend's entry hides all traces of its colour."""
+    return {"name": html.escape(name), "legendgroup": colour, "showlegend": in_legend and colour != MUTED}
 
 
-def intervals(rows: Sequence[tuple[str, str, tuple[float, float, float]]], label: str) -> Paint:
-    """A point with its interval for each row: names, colours, and (value, low, high)."""
-
-    def paint(axes: Axes) -> None:
-        axes.grid(False)
-        axes.grid(axis="x")
-        axes.axvline(0, color=colour("soft"), lw=0.9, ls=(0, (4, 3)))
-        names = list(dict.fromkeys(name for name, _, _ in rows))
-        shades = list(dict.fromkeys(shade for _, shade, _ in rows))
-        for name, shade, (value, low, high) in rows:
-            y = names.index(name) + 0.24 * (shades.index(shade) - (len(shades) - 1) / 2)
-            axes.plot([low, high], [y, y], color=colour(shade), lw=1.8)
-            axes.plot([value], [y], "o", color=colour(shade), ms=5)
-        axes.set_yticks(range(len(names)), names)
-        axes.set_ylim(len(names) - 0.4, -0.6)
-        axes.set_xlabel(label)
-        svg.plain(axes.xaxis)
-
-    return paint
-
-
-def _cut(text: str, length: int) -> str:
-    return text if len(text) <= length else text[: length - 1] + "…"
+def _figure(traces: Sequence[Any], x: str, y: str, rows: int = 0, **layout: Any) -> go.Figure:
+    """A figure whose template the page sets, by its theme. `rows`: names along the vertical axis, the first on top."""
+    axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
+    plot = go.Figure(traces, {"template": {}, "height": max(HEIGHT, 90 + ROW * rows), **axes, **layout})
+    return plot.update_yaxes(autorange="reversed", showgrid=False) if rows else plot

@@ -1,30 +1,34 @@
-"""What a report is made of: runs, those that are one line of its figures, and their scores."""
+"""What a report is made of: runs, and the groups of them that are one line of its figures."""
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
 from etils import epath
 
 from camopd_jax.analysis import study
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result, Standing
+from camopd_jax.analysis.study import Mean
+from camopd_jax.config.methods import CONTROLS
+from camopd_jax.evals.comparison import comparison, rank_of
+from camopd_jax.evals.results import Result, on_questions
 
-Row = dict[str, Any]
-TEACHERS = ("general", "specialised")
+Record = dict[str, Any]  # one line of a run's files
+Models = tuple[list[Result], list[Result], list[Result]]  # of general teacher, specialised teacher and student
+Column = tuple[str, str]  # "recovery" or "retention"; benchmark or "mean"
+TEACHERS = ("general", "specialised")  # in eval.jsonl; every other model there is a student
 
 
 @dataclass(frozen=True)
-class Run:
+class LoadedRun:
     """A run's work directory. Lists are empty where it has no such file."""
 
-    folder: epath.Path
     config: dict[str, Any]
-    metrics: list[Row]
-    samples: list[Row]
-    selection: list[Row]
-    evaluations: list[Row]
-    diagnostics: list[Row]
+    metrics: list[Record]
+    scores: list[Record]  # quantiles of the answers' scores, by step and branch
+    samples: list[Record]
+    evaluations: list[Record]
+    diagnostics: list[Record]
     exported: bool
 
     @property
@@ -34,37 +38,57 @@ class Run:
 
     @property
     def ended(self) -> bool:
-        last = final(self)
-        return self.exported or (last is not None and last.step == self.steps == self.config["steps"])
+        return self.exported or (self.final is not None and self.final[0] == self.steps == self.config["steps"])
+
+    @functools.cached_property
+    def parts(self) -> list[str]:
+        """Names of the branches, those of the config first, then of other kinds of steps, as "mixed" or "sft"."""
+        names = dict.fromkeys(self.config.get("branches") or ())
+        names |= dict.fromkeys(row["phase"] for row in (*self.samples, *self.scores))
+        for row in self.metrics:
+            names |= {name: None for name, block in row.items() if isinstance(block, dict) and "gap_mean" in block}
+        return list(names | dict.fromkeys(row["phase"] for row in self.metrics))
+
+    def rows_of(self, part: str) -> Iterator[Record]:
+        """Figures of a branch or of a kind of step: its own steps, and its blocks in mixed ones."""
+        for row in (*self.metrics, *self.scores):
+            if row["phase"] == part:
+                yield row
+            elif isinstance(row.get(part), dict):
+                yield row[part] | {"step": row["step"]}
 
     @property
-    def tokens(self) -> int:
-        """Answer tokens sampled so far."""
-        return sum(row.get("response_tokens") or 0 for row in self.metrics)
+    def standings(self) -> list[Record]:
+        """Rows with recovery and retention between the steps."""
+        return [row for row in self.evaluations if row["benchmark"] == "standing"]
 
+    @functools.cached_property
+    def final(self) -> tuple[int, Models] | None:
+        """Step and results, each benchmark's on the same questions, of the model that was exported or evaluated last.
 
-@dataclass(frozen=True)
-class Final:
-    """A student's last scores beside its two teachers', on the same questions, benchmark by benchmark."""
-
-    step: int
-    general: list[Result]
-    specialised: list[Result]
-    student: list[Result]
-
-    @property
-    def models(self) -> tuple[list[Result], list[Result], list[Result]]:
-        return self.general, self.specialised, self.student
-
-    @property
-    def questions(self) -> int:
-        return sum(row["n"] for row in self.student)
-
-    def without_tuning(self) -> "Final":
-        """On the questions that did not choose a setting."""
-        kept = [[scores.some(row, [i for i in range(row["n"]) if not study.tuning(i)]) for row in rows]
-                for rows in self.models]  # fmt: skip
-        return Final(self.step, *kept)
+        None where not every benchmark has been answered by the student and both teachers.
+        """
+        names = [benchmark["name"] for benchmark in self.config["evaluation"]["benchmarks"]]
+        teachers: dict[tuple[str, str], Result] = {}
+        students: dict[int, dict[str, Result]] = {}
+        for row in self.evaluations:
+            if row["model"] in TEACHERS:
+                teachers[row["model"], row["benchmark"]] = row
+            elif row["benchmark"] in names:
+                students.setdefault(row["step"], {})[row["benchmark"]] = row
+        complete = [step for step, rows in students.items() if len(rows) == len(names)]
+        if not complete or any((teacher, name) not in teachers for teacher in TEACHERS for name in names):
+            return None
+        step = max(complete)
+        if self.exported and self.config["checkpoints"]["export"] == "best":
+            best = max(self.standings, key=lambda row: (rank_of(row), row["step"]), default={})
+            step = best["step"] if best.get("step") in complete else step
+        student = [students[step][name] for name in names]
+        general, specialised = (
+            [on_questions(teachers[teacher, row["benchmark"]], range(row["n"])) for row in student]
+            for teacher in TEACHERS
+        )
+        return step, (general, specialised, student)
 
 
 @dataclass(frozen=True)
@@ -72,20 +96,59 @@ class Group:
     """What is one line of a figure: a run alone, or a grid's runs of one method at one setting, by seed."""
 
     name: str
-    method: str | None  # of controls.py
-    origin: str  # the grid's folder; "" of a run alone
-    runs: dict[int, Run]
+    method: str | None  # of config/methods.py
+    grid: str  # its folder; "" of a run alone
+    runs: dict[int, LoadedRun]
     setting: float | None = None  # a learning rate; of the interpolation, the original model's weight
-    tuning: bool = False  # a run that chooses a learning rate, shown while there are no others
 
     @property
-    def run(self) -> Run:
+    def run(self) -> LoadedRun:
         return next(iter(self.runs.values()))
 
     @property
-    def distinct(self) -> list[Run]:
+    def distinct(self) -> list[LoadedRun]:
         """Its runs, each once: the interpolation is the same model whatever the seed."""
         return list({id(run): run for run in self.runs.values()}.values())
+
+    @property
+    def about(self) -> str:
+        """What its method is."""
+        return CONTROLS[self.method].about if self.method in CONTROLS else ""
+
+    @functools.cached_property
+    def results(self) -> dict[int, Models]:
+        """By seed, the final results. Those of a grid leave out the questions that chose its settings."""
+        finals = {seed: run.final[1] for seed, run in self.runs.items() if run.final}
+        return {seed: _without_tuning(models) for seed, models in finals.items()} if self.grid else finals
+
+    @property
+    def single(self) -> Models | None:
+        """The results, where only one model has any."""
+        evaluated = [run for run in self.distinct if run.final]
+        return next(iter(self.results.values())) if len(evaluated) == 1 else None
+
+    def values(self, column: Column) -> dict[int, tuple[float, float]]:
+        """By seed, the recovery or retention and its standard error over questions."""
+        measure, name = column
+        by_seed = {seed: comparison(*models)[measure].get(name) for seed, models in self.results.items()}
+        return {seed: (value[0], value[1]) for seed, value in by_seed.items() if value}
+
+    def estimate(self, column: Column) -> Mean | None:
+        """The mean over seeds, or the single model's value with its error over questions; None where there is none."""
+        values = self.values(column)
+        if not values:
+            return None
+        if self.single:
+            questions = sum(row["n"] for row in self.single[-1] if column[1] in ("mean", row["benchmark"]))
+            return Mean(*next(iter(values.values())), questions)
+        return study.mean(value for value, _ in values.values())
+
+
+def _without_tuning(models: Models) -> Models:
+    general, specialised, student = (
+        [on_questions(row, [i for i in range(row["n"]) if not study.tuning(i)]) for row in rows] for rows in models
+    )
+    return general, specialised, student
 
 
 @dataclass(frozen=True)
@@ -93,55 +156,8 @@ class Source:
     """What one of the given directories holds."""
 
     folder: epath.Path
+    state: str  # what it is and how far it has come, in words
     groups: list[Group]
-    found: int  # runs, tuning runs among them
-    ended: int
-    study: dict[str, Any] | None = None  # of a finished grid
+    study: dict[str, Any] = field(default_factory=dict)  # of a finished grid
     merits: dict[str, dict[str, float]] = field(default_factory=dict)  # by method and learning rate
-    between: dict[float, Run] = field(default_factory=dict)  # the interpolation, by the original model's weight
-
-    @property
-    def is_grid(self) -> bool:
-        return bool(self.groups and self.groups[0].origin)
-
-
-# ---------------------------------------------------------------------------------- their scores
-
-
-def final(run: Run) -> Final | None:
-    """The scores of the model that a run ended with, or of its last evaluation; None without, or without teachers'."""
-    names = [benchmark["name"] for benchmark in run.config["evaluation"]["benchmarks"]]
-    rows = [row for row in run.evaluations if row["benchmark"] in names]
-    teachers = [{row["benchmark"]: row for row in rows if row["model"] == teacher} for teacher in TEACHERS]
-    asked = _whole_evaluations([row for row in rows if row["model"] not in TEACHERS], names)
-    if not asked or any(len(of_teacher) < len(names) for of_teacher in teachers):
-        return None
-    step, of_student = next(((step, found) for step, found in reversed(asked) if step == _best(run)), asked[-1])
-    student = [of_student[name] for name in names]
-    before = [[scores.some(of[row["benchmark"]], range(row["n"])) for row in student] for of in teachers]
-    return Final(step, *before, student)
-
-
-def _whole_evaluations(rows: Sequence[Row], names: Sequence[str]) -> list[tuple[int, dict[str, Row]]]:
-    """Evaluations of a student that have every benchmark, in the order in which they ended."""
-    whole, current, step = [], {}, None
-    for row in rows:
-        if row["step"] != step or row["benchmark"] in current:
-            current, step = {}, row["step"]
-        current[row["benchmark"]] = row
-        if len(current) == len(names):
-            whole.append((step, current))
-    return whole
-
-
-def _best(run: Run) -> int | None:
-    """The step whose model was exported, where that is not the last."""
-    rows = standings(run)
-    if not run.exported or not rows or run.config["checkpoints"]["export"] != "best":
-        return None
-    return max(rows, key=lambda row: (Standing(row["keeps"], row["merit"]), row["step"]))["step"]
-
-
-def standings(run: Run) -> list[Row]:
-    """The rows of eval.jsonl that tell how the student stood between the steps."""
-    return [row for row in run.evaluations if row["benchmark"] == "standing"]
+    interpolation: list[Group] = field(default_factory=list)  # of a grid, by the original model's weight

@@ -79,13 +79,13 @@ def begin(
       eos_ids: tokens that end an answer; without any, every answer has `max_new` tokens.
       keep_residuals: whether the cache keeps the residual stream of all its tokens.
     """
-    asked, keys = take_rows((prompts, keys_B), rows_N, model.mesh)
+    own, keys = take_rows((prompts, keys_B), rows_N, model.mesh)
     lanes = len(rows_N)
-    hidden_NPD, cache = model.prefill(params, asked.tokens, asked.lengths, keep_residuals)
-    last_N11 = (asked.lengths - 1)[:, None, None]
+    hidden_NPD, cache = model.prefill(params, own.tokens, own.lengths, keep_residuals)
+    last_N11 = (own.lengths - 1)[:, None, None]
     state = Decoding(
         row=rows_N,
-        prompt_lengths=asked.lengths,
+        prompt_lengths=own.lengths,
         keys=keys,
         tokens=jnp.zeros((lanes, max_new), jnp.int32),
         log_probs=jnp.zeros((lanes, max_new), jnp.float32),

@@ -93,7 +93,7 @@ def _readable_in_place(model: LanguageModel, stacks: Params) -> bool:
 
 def _views(model: LanguageModel, stacks: Params, count: int) -> tuple[Params, ...]:
     """Each layer of stacks, nothing copied. A stack that is donated while its views are read is copied and not lost."""
-    places = model.decoding_places["layers"] if model.mesh else jax.tree.leaves(stacks)[0].device
+    places = model.decoding_shardings["layers"] if model.mesh else jax.tree.leaves(stacks)[0].device
     arrays = jax.tree.map(np.asarray, stacks)
     layers = tuple(jax.tree.map(lambda array, i=i: array[i], arrays) for i in range(count))
     return jax.device_put(layers, places, may_alias=True)
@@ -105,7 +105,7 @@ def moves(model: LanguageModel, names: tuple[str, ...]) -> dict[str, Any]:
 
     Their results' shardings are given from outside: a constraint inside, on another mesh than the arguments', is lost.
     """
-    places = model.decoding_places or dict.fromkeys(names)
+    places = model.decoding_shardings or dict.fromkeys(names)
 
     def alone(name: str) -> Any:
         return jax.jit(lambda array: model.others_for_decoding({name: array})[name], out_shardings=places[name])

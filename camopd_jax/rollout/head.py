@@ -49,7 +49,7 @@ def map_tokens(
 
     Args:
       params: of the model; of them those of its head are read.
-      hidden_BTD: final hidden states of the places that predict the tokens.
+      hidden_BTD: final hidden states, each predicting the token beside it.
       targets: arrays [B, T, ...]; constants. "tokens" and what else the function asks for.
       chunk: tokens of a chip whose logits may exist at one time; 0: `tokens_at_once`. At least one slot of every row.
       teacher_head: the teacher's parameters of its head, where the function has a teacher; constants.

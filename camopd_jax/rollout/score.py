@@ -88,7 +88,7 @@ def predicting_states(
     so_far: Params | None = None,
     residuals: Residuals = (),
 ) -> jax.Array:
-    """Final hidden states `[B, T, D]` of the places that predict each response token.
+    """The final hidden states `[B, T, D]` that predict each response token.
 
     Args:
       slots: that hold every prompt with its answer; None: P + T.

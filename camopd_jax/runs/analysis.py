@@ -27,7 +27,7 @@ def analyze(config: TrainConfig, checkpoint: str | None, source_field: str) -> d
     models = load_models(setup)
     student, source = models.student, None
     if checkpoint:
-        source = evaluation.load(config, checkpoint, setup.mesh)
+        source = evaluation.load_source(config, checkpoint, setup.mesh)
         if jax.tree.map(jnp.shape, source.loaded.params) != jax.tree.map(jnp.shape, student.params):
             raise UserError(
                 f"--checkpoint={checkpoint}: its shape is not that of config.specialised_model = "

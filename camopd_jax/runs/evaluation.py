@@ -1,84 +1,92 @@
 """Scores models on the benchmarks of a config: any Hugging Face folder, hub name, or run."""
 
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
-from absl import flags
 from etils import epath
 from jax.sharding import Mesh
-from rich.console import Console
 
-from camopd_jax.runs import export
-from camopd_jax.evals import runner
-from camopd_jax.inference import engine
-from camopd_jax.runtime import cli
-from camopd_jax.config.schema import SftConfig, TrainConfig
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.config.schema import Config, SftConfig
 from camopd_jax.errors import UserError
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result
+from camopd_jax.evals import runner
+from camopd_jax.evals.results import Result
+from camopd_jax.inference import loading
+from camopd_jax.inference.loading import Loaded
+from camopd_jax.runs import export
+from camopd_jax.runtime.display import Display
+from camopd_jax.runtime.distributed import broadcast
 from camopd_jax.runtime.jsonl import read_rows
-from camopd_jax.runtime.metrics import Display, MetricsWriter
-from camopd_jax.runtime.distributed import is_primary, broadcast
-from camopd_jax.runtime.mesh import check_rows, make_mesh
-
-Config = TrainConfig | SftConfig
+from camopd_jax.runtime.mesh import check_rows, mesh_of
+from camopd_jax.runtime.metrics import MetricsWriter
 
 
-def evaluate(config: Config, checkpoints: list[str], workdir: str) -> dict[str, list[Result]]:
-    """The results of each model on each benchmark, by the model's name."""
+def evaluate(config: Config, checkpoints: Sequence[str], workdir: str) -> dict[str, list[Result]]:
+    """The results of each model on each benchmark, by the model's name.
+
+    Args:
+      checkpoints: what --checkpoint names; without any, the config's own models are evaluated.
+      workdir: gets a row of eval.jsonl for each result, and the answers.
+
+    Raises:
+      UserError: for a config without benchmarks, and models or questions that cannot be read.
+    """
     settings, folder = config.evaluation, epath.Path(workdir)
     if not settings.benchmarks:
         raise UserError("config.evaluation.benchmarks: there is none; name at least one")
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     check_rows(mesh, "config.evaluation.batch_size", settings.batch_size)
     runner.check(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    writer, display = MetricsWriter(folder, tensorboard=False), Display(0, 0)
-    models: dict[str, list[Result]] = {}
-    for name, source in ((s, s) for s in checkpoints) if checkpoints else own_models(config).items():
-        found = load(config, source, mesh)
-        models[name] = runner.run_all(settings, found.loaded, folder, writer, display, name, key=found.key)
-    return known_baselines(folder, models) | models
+    evaluator = runner.Evaluator(settings, folder, MetricsWriter(folder, tensorboard=False), Display(0, 0))
+    sources = {name: name for name in checkpoints} or own_models(config)
+    results: dict[str, list[Result]] = {}
+    for name, source in sources.items():
+        model = load_source(config, source, mesh)
+        results[name] = evaluator.run(name, model.loaded, key=model.key)
+    return known_baselines(folder, results) | results
 
 
 def own_models(config: Config) -> dict[str, str]:
+    """The models that a config names, by the names that they have in tables."""
     if isinstance(config, SftConfig):
         return {"start": config.model}
     return {"general": config.general_model, "specialised": config.specialised_model}
 
 
 @dataclass(frozen=True)
-class Checkpoint:
-    """A model in memory, and where it comes from."""
+class Source:
+    """A model that --checkpoint names, in memory."""
 
     loaded: Loaded
-    key: str  # of its answers
-    run: epath.Path | None  # the work directory, where it is a run's
+    key: str  # under which its answers are kept
+    run: epath.Path | None  # the work directory, if it is a run's
     step: int  # of the run; else 0
 
 
-def load(config: Config, source: str, mesh: Mesh) -> Checkpoint:
-    """What --checkpoint names: a Hugging Face folder, a work directory (its last checkpoint) or one step of it."""
-    step = re.fullmatch(r"(.+)/checkpoints/(\d+)/?", source)
-    run = step[1] if step else source
+def load_source(config: Config, source: str, mesh: Mesh) -> Source:
+    """Loads a Hugging Face folder, a work directory (its last checkpoint) or one checkpoint of it."""
+    checkpoint = re.fullmatch(r"(.+)/checkpoints/(\d+)/?", source)
+    run = checkpoint[1] if checkpoint else source
     if (epath.Path(run) / "checkpoints").exists():
-        loaded, provenance = export.restored(run, int(step[2]) if step else None)
-        done = int(provenance["steps"])
-        return Checkpoint(loaded, runner.run_key(provenance["config_fingerprint"], done), epath.Path(run), done)
-    folder: Path = engine.find(source, "--checkpoint")
-    dtype = engine.teacher_dtype(config.compute)
-    context = max((b.max_response_tokens for b in config.evaluation.benchmarks), default=0)
-    loaded = engine.load(folder, mesh, config.compute, dtype=dtype, context=context)
-    return Checkpoint(loaded, runner.model_key(loaded), None, 0)
+        loaded, provenance = export.restore_model(run, int(checkpoint[2]) if checkpoint else None)
+        step = int(provenance["steps"])
+        return Source(loaded, runner.run_key(provenance["config_fingerprint"], step), epath.Path(run), step)
+    loaded = loading.load(
+        loading.find(source, "--checkpoint"),
+        mesh,
+        config.compute,
+        dtype=loading.teacher_dtype(config.compute),
+        context=max((benchmark.max_response_tokens for benchmark in config.evaluation.benchmarks), default=0),
+    )
+    return Source(loaded, runner.model_key(loaded), None, 0)
 
 
-def known_baselines(folder: epath.Path, models: dict[str, list[Result]]) -> dict[str, list[Result]]:
-    """The general and the specialised model's results on the very same questions, where eval.jsonl has them all."""
-    asked = [row["asked"] for row in next(iter(models.values()))]
+def known_baselines(folder: epath.Path, results: dict[str, list[Result]]) -> dict[str, list[Result]]:
+    """The general and the specialised model's results on the very same questions, if eval.jsonl has them all."""
+    questions = [row["asked"] for row in next(iter(results.values()))]
     rows = {(row["model"], row.get("asked")): row for row in broadcast(lambda: read_rows(folder / "eval.jsonl"))}
     names = ("general", "specialised")
-    if not all((name, questions) in rows for name in names for questions in asked):
+    if not all((name, asked) in rows for name in names for asked in questions):
         return {}
-    return {name: [rows[name, questions] for questions in asked] for name in names}
+    return {name: [rows[name, asked] for asked in questions] for name in names}

@@ -7,30 +7,37 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from absl import flags
 from etils import epath
 
 from camopd_jax import __version__
-from camopd_jax.inference import engine
-from camopd_jax.runtime import cli
-from camopd_jax.runs.checkpoint import Checkpoints
-from camopd_jax.config.schema import SftConfig, TrainConfig
-from camopd_jax.inference.engine import Loaded
-from camopd_jax.errors import UserError
-from camopd_jax.evals.runner import read_standings
-from camopd_jax.models import hf, partition
-from camopd_jax.method.optimizer import init_state, moment_names
-from camopd_jax.runtime.distributed import is_primary, barrier
 from camopd_jax.config.identity import from_json
-from camopd_jax.runtime.mesh import make_mesh
+from camopd_jax.config.schema import TrainConfig
+from camopd_jax.errors import UserError
+from camopd_jax.evals.runner import read_ranks
+from camopd_jax.inference import loading
+from camopd_jax.inference.loading import Loaded
+from camopd_jax.method.optimizer import init_state, moment_names
+from camopd_jax.models import hf, partition
+from camopd_jax.runs.checkpoint import CheckpointStore
+from camopd_jax.runtime.distributed import barrier, is_primary
+from camopd_jax.runtime.mesh import mesh_of
 
-# Files of the original folder that stay true of the trained model.
-_KEPT = ("tokenizer*", "*.jinja", "special_tokens_map.json", "added_tokens.json", "vocab.*", "merges.txt",
-         "generation_config.json", "LICENSE*", "NOTICE*")  # fmt: skip
+# Files of the original folder that hold for the trained model too.
+_COPIED = (
+    "tokenizer*",
+    "*.jinja",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.*",
+    "merges.txt",
+    "generation_config.json",
+    "LICENSE*",
+    "NOTICE*",
+)
 
 
 def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) -> None:
-    """Writes weights, configuration, tokenizer and model card, whole or not at all; replaces what is at `out`.
+    """Writes weights, configuration, tokenizer and model card, completely or not at all; replaces what is at `out`.
 
     Args:
       loaded: the model; its `folder` gives all that training does not change, and the tensors' dtypes.
@@ -39,16 +46,14 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
     Raises:
       UserError: if it cannot be written.
     """
+    original = loaded.folder
     try:
         with _part(out) as part:
             if is_primary():
-                for pattern in _KEPT:
-                    for file in loaded.folder.glob(pattern):
-                        shutil.copyfile(file, part / file.name)
+                for file in (file for pattern in _COPIED for file in original.glob(pattern)):
+                    shutil.copyfile(file, part / file.name)
                 (part / "README.md").write_text(model_card(out.parent.name, provenance))
-            hf.save(
-                part, loaded.params, loaded.model.config, hf.read_config(loaded.folder), hf.tensor_dtypes(loaded.folder)
-            )
+            hf.save(part, loaded.params, loaded.model.config, hf.read_config(original), hf.tensor_dtypes(original))
     except OSError as error:
         raise UserError(
             f"{out}: cannot write ({error.strerror}); free some room, then export with python -m camopd_jax.export"
@@ -57,9 +62,9 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
 
 @contextlib.contextmanager
 def _part(out: epath.Path) -> Iterator[Path]:
-    """A local folder that becomes `out` when all is written."""
-    local = "://" not in str(out)
-    part = Path(str(out) + ".part") if local or not is_primary() else Path(tempfile.mkdtemp())
+    """A local folder that takes the place of `out` when all is written. Only process 0's one does."""
+    is_local = "://" not in str(out)
+    part = Path(f"{out}.part") if is_local or not is_primary() else Path(tempfile.mkdtemp())
     if is_primary():
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
@@ -67,20 +72,25 @@ def _part(out: epath.Path) -> Iterator[Path]:
     if is_primary():
         if out.exists():
             out.rmtree()
-        if local:
+        if is_local:
             part.rename(out)
         else:
-            out.mkdir(parents=True)
-            for file in part.iterdir():
-                epath.Path(file).copy(out / file.name)
-            shutil.rmtree(part)
+            _upload(part, out)
     barrier("export")
+
+
+def _upload(folder: Path, out: epath.Path) -> None:
+    """Moves a folder's files to a bucket."""
+    out.mkdir(parents=True)
+    for file in folder.iterdir():
+        epath.Path(file).copy(out / file.name)
+    shutil.rmtree(folder)
 
 
 def model_card(name: str, provenance: dict[str, str]) -> str:
     """README.md of an exported folder."""
     base = provenance.get("specialised_model", provenance.get("model"))
-    facts = "\n".join(f"| {key.replace('_', ' ')} | `{value}` |" for key, value in provenance.items())
+    facts = "\n".join(f"| {name.replace('_', ' ')} | `{value}` |" for name, value in provenance.items())
     front = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nbase_model: {json.dumps(base)}\n---\n"
     return (
         f"{front}\n# {name}\n\nMade from `{base}` by {provenance['method']} with camopd_jax {__version__}.\n\n"
@@ -88,32 +98,33 @@ def model_card(name: str, provenance: dict[str, str]) -> str:
     )
 
 
-def restored(workdir: str, step: int | None = None, best: bool = False) -> tuple[Loaded, dict[str, str]]:
-    """The model of a run's checkpoint, and where it comes from.
+def restore_model(workdir: str, step: int | None = None, best: bool = False) -> tuple[Loaded, dict[str, str]]:
+    """The model of a run's checkpoint, and its provenance: named facts for a model card, "steps" among them.
 
     Args:
-      step: of the checkpoint; None: the last, or the best.
+      step: of the checkpoint; None: the last one.
+      best: whether the best one is meant, where `step` is None.
 
     Raises:
       UserError: if there is no such checkpoint.
     """
     folder = epath.Path(workdir)
     config = from_json(folder / "config.json")
-    checkpoints = Checkpoints(workdir, config.checkpoints, read_standings(folder))
-    chosen = step if step is not None else checkpoints.best() if best else checkpoints.latest()
-    if chosen is None or chosen not in checkpoints.steps():
+    checkpoints = CheckpointStore(workdir, config.checkpoints, read_ranks(folder))
+    if step is None:
+        step = checkpoints.best() if best else checkpoints.latest()
+    if step is None or step not in checkpoints.steps():
         raise UserError(
-            f"{folder / 'checkpoints'}: no checkpoint {'' if chosen is None else chosen} there, only "
+            f"{folder / 'checkpoints'}: no checkpoint {'' if step is None else step} there, only "
             f"{checkpoints.steps()}; give one of them with --step"
         )
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
-    moments = moment_names(config) if isinstance(config, TrainConfig) else ("shared",)
-    base, field = (
-        (config.model, "model") if isinstance(config, SftConfig) else (config.specialised_model, "specialised_model")
-    )
-    loaded = engine.load(
-        engine.find(base, f"config.{field}"), mesh, config.compute, dtype=config.compute.params, context=1
+    if isinstance(config, TrainConfig):
+        start, field, moments = config.specialised_model, "config.specialised_model", moment_names(config)
+    else:
+        start, field, moments = config.model, "config.model", ("shared",)
+    loaded = loading.load(
+        loading.find(start, field), mesh_of(config.mesh), config.compute, dtype=config.compute.params, context=1
     )
     trained = partition.trained(loaded.params, config.optimizer.trained)
-    state, _, provenance = checkpoints.restore(chosen, init_state(trained, moments))
-    return loaded.with_params(state.params), provenance | {"steps": str(chosen)}
+    state, _, provenance = checkpoints.restore(step, init_state(trained, moments))
+    return loaded.with_params(state.params), provenance | {"steps": str(step)}

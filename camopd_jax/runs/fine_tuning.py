@@ -7,8 +7,8 @@ import jax
 
 from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
-from camopd_jax.inference import engine
-from camopd_jax.inference.engine import Loaded
+from camopd_jax.inference import loading
+from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.gradient import Gradient, Learner, Lesson, Loss
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.method.optimizer import init_state
@@ -17,10 +17,10 @@ from camopd_jax.method.update import sft_update
 from camopd_jax.method.weights import cross_entropy_weights
 from camopd_jax.models import hf, partition
 from camopd_jax.rollout.score import micro_batches
-from camopd_jax.runs.run import Host
+from camopd_jax.runs.run import Run
 from camopd_jax.runtime.distributed import run_on_all
+from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.mesh import global_rows, rows_of_process
-from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.types import Params, Sequences
 
 
@@ -29,8 +29,8 @@ def sft(config: SftConfig, workdir: str) -> None:
     mesh = resolve_fine_tuning(config)
 
     def begin() -> tuple[Loaded, SftStream]:
-        folder = engine.find(config.model, "config.model")
-        loaded = engine.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
+        folder = loading.find(config.model, "config.model")
+        loaded = loading.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
         return loaded, SftStream(config, loaded.tokenizer, rows_of_process(mesh, config.batch_size))
 
     student, stream = run_on_all(begin)
@@ -39,15 +39,15 @@ def sft(config: SftConfig, workdir: str) -> None:
         "model": config.model,
         "fingerprint": hf.fingerprint(student.folder),
     }
-    host = Host(config, workdir, student, {"data": stream}, provenance)
-    state = host.restore(init_state(partition.trained(student.params, config.optimizer.trained)))
-    host.display.say(f"conversations: {stream.counts}")
-    host.evaluate("start", 0, student)
+    run = Run(config, workdir, student, {"data": stream}, provenance)
+    state = run.restore(init_state(partition.trained(student.params, config.optimizer.trained)))
+    run.display.say(f"conversations: {stream.counts}")
+    run.evaluate("start", 0, student)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     loss = Loss(student.model, OBJECTIVES["cross_entropy"]())
     learner = Learner(loss, shardings.params, config.compute.logits_chunk)
     update = jax.jit(partial(sft_update, config=config), donate_argnums=0, out_shardings=(shardings, None))
-    ended = host.measure(int(state.step), state)  # the last start may have ended in the middle of an evaluation
+    ended = run.evaluate_student(int(state.step), state)  # the last start may have ended in the middle of an evaluation
     for step in range(int(state.step), 0 if ended else config.steps):
         started = time.perf_counter()
         batch = global_rows(mesh, next(stream), config.batch_size)
@@ -56,15 +56,15 @@ def sft(config: SftConfig, workdir: str) -> None:
         row = {"step": step, "phase": "sft"} | {name: value.item() for name, value in metrics.items()}
         seconds = time.perf_counter() - started
         speed = {"tokens_per_second": row["response_tokens"] / seconds, "memory_gib": memory_gib()}
-        host.record(row | {"seconds": {"update": seconds}} | speed)
-        if host.due(step + 1) and host.milestone(step + 1, state):
+        run.record(row | {"seconds": {"update": seconds}} | speed)
+        if run.pauses_after(step + 1) and run.pause(step + 1, state):
             break
-    if host.terminated:
+    if run.terminated:
         return
-    state = host.chosen(state)
+    state = run.state_to_export(state)
     steps = int(state.step)
-    host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
-    host.finish(state)
+    run.evaluate("student", steps, student.with_params(state.params), run.student_key(steps))
+    run.finish(state)
 
 
 def gradient(config: SftConfig, learner: Learner, params: Params, trained: Params, batch: Sequences) -> Gradient:

@@ -1,259 +1,289 @@
-"""The same run under many methods and seeds: a grid of work directories, resumable, in worker processes."""
+"""The same run under many methods, settings and seeds: a grid of work directories, each cell run in a worker process.
+
+A cell that has its results is not run again, so that the same command goes on where a grid was stopped.
+"""
 
 import concurrent.futures
 import contextlib
 import json
-import multiprocessing
-import os
 import shutil
-import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
+from typing import Any, cast
 
 import jax
-from absl import flags
 from etils import epath
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
-from camopd_jax.inference import engine
-from camopd_jax.runtime import cli
 from camopd_jax.analysis import study
+from camopd_jax.config.identity import changed, different_fields, to_json
+from camopd_jax.config.methods import CONTROLS, INTERPOLATION
 from camopd_jax.config.schema import TrainConfig
-from camopd_jax.config.methods import AGAINST, CONTROLS, INTERPOLATION, QUICK
 from camopd_jax.errors import UserError
-from camopd_jax.evals.scores import Result
+from camopd_jax.evals.results import Result
 from camopd_jax.runs.evaluation import evaluate
 from camopd_jax.runs.interpolation import interpolate
-from camopd_jax.runtime.jsonl import read_rows, whole_file
-from camopd_jax.config.identity import changed, different_fields, to_json
 from camopd_jax.runs.training import train
+from camopd_jax.runs.workers import WorkerPool
+from camopd_jax.runtime.jsonl import atomic_file, read_rows
 
 METHODS = (*CONTROLS, INTERPOLATION)
-WEIGHTS = tuple(i / 10 for i in range(1, 10))  # of the original model, in the interpolation's sweep
+WEIGHTS = tuple(i / 10 for i in range(1, 10))  # of the original model, in the sweep of the interpolation
+TEACHERS = ("general", "specialised")  # as eval.jsonl calls them
 
 
 @dataclass(frozen=True)
-class Run:
-    """One cell of the grid."""
+class Cell:
+    """One run of the grid."""
 
     method: str
-    setting: float  # learning rate; of the interpolation, the original model's weight
+    setting: float  # the learning rate; of the interpolation, the original model's weight
     seed: int
 
+    def __str__(self) -> str:
+        return f"{self.method} {self.setting:g} seed {self.seed}"
+
     def folder(self, workdir: str) -> Path:
+        """The run's work directory."""
         return Path(workdir) / self.method / f"{self.setting:g}" / f"seed-{self.seed}"
 
     def config(self, base: TrainConfig) -> TrainConfig:
+        """The run's config: the grid's, with this method, setting and seed. It is evaluated at its end alone."""
         if self.method == INTERPOLATION:
             return base
-        rate = {"optimizer.learning_rate": self.setting, "seed": self.seed}
-        return changed(base, {**rate, **CONTROLS[self.method].changes, "evaluation.every": 0, "log.report": False})
+        own = {"optimizer.learning_rate": self.setting, "seed": self.seed}
+        always = {"evaluation.every": 0, "log.report": False}
+        return cast(TrainConfig, changed(base, own | CONTROLS[self.method].changes | always))
+
+
+# ------------------------------------------------------------------------------------ the study
+
+
+def compare(
+    base: TrainConfig, workdir: str, methods: Sequence[str], rates: Sequence[float], seeds: int, workers: int
+) -> dict[str, Any]:
+    """Runs the open cells of a grid and writes its study.json.
+
+    Every method with several settings is first run at each of them, on a seed of its own; the best setting is then its
+    setting for all seeds.
+
+    Args:
+      rates: learning rates to choose from.
+      workers: runs at one time.
+
+    Returns:
+      What study.json holds: outcomes by method and seed, the setting of each method, what failed, and more.
+
+    Raises:
+      UserError: if there is nothing to compare by, or a cell's folder holds a run of another config.
+    """
+    if not base.evaluation.benchmarks:
+        raise UserError("config.evaluation.benchmarks: there is none to compare by; name at least one")
+    started = time.perf_counter()
+    axes: dict[str, str] = {benchmark.name: benchmark.axis for benchmark in base.evaluation.benchmarks}
+    settings = {method: WEIGHTS if method == INTERPOLATION else tuple(rates) for method in methods}
+    Path(workdir).mkdir(parents=True, exist_ok=True)
+    with WorkerPool(workers) as pool, Grid(pool, base, workdir) as grid:
+        grid.score_teachers()
+        merits = _sweep(grid, settings, axes, title=_sweep_title(rates))
+        chosen = {method: _best(merits[method], settings[method]) for method in methods}
+        cells = [
+            Cell(method, chosen[method], seed) for method in methods if method != INTERPOLATION for seed in range(seeds)
+        ]
+        done = grid.run(cells, f"{len(methods)} methods, {seeds} seeds")
+        facts = {
+            "axes": axes,
+            "settings": chosen,
+            "merits": merits,
+            "outcomes": _outcomes(grid, chosen, done, seeds),
+            "failed": grid.failed,
+            "tokens": {f"{cell.method}/{cell.seed}": grid.sampled_tokens(cell) for cell in done},
+            "seconds": round(time.perf_counter() - started),
+            "workers": workers,
+        }
+    with atomic_file(Path(workdir) / "study.json") as file:
+        file.write(json.dumps(facts, indent=1) + "\n")
+    return facts
+
+
+def _sweep_title(rates: Sequence[float]) -> str:
+    return f"choosing among {len(rates)} rates" if len(rates) > 1 else "interpolation"
+
+
+def _sweep(
+    grid: "Grid", settings: dict[str, tuple[float, ...]], axes: dict[str, str], title: str
+) -> dict[str, dict[float, float]]:
+    """How good each setting of each method is, by method and setting; empty of a method with a single one."""
+    cells = [
+        Cell(method, setting, study.TUNING_SEED)
+        for method, of_method in settings.items()
+        if len(of_method) > 1
+        for setting in of_method
+    ]
+    done = set(grid.run(cells, title))
+    merits: dict[str, dict[float, float]] = {method: {} for method in settings}
+    for cell in cells:
+        if cell in done:
+            merits[cell.method][cell.setting] = study.merit(grid.shares(cell, for_tuning=True), axes)
+    return merits
+
+
+def _best(merits: dict[float, float], settings: tuple[float, ...]) -> float:
+    """The best of a method's settings; the first if none was tried."""
+    return max(merits, key=merits.__getitem__) if merits else settings[0]
+
+
+def _outcomes(
+    grid: "Grid", chosen: dict[str, float], done: Sequence[Cell], seeds: int
+) -> dict[str, dict[int, study.Shares]]:
+    """What each method gets back and keeps, by method and seed."""
+    outcomes: dict[str, dict[int, study.Shares]] = {method: {} for method in chosen}
+    for cell in sorted(done, key=lambda cell: cell.seed):
+        outcomes[cell.method][cell.seed] = grid.shares(cell, for_tuning=False)
+    if INTERPOLATION in chosen:  # the same model whatever the seed
+        cell = Cell(INTERPOLATION, chosen[INTERPOLATION], study.TUNING_SEED)
+        outcomes[INTERPOLATION] = dict.fromkeys(range(seeds), grid.shares(cell, for_tuning=False))
+    return outcomes
 
 
 # ------------------------------------------------------------------------------------ the grid
 
 
-def compare(base: TrainConfig, workdir: str, methods: Sequence[str], rates: Sequence[float], seeds: int, workers: int):
-    """Runs what is open of the grid. Returns outcomes by method and seed, the setting of each, and what failed."""
-    if not base.evaluation.benchmarks:
-        raise UserError("config.evaluation.benchmarks: there is none to compare by; name at least one")
-    started = time.perf_counter()
-    Path(workdir).mkdir(parents=True, exist_ok=True)
-    with Workers(workers) as pool, Grid(pool, base, workdir) as grid:
-        grid.baselines()
-        tried = {method: WEIGHTS if method == INTERPOLATION else tuple(rates) for method in methods}
-        sweep = [Run(method, setting, study.TUNING_SEED) for method in methods for setting in tried[method]
-                 if len(tried[method]) > 1]  # fmt: skip
-        found = grid.run(sweep, f"choosing among {len(rates)} rates" if len(rates) > 1 else "interpolation")
-        axes = {b.name: b.axis for b in base.evaluation.benchmarks}
-        chosen, merits = {}, {}
-        for method in methods:
-            merits[method] = {
-                run.setting: study.merit(grid.shares(run, for_tuning=True), axes)
-                for run in sweep if run.method == method and run in found
-            }  # fmt: skip
-            chosen[method] = max(merits[method], key=merits[method].get) if merits[method] else tried[method][0]
-        runs = [Run(method, chosen[method], seed) for method in methods if method != INTERPOLATION
-                for seed in range(seeds)]  # fmt: skip
-        done = grid.run(runs, f"{len(methods)} methods, {seeds} seeds")
-        outcomes = {method: {} for method in methods}
-        for run in sorted(done, key=lambda run: run.seed):
-            outcomes[run.method][run.seed] = grid.shares(run, for_tuning=False)
-        if INTERPOLATION in methods:  # the same model whatever the seed
-            between = grid.shares(Run(INTERPOLATION, chosen[INTERPOLATION], study.TUNING_SEED), for_tuning=False)
-            outcomes[INTERPOLATION] = dict.fromkeys(range(seeds), between)
-        seconds = time.perf_counter() - started
-        facts = {"axes": axes, "settings": chosen, "merits": merits, "outcomes": outcomes, "failed": grid.failed,
-                 "tokens": {f"{run.method}/{run.seed}": grid.tokens(run) for run in done},
-                 "seconds": round(seconds), "workers": workers}  # fmt: skip
-    with whole_file(Path(workdir) / "study.json") as file:
-        file.write(json.dumps(facts, indent=1) + "\n")
-    return facts
-
-
 class Grid:
-    """Runs cells of the grid in workers and shows how far it is."""
+    """Runs cells in worker processes, shows how far they are, and reads their results."""
 
-    def __init__(self, pool: concurrent.futures.Executor, base: TrainConfig, workdir: str):
-        self.pool, self.base, self.workdir = pool, base, workdir
-        self.failed: dict[str, str] = {}
+    def __init__(self, pool: concurrent.futures.Executor, base: TrainConfig, workdir: str) -> None:
+        self.failed: dict[str, str] = {}  # reasons, by folder
+        self._pool, self._base, self._workdir = pool, base, workdir
         self._teachers: list[list[Result]] = []
+        self._console = Console(highlight=False)
+        self._bar = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(bar_width=24),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[last]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
 
     def __enter__(self) -> "Grid":
-        console = Console(highlight=False)
-        self._plain = None if console.is_terminal else console
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(bar_width=24), MofNCompleteColumn(),
-                             TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[last]}"),
-                             console=console, disable=self._plain is not None)  # fmt: skip
         self._bar.start()
         return self
 
-    def __exit__(self, *_) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self._bar.stop()
 
-    def baselines(self) -> None:
-        """The two teachers' scores; every run starts with a copy of their answers."""
-        folder = str(Path(self.workdir) / "teachers")
-        self.pool.submit(_score_teachers, self.base, folder).result()
-        rows = {(row["model"], row["benchmark"]): row for row in read_rows(epath.Path(folder) / "eval.jsonl")}
-        names = [b.name for b in self.base.evaluation.benchmarks]
-        self._teachers = [[rows[model, name] for name in names] for model in ("general", "specialised")]
+    def score_teachers(self) -> None:
+        """Evaluates the two teachers once; every run begins with a copy of their answers."""
+        folder = str(Path(self._workdir) / "teachers")
+        self._pool.submit(_score_teachers, self._base, folder).result()
+        results = {(row["model"], row["benchmark"]): row for row in read_rows(epath.Path(folder) / "eval.jsonl")}
+        names = [benchmark.name for benchmark in self._base.evaluation.benchmarks]
+        self._teachers = [[results[model, name] for name in names] for model in TEACHERS]
 
-    def run(self, runs: Sequence[Run], title: str) -> list[Run]:
-        """Those of `runs` that came to their end, now or earlier."""
-        done = [run for run in runs if finished(run, self.base, self.workdir)]
-        task = self._bar.add_task(title, total=len(runs), completed=len(done), last="")
-        if self._plain and runs:
-            self._plain.print(f"{title}: {len(done)} of {len(runs)} runs are there")
-        waiting = {
-            self.pool.submit(_run, run, self.base, self.workdir): run for run in runs if run not in done
-        }  # fmt: skip
-        for future in concurrent.futures.as_completed(waiting):
-            run = waiting[future]
+    def run(self, cells: Sequence[Cell], title: str) -> list[Cell]:
+        """Those of the cells that have come to their end, now or earlier; the others are in `failed`."""
+        done = [cell for cell in cells if is_finished(cell, self._base, self._workdir)]
+        task = self._bar.add_task(title, total=len(cells), completed=len(done), last="")
+        if cells:
+            self._print_plain(f"{title}: {len(done)} of {len(cells)} runs are there")
+        running = {
+            self._pool.submit(_run_cell, cell, self._base, self._workdir): cell for cell in cells if cell not in done
+        }
+        for future in concurrent.futures.as_completed(running):
+            cell = running[future]
             try:
-                seconds = future.result()
+                news = f"{cell}: {future.result():.0f} s"
+                done.append(cell)
             except UserError as error:
-                self.failed[str(run.folder(self.workdir))] = str(error)
-                told = f"{run.method} {run.setting:g} seed {run.seed}: {error}"
-            else:
-                done.append(run)
-                told = f"{run.method} {run.setting:g} seed {run.seed}: {seconds:.0f} s"
-            self._bar.update(task, completed=len(done) + len(self.failed), last=told)
-            if self._plain:
-                self._plain.print(f"{title}: {len(done)} of {len(runs)}, {told}")
+                news = f"{cell}: {error}"
+                self.failed[str(cell.folder(self._workdir))] = str(error)
+            self._bar.update(task, completed=len(done) + len(self.failed), last=news)
+            self._print_plain(f"{title}: {len(done)} of {len(cells)}, {news}")
         return done
 
-    def shares(self, run: Run, for_tuning: bool) -> study.Shares:
-        student = student_rows(run, self.base, self.workdir)
+    def shares(self, cell: Cell, for_tuning: bool) -> study.Shares:
+        """What a finished run's model gets back and keeps, on the questions that tune or on the others."""
+        student = student_results(cell, self._base, self._workdir)
         return study.shares([*self._teachers, student], for_tuning)
 
-    def tokens(self, run: Run) -> int:
-        """Answer tokens sampled over a whole run."""
-        return sum(row["response_tokens"] for row in read_rows(epath.Path(run.folder(self.workdir)) / "metrics.jsonl"))
+    def sampled_tokens(self, cell: Cell) -> int:
+        """Tokens of all answers of a run."""
+        rows = read_rows(epath.Path(cell.folder(self._workdir)) / "metrics.jsonl")
+        return sum(row["response_tokens"] for row in rows)
+
+    def _print_plain(self, line: str) -> None:
+        """Prints a line where there is no terminal for the bar."""
+        if not self._console.is_terminal:
+            self._console.print(line)
 
 
-def student_rows(run: Run, base: TrainConfig, workdir: str) -> list[Result]:
-    """The finished model's results, one a benchmark; fewer if the run has not come to its end."""
-    rows = read_rows(epath.Path(run.folder(workdir)) / "eval.jsonl")
-    last = 0 if run.method == INTERPOLATION else base.steps
-    found = {row["benchmark"]: row for row in rows
-             if row["model"] not in ("general", "specialised") and row["step"] == last}  # fmt: skip
-    return [found[b.name] for b in base.evaluation.benchmarks if b.name in found]
+def student_results(cell: Cell, base: TrainConfig, workdir: str) -> list[Result]:
+    """The finished model's results, one for each benchmark; fewer if the run has not come to its end."""
+    last = 0 if cell.method == INTERPOLATION else base.steps
+    rows = read_rows(epath.Path(cell.folder(workdir)) / "eval.jsonl")
+    results = {row["benchmark"]: row for row in rows if row["model"] not in TEACHERS and row["step"] == last}
+    names = [benchmark.name for benchmark in base.evaluation.benchmarks]
+    return [results[name] for name in names if name in results]
 
 
-def finished(run: Run, base: TrainConfig, workdir: str) -> bool:
-    """Whether a run has its results, and is one of this grid.
+def is_finished(cell: Cell, base: TrainConfig, workdir: str) -> bool:
+    """Whether a run has all its results.
 
     Raises:
       UserError: if its folder holds a run of another config.
     """
-    file = run.folder(workdir) / "config.json"
+    file = cell.folder(workdir) / "config.json"
     if not file.exists():
         return False
-    before, now = json.loads(file.read_text())["config"], to_json(run.config(base))
+    before, now = json.loads(file.read_text())["config"], to_json(cell.config(base))
     if names := different_fields(before, now):
-        raise UserError(f"{run.folder(workdir)}: made with another {names[0]}; give the old value, or a new --workdir")
-    return len(student_rows(run, base, workdir)) == len(base.evaluation.benchmarks)
+        raise UserError(f"{cell.folder(workdir)}: made with another {names[0]}; give the old value, or a new --workdir")
+    return len(student_results(cell, base, workdir)) == len(base.evaluation.benchmarks)
 
 
 # ---------------------------------------------------------------------------------- in a worker
 
 
-def default_workers() -> int:
-    """One a core, or one for an accelerator; which of the two, a process finds out that then gives it back."""
-    with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
-        if pool.submit(jax.default_backend).result() != "cpu":
-            return 1
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-
-
-class Workers(concurrent.futures.ProcessPoolExecutor):
-    """Processes that run one cell at a time, on a CPU each with a core of its own."""
-
-    def __init__(self, count: int):
-        context = multiprocessing.get_context("spawn")
-        cores = context.Queue()
-        for core in _cores(count):
-            cores.put(core)
-        super().__init__(count, mp_context=context, initializer=_begin, initargs=(cores,))
-
-    def __exit__(self, kind, *_) -> None:
-        self.shutdown(wait=kind is None, cancel_futures=True)
-
-
-def _cores(count: int) -> Iterable[list[int] | None]:
-    """The cores of each worker; None leaves them as they are, where the system cannot tell."""
-    if not hasattr(os, "sched_getaffinity"):
-        return [None] * count
-    own = sorted(os.sched_getaffinity(0))
-    return [own[i::count] or own for i in range(count)]
-
-
-def _begin(cores: multiprocessing.Queue) -> None:
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-    mine = cores.get()
-    if mine is not None:
-        os.sched_setaffinity(0, mine)  # before XLA counts its threads
-    engine.start()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # every run compiles the same small programs
-
-
-def _end_with_parent() -> None:
-    """A command that was killed leaves no worker behind that goes on writing where the next one's write."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
-
-
 def _score_teachers(base: TrainConfig, folder: str) -> None:
-    with _told_to(Path(folder)):
+    with _output_to_log(Path(folder)):
         evaluate(base, [], folder)
 
 
-def _run(run: Run, base: TrainConfig, workdir: str) -> float:
+def _run_cell(cell: Cell, base: TrainConfig, workdir: str) -> float:
     """Runs or continues a cell; returns its seconds."""
-    started, folder = time.perf_counter(), run.folder(workdir)
-    config = run.config(base)
+    started, folder = time.perf_counter(), cell.folder(workdir)
+    config = cell.config(base)
     if not base.evaluation.answers:
         shutil.copytree(Path(workdir) / "teachers" / "answers", folder / "answers", dirs_exist_ok=True)
-    with _told_to(folder):
-        if run.method == INTERPOLATION:
-            if not (folder / "export").exists():
-                interpolate(config, run.setting, str(folder / "export"))
-            evaluate(config, [str(folder / "export")], str(folder))
-            stored = {"kind": "TrainConfig", "config": to_json(config)}
-            (folder / "config.json").write_text(json.dumps(stored))
+    with _output_to_log(folder):
+        if cell.method == INTERPOLATION:
+            _interpolate(config, cell.setting, folder)
         else:
             train(config, str(folder))
-    jax.clear_caches()  # hundreds of runs must not fill the memory with their programs
+    jax.clear_caches()  # the programs of hundreds of runs would fill the memory
     return time.perf_counter() - started
 
 
+def _interpolate(config: TrainConfig, weight: float, folder: Path) -> None:
+    """Makes and evaluates an interpolated model, in a folder like a run's work directory."""
+    if not (folder / "export").exists():
+        interpolate(config, weight, str(folder / "export"))
+    evaluate(config, [str(folder / "export")], str(folder))
+    (folder / "config.json").write_text(json.dumps({"kind": "TrainConfig", "config": to_json(config)}))
+
+
 @contextlib.contextmanager
-def _told_to(folder: Path):
-    """What is printed goes to the folder's log.txt."""
+def _output_to_log(folder: Path) -> Iterator[None]:
+    """Sends what is printed to the folder's log.txt."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield

@@ -1,28 +1,28 @@
 """A model between the specialised and the original one: the weighted mean of their parameters (arXiv 2109.01903)."""
 
 import jax
-from absl import flags
 from etils import epath
 
-from camopd_jax.inference import engine
-from camopd_jax.runtime import cli
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.runs.export import write_folder
+from camopd_jax.inference import loading
 from camopd_jax.models import hf
-from camopd_jax.runtime.distributed import is_primary
-from camopd_jax.runtime.mesh import make_mesh
+from camopd_jax.runs.export import write_folder
+from camopd_jax.runtime.mesh import mesh_of
 
 
 def interpolate(config: TrainConfig, weight: float, out: str) -> None:
     """Writes `weight * original + (1 - weight) * specialised` of a config's two models as a Hugging Face folder.
 
+    Args:
+      weight: of the original model, in [0, 1].
+
     Raises:
       UserError: if the two are not of one shape.
     """
-    mesh = make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.tensor)
+    mesh = mesh_of(config.mesh)
     general, specialised = (
-        engine.load(engine.find(name, f"config.{field}"), mesh, config.compute, dtype="float32", context=1)
+        loading.load(loading.find(name, f"config.{field}"), mesh, config.compute, dtype="float32", context=1)
         for field, name in (("general_model", config.general_model), ("specialised_model", config.specialised_model))
     )
     if general.model.config != specialised.model.config:

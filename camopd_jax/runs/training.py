@@ -5,11 +5,13 @@ from typing import Any
 
 import jax
 import numpy as np
+
 from camopd_jax.analysis.diagnosis import Diagnosis
 from camopd_jax.config.methods import description
 from camopd_jax.config.schema import TrainConfig
-from camopd_jax.evals import scores
-from camopd_jax.evals.scores import Result, Standing
+from camopd_jax.evals import tables
+from camopd_jax.evals.comparison import Rank, comparison, rank_student
+from camopd_jax.evals.results import Result, on_questions
 from camopd_jax.method import loop
 from camopd_jax.method.branches import load_models, make_branches, make_teachers
 from camopd_jax.method.optimizer import init_state, moment_names
@@ -18,11 +20,11 @@ from camopd_jax.method.recorder import Recorder, StepRecord
 from camopd_jax.method.setup import resolve
 from camopd_jax.method.statistics import repetition
 from camopd_jax.models import partition
-from camopd_jax.runs.run import Host
+from camopd_jax.runs.run import Run
 from camopd_jax.runtime.distributed import run_on_all
 from camopd_jax.runtime.jsonl import read_rows
+from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.mesh import gather, local_rows
-from camopd_jax.runtime.metrics import memory_gib
 from camopd_jax.types import Batch, TrainState
 
 
@@ -50,55 +52,55 @@ def train(config: TrainConfig, workdir: str) -> None:
     programs = student_programs(setup, student, state, branches)
     if config.diagnostics.every:
         host.diagnosis = Diagnosis(setup, models, teachers, programs)
-    if not host.measure(int(state.step), state):  # the last start may have ended in the middle of it
+    if not host.evaluate_student(int(state.step), state):  # the last start may have ended in the middle of it
         state = loop.run(branches, programs, state, Recorder(programs, host))
     if host.terminated:
         return
-    state = host.chosen(state)
+    state = host.state_to_export(state)
     steps = int(state.step)
     results = host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
     host.finish(state)
     host.display.say(clip_rates(read_rows(host.workdir / "metrics.jsonl")))
     if results:
-        host.display.say(scores.table(host.baselines | {"student": results}))
+        host.display.say(tables.accuracies(host.baselines | {"student": results}))
 
 
-class TrainHost(Host):
+class TrainHost(Run):
     """Turns a step's outcome into a row of metrics.jsonl and a few samples, and scores into recovery and retention."""
 
     baselines: dict[str, list[Result]]  # scores of the general and the specialised model
     diagnosis: Diagnosis | None = None
 
-    def due(self, steps_done: int) -> bool:
-        return super().due(steps_done) or self._diagnosis_due(steps_done)
+    def pauses_after(self, steps_done: int) -> bool:
+        return super().pauses_after(steps_done) or self._diagnosis_due(steps_done)
 
-    def measure(self, steps_done: int, state: TrainState) -> bool:
-        if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed():
+    def evaluate_student(self, steps_done: int, state: TrainState) -> bool:
+        if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
             self.display.progress("looking at the gradients")
-            self.writer.diagnosis(self.diagnosis(steps_done, state)[0])
-        return super().measure(steps_done, state)
+            self.writer.add_diagnosis(self.diagnosis(steps_done, state)[0])
+        return super().evaluate_student(steps_done, state)
 
     def _diagnosis_due(self, steps_done: int) -> bool:
         every = self.config.diagnostics.every
         return every > 0 and (steps_done % every == 0 or steps_done == self.config.steps)
 
-    def standing(self, results: Sequence[Result]) -> Standing | None:
-        return scores.standing(*self._baselines(results), results)
+    def rank(self, results: Sequence[Result]) -> Rank | None:
+        return rank_student(*self._baselines(results), results)
 
     def comparison(self, results: Sequence[Result]) -> dict[str, Any]:
         """Recovery or retention of every benchmark and of the axis means, each with its standard error."""
-        return scores.comparison(*self._baselines(results), results)
+        return comparison(*self._baselines(results), results)
 
     def _baselines(self, results: Sequence[Result]) -> list[list[Result]]:
         """The teachers' scores on the questions that the student was asked."""
         return [
-            [scores.some(row, range(asked["n"])) for row, asked in zip(self.baselines[name], results, strict=True)]
+            [on_questions(row, range(asked["n"])) for row, asked in zip(self.baselines[name], results, strict=True)]
             for name in ("general", "specialised")
         ]
 
     def log(self, record: StepRecord) -> None:
         metrics = jax.tree.map(lambda value: np.asarray(value).tolist(), record.metrics)
-        tables = {name: metrics.get(name, metrics).pop("answers") for name in record.batches}
+        answer_tables = {name: metrics.get(name, metrics).pop("answers") for name in record.batches}
         answers = [(batch.rollout.tokens, batch.rollout.lengths) for batch in record.batches.values()]
         row = {
             "step": record.step,
@@ -112,36 +114,36 @@ class TrainHost(Host):
         samples = [self._samples(record.step, name, batch) for name, batch in record.batches.items()]
         self.record(row, [sample for of_branch in samples for sample in of_branch])
         if self.config.log.selection:
-            self.writer.selection([
+            self.writer.add_selection([
                 {"step": record.step, "phase": name}
                 | {column: _rounded(values) if column in _MEASURES else values for column, values in table.items()}
-                for name, table in tables.items()
+                for name, table in answer_tables.items()
             ])  # fmt: skip
 
     def _samples(self, step: int, branch: str, batch: Batch) -> list[dict[str, Any]]:
         """The first answers of the batch, with each token's gap, and its log-probability as scored and as sampled."""
         prompts, rollout = jax.tree.map(local_rows, (batch.prompts, batch.rollout))
-        log_probs, index, weights = jax.tree.map(
-            local_rows, (batch.log_probs, batch.index, batch.selection.weights)
-        )
+        log_probs, index, weights = jax.tree.map(local_rows, (batch.log_probs, batch.index, batch.selection.weights))
         decode = self.student.tokenizer.decode
         rows = []
         for i in range(min(self.config.log.samples, len(index))):
             length = rollout.lengths[i]
             tokens = rollout.tokens[i, :length]
-            rows.append({
-                "step": step,
-                "phase": branch,
-                "prompt_index": int(index[i]),
-                "prompt": decode(prompts.tokens[i, : prompts.lengths[i]]),
-                "response": decode(tokens),
-                "tokens": [decode([token]) for token in tokens],
-                "gaps": _rounded(log_probs.gap[i, :length]),
-                "logprobs": _rounded(log_probs.student[i, :length]),
-                "sampler_logprobs": _rounded(rollout.log_probs[i, :length]),
-                "selected": bool(weights[i]),
-                "finish_reason": "stop" if rollout.stopped[i] else "length",
-            })
+            rows.append(
+                {
+                    "step": step,
+                    "phase": branch,
+                    "prompt_index": int(index[i]),
+                    "prompt": decode(prompts.tokens[i, : prompts.lengths[i]]),
+                    "response": decode(tokens),
+                    "tokens": [decode([token]) for token in tokens],
+                    "gaps": _rounded(log_probs.gap[i, :length]),
+                    "logprobs": _rounded(log_probs.student[i, :length]),
+                    "sampler_logprobs": _rounded(rollout.log_probs[i, :length]),
+                    "selected": bool(weights[i]),
+                    "finish_reason": "stop" if rollout.stopped[i] else "length",
+                }
+            )
         return rows
 
 

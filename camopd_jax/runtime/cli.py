@@ -1,21 +1,31 @@
-"""How every command starts and ends: flags, config files, and errors as one line with exit code 2."""
+"""How every command starts and ends: flags, config files, and errors as one line with exit code 2. Needs no JAX."""
 
 import dataclasses
+import logging
 import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
-from absl import app, flags, logging
+import absl.logging
+from absl import app, flags
 from ml_collections import config_flags
 
 from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.errors import UserError
-from camopd_jax.runtime.cluster import Processes, end, joined
+from camopd_jax.runtime.termination import in_cluster, terminate
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from camopd_jax.runtime.cluster import Processes
+
+C = TypeVar("C")
+T = TypeVar("T")
 
 
-def config_flag(*classes: type) -> Callable[[], Any]:
+def config_flag(*classes: type[C]) -> Callable[[], C]:
     """Defines `--config=FILE` and its `--config.FIELD=VALUE`; returns a reader of the checked config.
 
     Of several classes, the config is of the first one that has all its fields; else of the first.
@@ -23,18 +33,22 @@ def config_flag(*classes: type) -> Callable[[], Any]:
     names = " or a ".join(cls.__name__ for cls in classes)
     holder = config_flags.DEFINE_config_file("config", None, f"Python file whose get_config() returns a {names}.")
 
-    def read() -> Any:
+    def read() -> C:
         if holder.value is None:
             raise UserError("--config is missing; give a config file, for example --config=configs/quickstart.py")
         try:
             fields = set(holder.value)
-            cls = next((c for c in classes if fields <= {f.name for f in dataclasses.fields(c)}), classes[0])
+            cls = next((c for c in classes if fields <= _fields(c)), classes[0])
             return from_config_dict(cls, holder.value)
-        except OSError as error:  # ml_collections tells of a file that is not there when it is first looked at
-            file = flags.FLAGS["config"].config_filename
+        except OSError as error:  # ml_collections reads the file when its value is first asked for
+            file = config_flags.get_config_filename(flags.FLAGS["config"])
             raise UserError(f"--config: no config file {file}; give one, for example configs/quickstart.py") from error
 
     return read
+
+
+def _fields(cls: type) -> set[str]:
+    return {field.name for field in dataclasses.fields(cls)}
 
 
 _PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
@@ -43,24 +57,24 @@ _PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
 def define_processes(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags that `processes` reads."""
     address, count, number = _PROCESS_FLAGS
-    flags.DEFINE_string(
-        address, None, "Of many processes outside Cloud TPU: host:port of process 0, a free port there.", values
-    )
-    flags.DEFINE_integer(count, None, "Of many processes outside Cloud TPU: how many they are.", flag_values=values)
-    flags.DEFINE_integer(
-        number, None, "Of many processes outside Cloud TPU: which one this is, from 0.", flag_values=values
-    )
+    where = "Of several processes outside Cloud TPU:"
+    flags.DEFINE_string(address, None, f"{where} host:port of process 0, a free port there.", values)
+    flags.DEFINE_integer(count, None, f"{where} how many they are.", flag_values=values)
+    flags.DEFINE_integer(number, None, f"{where} which one this is, from 0.", flag_values=values)
 
 
-def processes(values: flags.FlagValues = flags.FLAGS) -> Processes | None:
+def processes(values: flags.FlagValues = flags.FLAGS) -> "Processes | None":
     """Where the processes of the run meet; None if the flags do not say."""
-    given = {name: values[name].value for name in _PROCESS_FLAGS}
+    from camopd_jax.runtime.cluster import Processes  # imports JAX, which not all commands need
+
+    given: dict[str, Any] = {name: values[name].value for name in _PROCESS_FLAGS}
     missing = [f"--{name}" for name, value in given.items() if value is None]
     if len(missing) == len(given):
         return None
     if missing:
         raise UserError(f"{missing[0]} is missing; --{', --'.join(given)} go together, all three or none")
-    return Processes(**given)
+    address, count, number = given.values()
+    return Processes(address, count, number)
 
 
 def run(main: Callable[..., None], *words: str, many: bool = False) -> None:
@@ -70,14 +84,21 @@ def run(main: Callable[..., None], *words: str, many: bool = False) -> None:
       words: names of the arguments without dashes that the command takes; `main` gets their values.
       many: whether the last of them may be given more than once.
     """
-    logging.set_verbosity(logging.WARNING)  # of the libraries; --verbosity=0 lets them talk
+    _configure_logging()
     app.run(
         lambda argv: report_errors(lambda: main(*argv[1:])),
         flags_parser=lambda argv: report_errors(lambda: _parse(argv, words, many)),
     )
 
 
-def console() -> Any:
+def _configure_logging() -> None:
+    """Sets how much of the libraries' own messages is printed. `--verbosity=0` shows more."""
+    absl.logging.set_verbosity(absl.logging.WARNING)
+    # Orbax logs an error with its traceback before it raises it; `report_errors` prints it as one line.
+    logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.exc_info))
+
+
+def console() -> "Console":
     """Where a command prints its tables: as wide as the terminal, else 120 columns."""
     from rich.console import Console  # not all commands print any
 
@@ -98,11 +119,7 @@ def _parse(argv: list[str], words: Sequence[str], many: bool) -> list[str]:
     except flags.Error as error:
         raise UserError(f"{error}; see --help") from error
     except AttributeError as error:  # ml_collections: an override of a field that is not there
-        word = re.search(r"\w+", str(error)).group()
-        name = next((a.split("=")[0] for a in argv if word in a), word)
-        near = re.search(r'Did you mean "(\w+)"', str(error))
-        hint = f"did you mean {near[1]}?" if near else "camopd_jax/config/schema.py lists them"
-        raise UserError(f"{name} is not a field of the config; {hint}") from error
+        raise UserError(_unknown_field(argv, str(error))) from error
     except SystemExit:  # absl ends --help with 1
         sys.exit(0)
     except (OSError, ImportError, SyntaxError, TypeError, ValueError, KeyError, NameError) as error:
@@ -114,27 +131,33 @@ def _parse(argv: list[str], words: Sequence[str], many: bool) -> list[str]:
     return rest
 
 
+def _unknown_field(argv: Sequence[str], message: str) -> str:
+    """Names the flag of an override whose field the config does not have, from ml_collections' message."""
+    words = re.findall(r"\w+", message)
+    field = words[0] if words else ""
+    name = next((argument.split("=")[0] for argument in argv if field in argument), field)
+    near = re.search(r'Did you mean "(\w+)"', message)
+    hint = f"did you mean {near[1]}?" if near else "camopd_jax/config/schema.py lists them"
+    return f"{name} is not a field of the config; {hint}"
+
+
 def _cause(error: BaseException) -> str:
-    """The first reason of a chain of errors, which ml_collections wraps in its own."""
-    while error.__cause__ or error.__context__:
-        error = error.__cause__ or error.__context__
+    """The first error of a chain, which ml_collections wraps in its own."""
+    while inner := error.__cause__ or error.__context__:
+        error = inner
     return f"{type(error).__name__}: {error}"
 
 
-def report_errors(act: Callable[[], Any]) -> Any:
+def report_errors(act: Callable[[], T]) -> T:
     """Runs a command; a user's mistake becomes one line on stderr and exit code 2."""
     try:
         return act()
     except UserError as error:
         print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        _exit(2)
+        terminate(2)
     except KeyboardInterrupt:
-        _exit(128 + signal.SIGINT)
+        terminate(128 + signal.SIGINT)
     except Exception as error:
-        if not joined():
+        if not in_cluster():
             raise
-        end(1, error)
-
-
-def _exit(code: int) -> None:
-    end(code) if joined() else sys.exit(code)
+        terminate(1, error)

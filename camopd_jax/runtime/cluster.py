@@ -1,47 +1,42 @@
-"""A run of several processes, one a host, that all run the same command: how they find each other, and how they end."""
+"""How the processes of a run find each other, before JAX is used: one process a host, all with the same command.
+
+`distributed` is what they do together then, `termination` how each of them ends.
+"""
 
 import atexit
-import contextlib
 import faulthandler
 import importlib.util
 import os
 import socket
-import subprocess
-import sys
-import time
-import traceback
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
 
 import jax
 
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.distributed import is_distributed, is_primary
+from camopd_jax.runtime.termination import START_AGAIN, ExitMessage, enter_cluster, leave_cluster
 
-LOST_AFTER = 100  # seconds without a sign of life, after which a process is held to be dead
-JOIN_WITHIN = 300  # seconds in which all processes have to be there
-LEAVE_WITHIN = 300  # seconds that a process which is done waits for the others
-LAST_WORDS = 3  # seconds that process 0 leaves the others to tell why they end, as it does itself
+JOIN_TIMEOUT = 300  # seconds in which all processes have to connect
+HEARTBEAT_TIMEOUT = 100  # seconds without a heartbeat, after which a process counts as dead
+SHUTDOWN_TIMEOUT = 300  # seconds that a process which is done waits for the others
 
-AGAIN = "Give the same command again on every host: a run goes on from its last checkpoint"
-ENDED = (
+KILLED = (
     "error: this process was killed, or ended by JAX because another process of the run is lost (the lines above tell "
-    f"which). {AGAIN}"
+    f"which). {START_AGAIN}"
 )
-SIGNS = ("Gloo", "NCCL", "coordination service", "heartbeat")  # in errors of collectives whose other side is gone
 
 
 @dataclass(frozen=True)
 class Processes:
-    """Where the processes of a run meet: what the flags of that name say."""
+    """Where the processes of a run meet: the values of the flags of these names."""
 
     coordinator_address: str  # host:port of process 0, which all can reach
     num_processes: int
     process_id: int  # of this one, from 0
 
-    def __post_init__(self):
-        """Raises UserError for values that cannot be."""
+    def __post_init__(self) -> None:
+        """Raises UserError for an address or number that cannot be."""
         host, _, port = self.coordinator_address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 2**16:
             raise UserError(
@@ -56,130 +51,113 @@ class Processes:
                 f"from 0 to {self.num_processes - 1}"
             )
 
+    @property
+    def port(self) -> int:
+        return int(self.coordinator_address.rpartition(":")[2])
 
-def join(given: Processes | None) -> None:
-    """Waits for the other processes of the run, where there are any. Comes before all else that asks JAX for devices.
+
+def join(processes: Processes | None) -> None:
+    """Waits for the other processes of the run, if there are any. Call it before anything that asks JAX for devices.
 
     Args:
-      given: where they meet. None: on Cloud TPU JAX finds them itself; with CAMOPD_DISTRIBUTED=1 in the environment it
-        does so under SLURM, Open MPI and Kubernetes too, with CAMOPD_DISTRIBUTED=0 nowhere. Else this one is alone.
+      processes: where they meet. None: JAX finds them itself on Cloud TPU; with CAMOPD_DISTRIBUTED=1 in the environment
+        under SLURM, Open MPI and Kubernetes too; with CAMOPD_DISTRIBUTED=0 nowhere. Else this process works alone.
 
     Raises:
-      UserError: if they cannot be found. Where they do not come in time, JAX aborts this process.
+      UserError: if they cannot be found. If they do not connect in time, JAX aborts this process.
     """
-    wish = os.environ.get("CAMOPD_DISTRIBUTED")
-    if jax.distributed.is_initialized() or (given is None and wish != "1" and (wish == "0" or not _on_cloud_tpu())):
+    if jax.distributed.is_initialized() or (processes is None and not _searches()):
         return
-    times = {
-        "initialization_timeout": JOIN_WITHIN,
-        "heartbeat_timeout_seconds": LOST_AFTER,
-        "shutdown_timeout_seconds": LEAVE_WITHIN,
-    }
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # looked at where the devices are CPUs
-    sentinel = _Sentinel()
+    message = ExitMessage()
     try:
-        if given and given.process_id == 0:
-            _check_port(given)
-        sentinel.last_words(f"error: {_cannot_join(given)}" if given else ENDED)
-        jax.distributed.initialize(**(vars(given) if given else {}), **times)
-    except UserError:
-        sentinel.last_words("")
-        raise
-    except Exception as error:  # detection asks environments and servers of many kinds
-        sentinel.last_words("")
-        if given is None and wish != "1" and "should be defined" in str(error):  # a TPU without a cluster around it
+        if processes is not None:
+            _connect(processes, message)
+        elif not _search(message):
+            message.clear()
             return
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        if given:
-            raise UserError(f"{_cannot_join(given)} ({reason})") from error
-        raise UserError(
-            f"the other processes cannot be found ({reason}); name them with --coordinator_address, --num_processes "
-            "and --process_id, or run alone with CAMOPD_DISTRIBUTED=0 in the environment"
-        ) from error
-    global _sentinel
-    _sentinel = sentinel
+    except UserError:
+        message.clear()
+        raise
+    message.set(KILLED)
+    enter_cluster(message, leads=is_distributed() and is_primary())
     atexit.register(_leave)
-    sentinel.last_words(ENDED)
-    sentinel.leads = is_distributed() and is_primary()
-    faulthandler.disable()  # it would print the stacks of all threads between JAX's reason and ours
+    faulthandler.disable()  # it would print the stacks of all threads between JAX's reason and the exit message
 
 
-def _check_port(given: Processes) -> None:
+def _connect(processes: Processes, message: ExitMessage) -> None:
+    """Connects to the given address."""
+    failed = (
+        f"--coordinator_address={processes.coordinator_address}: process {processes.process_id} of "
+        f"{processes.num_processes} cannot join the others there; start all within {JOIN_TIMEOUT} seconds, each with a "
+        "--process_id of its own and process 0 on that host"
+    )
+    if processes.process_id == 0:
+        _check_port(processes)
+    message.set(f"error: {failed}")
     try:
-        socket.create_server(("", int(given.coordinator_address.rpartition(":")[2]))).close()
-    except OSError as error:
+        _initialize(processes)
+    except Exception as error:  # JAX raises several kinds
+        raise UserError(f"{failed} ({_first_line(error)})") from error
+
+
+def _search(message: ExitMessage) -> bool:
+    """Has JAX find the other processes; False on a TPU host that belongs to no cluster."""
+    message.set(KILLED)
+    try:
+        _initialize()
+    except Exception as error:  # detection asks environments and servers of many kinds
+        if _wish() != "1" and "should be defined" in str(error):
+            return False
         raise UserError(
-            f"--coordinator_address={given.coordinator_address}: process 0 cannot listen there "
-            f"({os.strerror(error.errno)}); give a free port"
+            f"the other processes cannot be found ({_first_line(error)}); name them with --coordinator_address, "
+            "--num_processes and --process_id, or run alone with CAMOPD_DISTRIBUTED=0 in the environment"
         ) from error
+    return True
 
 
-def _cannot_join(given: Processes) -> str:
-    return (
-        f"--coordinator_address={given.coordinator_address}: process {given.process_id} of {given.num_processes} "
-        f"cannot join the others there; start all within {JOIN_WITHIN} seconds, each with a --process_id of its own "
-        "and process 0 on that host"
+def _initialize(processes: Processes | None = None) -> None:
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read where the devices are CPUs
+    jax.distributed.initialize(
+        coordinator_address=processes.coordinator_address if processes else None,
+        num_processes=processes.num_processes if processes else None,
+        process_id=processes.process_id if processes else None,
+        initialization_timeout=JOIN_TIMEOUT,
+        heartbeat_timeout_seconds=HEARTBEAT_TIMEOUT,
+        shutdown_timeout_seconds=SHUTDOWN_TIMEOUT,
     )
 
 
 def _leave() -> None:
     jax.distributed.shutdown()
-    _sentinel.last_words("")
+    leave_cluster()
 
 
-def joined() -> bool:
-    """Whether this process belongs to others, and has to end by `end` where it fails."""
-    return _sentinel is not None
+def _check_port(processes: Processes) -> None:
+    """Raises UserError unless process 0 can listen: JAX would abort it without a word on the flag."""
+    try:
+        socket.create_server(("", processes.port)).close()
+    except OSError as error:
+        raise UserError(
+            f"--coordinator_address={processes.coordinator_address}: process 0 cannot listen there "
+            f"({os.strerror(error.errno or 0)}); give a free port"
+        ) from error
 
 
-def lost(error: BaseException) -> bool:
-    """Whether an error tells that another process is gone, and not of what this one did."""
-    return joined() and any(sign in str(error) for sign in SIGNS)
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def end(code: int, error: BaseException | None = None) -> NoReturn:
-    """Ends this process of several now. The others are not waited for: they may wait for this one in a collective.
-
-    Args:
-      error: what no one expected; it is told on stderr. None: the reason is told already.
-    """
-    if error is not None and lost(error):
-        print(f"error: another process of the run is lost ({str(error).splitlines()[0]}). {AGAIN}", file=sys.stderr)
-    elif error is not None:
-        traceback.print_exception(error)
-    if sys.stdout.isatty():
-        sys.stdout.write("\x1b[?25h")  # a live display has no time to give the cursor back
-    sys.stdout.flush()
-    sys.stderr.flush()
-    if _sentinel.leads:
-        time.sleep(LAST_WORDS)  # JAX aborts the others as soon as process 0 is gone
-    _sentinel.last_words("")
-    os._exit(code)
+def _wish() -> str | None:
+    return os.environ.get("CAMOPD_DISTRIBUTED")
 
 
-class _Sentinel:
-    """A shell that outlives this process and then says its last words: JAX aborts a process from a thread that runs no
-    Python, when another one is lost.
-    """
-
-    def __init__(self):
-        self.leads = True  # whether this is process 0 of several, as it may be
-        script = 'words=; while IFS= read -r line; do words=$line; done; [ -z "$words" ] || printf "%s\n" "$words" >&2'
-        self._shell = subprocess.Popen(
-            ["/bin/sh", "-c", script], stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, start_new_session=True
-        )
-
-    def last_words(self, words: str) -> None:
-        with contextlib.suppress(OSError):  # it may have been killed
-            self._shell.stdin.write(f"{words}\n".encode())
-            self._shell.stdin.flush()
-
-
-_sentinel: _Sentinel | None = None
+def _searches() -> bool:
+    """Whether JAX is to look for other processes, where none are given."""
+    return _wish() == "1" or (_wish() != "0" and _on_cloud_tpu())
 
 
 def _on_cloud_tpu() -> bool:
     """Whether JAX will run on the TPU chips of this host."""
     chips = any(any(Path("/dev").glob(pattern)) for pattern in ("accel[0-9]*", "vfio/[0-9]*"))
-    wanted = (jax.config.jax_platforms or "tpu").split(",")
-    return chips and "tpu" in wanted and importlib.util.find_spec("libtpu") is not None
+    platforms = (jax.config.jax_platforms or "tpu").split(",")  # type: ignore[attr-defined]
+    return chips and "tpu" in platforms and importlib.util.find_spec("libtpu") is not None

@@ -1,7 +1,7 @@
-"""What the processes of a run do together. Alone, a process does the same without the others.
+"""What the processes of a run do together, once `cluster` has joined them. A process alone does the same by itself.
 
-Process 0 writes files and prints. What it alone reads or measures it shares, so that all take the same turns and meet
-in the same collectives.
+Process 0 writes files and prints. What it alone reads or measures it sends to the others, so that all take the same
+decisions and meet in the same collectives.
 """
 
 import json
@@ -14,64 +14,73 @@ from jax.experimental import multihost_utils
 
 from camopd_jax.errors import UserError
 
-LONGEST = 2048  # bytes of an error that is told to the others
+MAX_ERROR_BYTES = 2048  # of an error's text that is sent to the other processes
 T = TypeVar("T")
 
 
 def is_distributed() -> bool:
+    """Whether the run has several processes."""
     return jax.process_count() > 1
 
 
 def is_primary() -> bool:
-    """Whether this is the process that writes files and prints."""
+    """Whether this is process 0, which writes files and prints."""
     return jax.process_index() == 0
 
 
 def barrier(name: str) -> None:
-    """Returns when all processes are here, at the place of this name."""
+    """Returns when all processes have called it with this name."""
     if is_distributed():
         multihost_utils.sync_global_devices(name)
 
 
 def broadcast(make: Callable[[], Any]) -> Any:
-    """`make()` of process 0, a JSON value, on every process.
+    """The JSON value that `make()` returns on process 0, on every process.
 
     Raises:
-      UserError: on every process, if it is raised on the first.
+      UserError: on every process, if `make` raises it on process 0.
     """
     if not is_distributed():
         return make()
-    told, sent = None, b""
+    sent = b""
     if is_primary():
         try:
-            told = {"value": make()}
+            sent = json.dumps({"value": make()}).encode()
         except UserError as error:
-            told = {"error": str(error)}
-        sent = json.dumps(told).encode()
+            sent = json.dumps({"error": str(error)}).encode()
+    received = json.loads(_broadcast_bytes(sent))
+    if "error" in received:
+        raise UserError(received["error"])
+    return received["value"]
+
+
+def _broadcast_bytes(sent: bytes) -> bytes:
+    """The bytes that process 0 gives; what the others give is not looked at."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(sent))))
-    padded = np.zeros(1 << size.bit_length(), np.uint8)  # few widths, so few compilations
-    padded[: len(sent)] = np.frombuffer(sent, np.uint8)
-    told = json.loads(np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)[:size].tobytes())
-    if "error" in told:
-        raise UserError(told["error"])
-    return told["value"]
+    padded = np.zeros(1 << size.bit_length(), np.uint8)  # few sizes, so few compilations
+    if is_primary():
+        padded[:size] = np.frombuffer(sent, np.uint8)
+    return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)[:size].tobytes()
 
 
 def run_on_all(act: Callable[[], T]) -> T:
-    """`act()` on every process.
+    """Calls `act` on every process and returns this process's result.
 
     Raises:
-      UserError: on every process, if it is raised on one: else the others would wait for that one.
+      UserError: on every process, if `act` raises it on one, for which the others would wait.
     """
     if not is_distributed():
         return act()
-    result, told = None, ""
+    failure: UserError | None = None
     try:
         result = act()
     except UserError as error:
-        told = str(error)
-    own = np.frombuffer(told.encode()[:LONGEST].ljust(LONGEST, b"\0"), np.uint8)
-    for number, row in enumerate(multihost_utils.process_allgather(own)):
+        failure = error
+    sent = str(failure or "").encode()[:MAX_ERROR_BYTES].ljust(MAX_ERROR_BYTES, b"\0")
+    of_each = multihost_utils.process_allgather(np.frombuffer(sent, np.uint8))
+    if failure is not None:
+        raise failure
+    for number, row in enumerate(of_each):
         if text := row.tobytes().rstrip(b"\0").decode(errors="replace"):
-            raise UserError(told or f"process {number} cannot go on: {text}")
+            raise UserError(f"process {number} cannot go on: {text}")
     return result

@@ -1,4 +1,4 @@
-"""Freed memory goes back to the system: what glibc's allocator keeps of it counts as this process's on a CPU."""
+"""Gives freed memory back to the system: on a CPU, what glibc's allocator keeps of it counts as this process's."""
 
 import ctypes
 import os
@@ -8,9 +8,9 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 
 
 def return_large_blocks_at_once() -> None:
-    """Has freed blocks of a megabyte and more go back at once, and the others lie in one heap.
+    """Makes glibc return freed blocks of a megabyte and more at once, and keep the others in one heap.
 
-    Left alone glibc keeps blocks of up to 32 MiB for later: on a CPU, a layer's worth of arrays for every layer.
+    By default it keeps blocks of up to 32 MiB for later: on a CPU, a layer's worth of arrays for every layer.
     """
     if libc := _glibc():
         libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
@@ -19,7 +19,7 @@ def return_large_blocks_at_once() -> None:
 
 
 def trim() -> None:
-    """Has what is free of the heap go back now: some milliseconds."""
+    """Returns the free parts of the heap now, which takes some milliseconds."""
     if libc := _glibc():
         libc.malloc_trim(0)
 

@@ -1,4 +1,4 @@
-"""JSON lines, written whole and read back after a kill."""
+"""Files of JSON lines, of which a kill leaves none half-written but the last line of one that grows."""
 
 import contextlib
 import json
@@ -17,14 +17,14 @@ def write_rows(path: str | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises:
       UserError: if the file cannot be written; what was at `path` before is still there.
     """
-    with whole_file(path) as file:
+    with atomic_file(path) as file:
         for row in rows:
             file.write(json.dumps(row, ensure_ascii=False) + "\n")
 
 
 @contextlib.contextmanager
-def whole_file(path: str | epath.Path) -> Iterator[TextIO]:
-    """A text file to write, which takes the place of `path` when all is written.
+def atomic_file(path: str | epath.Path) -> Iterator[TextIO]:
+    """A text file to write, which replaces `path` when all is written.
 
     Raises:
       UserError: if it cannot be written; what was at `path` before is still there.
@@ -61,6 +61,7 @@ def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
 
 
 def _finite(value: Any) -> Any:
+    """The same JSON value, with null for numbers that are not finite."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     if isinstance(value, list):
@@ -69,9 +70,11 @@ def _finite(value: Any) -> Any:
 
 
 def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-    """The rows of a file that a run appends to; none if it is not there. A last line cut by a kill is passed over."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    """The rows of a file that a run appends to; none if it does not exist. A last line cut by a kill is left out."""
+    rows: list[dict[str, Any]] = []
+    if not path.exists():
+        return rows
+    for line in path.read_text().splitlines():
         try:
             rows.append(json.loads(line))
         except ValueError:
@@ -80,6 +83,6 @@ def read_rows(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def drop_rows_after(path: epath.Path, steps_done: int) -> None:
-    """Keeps the rows of the first `steps_done` steps: a run that goes on from a checkpoint writes none twice."""
+    """Keeps the rows of the first `steps_done` steps, so that a run that goes on writes none of them twice."""
     if path.exists():
         write_rows(path, (row for row in read_rows(path) if row["step"] < steps_done))

@@ -1,7 +1,8 @@
 """One mesh, and one table from the logical axes of arrays to the axes of the mesh."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
+from typing import TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -9,7 +10,10 @@ import numpy as np
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
+from camopd_jax.config.schema import MeshConfig
 from camopd_jax.errors import UserError
+
+T = TypeVar("T")  # a tree of arrays
 
 MESH_AXES = ("data", "fsdp", "tensor")
 
@@ -31,8 +35,16 @@ ACTIVATION = ("batch", "sequence", None)  # as a product takes them, and as toke
 RESIDUAL = ("batch", "residual", None)  # between the products: what the backward pass keeps of a layer
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices=None) -> Mesh:
+def mesh_of(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh that a config asks for; else as `make_mesh`."""
+    return make_mesh(config.data, config.fsdp, config.tensor, devices)
+
+
+def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """A mesh of all devices. One of the sizes may be -1: what the others leave.
+
+    Args:
+      devices: None: all devices of the run.
 
     Raises:
       UserError: if the sizes do not multiply to the number of devices.
@@ -61,7 +73,7 @@ def fill_sizes(sizes: Iterable[int], devices: int) -> list[int]:
 
 
 def reshape_mesh(mesh: Mesh, data: int, fsdp: int, tensor: int, field: str) -> Mesh:
-    """The same devices in the same order on axes of other sizes, one of which may be -1.
+    """The same devices in the same order, on axes of other sizes, one of which may be -1.
 
     Raises:
       UserError: naming `field`, if the sizes do not multiply to the number of devices.
@@ -83,10 +95,17 @@ def spec(*axes: str | None) -> PartitionSpec:
       ValueError: if two dimensions want the same mesh axis.
     """
     mesh_axes = [None if axis is None else RULES[axis] for axis in axes]
-    used = [m for entry in mesh_axes for m in (entry if isinstance(entry, tuple) else (entry,)) if m]
+    used = [axis for entry in mesh_axes for axis in _flat(entry)]
     if len(set(used)) != len(used):
         raise ValueError(f"logical axes {axes} collide on the mesh: {mesh_axes}")
     return PartitionSpec(*mesh_axes)
+
+
+def _flat(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
+    """The mesh axes of one dimension."""
+    if isinstance(entry, tuple):
+        return entry
+    return () if entry is None else (entry,)
 
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
@@ -95,33 +114,33 @@ def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
 
 
 def constrain(array: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """Tells the compiler where an intermediate array lies; without a mesh, nothing."""
+    """Tells the compiler how an intermediate array is split; without a mesh, nothing."""
     return array if mesh is None else jax.lax.with_sharding_constraint(array, sharding(mesh, *axes))
 
 
 def constrain_even(array: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """`constrain`, where a dimension that does not divide over its mesh axes stays whole."""
+    """`constrain`, but a dimension that does not divide over its mesh axes is not split."""
     if mesh is None:
         return array
-    parts = (spec(axis)[0] for axis in axes)
-    sizes = (math.prod(mesh.shape[m] for m in np.atleast_1d(part)) if part else 1 for part in parts)
-    even = (axis if n % size == 0 else None for axis, n, size in zip(axes, array.shape, sizes, strict=True))
+    shards = (math.prod(mesh.shape[m] for m in _flat(spec(axis)[0])) for axis in axes)
+    even = (axis if n % count == 0 else None for axis, n, count in zip(axes, array.shape, shards, strict=True))
     return constrain(array, mesh, *even)
 
 
 def batch_shards(mesh: Mesh | None) -> int:
-    """Pieces that a batch is split into; without a mesh, one."""
+    """Number of shards of a batch; without a mesh, one."""
     return 1 if mesh is None else mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def platform(mesh: Mesh | None) -> str:
-    """ "tpu", "gpu" or "cpu": of the devices that a program is for, which need not be those of this process."""
+    """ "tpu", "gpu" or "cpu": the devices that a program is for, which may be others than those of this process."""
     return "cpu" if mesh is None else mesh.devices.flat[0].platform
 
 
 def rows_of_process(mesh: Mesh, rows: int) -> np.ndarray:
-    """int64[n]: which rows of a batch this process has to bring, rising. They need not lie side by side: on a TPU torus
-    the mesh follows the wires, not the hosts.
+    """int64[n]: the rows of a batch that this process brings, in rising order.
+
+    They need not be neighbours: on a TPU torus the mesh follows the wires, not the hosts.
     """
     pieces = sharding(mesh, "batch").addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[piece] for piece in pieces]))
@@ -137,19 +156,20 @@ def check_rows(mesh: Mesh, field: str, rows: int, of: str = "config.mesh") -> No
         )
 
 
-def global_rows(mesh: Mesh, tree, rows: int):
+def global_rows(mesh: Mesh, tree: T, rows: int) -> T:
     """Host arrays of the rows `rows_of_process` -> global arrays `[rows, ...]`, split over the batch axes."""
-    place, mine = sharding(mesh, "batch"), rows_of_process(mesh, rows)
+    batch, own = sharding(mesh, "batch"), rows_of_process(mesh, rows)
 
-    def put(array: np.ndarray) -> jax.Array:
+    def make_global(array: np.ndarray) -> jax.Array:
         array = np.asarray(array)
 
-        def piece(index: tuple[slice, ...]) -> np.ndarray:
-            return array[np.searchsorted(mine, np.arange(rows)[index[0]])]
+        def shard(index: tuple[slice, ...] | None) -> np.ndarray:
+            assert index is not None  # every device holds rows
+            return array[np.searchsorted(own, np.arange(rows)[index[0]])]
 
-        return jax.make_array_from_callback((rows, *array.shape[1:]), place, piece)
+        return jax.make_array_from_callback((rows, *array.shape[1:]), batch, shard)
 
-    return jax.tree.map(put, tree)
+    return jax.tree.map(make_global, tree)
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
@@ -158,8 +178,8 @@ def local_rows(array: jax.Array) -> np.ndarray:
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
 
-def take_rows(tree, rows_M: jax.Array, mesh: Mesh | None):
-    """Rows of arrays `[B, ...]`, split over the batch axes; beyond the last: the last."""
+def take_rows(tree: T, rows_M: jax.Array, mesh: Mesh | None) -> T:
+    """Rows of arrays `[B, ...]`, split over the batch axes. A row number beyond the last gives the last row."""
 
     def take(array: jax.Array) -> jax.Array:
         array = jnp.take(array, rows_M, axis=0, mode="clip")
@@ -168,6 +188,6 @@ def take_rows(tree, rows_M: jax.Array, mesh: Mesh | None):
     return jax.tree.map(take, tree)
 
 
-def gather(tree):
-    """Global arrays `[rows, ...]` on the host of every process, all their rows."""
+def gather(tree: T) -> T:
+    """Global arrays `[rows, ...]` as host arrays of all rows, on every process."""
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -7,41 +7,45 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import train_config
 
 from camopd_jax.analysis import gradients
 from camopd_jax.analysis.diagnosis import figures
-from camopd_jax.config.schema import Diagnostics, Method, Phase, Stream, TrainConfig
+from camopd_jax.config.schema import Diagnostics, SelectionConfig
 from camopd_jax.errors import UserError
+from camopd_jax.method.gradient import Loss
+from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.method.select import random_subset, select
-from camopd_jax.types import Prompts, Batch, LogProbs
+from camopd_jax.types import Batch, LogProbs, Prompts
 
 KEY = jax.random.key(11)
-CONFIG = TrainConfig(
-    "g", "s", Stream("g"), Stream("d"), method=Method(recovery=Phase("absolute_gap", 0.7, 2.0)),
-    diagnostics=Diagnostics(rows=8, micro_batch=4),
-)  # fmt: skip
+CONFIG = train_config(
+    {"selection": SelectionConfig("absolute_gap", 0.7)}, diagnostics=Diagnostics(rows=8, micro_batch=4)
+)
+SAMPLED_TOKEN = OBJECTIVES["sampled_token"]()
 
 
-def two_parts(batch, config=CONFIG):
+def two_batches(batch, config=CONFIG):
     """The same answers under two teachers: as given, and with the gaps of a row given to the next."""
-    prompts, rollout, scores = batch
+    prompts, rollout, log_probs = batch
     mask = np.arange(rollout.tokens.shape[1]) < np.asarray(rollout.lengths)[:, None]
-    gaps = np.roll(np.asarray(scores.teacher - scores.student), 1, axis=0)
-    other = LogProbs(scores.student, jnp.asarray(np.where(mask, scores.student + gaps, 0)))
-    found = {}
-    for name, given in {"recovery": scores, "review": other}.items():
-        ranked = select(given, rollout.lengths, KEY, getattr(config.method, name))
-        found[name] = Batch(prompts, jnp.arange(8, dtype=jnp.int32), rollout, given, ranked)
-    return found
+    gaps = np.roll(np.asarray(log_probs.gap), 1, axis=0)
+    other = LogProbs(log_probs.student, jnp.asarray(np.where(mask, log_probs.student + gaps, 0)))
+    batches = {}
+    for name, given in {"recovery": log_probs, "review": other}.items():
+        ranked = select(given, rollout.lengths, KEY, config.branches[name].selection)
+        batches[name] = Batch(prompts, jnp.arange(8, dtype=jnp.int32), rollout, given, ranked)
+    return batches
 
 
 PROGRAMS = {}
 
 
-def measured(tiny, parts, config=CONFIG):
+def measured(tiny, batches, config=CONFIG):
     model, params = tiny
-    program = PROGRAMS.setdefault(repr(config), jax.jit(partial(gradients.measure, model=model, config=config)))
-    return jax.tree.map(np.asarray, program(params, parts, KEY))
+    losses = dict.fromkeys(batches, Loss(model, SAMPLED_TOKEN))
+    program = PROGRAMS.setdefault(repr(config), jax.jit(partial(gradients.measure, losses=losses, config=config)))
+    return jax.tree.map(np.asarray, program(params, batches, KEY))
 
 
 @pytest.fixture(scope="module")
@@ -57,21 +61,21 @@ def by_hand(tiny, batch):
         return -jnp.sum(weights * jnp.take_along_axis(logp[:-1], ids[1:, None], axis=1)[:, 0])
 
     found = {}
-    for branch, scored in two_parts(batch).items():
-        scale, rows = getattr(CONFIG.method, branch).scale, []
+    for branch, scored in two_batches(batch).items():
+        scale, rows = CONFIG.branches[branch].scale, []
         for i in range(8):
             p, t = int(scored.prompts.lengths[i]), int(scored.rollout.lengths[i])
             ids = np.zeros(13, np.int32)
             ids[: p + t] = [*scored.prompts.tokens[i, :p].tolist(), *scored.rollout.tokens[i, :t].tolist()]
             weights = np.zeros(12, np.float32)
-            weights[p - 1 : p + t - 1] = scale * (scored.scores.teacher - scored.scores.student)[i, :t] / t
+            weights[p - 1 : p + t - 1] = scale * scored.log_probs.gap[i, :t] / t
             rows.append(np.asarray(jax.grad(loss)(flat, ids, weights), np.float64))
         found[branch] = np.stack(rows)
     return found
 
 
 def test_coherence_signal_and_conflict_are_those_of_a_loop_over_answers(tiny, batch, by_hand):
-    parts = two_parts(batch)
+    parts = two_batches(batch)
     row = figures(measured(tiny, parts))
     means = {}
     for number, (branch, g) in enumerate(by_hand.items()):
@@ -104,7 +108,7 @@ def test_coherence_signal_and_conflict_are_those_of_a_loop_over_answers(tiny, ba
 
 
 def test_each_group_has_its_own_cosine(tiny, batch, by_hand):
-    row = figures(measured(tiny, two_parts(batch)))
+    row = figures(measured(tiny, two_batches(batch)))
     assert list(row["layers"]) == ["embedding", "final_norm", "head", "layer 0"]
     size = tiny[1]["embedding"].size  # the first leaf of the flat gradient
     g, d = (by_hand[branch].mean(0)[:size] for branch in ("recovery", "review"))
@@ -115,8 +119,8 @@ def test_each_group_has_its_own_cosine(tiny, batch, by_hand):
 
 def test_a_subset_of_the_parameters(tiny, batch):
     config = dataclasses.replace(CONFIG, diagnostics=Diagnostics(rows=8, parameters="embedding, mlp.up"))
-    row = figures(measured(tiny, two_parts(batch), config))
-    everything = figures(measured(tiny, two_parts(batch)))
+    row = figures(measured(tiny, two_batches(batch), config))
+    everything = figures(measured(tiny, two_batches(batch)))
     assert list(row["layers"]) == ["embedding", "layer 0"]
     assert row["layers"]["embedding"] == pytest.approx(everything["layers"]["embedding"], rel=1e-4)
     assert row["layers"]["layer 0"] != pytest.approx(everything["layers"]["layer 0"], rel=1e-2)
@@ -126,17 +130,17 @@ def test_a_subset_of_the_parameters(tiny, batch):
 
 def test_the_micro_batch_changes_nothing(tiny, batch):
     config = dataclasses.replace(CONFIG, diagnostics=Diagnostics(rows=8, micro_batch=8))
-    ours, theirs = measured(tiny, two_parts(batch), config), measured(tiny, two_parts(batch))
+    ours, theirs = measured(tiny, two_batches(batch), config), measured(tiny, two_batches(batch))
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), ours, theirs)
 
 
 def test_projections_of_gradients_come_close_to_the_whole(tiny, batch):
     """Of the batch's own gradients: the width decides the error, and the answers' own lengths stay exact."""
-    whole = measured(tiny, two_parts(batch))
+    whole = measured(tiny, two_batches(batch))
     errors = {}
     for width in (15, 61):
         settings = dataclasses.replace(CONFIG.diagnostics, sketch=width)
-        found = measured(tiny, two_parts(batch), dataclasses.replace(CONFIG, diagnostics=settings))
+        found = measured(tiny, two_batches(batch), dataclasses.replace(CONFIG, diagnostics=settings))
         np.testing.assert_allclose(
             found["branches"]["review"]["lengths"], whole["branches"]["review"]["lengths"], rtol=1e-4
         )
@@ -171,15 +175,13 @@ def test_what_is_small_is_kept_as_it_is():
     assert kept["embedding"].shape == (2, 5)
 
 
-def test_no_gradient_is_told_as_nothing(tiny, batch):
+def test_no_gradient_gives_no_ratio(tiny, batch):
     """Before the first step the review's gaps are all 0."""
-    parts = two_parts(batch)
-    scores = parts["review"].scores
-    still = LogProbs(scores.student, scores.student)
-    review = Method().review
-    parts["review"] = parts["review"].replace(
-        scores=still, selection=select(still, parts["review"].rollout.lengths, KEY, review)
-    )
+    parts = two_batches(batch)
+    student = parts["review"].log_probs.student
+    still = LogProbs(student, student)
+    ranked = select(still, parts["review"].rollout.lengths, KEY, CONFIG.branches["review"].selection)
+    parts["review"] = parts["review"].replace(log_probs=still, selection=ranked)
     row = figures(measured(tiny, parts))
     assert row["branches"]["review"]["coherence"] == {"selected": None, "all": None, "random": None}
     assert row["branches"]["review"]["gcg"] is None and row["branches"]["review"]["signal"]["all"] == 0
@@ -188,16 +190,25 @@ def test_no_gradient_is_told_as_nothing(tiny, batch):
 
 def test_rows_alone_see_no_neighbours(tiny, batch):
     """An answer's gradient is its own: with the others' tokens changed, its length is the same."""
-    parts = two_parts(batch)
+    parts = two_batches(batch)
     prompts, rollout = parts["recovery"].prompts, parts["recovery"].rollout
     others = jnp.arange(8)[:, None] != 3
-    changed = Batch(
-        Prompts(jnp.where(others, 1, prompts.tokens), prompts.lengths), parts["recovery"].index,
-        rollout.replace(tokens=jnp.where(others, 2, rollout.tokens)),
-        parts["recovery"].scores, parts["recovery"].selection,
-    )  # fmt: skip
-    one = jnp.eye(8)[3:4]
-    program = jax.jit(partial(gradients.set_gradients, "recovery", model=tiny[0], config=CONFIG))
-    lengths = [program(tiny[1], part, one, KEY)[1] for part in (parts["recovery"], changed)]
-    assert lengths[0][3] == pytest.approx(float(lengths[1][3]), rel=1e-5)
-    assert lengths[0][0] != pytest.approx(float(lengths[1][0]), rel=1e-2)
+    changed = parts["recovery"].replace(
+        prompts=Prompts(jnp.where(others, 1, prompts.tokens), prompts.lengths),
+        rollout=rollout.replace(tokens=jnp.where(others, 2, rollout.tokens)),
+    )
+    one, loss = jnp.eye(8)[3:4], Loss(tiny[0], SAMPLED_TOKEN)
+
+    @jax.jit
+    def lengths(batch):
+        lesson = gradients.answer_lesson(batch, loss, CONFIG, "recovery")
+        return gradients.set_gradients(loss, tiny[1], lesson, {}, one, KEY, CONFIG)[1]
+
+    ours, theirs = lengths(parts["recovery"]), lengths(changed)
+    assert ours[3] == pytest.approx(float(theirs[3]), rel=1e-5)
+    assert ours[0] != pytest.approx(float(theirs[0]), rel=1e-2)
+
+
+def test_one_branch_has_no_conflict(tiny, batch):
+    row = figures(measured(tiny, {"recovery": two_batches(batch)["recovery"]}, dataclasses.replace(CONFIG, seed=1)))
+    assert row["conflict"] == row["layers"] == {} and row["branches"]["recovery"]["coherence"]["all"] > 0

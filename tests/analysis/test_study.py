@@ -27,7 +27,7 @@ def test_tuning_and_results_share_no_question():
 def test_a_domain_s_share_is_its_retention():
     models = [[result("d", "domain", scores)] for scores in ([0] * 4, [0, 1, 1, 0], [0, 1, 0, 0])]
     assert study.shares(models, for_tuning=False) == {"d": 0.5}
-    assert math.isnan(study.shares([models[0]] * 3, for_tuning=False)["d"]), "nothing was there to keep"
+    assert math.isnan(study.shares([models[0]] * 3, for_tuning=False)["d"]), "there was nothing to keep"
 
 
 def test_merit_weighs_the_axes_alike():
@@ -37,30 +37,34 @@ def test_merit_weighs_the_axes_alike():
 
 def test_means_and_paired_differences_by_hand():
     assert study.mean([0.5]) == study.Mean(0.5, None, 1)
-    found = study.mean([0.1, 0.3, 0.5])
-    assert (found.value, found.error) == (pytest.approx(0.3), pytest.approx(0.2 / math.sqrt(3)))
-    ours, theirs = {0: 0.5, 1: 0.7, 2: 0.9, 9: 1.0}, {0: 0.4, 1: 0.5, 2: 0.6, 3: 0.0}
-    apart = study.difference(ours, theirs)  # 0.1, 0.2, 0.3 on the seeds of both
+    mean = study.mean([0.1, 0.3, 0.5])
+    assert (mean.value, mean.error) == (pytest.approx(0.3), pytest.approx(0.2 / math.sqrt(3)))
+    first, second = {0: 0.5, 1: 0.7, 2: 0.9, 9: 1.0}, {0: 0.4, 1: 0.5, 2: 0.6, 3: 0.0}
+    apart = study.difference(first, second)  # 0.1, 0.2, 0.3 on the seeds of both
     assert apart.value == pytest.approx(0.2) and apart.error == pytest.approx(0.1 / math.sqrt(3))
     assert apart.p == pytest.approx(2 * stats.t.sf(0.2 / apart.error, 2))
+    assert apart.p == pytest.approx(stats.ttest_1samp([0.1, 0.2, 0.3], 0).pvalue)
+    assert study.half_width(0.1, 5) == pytest.approx(0.1 * stats.t.ppf(0.975, 4))
     assert study.difference({0: 1.0}, {0: 0.5}) is None
     assert study.difference({0: 1.0, 1: 1.0}, {0: 0.5, 1: 0.5}).p is None, "without spread no test"
 
 
-def told(outcomes, width=100):
+def printed(outcomes, width=100):
     console = Console(width=width)
     with console.capture() as captured:
-        console.print(study.table(outcomes, {"a": "general", "d": "domain"}, ("vanilla", "camopd"), {"camopd": "0.1"}))
+        console.print(
+            study.methods_table(outcomes, {"a": "general", "d": "domain"}, ("vanilla", "camopd"), {"camopd": "0.1"})
+        )
     return captured.get()
 
 
-def test_the_table_marks_what_a_paired_test_finds():
+def test_the_table_marks_significant_differences():
     outcomes = {
         "camopd": {seed: {"a": 0.5 + 0.01 * seed, "d": 0.9} for seed in range(5)},
         "vanilla": {seed: {"a": 0.2 + 0.01 * seed + 0.001 * (seed % 2), "d": 0.9 + 0.02 * (-1) ** seed}
                     for seed in range(5)},
     }  # fmt: skip
-    lines = told(outcomes).splitlines()
+    lines = printed(outcomes).splitlines()
     below = {
         name: (line, lines[i + 1])
         for i, line in enumerate(lines)
@@ -76,4 +80,4 @@ def test_no_line_of_the_table_is_longer_than_a_terminal():
     outcomes = {
         name: {0: {"a": 0.5, "d": 0.9}, 1: {"a": 0.4, "d": 0.8}} for name in ("camopd", "vanilla", "a-long-name")
     }
-    assert max(map(len, told(outcomes, 80).splitlines())) <= 80 and "a-long-name" in told(outcomes, 80)
+    assert max(map(len, printed(outcomes, 80).splitlines())) <= 80 and "a-long-name" in printed(outcomes, 80)

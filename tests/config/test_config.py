@@ -8,10 +8,12 @@ import ml_collections
 import pytest
 from etils import epath
 
+from camopd_jax.config import SftConfig, TrainConfig, default
+from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.config.identity import different_fields, fingerprint, from_json, to_json
-from camopd_jax.config.schema import SftConfig, TrainConfig, default, from_config_dict
+from camopd_jax.config.schema import BranchConfig, SelectionConfig, Stream
 from camopd_jax.errors import UserError
-from camopd_jax.runs.checkpoint import claim_workdir
+from camopd_jax.runs.workdir import claim_workdir
 
 CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 
@@ -19,7 +21,7 @@ CONFIGS = sorted((Path(__file__).parents[2] / "configs").glob("*.py"))
 def minimal():
     config = default(TrainConfig)
     config.general_model, config.specialised_model = "general", "specialised"
-    config.general.source, config.domain.source = "g.jsonl", "d.jsonl"
+    config.branches.recovery.prompts.source, config.branches.review.prompts.source = "g.jsonl", "d.jsonl"
     return config
 
 
@@ -30,8 +32,10 @@ def built(**changes):
 
 
 def test_the_default_is_the_dataclass():
-    assert built() == TrainConfig("general", "specialised", general=built().general, domain=built().domain)
-    assert built().general.source == "g.jsonl"
+    assert built() == TrainConfig("general", "specialised", branches=built().branches)
+    recovery, review = built().branches.values()
+    assert recovery == BranchConfig(Stream("g.jsonl"), "general", scale=2.0, steps=3)
+    assert review == BranchConfig(Stream("d.jsonl"), "specialised", selection=SelectionConfig("positive_gap"))
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
@@ -49,9 +53,10 @@ def test_every_config_file_is_sound_and_says_what_it_is(file):
 def test_the_papers_configs_hold_the_papers_numbers(name):
     (file,) = (f for f in CONFIGS if f.stem == name)
     config = from_config_dict(TrainConfig, runpy.run_path(str(file))["get_config"]())
-    assert (config.method.recovery_steps, config.method.review_steps) == (3, 1)
-    assert (config.method.recovery.mass, config.method.review.mass) == (0.8, 0.8)
-    assert (config.method.recovery.scale, config.method.review.scale) == (2.0, 1.0)
+    recovery, review = config.branches.values()
+    assert (recovery.steps, review.steps) == (3, 1)
+    assert (recovery.selection.mass, review.selection.mass) == (0.8, 0.8)
+    assert (recovery.scale, review.scale) == (2.0, 1.0)
     assert (config.steps, config.rollout.batch_size, config.optimizer.learning_rate) == (120, 512, 2e-6)
 
 
@@ -64,21 +69,48 @@ def test_the_papers_configs_hold_the_papers_numbers(name):
             r"config\.optimizer\.micro_batch is 8; give a divisor of rollout\.batch_size = 12",
         ),
         ({"rollout__score_batch": 7}, r"config\.rollout\.score_batch is 7; give a divisor of rollout\.batch_size = 64"),
-        ({"method__recovery__mass": 0.0}, r"config\.method\.recovery\.mass is 0\.0; give a share in \(0, 1\]"),
-        ({"method__recovery_steps": 0, "method__review_steps": 0}, "cannot both be 0"),
-        ({"rollout__top_p": 1.5}, r"config\.rollout\.top_p is 1\.5"),
-        ({"rollout__temperature": -1.0}, r"config\.rollout\.temperature"),
-        ({"optimizer__b1": 1.0}, r"config\.optimizer\.b1 is 1\.0; give a number in \[0, 1\)"),
-        ({"optimizer__clip_norm": -1.0}, r"config\.optimizer\.clip_norm"),
+        (
+            {"branches__recovery__selection__mass": 0.0},
+            r"config\.branches\.recovery\.selection\.mass is 0\.0; give a number > 0 and <= 1",
+        ),
+        ({"branches__recovery__steps": 0, "branches__review__steps": 0}, r"at least one of them needs steps > 0"),
+        ({"branches__review__scale": -2.0}, r"config\.branches\.review\.scale is -2\.0; give a number > 0"),
+        ({"branches__review__scale": float("inf")}, r"config\.branches\.review\.scale is inf; give a finite number"),
+        ({"branches__recovery__prompts__limit": -5}, r"prompts\.limit is -5; give a number > 0 \(None: all\)"),
+        ({"rollout__top_p": 1.5}, r"config\.rollout\.top_p is 1\.5; give a number > 0 and <= 1 \(1: off\)"),
+        ({"rollout__temperature": -1.0}, r"config\.rollout\.temperature is -1\.0; give a number >= 0 \(0: greedy\)"),
+        ({"rollout__temperature": float("inf")}, r"config\.rollout\.temperature is inf; give a finite number"),
+        ({"optimizer__b1": 1.0}, r"config\.optimizer\.b1 is 1\.0; give a number >= 0 and < 1"),
+        ({"optimizer__learning_rate": float("nan")}, r"config\.optimizer\.learning_rate is nan; give a finite number"),
+        ({"optimizer__eps": -1.0}, r"config\.optimizer\.eps is -1\.0"),
+        ({"optimizer__weight_decay": -3.0}, r"config\.optimizer\.weight_decay is -3\.0"),
+        (
+            {"optimizer__clip_norm": -1.0},
+            r"config\.optimizer\.clip_norm is -1\.0; give a number > 0 \(None: no clipping\)",
+        ),
+        ({"optimizer__trained": "("}, r"config\.optimizer\.trained is '\(', no regular expression"),
+        ({"checkpoints__keep_best": -1}, r"config\.checkpoints\.keep_best is -1"),
+        ({"log__samples": -1}, r"config\.log\.samples is -1"),
+        ({"seed": -1}, r"config\.seed is -1; give a number >= 0 and < 2147483648"),
+        ({"seed": 99999999999999999999}, r"config\.seed is 99999999999999999999"),
         (
             {"optimizer__schedule": "linear"},
             r"config\.optimizer\.schedule is 'linear'; it must be one of 'constant', 'cosine'",
         ),
         ({"method__importance_gate": (1.5, 2.0)}, r"config\.method\.importance_gate"),
-        ({"method__advantage_clip": 0.0}, r"config\.method\.advantage_clip"),
-        ({"general__source": ""}, r"config\.general\.source"),
+        (
+            {"method__advantage_clip": 0.0},
+            r"\.advantage_clip is 0\.0; give a number > 0 \(None: no clip\)",
+        ),
+        (
+            {"branches__recovery__prompts__source": ""},
+            r"\.recovery\.prompts\.source is ''; name a file",
+        ),
         ({"compute__remat": "all"}, r"config\.compute\.remat"),
-        ({"compute__remat": "rollout", "rollout__places": 8}, r"config\.rollout\.places is 8; give 0, or another"),
+        (
+            {"compute__remat": "rollout", "rollout__concurrency": 8},
+            r"config\.rollout\.concurrency is 8; give 0, or another",
+        ),
         (
             {"compute__remat": "rollout", "method__answers": "teacher"},
             r"config\.compute\.remat is 'rollout'; teachers answer; give block",
@@ -138,19 +170,62 @@ def test_the_fingerprint_is_of_what_a_run_computes():
 
 
 def test_different_fields_are_named():
-    other = built(optimizer__learning_rate=1.0, steps=1, method__recovery__scale=3.0)
+    other = built(optimizer__learning_rate=1.0, steps=1, branches__recovery__scale=3.0)
     assert different_fields(to_json(built()), to_json(other)) == [
-        "config.method.recovery.scale", "config.optimizer.learning_rate"]  # fmt: skip
+        "config.branches.recovery.scale", "config.optimizer.learning_rate"]  # fmt: skip
 
 
 def test_a_mixed_batch_has_to_be_split():
     assert built(method__schedule="mixed", rollout__batch_size=64).method.schedule == "mixed"
     for changes, says in (
-        ({"rollout__batch_size": 8, "optimizer__micro_batch": 8, "method__recovery_steps": 2}, "multiple of .* = 3"),
-        ({"method__review_steps": 0}, "both have to be > 0"),
+        ({"rollout__batch_size": 8, "branches__recovery__steps": 2}, "multiple of .* = 3"),
+        ({"branches__review__steps": 0}, r"every branch has its part .* branches\.review\.steps > 0"),
         ({"method__moments": "separate"}, 'give "shared"'),
     ):
         with pytest.raises(UserError, match=says):
             built(method__schedule="mixed", **changes)
-    with pytest.raises(UserError, match="only two gradients of one step can conflict"):
+    with pytest.raises(UserError, match="only gradients of one step can conflict"):
         built(method__conflict="pcgrad")
+
+
+def test_a_third_branch_needs_no_more_than_what_is_its_own():
+    config = minimal()
+    config.branches.law = {"teacher": "models/law", "prompts": {"source": "law.jsonl"}}
+    made = from_config_dict(TrainConfig, config)
+    assert list(made.branches) == ["recovery", "review", "law"]
+    assert made.branches["law"] == BranchConfig(Stream("law.jsonl"), "models/law")
+    del config.branches.review
+    assert list(from_config_dict(TrainConfig, config).branches) == ["recovery", "law"]
+    config.branches.mixed = {"prompts": {"source": "m.jsonl"}}
+    with pytest.raises(UserError, match=r"config\.branches is 'mixed'; name it with letters"):
+        from_config_dict(TrainConfig, config)
+
+
+def test_the_order_of_branches_is_part_of_what_a_run_computes():
+    forth, back = built(), built()
+    back = dataclasses.replace(back, branches=dict(reversed(back.branches.items())))
+    assert fingerprint(forth) != fingerprint(back)
+    assert different_fields(to_json(forth), to_json(back)) == ["config.branch_order"]
+    assert list(default(TrainConfig).branches) == ["recovery", "review"]
+
+
+@pytest.mark.parametrize(
+    "old, new",
+    [
+        (
+            {"general": {"source": "x"}},
+            r"config\.general is not a field any more; it is now config\.branches\.recovery",
+        ),
+        ({"domain": {"source": "x"}}, r"config\.domain .* config\.branches\.review\.prompts"),
+        ({"method": {"recovery": {"mass": 1.0}}}, r"config\.method\.recovery .* selection\.mass"),
+        ({"method": {"review_steps": 1}}, r"config\.method\.review_steps .* config\.branches\.review\.steps"),
+        ({"method": {"domain_teacher": "general"}}, r"config\.method\.domain_teacher .*branches\.review\.teacher"),
+        ({"rollout": {"places": 8}}, r"config\.rollout\.places .* config\.rollout\.concurrency"),
+    ],
+)
+def test_old_names_of_fields_say_what_they_are_now(old, new):
+    values = minimal().to_dict()
+    for name, value in old.items():
+        values[name] = values.get(name, {}) | value
+    with pytest.raises(UserError, match=new):
+        from_config_dict(TrainConfig, ml_collections.ConfigDict(values))

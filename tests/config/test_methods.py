@@ -3,14 +3,14 @@
 import dataclasses
 
 import pytest
+from builders import train_config
 
 from camopd_jax.config.identity import changed, to_json
-from camopd_jax.config.methods import CONTROLS, QUICK
-from camopd_jax.config.schema import Method, Optimizer, RolloutConfig, Stream, TrainConfig
-from camopd_jax.method import loop
+from camopd_jax.config.methods import CONTROLS, QUICK, description, method_of
+from camopd_jax.config.schema import Method, Optimizer, RolloutConfig
+from camopd_jax.method import schedule
 
-BASE = TrainConfig("g", "s", Stream("g"), Stream("d"), rollout=RolloutConfig(batch_size=64),
-                   optimizer=Optimizer(micro_batch=8))  # fmt: skip
+BASE = train_config(rollout=RolloutConfig(batch_size=64), optimizer=Optimizer(micro_batch=8))
 
 
 def of(name):
@@ -23,9 +23,8 @@ def test_each_control_is_another_run_of_the_same_budget():
     assert len({str(to_json(config)) for config in made.values()}) == len(CONTROLS)
     for config in made.values():
         assert (config.steps, config.rollout, config.seed) == (BASE.steps, BASE.rollout, BASE.seed)
-        rows = loop.batch_rows(config)
-        acting = loop.ACTING[loop.phase_at(0, config.method)]
-        assert sum(rows[name] for name in acting) == 64
+        rows = schedule.batch_rows(config)
+        assert sum(rows[name] for name in schedule.acting(config, 0)) == 64
     assert set(QUICK) < set(CONTROLS)
 
 
@@ -34,35 +33,60 @@ def test_each_control_is_another_run_of_the_same_budget():
     [
         (
             "vanilla",
-            {"schedule": "mixed", "recovery_steps": 1, "recovery.mass": 1, "review.mass": 1, "recovery.scale": 1},
+            {
+                "schedule": "mixed",
+                "recovery.steps": 1,
+                "recovery.mass": 1,
+                "review.mass": 1,
+                "recovery.scale": 1,
+            },
         ),
-        ("mixed-3-1", {"schedule": "mixed", "recovery_steps": 3, "recovery.mass": 1, "recovery.scale": 1}),
-        ("alternating", {"schedule": "alternate", "recovery.mass": 1, "review.mass": 1, "recovery.scale": 2}),
+        ("mixed-3-1", {"schedule": "mixed", "recovery.steps": 3, "recovery.mass": 1, "recovery.scale": 1}),
+        (
+            "alternating",
+            {"schedule": "alternate", "recovery.mass": 1, "review.mass": 1, "recovery.scale": 2},
+        ),
         ("alternating-r1", {"schedule": "alternate", "recovery.mass": 1, "recovery.scale": 1}),
-        ("selection", {"schedule": "mixed", "recovery.mass": 0.8, "review.mass": 0.8, "recovery.scale": 1}),
+        (
+            "selection",
+            {"schedule": "mixed", "recovery.mass": 0.8, "review.mass": 0.8, "recovery.scale": 1},
+        ),
         ("pull-2", {"schedule": "mixed", "recovery.mass": 1, "recovery.scale": 2}),
-        ("camopd-1-1", {"recovery_steps": 1, "review_steps": 1, "recovery.mass": 0.8}),
-        ("camopd-5-1", {"recovery_steps": 5, "review_steps": 1}),
+        ("camopd-1-1", {"recovery.steps": 1, "review.steps": 1, "recovery.mass": 0.8}),
+        ("camopd-5-1", {"recovery.steps": 5, "review.steps": 1}),
         ("mass-0.6", {"recovery.mass": 0.6, "review.mass": 0.6}),
-        ("half", {"recovery.keep": "fraction", "review.keep": "fraction", "recovery.mass": 0.5}),
-        ("random", {"recovery.keep": "random", "review.keep": "random", "recovery.mass": 0.8}),
-        ("scores-swapped", {"recovery.score": "positive_gap", "review.score": "absolute_gap"}),
+        (
+            "half",
+            {
+                "recovery.keep": "fraction",
+                "review.keep": "fraction",
+                "recovery.mass": 0.5,
+            },
+        ),
+        (
+            "random",
+            {"recovery.keep": "random", "review.keep": "random", "recovery.mass": 0.8},
+        ),
+        ("scores-swapped", {"recovery.by": "positive_gap", "review.by": "absolute_gap"}),
         ("moments", {"moments": "separate"}),
         ("pcgrad", {"schedule": "mixed", "conflict": "pcgrad", "recovery.mass": 1}),
-        ("recovery-only", {"review_steps": 0}),
-        ("review-only", {"recovery_steps": 0}),
-        ("one-teacher", {"domain_teacher": "general", "schedule": "mixed"}),
-        ("distillation", {"answers": "teacher", "review_steps": 0, "recovery.scale": 1}),
-        ("replay-12", {"answers": "teacher", "schedule": "mixed", "recovery_steps": 1, "review_steps": 7}),
+        ("recovery-only", {"review.steps": 0}),
+        ("review-only", {"recovery.steps": 0}),
+        ("one-teacher", {"review.teacher": "general", "schedule": "mixed"}),
+        (
+            "distillation",
+            {"answers": "teacher", "review.steps": 0, "recovery.scale": 1, "recovery.objective": "cross_entropy"},
+        ),
+        ("replay-12", {"answers": "teacher", "schedule": "mixed", "recovery.steps": 1, "review.steps": 7}),
     ],
 )
 def test_a_control_is_what_its_name_says(name, wanted):
-    method = of(name).method
+    config = of(name)
     for field, value in wanted.items():
-        node = method
-        for part in field.split("."):
-            node = getattr(node, part)
-        assert node == value, field
+        branch, _, name = field.rpartition(".")
+        block = config.branches[branch] if branch else config.method
+        block = block.selection if name in ("mass", "keep", "by") else block
+        assert getattr(block, name) == value, field
 
 
 def test_clipping_is_off_where_the_name_says_so():
@@ -73,3 +97,16 @@ def test_clipping_is_off_where_the_name_says_so():
 
 def test_the_paper_s_setting_is_left_as_it_is():
     assert dataclasses.asdict(of("camopd")) == dataclasses.asdict(BASE)
+
+
+def test_a_config_knows_its_methods_name():
+    """And a model card does not call a control CaMOPD."""
+    for name in CONTROLS:
+        assert method_of(to_json(of(name))) == name
+        assert ("CaMOPD (arXiv 2605.27115)" == description(of(name))) == (name == "camopd")
+    other = changed(BASE, {"branches.recovery.objective": "reverse_kl"})
+    assert method_of(to_json(other)) is None
+    assert description(other) == (
+        "on-policy distillation with the branches recovery (reverse_kl), review (sampled_token) in alternation"
+    )
+    assert method_of({"method": {"schedule": "alternate"}, "optimizer": {}}) is None, "of an earlier version"

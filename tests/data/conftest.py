@@ -7,7 +7,7 @@ import pytest
 
 from camopd_jax.data import templates
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ from rows import ask
 
 from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream, Template
 from camopd_jax.data.pipeline import BatchStream, PromptStream, SftStream, pad
+from camopd_jax.data.templates import Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket, length_batches
 
@@ -16,7 +17,9 @@ ROLLOUT = RolloutConfig(batch_size=4, max_prompt_tokens=16, smallest_bucket=8)
 
 
 def stream(tokenizer, source, mine=range(4), seed=0, rollout=ROLLOUT, **fields):
-    return PromptStream(Stream(source, **fields), rollout, tokenizer, tokenizer, seed, mine, "config.general")
+    return PromptStream(
+        Stream(source, **fields), rollout, Tokenizers(tokenizer, tokenizer), seed, mine, "config.general"
+    )
 
 
 def words(count):

@@ -1,5 +1,6 @@
 """The paper's prompt sets from local files with the hub's columns: the same code, without a hub."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -10,8 +11,9 @@ import pytest
 from hub_rows import COSER, DISTILL, M23K, MEDMCQA, MEDREASON, NEMOTRON
 from rows import ask, read_lines, write_lines
 
-from camopd_jax.data import recipe, sources
-from camopd_jax.data.recipes import MEDICAL_SYSTEM, RECIPES
+from camopd_jax.data import prompt_set, sources
+from camopd_jax.data.prompt_set import Excluded
+from camopd_jax.data.recipes import MEDICAL_SYSTEM, RECIPES, resized
 
 CHOICE = "Please reason step by step and give the final answer choice at the end."
 OPEN = (
@@ -34,8 +36,12 @@ def conversations(lengths):
 @pytest.fixture
 def medical(tmp_path):
     """--source flags of small copies of the four medical datasets; one of them parquet."""
-    files = {"medmcqa": many(MEDMCQA, "question", 12), "medreason": many(MEDREASON, "question", 9, 100),
-             "r1_distill": many(DISTILL, "question", 8), "m23k": many(M23K, "prompt", 5)}  # fmt: skip
+    files = {
+        "medmcqa": many(MEDMCQA, "question", 12),
+        "medreason": many(MEDREASON, "question", 9, 100),
+        "r1_distill": many(DISTILL, "question", 8),
+        "m23k": many(M23K, "prompt", 5),
+    }
     flags = []
     for name, rows in files.items():
         path = tmp_path / f"{name}.jsonl"
@@ -61,9 +67,9 @@ def test_the_papers_counts():
     rows = (746_622, 1_896_395, 2_044_407, 20_662_167, 310_051)
     for asked, of in zip(counts["general"].values(), rows, strict=True):
         assert asked == round(10_000 * of / sum(rows))
-    small = recipe.resized(RECIPES["general"], 100)
+    small = resized(RECIPES["general"], 100)
     assert [part.rows for part in small.parts] == [3, 7, 8, 81, 1]
-    assert sum(part.rows for part in recipe.resized(RECIPES["medical"], 7).parts) == 7
+    assert sum(part.rows for part in resized(RECIPES["medical"], 7).parts) == 7
 
 
 def test_medical_prompts_are_put_as_in_the_paper(medical, command, tmp_path):
@@ -131,8 +137,13 @@ def test_general_prompts_end_on_a_request_and_carry_their_licence(command, tmp_p
         ]
 
     tool = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None}]
-    files = {"chat": nemotron(4), "code": nemotron(4), "math": nemotron(9, license="MIT"), "stem": nemotron(500),
-             "tool_calling": [*nemotron(2), NEMOTRON | {"messages": tool}]}  # fmt: skip
+    files = {
+        "chat": nemotron(4),
+        "code": nemotron(4),
+        "math": nemotron(9, license="MIT"),
+        "stem": nemotron(500),
+        "tool_calling": [*nemotron(2), NEMOTRON | {"messages": tool}],
+    }
     flags = [f"--source={name}={write_lines(tmp_path / f'{name}.jsonl', rows)}" for name, rows in files.items()]
     manifest, _ = build(command, "general", tmp_path / "out", "--rows=40", *flags)
     parts = {part["part"]: part for part in manifest["parts"]}
@@ -149,8 +160,8 @@ def test_a_malformed_row_of_a_dataset_is_counted_and_passed_over():
         (ask("Why?"), "row 1"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "row 2"),
     ]
-    taken = recipe.take(RECIPES["jsonl"].parts[0], rows, set(), set(), 0)
-    assert dict(taken.dropped) == {"malformed": 1, "no request": 1} and len(taken.prompts) == 1
+    chosen = prompt_set.choose(RECIPES["jsonl"].parts[0], rows, Excluded(set()), 0)
+    assert chosen.dropped == {"malformed": 1, "no request": 1} and list(chosen.prompts) == [1]
 
 
 # --------------------------------------------------------------------------- evaluation questions
@@ -172,10 +183,10 @@ QUESTION = "A man of forty has a fever, and a cough that does not go. What is th
     ],
 )
 def test_a_question_of_an_evaluation_is_no_prompt(text, removed, command, tmp_path):
-    evaluated, _ = recipe.evaluation_keys([(str(write_lines(tmp_path / "e.jsonl", [
-        ask(QUESTION + "\n\nA. Cold\nB. Flu"), ask("Which is true?\n\nA. One\nB. Two")])), "test")])  # fmt: skip
-    taken = recipe.take(RECIPES["jsonl"].parts[0], [(ask(text), "row 0")], evaluated, set(), 0)
-    assert dict(taken.dropped) == ({"an evaluation question": 1} if removed else {})
+    questions = [ask(QUESTION + "\n\nA. Cold\nB. Flu"), ask("Which is true?\n\nA. One\nB. Two")]
+    excluded, _ = prompt_set.exclude([(str(write_lines(tmp_path / "e.jsonl", questions)), "test")])
+    chosen = prompt_set.choose(RECIPES["jsonl"].parts[0], [(ask(text), "row 0")], excluded, 0)
+    assert chosen.dropped == ({"an evaluation question": 1} if removed else {})
 
 
 def test_the_number_removed_is_in_the_manifest(command, tmp_path):
@@ -197,16 +208,16 @@ def test_by_default_every_benchmark_that_is_known_is_an_evaluation(command, tmp_
 
 def test_a_dataset_of_the_hub_is_read_at_the_revision_that_the_manifest_names(tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(sources, "resolved", lambda name, field: (f"{name}@0a1b", "apache-2.0"))
+    monkeypatch.setattr(sources, "pinned", lambda name, field: (f"{name}@0a1b", "apache-2.0"))
 
     def load(name, split, field, streaming):
         asked.append((name, split, streaming))
         return many(MEDMCQA, "question", 6)
 
     monkeypatch.setattr(sources, "_load_dataset", load)
-    made = recipe.resized(RECIPES["medical"], 8)
-    made = recipe.replace(made, parts=made.parts[:1])
-    manifest = recipe.build(made, "medical", tmp_path, [], 0)
+    made = resized(RECIPES["medical"], 8)
+    made = dataclasses.replace(made, parts=made.parts[:1])
+    manifest = prompt_set.build(made, "medical", tmp_path, [], 0)
     assert asked == [("openlifescienceai/medmcqa@0a1b", "train", True)]
     part = manifest["parts"][0]
     assert (part["source"], part["revision"], part["licence"]) == ("openlifescienceai/medmcqa", "0a1b", "apache-2.0")

@@ -41,8 +41,10 @@ def test_a_dataset_by_name(monkeypatch):
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read("owner/name", "test") == [GOOD] * 3
     assert read("owner/name:part@0a1b", "test", limit=2) == [GOOD] * 2
-    assert asked == [("owner/name", None, "test", False, {}),
-                     ("owner/name", "part", "test", True, {"revision": "0a1b"})]  # fmt: skip
+    assert asked == [
+        ("owner/name", None, "test", False, {}),
+        ("owner/name", "part", "test", True, {"revision": "0a1b"}),
+    ]
 
 
 @pytest.mark.parametrize(

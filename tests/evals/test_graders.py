@@ -1,7 +1,5 @@
 """Answers as models give them: several letters, prose, boxes, units, commas, cut short, empty."""
 
-import typing
-
 import pytest
 
 from camopd_jax.config.schema import Benchmark, Judge
@@ -10,17 +8,18 @@ from camopd_jax.evals import tasks
 from camopd_jax.evals.graders import choice, exact, gsm8k, zebra
 
 
-def test_every_benchmark_of_the_config_has_its_rules():
-    named = set(typing.get_args(typing.get_type_hints(Benchmark)["task"]))
-    assert named == set(tasks.TASKS) | set(tasks.JUDGED)
-    for name in named:
-        assert callable(tasks.find(name, Judge()).grade)
+def test_every_benchmark_has_its_rules_and_an_unknown_one_is_refused():
+    for name in tasks.TASKS:
+        assert callable(tasks.find(Benchmark("b", name), Judge()).grade)
+    says = r"config\.evaluation\.benchmarks 'b': task is 'medq'; it must be one of 'exact', .*'medqa', .*'writing'"
+    with pytest.raises(UserError, match=says):
+        tasks.find(Benchmark("b", "medq"), Judge())
 
 
 def test_exact_is_the_whole_answer():
-    assert exact.grade(" olleh\n", {"answer": "olleh"}).score == 1
-    assert exact.grade("olleh.", {"answer": "olleh"}).score == 0
-    assert exact.grade("", {"answer": 3}).score == 0 and exact.grade("3", {"answer": 3}).score == 1
+    assert exact.grade(" olleh\n", {"answer": "olleh"}).value == 1
+    assert exact.grade("olleh.", {"answer": "olleh"}).value == 0
+    assert exact.grade("", {"answer": 3}).value == 0 and exact.grade("3", {"answer": 3}).value == 1
 
 
 @pytest.mark.parametrize(
@@ -52,7 +51,7 @@ def test_exact_is_the_whole_answer():
 def test_the_letter_of_a_choice(answer, letter):
     assert choice.letter(answer) == letter
     grade = choice.grade(answer, {"answer": "B"})
-    assert (grade.score, grade.marked) == (float(letter == "B"), letter is not None)
+    assert (grade.value, grade.marked) == (float(letter == "B"), letter is not None)
 
 
 @pytest.mark.parametrize(
@@ -69,7 +68,7 @@ def test_the_letter_of_a_choice(answer, letter):
 def test_pubmedqa_takes_the_word_or_its_letter(answer, score, marked):
     for right in ("yes", "A"):
         grade = choice.grade_pubmedqa(answer, {"answer": right})
-        assert (grade.score, grade.marked) == (score, marked)
+        assert (grade.value, grade.marked) == (score, marked)
 
 
 @pytest.mark.parametrize(
@@ -96,16 +95,22 @@ def test_pubmedqa_takes_the_word_or_its_letter(answer, score, marked):
 )
 def test_the_number_of_gsm8k(answer, right):
     grade = gsm8k.grade(answer, {"answer": "42"})
-    assert (grade.score, grade.marked) == (float(right is True), right is not None)
+    assert (grade.value, grade.marked) == (float(right is True), right is not None)
 
 
 @pytest.mark.parametrize(
     "answer, gold",
-    [("Final answer: 1,234,567", "1234567"), (r"#### 1{,}200", "1,200"), ("#### \u22123", "-3"),
-     ("Final answer: 3/4", "0.75"), ("Final answer: 2.50 euros", "2.5"), ("Final answer: 18.", "18")],
-)  # fmt: skip
+    [
+        ("Final answer: 1,234,567", "1234567"),
+        (r"#### 1{,}200", "1,200"),
+        ("#### \u22123", "-3"),
+        ("Final answer: 3/4", "0.75"),
+        ("Final answer: 2.50 euros", "2.5"),
+        ("Final answer: 18.", "18"),
+    ],
+)
 def test_numbers_are_compared_as_values(answer, gold):
-    assert gsm8k.grade(answer, {"answer": gold}).score == 1
+    assert gsm8k.grade(answer, {"answer": gold}).value == 1
 
 
 GRID = {"House 1": {"Name": "Arnold", "Music": "pop"}, "House 2": {"Name": "Eric", "Music": "rock"}}
@@ -114,17 +119,25 @@ GRID = {"House 1": {"Name": "Arnold", "Music": "pop"}, "House 2": {"Name": "Eric
 @pytest.mark.parametrize(
     "answer, score, cells",
     [
-        ('So {"solution": {"House 1": {"Name": "Arnold", "Music": "pop"}, '
-         '"House 2": {"Name": "eric ", "Music": "rock"}}} is it.', 1, 4),
-        ('```json\n{"solution": {"House 1": {"Name": "Arnold", "Music": "rock"}, '
-         '"House 2": {"Name": "Eric", "Music": "pop"}}}\n```', 0, 2),
+        (
+            'So {"solution": {"House 1": {"Name": "Arnold", "Music": "pop"}, '
+            '"House 2": {"Name": "eric ", "Music": "rock"}}} is it.',
+            1,
+            4,
+        ),
+        (
+            '```json\n{"solution": {"House 1": {"Name": "Arnold", "Music": "rock"}, '
+            '"House 2": {"Name": "Eric", "Music": "pop"}}}\n```',
+            0,
+            2,
+        ),
         ('{"solution": {"House 1": {"Name": "x"}}} no: {"solution": {"House 1": {"Name": "Arnold"}}}', 0, 1),
         ('{"solution": {"House 1": "Arnold", "House 2": null}}', 0, 0),
     ],
-)  # fmt: skip
+)
 def test_a_zebra_grid_by_puzzle_and_by_cell(answer, score, cells):
     grade = zebra.grade(answer, {"answer": GRID})
-    assert (grade.score, grade.marked, grade.parts["cells"]) == (score, True, (cells, 4))
+    assert (grade.value, grade.marked, grade.parts["cells"]) == (score, True, (cells, 4))
 
 
 @pytest.mark.parametrize(
@@ -132,9 +145,9 @@ def test_a_zebra_grid_by_puzzle_and_by_cell(answer, score, cells):
 )
 def test_a_zebra_answer_without_a_grid(answer):
     grade = zebra.grade(answer, {"answer": GRID})
-    assert (grade.score, grade.marked, grade.parts["cells"]) == (0, False, (0, 4))
+    assert (grade.value, grade.marked, grade.parts["cells"]) == (0, False, (0, 4))
 
 
 def test_a_judge_is_off_until_it_is_named():
     with pytest.raises(UserError, match=r"config\.evaluation\.judge: tasks roleplay and writing need its endpoint"):
-        tasks.find("roleplay", Judge()).check()
+        tasks.find(Benchmark("b", "roleplay"), Judge()).check()

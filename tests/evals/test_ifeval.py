@@ -19,7 +19,7 @@ LOWER = ("change_case:english_lowercase", {})
 def figures(answer, *instructions):
     grade = ifeval.grade(answer, row(*instructions))
     parts = grade.parts
-    return grade.score, parts["prompt_loose"][0], parts["instruction_strict"], parts["instruction_loose"]
+    return grade.value, parts["prompt_loose"][0], parts["instruction_strict"], parts["instruction_loose"]
 
 
 def test_strict_and_loose_by_prompt_and_by_instruction():
@@ -41,12 +41,20 @@ def test_a_verdict_is_the_same_every_time():
 @pytest.mark.parametrize(
     "name, kwargs, good, bad",
     [
-        ("length_constraints:number_sentences", {"relation": "less than", "num_sentences": 3}, "One. Two.",
-         "One went. Two came. Three saw."),
-        ("change_case:capital_word_frequency", {"capital_relation": "at least", "capital_frequency": 2},
-         "THIS is LOUD", "this is quiet"),
+        (
+            "length_constraints:number_sentences",
+            {"relation": "less than", "num_sentences": 3},
+            "One. Two.",
+            "One went. Two came. Three saw.",
+        ),
+        (
+            "change_case:capital_word_frequency",
+            {"capital_relation": "at least", "capital_frequency": 2},
+            "THIS is LOUD",
+            "this is quiet",
+        ),
     ],
-)  # fmt: skip
+)
 def test_the_checkers_that_split_sentences_work_without_a_download(name, kwargs, good, bad):
     assert figures(good, (name, kwargs))[0] == 1 and figures(bad, (name, kwargs))[0] == 0
 

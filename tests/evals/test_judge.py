@@ -24,8 +24,13 @@ def endpoint():
             server.asked.append((self.path, self.headers["Authorization"], body))
             status, text = server.replies.pop(0)
             message = {"role": "assistant", "content": text}
-            reply = {"id": "1", "object": "chat.completion", "created": 0, "model": body["model"],
-                     "choices": [{"index": 0, "finish_reason": "stop", "message": message}]}  # fmt: skip
+            reply = {
+                "id": "1",
+                "object": "chat.completion",
+                "created": 0,
+                "model": body["model"],
+                "choices": [{"index": 0, "finish_reason": "stop", "message": message}],
+            }
             data = json.dumps(reply if status == 200 else {"error": {"message": "denied"}}).encode()
             self.send_response(status)
             self.send_header("Content-Type", "application/json")
@@ -47,13 +52,13 @@ def endpoint():
 @pytest.fixture
 def task(endpoint, monkeypatch):
     monkeypatch.setenv(judge.KEY, KEY)
-    return judge.task("roleplay", Judge(f"http://127.0.0.1:{endpoint.server_port}/v1", "marker"))
+    return judge.roleplay(Judge(f"http://127.0.0.1:{endpoint.server_port}/v1", "marker"))
 
 
 def test_a_mark_from_one_to_ten(task, endpoint):
     task.check()
     endpoint.replies = [(200, "Vivid.\nScore: 10"), (200, "Flat. **Score:** 1"), (200, "Score: 3? No.\nScore: 4")]
-    assert [task.grade("Thar she blows", ROW).score for _ in range(3)] == [1.0, 0.0, pytest.approx(1 / 3)]
+    assert [task.grade("Thar she blows", ROW).value for _ in range(3)] == [1.0, 0.0, pytest.approx(1 / 3)]
     path, key, body = endpoint.asked[0]
     assert path == "/v1/chat/completions" and key == f"Bearer {KEY}" and body["model"] == "marker"
     case = body["messages"][0]["content"]
@@ -63,10 +68,10 @@ def test_a_mark_from_one_to_ten(task, endpoint):
 
 def test_a_mark_that_cannot_be_read_is_asked_for_again(task, endpoint):
     endpoint.replies = [(200, "Lovely."), (200, "Score: 11"), (200, "Score: 7")]
-    assert task.grade("x", ROW).score == pytest.approx(6 / 9)
+    assert task.grade("x", ROW).value == pytest.approx(6 / 9)
     endpoint.replies = [(200, "Score: 7.5")] * 3
     grade = task.grade("x", ROW)
-    assert (grade.score, grade.marked) == (0, False) and len(endpoint.asked) == 6
+    assert (grade.value, grade.marked) == (0, False) and len(endpoint.asked) == 6
 
 
 def test_the_key_is_in_no_error_and_no_output(task, endpoint, capfd, caplog):

@@ -29,7 +29,7 @@ ROW = {"test_list": ["assert double(2) == 4", "assert double(-1) == -2"]}
 )
 def test_an_answer_passes_when_its_code_passes_every_test(answer, score, marked):
     grade = mbpp.grade(answer, ROW)
-    assert (grade.score, grade.marked) == (score, marked)
+    assert (grade.value, grade.marked) == (score, marked)
 
 
 def test_set_up_code_runs_first():
@@ -38,7 +38,7 @@ def test_set_up_code_runs_first():
         "test_imports": ["import math"],
         "test_list": ["assert f() == math.pi + BASE"],
     }
-    assert mbpp.grade("```python\ndef f():\n    return math.pi + BASE\n```", row).score == 1
+    assert mbpp.grade("```python\ndef f():\n    return math.pi + BASE\n```", row).value == 1
 
 
 def command_lines():

@@ -15,12 +15,14 @@ from rows import read_lines, write_lines
 from camopd_jax.config.schema import Benchmark, Compute, Evaluation, Judge
 from camopd_jax.data import templates
 from camopd_jax.errors import UserError
-from camopd_jax.evals import runner
-from camopd_jax.inference import engine
+from camopd_jax.evals import questions, runner, tasks
+from camopd_jax.evals.graders import judge
+from camopd_jax.evals.task import Grade
+from camopd_jax.inference import loading
 from camopd_jax.rollout import generate
 from camopd_jax.runtime.mesh import make_mesh
 
-QUICKSTART = Path(__file__).parents[2] / "configs" / "quickstart"
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.py"
 SETTINGS = Evaluation(batch_size=8)
 COVERED = Benchmark("covered", "exact", str(QUICKSTART / "eval_covered.jsonl"), limit=20, max_response_tokens=32)
@@ -28,20 +30,20 @@ COVERED = Benchmark("covered", "exact", str(QUICKSTART / "eval_covered.jsonl"), 
 
 @pytest.fixture(scope="module")
 def specialist():
-    return engine.load(QUICKSTART / "specialist", make_mesh(1, devices=make_mesh().devices.ravel()[:1]), Compute(),
-                       dtype="float32", context=96)  # fmt: skip
+    mesh = make_mesh(1, devices=jax.devices()[:1])
+    return loading.load(QUICKSTART / "specialist", mesh, Compute(), dtype="float32", context=96)
 
 
 @pytest.fixture
 def asked(monkeypatch):
     """How many prompts the model was asked, each time it was."""
-    counts, answer = [], engine.answer
+    counts, answer = [], runner.answer
 
     def counted(loaded, prompts, **options):
         counts.append(len(prompts))
         return answer(loaded, prompts, **options)
 
-    monkeypatch.setattr(engine, "answer", counted)
+    monkeypatch.setattr(runner, "answer", counted)
     return counts
 
 
@@ -51,52 +53,54 @@ def rows_of(folder, name="covered"):
 
 def test_every_answer_is_kept_with_its_grade_and_none_is_asked_for_twice(specialist, tmp_path, asked):
     folder, told = epath.Path(tmp_path), []
-    result = runner.run(COVERED, specialist, SETTINGS, folder, say=told.append)
+    result = runner.run_benchmark(COVERED, specialist, SETTINGS, folder, progress=told.append)
     rows = rows_of(tmp_path)
     assert len(rows) == result["n"] == 20 and sorted(row["question"] for row in rows) == list(range(20))
     assert sum(row["score"] for row in rows) / 20 == result["accuracy"]
     assert told[-1] == "covered: 20 of 20 questions" and len(told) == 3
-    assert runner.run(COVERED, specialist, SETTINGS, folder) == result
+    assert runner.run_benchmark(COVERED, specialist, SETTINGS, folder) == result
     assert asked == [20]
 
 
 def test_an_evaluation_cut_short_goes_on_with_the_open_questions(specialist, tmp_path, asked):
     folder = epath.Path(tmp_path)
-    whole = runner.run(COVERED, specialist, SETTINGS, folder)
+    whole = runner.run_benchmark(COVERED, specialist, SETTINGS, folder)
     file = tmp_path / "covered.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:11]) + '\n{"key": "1234, "resp')  # the last line was being written
-    assert runner.run(COVERED, specialist, SETTINGS, folder) == whole
+    assert runner.run_benchmark(COVERED, specialist, SETTINGS, folder) == whole
     assert asked == [20, 9] and len(rows_of(tmp_path)) == 20
 
 
 def test_first_questions_are_part_of_the_whole(specialist, tmp_path, asked):
     folder = epath.Path(tmp_path)
-    few = runner.run(COVERED, specialist, SETTINGS, folder, limit=6)
-    whole = runner.run(COVERED, specialist, SETTINGS, folder)
+    few = runner.run_benchmark(COVERED, specialist, SETTINGS, folder, limit=6)
+    whole = runner.run_benchmark(COVERED, specialist, SETTINGS, folder)
     assert asked == [6, 14] and whole["scores"][:6] == few["scores"] and few["asked"] != whole["asked"]
 
 
 def test_another_models_answers_compile_nothing_anew(specialist, tmp_path):
-    runner.run(COVERED, specialist, SETTINGS, epath.Path(tmp_path / "a"))
+    runner.run_benchmark(COVERED, specialist, SETTINGS, epath.Path(tmp_path / "a"))
     program = generate.programs(specialist.mesh).advance
     compiled = program._cache_size()
     student = specialist.with_params(jax.tree.map(lambda p: p * 1.01, specialist.params))
-    runner.run(COVERED, student, SETTINGS, epath.Path(tmp_path / "b"))
+    runner.run_benchmark(COVERED, student, SETTINGS, epath.Path(tmp_path / "b"))
     assert program._cache_size() == compiled > 0
 
 
 def test_another_question_or_way_of_asking_is_asked_anew(specialist, tmp_path, asked):
     folder = epath.Path(tmp_path)
     for changes in ({}, {"max_response_tokens": 16}, {"instruction": "Be brief."}, {"temperature": 1.0}):
-        runner.run(dataclasses.replace(COVERED, limit=4, **changes), specialist, SETTINGS, folder)
+        runner.run_benchmark(dataclasses.replace(COVERED, limit=4, **changes), specialist, SETTINGS, folder)
     assert asked == [4, 4, 4, 4]
 
 
 def test_sampled_answers_differ_by_draw_and_come_again_with_the_seed(specialist, tmp_path, asked):
     benchmark = dataclasses.replace(COVERED, limit=4, samples=3, temperature=1.5)
-    first = runner.run(benchmark, specialist, SETTINGS, epath.Path(tmp_path / "a"))
-    again = runner.run(benchmark, specialist, dataclasses.replace(SETTINGS, batch_size=2), epath.Path(tmp_path / "b"))
+    first = runner.run_benchmark(benchmark, specialist, SETTINGS, epath.Path(tmp_path / "a"))
+    again = runner.run_benchmark(
+        benchmark, specialist, dataclasses.replace(SETTINGS, batch_size=2), epath.Path(tmp_path / "b")
+    )
     assert first == again, "each answer has a random key of its own, whatever its batch"
     responses = {}
     for row in rows_of(tmp_path / "a"):
@@ -106,17 +110,17 @@ def test_sampled_answers_differ_by_draw_and_come_again_with_the_seed(specialist,
 
 
 def test_the_likelihood_of_given_answers(specialist, tmp_path, monkeypatch):
-    """By hand from each answer's log-probabilities, closing tokens included; what is known is not weighed again."""
-    weighed, score = [], engine.score_responses
+    """By hand from each answer's log-probabilities, closing tokens included; what is known is not scored again."""
+    scored, score = [], runner.score_responses
 
     def counted(loaded, prompts, responses, **options):
-        weighed.append(len(prompts))
+        scored.append(len(prompts))
         return score(loaded, prompts, responses, **options)
 
-    monkeypatch.setattr(engine, "score_responses", counted)
+    monkeypatch.setattr(runner, "score_responses", counted)
     benchmark = dataclasses.replace(COVERED, task="likelihood", limit=10)
     folder = epath.Path(tmp_path)
-    result = runner.run(benchmark, specialist, SETTINGS, folder)
+    result = runner.run_benchmark(benchmark, specialist, SETTINGS, folder)
     rows = read_lines(QUICKSTART / "eval_covered.jsonl")[:10]
     pairs = [templates.answer_ids(specialist.tokenizer, row, row["answer"], benchmark.template) for row in rows]
     by_hand = [np.exp(score(specialist, [p], [a], batch_size=8)[0].mean()) for p, a in pairs]
@@ -124,36 +128,40 @@ def test_the_likelihood_of_given_answers(specialist, tmp_path, monkeypatch):
     assert all(pair[1][-1] == specialist.eos_ids[0] for pair in pairs) and min(by_hand) < 0.9 < max(by_hand)
     lines = (tmp_path / "covered.jsonl").read_text().splitlines()
     (tmp_path / "covered.jsonl").write_text("\n".join(lines[:7]))
-    assert runner.run(benchmark, specialist, SETTINGS, folder) == result and weighed[:3] == [8, 2, 3]
+    assert runner.run_benchmark(benchmark, specialist, SETTINGS, folder) == result and scored[:3] == [8, 2, 3]
     with pytest.raises(UserError, match=r"benchmarks covered row 1: the answer '\{no\}' asks for the field 'no'"):
-        runner.run(dataclasses.replace(benchmark, answer="{no}"), specialist, SETTINGS, folder)
+        runner.run_benchmark(dataclasses.replace(benchmark, answer="{no}"), specialist, SETTINGS, folder)
 
 
 def test_the_instruction_goes_behind_the_last_request(specialist):
     def ask(*contents, instruction=""):
         roles = ("user", "assistant", "user")
         row = {"messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]}
-        return runner.ask(specialist.tokenizer, row, instruction, COVERED.template)
+        return prompts(row, instruction)
+
+    def prompts(row, instruction):
+        benchmark = dataclasses.replace(COVERED, instruction=instruction)
+        return questions.prompts(benchmark, tasks.find(COVERED, Judge()), specialist.tokenizer, [row])
 
     assert ask("a", "b", "c", instruction="be brief") == ask("a", "b", "c\n\nbe brief") != ask("a", "b", "c")
     row = {"prompt": "a"}
-    runner.ask(specialist.tokenizer, row, "be brief", COVERED.template)
+    prompts(row, "be brief")
     assert row == {"prompt": "a"}, "the row itself is as it was"
 
 
 def test_a_judges_mark_is_paid_for_once(specialist, tmp_path, monkeypatch):
     marks = []
-    monkeypatch.setattr(runner.tasks.judge, "check", lambda config: None)
+    monkeypatch.setattr(judge, "check", lambda config: None)
 
     def grade(answer, row, *, kind, config):
         marks.append(kind)
-        return runner.Grade(0.5)
+        return Grade(0.5)
 
-    monkeypatch.setattr(runner.tasks.judge, "grade", grade)
+    monkeypatch.setattr(judge, "grade", grade)
     benchmark = dataclasses.replace(COVERED, task="writing", limit=4)
     for model in ("a", "a", "b"):
         settings = dataclasses.replace(SETTINGS, judge=Judge("http://127.0.0.1/v1", model))
-        assert runner.run(benchmark, specialist, settings, epath.Path(tmp_path))["accuracy"] == 0.5
+        assert runner.run_benchmark(benchmark, specialist, settings, epath.Path(tmp_path))["accuracy"] == 0.5
     assert marks == ["writing"] * 8, "four by each judge"
 
 
@@ -171,6 +179,8 @@ def test_what_grading_would_miss_is_told_before_a_run(tmp_path):
         check()
     with pytest.raises(UserError, match=r"config\.evaluation\.judge"):
         check(task="roleplay", source=source)
+    with pytest.raises(UserError, match=r"benchmarks 'b': task is 'medq'; it must be one of 'exact', .*'medqa'"):
+        check(task="medq", source=source)
 
 
 # ------------------------------------------------------------------------------------ the command
@@ -181,11 +191,16 @@ def few(tmp_path_factory):
     """Flags for the quickstart's config with 24 questions of two benchmarks."""
     folder = tmp_path_factory.mktemp("few")
     benchmarks = [
-        dict(name=name, task=task, axis=axis, max_response_tokens=32,
-             source=str(write_lines(folder / f"{name}.jsonl", read_lines(QUICKSTART / f"eval_{name}.jsonl")[:24])))
+        dict(
+            name=name,
+            task=task,
+            axis=axis,
+            max_response_tokens=32,
+            source=str(write_lines(folder / f"{name}.jsonl", read_lines(QUICKSTART / f"eval_{name}.jsonl")[:24])),
+        )
         for name, task, axis in (("covered", "exact", "general"), ("domain", "choice", "domain"))
-    ]  # fmt: skip
-    text = CONFIG.read_text().replace("Path(__file__).parent", f"Path({str(CONFIG.parent)!r})")
+    ]
+    text = CONFIG.read_text().replace("Path(__file__)", f"Path({str(CONFIG)!r})")
     config = folder / "config.py"
     config.write_text(
         text.replace("    return config\n", f"    config.evaluation.benchmarks = {benchmarks!r}\n    return config\n")
@@ -282,10 +297,17 @@ def measured(few, command, tmp_path_factory):
     """A run that evaluates every second step, on 16 questions, and keeps and exports the best."""
     workdir = tmp_path_factory.mktemp("measured") / "run"
     flags = [
-        f"--workdir={workdir}", *few, "--config.steps=6", "--config.rollout.batch_size=16",
-        "--config.optimizer.micro_batch=8", "--config.checkpoints.every=6", "--config.checkpoints.keep_last=1",
-        "--config.checkpoints.export=best", "--config.evaluation.every=2", "--config.evaluation.questions=16",
-    ]  # fmt: skip
+        f"--workdir={workdir}",
+        *few,
+        "--config.steps=6",
+        "--config.rollout.batch_size=16",
+        "--config.optimizer.micro_batch=8",
+        "--config.checkpoints.every=6",
+        "--config.checkpoints.keep_last=1",
+        "--config.checkpoints.export=best",
+        "--config.evaluation.every=2",
+        "--config.evaluation.questions=16",
+    ]
     ended = command("train", *flags)
     assert ended.code == 0, ended.err
     return workdir, flags, ended

@@ -1,75 +1,48 @@
-"""The loop itself, on a tiny random model: the order of phases, and each program compiled once per shape."""
+"""The loop itself, on a tiny random model: the order of branches, and each program compiled once per shape."""
 
 import dataclasses
-import itertools
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import Prompter, Watcher, make_run, train_config
 
-from camopd_jax.config.schema import Compute, Method, Optimizer, Phase, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.schema import (
+    BranchConfig,
+    Compute,
+    Method,
+    Optimizer,
+    RolloutConfig,
+    SelectionConfig,
+    Stream,
+)
 from camopd_jax.errors import UserError
-from camopd_jax.method import loop
-from camopd_jax.method.loop import Branch, batch_rows, compile_programs, cut_to_bucket, phase_at, run
-from camopd_jax.method.optimizer import init_state
+from camopd_jax.method import programs as programs_module
+from camopd_jax.method import recorder, schedule
+from camopd_jax.method.setup import check_remat, resolve
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
-from camopd_jax.rollout import generate, scoring
-from camopd_jax.rollout.score import score
+from camopd_jax.rollout import generate
+from camopd_jax.rollout.score import score, scoring
 from camopd_jax.runtime.mesh import make_mesh
-from camopd_jax.types import PromptBatch, Prompts, Rollout
+from camopd_jax.types import Rollout
 
-CONFIG = TrainConfig(
-    "g", "s", Stream("g"), Stream("d"), steps=8,
-    rollout=RolloutConfig(batch_size=4, max_prompt_tokens=8, max_response_tokens=8, smallest_bucket=4, score_batch=4),
-    optimizer=Optimizer(learning_rate=1e-2, micro_batch=2),
-)  # fmt: skip
+ROLLOUT = RolloutConfig(batch_size=4, max_prompt_tokens=8, max_response_tokens=8, smallest_bucket=4, score_batch=4)
+CONFIG = train_config(steps=8, rollout=ROLLOUT, optimizer=Optimizer(learning_rate=1e-2, micro_batch=2))
 
 
 @pytest.mark.parametrize(
     "recovery, review, order",
-    [(3, 1, "ggggdgggd"), (1, 1, "gdgdgdgdg"), (0, 1, "ddddddddd"), (2, 0, "ggggggggg"), (1, 2, "gddgddgdd")],
+    [(3, 1, "gggdgggdg"), (1, 1, "gdgdgdgdg"), (0, 1, "ddddddddd"), (2, 0, "ggggggggg"), (1, 2, "gddgddgdd")],
 )
-def test_the_order_of_phases(recovery, review, order):
-    method = Method(recovery_steps=recovery, review_steps=review)
-    made = "".join("g" if phase_at(i, method) == "recovery" else "d" for i in range(9))
-    assert made == ("gggdgggdg" if (recovery, review) == (3, 1) else order)
-
-
-class Prompter:
-    """An endless stream of random prompts; widths as given, over and over."""
-
-    def __init__(self, seed, widths, rows=4):
-        self.random, self.widths, self.served = np.random.default_rng(seed), itertools.cycle(widths), 0
-        self.rows = rows
-
-    def __next__(self):
-        self.served += 1
-        width = next(self.widths)
-        n = self.rows
-        prompts = Prompts(self.random.integers(0, 14, (n, width)).astype(np.int32), np.full(n, width, np.int32))
-        return PromptBatch(prompts, prompts, np.arange(n, dtype=np.int32) + n * self.served)
-
-
-class Watcher:
-    """Writes down what the loop tells, and can end it."""
-
-    def __init__(self, milestones=(), end_at=None):
-        self.outcomes, self.calls, self.milestones, self.end_at = [], [], milestones, end_at
-
-    def log(self, outcome):
-        self.outcomes.append(outcome)
-        self.calls.append(("log", outcome.step))
-
-    def due(self, steps_done):
-        return steps_done in self.milestones or steps_done == CONFIG.steps
-
-    def milestone(self, steps_done, state):
-        self.calls.append(("milestone", steps_done))
-        assert int(state.step) == steps_done
-        return steps_done == self.end_at
+def test_the_order_of_branches(recovery, review, order):
+    """Eq 5, with n_g = `recovery` and n_d = `review`."""
+    config = train_config({"steps": recovery}, {"steps": review})
+    acting = [schedule.acting(config, step) for step in range(9)]
+    assert "".join({"recovery": "g", "review": "d"}[name] for (name,) in acting) == order
+    assert [schedule.phase(config, step) for step in range(9)] == [name for (name,) in acting]
 
 
 @pytest.fixture(scope="module")
@@ -81,130 +54,168 @@ def tiny():
     return model, *(jax.device_put(model.init(jax.random.key(seed)), places) for seed in (0, 1))
 
 
+def count(tree):
+    """Numbers in all arrays of a tree."""
+    return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+
 PROGRAMS = {}  # compiled once for all tests
 
 
-def begin(tiny, config=CONFIG, widths=(4, 8)):
+def begin(tiny, config=CONFIG, widths=(4, 8), teachers=None, seeds=(0, 1, 2)):
+    """A run whose general teacher is another model, and whose other teachers are the student itself."""
     model, student, general = tiny
-    state = init_state(jax.tree.map(jnp.copy, student), config.method.moments)
-    rows = batch_rows(config)
-    branches = {
-        "recovery": Branch(Prompter(0, widths, rows["recovery"]), model, general),
-        "review": Branch(Prompter(1, widths, rows["review"]), model, student),
-    }
-    if repr(config) not in PROGRAMS:
-        PROGRAMS[repr(config)] = compile_programs(config, model, (2,), state)
-    return branches, PROGRAMS[repr(config)], state
+    rows = schedule.batch_rows(config)
+    prompters = {name: Prompter(seeds[i], widths, rows[name]) for i, name in enumerate(config.branches)}
+    teachers = teachers or {name: general if name == "recovery" else student for name in config.branches}
+    run = make_run(config, model, student, teachers, prompters)
+    if config.compute.offload == "off" and config.optimizer.trained == "all":  # else a run's programs hold its arrays
+        run.programs = PROGRAMS.setdefault(repr(config), run.programs)
+        run.programs._params = student
+    return run
 
 
 def compilations(programs):
     """Of this run's own programs."""
-    return {**{f"select {n}": f._cache_size() for n, f in programs.select.items()},
-            **{f"update {n}": f._cache_size() for n, f in programs.update.items()}}  # fmt: skip
+    return {**{f"select {n}": f._cache_size() for n, f in programs.selecting.items()},
+            **{f"update {n}": f._cache_size() for n, f in programs.updates.items()}}  # fmt: skip
 
 
 def shared_compilations(tiny):
     """Of the programs that all runs on a mesh share."""
-    learning = begin(tiny)[1].learning
-    parts = vars(generate.programs(tiny[0].mesh))
-    parts = parts | {"score": scoring.scoring(tiny[0].mesh), "add_gradient": learning.add}
+    parts = vars(generate.programs(tiny[0].mesh)) | {"score": scoring(tiny[0].mesh)}
     flat = {name: part.values() if isinstance(part, dict) else [part] for name, part in parts.items()}
     return {name: sum(p._cache_size() for p in part) for name, part in flat.items() if name not in ("grow", "keep")}
 
 
-def run_state(tiny, config):
-    return init_state(jax.tree.map(jnp.copy, tiny[1]), config.method.moments)
-
-
-def scored(config, model, params, part):
-    """Log-probabilities of a part's answers by a pass of the whole batch."""
-    rollout = part.rollout
-    return score(model, params, part.prompts, rollout.tokens, rollout.lengths, config.compute.logits_chunk)
+def scored(model, params, batch):
+    """Log-probabilities of a batch's answers by a pass of all rows."""
+    return score(model, params, batch.rollout.after(batch.prompts), 0)["log_prob"]
 
 
 def test_two_cycles_compile_each_program_once_per_shape(tiny):
-    branches, programs, state = begin(tiny)
-    state = run(CONFIG, branches, programs, state, Watcher())
+    run = begin(tiny)
+    state = run.go()
     assert int(state.step) == 8
-    before, shared = compilations(programs), shared_compilations(tiny)
+    before, shared = compilations(run.programs), shared_compilations(tiny)
     assert all(n <= 2 for n in before.values()), "two widths of answers"
-    run(dataclasses.replace(CONFIG, steps=16), branches, programs, state, Watcher())
-    assert sum(compilations(programs).values()) <= sum(before.values()) + 2, "a width not seen before, at most"
-    after = shared_compilations(tiny)
-    assert after["advance"] == shared["advance"] <= 2 and after["add_gradient"] <= 4
+    longer = dataclasses.replace(CONFIG, steps=16)
+    run.programs.setup = dataclasses.replace(run.programs.setup, config=longer)
+    run.go(Watcher(), state)
+    run.programs.setup = dataclasses.replace(run.programs.setup, config=CONFIG)
+    assert sum(compilations(run.programs).values()) <= sum(before.values()) + 2, "a width not seen before, at most"
+    assert shared_compilations(tiny)["advance"] == shared["advance"] <= 2
+    assert all(learner.add._cache_size() <= 4 for learner in run.programs.learners.values())
 
 
 def test_one_shape_compiles_once(tiny):
-    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, smallest_bucket=8))
-    branches, programs, state = begin(tiny, config, widths=(8,))
+    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(ROLLOUT, smallest_bucket=8))
     before = shared_compilations(tiny)
-    run(config, branches, programs, state, Watcher())
-    assert set(compilations(programs).values()) == {1}
+    run = begin(tiny, config, widths=(8,))
+    run.go()
+    assert set(compilations(run.programs).values()) == {1}
     added = {name: n - before[name] for name, n in shared_compilations(tiny).items()}
-    assert added["score"] <= 2, "student and teachers are scored by one program; rows of 8 slots, and of 16"
+    assert added["score"] <= 4, "the student's reading and the teachers'; rows of 8 slots, and of 16"
     assert all(n <= 1 for name, n in added.items() if name != "score"), added
-    run(dataclasses.replace(config, steps=16), branches, programs, run_state(tiny, config), Watcher())
+    begin(tiny, config, widths=(8,)).go()
     assert shared_compilations(tiny) == {name: n + added[name] for name, n in before.items()}
 
 
-def test_each_phase_takes_from_its_own_stream_and_its_own_teacher(tiny):
-    branches, programs, state = begin(tiny)
-    watcher = Watcher()
-    run(CONFIG, branches, programs, state, watcher)
-    assert [o.phase for o in watcher.outcomes] == ["recovery"] * 3 + ["review"] + ["recovery"] * 3 + ["review"]
-    assert (branches["recovery"].prompts.served, branches["review"].prompts.served) == (6, 2)
-    first = watcher.outcomes[0]
-    part = first.parts["recovery"]
-    again = scored(CONFIG, tiny[0], tiny[2], part)
-    np.testing.assert_allclose(part.scores.teacher, again, atol=1e-5)
+def test_programs_are_named_for_their_branch(tiny):
+    run = begin(tiny)
+    names = {name: update.__wrapped__.__name__ for name, update in run.programs.updates.items()}
+    assert names == {"recovery": "recovery_update", "review": "review_update"}
+
+
+def test_each_branch_takes_from_its_own_stream_and_its_own_teacher(tiny):
+    run, watcher = begin(tiny), Watcher(last=8)
+    run.go(watcher)
+    assert [r.phase for r in watcher.records] == ["recovery"] * 3 + ["review"] + ["recovery"] * 3 + ["review"]
+    assert [branch.prompts.served for branch in run.branches.values()] == [6, 2]
+    first = watcher.records[0]
+    batch = first.batches["recovery"]
+    np.testing.assert_allclose(batch.log_probs.teacher, scored(tiny[0], tiny[2], batch), atol=1e-5)
     assert float(first.metrics["gap_abs_mean"]) > 0.1, "the general teacher is another model"
     assert set(first.seconds) == {"rollout", "score", "select", "update", "other"}
 
 
+def test_three_branches_alternate_in_the_order_of_the_config(tiny):
+    """Two domains with a specialist each: own streams, own teachers, own updates; moments of each branch alone."""
+    law = BranchConfig(Stream("l"), "models/law", selection=SelectionConfig("positive_gap"), steps=2)
+    config = dataclasses.replace(
+        CONFIG, steps=12, branches={**CONFIG.branches, "law": law}, method=Method(moments="separate")
+    )
+    model, student, general = tiny
+    lawyer = jax.tree.map(lambda p: p + 0.05, student)
+    run, watcher = begin(tiny, config, teachers={"recovery": general, "review": student, "law": lawyer}), Watcher()
+    state = run.go(watcher)
+    cycle = ["recovery"] * 3 + ["review"] + ["law"] * 2
+    assert [r.phase for r in watcher.records] + [schedule.phase(config, 11)] == cycle * 2
+    assert {name: int(adam.count) for name, adam in state.moments.items()} == {"recovery": 6, "review": 2, "law": 4}
+    assert [branch.prompts.served for branch in run.branches.values()] == [6, 2, 4]
+    batch = watcher.records[4].batches["law"]
+    np.testing.assert_allclose(batch.log_probs.teacher, scored(model, lawyer, batch), atol=1e-5)
+    assert schedule.phases(config) == {"recovery": 1 / 2, "review": 1 / 6, "law": 1 / 3}
+    mixed = dataclasses.replace(
+        config,
+        steps=2,
+        method=Method(schedule="mixed", conflict="pcgrad"),
+        rollout=dataclasses.replace(ROLLOUT, batch_size=12),
+    )
+    watcher = Watcher(last=2)
+    begin(tiny, mixed).go(watcher)
+    rows = {name: len(batch.index) for name, batch in watcher.records[1].batches.items()}
+    assert rows == {"recovery": 6, "review": 2, "law": 4}
+    assert set(watcher.records[1].metrics) >= set(rows)
+
+
 def test_a_mixed_step_takes_both_streams_and_one_update(tiny):
-    wide = dataclasses.replace(CONFIG.rollout, smallest_bucket=8)
+    wide = dataclasses.replace(ROLLOUT, smallest_bucket=8)
     config = dataclasses.replace(CONFIG, steps=3, method=Method(schedule="mixed"), rollout=wide)
-    branches, programs, state = begin(tiny, config, widths=(8,))
-    watcher = Watcher(milestones=(3,))
-    state = run(config, branches, programs, state, watcher)
+    run, watcher = begin(tiny, config, widths=(8,)), Watcher(milestones=(3,))
+    state = run.go(watcher)
     assert int(state.step) == 3 and int(state.moments["shared"].count) == 3
-    assert (branches["recovery"].prompts.served, branches["review"].prompts.served) == (3, 3)
-    outcome = watcher.outcomes[1]
-    assert outcome.phase == "mixed" and list(outcome.parts) == ["recovery", "review"]
-    assert [len(part.index) for part in outcome.parts.values()] == [3, 1], "the batch of 4 is split 3 : 1"
-    lengths = [int(jnp.sum(part.rollout.lengths)) for part in outcome.parts.values()]
-    assert int(outcome.metrics["response_tokens"]) == sum(lengths)
-    assert "sampler_gap" not in outcome.metrics["recovery"], "compared in the first step of sixteen"
-    assert [call[1] for call in watcher.calls if call[0] == "log"] == [0, 1, 2], "each step told once"
+    assert [branch.prompts.served for branch in run.branches.values()] == [3, 3]
+    record = watcher.records[1]
+    assert record.phase == "mixed" and list(record.batches) == ["recovery", "review"]
+    assert [len(batch.index) for batch in record.batches.values()] == [3, 1], "the batch of 4 is split 3 : 1"
+    lengths = [int(jnp.sum(batch.rollout.lengths)) for batch in record.batches.values()]
+    assert int(record.metrics["response_tokens"]) == sum(lengths)
+    assert "sampler_gap" not in record.metrics["recovery"], "compared in the first step of sixteen"
+    assert [call[1] for call in watcher.calls if call[0] == "log"] == [0, 1, 2], "each step logged once"
 
 
 def test_a_teachers_answers_are_learnt_by_heart(tiny):
     """The control of sequence-level distillation: the teacher samples, and the update is cross-entropy."""
-    method = Method(answers="teacher", recovery=Phase(mass=1.0))
-    config = dataclasses.replace(CONFIG, steps=1, method=method)
-    branches, programs, state = begin(tiny, config)
+    every = {"objective": "cross_entropy", "selection": SelectionConfig(mass=1.0)}
+    config = train_config(
+        every, {"objective": "cross_entropy"}, steps=1, method=Method(answers="teacher"), rollout=ROLLOUT,
+        optimizer=CONFIG.optimizer,
+    )  # fmt: skip
+    run, watcher = begin(tiny, config), Watcher(milestones=(1,))
     model, student, _ = tiny
-    watcher = Watcher(milestones=(1,))
-    run(config, branches, programs, state, watcher)
-    part, metrics = watcher.outcomes[0].parts["recovery"], watcher.outcomes[0].metrics
-    np.testing.assert_allclose(part.rollout.log_probs, part.scores.teacher, atol=1e-5)
-    ours = scored(config, model, student, part)
-    assert float(metrics["loss"]) == pytest.approx(float(jnp.mean(-jnp.sum(ours, 1) / part.rollout.lengths)), rel=1e-5)
-    assert "sampler_gap" not in metrics and not programs.trusts_sampler
+    run.go(watcher)
+    batch, metrics = watcher.records[0].batches["recovery"], watcher.records[0].metrics
+    np.testing.assert_allclose(batch.rollout.log_probs, batch.log_probs.teacher, atol=1e-5)
+    sums = jnp.sum(scored(model, student, batch), 1)
+    assert float(metrics["loss"]) == pytest.approx(2 * float(jnp.mean(-sums / batch.rollout.lengths)), rel=1e-5)
+    assert "sampler_gap" not in metrics and not run.programs.setup.trusts_sampler
+    sampled = train_config(steps=1, method=Method(answers="teacher"), rollout=ROLLOUT, optimizer=CONFIG.optimizer)
+    with pytest.raises(UserError, match=r"branches\.recovery\.objective is 'sampled_token'.* give cross_entropy"):
+        resolve(sampled, jax.devices()[:1])
 
 
 def with_student_logprobs(way):
-    return dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, student_logprobs=way))
+    return dataclasses.replace(CONFIG, rollout=dataclasses.replace(ROLLOUT, student_logprobs=way))
 
 
-def test_the_samplers_logprobs_are_the_students(tiny):
+def test_the_samplers_log_probs_are_the_students(tiny):
     """Spared forwards change nothing beyond float error, and what is compared is compared."""
     states, gaps = [], []
     for way in ("forward", "sampler", "auto"):
-        branches, programs, state = begin(tiny, with_student_logprobs(way))
-        watcher = Watcher()
-        states.append(run(with_student_logprobs(way), branches, programs, state, watcher))
-        gaps.append({o.step: float(o.metrics["sampler_gap"]) for o in watcher.outcomes if "sampler_gap" in o.metrics})
+        watcher = Watcher(last=8)
+        states.append(begin(tiny, with_student_logprobs(way)).go(watcher))
+        gaps.append({r.step: float(r.metrics["sampler_gap"]) for r in watcher.records if "sampler_gap" in r.metrics})
     assert [list(g) for g in gaps] == [list(range(8)), [0], [0]], "float32: auto is the sampler"
     assert all(gap < 1e-5 for g in gaps for gap in g.values())
     for other in states[1:]:
@@ -214,62 +225,56 @@ def test_the_samplers_logprobs_are_the_students(tiny):
 @pytest.mark.parametrize("schedule, shrinks", [("alternate", True), ("mixed", False)])
 def test_a_gradient_that_begins_with_the_rollout_is_the_same(tiny, schedule, shrinks):
     """And what was kept for it is given up before the next step."""
-    rollout = dataclasses.replace(CONFIG.rollout, shrinks=shrinks)
+    rollout = dataclasses.replace(ROLLOUT, shrinks=shrinks)
     states = []
     for remat in ("block", "rollout"):
-        config = dataclasses.replace(
-            CONFIG, method=Method(schedule=schedule), rollout=rollout, compute=Compute(remat=remat)
-        )
-        branches, programs, state = begin(tiny, config)
-        watcher = Watcher()
-        states.append(run(config, branches, programs, state, watcher))
-        assert all(part.rollout.residuals == () for o in watcher.outcomes for part in o.parts.values())
+        compute, method = Compute(remat=remat), Method(schedule=schedule)
+        config, watcher = dataclasses.replace(CONFIG, method=method, rollout=rollout, compute=compute), Watcher()
+        model = dataclasses.replace(tiny[0], remat=remat)
+        states.append(begin((model, *tiny[1:]), config).go(watcher))
+        assert all(batch.rollout.residuals == () for r in watcher.records for batch in r.batches.values())
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), states[1].params, states[0].params)
 
 
-def test_a_gradient_begins_with_no_rollout_that_is_not_trusted(tiny):
-    bfloat16 = Model(tiny[0].config, mesh=tiny[0].mesh, dtype="bfloat16", remat="rollout")
-    config, state = dataclasses.replace(CONFIG, compute=Compute(remat="rollout")), begin(tiny)[2]
+def test_a_gradient_begins_with_no_rollout_that_is_not_trusted():
+    config = dataclasses.replace(CONFIG, compute=Compute(remat="rollout", matmul="bfloat16"))
     with pytest.raises(UserError, match=r"compute\.remat is 'rollout'.* in bfloat16 .* set that to sampler, or remat"):
-        compile_programs(config, bfloat16, (2,), state)
-    trusting = dataclasses.replace(config, rollout=dataclasses.replace(CONFIG.rollout, student_logprobs="sampler"))
-    assert compile_programs(trusting, bfloat16, (2,), state).decode.keep_residuals
+        resolve(config, jax.devices()[:1])
+    trusting = dataclasses.replace(config, rollout=dataclasses.replace(ROLLOUT, student_logprobs="sampler"))
+    assert resolve(trusting, jax.devices()[:1]).keep_residuals
+    check_remat(dataclasses.replace(CONFIG, compute=Compute(remat="rollout")), "float32")
 
 
 def test_a_sampler_that_is_off_is_not_trusted(tiny, monkeypatch):
-    monkeypatch.setattr(loop, "LARGEST_SAMPLER_GAP", 0.0)
-    branches, programs, state = begin(tiny)
+    monkeypatch.setattr(recorder, "LARGEST_SAMPLER_GAP", 0.0)
     with pytest.raises(UserError, match=r"config\.rollout\.student_logprobs: at step 0 .* set it to \"forward\""):
-        run(CONFIG, branches, programs, state, Watcher())
-    bfloat16 = Model(tiny[0].config, mesh=tiny[0].mesh, dtype="bfloat16")
-    assert not compile_programs(CONFIG, bfloat16, (2,), state).trusts_sampler
+        begin(tiny).go()
+    bfloat16 = dataclasses.replace(CONFIG, compute=Compute(matmul="bfloat16"))
+    assert not resolve(bfloat16, jax.devices()[:1]).trusts_sampler
 
 
 def test_recoveries_do_not_depend_on_the_domain_stream(tiny):
     """The first cycle's recoveries, with other domain prompts and another domain teacher: the same bits."""
-    after = []
+    after, three = [], dataclasses.replace(CONFIG, steps=3)
     for seed in (1, 2):
-        branches, programs, state = begin(tiny)
         other = jax.tree.map(lambda p, seed=seed: p * seed, tiny[1])
-        branches["review"] = Branch(Prompter(seed, (4, 8)), tiny[0], other)
-        after.append(run(dataclasses.replace(CONFIG, steps=3), branches, programs, state, Watcher()).params)
+        run = begin(tiny, three, teachers={"recovery": tiny[2], "review": other}, seeds=(0, seed))
+        after.append(run.go().params)
     jax.tree.map(np.testing.assert_array_equal, *after)
 
 
 def test_a_run_in_two_parts_is_one_run(tiny):
-    branches, programs, state = begin(tiny)
-    whole = run(CONFIG, branches, programs, state, Watcher())
-    branches, programs, state = begin(tiny)
-    half = run(CONFIG, branches, programs, state, Watcher(milestones=(5,), end_at=5))
+    whole = begin(tiny).go()
+    run = begin(tiny)
+    half = run.go(Watcher(milestones=(5,), end_at=5))
     assert int(half.step) == 5
-    rest = run(CONFIG, branches, programs, half, Watcher())
+    rest = run.go(state=half)
     jax.tree.map(np.testing.assert_array_equal, rest.params, whole.params)
 
 
 def test_every_step_is_logged_before_a_milestone_and_none_twice(tiny):
-    branches, programs, state = begin(tiny)
-    watcher = Watcher(milestones=(2, 5))
-    run(CONFIG, branches, programs, state, watcher)
+    watcher = Watcher(milestones=(2, 5), last=8)
+    begin(tiny).go(watcher)
     assert watcher.calls == [("log", 0), ("log", 1), ("milestone", 2), ("log", 2), ("log", 3), ("log", 4),
                              ("milestone", 5), ("log", 5), ("log", 6), ("log", 7), ("milestone", 8)]  # fmt: skip
 
@@ -278,59 +283,146 @@ def test_answers_are_cut_to_the_bucket_of_the_longest():
     answers = Rollout(
         jnp.arange(64).reshape(2, 32), jnp.array([3, 9]), jnp.ones((2, 32)), jnp.zeros(2), jnp.ones(2, bool)
     )
-    cut = cut_to_bucket(answers, 4)
+    cut = programs_module._cut_to_bucket(answers, 4)
     assert cut.tokens.shape == cut.log_probs.shape == (2, 16)
     np.testing.assert_array_equal(cut.tokens, answers.tokens[:, :16])
-    assert cut_to_bucket(answers, 64).tokens.shape == (2, 32)
+    assert programs_module._cut_to_bucket(answers, 64).tokens.shape == (2, 32)
 
 
 def test_the_separate_moments_run_too(tiny):
     config = dataclasses.replace(CONFIG, method=Method(moments="separate"))
-    branches, programs, state = begin(tiny, config)
-    state = run(config, branches, programs, state, Watcher())
+    state = begin(tiny, config).go()
     assert (int(state.moments["recovery"].count), int(state.moments["review"].count)) == (6, 2)
 
 
+# ------------------------------------------------------------------------------- trained and frozen
+
+
+def test_frozen_parameters_get_no_gradient_no_moments_and_stay(tiny):
+    """Only what the rule matches is in the state, moves, and moves as it does when the others are trained beside it."""
+    student = tiny[1]
+    rule = dataclasses.replace(CONFIG.optimizer, trained=r"layers\.mlp", clip_norm=None)
+    one = dataclasses.replace(CONFIG, steps=1)
+    run = begin(tiny, dataclasses.replace(one, optimizer=rule))
+    assert set(run.state.params) == {"layers"} and set(run.state.params["layers"]) == {"mlp"}
+    moments = run.state.moments["shared"]
+    assert count(moments.mu) == count(moments.nu) == count(student["layers"]["mlp"]) < count(student) / 2
+    state = run.go()
+    everything = begin(tiny, dataclasses.replace(one, optimizer=dataclasses.replace(rule, trained="all"))).go()
+    expected = everything.params["layers"]["mlp"]
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params["layers"]["mlp"], expected)
+    moved = jax.tree.map(
+        lambda a, b: float(jnp.max(jnp.abs(a - b))), state.params, {"layers": {"mlp": student["layers"]["mlp"]}}
+    )
+    assert min(jax.tree.leaves(moved)) > 0
+    params = run.programs.params(state)
+    np.testing.assert_array_equal(params["embedding"], student["embedding"])
+    np.testing.assert_array_equal(
+        params["layers"]["mlp"]["up"]["kernel"], state.params["layers"]["mlp"]["up"]["kernel"]
+    )
+
+
+@pytest.mark.parametrize("rule", ["final_norm|embedding", "attention_norm|head"])
+def test_any_part_of_the_parameters_can_be_trained(tiny, rule):
+    """Parts without layers, and parts of both: two cycles, and the others keep their bits."""
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, trained=rule))
+    run = begin(tiny, config)
+    before = jax.tree.map(np.array, run.programs.params(run.state))
+    state = run.go()
+    after = run.programs.params(state)
+    kept = jax.tree_util.tree_map_with_path(
+        lambda path, a, b: bool(np.array_equal(a, b)) == (not any(w in str(path) for w in rule.split("|"))),
+        before,
+        after,
+    )
+    assert all(jax.tree.leaves(kept)), kept
+
+
+def test_a_rule_that_matches_nothing_is_refused(tiny):
+    config = dataclasses.replace(CONFIG, optimizer=dataclasses.replace(CONFIG.optimizer, trained="mpl"))
+    with pytest.raises(UserError, match=r"config\.optimizer\.trained is 'mpl', which is in no parameter's name; they"):
+        begin(tiny, config)
+
+
+# ---------------------------------------------------------------------------------------- offload
+
+
+def device_bytes():
+    """Of all arrays that lie in the devices' own memory."""
+    live = (a for a in jax.live_arrays() if not a.is_deleted())
+    return sum(a.nbytes for a in live if a.sharding.memory_kind != "pinned_host")
+
+
 @pytest.mark.parametrize("when", ["ahead", "late"])
-def test_what_waits_on_the_host_changes_nothing(tiny, when):
-    """Teachers and moments in host memory while they are idle: the same bits, and they are there."""
-    watcher, offloading = Watcher(), dataclasses.replace(CONFIG, compute=Compute(offload=when))
-    branches, programs, state = begin(tiny)
-    plain = run(CONFIG, branches, programs, state, Watcher())
-    branches, _, state = begin(tiny)
-    seen = set()
+def test_what_waits_on_the_host_takes_no_room_on_the_devices(tiny, when, monkeypatch):
+    """As answers begin: the other teacher and the moments are on no device, whoever else refers to them."""
+    begin(tiny).go()  # all constants of programs are made
+    seen = {}
 
-    def looked(name, of):
-        """What `scoring.score` and `generate.answers` are given lies on the device."""
-        real = getattr(*of)
+    def measured(config):
+        run, sizes = begin(tiny, config), []
+        real = generate.answers
 
-        def call(model, params, *args, **options):
-            seen.add((name, *{x.sharding.memory_kind for x in jax.tree.leaves(params)}))
-            return real(model, params, *args, **options)
+        def answers(*args, **options):
+            sizes.append(device_bytes())
+            return real(*args, **options)
 
-        return call
+        with monkeypatch.context() as patch:
+            patch.setattr(generate, "answers", answers)
+            before = device_bytes()
+            run.go()
+        return sizes[-1] - before
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(scoring, "score", looked("score", (scoring, "score")))
-        moved, events = [], []
+    for offload in ("off", when):
+        seen[offload] = measured(dataclasses.replace(CONFIG, compute=Compute(offload=offload)))
+    params = 4 * count(tiny[1])
+    saved = seen["off"] - seen[when]
+    # `off` holds nothing new in the last step; offloaded are one of two teachers, and two moments of each parameter.
+    assert saved == pytest.approx(3 * params, rel=0.02), (seen, params)
 
-        def noted(name, of):
-            """Notes each call, but not that of a teacher's copy."""
 
-            def call(*args):
-                if name == "gradient" or "shared" in args[0]:
-                    events.append(name)
-                return of(*args)
-
-            return call
-
-        patch.setattr(loop, "gradient", noted("gradient", loop.gradient))
-        patch.setattr(loop, "on_devices", noted("moments", loop.on_devices))
-        patch.setattr(loop, "on_host", lambda tree, f=loop.on_host: moved.append(f(tree)) or moved[-1])
-        other = run(offloading, branches, programs, state, watcher)
-    assert seen == {("score", "device")}
-    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(moved)}
-    assert kinds == {"pinned_host"} and len(moved) == 2 + 8, "both teachers once, the moments before every rollout"
-    assert events == {"ahead": ["moments", "gradient"], "late": ["gradient", "moments"]}[when] * CONFIG.steps
+@pytest.mark.parametrize("when", ["ahead", "late"])
+@pytest.mark.parametrize("schedule", ["alternate", "mixed"])
+def test_what_waits_on_the_host_changes_nothing(tiny, when, schedule):
+    """The same bits; and arrays are on the devices where they are used."""
+    config = dataclasses.replace(CONFIG, steps=4, method=Method(schedule=schedule))
+    plain = begin(tiny, config).go()
+    other = begin(tiny, dataclasses.replace(config, compute=Compute(offload=when))).go()
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves((other.params, other.moments))}
+    assert "pinned_host" not in kinds
     jax.tree.map(np.testing.assert_array_equal, other.params, plain.params)
     jax.tree.map(np.testing.assert_array_equal, other.moments, plain.moments)
+
+
+@pytest.mark.parametrize("when, order", [("ahead", ["moments", "gradient"]), ("late", ["gradient", "moments"])])
+def test_moments_come_back_before_or_after_the_gradient(tiny, when, order, monkeypatch):
+    run = begin(tiny, dataclasses.replace(CONFIG, steps=2, compute=Compute(offload=when)))
+    events = []
+
+    def noted(name, call):
+        return lambda *args: events.append(name) or call(*args)
+
+    monkeypatch.setattr(run.programs, "_gradient", noted("gradient", run.programs._gradient))
+    moved = noted("moments", programs_module.Waiting.fetch)
+    monkeypatch.setattr(programs_module.Waiting, "fetch", lambda self: moved(self) if self._on_host else None)
+    run.go()
+    assert events == order * 2
+
+
+# ------------------------------------------------------------------------------- other objectives
+
+
+@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd(beta=0.1)"])
+@pytest.mark.parametrize("compute", [Compute(), Compute(offload="late"), Compute(logits_chunk=8)], ids=str)
+def test_full_vocabulary_objectives_run_whatever_is_offloaded_or_chunked(tiny, name, compute):
+    config = train_config(
+        {"objective": name}, {"objective": name}, steps=4, rollout=ROLLOUT, optimizer=CONFIG.optimizer, compute=compute
+    )
+    watcher = Watcher(last=4)
+    state = begin(tiny, config).go(watcher)
+    losses = [float(record.metrics["loss"]) for record in watcher.records]
+    assert losses[0] > 0.1 and all(np.isfinite(losses)) and int(state.skipped) == 0
+    assert all(record.batches[record.phase].teacher.tokens == {} for record in watcher.records)
+    plain = dataclasses.replace(config, compute=Compute())
+    expected = begin(tiny, plain).go()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, expected.params)

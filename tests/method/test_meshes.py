@@ -5,28 +5,26 @@ import itertools
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
+from builders import Prompter, Watcher, make_run, train_config
 
-from camopd_jax.config.schema import Compute, MeshConfig, Method, Optimizer, RolloutConfig, Stream, TrainConfig
-from camopd_jax.method import loop
-from camopd_jax.method.gradient import Learning
-from camopd_jax.method.loop import Branch
-from camopd_jax.method.optimizer import init_state
+from camopd_jax.config.schema import Compute, MeshConfig, Optimizer, RolloutConfig
+from camopd_jax.method.gradient import Learner, Lesson, Loss
+from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.runtime.buckets import MicroBatch
 from camopd_jax.runtime.mesh import global_rows, make_mesh, sharding
-from camopd_jax.types import PromptBatch, Prompts
+from camopd_jax.types import Prompts, Sequences
 
 MODEL = from_hf(dict(model_type="qwen3", vocab_size=24, hidden_size=16, intermediate_size=32, num_hidden_layers=2,
                      num_attention_heads=4, num_key_value_heads=4, head_dim=8, initializer_range=0.6,
                      tie_word_embeddings=False))  # fmt: skip
-CONFIG = TrainConfig(
-    "g", "s", Stream("g"), Stream("d"), steps=4, method=Method(recovery_steps=1, review_steps=1),
+CONFIG = train_config(
+    {"steps": 1}, steps=4,
     rollout=RolloutConfig(batch_size=16, max_prompt_tokens=8, max_response_tokens=8, smallest_bucket=8),
     # with Adam's usual eps, a gradient that is rounding alone moves its parameter by a whole step
     optimizer=Optimizer(learning_rate=1e-2, micro_batch=8, eps=1e-4),
@@ -35,44 +33,15 @@ EVERY = [(d, f, t) for d, f, t in itertools.product((1, 2, 4, 8), repeat=3) if d
 USUAL = [(1, 4, 2), (2, 2, 2)]
 
 
-class Prompter:
-    def __init__(self, seed):
-        self.random, self.served = np.random.default_rng(seed), 0
-
-    def __next__(self):
-        self.served += 1
-        lengths = self.random.integers(3, 9, 16).astype(np.int32)
-        prompts = Prompts(self.random.integers(0, 24, (16, 8)).astype(np.int32), lengths)
-        return PromptBatch(prompts, prompts, np.arange(16, dtype=np.int32) + 16 * self.served)
-
-
-class Watcher:
-    """Keeps every step's outcome."""
-
-    def __init__(self):
-        self.outcomes = []
-
-    def log(self, outcome):
-        self.outcomes.append(outcome)
-
-    def due(self, steps_done):
-        return steps_done == CONFIG.steps
-
-    def milestone(self, steps_done, state):
-        return True
-
-
 def run(config, mesh):
-    """(state, outcomes) of a whole run on a mesh."""
+    """(state, records) of a whole run on a mesh."""
     model, places = Model(MODEL, mesh=mesh), shardings(MODEL, mesh)
-    specialised, general = (Model(MODEL).init(jax.random.key(seed)) for seed in (0, 1))
-    teachers = {"recovery": jax.device_put(general, places), "review": jax.device_put(specialised, places)}
-    branches = {name: Branch(Prompter(i), model, params) for i, (name, params) in enumerate(teachers.items())}
-    student = jax.device_put(jax.tree.map(jnp.copy, specialised), places)  # given up at the first update
-    state = init_state(student, "shared")
-    programs = loop.compile_programs(config, model, (2, 5), state)
-    watcher = Watcher()
-    return loop.run(config, branches, programs, state, watcher), watcher.outcomes
+    specialised, general = (jax.device_put(Model(MODEL).init(jax.random.key(seed)), places) for seed in (0, 1))
+    teachers = {"recovery": general, "review": specialised}
+    prompters = {name: Prompter(i, (8,), 16, 24, least=3) for i, name in enumerate(teachers)}
+    watcher = Watcher(last=config.steps)
+    state = make_run(config, model, specialised, teachers, prompters, eos_ids=(2, 5)).go(watcher)
+    return state, watcher.records
 
 
 @pytest.fixture(scope="module")
@@ -85,21 +54,21 @@ def alone():
     *[pytest.param("rollout", shape, marks=[] if shape == (2, 2, 2) else pytest.mark.slow) for shape in EVERY],
 ])  # fmt: skip
 def test_a_run_is_the_same_on_every_mesh(alone, remat, shape):
-    """With the devices laid out anew for the answers. Some of these wait for a place, but where all of them are kept
+    """With the devices laid out anew for the answers. Some prompts wait, but where all of them are kept
     for the gradient."""
-    tensor, places = max(2, shape[2]), 8 if remat == "block" else 0
-    rollout = dataclasses.replace(CONFIG.rollout, mesh=MeshConfig(tensor=tensor), places=places, shrinks=True)
+    tensor, concurrency = max(2, shape[2]), 8 if remat == "block" else 0
+    rollout = dataclasses.replace(CONFIG.rollout, mesh=MeshConfig(tensor=tensor), concurrency=concurrency, shrinks=True)
     mesh = make_mesh(*shape)
-    state, outcomes = run(dataclasses.replace(CONFIG, rollout=rollout, compute=Compute(remat=remat)), mesh)
-    assert [o.phase for o in outcomes] == ["recovery", "review"] * 2
-    for ours, theirs in zip(outcomes, alone[1], strict=True):
-        for name, part in ours.parts.items():
-            other = theirs.parts[name]
+    state, records = run(dataclasses.replace(CONFIG, rollout=rollout, compute=Compute(remat=remat)), mesh)
+    assert [o.phase for o in records] == ["recovery", "review"] * 2
+    for ours, theirs in zip(records, alone[1], strict=True):
+        for name, part in ours.batches.items():
+            other = theirs.batches[name]
             np.testing.assert_array_equal(part.rollout.tokens, other.rollout.tokens)
             np.testing.assert_array_equal(part.selection.weights, other.selection.weights)
             assert 0 < part.selection.count < 16 or ours.phase == "review"
             assert part.rollout.tokens.sharding.is_equivalent_to(sharding(mesh, "batch"), 2)
-            assert part.scores.teacher.sharding.is_equivalent_to(sharding(mesh, "batch"), 2)
+            assert part.log_probs.teacher.sharding.is_equivalent_to(sharding(mesh, "batch"), 2)
         np.testing.assert_allclose(ours.metrics["loss"], theirs.metrics["loss"], rtol=1e-3, atol=1e-5)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), state.params, alone[0].params)
     moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), state.params, Model(MODEL).init(jax.random.key(0)))
@@ -118,15 +87,14 @@ def gradient(mesh):
     config = from_hf(hf.read_config(folder), context=48)
     random = np.random.default_rng(0)
     lengths = random.integers(1, 17, 16).astype(np.int32)
-    asked, said = (random.integers(0, config.vocab_size, (16, n)).astype(np.int32) for n in (32, 16))
+    asked, answers = (random.integers(0, config.vocab_size, (16, n)).astype(np.int32) for n in (32, 16))
     weights = (random.normal(size=(16, 16)) * (np.arange(16) < lengths[:, None])).astype(np.float32)
     prompts = Prompts(asked, random.integers(5, 33, 16).astype(np.int32))
-    batch = global_rows(mesh, (prompts, said, lengths, weights), 16)
-    learning = Learning(Model(config, mesh=mesh), shardings(config, mesh), 0)
-    found = learning(
-        hf.load(folder, config, mesh, "float32"), *batch, [MicroBatch(np.array([0, 3, 5, 7, 9, 11, 16, 16]), 48, 16)]
-    )
-    return jax.tree.map(np.asarray, found)
+    lesson = Lesson(*global_rows(mesh, (Sequences(prompts, answers, lengths), weights), 16))
+    learner = Learner(Loss(Model(config, mesh=mesh), OBJECTIVES["cross_entropy"]()), shardings(config, mesh), 0)
+    params = hf.load(folder, config, mesh, "float32")
+    parts = [MicroBatch(np.array([0, 3, 5, 7, 9, 11, 16, 16]), 48, 16)]
+    return jax.tree.map(np.asarray, learner(params, params, lesson, parts))
 
 
 @pytest.fixture(scope="module")

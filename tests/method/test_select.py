@@ -1,11 +1,11 @@
-"""Selection against a plain loop over Eq 8, and the scores by hand."""
+"""Selection against a plain loop over Eq 8, and the gap masses by hand."""
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from camopd_jax.config.schema import Phase
+from camopd_jax.config.schema import SelectionConfig
 from camopd_jax.method.select import absolute_gap, largest_fraction, positive_gap, random_subset, select, smallest_mass
 from camopd_jax.types import LogProbs
 
@@ -14,15 +14,15 @@ LENGTHS = jnp.array([2, 1])
 KEY = jax.random.key(0)
 
 
-def test_scores_by_hand():
+def test_gap_masses_by_hand():
     np.testing.assert_allclose(absolute_gap(GAP, LENGTHS), [2.0, 2.0])  # (1 + 3) / 2 and 2 / 1
     np.testing.assert_allclose(positive_gap(GAP, LENGTHS), [0.5, 0.0])  # 1 / 2 and 0
 
 
 def test_gap_is_teacher_minus_student():
     scores = LogProbs(student=jnp.array([[-1.0], [-3.0]]), teacher=jnp.array([[-3.0], [-1.0]]))
-    selection = select(scores, jnp.array([1, 1]), KEY, Phase("positive_gap", mass=0.8))
-    np.testing.assert_array_equal(selection.score, [0.0, 2.0])
+    selection = select(scores, jnp.array([1, 1]), KEY, SelectionConfig("positive_gap", mass=0.8))
+    np.testing.assert_array_equal(selection.mass, [0.0, 2.0])
     np.testing.assert_array_equal(selection.weights, [0.0, 1.0])
 
 
@@ -51,7 +51,7 @@ def test_selection_equals_a_loop(percent):
         assert np.flatnonzero(got.weights[i]).tolist() == sorted(order[:count])
 
 
-def test_real_scores_hold_the_share_and_no_row_could_be_spared():
+def test_real_masses_hold_the_share_and_no_row_could_be_spared():
     rng = np.random.default_rng(0)
     cases = rng.exponential(1, (500, 64)).astype(np.float32)
     got = jax.vmap(lambda s: smallest_mass(s, 0.8))(jnp.asarray(cases))
@@ -68,23 +68,36 @@ def test_all_zero_keeps_all():
     np.testing.assert_array_equal(selection.weights, 1)
 
 
-def test_a_score_that_is_not_finite_is_ranked_last():
+def test_a_mass_that_is_not_finite_is_ranked_last():
     selection = smallest_mass(jnp.array([jnp.nan, 4.0, jnp.inf, 1.0]), 0.8)
     assert selection.order.tolist() == [1, 3, 0, 2]
     assert selection.count == 1
-    assert np.isnan(selection.score[0])  # and the update sees it
+    assert np.isnan(selection.mass[0])  # and the update sees it
+
+
+def test_the_published_example_of_both_branches():
+    """Eq 6 to 8 on four answers: gaps [-2,0,0,0], [.5,-.5,.5,-.5], [.1,.1], [1,-.2,.3]."""
+    gaps = jnp.array([[-2.0, 0, 0, 0], [0.5, -0.5, 0.5, -0.5], [0.1, 0.1, 9, 9], [1, -0.2, 0.3, 9]])
+    lengths = jnp.array([4, 4, 2, 3])
+    log_probs = LogProbs(jnp.zeros((4, 4)), gaps)
+    recovery = select(log_probs, lengths, KEY, SelectionConfig("absolute_gap", 0.8))
+    np.testing.assert_allclose(recovery.mass, [0.5, 0.5, 0.1, 0.5], rtol=1e-6)
+    assert recovery.order.tolist() == [0, 1, 3, 2] and recovery.weights.tolist() == [1, 1, 0, 1]
+    review = select(log_probs, lengths, KEY, SelectionConfig("positive_gap", 0.8))
+    np.testing.assert_allclose(review.mass, [0, 0.25, 0.1, 1.3 / 3], rtol=1e-6)
+    assert review.order.tolist() == [3, 1, 2, 0] and review.weights.tolist() == [0, 1, 0, 1]
 
 
 # --------------------------------------------------------------------------------------- controls
 
-SCORE = jnp.array([1.0, 6.0, 0.0, 3.0, 0.5])
+MASS = jnp.array([1.0, 6.0, 0.0, 3.0, 0.5])
 
 
 @pytest.mark.parametrize(
     "fraction, kept", [(0.2, [1]), (0.4, [1, 3]), (0.41, [0, 1, 3]), (0.6, [0, 1, 3]), (1.0, [0, 1, 2, 3, 4])]
 )
 def test_a_fixed_fraction_keeps_the_largest_rows_whatever_their_mass(fraction, kept):
-    selection = largest_fraction(SCORE, fraction)
+    selection = largest_fraction(MASS, fraction)
     assert np.flatnonzero(selection.weights).tolist() == kept and selection.count == len(kept)
     assert sorted(selection.order[: len(kept)].tolist()) == kept
     assert largest_fraction(jnp.array([jnp.nan, 1.0]), 0.5).weights.tolist() == [0, 1]
@@ -97,15 +110,15 @@ def test_a_random_subset_has_the_same_size_and_another_draw_other_rows():
         assert selection.count == by_mass.count == jnp.sum(selection.weights)
         assert sorted(selection.order.tolist()) == list(range(64))
         np.testing.assert_array_equal(np.sort(selection.order[: selection.count]), np.flatnonzero(selection.weights))
-        np.testing.assert_array_equal(selection.score, by_mass.score)
+        np.testing.assert_array_equal(selection.mass, by_mass.mass)
     frequency = np.mean([selection.weights for selection in drawn], axis=0)
     np.testing.assert_allclose(frequency, int(by_mass.count) / 64, atol=0.15)
 
 
-def test_the_phase_says_which_rows_are_kept():
-    scores = LogProbs(student=jnp.zeros((5, 1)), teacher=SCORE[:, None])
+def test_the_rule_says_which_rows_are_kept():
+    scores = LogProbs(student=jnp.zeros((5, 1)), teacher=MASS[:, None])
     kept = {
-        keep: select(scores, jnp.ones(5, jnp.int32), KEY, Phase("absolute_gap", 0.8, keep=keep)).count.item()
+        keep: select(scores, jnp.ones(5, jnp.int32), KEY, SelectionConfig("absolute_gap", 0.8, keep=keep)).count.item()
         for keep in ("mass", "fraction", "random")
     }
     assert kept == {"mass": 2, "fraction": 4, "random": 2}

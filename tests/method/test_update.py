@@ -8,72 +8,76 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from builders import train_config as make_config
 
-from camopd_jax.config.schema import Method, Optimizer, Phase, SftConfig, Stream, TrainConfig
-from camopd_jax.method.gradient import Learning, alike
-from camopd_jax.method.loop import BRANCHES
-from camopd_jax.method.optimizer import init_state
+from camopd_jax.config.schema import Method, Optimizer, Sampling, SelectionConfig, SftConfig, Stream
+from camopd_jax.method.gradient import Learner, Lesson, Loss, alike
+from camopd_jax.method.objectives import OBJECTIVES
+from camopd_jax.method.optimizer import init_state, moment_names
 from camopd_jax.method.select import select
-from camopd_jax.method.token_weights import token_weights
-from camopd_jax.method.update import (
-    branch_weights,
-    mixed_update,
-    pcgrad,
-    recovery_update,
-    review_update,
-    sft_update,
-    sft_weights,
-)
+from camopd_jax.method.update import branch_update, mixed_update, pcgrad, sft_update
+from camopd_jax.method.weights import cross_entropy_weights, token_weights
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
-from camopd_jax.runtime.buckets import MicroBatch, split_by_length
 from camopd_jax.rollout.generate import Decode, answers, for_decoding
-from camopd_jax.config.schema import Sampling
 from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.rollout.score import score
+from camopd_jax.runtime.buckets import MicroBatch, split_by_length
 from camopd_jax.runtime.mesh import global_rows, make_mesh
-from camopd_jax.types import Prompts, Rollout, Batch, LogProbs, Selection, Sequences
+from camopd_jax.types import Batch, LogProbs, Prompts, Rollout, Selection, Sequences
 
 RATE = 1e-2
 KEY = jax.random.key(7)
 OPTIMIZER = Optimizer(learning_rate=RATE, weight_decay=0.1, micro_batch=2, eps=1e-3)
+SAMPLED_TOKEN, CROSS_ENTROPY = OBJECTIVES["sampled_token"](), OBJECTIVES["cross_entropy"]()
 
 
-def train_config(method=Method(), **optimizer):
-    return TrainConfig("g", "s", Stream("g"), Stream("d"), method=method,
-                       optimizer=dataclasses.replace(OPTIMIZER, **optimizer))  # fmt: skip
+def train_config(method=Method(), recovery=None, **optimizer):
+    return make_config(recovery, method=method, optimizer=dataclasses.replace(OPTIMIZER, **optimizer))
 
 
-def update(tiny, batch, selection=None, config=None, branch=recovery_update, state=None, model=None):
-    prompts, rollout, scores = batch
+def update(tiny, batch, selection=None, config=None, branch="recovery", state=None, model=None):
     config = config or train_config()
-    phase = config.method.recovery if branch is recovery_update else config.method.review
-    selection = select(scores, rollout.lengths, KEY, phase) if selection is None else selection
-    scored = Batch(prompts, jnp.arange(len(prompts.lengths)), rollout, scores, selection)
-    state = init_state(tiny[1], config.method.moments) if state is None else state
-    return take_step(branch, model or tiny[0], config, state, scored)
+    state = init_state(tiny[1], moment_names(config)) if state is None else state
+    return take_step(model or tiny[0], config, state, {branch: ranked(batch, branch, config, selection)})
+
+
+def ranked(batch, branch, config, selection=None):
+    prompts, rollout, log_probs = batch
+    rule = config.branches[branch].selection
+    selection = select(log_probs, rollout.lengths, KEY, rule) if selection is None else selection
+    return Batch(prompts, jnp.arange(len(prompts.lengths)), rollout, log_probs, selection)
 
 
 PROGRAMS = {}
 
 
-def take_step(branch, model, config, state, *parts):
-    """The gradient of each part's selected answers and one step along them; compiled once for all tests."""
+def take_step(model, config, state, batches):
+    """The gradient of each batch's selected answers and one step along them; compiled once for all tests."""
+    gradients = {name: gradient(learner(model, state), config, state.params, name, b) for name, b in batches.items()}
+    if config.method.schedule == "mixed":
+        program = PROGRAMS.setdefault(repr(config), jax.jit(partial(mixed_update, config=config)))
+        return program(state, gradients, batches)
+    (name,) = batches
+    program = PROGRAMS.setdefault((name, repr(config)), jax.jit(partial(branch_update, branch=name, config=config)))
+    return program(state, gradients[name], batches[name])
+
+
+def learner(model, state):
     places = jax.tree.map(lambda x: x.sharding, state.params)
-    learning = PROGRAMS.setdefault(model, Learning(model, places, config.compute.logits_chunk))
-    names = {recovery_update: ["recovery"], review_update: ["review"], mixed_update: BRANCHES}[branch]
-    gradients = [gradient(learning, config, state.params, name, part) for name, part in zip(names, parts, strict=True)]
-    program = PROGRAMS.setdefault((branch, repr(config)), jax.jit(partial(branch, config=config)))
-    return program(state, *gradients, *parts)
+    return PROGRAMS.setdefault(model, Learner(Loss(model, SAMPLED_TOKEN), places, 0))
 
 
-def gradient(learning, config, params, branch, part):
-    said, order = part.rollout, np.asarray(part.selection.order)[: int(part.selection.count)]
-    widths = part.prompts.tokens.shape[1], said.tokens.shape[1]
-    some = split_by_length(np.asarray(part.prompts.lengths), np.asarray(said.lengths), order, config.optimizer.micro_batch,
-                  widths, 4)  # fmt: skip
-    weights = branch_weights(branch, part, config=config)
-    return learning(params, part.prompts, said.tokens, said.lengths, weights, some)
+def gradient(learner, config, params, branch, batch):
+    order = np.asarray(batch.selection.order)[: int(batch.selection.count)]
+    parts = micro_batches(batch.prompts, batch.rollout, order, config.optimizer.micro_batch)
+    weights = token_weights(batch, config.method, SAMPLED_TOKEN, config.branches[branch].scale)
+    return learner(params, params, Lesson(batch.rollout.after(batch.prompts), weights), parts)
+
+
+def micro_batches(prompts, rollout, order, size):
+    widths = prompts.tokens.shape[1], rollout.tokens.shape[1]
+    return split_by_length(np.asarray(prompts.lengths), np.asarray(rollout.lengths), order, size, widths, 4)
 
 
 def row_logprobs(tiny, prompts, rollout):
@@ -113,14 +117,16 @@ def test_the_expected_sampled_gradient_is_that_of_the_exact_reverse_kl(tiny):
     lengths = jnp.full(rows, 2, jnp.int32)
 
     # The program's way: sampled-token log-probabilities and their gaps.
-    scores = LogProbs(*(score(model, p, prompts, answers, lengths, chunk=64) for p in (params, teacher)))
-    rollout = Rollout(answers, lengths, scores.student, jnp.zeros(rows), jnp.ones(rows, bool))
+    sequences = Sequences(prompts, answers, lengths)
+    log_probs = LogProbs(*(score(model, p, sequences, chunk=64)["log_prob"] for p in (params, teacher)))
+    rollout = Rollout(answers, lengths, log_probs.student, jnp.zeros(rows), jnp.ones(rows, bool))
     everything = Selection(jnp.ones(rows), jnp.arange(rows), jnp.int32(rows), jnp.ones(rows))
-    weights = token_weights(scores, rollout, everything, Method(), Phase("absolute_gap", 1.0, 1.0))
-    probability = jnp.exp(jnp.sum(scores.student, axis=1, keepdims=True))
-    learning = Learning(model, None, 64)
+    batch = Batch(prompts, jnp.arange(rows), rollout, log_probs, everything)
+    weights = token_weights(batch, Method(), SAMPLED_TOKEN, 1.0)
+    probability = jnp.exp(jnp.sum(log_probs.student, axis=1, keepdims=True))
+    learn = Learner(Loss(model, SAMPLED_TOKEN), None, 64)
     whole = [MicroBatch(np.arange(rows, dtype=np.int32), 5, 2)]
-    gradient = learning(params, prompts, answers, lengths, weights * rows * probability, whole).of
+    gradient = learn(params, params, Lesson(sequences, weights * rows * probability), whole).of
 
     # The direct way: whole distributions.
     def reverse_kl(student_logits, teacher_logits):
@@ -177,44 +183,36 @@ def by_hand(tiny, batch, scale, kind, clip_norm=1.0):
 def test_a_mixed_update_steps_along_the_share_weighted_sum_of_both_gradients(tiny, batch):
     """Six general rows and two domain ones: Adam's first moment, linear in the gradient, shows it."""
     config = train_config(Method(schedule="mixed"), clip_norm=None)
-    parts = [jax.tree.map(lambda a, rows=rows: a[rows], batch) for rows in (slice(0, 6), slice(6, 8))]
+    alone = train_config(clip_norm=None)
+    cut = {"recovery": slice(0, 6), "review": slice(6, 8)}
+    parts = {name: jax.tree.map(lambda a, rows=rows: a[rows], batch) for name, rows in cut.items()}
+    batches = {name: ranked(part, name, config) for name, part in parts.items()}
+    state = init_state(tiny[1])
+    mixed, metrics = take_step(tiny[0], config, state, batches)
+    (general, told), (domain, of_domain) = (take_step(tiny[0], alone, state, {n: b}) for n, b in batches.items())
 
-    def scored(part, phase):
-        prompts, rollout, scores = part
-        return Batch(
-            prompts, jnp.arange(len(prompts.lengths)), rollout, scores, select(scores, rollout.lengths, KEY, phase)
-        )
-
-    general, domain = scored(parts[0], config.method.recovery), scored(parts[1], config.method.review)
-    state = init_state(tiny[1], "shared")
-    mixed, metrics = take_step(mixed_update, tiny[0], config, state, general, domain)
-    alone = [
-        take_step(branch, tiny[0], config, state, part)
-        for branch, part in ((recovery_update, general), (review_update, domain))
-    ]
-
-    general_moment, domain_moment, moment = (s.moments["shared"].mu for s in (alone[0][0], alone[1][0], mixed))
+    general_moment, domain_moment, moment = (s.moments["shared"].mu for s in (general, domain, mixed))
     same(moment, jax.tree.map(lambda g, d: 0.75 * g + 0.25 * d, general_moment, domain_moment), atol=1e-6)
     assert float(optax.global_norm(domain_moment)) > 1e-3
-    np.testing.assert_allclose(metrics["loss"], 0.75 * alone[0][1]["loss"] + 0.25 * alone[1][1]["loss"], rtol=1e-5)
+    np.testing.assert_allclose(metrics["loss"], 0.75 * told["loss"] + 0.25 * of_domain["loss"], rtol=1e-5)
     assert metrics["response_tokens"] == jnp.sum(batch[1].lengths)
-    np.testing.assert_allclose(metrics["review"]["gap_mean"], alone[1][1]["gap_mean"], rtol=1e-6)
+    np.testing.assert_allclose(metrics["review"]["gap_mean"], of_domain["gap_mean"], rtol=1e-6)
 
 
 def test_pcgrad_by_hand():
     g, d = {"a": jnp.array([1.0, 0.0]), "b": jnp.array([1.0])}, {"a": jnp.array([-2.0, 1.0]), "b": jnp.array([0.0])}
     # g . d = -2, |g|^2 = 2, |d|^2 = 5
-    left, right = pcgrad(g, d)
+    left, right = pcgrad([g, d])
     same(left, {"a": jnp.array([1 - 0.8, 0.4]), "b": jnp.array([1.0])}, atol=1e-6)
     same(right, {"a": jnp.array([-2 + 1.0, 1.0]), "b": jnp.array([1.0])}, atol=1e-6)
     assert abs(float(optax.tree.vdot(left, d))) < 1e-6 and abs(float(optax.tree.vdot(right, g))) < 1e-6
     opposed = jax.tree.map(lambda x: -x, d)
-    same(pcgrad(g, opposed), (g, opposed), atol=0)
+    same(pcgrad([g, opposed]), [g, opposed], atol=0)
     zero = jax.tree.map(jnp.zeros_like, g)
-    same(pcgrad(g, zero), (g, zero), atol=0)
+    same(pcgrad([g, zero]), [g, zero], atol=0)
 
 
-@pytest.mark.parametrize("branch, scale, kind", [(recovery_update, 2.0, "absolute"), (review_update, 1.0, "positive")])
+@pytest.mark.parametrize("branch, scale, kind", [("recovery", 2.0, "absolute"), ("review", 1.0, "positive")])
 def test_an_update_equals_one_optax_step_by_hand(tiny, batch, branch, scale, kind):
     params, value, norm, chosen = by_hand(tiny, batch, scale, kind)
     state, metrics = update(tiny, batch, branch=branch)
@@ -231,9 +229,7 @@ def test_review_never_enters_a_recovery(tiny, batch):
     prompts, rollout, scores = batch
     other = (prompts, rollout, LogProbs(scores.student, scores.student - 1.0))
     state, _ = update(tiny, batch, config=train_config(Method(moments="separate")))
-    after_other, _ = update(
-        tiny, other, branch=review_update, config=train_config(Method(moments="separate")), state=state
-    )
+    after_other, _ = update(tiny, other, branch="review", config=train_config(Method(moments="separate")), state=state)
     same(after_other.moments["recovery"], state.moments["recovery"], rtol=0)
     changed = jax.tree.map(lambda a, b: bool(jnp.any(a != b)), after_other.moments["review"], state.moments["review"])
     assert all(jax.tree.leaves(changed))
@@ -242,7 +238,7 @@ def test_review_never_enters_a_recovery(tiny, batch):
 def test_shared_moments_remember_the_other_phase(tiny, batch):
     config = train_config(Method(moments="shared"))
     state, _ = update(tiny, batch, config=config)
-    after, _ = update(tiny, batch, config=config, branch=review_update, state=state)
+    after, _ = update(tiny, batch, config=config, branch="review", state=state)
     assert set(after.moments) == {"shared"} and int(after.moments["shared"].count) == 2
 
 
@@ -277,14 +273,14 @@ def test_a_mesh_changes_nothing(tiny, batch, shape):
     model = Model(tiny[0].config, mesh=mesh)
     params = jax.device_put(tiny[1], shardings(model.config, mesh))
     spread = jax.tree.map(lambda x: global_rows(mesh, np.asarray(x), 8), batch)
-    again, again_metrics = update(tiny, spread, config=config, model=model, state=init_state(params, "shared"))
+    again, again_metrics = update(tiny, spread, config=config, model=model, state=init_state(params))
     same(again.params, state.params, atol=1e-6, rtol=1e-5)
     same(again_metrics, metrics, rtol=1e-5)
 
 
 def test_unselected_rows_may_hold_anything(tiny, batch):
     prompts, rollout, scores = batch
-    selection = select(scores, rollout.lengths, KEY, Method().recovery)
+    selection = select(scores, rollout.lengths, KEY, SelectionConfig("absolute_gap"))
     out = np.asarray(selection.weights) == 0
     assert out.any()
     poisoned = scores.replace(teacher=jnp.where(out[:, None], jnp.nan, scores.teacher))
@@ -297,17 +293,17 @@ def test_unselected_rows_may_hold_anything(tiny, batch):
 
 def test_micro_batches_in_one_call_equal_each_in_its_own(tiny, batch):
     """As a CPU takes them, and as an accelerator does."""
-    (model, params), (prompts, said, _) = tiny, batch
-    weights = jnp.asarray(np.random.default_rng(0).normal(size=said.tokens.shape), jnp.float32)
-    total = np.asarray(prompts.lengths + said.lengths)
-    cut = list(split_by_length(np.asarray(prompts.lengths), np.asarray(said.lengths), np.argsort(total), 2, (5, 7), 4))
+    (model, params), (prompts, rollout, _) = tiny, batch
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=rollout.tokens.shape), jnp.float32)
+    order = np.argsort(np.asarray(prompts.lengths + rollout.lengths))
+    cut = list(micro_batches(prompts, rollout, order, 2))
     assert len(list(alike(cut, 8))) < len(cut) == 4
 
-    def found(in_one_call):
-        learning = Learning(model, None, 64, in_one_call)
-        return learning(params, prompts, said.tokens, said.lengths, weights, cut)
+    def learnt(in_one_call):
+        learn = Learner(Loss(model, CROSS_ENTROPY), None, 64, in_one_call)
+        return learn(params, params, Lesson(rollout.after(prompts), weights), cut)
 
-    same(found(True), found(False), atol=1e-6, rtol=1e-5)
+    same(learnt(True), learnt(False), atol=1e-6, rtol=1e-5)
 
 
 def test_micro_batches_of_one_width_go_together():
@@ -315,11 +311,11 @@ def test_micro_batches_of_one_width_go_together():
     wide, narrow = (24, 8), (16, 8)
     cut = [MicroBatch(np.array(rows), *widths) for rows, widths in
            [((5, 2), wide), ((4, 1), narrow), ((0, 3), narrow), ((6,), narrow)]]  # fmt: skip
-    calls = [(piece.slots, rows.tolist(), count) for piece, rows, count in alike(cut, 7)]
-    nobody = [7, 7]
+    calls = [(part.slots, rows.rows.tolist(), int(rows.count)) for part, rows in alike(cut, 7)]
+    none = [7, 7]
     assert calls == [
-        (24, [[5, 2], nobody, nobody, nobody], 1),
-        (16, [[4, 1], [0, 3], nobody, nobody], 2),
+        (24, [[5, 2], none, none, none], 1),
+        (16, [[4, 1], [0, 3], none, none], 2),
         (16, [[6]] + [[7]] * 6, 1),
     ]
 
@@ -331,21 +327,22 @@ def test_a_gradient_from_the_residual_stream_of_a_rollout_has_no_forward_pass(ti
     prompts = batch[0]
     keeping, rows = dataclasses.replace(model, remat="rollout"), np.arange(len(prompts.lengths))
     decode = Decode(Sampling(), (2, 5), 7, shrinks=shrinks, keep_residuals=True)
-    said = answers(keeping, for_decoding(model, params), prompts, row_keys(0, jnp.int32(1), rows), decode)
-    assert len(set(np.asarray(said.lengths).tolist())) > 2, "some end early"
-    assert [r.shape for r in said.residuals] == [(8, 5 + 7, 12)] * (model.config.num_layers + 1)
-    weights = jnp.asarray(np.random.default_rng(0).normal(size=said.tokens.shape), jnp.float32)
-    cut = list(split_by_length(np.asarray(prompts.lengths), np.asarray(said.lengths), rows, 2, (5, 7), 4))
+    out = answers(keeping, for_decoding(model, params), prompts, row_keys(0, jnp.int32(1), rows), decode)
+    assert len(set(np.asarray(out.lengths).tolist())) > 2, "some end early"
+    assert [r.shape for r in out.residuals] == [(8, 5 + 7, 12)] * (model.config.num_layers + 1)
+    weights = jnp.asarray(np.random.default_rng(0).normal(size=out.tokens.shape), jnp.float32)
+    cut = list(micro_batches(prompts, out, rows, 2))
 
-    def found(model, residuals):
-        return Learning(model, None, 64)(params, prompts, said.tokens, said.lengths, weights, cut, residuals)
+    def learnt(model, residuals):
+        lesson = Lesson(out.after(prompts), weights, residuals=residuals)
+        return Learner(Loss(model, CROSS_ENTROPY), None, 64)(params, params, lesson, cut)
 
-    plain, spared = found(model, ()), found(keeping, said.residuals)
+    plain, spared = learnt(model, ()), learnt(keeping, out.residuals)
     same(spared, plain, atol=1e-5, rtol=1e-4)
-    same(found(keeping, ()), plain, atol=1e-6, rtol=1e-5)
-    halved = found(keeping, (*said.residuals[:-1], said.residuals[-1] * jnp.array([[[0.5, 1] * 6]])))
+    same(learnt(keeping, ()), plain, atol=1e-6, rtol=1e-5)
+    halved = learnt(keeping, (*out.residuals[:-1], out.residuals[-1] * jnp.array([[[0.5, 1] * 6]])))
     assert abs(halved.loss - plain.loss) > 1e-3, "the last is what the head reads"
-    first = found(keeping, (said.residuals[0] * jnp.array([[[0.5, 1] * 6]]), *said.residuals[1:]))
+    first = learnt(keeping, (out.residuals[0] * jnp.array([[[0.5, 1] * 6]]), *out.residuals[1:]))
     assert first.loss == spared.loss
     assert np.max(np.abs(first.of["layers"]["mlp"]["up"]["kernel"] - plain.of["layers"]["mlp"]["up"]["kernel"])) > 1e-3
 
@@ -380,8 +377,7 @@ def test_the_cost_follows_what_was_selected(tiny, batch, chosen):
 
 def test_a_clip_that_always_bites_cancels_the_scale(tiny, batch):
     def step(scale, clip_norm):
-        method = Method(recovery=Phase("absolute_gap", 0.8, scale))
-        return update(tiny, batch, config=train_config(method, clip_norm=clip_norm))
+        return update(tiny, batch, config=train_config(recovery={"scale": scale}, clip_norm=clip_norm))
 
     (once, clipped), (hundredfold, _) = step(1.0, 1e-3), step(100.0, 1e-3)
     assert clipped["grad_clipped"] == 1
@@ -412,7 +408,7 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny, batch, spoiled):
 def test_at_review_step_zero_nothing_moves_but_by_decay(tiny, batch):
     """Student and teacher agree: every gap is 0, all rows are kept, nothing is divided by 0."""
     prompts, rollout, scores = batch
-    state, metrics = update(tiny, (prompts, rollout, scores.replace(teacher=scores.student)), branch=review_update,
+    state, metrics = update(tiny, (prompts, rollout, scores.replace(teacher=scores.student)), branch="review",
                             config=train_config(weight_decay=0.0))  # fmt: skip
     same(state.params, tiny[1], rtol=0)
     assert metrics["selected_fraction"] == 1 and metrics["loss"] == 0 and metrics["grad_norm"] == 0
@@ -427,11 +423,12 @@ def test_sft_is_cross_entropy_over_the_answer_tokens(tiny, batch):
     prompts, rollout, _ = jax.tree.map(np.asarray, batch)
     log_probs = row_logprobs(tiny, prompts, rollout)
     config = SftConfig("m", Stream("d"), optimizer=dataclasses.replace(OPTIMIZER, clip_norm=None, weight_decay=0.0))
-    said, slots = (rollout.tokens, rollout.lengths), rollout.tokens.shape[1]
-    everyone = split_by_length(prompts.lengths, rollout.lengths, np.arange(8), 2, (5, slots), 4)
-    gradient = Learning(model, None, 64)(params, prompts, *said, sft_weights(said[1], slots), everyone)
+    sequences, slots = rollout.after(prompts), rollout.tokens.shape[1]
+    lesson = Lesson(sequences, cross_entropy_weights(rollout.lengths, slots))
+    parts = micro_batches(prompts, rollout, np.arange(8), 2)
+    gradient = Learner(Loss(model, CROSS_ENTROPY), None, 64)(params, params, lesson, parts)
     program = jax.jit(partial(sft_update, config=config))
-    state, metrics = program(init_state(params, "shared"), gradient, Sequences(prompts, *said))
+    state, metrics = program(init_state(params), gradient, sequences)
 
     def loss(params):
         return -jnp.concatenate([log_probs(params, i) for i in range(8)]).mean()

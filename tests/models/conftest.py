@@ -26,6 +26,7 @@ FAMILIES = {
                             max_window_layers=1)),
     "qwen3": ("Qwen3", HEADS | dict(head_dim=14)),
     "gemma2": ("Gemma2", GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
+    "vaultgemma": ("VaultGemma", GEMMA | dict(attn_logit_softcapping=2.0, final_logit_softcapping=3.0)),
     "gemma3": ("Gemma3", GEMMA | dict(num_hidden_layers=7, rope_parameters={
         "full_attention": dict(rope_type="linear", factor=8.0, rope_theta=1e6),
         "sliding_attention": dict(rope_type="default", rope_theta=1e4)})),

@@ -9,6 +9,7 @@ import pytest
 
 from camopd_jax.models import attention
 from camopd_jax.models.attention import attend
+from camopd_jax.models.config import AttentionSpec
 from camopd_jax.runtime.mesh import make_mesh
 
 
@@ -26,7 +27,7 @@ def test_pieces_are_counted_by_what_one_chip_holds(monkeypatch):
 
     def trips(mesh):
         def attention(*qkv):
-            return attend(*qkv, positions, positions, windows=(None,), kind=0, scale=1.0, softcap=None, mesh=mesh)
+            return attend(*qkv, positions, positions, AttentionSpec((None,), scale=1.0, mesh=mesh))
 
         jaxpr = jax.make_jaxpr(attention)(*arrays(8, 37, 4, 2, 6))
         return [e.params["length"] for e in jaxpr.eqns if e.primitive.name == "scan"]
@@ -43,15 +44,16 @@ def test_halves_are_the_whole(length, window):
     query, key, value = arrays(2, length, 4, 2, 6)
     positions = jnp.arange(length)[None, :]
 
-    def found(key_positions, softcap=None):
-        how = {"windows": (window,), "kind": 0, "scale": 0.5, "softcap": softcap}
-
+    def gradients(key_positions, softcap=None):
         def loss(*qkv):
-            return jnp.sum(jnp.sin(attend(*qkv, positions, key_positions, **how)))
+            spec = AttentionSpec((window,), scale=0.5, softcap=softcap)
+            return jnp.sum(jnp.sin(attend(*qkv, positions, key_positions, spec)))
 
         return jax.value_and_grad(loss, (0, 1, 2))(query, key, value)
 
     for softcap in (None, 3.0):
-        jax.tree.map(partial(np.testing.assert_allclose, atol=1e-4), found(None, softcap), found(positions, softcap))
-    products = str(jax.make_jaxpr(lambda: found(None))()).count("dot_general")
-    assert products == 2 * str(jax.make_jaxpr(lambda: found(positions))()).count("dot_general")
+        jax.tree.map(
+            partial(np.testing.assert_allclose, atol=1e-4), gradients(None, softcap), gradients(positions, softcap)
+        )
+    products = str(jax.make_jaxpr(lambda: gradients(None))()).count("dot_general")
+    assert products == 2 * str(jax.make_jaxpr(lambda: gradients(positions))()).count("dot_general")

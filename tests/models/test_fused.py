@@ -12,7 +12,7 @@ import pytest
 from camopd_jax.errors import UserError
 from camopd_jax.models import fused
 from camopd_jax.models.attention import attend
-from camopd_jax.models.config import from_hf
+from camopd_jax.models.config import AttentionSpec, from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.runtime.mesh import make_mesh
@@ -29,29 +29,29 @@ def tpu(monkeypatch):
     monkeypatch.setattr(fused, "platform", lambda mesh: "cpu" if mesh is None else "tpu")
 
 
-def outcome(form, mesh, slots=SLOTS, windows=(None,), kind=0, softcap=None):
+def outcome(implementation, mesh, slots=SLOTS, windows=(None,), window=0, softcap=None):
     """Output of attention, and its gradients to queries, keys and values."""
     rng = np.random.default_rng(0)
     query, out = rng.normal(size=(2, BATCH, slots, HEADS, WIDTH)).astype(np.float32)
     key, value = rng.normal(size=(2, BATCH, GROUPS, slots, WIDTH)).astype(np.float32)
 
     @jax.jit
-    def run(query, key, value, kind):
+    def run(query, key, value, window):
         def attention(*qkv):
-            return attend(*qkv, jnp.arange(slots)[None, :], None, windows=windows, kind=kind, scale=0.1,
-                          softcap=softcap, mesh=mesh, form=form)  # fmt: skip
+            spec = AttentionSpec(windows, 0.1, softcap, implementation, mesh)
+            return attend(*qkv, jnp.arange(slots)[None, :], None, spec, window)
 
         result, back = jax.vjp(attention, query, key, value)
         return result, *back(out)
 
-    return run(query, key, value, kind if len(windows) == 1 else jnp.int32(kind))
+    return run(query, key, value, window if len(windows) == 1 else jnp.int32(window))
 
 
 @pytest.mark.parametrize(
     "sizes, case",
-    [((1, 1, 1), dict(windows=(37,))), ((1, 1, 1), dict(softcap=3.0)), ((1, 1, 1), dict(windows=(37, None), kind=1)),
-     ((1, 1, 1), dict(windows=(None, 500), kind=1)), ((2, 1, 2), dict()), ((2, 1, 2), dict(slots=256)),
-     ((2, 1, 2), dict(windows=(None, 37), kind=1, softcap=3.0))],
+    [((1, 1, 1), dict(windows=(37,))), ((1, 1, 1), dict(softcap=3.0)), ((1, 1, 1), dict(windows=(37, None), window=1)),
+     ((1, 1, 1), dict(windows=(None, 500), window=1)), ((2, 1, 2), dict()), ((2, 1, 2), dict(slots=256)),
+     ((2, 1, 2), dict(windows=(None, 37), window=1, softcap=3.0))],
 )  # fmt: skip
 def test_splash_is_plain_attention(sizes, case, tpu):
     mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
@@ -96,17 +96,17 @@ def test_a_model_with_fused_attention_is_the_same_model(tpu):
 def test_auto_takes_the_kernel_where_rows_are_long_enough(tpu):
     mesh = make_mesh(2, 2, 2)
 
-    def kernels(form, slots, batch=BATCH):
+    def kernels(implementation, slots, batch=BATCH):
         def attention(query, key, value):
-            return attend(query, key, value, jnp.arange(slots)[None, :], None, windows=(None,), kind=0, scale=1.0,
-                          softcap=None, mesh=mesh, form=form)  # fmt: skip
+            spec = AttentionSpec((None,), 1.0, None, implementation, mesh)
+            return attend(query, key, value, jnp.arange(slots)[None, :], None, spec)
 
         arrays = [jnp.zeros((batch, slots, HEADS, WIDTH)), *jnp.zeros((2, batch, GROUPS, slots, WIDTH))]
         return "pallas_call" in str(jax.make_jaxpr(attention)(*arrays))
 
     assert kernels("auto", 128) and not kernels("auto", 127) and kernels("fused", 127) and not kernels("xla", 128)
     assert not kernels("auto", 128, batch=3)
-    with pytest.raises(UserError, match=r"config\.compute\.attention is 'fused', and a batch of 3 rows"):
+    with pytest.raises(ValueError, match="3 rows do not divide by data x fsdp = 4"):
         kernels("fused", 128, batch=3)
 
 
@@ -147,7 +147,7 @@ def test_what_a_kernel_does_not_take_is_refused_or_passed_over(monkeypatch):
     def why(dtype="bfloat16", capability="9.0", kind="gpu", **fields):
         device.platform, device.compute_capability = kind, capability
         mesh = types.SimpleNamespace(devices=np.array([device]))
-        return fused.obstacle(from_hf(plain | fields), mesh, dtype)
+        return fused.why_not(from_hf(plain | fields), mesh, dtype)
 
     assert why() is None and why(kind="tpu", dtype="float32") is None
     assert "multiple of 64, not 80" in why(kind="tpu", head_dim=80)

@@ -222,12 +222,12 @@ def test_loading_holds_about_one_stacked_parameter_beside_the_model(tmp_path):
         from camopd_jax.models import hf
         from camopd_jax.models.config import from_hf
         from camopd_jax.models.weights import table
-        from camopd_jax.sharding import make_mesh
+        from camopd_jax.runtime.mesh import make_mesh
 
         folder, layers = Path({str(tmp_path)!r}), 24
         config = from_hf(dict(model_type="llama", vocab_size=1000, hidden_size=512, intermediate_size=1536,
                               num_hidden_layers=layers, num_attention_heads=8, num_key_value_heads=8))
-        shapes = {{r.hf_name.format(i): r.hf_shape for r in table(config) for i in range(layers if r.stacked else 1)}}
+        shapes = {{name: row.hf_shape for row in table(config) for name in row.names(layers)}}
         save_file({{n: np.ones(s, ml_dtypes.bfloat16) for n, s in shapes.items()}}, folder / "model.safetensors")
 
         def held():  # MiB that are this process's own, without the mapped file

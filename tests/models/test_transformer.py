@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from camopd_jax.models import hf
+from camopd_jax.models import families, hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.runtime.mesh import make_mesh
@@ -51,6 +51,15 @@ def torch_logprobs(model, tokens):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_float32_logprobs_equal_transformers(family, checkpoint, mesh, tokens):
     torch_model, folder = checkpoint(family)
+    model, params = load(folder, mesh)
+    np.testing.assert_allclose(log_probs(model, params, tokens), torch_logprobs(torch_model, tokens), atol=2e-5, rtol=0)
+
+
+def test_a_family_of_the_same_layers_is_one_row(checkpoint, mesh, tokens, monkeypatch):
+    """VaultGemma: Gemma 2 without norms after attention and feed-forward."""
+    row = dataclasses.replace(families.FAMILIES["gemma2"], post_norms=False)
+    monkeypatch.setitem(families.FAMILIES, "vaultgemma", row)
+    torch_model, folder = checkpoint("vaultgemma")
     model, params = load(folder, mesh)
     np.testing.assert_allclose(log_probs(model, params, tokens), torch_logprobs(torch_model, tokens), atol=2e-5, rtol=0)
 
@@ -123,15 +132,53 @@ def test_long_sequences_attend_in_pieces(checkpoint, mesh, tokens, monkeypatch):
     jax.tree.map(partial(np.testing.assert_allclose, atol=1e-5, rtol=1e-4), pieces_gradient, gradient)
 
 
-@pytest.mark.parametrize("remat", ["none", "dots"])
-def test_remat_changes_no_gradient(remat, checkpoint, mesh, tokens):
-    _, folder = checkpoint("llama")
+@pytest.fixture(scope="module", params=["llama", "gemma3"])
+def plain_gradient(request, checkpoint, mesh, tokens):
+    """(folder, a loss, its gradient with everything kept). The layers of gemma3 have two windows and two RoPEs."""
+    folder = checkpoint(request.param)[1]
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(*tokens.shape, 60)), jnp.float32)
 
-    def gradient(remat):
-        model, params = load(folder, mesh, remat=remat)
-        return jax.jit(jax.grad(lambda p: jnp.mean(jnp.square(model.hidden(p, tokens)))))(params)
+    def loss(hidden):
+        return jnp.sum(weights * jnp.sin(hidden))
 
-    jax.tree.map(partial(np.testing.assert_allclose, atol=1e-6, rtol=1e-4), gradient(remat), gradient("block"))
+    model, params = load(folder, mesh, remat="none")
+    return folder, loss, jax.jit(jax.grad(lambda p: loss(model.hidden(p, tokens))))(params)
+
+
+def same_gradient(gradient, expected):
+    """Each array within 1e-5 of its largest number."""
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(np.abs(b).max())), gradient, expected
+    )
+
+
+@pytest.mark.parametrize("remat", ["dots", "block"])
+def test_remat_changes_no_gradient(remat, plain_gradient, mesh, tokens):
+    folder, loss, expected = plain_gradient
+    model, params = load(folder, mesh, remat=remat)
+    same_gradient(jax.jit(jax.grad(lambda p: loss(model.hidden(p, tokens))))(params), expected)
+
+
+@pytest.mark.parametrize("remat", ["none", "dots", "block", "rollout"])
+def test_a_gradient_is_added_to_the_one_so_far(remat, plain_gradient, mesh, tokens):
+    """And it is the same where a prefill's residual stream stands for the forward pass."""
+    folder, loss, expected = plain_gradient
+    model, params = load(folder, mesh, remat=remat)
+    residuals = ()
+    if remat == "rollout":
+        lengths = np.full(len(tokens), LENGTH, np.int32)
+        decoding = jax.jit(model.for_decoding)(params)
+        residuals = jax.jit(partial(model.prefill, keep_residuals=True))(decoding, tokens, lengths)[1].residuals
+    rng = np.random.default_rng(2)
+    so_far = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params["layers"])
+
+    @jax.jit
+    @jax.grad
+    def gradient(so_far):
+        return loss(model.hidden(params, tokens, so_far, residuals))
+
+    added = jax.tree.map(jnp.subtract, gradient(so_far), so_far)
+    same_gradient(added, expected["layers"])
 
 
 def test_logits_are_cut_to_the_shared_vocabulary(checkpoint, mesh, tokens):

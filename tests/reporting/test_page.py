@@ -1,31 +1,38 @@
 """The page as a whole: what it shows of each kind of directory, that it is well formed, and that it is safe."""
 
 import datetime
+import html
 import html.parser
 import json
 import re
-import xml.etree.ElementTree as ElementTree
+import subprocess
+import sys
 
+import plotly.graph_objects as go
 import pytest
+from plotly.offline import get_plotlyjs
 from workdirs import HALF, NOTHING, diagnostics_row, write, write_grid, write_run
 
-from camopd_jax.reporting import directories
+from camopd_jax.reporting import load, styles
 from camopd_jax.reporting.page import page
 
 NOW = datetime.datetime(2026, 1, 2, 3, 4, tzinfo=datetime.UTC)
 EVALUATED = [(4, 0.1, 0.99), (8, 0.3, 0.97), (12, 0.5, 1.0)]
+RECOVERY, REVIEW, THIRD = styles.PART_COLOURS[:3]
 VOID = {"meta", "input", "br", "link", "img"}
 
 
 def made(*folders):
-    """The page of some directories, checked to be well formed."""
-    text = page(directories.read([str(folder) for folder in folders]), NOW)
+    """The page of some directories without Plotly's library, checked to be well formed."""
+    text = page(load.read([str(folder) for folder in folders]), NOW)
+    assert text.count(get_plotlyjs()) == 1
+    text = text.replace(get_plotlyjs(), "")
     check(text)
     return text
 
 
 class Nesting(html.parser.HTMLParser):
-    """Fails on tags that do not close in order; collects ids, classes and what attributes name."""
+    """Fails on tags that do not close in order; collects ids and what attributes refer to."""
 
     def __init__(self):
         super().__init__()
@@ -38,11 +45,6 @@ class Nesting(html.parser.HTMLParser):
         if tag not in VOID:
             self.open.append(tag)
 
-    def handle_startendtag(self, tag, attributes):
-        self.handle_starttag(tag, attributes)
-        if tag not in VOID:
-            self.open.pop()
-
     def handle_endtag(self, tag):
         assert self.open and self.open.pop() == tag, tag
 
@@ -53,38 +55,43 @@ def check(text):
     assert not seen.open
     assert len(set(seen.ids)) == len(seen.ids)
     assert all(target.startswith("#") and target[1:] in seen.ids for target in seen.refers)
-    assert not any(tag in ("script", "link", "img", "iframe") for tag, _ in seen.tags)
-    assert not re.search(r"url\((?!#)|@import", text)
-    assert set(re.findall(r"https?://[^\"' ]+", text)) <= {"http://www.w3.org/2000/svg", "http://www.w3.org/1999/xlink"}
+    assert not any(tag in ("link", "img", "iframe", "object") for tag, _ in seen.tags)
+    assert not re.search(r"https?:|url\(|@import", text)
+    assert "default-src 'none'" in text  # a browser holds the page to it
     assert set(re.findall(r"var\((--[\w-]+)\)", text)) <= set(re.findall(r"(--[\w-]+):", text))
     assert text.count("<html lang=") == text.count("<title>camopd_jax: ") == text.count('name="viewport"') == 1
-    for drawing in re.findall(r"<svg.*?</svg>", text, flags=re.S):
-        root = ElementTree.fromstring(drawing)
-        assert root.get("role") == "img" and root.get("aria-label") and root.get("viewBox")
-        for node in root.iter():
-            values = " ".join(node.attrib.values()) + " " + (node.text or "")
-            assert not re.search(r"\b(nan|inf)\b", values, flags=re.I), values
-            assert "#0a0b" not in values  # a sentinel that no theme turns into a colour
+    for title, plot in figures(text).items():
+        assert title and plot.data and not plot.layout.template.layout.font.color, "the theme is the page's to choose"
+
+
+def refuse(constant):
+    raise AssertionError(f"{constant} is no JSON")
+
+
+def figures(text):
+    """The figures by title, as Plotly reads them: it refuses what it does not know."""
+    plots = {}
+    for title, data in re.findall(
+        r'<figcaption>(.*?)(?: <small>.*?)?</figcaption>.*?<script type="application/json">(.*?)</script>', text, re.S
+    ):
+        plots[html.unescape(title)] = go.Figure(json.loads(data, parse_constant=refuse))
+    assert len(plots) == text.count("<figure>")
+    return plots
+
+
+def colours(plot):
+    return {trace.name: trace.line.color for trace in plot.data if trace.fill is None}
 
 
 def titles(text):
     return re.findall(r"<h2[^>]*>(.*?)</h2>", text)
 
 
-def captions(text):
-    """Titles of the figures."""
-    found = re.findall(r"<figcaption>(.*?)</figcaption>", text, flags=re.S)
-    return [re.sub(r"<[^>]+>", "", caption).strip().split("\n")[0] for caption in found]
-
-
-def figure(text, title):
-    return next(part for part in re.findall(r"<figure.*?</figure>", text, flags=re.S) if title in part)
-
-
 def row(text, table, name):
-    """The cells of a row of the table whose caption begins with `table`."""
-    found = next(t for t in re.findall(r"<table>.*?</table>", text, flags=re.S) if f"<caption>{table}" in t)
-    line = next(r for r in re.findall(r"<tr>.*?</tr>", found, flags=re.S) if f"{name}</th>" in r)
+    """The cells of a row of the table whose caption contains `table`."""
+    tables = re.findall(r"<table>.*?</table>", text, flags=re.S)
+    own = next(t for t in tables if table in html.unescape(t.split("</caption>")[0]))
+    line = next(r for r in re.findall(r"<tr>.*?</tr>", own, flags=re.S) if f"{name}</th>" in r)
     return [re.sub(r"<[^>]+>", "", cell) for cell in re.findall(r"<td[^>]*>(.*?)</td>", line)]
 
 
@@ -115,24 +122,67 @@ def test_a_finished_run(tmp_path):
     assert "mine: a run, ended, 12 of 12 steps" in text and "2 January 2026, 03:04 UTC" in text
     assert titles(text) == ["Results", "Recovery and retention over steps", "Selection", "Gaps", "Gradients", "Answers",
                             "Optimisation", "Throughput", "Answers early and late", "Runs and settings"]  # fmt: skip
-    shown = captions(text)
-    assert shown[:5] == ["What came back against what was kept", "Recovery: mean of its benchmarks", "Recovery: sums",
-                         "Recovery: logic", "Retention: drugs"]  # fmt: skip
-    assert "fill-opacity" in figure(text, "Recovery: sums")  # the band
-    selected = figure(text, "Answers that were selected")
-    assert "stroke: var(--recovery)" in selected and "stroke: var(--review)" in selected
+    plots = figures(text)
+    assert list(plots)[:5] == ["Recovery against retention", "Recovery: sums", "Recovery: logic",
+                               "Recovery: mean of its benchmarks", "Retention: drugs"]  # fmt: skip
+    band, line = plots["Recovery: sums"].data
+    assert band.y == pytest.approx((0.15, 0.35, 0.55, 0.45, 0.25, 0.05)) and line.y == (0.1, 0.3, 0.5)
+    assert band.fill == "toself" and band.fillcolor == line.line.color and band.hoverinfo == "skip"
+    assert colours(plots["Answers that were selected"]) == {"recovery": RECOVERY, "review": REVIEW}
     # 4 of 8 questions back, all kept: sqrt(.5 * .5 / 7) = 18.9 points over questions
     assert row(text, "In %", "mine") == ["2e-06", "12", "24 questions", "1,200", "50.0 ± 18.9", "50.0 ± 18.9",
                                          "50.0 ± 13.4", "100.0 ± 0.0"]  # fmt: skip
+    start, point = plots["Recovery against retention"].data
+    assert (start.x, start.y, point.x, point.y) == ((0,), (1,), (0.5,), (1,))
+    assert point.error_x.array == pytest.approx((0.134,), abs=1e-3) and point.error_y.array == (0,)
+    stages = {trace.name: trace.x for trace in plots["Time of a step, by stage"].data}
+    assert stages["update"] == (0.4, 0.4) and list(stages) == ["rollout", "score", "select", "update", "other"]
+    assert plots["Scores of the answers: median"].data[1].y[:3] == pytest.approx((0.02, 0.04, 0.06))
+
+
+def test_gradients(tmp_path):
+    rows = [diagnostics_row(0), diagnostics_row(4, layers={"embedding": 0.4, "layer 0": None}, correlations=None)]
+    text = made(write_run(tmp_path / "mine", diagnostics=rows))
+    plots = figures(text)
+    dashes = {trace.name: (trace.line.color, trace.line.dash) for trace in plots["Coherence"].data if not trace.fill}
+    assert dashes["recovery, selected"] == (RECOVERY, "solid") and dashes["review, all"] == (REVIEW, "dash")
+    assert len(dashes) == 6 and {"recovery, random", "review, random"} <= dashes.keys()
+    assert set(colours(plots["Conflict of the branches"])) == {"selected", "all"}
+    (layers,) = plots["Conflict, layer by layer"].data
+    assert layers.x == ("0", "4") and layers.y == ("embedding", "layer 0", "final norm")
+    assert list(map(list, layers.z)) == [[-0.2, 0.4], [0.1, None], [0.3, None]]
+    (correlations,) = plots["What the scores correlate with"].data
+    assert len(correlations.y) == 10 and correlations.y[-1] == "review, teacher loss" and correlations.x == ("0",)
+    assert list(map(list, correlations.z)) == [[0.3]] * 10
 
 
 def test_a_mixed_run_shows_both_branches(tmp_path):
     text = made(write_run(tmp_path / "mine", "vanilla"))
-    for title in ("Answers that were selected", "Scores of the answers, recovery", "Scores of the answers, review"):
-        assert title in captions(text)
-    selected = figure(text, "Answers that were selected")
-    assert "stroke: var(--recovery)" in selected and "stroke: var(--review)" in selected
-    assert "vanilla MOPD: both streams" in text
+    selected = figures(text)["Answers that were selected"]
+    assert colours(selected) == {"recovery": RECOVERY, "review": REVIEW}
+    assert [trace.y[0] for trace in selected.data if not trace.fill] == [0.25, 0.5]
+    assert colours(figures(text)["Loss"]) == {"recovery": RECOVERY, "review": REVIEW, "mixed": THIRD}
+    assert "vanilla MOPD: both streams" in text and "mine: review" in text
+
+
+@pytest.mark.parametrize("schedule", ["alternate", "mixed"])
+def test_three_branches_of_any_name(tmp_path, schedule):
+    names = {"law-2": 1, "recovery": 2, "maths": 1}
+    coherence = {"coherence": {"selected": 0.2, "all": 0.1}}
+    rows = [diagnostics_row(step, branches=dict.fromkeys(names, coherence)) for step in (0, 4)]
+    text = made(write_run(tmp_path / "mine", branches=names, diagnostics=rows, **{"method.schedule": schedule}))
+    plots = figures(text)
+    assert colours(plots["Answers that were selected"]) == {
+        "law-2": RECOVERY,
+        "recovery": REVIEW,
+        "maths": THIRD,
+    }
+    assert set(colours(plots["Conflict of the branches"])) == {"selected", "all"}
+    assert {trace.name for trace in plots["Coherence"].data if trace.showlegend} == {
+        f"{name}, selected" for name in names
+    }
+    assert {f"{name}, all" for name in names} < set(colours(plots["Coherence"]))
+    assert all(f"mine: {name}</h3>" in text for name in names)
 
 
 def test_numbers_that_were_not_finite_leave_holes(tmp_path):
@@ -142,8 +192,11 @@ def test_numbers_that_were_not_finite_leave_holes(tmp_path):
     write(folder / "metrics.jsonl", rows)
     measured = diagnostics_row(4, layers=None, conflict={"selected": {"cosine": None}}, correlations={"recovery": None})
     write(folder / "diagnostics.jsonl", [diagnostics_row(0), measured, {"step": 8}])
-    text = made(folder)
-    assert "Loss" in captions(text) and "Conflict, layer by layer" in captions(text)
+    scores = [{"step": step, "phase": "recovery", "score": [None] * (step + 1)} for step in range(4)]
+    write(folder / "selection.jsonl", scores)
+    plots = figures(made(folder))
+    assert plots["Loss"].data[1].x == (0, 1, 4, 5, 6, 8, 9, 10) and "Conflict, layer by layer" in plots
+    assert "Scores of the answers: median" not in plots
 
 
 def test_supervised_fine_tuning_has_a_page_too(tmp_path):
@@ -157,6 +210,7 @@ def test_supervised_fine_tuning_has_a_page_too(tmp_path):
         (folder / f"{name}.jsonl").unlink()
     text = made(folder)
     assert titles(text) == ["Optimisation", "Throughput", "Runs and settings"] and "supervised fine-tuning" in text
+    assert set(colours(figures(text)["Loss"])) == {"sft"}
 
 
 # --------------------------------------------------------------------------------- several runs
@@ -165,17 +219,26 @@ def test_supervised_fine_tuning_has_a_page_too(tmp_path):
 def test_two_runs_are_compared_question_by_question(tmp_path):
     """6 of 8 back against 4: +25; sd of the differences sqrt(1.5 / 7), t(7) = 2.365: 38.7 on either side."""
     better = HALF | {"sums": [1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]}
-    ours, theirs = write_run(tmp_path / "a" / "mine", student=better), write_run(tmp_path / "theirs", "vanilla")
-    text = made(ours, theirs)
-    assert row(text, "Less that of vanilla", "mine")[:2] == ["8 questions", "+25.0 (\u221213.7 to +63.7)"]
-    assert row(text, "Less that of camopd", "theirs")[1] == "\u221225.0 (\u221263.7 to +13.7)"
-    assert "method.schedule" in text and "<td>alternate</td>" in text and "<td><b>mixed</b></td>" in text
+    mine, other = write_run(tmp_path / "a" / "mine", student=better), write_run(tmp_path / "other", "vanilla")
+    text = made(mine, other)
+    assert row(text, "Difference from vanilla", "mine")[:2] == ["8 questions", "+25.0 (-13.7 to +63.7)"]
+    assert row(text, "Difference from camopd", "other")[1] == "-25.0 (-63.7 to +13.7)"
+    assert re.search(r"method\.schedule</th>.*>alternate</td>.*><b>mixed</b></td>", text, re.S)
     assert "general_model</th>" not in text  # the same in both
+    loss = figures(text)["Loss, recovery"]
+    assert colours(loss) == {"mine": styles.COMPARED_COLOURS["camopd"], "other": styles.COMPARED_COLOURS["vanilla"]}
+
+
+def test_runs_that_answered_other_questions_are_not_compared(tmp_path):
+    mine, other = write_run(tmp_path / "mine"), write_run(tmp_path / "other", "vanilla")
+    rows = [json.loads(line) for line in (other / "eval.jsonl").read_text().splitlines()]
+    write(other / "eval.jsonl", [row | {"asked": "others"} for row in rows])
+    assert "Difference from" not in made(mine, other)
 
 
 def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
     folders = [write_run(tmp_path / name / "run") for name in ("a", "b")]
-    assert [source.groups[0].name for source in directories.read(map(str, folders))] == ["a/run", "b/run"]
+    assert [source.groups[0].name for source in load.read(map(str, folders))] == [str(folder) for folder in folders]
 
 
 def test_fifty_runs(tmp_path):
@@ -183,12 +246,14 @@ def test_fifty_runs(tmp_path):
     folders = [write_run(tmp_path / f"run-{i}", method, standings=EVALUATED, **{"seed": i})
                for i, method in enumerate(methods)]  # fmt: skip
     text = made(*folders)
-    assert len(text) < 5e6 and "50 directories, 50 runs, 50 ended" in text
-    assert "48 others" in text
-    recovery = figure(text, "Recovery: mean of its benchmarks")
-    strokes = re.findall(r"<title>run-(\d+)</title>\s*<path[^>]*?stroke: var\(--([\w-]+)\)", recovery, flags=re.S)
-    assert dict(strokes)["49"] == "group-1" and dict(strokes)["48"] == "group-2" and dict(strokes)["7"] == "muted"
-    assert "run-7" in captions(text)  # where lines tangle, each has a figure of its own
+    assert len(text) < 2e6 and "50 directories" in text
+    recovery = figures(text)["Recovery: mean of its benchmarks"]
+    of_run = colours(recovery)
+    assert len(of_run) == 50 and of_run["run-49"] == styles.COMPARED_COLOURS["camopd"]
+    assert list(of_run.values()).count(styles.MUTED) == 50 - 2 - len(styles.GROUP_COLOURS)
+    shown = {trace.name for trace in recovery.data if trace.showlegend}
+    assert shown == {name for name, colour in of_run.items() if colour != styles.MUTED}
+    assert recovery.data[0].line.color == styles.MUTED, "grey lines lie below the others"
 
 
 # ------------------------------------------------------------------------------------- grids
@@ -214,10 +279,28 @@ def test_a_finished_grid(grid):
     text = made(grid)
     assert "a grid, ended, 8 runs, the last start took 10 minutes" in text
     assert row(text, "In %", "camopd")[:5] == ["0.0002", "12", "3 seeds", "1,200", "66.7 ± 9.6"]
-    assert row(text, "Less that of vanilla", "camopd")[:2] == ["3 seeds", "+11.1 (\u221212.8 to +35.0)"]
-    assert row(text, "grid: mean of recovery", "camopd") == ["70.0", "25.0"]
-    assert "<b>70.0</b>" in text and "<b>25.0</b>" not in text
-    assert len(re.findall(r"<title>camopd</title>", figure(text, "Loss, recovery"))) == 1  # the tuning run is not drawn
+    assert row(text, "Difference from vanilla", "camopd")[:2] == ["3 seeds", "+11.1 (-12.8 to +35.0)"]
+    assert row(text, "grid: each learning rate", "camopd") == ["0.0002: 70.0", "0.0004: 25.0"]
+    assert "<b>0.0002: 70.0</b>" in text and "<b>0.0004: 25.0</b>" not in text
+    assert [
+        trace.name for trace in figures(text)["Loss, review"].data if trace.name == "camopd" and not trace.fill
+    ] == ["camopd"]  # the tuning run is not drawn
+
+
+def test_a_difference_without_spread_is_not_marked(tmp_path):
+    students = {
+        method: {seed: scores(right, 0.0) for seed in range(2)} for method, right in (("camopd", 4), ("vanilla", 2))
+    }
+    text = made(write_grid(tmp_path / "grid", students))
+    assert "+33.3 (+33.3 to +33.3)" in text and "<b>+33.3" not in text
+
+
+def test_runs_that_failed(grid):
+    facts = json.loads((grid / "study.json").read_text()) | {"failed": {"grid/pcgrad/0.1/seed-0": "no <room> left"}}
+    (grid / "study.json").write_text(json.dumps(facts))
+    text = made(grid)
+    assert "a grid, ended, 8 runs, 1 failed" in text
+    assert row(text, "Runs that failed.", "grid/pcgrad/0.1/seed-0") == ["no &lt;room&gt; left"]
 
 
 def test_the_interpolation_is_one_model_and_a_line_of_squares(grid):
@@ -227,12 +310,15 @@ def test_the_interpolation_is_one_model_and_a_line_of_squares(grid):
             (folder / f"{name}.jsonl").unlink()
     facts = json.loads((grid / "study.json").read_text())
     facts["settings"]["interpolation"] = 0.6
+    facts["merits"]["interpolation"] = {"0.3": 0.4, "0.6": 0.5}
     (grid / "study.json").write_text(json.dumps(facts))
     text = made(grid)
     assert row(text, "In %", "interpolation")[:5] == ["0.6", "0", "18 questions", "\u2013", "66.7 ± 21.1"]
     # 4/6 less 2/6, 4/6, 4/6
-    assert row(text, "Less that of vanilla", "interpolation")[:2] == ["3 seeds", "+11.1 (\u221236.7 to +58.9)"]
-    assert "interpolation of the two models" in figure(text, "What came back") and "Squares:" in text
+    assert row(text, "Difference from vanilla", "interpolation")[:2] == ["3 seeds", "+11.1 (-36.7 to +58.9)"]
+    path = next(trace for trace in figures(text)["Recovery against retention"].data if "interpolation of" in trace.name)
+    assert path.hovertext == ("30 % original", "60 % original") and path.x[1] > path.x[0]
+    assert row(text, "grid: each learning rate", "interpolation") == ["0.3: 40.0", "0.6: 50.0"]
 
 
 def test_a_grid_in_progress_shows_its_best_tuning_run_until_there_are_results(grid):
@@ -245,27 +331,56 @@ def test_a_grid_in_progress_shows_its_best_tuning_run_until_there_are_results(gr
     assert "a grid, in progress, 11 runs so far, 10 of them ended" in text
     assert row(text, "In %", "random, tuning")[0] == "0.0002" and row(text, "In %", "camopd")[2] == "3 seeds"
     # on the tuning questions 0 and 4 all are right with the lower rate, of both axes; with the higher, of one
-    assert row(text, "grid: mean of recovery", "random") == ["100.0", "50.0"]
+    assert row(text, "grid: each learning rate", "random") == ["0.0002: 100.0", "0.0004: 50.0"]
+
+
+def test_a_grid_of_which_one_seed_has_ended_has_errors_over_its_questions(grid):
+    (grid / "study.json").unlink()
+    write_run(grid / "random" / "0.0002" / "seed-0", "random", student=HALF, seed=0)
+    write_run(grid / "random" / "0.0002" / "seed-1", "random", steps=3, student=None, exported=False, seed=1)
+    text = made(grid)
+    assert row(text, "In %", "random")[2] == "18 questions" and row(text, "In %", "random")[4] == "33.3 ± 21.1"
+    assert row(text, "The runs of this page", "random")[2:] == ["3 of 12", "0, 1", "in progress"]
 
 
 # -------------------------------------------------------------------------------------- safety
 
 
 def test_prompts_answers_and_names_are_text(tmp_path):
-    hostile = '<script>alert("x")</script><svg onload=x>'
+    hostile = '</script><script>alert("x")</script><svg onload=x>'
     folder = write_run(tmp_path / "<b>&run", prompt=hostile)
     other = write_run(tmp_path / "x' onmouseover='y")
     samples = [json.loads(line) | {"tokens": [hostile, "\ud83d", "z"]}
                for line in (folder / "samples.jsonl").read_text().splitlines()]  # fmt: skip
     write(folder / "samples.jsonl", samples)
     text = made(folder, other)
-    assert "<script" not in text and "&lt;script&gt;" in text and "<svg onload" not in text and "<b>&run" not in text
+    assert "alert(" in text and "<script>alert" not in text and "<svg onload" not in text and "<b>&run" not in text
+    assert "&lt;b&gt;&amp;run" in colours(figures(text)["Loss, recovery"])  # Plotly's own texts may hold tags
     text.encode()  # half a pair of surrogates would not be written
 
 
 def test_tokens_are_tinted_by_the_sign_of_their_gaps(tmp_path):
     text = made(write_run(tmp_path / "mine"))
-    assert '<span class="up-3" title="gap +1.5000">fo</span>' in text
-    assert '<span class="down-2" title="gap -0.3000"> ur</span>' in text
+    assert '<span class="more-3" title="gap +1.5000">fo</span>' in text
+    assert '<span class="less-2" title="gap -0.3000"> ur</span>' in text
     assert '<span title="gap +0.0000">&lt;e&gt;</span>' in text
     assert "early, step 0" in text and "late, step 8" in text
+
+
+def test_long_answers_are_cut(tmp_path):
+    folder = write_run(tmp_path / "mine")
+    rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    write(folder / "samples.jsonl", [row | {"tokens": ["a"] * 302, "gaps": [None] * 302} for row in rows])
+    text = made(folder)
+    assert "… 2 more tokens" in text and text.count("<span>a</span>") % 300 == 0
+
+
+def test_a_report_loads_no_jax(tmp_path):
+    write_run(tmp_path / "mine")
+    code = (
+        "import sys, camopd_jax.report; from camopd_jax.reporting.page import write_page;"
+        f"write_page([{str(tmp_path / 'mine')!r}], {str(tmp_path / 'page.html')!r});"
+        "sys.exit(str({'jax', 'flax', 'optax'} & set(sys.modules) or ''))"
+    )
+    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ended.stderr.strip() == "" and (tmp_path / "page.html").exists()

@@ -8,10 +8,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from camopd_jax.config.schema import Sampling
 from camopd_jax.models.weights import shardings
 from camopd_jax.rollout import generate
 from camopd_jax.rollout.generate import Decode
-from camopd_jax.config.schema import Sampling
 from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.rollout.score import score
 from camopd_jax.runtime.mesh import make_mesh, reshape_mesh
@@ -110,7 +110,7 @@ def test_sampler_logprobs_are_the_models_own_whatever_the_filter(tiny, batch):
     prompts = batch[0]
     for sampling in (Sampling(), Sampling(temperature=0.7, top_k=4), Sampling(top_p=0.8, min_p=0.05)):
         out = run(tiny, prompts, sampling=sampling)
-        again = score(model, params, prompts, out.tokens, out.lengths, chunk=16)
+        again = score(model, params, out.after(prompts), chunk=16)["log_prob"]
         np.testing.assert_allclose(out.log_probs, again, atol=1e-5)
 
 
@@ -155,7 +155,7 @@ def test_a_growing_cache_changes_nothing(tiny, batch, segment, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    "options, segment", [({"places": 3}, 2), ({"shrinks": True}, 256), ({"places": 4, "shrinks": True}, 2)]
+    "options, segment", [({"concurrency": 3}, 2), ({"shrinks": True}, 256), ({"concurrency": 4, "shrinks": True}, 2)]
 )
 def test_waiting_prompts_and_shrinking_batches_change_no_answer(tiny, batch, options, segment, monkeypatch):
     """Prompts that wait enter where answers have ended; the ring of slots goes round while others go on."""
@@ -173,6 +173,6 @@ def test_waiting_prompts_and_shrinking_batches_change_no_answer(tiny, batch, opt
 def test_waiting_prompts_on_a_mesh(tiny, batch):
     whole = run(tiny, batch[0])
     model = dataclasses.replace(tiny[0], mesh=make_mesh(2, 1, 2, devices=jax.devices()[:4]))
-    other = run(tiny, batch[0], model=model, places=4, shrinks=True)
+    other = run(tiny, batch[0], model=model, concurrency=4, shrinks=True)
     np.testing.assert_array_equal(other.tokens, whole.tokens)
     np.testing.assert_array_equal(other.stopped, whole.stopped)

@@ -8,16 +8,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from camopd_jax.method.gradient import Learning
-from camopd_jax.method.update import no_gradient
+from camopd_jax.method.gradient import Learner, Lesson, Loss, Rows, zero_gradient
+from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.planning.hlo import BRANCHES, COLLECTIVES, Module
-from camopd_jax.rollout import score as score_module
-from camopd_jax.rollout.score import join, score, token_log_probs
+from camopd_jax.rollout import head
+from camopd_jax.rollout.head import TokenFunction, map_tokens
+from camopd_jax.rollout.score import LOG_PROB, LogProb, join, score
+from camopd_jax.runtime.buckets import Widths
 from camopd_jax.runtime.mesh import make_mesh, sharding
-from camopd_jax.types import Prompts
+from camopd_jax.types import Prompts, Sequences
 
 
 def direct(model, params, prompts, rollout, temperature=1.0):
@@ -36,15 +38,19 @@ def direct(model, params, prompts, rollout, temperature=1.0):
 def test_score_equals_whole_softmax(tiny, batch, chunk):
     model, params = tiny
     prompts, rollout, _ = batch
-    got = jax.jit(score, static_argnums=(0, 5))(model, params, prompts, rollout.tokens, rollout.lengths, chunk)
+    got = jax.jit(score, static_argnums=(0, 3))(model, params, rollout.after(prompts), chunk)["log_prob"]
     np.testing.assert_allclose(got, direct(model, params, prompts, rollout), atol=1e-5)
 
 
 def test_temperature_divides_the_logits(tiny, batch):
     model, params = tiny
     prompts, rollout, _ = batch
-    got = score(model, params, prompts, rollout.tokens, rollout.lengths, 64, 0.6)
+    got = score(model, params, rollout.after(prompts), 64, LogProb(temperature=0.6))["log_prob"]
     np.testing.assert_allclose(got, direct(model, params, prompts, rollout, 0.6), atol=1e-5)
+
+
+def token_log_probs(model, params, hidden, tokens, chunk):
+    return map_tokens(TokenFunction(model, LOG_PROB), params, hidden, {"tokens": tokens}, chunk)["log_prob"]
 
 
 def test_join_leaves_no_hole():
@@ -127,9 +133,10 @@ def test_pieces_on_a_mesh_gather_the_head_once_and_reduce_its_gradient_once(size
 
 
 @pytest.mark.parametrize("vocab", [2**15, 2**18])
-def test_the_memory_of_a_gradient_is_flat_in_the_vocabulary(vocab, monkeypatch):
+@pytest.mark.parametrize("name", ["sampled_token", "reverse_kl", "jsd"])
+def test_the_memory_of_a_gradient_is_flat_in_the_vocabulary(name, vocab, monkeypatch):
     """Beside arrays of the head's size, what a gradient needs at one time is bounded by LOGITS_BYTES."""
-    monkeypatch.setattr(score_module, "LOGITS_BYTES", 2**21)
+    monkeypatch.setattr(head, "LOGITS_BYTES", 2**21)
     rows, slots, width = 4, 128, 8
     model = Model(from_hf(dict(model_type="llama", vocab_size=vocab, hidden_size=width, intermediate_size=8,
                                num_hidden_layers=1, num_attention_heads=1)))  # fmt: skip
@@ -138,13 +145,18 @@ def test_the_memory_of_a_gradient_is_flat_in_the_vocabulary(vocab, monkeypatch):
     def shape(*dims, dtype=jnp.int32):
         return jax.ShapeDtypeStruct(dims, dtype)
 
-    prompts, lengths = Prompts(shape(rows, 8), shape(rows)), shape(rows)
-    program = Learning(model, None, 0).add.lower(
-        model, params, jax.eval_shape(no_gradient, params), prompts, shape(rows, slots), lengths,
-        shape(rows, slots, dtype=jnp.float32), (), shape(1, rows), shape(), slots=8 + slots,
-        answer_slots=slots, chunk=0,
+    objective = OBJECTIVES[name]()
+    sequences = Sequences(Prompts(shape(rows, 8), shape(rows)), shape(rows, slots), shape(rows))
+    hidden = {"hidden": shape(rows, slots, width, dtype=jnp.float32)} if objective.teacher_logits else {}
+    lesson = Lesson(sequences, shape(rows, slots, dtype=jnp.float32), hidden)
+    loss = Loss(model, objective, model if objective.teacher_logits else None)
+    teacher_head = {name: params[name] for name in model.head_axes} if objective.teacher_logits else {}
+    program = Learner(loss, None, 0).add.lower(
+        loss, params, jax.eval_shape(zero_gradient, params), lesson, teacher_head, Rows(shape(1, rows), shape()),
+        widths=Widths(8 + slots, slots, 0),
     )  # fmt: skip
     needed = program.compile().memory_analysis().temp_size_in_bytes
-    head, logits = 4 * vocab * width, 4 * rows * slots * vocab
-    assert needed < 6 * head + 8 * 4 * max(2**19, rows * vocab), "some heads, some pieces of logits"
+    of_head, logits = 4 * vocab * width, 4 * rows * slots * vocab
+    pieces = 8 if name == "sampled_token" else 20
+    assert needed < 6 * of_head + pieces * 4 * max(2**19, rows * vocab), "some heads, some pieces of logits"
     assert needed < logits / 2

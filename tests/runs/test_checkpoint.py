@@ -1,26 +1,22 @@
 """Checkpoints: bit for bit, on another mesh, after a kill, and what is told when they are broken."""
 
-import json
 import resource
 import shutil
 import signal
 import subprocess
 import sys
 import textwrap
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from etils import epath
 from jax.sharding import NamedSharding, PartitionSpec
 
-from camopd_jax.runs.checkpoint import Checkpoints, checkpoints_folder, claim_workdir
-from camopd_jax.config.schema import Checkpoints as CheckpointsConfig
-from camopd_jax.config.schema import MeshConfig, Optimizer, SftConfig, Stream, TrainConfig
+from camopd_jax.config.schema import Checkpoints
 from camopd_jax.errors import UserError
+from camopd_jax.runs.checkpoint import CheckpointStore, checkpoints_folder
 from camopd_jax.runtime.mesh import make_mesh
 from camopd_jax.types import TrainState
 
@@ -56,12 +52,12 @@ def same_bits(a, b):
         assert x.dtype == y.dtype and np.asarray(x).tobytes() == np.asarray(y).tobytes()
 
 
-def open_at(workdir, config=CheckpointsConfig(), standings=None):
-    return Checkpoints(str(workdir), config, {} if standings is None else standings)
+def open_at(workdir, config=Checkpoints(), ranks=None):
+    return CheckpointStore(str(workdir), config, {} if ranks is None else ranks)
 
 
-def save(workdir, step, config=CheckpointsConfig(), standings=None, **kwargs):
-    checkpoints = open_at(workdir, config, standings)
+def save(workdir, step, config=Checkpoints(), ranks=None, **kwargs):
+    checkpoints = open_at(workdir, config, ranks)
     checkpoints.save(step, state_at(step, **kwargs), POSITIONS, PROVENANCE)
     checkpoints.wait()
     checkpoints.close()
@@ -105,26 +101,26 @@ def test_a_step_that_is_there_is_left_as_it_is(tmp_path):
 
 
 def test_keeps_the_last_and_the_best_over_restarts(tmp_path):
-    config = CheckpointsConfig(keep_last=2, keep_best=1)
+    config = Checkpoints(keep_last=2, keep_best=1)
     worth = {1: 0.5, 2: 0.9, 4: 0.7, 5: 0.1}
-    kept, standings = [], {}
+    kept, ranks = [], {}
     for step in range(1, 7):  # a step is evaluated after it was saved
-        kept.append(save(tmp_path, step, config, standings))
-        standings |= {step: worth[step]} if step in worth else {}
+        kept.append(save(tmp_path, step, config, ranks))
+        ranks |= {step: worth[step]} if step in worth else {}
     assert kept == [[1], [1, 2], [2, 3], [2, 3, 4], [2, 4, 5], [2, 5, 6]]
-    checkpoints = open_at(tmp_path, config, standings)
+    checkpoints = open_at(tmp_path, config, ranks)
     assert (checkpoints.latest(), checkpoints.best()) == (6, 2)
 
 
 def test_of_equals_the_last_is_best(tmp_path):
-    standings = {1: 0.5, 2: 0.5}
-    config = CheckpointsConfig(keep_last=1, keep_best=1)
-    assert [save(tmp_path, step, config, standings) for step in (1, 2, 3)] == [[1], [2], [2, 3]]
-    assert open_at(tmp_path, config, standings).best() == 2
+    ranks = {1: 0.5, 2: 0.5}
+    config = Checkpoints(keep_last=1, keep_best=1)
+    assert [save(tmp_path, step, config, ranks) for step in (1, 2, 3)] == [[1], [2], [2, 3]]
+    assert open_at(tmp_path, config, ranks).best() == 2
 
 
 def test_without_a_measurement_only_the_last_are_kept_and_none_is_best(tmp_path):
-    config = CheckpointsConfig(keep_last=1, keep_best=3)
+    config = Checkpoints(keep_last=1, keep_best=3)
     assert open_at(tmp_path, config).latest() is None
     assert [save(tmp_path, step, config) for step in (1, 2, 3)] == [[1], [2], [3]]
     assert open_at(tmp_path, config).best() is None
@@ -140,8 +136,8 @@ def test_kill_in_the_middle_of_a_save(tmp_path):
         import os, signal, threading, time
         from pathlib import Path
         import jax.numpy as jnp, numpy as np
-        from camopd_jax.runs.checkpoint import Checkpoints
-        from camopd_jax.config import Checkpoints as CheckpointsConfig
+        from camopd_jax.runs.checkpoint import CheckpointStore
+        from camopd_jax.config.schema import Checkpoints
         from camopd_jax.types import TrainState
 
         def kill_when_half_written():
@@ -150,7 +146,7 @@ def test_kill_in_the_middle_of_a_save(tmp_path):
             os.kill(os.getpid(), signal.SIGKILL)
 
         params = {{"kernel": jnp.asarray(np.random.default_rng(0).standard_normal(2**23, np.float32))}}
-        checkpoints = Checkpoints({str(tmp_path)!r}, CheckpointsConfig(), {{}})
+        checkpoints = CheckpointStore({str(tmp_path)!r}, Checkpoints(), {{}})
         threading.Thread(target=kill_when_half_written).start()
         checkpoints.save(2, TrainState(jnp.int32(2), params, {{}}, jnp.int32(0)), {{}}, {{}})
         checkpoints.wait()
@@ -205,6 +201,20 @@ def test_a_broken_checkpoint(whole, tmp_path, damage):
     assert "\n" not in str(e.value)
 
 
+@pytest.mark.parametrize("damage", [cut_data, flip_a_bit], ids=["cut", "bit"])
+def test_of_many_reads_that_fail_one_error_is_left(tmp_path, damage, monkeypatch):
+    save(tmp_path, 7, place=on_mesh(fsdp=2, tensor=4))
+    damage(tmp_path / "checkpoints/7")
+    checkpoints, like = open_at(tmp_path), state_at(0, place=on_mesh(fsdp=8, tensor=1))
+    unseen = []
+    monkeypatch.setattr(sys, "unraisablehook", unseen.append)
+    monkeypatch.setattr(sys, "excepthook", lambda *error: unseen.append(error))
+    for _ in range(10):
+        with pytest.raises(UserError):
+            checkpoints.restore(7, like)
+    assert unseen == []
+
+
 def test_another_models_state_is_not_called_broken(whole):
     checkpoints = open_at(whole)
     wider = r"another model \(moments/shared/mu/block/kernel is float32\[16, 40\], here float32\[16, 41\]\)"
@@ -233,74 +243,3 @@ def test_the_folder_is_absolute_and_a_bucket_stays_a_bucket(tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     assert str(checkpoints_folder("runs/mine")) == str(tmp_path.resolve() / "runs/mine/checkpoints")
     assert str(checkpoints_folder("gs://bucket/runs/mine")) == "gs://bucket/runs/mine/checkpoints"
-
-
-# ------------------------------------------------------------------------- whose the directory is
-
-
-def train_config(**changes):
-    return TrainConfig("general", "specialised", Stream("g.jsonl"), Stream("d.jsonl"), **changes)
-
-
-def claim(workdir, config):
-    claim_workdir(epath.Path(workdir), config)
-    return json.loads((Path(workdir) / "config.json").read_text())
-
-
-def test_a_workdir_takes_its_own_config_again(tmp_path):
-    first = claim(tmp_path / "new/run", train_config(steps=120))
-    assert (first["kind"], first["config"]["steps"]) == ("TrainConfig", 120)
-    again = claim(tmp_path / "new/run", train_config(steps=200, mesh=MeshConfig(fsdp=2)))
-    assert again["config"]["steps"] == 200 and again["fingerprint"] == first["fingerprint"]
-    assert [p.name for p in (tmp_path / "new/run").iterdir()] == ["config.json"]
-
-
-@pytest.mark.parametrize(
-    "changes, named",
-    [
-        ({"seed": 1, "optimizer": Optimizer(b1=0.5)}, r"\(config\.optimizer\.b1, config\.seed\)"),
-        ({"optimizer": Optimizer(schedule="cosine")}, r"config\.optimizer\.schedule"),
-    ],
-)
-def test_a_workdir_of_another_config_is_refused_and_kept(tmp_path, changes, named):
-    claim(tmp_path, train_config())
-    before = (tmp_path / "config.json").read_bytes()
-    with pytest.raises(UserError, match=f"belongs to a run with another config.*{named}.*new --workdir"):
-        claim(tmp_path, train_config(**changes))
-    assert (tmp_path / "config.json").read_bytes() == before
-
-
-def test_with_a_cosine_the_number_of_steps_is_named(tmp_path):
-    cosine = Optimizer(schedule="cosine")
-    claim(tmp_path, train_config(optimizer=cosine, steps=100))
-    with pytest.raises(UserError, match=r"another config \(config\.steps\)"):
-        claim(tmp_path, train_config(optimizer=cosine, steps=101))
-
-
-def test_a_workdir_of_another_command_is_refused(tmp_path):
-    claim(tmp_path, SftConfig("model", Stream("d.jsonl")))
-    with pytest.raises(UserError, match="belongs to a run of a SftConfig, not of a TrainConfig"):
-        claim(tmp_path, train_config())
-
-
-@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "TrainConfig"}'])
-def test_a_config_json_that_is_not_one(tmp_path, text):
-    (tmp_path / "config.json").write_text(text)
-    with pytest.raises(UserError, match=r"config\.json: not the config\.json of a run"):
-        claim(tmp_path, train_config())
-    assert (tmp_path / "config.json").read_text() == text
-
-
-def test_a_workdir_that_cannot_be_made(tmp_path):
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot write there"):
-        claim(tmp_path / "file/run", train_config())
-
-
-def test_a_bucket_without_its_package(monkeypatch):
-    def missing(path):
-        raise ImportError("Please install gcsfs to access Google Storage")
-
-    monkeypatch.setattr(epath.backend.fsspec_backend, "fs", missing)
-    with pytest.raises(UserError, match="gs://bucket/run: Please install gcsfs"):
-        claim("gs://bucket/run", train_config())

@@ -3,13 +3,24 @@ import numpy as np
 import pytest
 from jax.sharding import PartitionSpec
 
+from camopd_jax.config.schema import MeshConfig
 from camopd_jax.errors import UserError
-from camopd_jax.runtime.mesh import check_rows, constrain, global_rows, local_rows, make_mesh, rows_of_process, spec
+from camopd_jax.runtime.mesh import (
+    check_rows,
+    constrain,
+    global_rows,
+    local_rows,
+    make_mesh,
+    mesh_of,
+    rows_of_process,
+    spec,
+)
 
 
 def test_minus_one_takes_what_is_left():
     assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert dict(make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert mesh_of(MeshConfig(1, -1, 1)) == make_mesh(1, -1, 1)
 
 
 @pytest.mark.parametrize("sizes", [(3, 1, 1), (-1, 16, 1), (-1, -1, 1), (0, 1, 1), (-1, 3, 1)])

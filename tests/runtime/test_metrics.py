@@ -1,8 +1,10 @@
 """What a run tells: plain lines without a terminal, a live display on one, files that survive a kill."""
 
+import contextlib
 import json
 import os
 import pty
+import re
 import subprocess
 import sys
 import textwrap
@@ -12,8 +14,11 @@ from etils import epath
 from tensorboardX.proto import event_pb2
 
 from camopd_jax.errors import UserError
+from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.jsonl import drop_rows_after, read_rows, write_rows
-from camopd_jax.runtime.metrics import Display, MetricsWriter, Stages, memory_gib
+from camopd_jax.runtime.memory import memory_gib
+from camopd_jax.runtime.metrics import MetricsWriter
+from camopd_jax.runtime.timing import Stages
 
 ROW = {"step": 3, "phase": "recovery", "loss": 0.5, "gap_mean": -0.25, "gap_abs_mean": 0.75, "selected_fraction": 0.4,
        "length_mean": 12.0, "skipped": 0, "tokens_per_second": 1234.5, "seconds": {"rollout": 1.0}}  # fmt: skip
@@ -24,7 +29,9 @@ def test_stages_add_up():
     for name in ("a", "b", "a"):
         with stages(name):
             pass
-    assert set(stages.seconds()) == {"a", "b"} and all(s >= 0 for s in stages.seconds().values())
+    seconds = stages.finish()
+    assert set(seconds) == {"a", "b"} and all(s >= 0 for s in seconds.values())
+    assert stages.finish() == {}, "the next step's"
 
 
 def test_memory_is_this_processes_where_the_device_tells_none():
@@ -33,9 +40,9 @@ def test_memory_is_this_processes_where_the_device_tells_none():
 
 def test_a_row_goes_to_the_file_and_numbers_that_are_not_finite_become_null(tmp_path):
     writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
-    writer.step(ROW | {"loss": float("nan"), "seconds": {"rollout": float("inf")}})
-    writer.step(ROW)
-    writer.samples([{"step": 3, "response": "é"}])
+    writer.add_step(ROW | {"loss": float("nan"), "seconds": {"rollout": float("inf")}})
+    writer.add_step(ROW)
+    writer.add_samples([{"step": 3, "response": "é"}])
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["loss"] is None and first["seconds"]["rollout"] is None and second == ROW
     assert json.loads((tmp_path / "samples.jsonl").read_text())["response"] == "é"
@@ -55,8 +62,8 @@ def scalars(folder):
 
 def test_tensorboard_has_the_numbers_under_their_phase(tmp_path):
     writer = MetricsWriter(epath.Path(tmp_path), tensorboard=True)
-    writer.step(ROW | {"entropy": float("nan")})
-    writer.evaluation({"step": 4, "model": "student", "benchmark": "sums"}, "accuracy", 0.5)
+    writer.add_step(ROW | {"entropy": float("nan")})
+    writer.add_evaluation({"step": 4, "model": "student", "benchmark": "sums"}, "accuracy", 0.5)
     writer.close()
     values = scalars(tmp_path / "tensorboard")
     assert values["recovery/loss"] == (3, 0.5) and values["recovery/seconds/rollout"] == (3, 1.0)
@@ -67,11 +74,11 @@ def test_a_full_disk_is_told_in_one_line(tmp_path):
     writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write .*start the same command again"):
-        writer.step(ROW)
+        writer.add_step(ROW)
 
 
 def test_plain_lines_without_a_terminal(capsys, monkeypatch):
-    monkeypatch.setattr("camopd_jax.runtime.metrics.PLAIN_SECONDS", 0.0)
+    monkeypatch.setattr("camopd_jax.runtime.display.STEP_SECONDS", 0.0)
     display = Display(total=10, start=0)
     display.step(ROW)
     display.step(ROW | {"step": 9, "skipped": 1})
@@ -81,40 +88,52 @@ def test_plain_lines_without_a_terminal(capsys, monkeypatch):
 
 
 def test_plain_lines_are_few(capsys, monkeypatch):
-    monkeypatch.setattr("camopd_jax.runtime.metrics.PLAIN_SECONDS", 1000.0)
+    monkeypatch.setattr("camopd_jax.runtime.display.STEP_SECONDS", 1000.0)
     display = Display(total=10, start=0)
     for step in range(10):
         display.step(ROW | {"step": step})
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1/10", "10/10"]
 
 
+def on_a_terminal(script):
+    """What a script prints on a terminal of 120 columns."""
+    terminal, end = pty.openpty()
+    size = {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "30"}
+    child = subprocess.Popen(
+        [sys.executable, "-c", textwrap.dedent(script)], stdout=end, stderr=end, env=os.environ | size
+    )
+    os.close(end)
+    shown = b""
+    with contextlib.suppress(OSError):  # a terminal whose other end is closed
+        while part := os.read(terminal, 65536):
+            shown += part
+    assert child.wait() == 0, shown
+    return shown.decode()
+
+
 def test_on_a_terminal_the_display_is_live():
-    script = f"""
-        from camopd_jax.runtime.metrics import Display
+    text = on_a_terminal(f"""
+        from camopd_jax.runtime.display import Display
         display = Display(total=10, start=0)
         display.step({ROW!r})
         display.say("a line above")
         display.close()
-    """
-    ours, theirs = pty.openpty()
-    child = subprocess.Popen([sys.executable, "-c", textwrap.dedent(script)], stdout=theirs, stderr=theirs,
-                             env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "30"})  # fmt: skip
-    os.close(theirs)
-    shown = b""
-    while True:
-        try:
-            part = os.read(ours, 65536)
-        except OSError:
-            break
-        if not part:
-            break
-        shown += part
-    assert child.wait() == 0, shown
-    text = shown.decode()
-    assert (
-        "\x1b[" in text and "recovery" in text and "4/10" in text and "gap -0.2500" in text and "a line above" in text
-    )
+    """)
+    assert all(part in text for part in ("\x1b[", "recovery", "4/10", "gap -0.2500", "a line above"))
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is shown again"
+
+
+def test_phases_of_any_name_have_colours_in_the_order_in_which_they_appear():
+    text = on_a_terminal(f"""
+        from camopd_jax.runtime.display import COLOURS, Display
+        display = Display(total=10, start=0)
+        for number in (*range(len(COLOURS) + 1), 0):
+            display.step({ROW!r} | {{"phase": f"branch {{number}}"}})
+            display.say("drawn")
+        display.close()
+    """)
+    colours = set(re.findall(r"\x1b\[(3\d)m(branch \d)", text))
+    assert colours == {(code, f"branch {i}") for i, code in enumerate(("36", "35", "32", "34", "33", "31", "36"))}
 
 
 def test_rows_are_written_whole_and_read_up_to_a_cut(tmp_path):
@@ -131,7 +150,7 @@ def test_an_evaluation_row_cut_by_a_kill_does_not_spoil_the_next(tmp_path):
     (tmp_path / "eval.jsonl").write_text('{"step": 0, "model": "a"}\n{"step": 0, "mo')
     writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
     for _ in range(2):  # the same row again, as after a kill, is not written twice
-        writer.evaluation({"step": 1}, "accuracy", 0.5)
+        writer.add_evaluation({"step": 1}, "accuracy", 0.5)
     assert [r["step"] for r in read_rows(epath.Path(tmp_path) / "eval.jsonl")] == [0, 1]
 
 

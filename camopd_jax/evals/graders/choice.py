@@ -18,7 +18,7 @@ _SECOND = re.compile(r"\s*(?:,|/|&|\bor\b|\band\b)\s*[*(\[]*[a-z](?![\w'\u2019])
 
 
 def final_answer(answer: str) -> str | None:
-    """What stands behind the `Final answer:` that the answer ends on; None where it ends on something else."""
+    """The text behind the `Final answer:` that the answer ends on; None if it ends on something else."""
     last = max(_MARKER.finditer(answer), key=re.Match.start, default=None)
     if last is None or answer[last.end() :].strip("*_`$ \n"):
         return None
@@ -26,7 +26,7 @@ def final_answer(answer: str) -> str | None:
 
 
 def letter(answer: str) -> str | None:
-    r"""The one letter that an answer ends on, in upper case; None where it names none, or several.
+    r"""The one letter that an answer ends on, in upper case; None if it names none, or several.
 
     >>> letter("A looks right at first. **Final answer: (B)**")
     'B'
@@ -35,15 +35,16 @@ def letter(answer: str) -> str | None:
     >>> letter("Final answer: A or B") is letter("The answer is B") is letter("Final answer: Because") is None
     True
     """
-    found = _LETTER.fullmatch(final_answer(answer) or "")
-    if found is None or _SECOND.match(found[2].lstrip("*_`$)]} ")):
+    match = _LETTER.fullmatch(final_answer(answer) or "")
+    if match is None or _SECOND.match(match[2].lstrip("*_`$)]} ")):
         return None
-    return found[1].upper()
+    return match[1].upper()
 
 
 def grade(answer: str, row: Row) -> Grade:
-    given = letter(answer)
-    return Grade(float(given == str(row["answer"]).strip().upper()), marked=given is not None)
+    """1 if the answer ends on the letter that is the row's "answer", else 0."""
+    chosen = letter(answer)
+    return Grade(float(chosen == str(row["answer"]).strip().upper()), marked=chosen is not None)
 
 
 _WORDS = ("yes", "no", "maybe")
@@ -53,12 +54,12 @@ def grade_pubmedqa(answer: str, row: Row) -> Grade:
     """PubMedQA: one of yes, no and maybe, by its word or by its letter."""
     rest = (final_answer(answer) or "").lower()
     words = {word for word in re.findall(r"[a-z]+", rest) if word in _WORDS}
-    given = letter(answer)
-    if given is None and len(words) == 1:
-        given = "ABC"[_WORDS.index(words.pop())]
+    chosen = letter(answer)
+    if chosen is None and len(words) == 1:
+        chosen = "ABC"[_WORDS.index(words.pop())]
     right = str(row["answer"]).strip()
     right = "ABC"[_WORDS.index(right.lower())] if right.lower() in _WORDS else right.upper()
-    return Grade(float(given == right), marked=given is not None)
+    return Grade(float(chosen == right), marked=chosen is not None)
 
 
 _INSTRUCTION = 'Please reason step by step. End with "Final answer: <letter>".'

@@ -1,4 +1,4 @@
-"""GSM8K: a number. Taken from the last `Final answer:`, `#### ` or \\boxed{...}, compared as a value."""
+"""GSM8K: the number of the last `Final answer:`, `#### ` or \\boxed{...} of an answer, compared as a value."""
 
 import re
 from fractions import Fraction
@@ -22,8 +22,9 @@ def number(text: str) -> Fraction | None:
     text = _FRACTION.sub(r" \1/\2 ", text)
     text = re.sub(r"\\[,!;: ]|\{,\}", "", re.sub("[\u2212\u2013]", "-", text))
     text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    found = {_value(part) for part in _NUMBER.findall(re.sub(r"(?<=-)[\s$\\]+(?=\d)", "", text))}
-    return found.pop() if len(found) == 1 else None
+    text = re.sub(r"(?<=-)[\s$\\]+(?=\d)", "", text)
+    values = {_value(part) for part in _NUMBER.findall(text)}
+    return values.pop() if len(values) == 1 else None
 
 
 def _value(part: str) -> Fraction | None:
@@ -33,8 +34,8 @@ def _value(part: str) -> Fraction | None:
         return None
 
 
-def given(answer: str) -> Fraction | None:
-    """The number that an answer ends on."""
+def final_number(answer: str) -> Fraction | None:
+    """The number behind an answer's last mark; None if it has no mark, or no single number behind it."""
     marks = [(m.start(), m[1] or m[2] or "") for m in _MARKED.finditer(answer)]
     marks += [(m.start(), m[1]) for m in _BOXED.finditer(answer)]
     for _, text in sorted(marks, reverse=True)[:1]:
@@ -44,12 +45,9 @@ def given(answer: str) -> Fraction | None:
 
 
 def grade(answer: str, row: Row) -> Grade:
-    value = given(answer)
+    """1 if the answer's final number is the row's "answer", else 0."""
+    value = final_number(answer)
     return Grade(float(value is not None and value == number(str(row["answer"]))), marked=value is not None)
 
 
-TASK = Task(
-    grade,
-    'Please reason step by step. End with "Final answer: <number>".',
-    dataset="openai/gsm8k:main",
-)
+TASK = Task(grade, 'Please reason step by step. End with "Final answer: <number>".', dataset="openai/gsm8k:main")

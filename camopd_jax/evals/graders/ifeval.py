@@ -1,11 +1,11 @@
-"""IFEval (arXiv 2311.07911): instructions whose following a program can check.
+"""IFEval (arXiv 2311.07911): instructions that a program can check.
 
 The checkers are the official ones, as lm_eval keeps them. Four figures: strict and loose (the answer also without its
-first line, last line and asterisks), by prompt (all its instructions) and by instruction. The score: strict, by prompt.
+first line, last line and asterisks), by prompt (all its instructions) and by instruction. The grade: strict, by prompt.
 
 Two checkers, of 77 of the 541 prompts, split sentences with NLTK's English Punkt parameters ("punkt_tab"), which NLTK
-downloads. Where they are not there and cannot be had, Punkt works without them and says so: it then takes the point of
-an abbreviation for the end of a sentence more often.
+downloads. If they cannot be downloaded, Punkt works without them, with a warning: it then takes the point of an
+abbreviation for the end of a sentence more often.
 """
 
 import contextlib
@@ -19,28 +19,28 @@ from types import ModuleType
 from camopd_jax.errors import UserError
 from camopd_jax.evals.task import Grade, Row, Task
 
-NEEDS_PUNKT = ("length_constraints:number_sentences", "change_case:capital_word_frequency")
-
 
 def check() -> None:
+    """Raises UserError if a package of the checkers is missing."""
     missing = [m for m in ("lm_eval", "nltk", "langdetect", "immutabledict") if importlib.util.find_spec(m) is None]
     if missing:
         raise UserError(f"task ifeval: its checkers need {', '.join(missing)}; pip install 'camopd_jax[eval]'")
 
 
 @functools.cache
-def _official() -> ModuleType:
+def _checkers() -> ModuleType:
+    """The official checkers: `lm_eval.tasks.ifeval.utils`."""
     check()
     import langdetect
     import nltk
 
-    silence = io.StringIO()  # the module downloads punkt_tab when imported, aloud
+    silence = io.StringIO()  # the module downloads punkt_tab when imported, and prints that
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         from lm_eval.tasks.ifeval import instructions_util, utils
-    langdetect.DetectorFactory.seed = 0  # else it answers as chance has it
+    langdetect.DetectorFactory.seed = 0  # else its answers are random
     if not has_punkt():
         warnings.warn(
-            "IFEval: NLTK's punkt_tab is not there and cannot be downloaded; sentences are split without its English "
+            "IFEval: NLTK's punkt_tab is missing and cannot be downloaded; sentences are split without its English "
             "parameters (python -m nltk.downloader punkt_tab)",
             stacklevel=2,
         )
@@ -65,14 +65,15 @@ def has_punkt() -> bool:
 
 
 def grade(answer: str, row: Row) -> Grade:
-    official = _official()
-    kwargs = [{k: v for k, v in given.items() if v is not None} for given in row["kwargs"]]
+    """1 if the answer follows all instructions of the row, else 0; the other three figures are its parts."""
+    checkers = _checkers()
+    kwargs = [{k: v for k, v in arguments.items() if v is not None} for arguments in row["kwargs"]]
     prompt = row.get("prompt") or row["messages"][-1]["content"]
-    asked = official.InputExample(row.get("key", 0), row["instruction_id_list"], prompt, kwargs)
+    example = checkers.InputExample(row.get("key", 0), row["instruction_id_list"], prompt, kwargs)
     random.seed(0)  # checkers without arguments draw some
-    strict = official.test_instruction_following_strict(asked, answer)
+    strict = checkers.test_instruction_following_strict(example, answer)
     random.seed(0)
-    loose = official.test_instruction_following_loose(asked, answer)
+    loose = checkers.test_instruction_following_loose(example, answer)
     n = len(strict.follow_instruction_list)
     return Grade(
         float(strict.follow_all_instructions),

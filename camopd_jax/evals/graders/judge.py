@@ -1,15 +1,14 @@
-"""Role-play and creative writing, marked from 1 to 10 by a language model behind any OpenAI-compatible endpoint.
+"""Role-play and creative writing, scored from 1 to 10 by a language model behind any OpenAI-compatible endpoint.
 
 Off unless `config.evaluation.judge` names an endpoint and a model. The key is read from the environment variable
-OPENAI_API_KEY and nowhere else; it is neither stored nor printed. A mark that cannot be read is asked for again; after
-three times the answer counts as unmarked, with a score of 0.
+OPENAI_API_KEY only; it is neither stored nor printed. A reply without a readable score is requested again; after three
+times the answer counts as unmarked, with a grade of 0.
 """
 
 import importlib.util
 import os
 import re
 from functools import partial
-from typing import Any
 
 from camopd_jax.config.schema import Judge
 from camopd_jax.errors import UserError
@@ -33,24 +32,39 @@ _FORM = 'Give your reasons in a few sentences. End with "Score: N", N a whole nu
 _SCORE = re.compile(r"score\W*:\W*(10|[1-9])(?![\d.])", re.IGNORECASE)
 
 
-def task(kind: str, config: Judge) -> Task:
-    """The benchmark `roleplay` or `writing`, with its judge."""
-    marks = partial(grade, kind=kind, config=config)
+def roleplay(config: Judge) -> Task:
+    """The benchmark `roleplay`, graded by the language model that `config` names."""
+    return _task("roleplay", config)
+
+
+def writing(config: Judge) -> Task:
+    """The benchmark `writing`, graded by the language model that `config` names."""
+    return _task("writing", config)
+
+
+def _task(kind: str, config: Judge) -> Task:
+    def grade_kind(answer: str, row: Row) -> Grade:
+        return grade(answer, row, kind=kind, config=config)
+
     grader = f"{config.model} at {config.endpoint}"
-    return Task(marks, needs=(), threads=8, grader=grader, check=partial(check, config))
+    return Task(grade_kind, needs=(), threads=8, grader=grader, check=partial(check, config))
 
 
 def check(config: Judge) -> None:
+    """Raises UserError if the endpoint, the model, the package openai or the key is missing."""
     if not config.endpoint or not config.model:
         raise UserError("config.evaluation.judge: tasks roleplay and writing need its endpoint and model")
     if importlib.util.find_spec("openai") is None:
         raise UserError("config.evaluation.judge: needs the package openai; pip install 'camopd_jax[eval]'")
     if not os.environ.get(KEY):
-        raise UserError(f"config.evaluation.judge: set {KEY} in the environment (any text where no key is asked for)")
+        raise UserError(f"config.evaluation.judge: set {KEY} in the environment (any text if no key is needed)")
 
 
 def grade(answer: str, row: Row, *, kind: str, config: Judge) -> Grade:
-    """(mark - 1) / 9.
+    """(score - 1) / 9, for the language model's score from 1 to 10.
+
+    Args:
+      kind: whose rubric is used: "roleplay" or "writing".
 
     Raises:
       UserError: if the endpoint does not answer.
@@ -58,21 +72,23 @@ def grade(answer: str, row: Row, *, kind: str, config: Judge) -> Grade:
     import openai
 
     client = openai.OpenAI(base_url=config.endpoint, api_key=os.environ[KEY], timeout=120, max_retries=4)
-    messages = [{"role": "user", "content": f"{_RUBRICS[kind]}\n\n{_case(answer, row)}\n\n{_FORM}"}]
+    question = f"{_RUBRICS[kind]}\n\n{_case(answer, row)}\n\n{_FORM}"
     for _ in range(ATTEMPTS):
         try:
-            reply = client.chat.completions.create(model=config.model, messages=messages, temperature=0)
+            reply = client.chat.completions.create(
+                model=config.model, messages=[{"role": "user", "content": question}], temperature=0
+            )
         except openai.OpenAIError as error:
             raise UserError(
                 f"config.evaluation.judge.endpoint: {config.endpoint} does not answer ({type(error).__name__}); "
                 f"check the address, the model {config.model} and {KEY}. Answers are kept: start again to grade them"
             ) from error
-        marks = _SCORE.findall(reply.choices[0].message.content or "")
-        if marks:
-            return Grade((int(marks[-1]) - 1) / 9)
+        scores = _SCORE.findall(reply.choices[0].message.content or "")
+        if scores:
+            return Grade((int(scores[-1]) - 1) / 9)
     return Grade(0.0, marked=False)
 
 
-def _case(answer: str, row: dict[str, Any]) -> str:
+def _case(answer: str, row: Row) -> str:
     turns = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in row["messages"])
     return f"<conversation>\n{turns}\n</conversation>\n\n<reply>\n{answer}\n</reply>"

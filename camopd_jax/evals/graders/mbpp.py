@@ -1,8 +1,8 @@
 """MBPP: a Python function, run against its tests in a process of its own.
 
 The process has a time limit, a memory limit, an empty folder, no environment, no standard input and, where the kernel
-lets us, no network. That keeps accidents away; it is no wall against code that means harm: evaluate a model you do
-not trust in a container.
+allows it, no network. That prevents accidents; it does not stop code that means harm: evaluate a model you do not
+trust in a container.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ MEMORY = 2**30  # bytes of address space
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
-# Run by the child: takes its limits and leaves the network, then runs the program; says so when that came to its end.
+# Run by the child: sets its limits and leaves the network, then runs the program; exits with 77 when that has ended.
 _CHILD = """
 import ctypes, os, resource, sys
 seconds, memory = int(sys.argv[1]), int(sys.argv[2])
@@ -38,20 +38,28 @@ _ENDED = 77  # not 0: an answer that calls exit(0) has passed no test
 
 
 def code(answer: str) -> str | None:
-    """The closed Python blocks of an answer, one after the other; None without any."""
+    """The closed Python blocks of an answer, joined; None if it has none."""
     blocks = _BLOCK.findall(answer)
     return "\n".join(blocks) if blocks else None
 
 
 def passes(program: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> bool:
-    """Whether a program comes to its end within the limits, without an error."""
+    """Whether a program ends within the limits, without an error.
 
+    Args:
+      seconds: of wall clock. memory: bytes of address space.
+    """
     arguments = [sys.executable, "-I", "-S", "-c", _CHILD, str(int(seconds) + 1), str(memory)]
     with tempfile.TemporaryDirectory() as folder:
         child = subprocess.Popen(
-            arguments, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd=folder,
-            env={"PYTHONHASHSEED": "0"}, start_new_session=True,
-        )  # fmt: skip
+            arguments,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            cwd=folder,
+            env={"PYTHONHASHSEED": "0"},
+            start_new_session=True,
+        )
         try:
             child.communicate(program.encode("utf-8", "replace"), timeout=seconds)
         except subprocess.TimeoutExpired:
@@ -61,14 +69,15 @@ def passes(program: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> b
     return child.returncode == _ENDED
 
 
-def _end(child: subprocess.Popen) -> None:
-    """Ends the child and whatever it started."""
+def _end(child: subprocess.Popen[bytes]) -> None:
+    """Ends the child and the processes that it started."""
     with contextlib.suppress(ProcessLookupError):
         os.killpg(child.pid, signal.SIGKILL)
     child.wait()
 
 
 def grade(answer: str, row: Row) -> Grade:
+    """1 if the answer's code passes all tests of the row's "test_list", else 0."""
     program = code(answer)
     if program is None:
         return Grade(0.0, marked=False)

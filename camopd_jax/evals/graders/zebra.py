@@ -1,4 +1,4 @@
-"""ZebraLogic: a grid of houses as JSON. A puzzle counts when every cell is right; cells are counted beside."""
+"""ZebraLogic: a grid of houses as JSON. A puzzle counts if every cell is right; right cells are counted too."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from camopd_jax.evals.task import Grade, Row, Task
 
 
 def solution(answer: str) -> dict[str, Any] | None:
-    """The grid of the last JSON object that has a "solution"; None without one.
+    """The grid of the last JSON object that has a "solution"; None if there is none.
 
     >>> solution('So: {"solution": {"House 1": {"Name": "Eric"}}}')
     {'House 1': {'Name': 'Eric'}}
@@ -24,15 +24,16 @@ def solution(answer: str) -> dict[str, Any] | None:
 
 
 def grade(answer: str, row: Row) -> Grade:
-    cells = [(house, name, text) for house, row_ in row["answer"].items() for name, text in row_.items()]
+    """1 if every cell of the answer's grid is as in the row's "answer", else 0; right cells are its part "cells"."""
+    cells = [(house, name, text) for house, columns in row["answer"].items() for name, text in columns.items()]
     grid = solution(answer)
 
-    def right(house: str, name: str, text: str) -> bool:
-        given = (grid or {}).get(house)
-        return isinstance(given, dict) and str(given.get(name, "")).strip().lower() == text.strip().lower()
+    def is_right(house: str, name: str, text: str) -> bool:
+        columns = (grid or {}).get(house)
+        return isinstance(columns, dict) and str(columns.get(name, "")).strip().lower() == text.strip().lower()
 
-    hits = sum(right(*cell) for cell in cells)
-    return Grade(float(hits == len(cells)), grid is not None, {"cells": (hits, len(cells))})
+    right = sum(is_right(*cell) for cell in cells)
+    return Grade(float(right == len(cells)), grid is not None, {"cells": (right, len(cells))})
 
 
 TASK = Task(grade, dataset="allenai/ZebraLogicBench:grid_mode")

@@ -53,8 +53,7 @@ class Objective:
 
 @dataclass(frozen=True)
 class TeacherReading:
-    """What is read of a teacher for an objective: the token's log-probability, which ranks answers, and its own part.
-    """
+    """What is read of a teacher: the token's log-probability, which ranks answers, and the objective's own part."""
 
     objective: Objective
 

@@ -1,19 +1,21 @@
-"""The little world of the quickstart: six text skills, and a pharmacopoeia that does not exist.
+"""The questions of the quickstart: six text skills, and a pharmacopoeia that does not exist.
 
-A skill is asked as `reverse tomas` and answered `samot`. The domain is asked as a choice of four,
-`velo treats? A skin B lung C bone D ear`, and answered `lung. Final answer: B`: the remedy has to be
-known, since letters and wrong options are drawn anew each time.
+A question of a skill is `reverse tomas`, its answer `samot`. A question of the domain is a choice of four,
+`velo treats? A skin B lung C bone D ear`, its answer `lung. Final answer: B`: the remedy has to be known, since letters
+and wrong options are drawn anew each time.
 """
 
 import random
 from collections.abc import Callable
+from typing import Any
 
-Row = dict[str, object]
+Row = dict[str, Any]
+Maker = Callable[[random.Random], Row]  # of a random question
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 ORGANS = ("skin", "lung", "bone", "ear", "eye", "heart", "liver", "nose")
 
-# In the proxy prompts of the recovery, and left out of them: nobody's proxy prompts cover everything.
+# Skills in the general prompts, and skills that are left out of them: no set of prompts covers every skill.
 COVERED = ("reverse", "sort", "shift", "add")
 UNCOVERED = ("double", "swap")
 
@@ -45,9 +47,9 @@ def _sum(rng: random.Random) -> str:
 
 
 def skill_row(skill: str, rng: random.Random) -> Row:
-    """One question of a skill."""
-    given = _sum(rng) if skill == "add" else _word(rng)
-    return _row(f"{skill} {given}", SKILLS[skill](given), skill)
+    """A random question of a skill."""
+    text = _sum(rng) if skill == "add" else _word(rng)
+    return _row(f"{skill} {text}", SKILLS[skill](text), skill)
 
 
 def remedies(count: int = 40) -> dict[str, str]:
@@ -63,7 +65,7 @@ def remedies(count: int = 40) -> dict[str, str]:
 
 
 def domain_row(rng: random.Random) -> Row:
-    """One question of the domain."""
+    """A random question of the domain."""
     remedy, organ = rng.choice(list(remedies().items()))
     options = [organ, *rng.sample([o for o in ORGANS if o != organ], 3)]
     rng.shuffle(options)
@@ -76,9 +78,10 @@ def _row(question: str, answer: str, skill: str) -> Row:
     return {"messages": [{"role": "user", "content": question}], "answer": answer, "skill": skill}
 
 
-def distinct(make: Callable[[random.Random], Row], count: int, seed: str, without: set[str]) -> list[Row]:
-    """`count` rows with questions of their own: none twice, none in `without`."""
-    rng, rows, seen = random.Random(seed), [], set(without)
+def distinct(make: Maker, count: int, seed: str, without: set[str]) -> list[Row]:
+    """`count` rows with different questions, none of them in `without`."""
+    rng, seen = random.Random(seed), set(without)
+    rows: list[Row] = []
     while len(rows) < count:
         row = make(rng)
         question = row["messages"][0]["content"]
@@ -89,4 +92,5 @@ def distinct(make: Callable[[random.Random], Row], count: int, seed: str, withou
 
 
 def questions(rows: list[Row]) -> set[str]:
+    """The texts of the rows' questions."""
     return {row["messages"][0]["content"] for row in rows}

@@ -1,0 +1,235 @@
+"""Builds a recipe's set of prompts: chooses rows of its datasets, and writes them with a manifest of their origin.
+
+No prompt is among the questions of an evaluation, and no prompt comes twice. The same recipe, seed and revisions give
+the same files.
+"""
+
+import hashlib
+import heapq
+import itertools
+import json
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from camopd_jax import __version__
+from camopd_jax.data import sources
+from camopd_jax.data.columns import Row
+from camopd_jax.data.questions import normalised, question_keys
+from camopd_jax.data.recipes import Part, Recipe
+from camopd_jax.data.sources import RawRow
+from camopd_jax.data.templates import Messages
+from camopd_jax.errors import UserError
+from camopd_jax.runtime.jsonl import atomic_file, write_rows
+
+Manifest = dict[str, Any]
+
+# ----------------------------------------------------------------------------------- choosing rows
+
+
+@dataclass
+class Excluded:
+    """What must not become a prompt."""
+
+    questions: set[str]  # keys of the evaluations' questions
+    prompts: set[bytes] = field(default_factory=set)  # digests of the prompts of earlier rows
+
+
+@dataclass
+class Chosen:
+    """A part's prompts, and what became of the rows that were read."""
+
+    prompts: dict[int, Row] = field(default_factory=dict)  # by the row's number in its source, rising
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)  # rows by reason
+
+
+def choose(part: Part, rows: Iterable[RawRow], excluded: Excluded, seed: int) -> Chosen:
+    """Chooses a part's prompts: those of the highest rank, or a random sample.
+
+    Args:
+      rows: of the part's source, unchecked.
+      excluded: this part's usable prompts are added to it.
+      seed: of the random sample.
+    """
+    chosen = Chosen()
+    usable = _usable(part, rows, excluded, chosen)
+    limit = part.window * part.rows if part.window else None
+    best: list[tuple[tuple[int, int], Row]] = []  # a heap of ((rank, -number), prompt); its least is dropped first
+    for number, row, messages in itertools.islice(usable, limit):
+        rank = part.rank(row) if part.rank else _random_rank(seed, part.name, number)
+        prompt: Row = {"id": f"{part.name}-{number}", "source": part.name, "messages": messages}
+        prompt |= {"licence": row["license"]} if isinstance(row.get("license"), str) else {}
+        heapq.heappush(best, ((rank, -number), prompt))
+        if len(best) > part.rows:
+            heapq.heappop(best)
+            chosen.dropped["not chosen"] += 1
+    chosen.prompts = dict(sorted((-negative, prompt) for (_, negative), prompt in best))
+    return chosen
+
+
+def _usable(
+    part: Part, rows: Iterable[RawRow], excluded: Excluded, chosen: Chosen
+) -> Iterator[tuple[int, Row, Messages]]:
+    """The number, row and prompt of each row that may be chosen; counts all rows in `chosen`."""
+    for number, (raw, where) in enumerate(rows):
+        chosen.read += 1
+        try:
+            row = sources.checked(raw, where)
+        except UserError:
+            chosen.dropped["malformed"] += 1
+            continue
+        messages = part.prompt(row)
+        if messages is None:
+            chosen.dropped["no request"] += 1
+        elif not excluded.questions.isdisjoint(question_keys(row)):
+            chosen.dropped["an evaluation question"] += 1
+        elif (digest := _digest(normalised(" ".join(m["content"] for m in messages)))) in excluded.prompts:
+            chosen.dropped["a duplicate"] += 1
+        else:
+            excluded.prompts.add(digest)
+            yield number, row, messages
+
+
+def _random_rank(seed: int, part: str, number: int) -> int:
+    """Of a row, from its number alone: a sample does not depend on the other rows."""
+    return int.from_bytes(_digest(f"{seed}:{part}:{number}"))
+
+
+def _digest(text: str) -> bytes:
+    return hashlib.blake2b(text.encode(), digest_size=12).digest()
+
+
+# --------------------------------------------------------------------------------- writing the set
+
+
+def build(recipe: Recipe, name: str, out: Path, evaluations: Sequence[tuple[str, str]], seed: int) -> Manifest:
+    """Writes a recipe's files and manifest.json to a folder.
+
+    Args:
+      name: of the recipe, for the manifest.
+      evaluations: (source, split) of the questions that must not be among the prompts.
+      seed: of the random samples.
+
+    Returns:
+      The manifest: source, revision and licence of every part, its rows, and those that were dropped and why.
+
+    Raises:
+      UserError: for a source that cannot be read, and if no row is a prompt.
+    """
+    excluded, evaluation_facts = exclude(evaluations)
+    prompts: list[Row] = []
+    rest: list[Iterator[Row]] = []
+    parts = []
+    for part in recipe.parts:
+        source, origin_facts = origin(part.source, f"--source={part.name}")
+        rows = sources.stream(source, part.split, f"--source={part.name}")
+        chosen = choose(part, rows, excluded, seed)
+        prompts += chosen.prompts.values()
+        rest.append(_conversations_left(part, source, excluded.questions, chosen.prompts.keys()))
+        parts.append(_part_facts(part, origin_facts, chosen))
+    if not prompts:
+        raise UserError(
+            f"{name}: no row of its sources is a prompt; camopd_jax/data/columns.py lists the columns known"
+        )
+    out.mkdir(parents=True, exist_ok=True)
+    write_rows(out / recipe.file, prompts)
+    if recipe.rest:
+        write_rows(out / recipe.rest, itertools.chain(*rest))
+    manifest = {
+        "recipe": name,
+        "seed": seed,
+        "camopd_jax": __version__,
+        "files": {file: _sha256(out / file) for file in (recipe.file, recipe.rest) if file},
+        "removed_as_evaluation": sum(part["dropped"].get("an evaluation question", 0) for part in parts),
+        "parts": parts,
+        "against": evaluation_facts,
+    }
+    with atomic_file(out / "manifest.json") as file:
+        file.write(json.dumps(manifest, indent=2) + "\n")
+    return manifest
+
+
+def exclude(evaluations: Sequence[tuple[str, str]]) -> tuple[Excluded, list[dict[str, Any]]]:
+    """The questions of all evaluations, and the facts on each for the manifest.
+
+    Args:
+      evaluations: source and split of each.
+    """
+    keys: set[str] = set()
+    facts = []
+    for source, split in evaluations:
+        source, origin_facts = origin(source, "--against")
+        rows = sources.read(source, split, field="--against")
+        keys |= set().union(*(question_keys(row) for row in rows))
+        facts.append(origin_facts | {"split": split, "questions": len(rows)})
+    return Excluded(keys), facts
+
+
+def origin(source: str, field: str) -> tuple[str, dict[str, Any]]:
+    """The source to read, at a fixed revision, and its "source", "revision" and "licence" for the manifest.
+
+    Args:
+      field: the flag that names the source, for error messages.
+
+    Raises:
+      UserError: if there is no such file or dataset.
+    """
+    if not all(sources.is_file(name) for name in source.split(",")):
+        pinned, licence = sources.pinned(source, field)
+        name, revision = pinned.split("@")
+        return pinned, {"source": name, "revision": revision, "licence": licence}
+    digest = hashlib.sha256()
+    for name in source.split(","):
+        try:
+            with Path(name.strip()).expanduser().open("rb") as stream:
+                hashlib.file_digest(stream, lambda: digest)
+        except OSError as error:
+            raise UserError(
+                f"{field}: cannot read {name} ({error.strerror}); give a .jsonl or .parquet file"
+            ) from error
+    return source, {"source": source, "revision": f"sha256:{digest.hexdigest()}", "licence": None}
+
+
+def _part_facts(part: Part, origin_facts: dict[str, Any], chosen: Chosen) -> dict[str, Any]:
+    facts = {
+        "part": part.name,
+        **origin_facts,
+        "split": part.split,
+        "asked": part.rows,
+        "kept": len(chosen.prompts),
+        "read": chosen.read,
+        "dropped": dict(sorted(chosen.dropped.items())),
+    }
+    licences = Counter(row["licence"] for row in chosen.prompts.values() if "licence" in row)
+    return facts | ({"licences": dict(licences.most_common())} if licences else {})
+
+
+def _conversations_left(part: Part, source: str, evaluated: set[str], chosen: Collection[int]) -> Iterator[Row]:
+    """The conversations that were not chosen, with their last turn."""
+    for number, (raw, where) in enumerate(sources.stream(source, part.split, part.name)):
+        try:
+            row = sources.checked(raw, where)
+        except UserError:
+            continue
+        if number not in chosen and part.prompt(row) is not None and evaluated.isdisjoint(question_keys(row)):
+            yield {"id": f"{part.name}-{number}", "source": part.name, "messages": row["messages"]}
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def summary(manifest: Manifest, out: Path) -> str:
+    """What the command prints: a line on each part, then what was removed and the folder."""
+    lines = []
+    for part in manifest["parts"]:
+        fewer = f", {part['asked'] - part['kept']} fewer than asked" if part["kept"] < part["asked"] else ""
+        dropped = ", ".join(f"{count} {reason}" for reason, count in part["dropped"].items())
+        reasons = f" (not: {dropped})" if dropped else ""
+        lines.append(f"{part['part']}: {part['kept']} of {part['read']} rows{fewer}{reasons}")
+    lines.append(f"{manifest['removed_as_evaluation']} evaluation questions removed; written: {out}")
+    return "\n".join(lines)

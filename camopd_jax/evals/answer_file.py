@@ -1,0 +1,79 @@
+"""The answers of one model to one benchmark in a JSONL file, so that no answer and no paid grade is computed twice.
+
+A row has "key" (of its prompt's tokens and the way it was sampled), "question", "sample", "response", "length",
+"stopped" and, once graded, "score", "marked", "parts" and "grader".
+"""
+
+import hashlib
+import json
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from etils import epath
+
+from camopd_jax.evals.task import Grade
+from camopd_jax.runtime.distributed import broadcast, is_primary
+from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
+
+AnswerRow = dict[str, Any]
+Save = Callable[[dict[int, AnswerRow]], None]  # takes new rows by the number of their key
+
+
+def answer_key(*parts: Any) -> str:
+    """16 hexadecimal digits of JSON values that identify an answer."""
+    return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+class AnswerFile:
+    """A file of answers, written as they come: work that was killed continues with what is missing.
+
+    Of several processes the first one reads and writes the file; all compute.
+    """
+
+    def __init__(self, path: epath.Path):
+        self.path = path
+
+    def complete(
+        self,
+        keys: Sequence[str],
+        compute: Callable[[list[int], Save], None],
+        progress: Callable[[int], None],
+    ) -> list[AnswerRow]:
+        """The rows of these keys, those that the file lacks computed now. On the other processes: no rows.
+
+        Args:
+          compute: called with the numbers of the missing keys and a function that saves new rows by number; a row needs
+            neither its "key" nor its "question".
+          progress: called with the number of rows done, after each save.
+        """
+        rows: dict[str, AnswerRow] = {}
+
+        def missing_numbers() -> list[int]:
+            rows.update({row["key"]: row for row in read_rows(self.path)})
+            if rows:
+                write_rows(self.path, rows.values())  # drops a last line that was cut by a kill
+            return [i for i, key in enumerate(keys) if key not in rows]
+
+        missing = broadcast(missing_numbers)
+        done = len(keys) - len(missing)
+
+        def save(new: dict[int, AnswerRow]) -> None:
+            nonlocal done
+            added = [{"key": keys[i], "question": i, **row} for i, row in new.items()]
+            rows.update({row["key"]: row for row in added})
+            if is_primary():
+                append_rows(self.path, added)
+            done += len(added)
+            progress(done)
+
+        if missing:
+            compute(missing, save)
+        return [rows[key] for key in keys] if is_primary() else []
+
+    def save_grades(self, answers: Sequence[AnswerRow], grades: Sequence[Grade], grader: str) -> None:
+        """Writes each answer's grade, and who gave it, into the answer's row."""
+        by_key = {
+            answer["key"]: {"score": grade.value, "marked": grade.marked, "parts": grade.parts, "grader": grader}
+            for answer, grade in zip(answers, grades, strict=True)
+        }
+        write_rows(self.path, [row | by_key.get(row["key"], {}) for row in read_rows(self.path)])

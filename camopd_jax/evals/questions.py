@@ -1,0 +1,56 @@
+"""The questions of a benchmark, and the tokens in which a model reads them."""
+
+from collections.abc import Sequence
+
+from camopd_jax.config.schema import Benchmark
+from camopd_jax.data import sources, templates
+from camopd_jax.data.templates import Tokenizer
+from camopd_jax.errors import UserError
+from camopd_jax.evals.task import Row, Task
+
+
+def read_questions(benchmark: Benchmark, task: Task, limit: int | None = None) -> list[Row]:
+    """The rows of a benchmark, each with the fields that its task needs.
+
+    Args:
+      limit: only the first rows.
+
+    Raises:
+      UserError: for a benchmark without questions, and for a row without a field that its task needs.
+    """
+    where = f"config.evaluation.benchmarks {benchmark.name}"
+    source, split = benchmark.source or task.dataset, benchmark.split or task.split
+    if not source:
+        raise UserError(f"{where}: task {benchmark.task} has no dataset of its own; give its source")
+    limits = [n for n in (limit, benchmark.limit) if n is not None]
+    rows = sources.read(source, split, min(limits, default=None), f"{where}.source")
+    for i, row in enumerate(rows, 1):
+        missing = [name for name in task.needs if name not in row]
+        if missing:
+            raise UserError(
+                f'{source} row {i}: no "{missing[0]}" to grade against, which task {benchmark.task} needs; add it to '
+                "every row"
+            )
+    return rows
+
+
+def prompts(benchmark: Benchmark, task: Task, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[list[int]]:
+    """The token ids of each question, with the benchmark's instruction or else its task's."""
+    instruction = task.instruction if benchmark.instruction is None else benchmark.instruction
+    return [templates.prompt_ids(tokenizer, with_instruction(row, instruction), benchmark.template) for row in rows]
+
+
+def with_instruction(row: Row, instruction: str) -> Row:
+    """A copy of the row with an instruction behind its last request.
+
+    >>> with_instruction({"prompt": "2 + 2?"}, "Be brief.")
+    {'prompt': '2 + 2?\\n\\nBe brief.'}
+    """
+    if instruction and "messages" in row:
+        messages = [dict(message) for message in row["messages"]]
+        last = max((i for i, m in enumerate(messages) if m["role"] == "user"), default=len(messages) - 1)
+        messages[last]["content"] += f"\n\n{instruction}"
+        return row | {"messages": messages}
+    if instruction and "prompt" in row:
+        return row | {"prompt": f"{row['prompt']}\n\n{instruction}"}
+    return row

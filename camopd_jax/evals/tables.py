@@ -1,0 +1,93 @@
+"""Results as tables for the terminal."""
+
+from collections.abc import Mapping, Sequence
+
+from rich import box
+from rich.table import Table
+
+from camopd_jax.evals import tasks
+from camopd_jax.evals.comparison import kept_share, recovered_share
+from camopd_jax.evals.results import AXES, Result, mean_accuracy, on_axis
+from camopd_jax.evals.task import Task
+
+TEACHERS = ("general", "specialised")
+TITLES = {"general": "general teacher", "student": "recovered"}
+
+
+def accuracies(models: Mapping[str, Sequence[Result]]) -> Table:
+    """Accuracy in % of models side by side: each benchmark, then the mean of each axis.
+
+    Where the models "general" and "specialised" are among them, every other model is followed by how much of the lost
+    general ability it got back (general benchmarks), or how much of the domain it kept (domain benchmarks).
+
+    Args:
+      models: results of each on the same benchmarks, by the model's name.
+    """
+    students = [name for name in models if name not in TEACHERS] if models.keys() >= set(TEACHERS) else []
+    table = Table(
+        title="Accuracy in %, ± one standard error over questions",
+        caption="back: share of the lost general ability regained; kept: share of the domain's" if students else None,
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    table.add_column("")
+    for name in models:
+        table.add_column(TITLES.get(name, name), justify="right")
+        if name in students:
+            table.add_column("back | kept", justify="right")
+    for axis in AXES:
+        on = {name: on_axis(results, axis) for name, results in models.items()}
+        names = [result["benchmark"] for result in next(iter(on.values()))]
+        for i, name in enumerate(names):
+            table.add_row(f"{axis}: {name}", *_cells(axis, {model: [part[i]] for model, part in on.items()}, students))
+        if len(names) > 1:
+            table.add_row(f"{axis}: mean", *_cells(axis, on, students), style="bold")
+    return table
+
+
+def _cells(axis: str, models: Mapping[str, Sequence[Result]], students: Sequence[str]) -> list[str]:
+    """A row of the table: each model's mean accuracy on these benchmarks, a student's followed by its share."""
+    cells = []
+    for name, results in models.items():
+        mean, error = mean_accuracy(results)
+        cells.append(f"{100 * mean:.1f} ± {100 * error:.1f}")
+        if name in students:
+            general, specialised = (models[teacher] for teacher in TEACHERS)
+            is_general = axis == "general"
+            share = recovered_share(general, specialised, results) if is_general else kept_share(specialised, results)
+            cells.append("" if share is None else f"{100 * share.value:.0f} ± {100 * share.error:.0f} %")
+    return cells
+
+
+def details(models: Mapping[str, Sequence[Result]]) -> Table:
+    """How each benchmark's answers were sampled, and below it the length and form of each model's answers."""
+    table = Table(
+        title="Answers: tokens on average; in %: cut at the cap, without the form asked for",
+        title_justify="left",
+        box=box.SIMPLE_HEAD,
+        pad_edge=False,
+    )
+    for name in ("", "tokens", "cut", "no form", "also, in %"):
+        table.add_column(name, justify="left" if name in ("", "also, in %") else "right")
+    for results in zip(*models.values(), strict=True):
+        first = results[0]
+        table.add_row(f"{first['benchmark']}: {first['n']} questions", style="bold")
+        table.add_row(f"{_sampling(first)}, at most {first['max_response_tokens']} tokens", style="dim")
+        for model, result in zip(models, results, strict=True):
+            parts = ", ".join(f"{name.replace('_', ' ')} {100 * value:.1f}" for name, value in result["parts"].items())
+            percentages = (f"{100 * result[name]:.0f}" for name in ("truncated", "unmarked"))
+            table.add_row(f"  {TITLES.get(model, model)}", f"{result['length_mean']:.0f}", *percentages, parts)
+    return table
+
+
+def _sampling(result: Result) -> str:
+    task = tasks.TASKS.get(result["task"])
+    if isinstance(task, Task) and task.given:
+        return "given answers"
+    if result["temperature"] == 0:
+        return "greedy"
+    defaults = (("top_k", 0), ("top_p", 1), ("min_p", 0))
+    filters = [f"{name} {result[name]:g}" for name, off in defaults if result[name] != off]
+    return ", ".join([f"{result['samples']} at T {result['temperature']:g}", *filters])

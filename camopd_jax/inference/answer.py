@@ -1,0 +1,81 @@
+"""Answers of a checkpoint in memory to any number of prompts, by the rollout's own sampler."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import jax
+import numpy as np
+
+from camopd_jax.config.schema import Sampling
+from camopd_jax.inference.batches import global_batch
+from camopd_jax.inference.loading import Loaded
+from camopd_jax.rollout import generate
+from camopd_jax.rollout.generate import Decode
+from camopd_jax.rollout.sampling import row_keys
+from camopd_jax.runtime.buckets import length_batches
+from camopd_jax.runtime.mesh import gather, global_rows, reshape_mesh, rows_of_process
+
+GREEDY = Sampling(temperature=0.0)
+
+_keys = jax.jit(row_keys, static_argnums=0)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One answer. `ids` and `log_probs` (nats, temperature 1) have an entry for a closing EOS too."""
+
+    ids: list[int]
+    log_probs: list[float]
+    text: str  # decoded, without special tokens
+    stopped: bool  # True: ended by EOS; False: cut at the cap
+
+
+def answer(
+    loaded: Loaded,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_new: int,
+    batch_size: int,
+    sampling: Sampling = GREEDY,
+    seed: int = 0,
+    draw: int = 0,
+    rows: Sequence[int] | None = None,
+    smallest_bucket: int = 64,
+    on_batch: Callable[[dict[int, Answer]], None] = lambda answers: None,
+) -> list[Answer]:
+    """Answers prompts; returns the answers in the prompts' order.
+
+    A row samples with the random key of (seed, draw, its row number), whatever batch it is in.
+
+    Args:
+      prompts: token ids of each.
+      max_new: the longest answer in tokens.
+      batch_size: prompts answered at one time; the mesh's data x fsdp divides it.
+      draw: numbers the answers, where the same prompts are answered several times.
+      rows: the row number of each prompt; None: 0, 1, 2, ...
+      smallest_bucket: batches are padded to this times a power of two.
+      on_batch: called with {row number: answer} after each batch; the shortest prompts come first.
+    """
+    answers: dict[int, Answer] = {}
+    numbers = np.arange(len(prompts)) if rows is None else np.asarray(rows)
+    model = loaded.model.on(reshape_mesh(loaded.mesh, -1, 1, loaded.mesh.shape["tensor"], "config.mesh"))
+    params = generate.for_decoding(model, loaded.params)
+    decode = Decode(sampling, loaded.eos_ids, max_new)
+    for batch in length_batches([len(prompt) for prompt in prompts], batch_size):
+        row = numbers[batch].astype(np.int32)
+        index = global_rows(loaded.mesh, row[rows_of_process(loaded.mesh, len(row))], len(row))
+        tokens = global_batch(loaded.mesh, [prompts[i] for i in batch], smallest_bucket)
+        out = generate.answers(model, params, tokens, _keys(seed, np.int32(draw), index), decode)
+        arrays = gather((out.tokens, out.lengths, out.log_probs, out.stopped))
+        done = {
+            int(number): Answer(
+                ids[:length].tolist(),
+                log_probs[:length].tolist(),
+                loaded.tokenizer.decode(ids[:length], skip_special_tokens=True),
+                bool(stopped),
+            )
+            for number, ids, length, log_probs, stopped in zip(row, *arrays, strict=True)
+        }
+        answers |= done
+        on_batch(done)
+    return [answers[int(number)] for number in numbers]

@@ -1,0 +1,114 @@
+"""JSONL files of prompts answered, or of given answers scored, by a checkpoint."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+from camopd_jax.config.schema import Compute, Sampling, Template
+from camopd_jax.data import sources, templates
+from camopd_jax.data.columns import Row
+from camopd_jax.data.templates import Tokenizer
+from camopd_jax.errors import UserError
+from camopd_jax.inference import loading
+from camopd_jax.inference.answer import answer
+from camopd_jax.inference.loading import Loaded
+from camopd_jax.inference.log_probs import score_responses
+from camopd_jax.runtime.distributed import is_primary
+from camopd_jax.runtime.jsonl import write_rows
+from camopd_jax.runtime.mesh import check_rows, make_mesh
+
+
+@dataclass(frozen=True)
+class FileJob:
+    """A file of rows and the checkpoint that answers or scores them, as the flags of the same names give them."""
+
+    model: str  # Hugging Face folder or hub name
+    input: str  # JSONL file of rows with a prompt
+    output: str  # JSONL file to write
+    system: str | None  # system prompt of conversations without one
+    batch_size: int  # rows at one time
+    dtype: Literal["auto", "float32", "bfloat16"]  # of weights and matrix products
+
+
+def answer_file(job: FileJob, sampling: Sampling, max_new_tokens: int, seed: int) -> None:
+    """Writes the job's rows with an answer to each: "response", "response_ids", "logprobs" and "finish_reason".
+
+    Args:
+      max_new_tokens: the longest answer.
+      seed: of the sampling; an answer depends on it, the row's number and its prompt alone.
+
+    Raises:
+      UserError: for a model or rows that cannot be read, and an output that cannot be written.
+    """
+    rows, tokenizer = _read(job)
+    prompts = [templates.prompt_ids(tokenizer, row, Template(system=job.system)) for row in rows]
+    loaded = _load(job, max(map(len, prompts)) + max_new_tokens)
+    answers = answer(loaded, prompts, max_new=max_new_tokens, batch_size=job.batch_size, sampling=sampling, seed=seed)
+    _write(
+        job,
+        (
+            row
+            | {
+                "response": given.text,
+                "response_ids": given.ids,
+                "logprobs": given.log_probs,
+                "finish_reason": "stop" if given.stopped else "length",
+            }
+            for row, given in zip(rows, answers, strict=True)
+        ),
+    )
+
+
+def score_file(job: FileJob, temperature: float) -> None:
+    """Writes the job's rows with "response", "response_ids" and "logprobs" of each row's response.
+
+    Args:
+      temperature: logits are divided by this.
+
+    Raises:
+      UserError: for a model or rows that cannot be read, and an output that cannot be written.
+    """
+    rows, tokenizer = _read(job)
+    prompts = [templates.prompt_ids(tokenizer, row, Template(system=job.system)) for row in rows]
+    responses = [_response_ids(tokenizer, row, f"{job.input}:{i}") for i, row in enumerate(rows, 1)]
+    loaded = _load(job, max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)))
+    log_probs = score_responses(loaded, prompts, responses, batch_size=job.batch_size, temperature=temperature)
+    _write(
+        job,
+        (
+            row
+            | {
+                "response": row.get("response", tokenizer.decode(ids)),
+                "response_ids": list(ids),
+                "logprobs": values.tolist(),
+            }
+            for row, ids, values in zip(rows, responses, log_probs, strict=True)
+        ),
+    )
+
+
+def _read(job: FileJob) -> tuple[list[Row], Tokenizer]:
+    """The rows, and the tokenizer of the model."""
+    check_rows(make_mesh(), "--batch_size", job.batch_size)
+    rows = sources.read_jsonl(job.input)
+    return rows, templates.load_tokenizer(loading.find(job.model, "--model"))
+
+
+def _load(job: FileJob, context: int) -> Loaded:
+    """The model, for sequences of up to `context` tokens."""
+    compute = Compute(teacher=job.dtype, matmul=job.dtype)
+    folder = loading.find(job.model, "--model")
+    return loading.load(folder, make_mesh(), compute, dtype=loading.teacher_dtype(compute), context=context)
+
+
+def _response_ids(tokenizer: Tokenizer, row: Row, where: str) -> list[int]:
+    if "response_ids" in row:
+        return row["response_ids"]
+    if "response" in row:
+        return tokenizer(row["response"], add_special_tokens=False)["input_ids"]
+    raise UserError(f'{where}: no "response" and no "response_ids"; give one of them in every row')
+
+
+def _write(job: FileJob, rows: Iterable[Row]) -> None:
+    if is_primary():
+        write_rows(job.output, rows)

@@ -1,0 +1,111 @@
+"""The model families that are understood: one row each.
+
+A family is told by what its `config.json` leaves unsaid: what transformers takes where a field is silent, and what the
+architecture itself fixes. Whoever reads the layers meets no family: `config.from_hf` turns a row and a `config.json`
+into a `ModelConfig` of properties.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+Fields = Mapping[str, Any]  # of a config.json, with the family's defaults where it is silent
+
+
+@dataclass(frozen=True)
+class Family:
+    """What sets one architecture apart from another with the same layers."""
+
+    defaults: Fields  # what transformers takes where a config.json is silent; a field named here is understood
+    # Whether layer i has a window where the config.json has no layer_types.
+    slides: Callable[[int, Fields], bool] = lambda i, fields: False
+    activation_field: str = "hidden_act"
+    qkv_bias: bool | None = None  # None: as attention_bias says
+    output_bias: bool | None = None  # of the attention's output projection; None: as attention_bias says
+    qk_norm: bool = False
+    post_norms: bool = False  # norms after attention and feed-forward too
+    norm_offset: float = 0.0  # added to a norm's weight
+    scales_embedding: bool = False  # by the square root of the model's width
+    local_rope_field: str | None = None  # the RoPE base of layers with a window, where it is their own
+    # Modules that Hugging Face names otherwise than `weights.MODULE_NAMES`.
+    module_names: Mapping[str, str] = field(default_factory=dict)
+
+
+def _like(base: Family, defaults: Fields, **properties: Any) -> Family:
+    """Another family: `base` with these defaults beside its own, and these properties instead of its own."""
+    return replace(base, defaults={**base.defaults, **defaults}, **properties)
+
+
+_LLAMA = Family(
+    {
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "tie_word_embeddings": False,
+        "rope_theta": 10_000.0,
+        "max_position_embeddings": 2048,
+        "num_key_value_heads": None,
+        "head_dim": None,
+        "attention_bias": False,
+        "mlp_bias": False,
+        "initializer_range": 0.02,
+    }
+)
+_QWEN = _like(
+    _LLAMA,
+    {
+        "use_sliding_window": False,
+        "sliding_window": 4096,
+        "max_window_layers": 28,
+        "layer_types": None,
+        "max_position_embeddings": 32_768,
+        "num_key_value_heads": 32,
+    },
+    slides=lambda i, fields: i >= fields["max_window_layers"],
+)
+_GEMMA = _like(
+    _LLAMA,
+    {
+        "hidden_activation": "gelu_pytorch_tanh",
+        "tie_word_embeddings": True,
+        "head_dim": 256,
+        "query_pre_attn_scalar": 256,
+        "sliding_window": 4096,
+        "layer_types": None,
+        "max_position_embeddings": 8192,
+        "num_key_value_heads": 4,
+        "attn_logit_softcapping": 50.0,
+        "final_logit_softcapping": 30.0,
+    },
+    slides=lambda i, fields: i % 2 == 0,
+    activation_field="hidden_activation",
+    post_norms=True,
+    norm_offset=1.0,
+    scales_embedding=True,
+    module_names={"mlp_norm": "pre_feedforward_layernorm"},
+)
+
+FAMILIES: dict[str, Family] = {  # by the model_type of config.json
+    "llama": _LLAMA,
+    "mistral": _like(
+        _LLAMA,
+        {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072},
+        slides=lambda i, fields: True,
+    ),
+    "qwen2": _like(_QWEN, {}, qkv_bias=True, output_bias=False),
+    "qwen3": _like(_QWEN, {"head_dim": 128}, qk_norm=True),
+    "gemma2": _GEMMA,
+    "gemma3_text": _like(
+        _GEMMA,
+        {
+            "rope_theta": 1_000_000.0,
+            "rope_local_base_freq": 10_000.0,
+            "sliding_window_pattern": 6,
+            "attn_logit_softcapping": None,
+            "final_logit_softcapping": None,
+            "max_position_embeddings": 131_072,
+        },
+        slides=lambda i, fields: (i + 1) % fields["sliding_window_pattern"] != 0,
+        qk_norm=True,
+        local_rope_field="rope_local_base_freq",
+    ),
+}

@@ -1,0 +1,77 @@
+"""Whose a work directory is: the run's whose config lies in its config.json."""
+
+import json
+from typing import Any
+
+from etils import epath
+
+from camopd_jax.config.identity import different_fields, fingerprint, to_json
+from camopd_jax.config.schema import Config
+from camopd_jax.errors import UserError
+from camopd_jax.runtime.distributed import broadcast, run_on_all
+
+
+def claim_workdir(workdir: epath.Path, config: Config) -> None:
+    """Writes workdir/config.json, or checks that the one there is of the same run. Process 0 does it for all.
+
+    Fields that do not change a run's numbers (`config.identity.fingerprint`) may differ between its starts.
+
+    Raises:
+      UserError: naming the fields in which the run that owns the directory differs, or in which this process differs
+        from the first; and if the directory is not the same on all hosts.
+    """
+    owner = broadcast(lambda: _claim(workdir, config))
+    run_on_all(lambda: _check_same_everywhere(workdir, config, owner))
+
+
+def check_owner(workdir: epath.Path, config: Config) -> bool:
+    """Whether a run of this config owns a work directory already; False: it is free.
+
+    Raises:
+      UserError: if another run owns it, naming the fields in which it differs.
+    """
+    file = workdir / "config.json"
+    if not file.exists():
+        return False
+    try:
+        owner, kind = json.loads(file.read_text()), type(config).__name__
+        if owner["kind"] != kind:
+            raise UserError(
+                f"{workdir}: it belongs to a run of a {owner['kind']}, not of a {kind}; give a new --workdir"
+            )
+        if owner["fingerprint"] != fingerprint(config):
+            fields = ", ".join(different_fields(owner["config"], to_json(config))) or "of another version"
+            raise UserError(
+                f"{workdir}: it belongs to a run with another config ({fields}); give that config, or a new --workdir"
+            )
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{file}: not the config.json of a run; move it away, or give a new --workdir") from error
+    return True
+
+
+def _claim(workdir: epath.Path, config: Config) -> dict[str, Any]:
+    """Checks and writes config.json; returns the config as it lies there."""
+    values = to_json(config)
+    record = {"kind": type(config).__name__, "fingerprint": fingerprint(config), "config": values}
+    part = workdir / "config.json.part"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        check_owner(workdir, config)
+        part.write_text(json.dumps(record, indent=2) + "\n")
+        part.replace(workdir / "config.json")
+    except ImportError as error:  # the file system of a bucket is a package of its own
+        raise UserError(f"{workdir}: {error}, or give a local --workdir") from error
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot write there ({error.strerror}); give another --workdir") from error
+    return values
+
+
+def _check_same_everywhere(workdir: epath.Path, config: Config, owner: dict[str, Any]) -> None:
+    """Raises UserError unless this process has the config and the work directory of process 0."""
+    if fields := ", ".join(different_fields(owner, to_json(config), every=True)):
+        raise UserError(f"its config is not that of process 0 ({fields}); give the same command on every host")
+    if not (workdir / "config.json").exists():
+        raise UserError(
+            f"{workdir}: what process 0 wrote there is not to be seen here; give a --workdir that all hosts share, on "
+            "a network file system or gs://"
+        )

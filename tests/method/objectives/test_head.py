@@ -1,0 +1,119 @@
+"""Full-vocabulary objectives through the chunked head: against whole logits, on every mesh, whatever the chunk."""
+
+import itertools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from camopd_jax.method.gradient import Learner, Lesson, Loss
+from camopd_jax.method.objectives import TeacherReading, objective
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.transformer import Model
+from camopd_jax.models.weights import shardings
+from camopd_jax.rollout.score import micro_batches, score, score_batch
+from camopd_jax.runtime.mesh import global_rows, make_mesh
+from camopd_jax.types import Prompts, Sequences
+
+CONFIG = from_hf(dict(model_type="qwen3", vocab_size=44, hidden_size=24, intermediate_size=20, num_hidden_layers=1,
+                      num_attention_heads=4, num_key_value_heads=4, head_dim=6, tie_word_embeddings=False,
+                      initializer_range=0.6))  # fmt: skip
+NAMES = ["reverse_kl", "forward_kl", "jsd(beta=0.3)"]
+EVERY = [(d, f, t) for d, f, t in itertools.product((1, 2, 4, 8), repeat=3) if d * f * t == 8 and t <= 4]
+
+
+@pytest.fixture(scope="module")
+def case():
+    """(student, teacher, sequences, weights): eight rows of many lengths; one of an empty prompt's least length."""
+    random = np.random.default_rng(0)
+    model = Model(CONFIG)
+    lengths = np.array([13, 3, 1, 5, 7, 2, 11, 4], np.int32)
+    prompts = Prompts(random.integers(0, 44, (8, 6)).astype(np.int32), random.integers(1, 7, 8).astype(np.int32))
+    sequences = Sequences(prompts, random.integers(0, 44, (8, 13)).astype(np.int32), lengths)
+    weights = random.normal(size=(8, 13)).astype(np.float32) * (np.arange(13) < lengths[:, None])
+    return model.init(jax.random.key(1)), model.init(jax.random.key(2)), sequences, weights
+
+
+def learnt(name, case, mesh=None, chunk=0, size=8):
+    """The gradient as a run takes it: the teacher is read, its hidden states wait, the student learns from them."""
+    student, teacher, sequences, weights = case
+    model, of = Model(CONFIG, mesh=mesh), objective(name, "objective")
+    if mesh is not None:
+        places = shardings(CONFIG, mesh)
+        student, teacher = jax.device_put((student, teacher), (places, places))
+        sequences, weights = global_rows(mesh, (sequences, weights), 8)
+    else:
+        sequences, places = jax.tree.map(jnp.asarray, sequences), None
+    parts = list(micro_batches(mesh, sequences, size, 4))
+    record = score_batch(model, teacher, sequences, parts, chunk, TeacherReading(of))
+    record.pop("log_prob")
+    lesson = Lesson(sequences, jnp.asarray(weights), record)
+    learner = Learner(Loss(model, of, model), places, chunk)
+    return learner(student, student, lesson, parts, {name: teacher[name] for name in model.head_axes})
+
+
+def direct(name, case):
+    """The same from whole logits of one row at a time."""
+    student, teacher, sequences, weights = case
+    model, of = Model(CONFIG), objective(name, "objective")
+
+    def loss(params):
+        total = 0.0
+        for i in range(8):
+            p, t = int(sequences.prompts.lengths[i]), int(sequences.lengths[i])
+            ids = np.concatenate([sequences.prompts.tokens[i, :p], sequences.tokens[i, :t]])[None]
+            ours, theirs = (model.logits(w, model.hidden(w, ids))[0, p - 1 : p + t - 1] for w in (params, teacher))
+            total += jnp.sum(weights[i, :t] * of.loss(ours, {"tokens": None, "teacher_logits": theirs}))
+        return total
+
+    return jax.value_and_grad(loss)(student)
+
+
+def same(gradient, expected, tolerance=2e-5):
+    """To `tolerance` of each array's largest value: sums of float32 in another order."""
+    np.testing.assert_allclose(gradient.loss, expected[0], rtol=1e-5)
+
+    def compare(a, b):
+        np.testing.assert_allclose(a, b, rtol=0, atol=tolerance * np.max(np.abs(b)))
+
+    jax.tree.map(compare, gradient.of, expected[1])
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_is_that_of_whole_logits(name, case):
+    same(learnt(name, case), direct(name, case))
+
+
+@pytest.mark.parametrize("chunk, size", [(1, 8), (16, 8), (24, 2), (10_000, 4)])
+def test_chunks_and_micro_batches_change_nothing(case, chunk, size):
+    expected = learnt("jsd(beta=0.3)", case)
+    same(learnt("jsd(beta=0.3)", case, chunk=chunk, size=size), (expected.loss, expected.of))
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "shape", [pytest.param(s, marks=[] if s == (2, 2, 2) else pytest.mark.slow) for s in EVERY], ids=str
+)
+def test_a_mesh_changes_nothing(name, shape, case):
+    expected = learnt(name, case)
+    for chunk in (0, 16):
+        same(learnt(name, case, make_mesh(*shape), chunk), (expected.loss, expected.of))
+
+
+def test_padding_may_hold_anything(case):
+    student, teacher, sequences, weights = case
+    beyond = np.arange(13) >= sequences.lengths[:, None]
+    other = sequences.replace(tokens=np.where(beyond, 43 - sequences.tokens, sequences.tokens))
+    expected = learnt("reverse_kl", case)
+    same(learnt("reverse_kl", (student, teacher, other, weights)), (expected.loss, expected.of), 0)
+
+
+def test_the_teachers_hidden_states_are_kept_in_its_own_precision(case):
+    _, teacher, sequences, _ = case
+    model = Model(CONFIG, dtype="bfloat16")
+    record = score(
+        model, teacher, jax.tree.map(jnp.asarray, sequences), 0, TeacherReading(objective("reverse_kl", "o"))
+    )
+    assert record["hidden"].dtype == jnp.bfloat16 and record["hidden"].shape == (8, 13, 24)
+    assert not np.asarray(record["hidden"][2, 1:]).any(), "0 in padding"

@@ -1,0 +1,103 @@
+"""Objectives on a toy of four words, to the sixth digit; names and options."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.test_util import check_grads
+
+from camopd_jax.errors import UserError
+from camopd_jax.method.objectives import OBJECTIVES, TeacherReading, objective
+from camopd_jax.types import LogProbs
+
+STUDENT, TEACHER = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.25, 0.5, 0.15, 0.10])
+Z, T = jnp.log(jnp.asarray(STUDENT, jnp.float32)), jnp.log(jnp.asarray(TEACHER, jnp.float32))
+NAMED = "config.branches.recovery.objective"
+
+# Value and gradient by the student's logits.
+PINNED = {
+    "reverse_kl": (0.158669, (0.267239, -0.200848, -0.023800, -0.042591)),
+    "forward_kl": (0.151441, (0.25, -0.2, 0, -0.05)),
+    "jsd(beta=0.1)": (0.013614, (0.022398, -0.017836, -0.000205, -0.004357)),
+    "jsd": (0.038118, (0.062605, -0.048742, -0.002795, -0.011068)),
+    "jsd(beta=0.9)": (0.014124, (0.023601, -0.017875, -0.001887, -0.003838)),
+}
+
+
+def loss(name, logits, word=0, teacher=T):
+    """The loss with its coefficient, of one token."""
+    of = objective(name, NAMED)
+    tokens = jnp.int32(word)
+    gap = LogProbs(jax.nn.log_softmax(Z)[None, None, word], jax.nn.log_softmax(teacher)[None, None, word])
+    return of.coefficient(gap, None)[0, 0] * of.loss(logits, {"tokens": tokens, "teacher_logits": teacher})
+
+
+@pytest.mark.parametrize("name", PINNED)
+def test_pinned_values_and_gradients(name):
+    value, gradient = jax.value_and_grad(lambda z: loss(name, z))(Z)
+    np.testing.assert_allclose(value, PINNED[name][0], atol=1e-5)
+    np.testing.assert_allclose(gradient, PINNED[name][1], atol=1e-5)
+    check_grads(lambda z: loss(name, z), (Z,), order=1, modes=["rev"], atol=1e-3, rtol=1e-2)
+
+
+@pytest.mark.parametrize("shift", [7.0, -300.0])
+@pytest.mark.parametrize("name", PINNED)
+def test_logits_may_be_shifted_and_words_impossible(name, shift):
+    np.testing.assert_allclose(loss(name, Z + shift, teacher=T - shift), PINNED[name][0], atol=1e-4)
+    cut = jnp.full(1, -1e9)
+    value, gradient = jax.value_and_grad(lambda z: loss(name, z, teacher=jnp.concatenate([T, cut])))(
+        jnp.concatenate([Z, cut])
+    )
+    np.testing.assert_allclose(value, PINNED[name][0], atol=1e-5)
+    np.testing.assert_allclose(gradient, [*PINNED[name][1], 0], atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "word, gradient",
+    [(0, (0.346574, -0.207944, -0.103972, -0.034657)), (1, (0.255413, -0.357578, 0.076624, 0.025541))],
+)
+def test_the_sampled_token(word, gradient):
+    np.testing.assert_allclose(jax.grad(lambda z: loss("sampled_token", z, word))(Z), gradient, atol=1e-5)
+
+
+def test_the_sampled_token_is_the_reverse_kl_on_average():
+    gradients = [jax.grad(lambda z, w=word: loss("sampled_token", z, w))(Z) for word in range(4)]
+    np.testing.assert_allclose(STUDENT @ np.asarray(gradients), PINNED["reverse_kl"][1], atol=1e-5)
+
+
+def test_cross_entropy_knows_no_teacher():
+    value, gradient = jax.value_and_grad(lambda z: loss("cross_entropy", z, 1))(Z)
+    np.testing.assert_allclose(value, -np.log(0.3), atol=1e-6)
+    np.testing.assert_allclose(gradient, STUDENT - [0, 1, 0, 0], atol=1e-6)
+
+
+def test_gradients_do_not_reach_the_teacher():
+    for name in PINNED:
+        gradient = jax.grad(lambda t, n=name: loss(n, Z, teacher=t))(T)
+        np.testing.assert_array_equal(gradient, 0)
+
+
+@pytest.mark.parametrize("name", OBJECTIVES)
+def test_every_objective_reads_the_tokens_log_probability(name):
+    reading = TeacherReading(OBJECTIVES[name]())
+    record = reading(T[None], {"tokens": jnp.array([1])})
+    np.testing.assert_allclose(record["log_prob"], [np.log(0.5)], atol=1e-6)
+    assert reading.keeps_hidden == (name in ("reverse_kl", "forward_kl", "jsd"))
+    assert hash(reading) == hash(TeacherReading(OBJECTIVES[name]())), "a static argument of compiled functions"
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        ("kl", "the objectives are sampled_token, cross_entropy, reverse_kl, forward_kl, jsd"),
+        ("jsd(beta=1.0)", "beta is 1.0; give a number between 0 and 1"),
+        ("jsd(alpha=.1)", "unexpected keyword argument 'alpha'"),
+        ("jsd(0.1)", r"give a name, with options as in jsd\(beta=0.1\)"),
+        ("jsd(beta=x)", "give a name"),
+        ("", "give a name"),
+        ("import os", "give a name"),
+    ],
+)
+def test_names_and_options_that_cannot_be(text, says):
+    with pytest.raises(UserError, match=rf"config\.branches\.recovery\.objective is .*{says}"):
+        objective(text, NAMED)

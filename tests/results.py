@@ -1,0 +1,11 @@
+"""Results of models on benchmarks, made of the grades of their questions."""
+
+from camopd_jax.config.schema import Benchmark
+from camopd_jax.evals.results import summarise
+from camopd_jax.evals.task import Grade
+
+
+def scored(values, name="sums", axis="general"):
+    """A result with these grades, one a question."""
+    grades = [[Grade(float(value))] for value in values]
+    return summarise(Benchmark(name, axis=axis), grades, [1] * len(grades), [True] * len(grades))

@@ -1,0 +1,79 @@
+"""Whose a work directory is."""
+
+import json
+from pathlib import Path
+
+import pytest
+from etils import epath
+
+from camopd_jax.config.schema import MeshConfig, Optimizer, SftConfig, Stream, TrainConfig
+from camopd_jax.errors import UserError
+from camopd_jax.runs.workdir import claim_workdir
+
+
+def train_config(**changes):
+    return TrainConfig("general", "specialised", **changes)
+
+
+def claim(workdir, config):
+    claim_workdir(epath.Path(workdir), config)
+    return json.loads((Path(workdir) / "config.json").read_text())
+
+
+def test_a_workdir_takes_its_own_config_again(tmp_path):
+    first = claim(tmp_path / "new/run", train_config(steps=120))
+    assert (first["kind"], first["config"]["steps"]) == ("TrainConfig", 120)
+    again = claim(tmp_path / "new/run", train_config(steps=200, mesh=MeshConfig(fsdp=2)))
+    assert again["config"]["steps"] == 200 and again["fingerprint"] == first["fingerprint"]
+    assert [p.name for p in (tmp_path / "new/run").iterdir()] == ["config.json"]
+
+
+@pytest.mark.parametrize(
+    "changes, named",
+    [
+        ({"seed": 1, "optimizer": Optimizer(b1=0.5)}, r"\(config\.optimizer\.b1, config\.seed\)"),
+        ({"optimizer": Optimizer(schedule="cosine")}, r"config\.optimizer\.schedule"),
+    ],
+)
+def test_a_workdir_of_another_config_is_refused_and_kept(tmp_path, changes, named):
+    claim(tmp_path, train_config())
+    before = (tmp_path / "config.json").read_bytes()
+    with pytest.raises(UserError, match=f"belongs to a run with another config.*{named}.*new --workdir"):
+        claim(tmp_path, train_config(**changes))
+    assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_with_a_cosine_the_number_of_steps_is_named(tmp_path):
+    cosine = Optimizer(schedule="cosine")
+    claim(tmp_path, train_config(optimizer=cosine, steps=100))
+    with pytest.raises(UserError, match=r"another config \(config\.steps\)"):
+        claim(tmp_path, train_config(optimizer=cosine, steps=101))
+
+
+def test_a_workdir_of_another_command_is_refused(tmp_path):
+    claim(tmp_path, SftConfig("model", Stream("d.jsonl")))
+    with pytest.raises(UserError, match="belongs to a run of a SftConfig, not of a TrainConfig"):
+        claim(tmp_path, train_config())
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "TrainConfig"}'])
+def test_a_config_json_that_is_not_one(tmp_path, text):
+    (tmp_path / "config.json").write_text(text)
+    with pytest.raises(UserError, match=r"config\.json: not the config\.json of a run"):
+        claim(tmp_path, train_config())
+    assert (tmp_path / "config.json").read_text() == text
+
+
+def test_a_workdir_that_cannot_be_made(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write there"):
+        claim(tmp_path / "file/run", train_config())
+
+
+def test_a_bucket_without_its_package(monkeypatch):
+    def missing(path):
+        raise ImportError("Please install gcsfs to access Google Storage")
+
+    monkeypatch.setattr(epath.backend.fsspec_backend, "fs", missing)
+    with pytest.raises(UserError, match="gs://bucket/run: Please install gcsfs"):
+        claim("gs://bucket/run", train_config())
