@@ -4,8 +4,8 @@
     python -m camopd_jax.doctor --config=configs/medqa.py --topology=v6e:8x8
 
 It meets what a run would meet, but for the steps: config, checkpoints (of the weights the headers alone), tokenizers,
-every prompt, benchmarks, mesh, work directory. All problems are told, not the first alone, and what is odd but would
-run; at the end stands a prompt of each stream as the student reads it. No weight is loaded and nothing is written, but
+every prompt, benchmarks, mesh, work directory. All problems are shown, not the first alone, and what is odd but would
+run; at the end stands a prompt of each branch as the student reads it. No weight is loaded and nothing is written, but
 that models and datasets with hub names are fetched. Exit code 2, if anything would end the run.
 
 Whether the run has room and how long it takes: `python -m camopd_jax.plan`.
@@ -26,13 +26,14 @@ if __name__ == "__main__":
 
     def main() -> None:
         config = read_config()
-        found, prompts = examine(config, flags.FLAGS.workdir, topology.describe(flags.FLAGS.topology))
+        findings, prompts = examine(config, flags.FLAGS.workdir, topology.describe(flags.FLAGS.topology))
         console = cli.console()
-        console.print(table(found))
-        for stream, text in prompts.items():
-            console.print(f"\none of the {stream} prompts, as the student reads it:")
+        console.print(table(findings))
+        for branch, text in prompts.items():
+            console.print(f"\none of the {branch} prompts, as the student reads it:")
             console.print(text, markup=False, soft_wrap=True)
-        if found.wrong:
-            raise UserError(f"{found.wrong} of these would end the run")
+        wrong = sum(finding.kind == "wrong" for finding in findings)
+        if wrong:
+            raise UserError(f"{wrong} of these would end the run")
 
     cli.run(main)

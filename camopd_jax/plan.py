@@ -17,7 +17,7 @@ from absl import flags
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import topology
-from camopd_jax.planning.report import KINDS, look_for, read_models, report
+from camopd_jax.planning.report import KINDS, Request, look_for, read_models, report
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.jsonl import atomic_file
 
@@ -29,7 +29,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("specialised_config", None, "The same of the specialised one.")
     flags.DEFINE_integer("answer_tokens", None, "Length of answers for the times; default: the cap.", lower_bound=1)
     flags.DEFINE_list("programs", KINDS, "Those to compile. The decoding of many layers takes minutes.")
-    flags.DEFINE_bool("search", False, "Look for meshes, waves of answers, a micro-batch and remat that fit.")
+    flags.DEFINE_bool("search", False, "Look for meshes, concurrency, a micro-batch, remat and offload that fit.")
     flags.DEFINE_integer("tries", 3, "Candidates that --search compiles at most.", lower_bound=1)
     flags.DEFINE_string("json", None, "File for all of it as JSON.")
     read_config = cli.config_flag(TrainConfig)
@@ -38,17 +38,19 @@ if __name__ == "__main__":
         values = flags.FLAGS
         name = cli.required("topology", "v5e:8x8")
         config = read_config()
-        models = read_models(config, values.general_config, values.specialised_config)
-        where = topology.describe(name, values.hbm_gib)
-        answer = min(values.answer_tokens or config.rollout.max_response_tokens, config.rollout.max_response_tokens)
-        wanted = tuple(values.programs)
-        told: dict[str, Any] = {"config": dataclasses.asdict(config)}
-        if values.search:
-            told |= look_for(config, models, where, answer, values.tries, wanted)
-        else:
-            told |= report(config, models, where, answer, wanted)
+        cap = config.rollout.max_response_tokens
+        request = Request(
+            config=config,
+            models=read_models(config, values.general_config, values.specialised_config),
+            topology=topology.describe(name, values.hbm_gib),
+            answer=min(values.answer_tokens or cap, cap),
+            wanted=tuple(values.programs),
+            console=cli.console(),
+        )
+        result: dict[str, Any] = {"config": dataclasses.asdict(config)}
+        result |= look_for(request, values.tries) if values.search else report(request)
         if values.json:
             with atomic_file(values.json) as file:
-                file.write(json.dumps(told, indent=1) + "\n")
+                file.write(json.dumps(result, indent=1) + "\n")
 
     cli.run(main)

@@ -10,15 +10,20 @@ import pytest
 from etils import epath
 from rows import ask, edit_json, swap_tokens, write_lines
 
+from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.config.identity import changed
-from camopd_jax.config.schema import TrainConfig, from_config_dict
+from camopd_jax.config.schema import TrainConfig
+from camopd_jax.method.setup import resolve
+from camopd_jax.models import hf
+from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.planning import doctor, topology
+from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.costs import memory_estimate
 from camopd_jax.runs.workdir import claim_workdir
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples/quickstart"
-ONE = {"data": 1, "fsdp": 1, "tensor": 1}
 
 
 @pytest.fixture(scope="module")
@@ -38,15 +43,15 @@ def model(tmp_path):
 
 
 def texts(found, kind, about=""):
-    return [one.text for one in found.all if one.kind == kind and one.about.startswith(about)]
+    return [one.text for one in found if one.kind == kind and one.about.startswith(about)]
 
 
 def test_a_config_that_runs_has_nothing_wrong_or_odd(config, here, tmp_path):
     found, prompts = doctor.examine(config, str(tmp_path / "run"), here)
     assert texts(found, "wrong") == texts(found, "odd") == []
-    assert "1600 of 11 to 16 tokens" in texts(found, "good", "general prompts")[0]
-    assert "180 steps of 64 ask each 7.2 times" in texts(found, "good", "general prompts")[0]  # 240 * 3/4 * 64 / 1600
-    assert prompts["domain"].startswith("<|user|>") and prompts["domain"].endswith("<|assistant|>")
+    assert "1600 of 11 to 16 tokens" in texts(found, "good", "recovery prompts")[0]
+    assert "180 steps of 64 ask each 7.2 times" in texts(found, "good", "recovery prompts")[0]  # 240 * 3/4 * 64 / 1600
+    assert prompts["review"].startswith("<|user|>") and prompts["review"].endswith("<|assistant|>")
     assert not (tmp_path / "run").exists()
 
 
@@ -100,13 +105,13 @@ def test_prompts_that_are_few_long_or_asked_in_a_benchmark(config, here, tmp_pat
     asked = write_lines(tmp_path / "asked.jsonl", questions)
     prompts = write_lines(tmp_path / "prompts.jsonl", [*questions[:2], *(ask("sort " + 70 * "ab") for _ in range(3))])
     changes = {
-        "general.source": str(prompts),
+        "branches.recovery.prompts.source": str(prompts),
         "evaluation.benchmarks": [
             dataclasses.asdict(config.evaluation.benchmarks[0]) | {"name": "mine", "source": str(asked)}
         ],
     }
     found, _ = doctor.examine(changed(config, changes), None, here)
-    odd = texts(found, "odd", "general prompts")
+    odd = texts(found, "odd", "recovery prompts")
     assert [text.split(" are ")[0] for text in odd] == ["3 of 5", "2", "2 of the 3 questions of benchmark mine"]
     assert "of the domain axis" in texts(found, "odd", "benchmarks")[0]
 
@@ -119,15 +124,48 @@ def test_a_mesh_and_memory_that_do_not_do(config, here):
     assert "config.compute.offload=late" in texts(found, "wrong", "devices")[0]
 
 
-def test_the_least_memory_is_that_of_its_parts(config):
-    model = doctor._model(doctor.Findings(), config, "general").config
+def test_the_least_memory_is_that_of_its_parts(config, here):
+    """What an update needs, and a gradient without its activations."""
+    model = from_hf(hf.read_config(QUICKSTART / "specialist"))
     n = sum(p.size for p in jax.tree.leaves(jax.eval_shape(Model(model).init, jax.random.key(0))))
-    assert doctor._least(config, "cpu", ONE, model, model) == n * (4 + 4 + 8 + 4 + 4)
-    assert doctor._least(config, "tpu", ONE, model, model) == n * (4 + 4 + 8 + 2 + 2)
-    idle = changed(config, {"compute.offload": "late"})
-    assert doctor._least(idle, "tpu", ONE, model, model) == n * (4 + 4 + 8), (
-        "an update, of which the teachers know nothing"
-    )
+
+    def least(**changes):
+        setup = resolve(changed(config, {"mesh.data": 1} | changes), jax.devices()[:1])
+        needs = memory_estimate(setup, Models({"general": model, "specialised": model}))
+        return needs["resident"] + needs["update"]
+
+    bfloat16 = {"compute.matmul": "bfloat16"}
+    assert least() == n * (4 + 4 + 8 + 4 + 4)
+    assert least(**bfloat16) == n * (4 + 4 + 8 + 2 + 2)
+    idle = least(**bfloat16, **{"compute.offload": "late"})
+    assert idle == n * (4 + 4 + 8), "an update, of which the teachers know nothing"
+
+
+def test_three_branches_have_three_teachers(config, here, model):
+    """A third branch's own teacher is a model like the others, and its prompts are read with it."""
+    third = dataclasses.asdict(config.branches["review"]) | {"teacher": str(model), "objective": "reverse_kl"}
+    found, prompts = doctor.examine(changed(config, {"branches.law": third}), None, here)
+    assert texts(found, "wrong") == []
+    assert "M parameters" in texts(found, "good", f"model {model}")[0]
+    assert list(prompts) == ["recovery", "review", "law"] and prompts["law"] == prompts["review"]
+    swap_tokens(model, "a", "b")
+    found, _ = doctor.examine(changed(config, {"branches.law": third}), None, here)
+    assert "their tokenizers differ" in texts(found, "wrong", "models")[0]
+    third["teacher"] = "/no/law"
+    found, _ = doctor.examine(changed(config, {"branches.law": third}), None, here)
+    assert texts(found, "wrong")[0].startswith("config.branches.law.teacher: no folder /no/law")
+
+
+def test_what_does_not_go_together_on_a_machine(config, here):
+    """All that a run checks as it starts."""
+    for changes, says in [
+        ({"compute.remat": "rollout", "compute.matmul": "bfloat16"}, "trusts the sampler"),
+        ({"branches.recovery.objective": "kl"}, "the objectives are"),
+        ({"compute.attention": "fused"}, "only TPUs and NVIDIA GPUs"),
+        ({"rollout.concurrency": 4}, "config.rollout.concurrency is 4"),
+    ]:
+        found, _ = doctor.examine(changed(config, changes), None, here)
+        assert says in texts(found, "wrong", "devices")[0]
 
 
 def test_a_work_directory_of_another_run(config, here, tmp_path):

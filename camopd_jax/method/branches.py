@@ -93,8 +93,13 @@ def find_models(config: TrainConfig) -> dict[str, Path]:
     Raises:
       UserError: for one that is not there.
     """
+    return {name: find_model(config, name, field) for name, field in teacher_names(config).items()}
+
+
+def find_model(config: TrainConfig, name: str, field: str, files: Sequence[str] = loading.CHECKPOINT) -> Path:
+    """The folder of one of `teacher_names`, with these files."""
     own = {"general": config.general_model, "specialised": config.specialised_model}
-    return {name: loading.find(own.get(name, name), field) for name, field in teacher_names(config).items()}
+    return loading.find(own.get(name, name), field, files)
 
 
 def load_models(setup: Setup) -> Models:

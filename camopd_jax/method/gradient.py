@@ -142,7 +142,7 @@ class Learner:
           in_one_call: whether micro-batches of like widths are; None: on a CPU.
         """
         mesh = loss.model.mesh
-        self._loss, self._chunk = loss, chunk
+        self.loss, self._chunk = loss, chunk
         self._in_one_call = platform(mesh) == "cpu" if in_one_call is None else in_one_call
         place = None if mesh is None else Gradient(sharding(mesh), shardings)
         self.begin = jax.jit(zero_gradient, out_shardings=place)
@@ -163,14 +163,19 @@ class Learner:
         Args:
           params: all of the model. trained: those that are differentiated, a part of them.
         """
-        trim_heap(self._loss.model.mesh)
+        trim_heap(self.loss.model.mesh)
         gradient = self.begin(trained)
         batch = len(lesson.sequences.lengths)
-        calls = alike(parts, batch) if self._in_one_call else ((p, Rows(p.rows[None], np.int32(1))) for p in parts)
-        for part, rows in calls:
+        for part, rows in self.calls(parts, batch):
             widths = part.widths(self._chunk)
-            gradient = self.add(self._loss, params, gradient, lesson, teacher_head or {}, rows, widths=widths)
+            gradient = self.add(self.loss, params, gradient, lesson, teacher_head or {}, rows, widths=widths)
         return gradient
+
+    def calls(self, parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, Rows]]:
+        """The micro-batches of a batch of so many rows, as `add` takes them: of each call the widest, and its rows."""
+        if self._in_one_call:
+            return alike(parts, batch)
+        return ((part, Rows(part.rows[None], np.int32(1))) for part in parts)
 
 
 def alike(parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, Rows]]:

@@ -1,137 +1,114 @@
 """Compiles programs and writes down what the compiler says of them."""
 
+import dataclasses
 import re
 import tempfile
 import time
+from collections.abc import Hashable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import jax
 
-from camopd_jax.method import loop
 from camopd_jax.planning import hlo
 from camopd_jax.planning.arrays import Plan, chip_bytes
 from camopd_jax.planning.programs import Program
-from camopd_jax.planning.topology import Topology
+from camopd_jax.rollout.head import tokens_at_once
 from camopd_jax.runtime.mesh import batch_shards
 
 UNITS = {"": 1, "K": 2**10, "M": 2**20, "G": 2**30, "T": 2**40}
 
 
-@dataclass(frozen=True)
-class Memory:
-    """Bytes on one chip."""
+@dataclass
+class Report:
+    """A compiled program. Bytes are of one chip; all counts are of one run."""
 
-    arguments: int
-    outputs: int
-    aliased: int  # of the outputs, what takes the place of donated arguments
-    temporaries: int
-    code: int
+    name: str
+    holds: dict[str, int]  # bytes by kind
+    runs: int  # in one step, at most
+    same_as: str | None = None  # an earlier program that is this one: compiled once
+    # Bytes of "arguments", "outputs", "temporaries" and "code"; of the outputs, those "aliased" take the place of
+    # donated arguments. None: the compiler refused
+    memory: dict[str, int] | None = None
+    refused: str | None = None  # its words
+    refused_bytes: float = 0.0  # the temporaries that it would need
+    flops: float | None = None  # by cost_analysis: each loop's body once
+    bytes_accessed: float | None = None  # the same
+    collectives: dict[str, hlo.Traffic] = field(default_factory=dict)
+    warnings: list[str] = field(default_factory=list)
+    seconds: float = 0.0  # of compilation
 
     @property
     def added(self) -> int:
-        """What the program needs beside its arguments."""
-        return self.outputs - self.aliased + self.temporaries + self.code
+        """Bytes of results that take no argument's place."""
+        return self.memory["outputs"] - self.memory["aliased"] if self.memory else 0
+
+    @property
+    def temporaries(self) -> float:
+        return self.memory["temporaries"] if self.memory else self.refused_bytes
 
 
-@dataclass
-class Report:
-    """A compiled program; of one that does not fit by itself, what the compiler said."""
-
-    name: str
-    arguments: dict[str, int]  # bytes on one chip, by kind, from shapes and shardings
-    beside: dict[str, int] = field(default_factory=dict)  # the same, of what is no argument
-    runs: int = 1  # at most, in one step; all counts are of one
-    same_as: str | None = None
-    memory: Memory | None = None
-    refused: str | None = None  # the compiler's word where it did not fit; no memory then
-    refused_bytes: float | None = None  # the temporaries that it would need, on one chip
-    largest: list[str] = field(default_factory=list)  # temporaries: size, and the arrays that take turns there
-    flops: float | None = None  # by cost_analysis: each loop's body once
-    bytes_accessed: float | None = None
-    optimal_seconds: float | None = None
-    counts: hlo.Counts = field(default_factory=hlo.Counts)  # with loops' trips
-    findings: list[str] = field(default_factory=list)
-    seconds: float = 0.0  # of compilation
+def compile_all(programs: Iterable[Program], plan: Plan) -> Iterator[Report]:
+    """A report of each program. Those that are the same are compiled once."""
+    compiled: dict[Hashable, Report] = {}
+    for program in programs:
+        if first := compiled.get(program.key):
+            own = {"name": program.name, "runs": program.runs, "holds": _held(program)}
+            yield dataclasses.replace(first, **own, same_as=first.name, warnings=[])
+        else:
+            compiled[program.key] = compile_program(program, plan)
+            yield compiled[program.key]
 
 
-def compile_program(program: Program, plan: Plan, topology: Topology) -> Report:
+def _held(program: Program) -> dict[str, int]:
+    return {kind: chip_bytes(tree) for kind, tree in program.holds.items()}
+
+
+def compile_program(program: Program, plan: Plan) -> Report:
     """Lowers, compiles and reads one program."""
-    arguments = {kind: chip_bytes(tree) for kind, tree in program.arguments.items()}
-    beside = {kind: chip_bytes(tree) for kind, tree in program.beside.items()}
-    report = Report(program.name, arguments, beside, program.runs, program.same_as)
-    if program.same_as:
-        return report
-    started = time.perf_counter()
+    report, started = Report(program.name, _held(program), program.runs), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True} if topology.platform == "tpu" else None
+        # Compiled.as_text() does not write all that the TPU's compiler makes, and there is none of a refused program.
+        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             compiled = program.lower().compile(compiler_options=options)
+            stats, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}
+            names = {"arguments": "argument", "outputs": "output", "aliased": "alias", "temporaries": "temp"}
+            names["code"] = "generated_code"
+            report.memory = {kind: getattr(stats, f"{name}_size_in_bytes") for kind, name in names.items()}
+            report.flops, report.bytes_accessed = costs.get("flops"), costs.get("bytes accessed")
         except jax.errors.JaxRuntimeError as error:
             if "RESOURCE_EXHAUSTED" not in str(error):
                 raise
-            compiled = None
             report.refused, report.refused_bytes = refusal(str(error))
         report.seconds = time.perf_counter() - started
-        if compiled:
-            _read_stats(report, compiled)
-        text = _dumped(folder, "after_codegen") or _dumped(folder, "after_optimizations")
-        if not text and compiled:
-            text = compiled.as_text()
-        report.largest = largest(_dumped(folder, "after_optimizations-memory-usage-report"))
-    if text:
-        module = hlo.Module(text)
-        report.counts = module.counts(lambda loop: program.trips)
-        report.findings = findings(module, program, plan)
+        # Jitted constants have modules of their own.
+        texts = (file.read_text() for file in Path(folder).glob("*after_optimizations.txt"))
+        module = hlo.Module(max(texts, key=len, default=""))
+    report.collectives, report.warnings = module.collectives(program.trips), warnings(module, program, plan)
     return report
 
 
-def _read_stats(report: Report, compiled: jax.stages.Compiled) -> None:
-    stats = compiled.memory_analysis()
-    report.memory = Memory(
-        stats.argument_size_in_bytes, stats.output_size_in_bytes, stats.alias_size_in_bytes,
-        stats.temp_size_in_bytes, stats.generated_code_size_in_bytes,
-    )  # fmt: skip
-    costs = compiled.cost_analysis() or {}
-    report.flops, report.bytes_accessed = costs.get("flops"), costs.get("bytes accessed")
-    optimal = costs.get("optimal_seconds", -1)
-    report.optimal_seconds = optimal if optimal > 0 else None  # negative where there are loops: it does not know
-
-
-def _dumped(folder: str, stage: str) -> str:
-    """What the TPU compiler wrote of a stage; of several modules, of the largest. Jitted constants have their own."""
-    texts = [path.read_text() for path in Path(folder).glob(f"*.{stage}.txt")]
-    return max(texts, key=len, default="")
-
-
-def largest(usage: str, most: int = 4) -> list[str]:
-    """The largest of a chip's HBM buffers: each its size and the arrays that share it one after another."""
-    lines = usage.split("Memory Space: vmem")[0].splitlines()
-    rows = [line.split(";") for line in lines if re.match(r"\s+[\d.]+\w+\(\s*\d+%\);", line)]
-    return [f"{row[1].strip()}: {row[4].strip()}" for row in rows[:most]]
-
-
-def refusal(text: str) -> tuple[str, float | None]:
-    """The compiler's first line on memory, and the bytes that it names as needed."""
+def refusal(text: str) -> tuple[str, float]:
+    """The compiler's line on memory, and the bytes that it names as needed."""
     line = next((x for x in text.splitlines() if "Ran out of memory" in x or "RESOURCE_EXHAUSTED" in x), text)
     size = re.search(r"\(([\d.]+)([KMGT]?)\)", line) or re.search(r"Used ([\d.]+)([KMGT]?)", line)
-    return line.strip(), float(size[1]) * UNITS[size[2]] if size else None
+    return line.strip(), float(size[1]) * UNITS[size[2]] if size else 0.0
 
 
-def findings(module: hlo.Module, program: Program, plan: Plan) -> list[str]:
+def warnings(module: hlo.Module, program: Program, plan: Plan) -> list[str]:
     """What the program should not do and does."""
-    said, model = [], plan.student.config
-    tensor = plan.mesh.shape["tensor"]
-    stage = program.name.split(":")[0]
+    stage, model, setup = program.name.split(":")[0], plan.student.config, plan.setup
+    stacks, logits, vocab = set(), set(), model.output_vocab_size or model.vocab_size
     if stage in ("score", "gradient", "update"):
-        for i in hlo.gathered_stacks(module, model.num_layers):
-            said.append(f"gathers a parameter of all layers at once: {i.shape.split('{')[0]}")
+        stacks = hlo.gathered_stacks(module, model.num_layers)
     if stage in ("score", "gradient"):
-        size = loop.score_batch(plan.config) if stage == "score" else plan.config.optimizer.micro_batch
-        rows = size // batch_shards(plan.mesh)
-        tokens = rows * plan.config.rollout.max_response_tokens
-        vocab = model.output_vocab_size or model.vocab_size
-        if tokens > model.hidden_size:  # fewer, and the head itself looks like logits
-            for i in hlo.whole_logits(module, tokens, (vocab, -(-vocab // tensor))):
-                said.append(f"logits of all answers at once: {i.shape.split('{')[0]}")
-    return sorted(set(said))
+        size = setup.score_batch if stage == "score" else setup.config.optimizer.micro_batch
+        rows, tensor = size // batch_shards(setup.mesh), setup.mesh.shape["tensor"]
+        tokens = rows * setup.config.rollout.max_response_tokens
+        at_once = max(rows, tokens_at_once(setup.config.compute.logits_chunk, vocab, tensor))
+        if tokens > max(at_once, model.hidden_size):  # of fewer, the head itself looks like logits
+            logits = hlo.whole_logits(module, tokens, (vocab, -(-vocab // tensor)))
+    return [f"gathers a parameter of all layers at once: {shape}" for shape in sorted(stacks)] + [
+        f"logits of all answers at once: {shape}" for shape in sorted(logits)
+    ]

@@ -2,15 +2,15 @@
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
 from etils import epath
 from rich.table import Table
 
-from camopd_jax.config.schema import Benchmark, Template, TrainConfig
+from camopd_jax.config.schema import Benchmark, Stream, Template, TrainConfig
 from camopd_jax.data import sources, templates
 from camopd_jax.data.pipeline import PromptStream
 from camopd_jax.data.questions import question_keys
@@ -19,18 +19,19 @@ from camopd_jax.errors import UserError
 from camopd_jax.evals import tasks
 from camopd_jax.evals.questions import read_questions
 from camopd_jax.inference import loading
-from camopd_jax.method import loop
-from camopd_jax.method.branches import STREAMS
+from camopd_jax.method import schedule
+from camopd_jax.method.branches import find_model, teacher_names
+from camopd_jax.method.optimizer import moment_names
+from camopd_jax.method.setup import check_model, resolve
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig
-from camopd_jax.models.weights import shardings
-from camopd_jax.planning.costs import Sizes, adam_bytes, memory_estimate, weights
+from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.costs import memory_estimate, weights
 from camopd_jax.planning.topology import Topology
 from camopd_jax.runs.workdir import check_owner
-from camopd_jax.runtime.mesh import mesh_of
 
 GIB = 2**30
-T = TypeVar("T")
+MARKS = {"good": "[green]ok[/]", "odd": "[yellow]odd[/]", "wrong": "[red]wrong[/]"}
 
 
 @dataclass(frozen=True)
@@ -38,31 +39,6 @@ class Finding:
     about: str
     kind: Literal["good", "odd", "wrong"]  # wrong: it would end the run
     text: str
-
-
-@dataclass
-class Findings:
-    """What was found, in order."""
-
-    all: list[Finding] = field(default_factory=list)
-
-    def good(self, about: str, text: str) -> None:
-        self.all.append(Finding(about, "good", text))
-
-    def odd(self, about: str, text: str) -> None:
-        self.all.append(Finding(about, "odd", text))
-
-    def look(self, about: str, act: Callable[..., T], *args: Any) -> T | None:
-        """`act(self, *args)`; a user's mistake is found, and None comes back."""
-        try:
-            return act(self, *args)
-        except UserError as error:
-            self.all.append(Finding(about, "wrong", str(error)))
-            return None
-
-    @property
-    def wrong(self) -> int:
-        return sum(found.kind == "wrong" for found in self.all)
 
 
 @dataclass(frozen=True)
@@ -74,198 +50,188 @@ class Checked:
     tokenizer: Any
 
 
-def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[Findings, dict[str, str]]:
-    """All findings, and a prompt of each stream as the student reads it."""
-    found = Findings()
-    sides = ("general", "specialised")
-    models = {side: found.look(f"{side} model", _model, config, side) for side in sides}
-    complete = all(models.values())
-    asked: dict[str, list[set[str]]] = {}
-    read: dict[str, str] = {}
+def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[list[Finding], dict[str, str]]:
+    """All findings, and a prompt of each branch as the student reads it."""
+    look, names = Examination(config), teacher_names(config)
+    for name, field in names.items():
+        look.at(f"{name} model" if name in ("general", "specialised") else f"model {name}", look.model, name, field)
     for benchmark in config.evaluation.benchmarks:
-        asked |= found.look(f"benchmark {benchmark.name}", _benchmark, config, benchmark) or {}
-    _axes(found, config)
+        look.at(f"benchmark {benchmark.name}", look.benchmark, benchmark)
+    look.at("benchmarks", look.axes)
+    complete = len(look.models) == len(names)
     if complete:
-        found.look("models", _pair, *models.values())
-        _end(found, models["specialised"], config.domain.template)
-        for branch, stream in STREAMS.items():
-            read |= found.look(f"{stream} prompts", _prompts, config, branch, models, asked) or {}
-    found.look("devices", _devices, config, where, models)
+        look.at("models", look.tokenizers)
+        for branch in config.branches:
+            look.at(f"{branch} prompts", look.prompts, branch)
+    look.at("devices", look.devices, where, complete)
     if workdir and complete:
-        found.look("workdir", _workdir, config, workdir, models["specialised"].config)
-    return found, read
+        look.at("workdir", look.workdir, workdir)
+    return look.findings, look.examples
 
 
-# ------------------------------------------------------------------------------------ the models
+class Examination:
+    """Findings about a config. Every check is told what its findings are about."""
 
+    def __init__(self, config: TrainConfig):
+        self.config = config
+        self.findings: list[Finding] = []
+        self.models: dict[str, Checked] = {}  # by what branches call them
+        self.questions: dict[str, list[set[str]]] = {}  # of each benchmark: what tells each from others
+        self.examples: dict[str, str] = {}  # a prompt of each branch
 
-def _model(found: Findings, config: TrainConfig, side: str) -> Checked:
-    folder = loading.find(getattr(config, f"{side}_model"), f"config.{side}_model")
-    context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    model = loading.model_config(folder, context)
-    kinds = sorted({str(tensor.dtype) for tensor in hf.matching(folder, model).values()})
-    tokenizer = templates.load_tokenizer(folder)
-    raw = hf.read_config(folder)
-    found.good(f"{side} model", f"{raw['model_type']}, {weights(model) / 1e6:,.1f} M parameters in {', '.join(kinds)}")
-    trained = raw.get("max_position_embeddings")
-    if trained and context > trained:
-        found.odd(
-            f"{side} model",
-            f"{folder / 'config.json'} tells of {trained} positions, and prompt and answer may have {context}; lower "
-            "config.rollout.max_response_tokens",
-        )
-    return Checked(folder, model, tokenizer)
+    def at(self, about: str, check: Callable[..., None], *args: Any) -> None:
+        """Runs a check; a user's mistake that it raises is a finding."""
+        try:
+            check(about, *args)
+        except UserError as error:
+            self.findings.append(Finding(about, "wrong", str(error)))
 
+    def good(self, about: str, text: str) -> None:
+        self.findings.append(Finding(about, "good", text))
 
-def _pair(found: Findings, general: Checked, specialised: Checked) -> None:
-    warning = templates.check_same_tokenizer(specialised.folder, general.folder)
-    found.good("models", f"one tokenizer of {len(general.tokenizer)} tokens")
-    if warning:
-        found.odd("models", warning)
-    if hf.fingerprint(general.folder) == hf.fingerprint(specialised.folder):
-        found.odd(
-            "models",
-            "config.general_model and config.specialised_model hold the same weights: there is nothing to bring back",
-        )
+    def odd(self, about: str, text: str) -> None:
+        self.findings.append(Finding(about, "odd", text))
 
+    # -------------------------------------------------------------------------------- the models
 
-def _end(found: Findings, student: Checked, template: Template) -> None:
-    """Whether what the chat template writes behind an answer ends one."""
-    row = {"messages": [{"role": "user", "content": "hi"}]}
-    try:
-        last = templates.answer_ids(student.tokenizer, row, "yes", template)[1][-1]
-    except UserError:  # no template, or one that tells nothing of this: nor does a run ask for it
-        return
-    ends = templates.eos_ids(student.folder, student.tokenizer)
-    if last not in ends:
-        name = student.tokenizer.convert_ids_to_tokens
-        found.odd(
-            "models",
-            f"the chat template ends an answer with {name(last)!r}, which is none of {name(list(ends))} that end one: "
-            f"answers run to their cap; name it as eos_token_id in {student.folder / 'generation_config.json'}",
-        )
+    def model(self, about: str, name: str, field: str) -> None:
+        folder = find_model(self.config, name, field)
+        context = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
+        model, values = loading.model_config(folder, context), hf.read_config(folder)
+        kinds = sorted({str(tensor.dtype) for tensor in hf.matching(folder, model).values()})
+        self.models[name] = Checked(folder, model, templates.load_tokenizer(folder))
+        self.good(about, f"{values['model_type']}, {weights(model) / 1e6:,.1f} M parameters in {', '.join(kinds)}")
+        positions = values.get("max_position_embeddings") or context
+        if context > positions:
+            self.odd(
+                about,
+                f"{folder / 'config.json'} tells of {positions} positions, and prompt and answer may have {context}; "
+                "lower config.rollout.max_response_tokens",
+            )
 
+    def tokenizers(self, about: str) -> None:
+        student = self.models["specialised"]
+        others = [model.folder for name, model in self.models.items() if name != "specialised"]
+        warnings = [templates.check_same_tokenizer(student.folder, folder) for folder in others]
+        self.good(about, f"one tokenizer of {len(student.tokenizer)} tokens")
+        for warning in filter(None, warnings):
+            self.odd(about, warning)
+        if hf.fingerprint(self.models["general"].folder) == hf.fingerprint(student.folder):
+            same = "config.general_model and config.specialised_model hold the same weights"
+            self.odd(about, f"{same}: there is nothing to bring back")
+        ends, name = templates.eos_ids(student.folder, student.tokenizer), student.tokenizer.convert_ids_to_tokens
+        for last in {self._last(branch.prompts.template) for branch in self.config.branches.values()}:
+            if last is not None and last not in ends:
+                self.odd(
+                    about,
+                    f"the chat template ends an answer with {name(last)!r}, which is none of {name(list(ends))} that "
+                    "end one: answers run to their cap; name it as eos_token_id in "
+                    f"{student.folder / 'generation_config.json'}",
+                )
 
-# ----------------------------------------------------------------------------------- the prompts
+    def _last(self, template: Template) -> int | None:
+        """The token that a chat template writes behind an answer."""
+        row = {"messages": [{"role": "user", "content": "hi"}]}
+        try:
+            return templates.answer_ids(self.models["specialised"].tokenizer, row, "yes", template)[1][-1]
+        except UserError:  # no template, or one that says nothing of this: nor does a run ask for it
+            return None
 
+    # ------------------------------------------------------------------- prompts and benchmarks
 
-def _prompts(
-    found: Findings, config: TrainConfig, branch: str, models: dict[str, Checked], asked: dict[str, list[set[str]]]
-) -> dict[str, str]:
-    """Reads a branch's stream as a run does: {its name: a prompt as the student reads it}."""
-    name = STREAMS[branch]
-    about, stream = f"{name} prompts", getattr(config, name)
-    teacher = models["general" if branch == "recovery" else config.method.domain_teacher]
-    student = models["specialised"].tokenizer
-    rows = loop.batch_rows(config)[branch]
-    prompts = PromptStream(
-        stream, config.rollout, Tokenizers(student, teacher.tokenizer), config.seed, range(rows), f"config.{name}"
-    )
-    kept, dropped, truncated = (prompts.counts[count] for count in ("kept", "dropped", "truncated"))
-    cap = f"config.rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}"
-    acts = sum(branch in loop.ACTING[loop.phase_at(step, config.method)] for step in range(config.steps))
-    low, middle, high = (int(np.quantile(prompts.lengths, q)) for q in (0, 0.5, 1))
-    found.good(
-        about,
-        f"{kept} of {low} to {high} tokens, half of them up to {middle}; {acts} steps of {rows} ask each "
-        f"{acts * rows / kept:.3g} times",
-    )
-    if dropped > kept:
-        found.odd(about, f"{dropped} of {dropped + kept} are longer than {cap} and dropped; raise it")
-    if truncated:
-        found.odd(about, f"{truncated} of {kept} are longer than {cap} and lose their front")
-    if kept < rows:
-        found.odd(about, f"{kept} are fewer than the {rows} of a step, which asks some of them twice")
-    if asked:
-        source = sources.read(stream.source, stream.split, stream.limit, f"config.{name}.source")
-        known = set().union(*map(_telling, source))
-        for benchmark, questions in asked.items():
+    def prompts(self, about: str, branch: str) -> None:
+        """Reads a branch's prompts as a run does."""
+        config, name, of = self.config, f"config.branches.{branch}.prompts", self.config.branches[branch]
+        student = self.models["specialised"].tokenizer
+        tokenizers = Tokenizers(student, self.models[of.teacher].tokenizer)
+        rows = schedule.batch_rows(config)[branch]
+        prompts = PromptStream(of.prompts, config.rollout, tokenizers, config.seed, range(rows), name)
+        kept, dropped, truncated = (prompts.counts[count] for count in ("kept", "dropped", "truncated"))
+        acts = sum(branch in schedule.acting(config, step) for step in range(config.steps))
+        low, middle, high = (int(np.quantile(prompts.lengths, q)) for q in (0, 0.5, 1))
+        steps = f"{acts} steps of {rows} ask each {acts * rows / kept:.3g} times"
+        self.good(about, f"{kept} of {low} to {high} tokens, half of them up to {middle}; {steps}")
+        cap = f"config.rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}"
+        if dropped > kept:
+            self.odd(about, f"{dropped} of {dropped + kept} are longer than {cap} and dropped; raise it")
+        if truncated:
+            self.odd(about, f"{truncated} of {kept} are longer than {cap} and lose their front")
+        if kept < rows:
+            self.odd(about, f"{kept} are fewer than the {rows} of a step, which asks some of them twice")
+        self._leaks(about, of.prompts, name)
+        batch = next(prompts).student
+        self.examples[branch] = student.decode(batch.tokens[0, : batch.lengths[0]])
+
+    def _leaks(self, about: str, stream: Stream, name: str) -> None:
+        """Questions of benchmarks that are among the prompts."""
+        if not any(self.questions.values()):
+            return
+        rows = sources.read(stream.source, stream.split, stream.limit, f"{name}.source")
+        known = set().union(*map(_keys, rows))
+        for benchmark, questions in self.questions.items():
             if both := sum(not known.isdisjoint(question) for question in questions):
-                found.odd(
+                self.odd(
                     about,
                     f"{both} of the {len(questions)} questions of benchmark {benchmark} are among them; `python -m "
                     "camopd_jax.data.recipe jsonl --against` leaves them out",
                 )
-    batch = next(prompts).student
-    return {name: student.decode(batch.tokens[0, : batch.lengths[0]])}
+
+    def benchmark(self, about: str, benchmark: Benchmark) -> None:
+        task = tasks.find(benchmark, self.config.evaluation.judge)
+        task.check()
+        rows = read_questions(benchmark, task)
+        self.good(about, f"{len(rows)} questions of the {benchmark.axis} axis")
+        self.questions[benchmark.name] = list(map(_keys, rows))
+
+    def axes(self, about: str) -> None:
+        measured = {benchmark.axis for benchmark in self.config.evaluation.benchmarks}
+        for axis, outcome in {"general": "came back", "domain": "was kept"}.items():
+            if axis not in measured:
+                none = f"none in config.evaluation.benchmarks of the {axis} axis"
+                self.odd(about, f"{none}: the run will not say how much {outcome}")
+
+    # ------------------------------------------------------------------- the machine, the folder
+
+    def devices(self, about: str, where: Topology, complete: bool) -> None:
+        setup, compute = resolve(self.config, where.devices), self.config.compute
+        shapes = {name: model.config for name, model in self.models.items()}
+        for shape in shapes.values():
+            check_model(shape, setup.mesh, compute, setup.dtype)
+        sizes = " x ".join(f"{axis} {n}" for axis, n in setup.mesh.shape.items())
+        devices = f"{len(where.devices)} of {where.platform}, {sizes}"
+        self.good(about, f"{devices}; every batch and every model divides")
+        if not complete:
+            return
+        needs = memory_estimate(setup, Models(shapes))
+        least = needs["resident"] + needs["update"]
+        text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} GiB of each"
+        if where.hbm and least > where.hbm:
+            advice = " or config.compute.offload=late" if compute.offload == "off" else ""
+            raise UserError(f"{text}, which has {where.hbm / GIB:.2f}; give more of them{advice}")
+        self.good(about, f"{text}, before caches and activations")
+
+    def workdir(self, about: str, workdir: str) -> None:
+        config, model = self.config, self.models["specialised"].config
+        goes_on = check_owner(epath.Path(workdir), config)
+        text = f"{workdir}: " + ("a run of this config, which goes on" if goes_on else "new")
+        if "://" not in workdir:
+            kept = config.checkpoints.keep_last + 1 + (config.checkpoints.keep_best if config.evaluation.every else 0)
+            state = weights(model, config.optimizer.trained) * (4 + 8 * len(moment_names(config)))
+            needs, folder = state * kept + weights(model) * 4, Path(workdir).absolute()
+            free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
+            text += f"; {needs / GIB:.1f} GiB for {kept} checkpoints and the export, {free / GIB:.1f} are free"
+            if needs > free and not goes_on:
+                raise UserError(f"{text}; lower config.checkpoints.keep_last or give another --workdir")
+        self.good(about, text)
 
 
-def _telling(row: dict[str, Any]) -> set[str]:
+def _keys(row: dict[str, Any]) -> set[str]:
     """What tells a question from others; nothing, where a row has no text."""
     return question_keys(row) - {""}
 
 
-# --------------------------------------------------------------------- benchmarks, machine, folder
-
-
-def _benchmark(found: Findings, config: TrainConfig, benchmark: Benchmark) -> dict[str, list[set[str]]]:
-    """{its name: what tells each of its questions}"""
-    task = tasks.find(benchmark, config.evaluation.judge)
-    task.check()
-    rows = read_questions(benchmark, task)
-    found.good(f"benchmark {benchmark.name}", f"{len(rows)} questions of the {benchmark.axis} axis")
-    return {benchmark.name: list(map(_telling, rows))}
-
-
-def _axes(found: Findings, config: TrainConfig) -> None:
-    unseen = {"general": "came back", "domain": "was kept"}
-    named = {benchmark.axis for benchmark in config.evaluation.benchmarks}
-    for axis, outcome in unseen.items():
-        if axis not in named:
-            found.odd(
-                "benchmarks",
-                f"none in config.evaluation.benchmarks of the {axis} axis: the run will not say how much {outcome}",
-            )
-
-
-def _devices(found: Findings, config: TrainConfig, where: Topology, models: dict[str, Checked | None]) -> None:
-    mesh = mesh_of(config.mesh, where.devices)
-    loop.check_batches(config, mesh)
-    loop.check_remat(config, loading.matmul_dtype(config.compute, where.platform))
-    there = {side: model.config for side, model in models.items() if model}
-    for model in there.values():
-        shardings(model, mesh)
-    sizes = " x ".join(f"{axis} {n}" for axis, n in mesh.shape.items())
-    found.good("devices", f"{len(where.devices)} of {where.platform}, {sizes}; every batch and every model divides")
-    if len(there) < len(models):
-        return
-    least = _least(config, where.platform, mesh.shape, **there)
-    text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} GiB of each"
-    if where.hbm and least > where.hbm:
-        mend = " or config.compute.offload=late" if config.compute.offload == "off" else ""
-        raise UserError(f"{text}, which has {where.hbm / GIB:.2f}; give more of them{mend}")
-    found.good("devices", f"{text}, before caches and activations")
-
-
-def _least(config: TrainConfig, platform: str, mesh: Sizes, general: ModelConfig, specialised: ModelConfig) -> float:
-    """Bytes of a device that an update needs, and a gradient without its activations."""
-    found = memory_estimate(config, general, specialised, mesh, platform)
-    return found["resident"] + found["update"]
-
-
-def _workdir(found: Findings, config: TrainConfig, workdir: str, model: ModelConfig) -> None:
-    goes_on = check_owner(epath.Path(workdir), config)
-    text = f"{workdir}: " + ("a run of this config, which goes on" if goes_on else "new")
-    if "://" in workdir:
-        found.good("workdir", text)
-        return
-    kept = config.checkpoints.keep_last + 1 + (config.checkpoints.keep_best if config.evaluation.every else 0)
-    needs = (weights(model) * 4 + adam_bytes(config, model)) * kept + weights(model) * 4
-    there = next(p for p in (Path(workdir).absolute(), *Path(workdir).absolute().parents) if p.exists())
-    free = shutil.disk_usage(there).free
-    text += f"; {needs / GIB:.1f} GiB for {kept} checkpoints and the export, {free / GIB:.1f} are free"
-    if needs > free and not goes_on:
-        raise UserError(f"{text}; lower config.checkpoints.keep_last or give another --workdir")
-    found.good("workdir", text)
-
-
-# ------------------------------------------------------------------------------------- the command
-
-MARKS = {"good": "[green]ok[/]", "odd": "[yellow]odd[/]", "wrong": "[red]wrong[/]"}
-
-
-def table(found: Findings) -> Table:
+def table(findings: list[Finding]) -> Table:
     view = Table.grid(padding=(0, 2))
-    for one in found.all:
+    for one in findings:
         view.add_row(MARKS[one.kind], one.about, " ".join(one.text.split()).replace("[", r"\["))
     return view

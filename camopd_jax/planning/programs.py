@@ -1,38 +1,48 @@
-"""A run's own programs at their largest shapes, from shapes alone: no weights are read and no array is made.
+"""A run's programs at their largest shapes: the steps of `method.loop`, with shapes in the place of arrays.
 
-They are the jitted functions that the run itself calls, `generate.programs`, `scoring.scoring` and those of
-`phases.compile_programs`; their arguments are those of `planning.arrays`.
+Every program is a jitted function of the run itself, with the arguments that the run gives it. What it returns is asked
+of it too (`eval_shape`), and is an argument of the next: no weights are read and no array is made.
 """
 
 import dataclasses
-import math
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Iterable
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
-from camopd_jax.method import loop
-from camopd_jax.planning.arrays import (
-    Plan,
-    abstract_batch,
-    abstract_gradient,
-    abstract_keys,
-    abstract_residuals,
-    chip_bytes,
-    decoding_params,
-    decoding_state,
-)
-from camopd_jax.planning.costs import kept_rows, learning_pieces, refills, scoring_pieces, turns
+from camopd_jax.method import programs as method
+from camopd_jax.method import schedule
+from camopd_jax.method.gradient import Gradient, Lesson
+from camopd_jax.method.objectives import TeacherReading
+from camopd_jax.planning.arrays import Plan, chip_bytes, rows
+from camopd_jax.planning.costs import kept_rows, lanes_of, refills, turns
 from camopd_jax.rollout import generate
-from camopd_jax.rollout.generate import FIRST_RING
-from camopd_jax.types import Batch, LanguageModel, Params
+from camopd_jax.rollout.head import head_params
+from camopd_jax.rollout.score import LOG_PROB, Reading, empty_record, scoring
+from camopd_jax.runtime.buckets import MicroBatch, split_by_length
+from camopd_jax.runtime.mesh import batch_shards
+from camopd_jax.types import (
+    Batch,
+    LanguageModel,
+    LogProbs,
+    Params,
+    PromptBatch,
+    Prompts,
+    Record,
+    Rollout,
+    Sequences,
+    TeacherRecord,
+)
 
-Named = tuple["Program", tuple]  # and what makes it another program than others
-
-# Kinds that lie on a chip for a part of a step. "offloaded": under config.compute.offload, what came back from the host
-HELD = ("weights", "cache", "residuals", "gradient", "offloaded")
+# What lies on a chip for a part of a step: the answering model's weights and its cache; what waits from the answers to
+# the gradient, residual stream and record of the teacher; the gradient; and what came back from the host's memory
+HELD = ("weights", "cache", "residuals", "record", "gradient", "offloaded")
+Held = dict[str, Any]  # shapes by kind
+NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
 
 
 @dataclass(frozen=True)
@@ -40,164 +50,202 @@ class Program:
     """One compiled function of the run."""
 
     name: str
-    lower: Callable[[], Any]  # -> jax.stages.Lowered
-    # By kind: "parameters", "optimizer", "teacher" and "batch" lie there through the run; "weights" and "cache" while
-    # the student answers, "gradient" while it learns, "residuals" from the answers on until it has learnt
-    arguments: dict[str, Any]
-    beside: dict[str, Any] = field(default_factory=dict)  # by kind: no arguments, and there all the same
-    runs: int = 1  # at most, in one step
+    jitted: Any
+    args: tuple[Any, ...]
+    options: dict[str, Any]  # static arguments
+    holds: Held  # what lies there meanwhile, arguments or not, and does not lie there through the whole run
+    runs: int = 1  # in one step, at most
     trips: int = 1  # of a loop whose bound is data, at most
-    same_as: str | None = None  # an earlier program of the very same shapes: compiled once
+
+    @property
+    def key(self) -> Hashable:
+        """The same for programs that are compiled once."""
+        leaves, structure = jax.tree.flatten(self.args)
+        return self.jitted.__wrapped__, structure, *leaves, *self.options.items()
+
+    def lower(self) -> jax.stages.Lowered:
+        return self.jitted.lower(*self.args, **self.options)
+
+    def returns(self) -> Any:
+        """The shapes of its results, where the run leaves them."""
+        return self.jitted.eval_shape(*self.args, **self.options)
 
 
-def programs(p: Plan, eos_ids: tuple[int, ...]) -> Iterator[Program]:
-    """The programs of a step, in its order. Those of the same shapes are named, and compiled once."""
-    return (_with_offloaded(p, program) for program in _unique(_all(p, eos_ids)))
+def programs(p: Plan) -> list[Program]:
+    """The programs of a run, in the order of its steps."""
+    config, steps = p.setup.config, []
+    teachers = {branch: p.teacher(branch)[0] for branch in config.branches}
+    run = method.Programs(p.setup, p.student, p.params, p.eos_ids, p.state, teachers)
+    for phase in schedule.phases(config):
+        step = _Step(p, run)
+        step.take(phase, list(config.branches) if phase == schedule.MIXED else [phase])
+        steps += _merged(step.programs, runs=sum)
+    return _merged(steps, runs=max)
 
 
-def _all(p: Plan, eos_ids: tuple[int, ...]) -> Iterator[Named]:
-    compiled = loop.compile_programs(p.config, p.student, eos_ids, p.state)
-    answer = {"": (p.student, p.state.params)}
-    if p.config.method.answers == "teacher":
-        answer = {f": {name} teacher": teacher for name, teacher in p.teachers.items()}
-    for name, (model, params) in answer.items():
-        yield from _rollout(p, compiled, name, model, params)
-    yield from _learning(p, compiled)
+def _merged(several: Iterable[Program], runs: Callable[[Iterable[int]], int]) -> list[Program]:
+    """Of the programs of one name, as branches have them, the largest."""
+    by_name: dict[str, list[Program]] = {}
+    for program in several:
+        by_name.setdefault(program.name, []).append(program)
+    return [
+        dataclasses.replace(max(same, key=_bytes), runs=runs(program.runs for program in same))
+        for same in by_name.values()
+    ]
 
 
-def _with_offloaded(p: Plan, program: Program) -> Program:
-    """With what of the offloaded arrays is on the devices meanwhile: a teacher until all is scored, then moments."""
-    offload = p.config.compute.offload
-    if offload == "off":
-        return program
-    teacher = max((params for _, params in p.teachers.values()), key=chip_bytes)
-    moments = p.state.moments
-    learning = {"gradient": moments if offload == "ahead" else (), "update": moments}
-    there = learning.get(program.name.split(":")[0], teacher)
-    return dataclasses.replace(program, beside=program.beside | {"offloaded": there})
+def _bytes(program: Program) -> int:
+    return chip_bytes((program.args, program.holds))
 
 
-def _rollout(p: Plan, compiled: loop.Programs, name: str, model: LanguageModel, params: Params) -> Iterator[Named]:
-    """The parts of an answer. Between `prefill` and `decode` the cache grows, at last to the cap."""
-    parts, decode = generate.programs(p.rollout_mesh), compiled.decode
-    model, cap = model.on(p.rollout_mesh), decode.max_new
-    weights = decoding_params(model, params)
-    drawn = {"sampling": decode.sampling, "eos_ids": decode.eos_ids}
-    yield from _reshard(p, name, model, params, weights)
-
-    def state(ring: int) -> Any:
-        return decoding_state(model, p.places, p.prompt_slots, ring, cap, decode.keep_residuals)
-
-    def prefill(name: str, rows: int, **more: Any) -> Named:
-        asked = p.batch.prompts, abstract_keys(p.rows, p.mesh)
-        args = (model, weights, *asked, jax.ShapeDtypeStruct((rows,), jnp.int32))
-        options = drawn | {"max_new": cap, "keep_residuals": decode.keep_residuals}
-        return _program(name, parts.begin, args, {"weights": weights, "batch": asked}, options, **more)
-
-    yield prefill(f"prefill{name}", p.places)
-    full = state(cap)
-    if p.places < p.rows:
-        times, several = refills(p.rows, p.places, dict(p.rollout_mesh.shape))
-        yield prefill(f"refill{name}", several, beside={"cache": full}, runs=times)
-    if cap > FIRST_RING:
-        shorter = state(FIRST_RING * 2 ** (math.ceil(math.log2(cap / FIRST_RING)) - 1))
-        one, others = shorter.cache.keys[0], full.replace(cache=full.cache.replace(keys=full.cache.keys[1:]))
-        sizes = {"prompt_slots": p.prompt_slots, "slots": p.prompt_slots + cap}
-        yield _program(f"grow{name}", parts.grow[True], (one, shorter.slot), {"cache": one}, sizes,
-                       beside={"weights": weights, "cache": others}, runs=2 * len(full.cache.keys))  # fmt: skip
-    yield _program(
-        f"decode{name}", parts.advance, (model, weights, full, jax.ShapeDtypeStruct((), jnp.int32)),
-        {"weights": weights, "cache": full}, drawn | {"prompt_slots": p.prompt_slots},
-        trips=turns(p.rows, p.places, cap),
-    )  # fmt: skip
+def _and(holds: Held, **more: Any) -> Held:
+    return holds | {kind: (holds.get(kind, ()), tree) for kind, tree in more.items()}
 
 
-def _reshard(p: Plan, name: str, model: LanguageModel, params: Params, weights: Params) -> Iterator[Named]:
-    """A layer, and each array of no layer, as the last to move: all others are there."""
-    kind, number = "teacher" if name else "parameters", jax.ShapeDtypeStruct((), jnp.int32)
-    for part, jitted in generate.moves(model, tuple(params)).items():
-        there = {other: array for other, array in weights.items() if other != part}
-        args, runs = (params[part],), 1
-        if part == "layers":
-            there, args, runs = (there, weights["layers"][1:]), (params["layers"], number), model.config.num_layers
-        yield _program(f"reshard{name}: {part}", jitted, args, {kind: params[part]}, beside={"weights": there},
-                       runs=runs)  # fmt: skip
+def _numbers(*shape: int) -> jax.ShapeDtypeStruct:
+    return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
-def _learning(p: Plan, compiled: loop.Programs) -> Iterator[Named]:
-    """What acts on finished answers: a micro-batch of rows at a time, then all."""
-    batch, said, config = p.batch, p.batch.rollout, p.config
-    chunk = config.compute.logits_chunk
-    scored_M = jax.ShapeDtypeStruct((loop.score_batch(config),), jnp.int32)
-    learnt_1M = jax.ShapeDtypeStruct((1, config.optimizer.micro_batch), jnp.int32)
-    widest = {"slots": p.slots, "answer_slots": said.tokens.shape[1], "chunk": chunk}
-    scoring = {"student": (p.student, p.state.params)} | {
-        f"{name} teacher": teacher for name, teacher in p.teachers.items() if _teaches(p, name)
-    }
-    asked = batch.prompts, said.tokens, said.lengths
-    mixed = "mixed" in compiled.update
-    residuals, of_the_other = (), ()
-    if compiled.decode.keep_residuals:
-        residuals = abstract_residuals(p, p.rows)
-        of_the_other = abstract_residuals(p, config.rollout.batch_size - p.rows) if mixed else ()
-    wait = {"residuals": (residuals, of_the_other)}
-    for name, (model, params) in scoring.items():
-        kind = "parameters" if name == "student" else "teacher"
-        scored = batch.scores.student
-        yield _program(f"score: {name}", scoring.scoring(p.mesh), (model, params, scored, *asked, scored_M),
-                       {kind: params, "batch": (scored, *asked)}, widest | {"with_top": False}, beside=wait,
-                       runs=_scorings(p, name))  # fmt: skip
-    draw = jax.ShapeDtypeStruct((), jnp.int32)
-    for name in loop.BRANCHES:
-        yield _program(f"select: {name}", compiled.select[name], (batch.scores, said.lengths, draw),
-                       {"batch": (batch.scores, said.lengths)}, beside=wait)  # fmt: skip
-    params, sum_so_far = p.state.params, abstract_gradient(p.state.params)
-    asked = (*asked, batch.scores.student)
-    learnt = [learning_pieces(config, kept_rows(config, name)) for name in loop.BRANCHES]
-    yield _program(
-        "gradient", compiled.learning.add, (p.student, params, sum_so_far, *asked, residuals, learnt_1M, draw),
-        {"parameters": params, "gradient": sum_so_far, "batch": asked, "residuals": residuals}, widest,
-        beside={"gradient": sum_so_far, "residuals": of_the_other} if mixed else {},
-        runs=sum(learnt) if mixed else max(learnt),
-    )  # fmt: skip
-    for name, update in compiled.update.items():
-        parts = _parts(p, name)
-        sums = (sum_so_far,) * len(parts)
-        adam = p.state.moments, p.state.step, p.state.skipped
-        yield _program(f"update: {name}", update, (p.state, *sums, *parts),
-                       {"parameters": params, "optimizer": adam, "gradient": sums, "batch": parts})  # fmt: skip
+class _Step:
+    """A step on shapes. Methods are those of the run, and note the programs that it calls."""
 
+    def __init__(self, p: Plan, run: method.Programs):
+        self.p, self.run, self.setup, self.config = p, run, p.setup, p.setup.config
+        self.offload = self.config.compute.offload
+        self.programs: list[Program] = []
 
-def _teaches(p: Plan, name: str) -> bool:
-    return name == "general" or p.config.method.domain_teacher == "specialised"
+    def note(
+        self, name: str, jitted: Any, args: tuple[Any, ...], holds: Held, runs: int = 1, trips: int = 1, **options: Any
+    ) -> Program:
+        self.programs.append(Program(name, jitted, args, options, holds, runs, trips))
+        return self.programs[-1]
 
+    def take(self, phase: str, branches: list[str]) -> None:
+        """One turn of `loop.run`."""
+        kept: Held = {}
+        batches: dict[str, Batch] = {}
+        gradients: dict[str, Gradient] = {}
+        for name in branches:
+            batches[name], kept = self.collect(name, kept)
+        holds = _and(kept, offloaded=self.p.state.moments) if self.offload == "ahead" else kept
+        for name, batch in batches.items():
+            gradients[name] = self.gradient(name, batch, holds)
+            holds = _and(holds, gradient=gradients[name])
+        batches = {name: batch.after_gradient() for name, batch in batches.items()}
+        of_branches = (gradients, batches) if phase == schedule.MIXED else (gradients[phase], batches[phase])
+        returned = {} if self.offload == "off" else {"offloaded": self.p.state.moments}
+        args, holds = (self.p.state, *of_branches), {"gradient": gradients} | returned
+        self.note(f"update: {phase}", self.run.updates[phase], args, holds)
 
-def _scorings(p: Plan, name: str) -> int:
-    """Pieces that a model scores in a step."""
-    rows, method = loop.batch_rows(p.config), p.config.method
-    if method.schedule == "alternate":
-        return scoring_pieces(p.config, p.rows)
-    teacher = {"recovery": "general teacher", "review": f"{method.domain_teacher} teacher"}
-    return sum(scoring_pieces(p.config, n) for branch, n in rows.items() if name in ("student", teacher[branch]))
+    def collect(self, name: str, kept: Held) -> tuple[Batch, Held]:
+        """`loop.collect`: a branch's batch, and what is kept until the gradient."""
+        objective, (teacher, params) = self.setup.objectives[name], self.p.teacher(name)
+        holds = kept if self.offload == "off" else _and(kept, offloaded=params)
+        asked = Prompts(_numbers(self.setup.rows[name], self.setup.prompt_slots), _numbers(self.setup.rows[name]))
+        prompts = rows(self.setup.mesh, PromptBatch(asked, asked, asked.lengths))
+        answers = self.generate(name, prompts, holds)
+        holds, kept = (_and(lies, residuals=answers.residuals) for lies in (holds, kept))
+        sequences, reading = answers.after(prompts.teacher), TeacherReading(objective)
+        record = self.score(f"score: {name} teacher", (teacher, params), sequences, reading, holds)
+        of_teacher = record.pop("log_prob")
+        head = head_params(teacher, params) if objective.teacher_logits else {}
+        waits = record if self.offload == "off" else (record, head)  # else the head is the teacher's own
+        holds, kept = (_and(lies, record=waits) for lies in (holds, kept))
+        sequences = answers.after(prompts.student)
+        of_student = self.score("score: student", (self.p.student, self.p.params), sequences, LOG_PROB, holds)
+        log_probs = LogProbs(of_student["log_prob"], of_teacher)
+        args = log_probs, answers.lengths, NUMBER
+        selection = self.note(f"select: {name}", self.run.selecting[name], args, kept).returns()
+        record = TeacherRecord(record, head)
+        return Batch(prompts.student, prompts.index, answers, log_probs, selection, record), kept
 
+    def generate(self, name: str, prompts: PromptBatch, holds: Held) -> Rollout:
+        """`method.Programs.generate` and `rollout.generate.answers`."""
+        setup, how, of = self.setup, self.run.decode, ""
+        asked, model, params = prompts.student, self.p.student, self.p.params
+        if self.config.method.answers == "teacher":
+            asked, of, (model, params) = prompts.teacher, f": {name} teacher", self.p.teacher(name)
+        model, compiled = model.on(setup.rollout_mesh), generate.programs(setup.rollout_mesh)
+        weights = self.for_decoding(model, params, of, holds)
+        holds = _and(holds, weights=weights)
+        drawing = {"sampling": how.sampling, "eos_ids": how.eos_ids}
+        keys = self.run.keys.eval_shape(NUMBER, prompts.index)
 
-def _parts(p: Plan, update: str) -> tuple[Batch, ...]:
-    if update != "mixed":
-        return (p.batch,)
-    answers = p.batch.rollout.tokens.shape[1]
-    return tuple(abstract_batch(p.mesh, n, p.prompt_slots, answers) for n in loop.batch_rows(p.config).values())
+        def begin(name: str, lanes: int, holds: Held, runs: int = 1) -> Program:
+            args = (model, weights, asked, keys, _numbers(lanes))
+            options = drawing | {"max_new": how.max_new, "keep_residuals": how.keep_residuals}
+            return self.note(name + of, compiled.begin, args, holds, runs, **options)
 
+        lanes = lanes_of(setup, name)
+        begun = begin("prefill", lanes, holds).returns()
 
-def _program(
-    name: str, jitted: Any, args: tuple, arguments: dict[str, Any], options: dict[str, Any] | None = None, **more: Any
-) -> Named:
-    options = options or {}
-    key = (id(jitted), *jax.tree.leaves(args), *options.items())
-    return Program(name, lambda: jitted.lower(*args, **options), arguments, **more), key
+        def grow(ring: int) -> Callable[[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
+            sizes = {"prompt_slots": setup.prompt_slots, "slots": setup.prompt_slots + ring}
+            return lambda array: compiled.grow[len(array.shape) == 4].eval_shape(array, begun.slot, **sizes)
 
+        *_, before, ring = 0, *generate.rings(how.max_new)
+        shorter, arrays = (jax.tree.leaves(jax.tree.map(grow(slots), begun.cache)) for slots in (before, ring))
+        full = begun.replace(cache=jax.tree.map(grow(ring), begun.cache))
+        widest = max(range(len(arrays)), key=lambda i: chip_bytes(arrays[i]))
+        array, others = shorter[widest], [*arrays[:widest], *arrays[widest + 1 :]]
+        holds_grown = _and(holds, cache=(full.replace(cache=others), array))
+        sizes = {"prompt_slots": setup.prompt_slots, "slots": setup.prompt_slots + ring}
+        alike = sum(other.shape == array.shape for other in shorter)
+        jitted = compiled.grow[len(array.shape) == 4]
+        self.note(f"grow{of}", jitted, (array, begun.slot), holds_grown, runs=alike, **sizes)
 
-def _unique(named: Iterator[Named]) -> Iterator[Program]:
-    seen: dict[str, str] = {}
-    for program, key in named:
-        first = seen.setdefault(repr(key), program.name)
-        yield program if first == program.name else dataclasses.replace(program, same_as=first)
+        holds = _and(holds, cache=full)
+        times, several = refills(setup, name)
+        if times:
+            begin("refill", several, holds, runs=times)
+        trips = turns(setup.rows[name], lanes, how.max_new)
+        args = (model, weights, full, NUMBER)
+        self.note(f"decode{of}", compiled.advance, args, holds, trips=trips, prompt_slots=setup.prompt_slots, **drawing)
+        answers = compiled.collect.eval_shape(None, full, rows=setup.rows[name])
+        return self.run.move_answers.eval_shape(answers.replace(residuals=full.cache.residuals))
+
+    def for_decoding(self, model: LanguageModel, params: Params, of: str, holds: Held) -> Params:
+        """`generate.for_decoding`: each part as the last to move, when all others are there."""
+        count = jax.tree.leaves(params["layers"])[0].shape[0]
+        moves = generate.moves(model, tuple(params))
+        args = {part: (params[part], NUMBER) if part == "layers" else (params[part],) for part in moves}
+        weights = {part: move.eval_shape(*args[part]) for part, move in moves.items()}
+        weights["layers"] = (weights["layers"],) * count
+        for part, move in moves.items():
+            layers = part == "layers"
+            others = weights | {part: weights[part][1:] if layers else ()}
+            self.note(f"reshard{of}: {part}", move, args[part], _and(holds, weights=others), count if layers else 1)
+        return weights
+
+    def score(
+        self, name: str, scorer: tuple[LanguageModel, Params], sequences: Sequences, reading: Reading, holds: Held
+    ) -> Record:
+        """`score.score_batch`."""
+        (model, params), total = scorer, len(sequences.lengths)
+        parts = self.micro_batches(total, total, self.setup.score_batch)
+        record = rows(self.setup.mesh, jax.eval_shape(partial(empty_record, model, reading=reading), params, sequences))
+        holds = _and(holds, record={kind: array for kind, array in record.items() if kind != "log_prob"})
+        args = (model, params, record, sequences, _numbers(*parts[0].rows.shape))
+        options = {"widths": parts[0].widths(self.config.compute.logits_chunk), "reading": reading}
+        return self.note(name, scoring(self.setup.mesh), args, holds, runs=len(parts), **options).returns()
+
+    def gradient(self, name: str, batch: Batch, holds: Held) -> Gradient:
+        """`method.gradient.Learner`, over as many answers as can be selected."""
+        learner, total = self.run.learners[name], self.setup.rows[name]
+        parts = self.micro_batches(total, kept_rows(self.setup, name), self.config.optimizer.micro_batch)
+        (part, first), *others = learner.calls(parts, total)
+        weights = self.run.weighing[name].eval_shape(batch.after_gradient())
+        lesson = Lesson(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens, batch.rollout.residuals)
+        so_far = learner.begin.eval_shape(self.p.state.params)
+        numbers = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), first)
+        args = (learner.loss, self.p.params, so_far, lesson, batch.teacher.head, numbers)
+        holds, widths = _and(holds, gradient=(so_far, weights)), part.widths(self.config.compute.logits_chunk)
+        runs, trips = 1 + len(others), int(first.count)
+        return self.note(f"gradient: {name}", learner.add, args, holds, runs, trips, widths=widths).returns()
+
+    def micro_batches(self, total: int, taken: int, size: int) -> list[MicroBatch]:
+        """Of so many of a batch's rows, all as long as can be."""
+        widths = self.setup.prompt_slots, self.config.rollout.max_response_tokens
+        lengths = (np.full(total, width) for width in widths)
+        smallest, shards = self.config.rollout.smallest_bucket, batch_shards(self.setup.mesh)
+        return list(split_by_length(*lengths, np.arange(taken), size, widths, smallest, shards))

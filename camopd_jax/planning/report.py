@@ -1,203 +1,291 @@
-"""A plan: compiles the programs of a run, prints what they need, and looks for flags that fit."""
+"""A plan: compiles the programs of a run, prints what they need, and looks for flags that fit. Bytes: of one chip."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from rich import box
+from rich.console import Console
+from rich.table import Table
+
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.inference import loading
-from camopd_jax.method import loop
+from camopd_jax.method import schedule
+from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
-from camopd_jax.planning import peak, search, table
-from camopd_jax.planning.arrays import Models, Plan, plan
-from camopd_jax.planning.compiling import Report, compile_program
+from camopd_jax.planning import costs, peak, search
+from camopd_jax.planning.arrays import Models, Plan, chip_bytes, plan
+from camopd_jax.planning.compiling import Report, compile_all
 from camopd_jax.planning.peak import Peak
-from camopd_jax.planning.programs import programs
+from camopd_jax.planning.programs import HELD, Program, programs
 from camopd_jax.planning.search import Candidate
-from camopd_jax.planning.stages import phase_shares, stage_work
-from camopd_jax.planning.topology import Topology
-from camopd_jax.runtime import cli
+from camopd_jax.planning.topology import Chip, Topology
+from camopd_jax.runtime.mesh import MESH_AXES
 
-Wanted = tuple[str, ...]  # beginnings of programs' names
-
-CONSOLE = cli.console()
-
-
+GIB = 2**30
 KINDS = ["reshard", "prefill", "refill", "grow", "decode", "score", "select", "gradient", "update"]
-# For most memory; the quick ones first. No review asks for more than a recovery.
-SEARCHED = ("reshard", "score", "gradient", "update: mixed", "update: recovery", "prefill", "refill", "decode")
+SEARCHED = ("reshard", "score", "gradient", "update", "prefill", "refill", "decode")  # the quick ones first
+Row = dict[str, str]  # of a table: cells by column
+
+
+@dataclass(frozen=True)
+class Request:
+    """What a plan is made of."""
+
+    config: TrainConfig
+    models: Models
+    topology: Topology
+    answer: int  # length of answers for the seconds, in tokens
+    wanted: tuple[str, ...]  # beginnings of programs' names
+    console: Console
 
 
 def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
-    """The two models' shapes; files, folders or names of shapes stand in for what the config names."""
+    """The models' shapes; files, folders or names of shapes stand in for the two that every config names."""
+    instead, files = {"general": general, "specialised": specialised}, {}
+    for name, field in teacher_names(config).items():
+        given = instead.get(name)
+        if given in SHAPES:
+            files[name] = SHAPES[given]
+        elif given and not Path(given).expanduser().exists():
+            shapes = f"the shapes are {', '.join(SHAPES)}"
+            raise UserError(f"--{name}_config: {given} is no file or folder, and no shape; {shapes}")
+        else:
+            folder = Path(given).expanduser() if given else find_model(config, name, field, files=("config.json",))
+            files[name] = hf.read_config(folder)
     context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    given = {
-        "general": _config_json(general, "--general_config", config.general_model, "config.general_model"),
-        "specialised": _config_json(
-            specialised, "--specialised_config", config.specialised_model, "config.specialised_model"
-        ),
-    }
-    shapes = {name: from_hf(values, context=context, where=name) for name, values in given.items()}
-    eos = given["specialised"].get("eos_token_id")
-    return Models(**shapes, eos_ids=tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+    eos = files["specialised"].get("eos_token_id")
+    shapes = {name: from_hf(values, context=context, where=name) for name, values in files.items()}
+    return Models(shapes, tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
 
 
-def _config_json(instead: str | None, flag: str, name: str, field: str) -> dict[str, Any]:
-    if instead in SHAPES:
-        return SHAPES[instead]
-    if instead and Path(instead).expanduser().exists():
-        return hf.read_config(Path(instead).expanduser())
-    if instead:
-        raise UserError(f"{flag}: {instead} is no file or folder, and no shape; the shapes are {', '.join(SHAPES)}")
-    return hf.read_config(loading.find(name, field, files=("config.json",)))
-
-
-def compile_all(config: TrainConfig, models: Models, where: Topology, wanted: Wanted) -> tuple[Plan, list[Report]]:
-    """The run's arrays, and a report of each of its programs, or of those whose name begins with a wanted word."""
-    made = plan(config, models, where.devices, where.platform)
-    return made, list(_compile(made, models, where, wanted))
-
-
-def _compile(made: Plan, models: Models, where: Topology, wanted: Wanted) -> Iterator[Report]:
-    """In the order of `wanted`.
+def _compile(
+    made: Plan, several: list[Program], request: Request, wanted: Sequence[str]
+) -> Iterator[tuple[dict[str, int], list[Report]]]:
+    """What lies there through the run, and a report of each program whose name begins with a wanted word, in the words'
+    order: as many as there are so far.
 
     Raises:
       UserError: if the run has none of these.
     """
-    found = list(programs(made, models.eos_ids))
-    chosen = [program for word in wanted for program in found if program.name.startswith(word)]
+    reports: list[Report] = []
+    chosen = [program for word in wanted for program in several if program.name.startswith(word)]
     if not chosen:
         raise UserError(f"--programs={','.join(wanted)}: the run has none; give some of {', '.join(KINDS)}")
+    compiled = compile_all(chosen, made)
     for program in chosen:
-        with CONSOLE.status(f"{program.name} …"):
-            yield compile_program(program, made, where)
+        with request.console.status(f"{program.name} …"):
+            reports.append(next(compiled))
+        yield peak.residents(made, several, reports), reports
 
 
-def report(config: TrainConfig, models: Models, where: Topology, answer: int, wanted: Wanted) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------ a report
+
+
+def report(request: Request) -> dict[str, Any]:
     """Compiles, prints the tables, and returns all of it for the JSON file."""
-    made, reports = compile_all(config, models, where, wanted)
-    there = peak.residents(made, reports)
-    peaks = peak.peaks(there, reports)
-    say = CONSOLE.print
-    mesh = dict(made.mesh.shape)
-    sizes = " x ".join(f"{axis} {n}" for axis, n in mesh.items())
-    answering = " x ".join(map(str, made.rollout_mesh.shape.values()))
-    slots = f"{made.prompt_slots} + {config.rollout.max_response_tokens} slots"
-    say(f"{where.name}: {len(where.devices)} devices, mesh {sizes}; {made.rows} rows of {slots}, {made.student.dtype}")
-    scored, learnt = loop.score_batch(config), config.optimizer.micro_batch
-    say(f"answers on {answering}, {made.places} at a time; scores of {scored}, gradients of {learnt}")
-    say()
-    say(table.resident_table(there, peak.kv_cache(made)))
-    say(table.memory_table(there, reports, peaks, where.hbm))
+    where, say = request.topology, request.console.print
+    made = plan(request.config, request.models, where.devices)
+    several = programs(made)
+    *_, (resident, reports) = _compile(made, several, request, request.wanted)
+    peaks = peak.peaks(sum(resident.values()), reports)
     high = peak.worst(peaks)
+    decode = next(program for program in several if program.name.startswith("decode"))
+    cache = chip_bytes((decode.args[2].cache.keys, decode.args[2].cache.values))
+    say(_header(made, where) + "\n")
+    say(resident_table(resident, cache))
+    say(memory_table(sum(resident.values()), reports, peaks, where.hbm))
     say(_fit_line(high, where) + "\n")
-    for line in table.largest_lines(reports):
-        say(line)
-    say(table.work_table(reports, where))
-    for line in table.slowest_lines(reports, where.chip) if where.chip else ():
-        say(line)
-    say(table.collectives_table(reports))
-    for line in table.busiest_lines(reports):
-        say(line)
-    for r in reports:
-        for finding in r.findings:
-            say(f"{r.name}: {finding}")
-    told: dict[str, Any] = {
-        "topology": where.name, "devices": len(where.devices), "hbm": where.hbm, "mesh": mesh,
-        "residents": vars(there), "kv_cache": peak.kv_cache(made), "peaks": [vars(p) for p in peaks],
-        "fits": where.hbm and high.exact and high.bytes <= where.hbm,
-        "programs": [dataclasses.asdict(r) for r in reports],
-    }  # fmt: skip
-    return told | (times(config, models, where, mesh, reports, answer) if where.chip else {})
+    say(collectives_table(reports, where.chip))
+    say(*(f"{r.name}: {warning}" for r in reports for warning in r.warnings), sep="\n")
+    values = {"topology": where.name, "devices": len(where.devices), "hbm": where.hbm}
+    values |= {"mesh": dict(made.setup.mesh.shape), "residents": resident, "kv_cache": cache}
+    values |= {"peaks": [vars(p) for p in peaks], "fits": where.hbm and high.fits(where.hbm)}
+    values |= {"programs": [dataclasses.asdict(r) for r in reports]}
+    return values | (_times(request, made, where.chip) if where.chip else {})
+
+
+def _header(made: Plan, where: Topology) -> str:
+    setup, config, branch = made.setup, made.setup.config, costs.largest(made.setup)
+    sizes = " x ".join(f"{axis} {n}" for axis, n in setup.mesh.shape.items())
+    answering = " x ".join(map(str, setup.rollout_mesh.shape.values()))
+    slots = f"{setup.prompt_slots} + {config.rollout.max_response_tokens} slots"
+    return (
+        f"{where.name}: {setup.mesh.size} devices, mesh {sizes}; {setup.rows[branch]} rows of {slots}, {setup.dtype}\n"
+        f"answers on {answering}, {costs.lanes_of(setup, branch)} at a time; scores of {setup.score_batch}, gradients "
+        f"of {config.optimizer.micro_batch}"
+    )
 
 
 def _fit_line(high: Peak, where: Topology) -> str:
-    at = f"The peak is {'' if high.exact else 'above '}{high.bytes / table.GIB:.2f} GiB, in {high.program}"
+    at = f"The peak is {'' if high.exact else 'above '}{_gib(high.bytes)} GiB, in {high.program}"
     if where.hbm is None:
         return f"{at}; this device does not say how much it has (--hbm_gib)"
-    fits = high.exact and high.bytes <= where.hbm
-    return f"{at}, of {where.hbm / table.GIB:.2f} GiB: it {'fits' if fits else 'does not fit'}"
+    return f"{at}, of {_gib(where.hbm)} GiB: it {'fits' if high.fits(where.hbm) else 'does not fit'}"
 
 
-def times(
-    config: TrainConfig, models: Models, where: Topology, mesh: dict[str, int], reports: list[Report], answer: int
-) -> dict[str, Any]:
+def _times(request: Request, made: Plan, chip: Chip) -> dict[str, Any]:
     """Seconds of a step and of the run, decoding against its limit."""
-    chip, chips = where.chip, len(where.devices)
-    shares = phase_shares(config)
-    work = {phase: stage_work(config, models.specialised, mesh, where.platform, phase, answer) for phase in shares}
-    by_name = {r.name: r for r in reports}
-    compiled = {f"{phase} {stage}": _of_stage(by_name, phase, stage) for phase in shares for stage in work[phase]}
-    CONSOLE.print(table.time_table(work, where, compiled, answer))
-    step = sum(shares[p] * sum(w.seconds(chip, chips) for w in stages.values()) for p, stages in work.items())
-    rows = sum(loop.batch_rows(config)[name] for name in loop.ACTING[next(iter(shares))])
-    decode = work[next(iter(shares))]["decode"]
-    rate = rows * answer / decode.seconds(chip, chips)
-    CONSOLE.print(
-        f"a step at best {table.duration(step)}, the run's {config.steps} steps {table.duration(step * config.steps)}, "
-        f"without evaluations\ndecoding: at best {rate:.4g} tokens/s of all chips"
-    )
-    return {
-        "answer_tokens": answer, "step_seconds": step, "run_seconds": step * config.steps,
-        "decode_tokens_per_second": rate,
-        "compiler_seconds": {r.name: r.runs * r.counts.cycles / chip.clock for r in reports if not r.same_as},
-        "work": {phase: {name: vars(w) for name, w in stages.items()} for phase, stages in work.items()},
-    }  # fmt: skip
+    setup, models, answer, say = made.setup, request.models, request.answer, request.console.print
+    work = {phase: costs.stage_work(setup, models, phase, answer) for phase in schedule.phases(setup.config)}
+    say(time_table(work, chip, setup.mesh.size, answer))
+    step, run = (n * costs.step_seconds(setup, models, answer, chip) for n in (1, setup.config.steps))
+    first = next(iter(work))
+    rows = sum(setup.rows[name] for name in setup.rows if first in (name, schedule.MIXED))
+    rate = rows * answer / work[first]["decode"].seconds(chip, setup.mesh.size)
+    steps = f"the run's {setup.config.steps} steps {duration(run)}, without evaluations"
+    say(f"a step at best {duration(step)}, {steps}\ndecoding: at best {rate:.4g} tokens/s of all chips")
+    values = {"answer_tokens": answer, "step_seconds": step, "run_seconds": run, "decode_tokens_per_second": rate}
+    return values | {"work": {phase: {name: vars(w) for name, w in of.items()} for phase, of in work.items()}}
 
 
-def _of_stage(reports: dict[str, Report], phase: str, stage: str) -> list[Report]:
-    """What was compiled for a stage; of two teachers' programs of the same shapes, the first."""
-    names = {
-        "prefill": ["prefill", "refill"], "score student": ["score: student"], "update": [f"update: {phase}"],
-        "score teacher": {"recovery": ["score: general teacher"], "review": ["score: specialised teacher"]}.get(
-            phase, ["score: general teacher", "score: specialised teacher"]),
-    }.get(stage, [stage])  # fmt: skip
-    found = [reports[name] for name in names if name in reports]
-    return [dataclasses.replace(reports[r.same_as], runs=r.runs) if r.same_as else r for r in found]
+# ------------------------------------------------------------------------------------------ the search
 
 
-def look_for(
-    config: TrainConfig, models: Models, where: Topology, answer: int, tries: int, wanted: Wanted
-) -> dict[str, Any]:
+def look_for(request: Request, tries: int) -> dict[str, Any]:
     """The search: prints what was tried and ends in flags."""
+    config, models, where, say = request.config, request.models, request.topology, request.console.print
     if where.hbm is None:
         raise UserError("--search needs to know a device's memory; give --hbm_gib")
-    ordered = search.candidates(config, models, where, answer)
+    ordered = search.candidates(config, models, where, request.answer)
     if not ordered:
         raise UserError(
             f"--search: no mesh of {len(where.devices)} devices divides the models' heads and the batch of "
             f"{config.rollout.batch_size}; change config.rollout.batch_size or --topology"
         )
+    words = [word for word in SEARCHED if word.startswith(request.wanted)] or request.wanted
 
     def compiled(candidate: Candidate) -> Peak:
         """The highest peak, or the first that is too high: the compiler need not be asked for the rest."""
-        made = plan(candidate.applied(config), models, where.devices, where.platform)
-        words = tuple(word for word in SEARCHED if word.startswith(wanted)) or wanted
-        reports: list[Report] = []
-        for one in _compile(made, models, where, words):
-            reports.append(one)
-            high = peak.worst(peak.peaks(peak.residents(made, reports), reports))
-            if not high.exact or high.bytes > where.hbm:
+        made = plan(search.changed(config, candidate.changes), models, where.devices)
+        for resident, reports in _compile(made, programs(made), request, words):
+            high = peak.worst(peak.peaks(sum(resident.values()), reports))
+            if not high.fits(where.hbm):
                 break
         return high
 
-    found, tried = search.choose(ordered, compiled, where.hbm, tries)
-    CONSOLE.print(table.tried_table(tried, where))
-    if found:
-        CONSOLE.print("fits with:\n  " + " \\\n  ".join(found.flags(config)))
+    tried = search.choose(ordered, compiled, where.hbm, tries)
+    say(tried_table(tried, where.hbm))
+    best, high = tried[-1]
+    flags = best.flags(config) if high.fits(where.hbm) else None
+    if flags:
+        say("fits with:\n  " + " \\\n  ".join(flags))
     else:
         less = search.shorter(config, models, where)
-        CONSOLE.print(
-            "nothing that was tried fits." + (f" By arithmetic {less} would; it changes the run" if less else "")
-        )
-    return {
-        "search": [
-            dataclasses.asdict(t.candidate) | {"peak": vars(t.peak), "flags": t.candidate.flags(config)} for t in tried
-        ],
-        "recommended": found and found.flags(config),
-        "candidates": len(ordered),
-    }
+        say("nothing that was tried fits." + (f" By arithmetic {less} would; it changes the run" if less else ""))
+    rows = [vars(one) | {"peak": vars(high), "flags": one.flags(config)} for one, high in tried]
+    return {"search": rows, "recommended": flags, "candidates": len(ordered)}
+
+
+# ------------------------------------------------------------------------------------------ tables
+
+
+def _table(title: str, rows: Sequence[Row], caption: str | None = None) -> Table:
+    """Columns that are empty in all rows are left out."""
+    left = {"title_justify": "left", "caption_justify": "left"}
+    view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, **left)
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = [name for name in names if any(row.get(name) for row in rows)]
+    for i, name in enumerate(columns):
+        view.add_column(name.strip(), justify="right" if i else "left", no_wrap=not i)
+    for row in rows:
+        view.add_row(*(row.get(name, "") for name in columns))
+    return view
+
+
+def _gib(n: float) -> str:
+    return f"{n / GIB:.2f}"
+
+
+def resident_table(resident: dict[str, int], cache: int) -> Table:
+    lines = {name.replace("_", " "): n for name, n in resident.items()} | {"together": sum(resident.values())}
+    lines |= {"KV cache at the cap, while the student answers": cache}
+    rows = [{"": name, "GiB": _gib(n)} for name, n in lines.items()]
+    return _table("What lies on a chip through the run, in GiB", rows)
+
+
+def memory_table(resident: int, reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
+    """A row a program: what lies there, what it adds, and the peak: their sum."""
+    rows = []
+    for r, p in zip(reports, peaks, strict=True):
+        above, held = "" if p.exact else ">", {kind: _gib(n) if n else "" for kind, n in r.holds.items()}
+        row = {"": r.name, "runs": str(r.runs), "resident": _gib(resident)} | dict.fromkeys(HELD, "") | held
+        row |= {"outputs": _gib(r.added) if p.exact else "", "temps": above + _gib(r.temporaries)}
+        rows.append(row | {"peak": above + _gib(p.bytes), " ": verdict(p, hbm)})
+    return _table(
+        "Memory of a chip while each program runs, in GiB",
+        rows,
+        "runs: in a step, at most. weights, cache: of the answering model. outputs: beyond those in a donated "
+        "argument's place. temps: temporaries and activations; refused: the compiler gave up at these",
+    )
+
+
+def verdict(high: Peak, hbm: float | None) -> str:
+    if hbm is None:
+        return "?"
+    if not high.exact:
+        return "refused"
+    return "fits" if high.fits(hbm) else f"{_gib(high.bytes - hbm)} too much"
+
+
+def collectives_table(reports: Sequence[Report], chip: Chip | None) -> Table:
+    rows = []
+    for r in (r for r in reports if not r.same_as):
+        for i, (kind, t) in enumerate(sorted(r.collectives.items(), key=lambda item: -item[1].bytes_run)):
+            sent = t.bytes_run * (2 if kind == "all-reduce" else 1)
+            row = {"": "" if i else r.name, "kind": kind, "in the text": str(t.count), "runs": str(t.runs)}
+            row |= {"GB of a chip": f"{t.bytes_run / 1e9:.3g}"}
+            rows.append(row | {"seconds": duration(sent / (chip.ici_bandwidth / 2)) if chip else ""})
+    return _table(
+        "Collectives" if rows else "No collectives",
+        rows,
+        "Of one run of the program, with every loop's trips; turns of decoding to the cap. seconds: at the links' "
+        "peak, where an all-reduce goes around twice",
+    )
+
+
+def time_table(work: dict[str, dict[str, costs.Work]], chip: Chip, chips: int, answer: int) -> Table:
+    """Stages of each phase at the chips' limits."""
+
+    def row(name: str, flops: float, seconds: float, limits: dict[str, float]) -> Row:
+        cells = {"": f"  {name}", "PFLOP": f"{flops / 1e15:.3g}" if flops else ""}
+        cells |= {limit: duration(n) for limit, n in limits.items()} | {"seconds": duration(seconds)}
+        mfu = f"{100 * flops / seconds / chips / chip.flops:.0f} %" if flops else ""
+        return cells | {"bound by": max(limits, key=limits.__getitem__, default=""), "MFU": mfu}
+
+    rows: list[Row] = []
+    for phase, stages in work.items():
+        each = [row(name, w.flops, w.seconds(chip, chips), w.limits(chip, chips)) for name, w in stages.items()]
+        flops, seconds = sum(w.flops for w in stages.values()), sum(w.seconds(chip, chips) for w in stages.values())
+        rows += [{"": phase}, *each, row("step", flops, seconds, {})]
+    return _table(
+        f"Seconds of a step at {chips} {chip.name} chips' limits, answers of {answer} tokens",
+        rows,
+        "products, HBM, links: each at its peak; a stage takes as long as the slowest, the others hidden behind it. "
+        "MFU: the model's FLOPs by the peak in those seconds",
+    )
+
+
+def duration(seconds: float) -> str:
+    if seconds == 0:
+        return ""
+    if seconds < 120:
+        return f"{seconds:.3g} s"
+    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
+
+
+def tried_table(tried: Sequence[tuple[Candidate, Peak]], hbm: float) -> Table:
+    named = {"rollout tensor": "rollout.mesh.tensor", "concurrency": "rollout.concurrency"}
+    named |= {"micro batch": "optimizer.micro_batch", "remat": "compute.remat", "offload": "compute.offload"}
+    rows = []
+    for one, high in tried:
+        row = {"data x fsdp x tensor": " x ".join(str(one.changes[f"mesh.{axis}"]) for axis in MESH_AXES)}
+        row |= {column: str(one.changes[name]) for column, name in named.items()}
+        row |= {"step at best": duration(one.seconds), "estimated": _gib(one.peak)}
+        row |= {"compiled": ("" if high.exact else "> ") + _gib(high.bytes)}
+        rows.append(row | {"": f"{high.program}: {verdict(high, hbm)}"})
+    return _table("Search: what the compiler was asked", rows)

@@ -23,17 +23,16 @@ class Chip:
     hbm: float  # bytes a program can have
     flops: float  # per second, bfloat16
     hbm_bandwidth: float  # bytes per second
-    ici_bandwidth: float  # bytes per second and chip, both directions of all links together
-    clock: float  # Hz, https://en.wikipedia.org/wiki/Tensor_Processing_Unit; 0: unknown
+    ici_bandwidth: float  # bytes per second and chip, both directions of all links
     dimensions: int  # of the torus
     longest: int  # chips along one side
 
 
 CHIPS = {
-    "v4": Chip("v4", 30.75 * 2**30, 275e12, 1228e9, 300e9, 1.05e9, 3, 16),
-    "v5e": Chip("v5e", 15.75 * 2**30, 197e12, 819e9, 400e9, 1.5e9, 2, 16),
-    "v5p": Chip("v5p", 95.73 * 2**30, 459e12, 2765e9, 1200e9, 1.75e9, 3, 24),
-    "v6e": Chip("v6e", 31.24 * 2**30, 918e12, 1638e9, 800e9, 1.75e9, 2, 16),
+    "v4": Chip("v4", 30.75 * 2**30, 275e12, 1228e9, 300e9, 3, 16),
+    "v5e": Chip("v5e", 15.75 * 2**30, 197e12, 819e9, 400e9, 2, 16),
+    "v5p": Chip("v5p", 95.73 * 2**30, 459e12, 2765e9, 1200e9, 3, 24),
+    "v6e": Chip("v6e", 31.24 * 2**30, 918e12, 1638e9, 800e9, 2, 16),
 }
 MEGACORE = ("v4", "v5p")  # chips whose two cores act as one device
 
@@ -70,7 +69,8 @@ def describe(name: str, hbm_gib: float | None = None) -> Topology:
     try:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
-        raise UserError(f"--topology={name}: the TPU compiler does not take it: {_first_line(error)}") from error
+        reason = str(error).strip().splitlines()[0]
+        raise UserError(f"--topology={name}: the TPU compiler does not take it: {reason}") from error
     return Topology(name, "tpu", tuple(devices), chip, hbm or chip.hbm)
 
 
@@ -93,20 +93,10 @@ def check_name(name: str) -> Chip:
 
 def _quiet() -> None:
     """Keeps libtpu from asking the cloud where it runs, and from saying at length that it got no answer."""
-    defaults = {
-        "TPU_SKIP_MDS_QUERY": "1",
-        "ALLOW_MULTIPLE_LIBTPU_LOAD": "1",  # nothing is run on a chip, so that two plans at once are no conflict
-        "TPU_ACCELERATOR_TYPE": "v5litepod-8",
-        "TPU_WORKER_HOSTNAMES": "localhost",
-        "TPU_STDERR_LOG_LEVEL": "3",
-        "TPU_MIN_LOG_LEVEL": "3",
-        "TF_CPP_MIN_LOG_LEVEL": "3",
-    }
+    defaults = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
+    defaults |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # nothing is run on a chip: two plans at once are no conflict
+    defaults |= dict.fromkeys(("TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TF_CPP_MIN_LOG_LEVEL"), "3")
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
     with contextlib.suppress(RuntimeError):  # JAX runs already: then it has its devices
         jax.config.update("jax_platforms", "cpu")
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0]

@@ -6,7 +6,7 @@ the batch shrinks to the answers that go on. An answer is the same whatever happ
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -132,6 +132,19 @@ def refill_size(lanes: int, shards: int) -> int:
     return -(-lanes // (REFILL * shards)) * shards
 
 
+def rings(max_new: int) -> Iterator[int]:
+    """Slots of the cache behind the prompts, as they grow with the answers, up to the longest.
+
+    >>> list(rings(1000))
+    [256, 512, 1000]
+    """
+    ring = FIRST_RING
+    while ring < max_new:
+        yield ring
+        ring *= 2
+    yield max_new
+
+
 def answers(
     model: LanguageModel,
     params: Params,
@@ -160,7 +173,8 @@ def answers(
     done: Rollout | None = None
     residuals: Residuals = ()
     waiting = np.arange(lanes, rows, dtype=np.int32)
-    ring = min(FIRST_RING, how.max_new)
+    wider = rings(how.max_new)
+    ring = next(wider)
     state = _grow(p, begin(np.arange(lanes, dtype=np.int32)), prompt_slots, 0, ring)
     while True:
         half = len(state.row) // 2
@@ -173,7 +187,7 @@ def answers(
         progress = gather(progress)
         running, longest = progress["running"], int(progress["longest"])
         if longest > ring:
-            filled, ring = ring, min(2 * ring, how.max_new)
+            filled, ring = ring, next(wider)
             state = _grow(p, state, prompt_slots, filled, ring)
             continue
         done = p.collect(done, state, rows=rows)

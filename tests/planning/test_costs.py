@@ -1,35 +1,50 @@
 """Arithmetic against numbers worked out by hand."""
 
 import dataclasses
+import math
 
+import jax
 import pytest
 
-from camopd_jax.config.schema import MeshConfig, Method, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.schema import Compute, MeshConfig, Method, Optimizer, RolloutConfig, TrainConfig
+from camopd_jax.method import schedule
+from camopd_jax.method.setup import resolve
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import costs
-from camopd_jax.planning.stages import Work, phase_shares, stage_work
+from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.costs import Work, stage_work
+from camopd_jax.planning.search import changed
 from camopd_jax.planning.topology import CHIPS
 
-MODEL = from_hf(dict(model_type="llama", vocab_size=11, hidden_size=4, intermediate_size=6, num_hidden_layers=2,
-                     num_attention_heads=2, num_key_value_heads=1, tie_word_embeddings=False))  # fmt: skip
+MODEL = from_hf(dict(model_type="llama", vocab_size=11, hidden_size=40, intermediate_size=60, num_hidden_layers=2,
+                     num_attention_heads=10, num_key_value_heads=5, head_dim=2, tie_word_embeddings=False))  # fmt: skip
+MODELS = Models({"general": MODEL, "specialised": MODEL})
 CONFIG = TrainConfig(
-    "g", "s", Stream("g"), Stream("d"),
+    "g",
+    "s",
     rollout=RolloutConfig(batch_size=10, max_prompt_tokens=3, max_response_tokens=2),
     optimizer=Optimizer(micro_batch=5),
-)  # fmt: skip
-MESH = {"data": 1, "fsdp": 1, "tensor": 1}
+    compute=Compute(matmul="bfloat16"),
+)
+LAYER = 40 * 20 + 2 * 40 * 10 + 20 * 40 + 3 * 40 * 60  # query; key and value; output; gate, up and down
+N = 2 * (LAYER + 2 * 40) + 40 + 2 * 11 * 40  # with norms, embedding and head
+
+
+def setup(mesh=(1, 1, 1), config=CONFIG, **changes):
+    made = changed(config, {"mesh": MeshConfig(*mesh), "evaluation.batch_size": mesh[0] * mesh[1]} | changes)
+    return resolve(made, jax.devices()[: math.prod(mesh)])
 
 
 def test_weights_and_flops_by_hand():
-    """A layer: q 4x2x2, k and v 4x1x2, o 2x2x4, gate, up and down 4x6: 16 + 16 + 16 + 72 weights and 2 norms of 4."""
-    layer = 16 + 8 + 8 + 16 + 72
-    assert costs.matrix_weights(MODEL) == 2 * layer + 44
-    assert costs.weights(MODEL) == 2 * (layer + 8) + 4 + 2 * 44
+    assert costs.matrix_weights(MODEL) == 2 * LAYER + 11 * 40
+    assert costs.weights(MODEL) == N
+    assert costs.weights(MODEL, "mlp.*kernel") == 2 * 3 * 40 * 60
     pairs = 4 + 5  # positions 3 and 4 see 4 and 5
-    assert costs.forward_flops(MODEL, 10, 3, 5, 2) == 10 * (2 * 2 * 2 * layer + 2 * 2 * 44 + 4 * 2 * 2 * 2 * pairs)
-    assert costs.cache_bytes(MODEL, 2) == 2 * 2 * 1 * 2 * 2
-    assert costs.decode_bytes(MODEL, 10, 3, 2, 2) == 2 * (2 * layer + 44) * 2 + 10 * 16 * (3 + 4)
+    dense = 2 * 2 * 2 * LAYER + 2 * 2 * 11 * 40
+    assert costs.forward_flops(MODEL, 10, 3, 5, 2) == 10 * (dense + 4 * 2 * 10 * 2 * pairs)
+    assert costs.cache_bytes(MODEL, 2) == 2 * 2 * 5 * 2 * 2
+    assert costs.decode_bytes(MODEL, 10, 3, 2, 2) == 2 * (2 * LAYER + 440) * 2 + 10 * 80 * (3 + 4)
 
 
 @pytest.mark.parametrize(
@@ -41,42 +56,42 @@ def test_shapes_have_the_sizes_of_their_cards(name, count):
 
 def test_a_stage_takes_as_long_as_its_slowest_limit():
     chip = dataclasses.replace(CHIPS["v5e"], flops=100.0, hbm_bandwidth=10.0, ici_bandwidth=4.0)
+    assert Work(flops=800, done=800, read=10, received=4).limits(chip, 2) == {"products": 4, "HBM": 1, "links": 2}
     assert Work(flops=800, done=800, read=10, received=4).seconds(chip, chips=2) == 4
     assert Work(flops=800, done=800, read=50, received=4).seconds(chip, chips=2) == 5
     assert Work(flops=800, done=800, read=50, received=12).seconds(chip, chips=2) == 6
 
 
 def test_the_stages_of_a_step():
-    config = dataclasses.replace(CONFIG, compute=dataclasses.replace(CONFIG.compute, remat="block"))
-    work = stage_work(config, MODEL, MESH, "tpu", "recovery", 2)
+    work = stage_work(setup(), MODELS, "recovery", 2)
     forward = costs.forward_flops(MODEL, 10, 0, 5, 2)
     learnt = costs.forward_flops(MODEL, 8, 0, 5, 2)  # 80 % of the mass lies in at most 80 % of the rows
     assert work["score teacher"].flops == work["score student"].flops == forward
     assert work["gradient"].flops == 3 * learnt and work["gradient"].done == 4 * learnt
     weights = costs.matrix_weights(MODEL) * 2
-    assert work["score teacher"].read == 2 * weights, "two pieces of five rows"
-    at_once = dataclasses.replace(config, rollout=dataclasses.replace(config.rollout, score_batch=10))
-    assert stage_work(at_once, MODEL, MESH, "tpu", "recovery", 2)["score teacher"].read == weights
-    assert work["decode"].read == 2 * weights + 10 * 16 * 2 * (3 + 2), "two turns, each over all five slots"
-    assert work["update"].read == 7 * 4 * costs.weights(MODEL)
+    assert work["score teacher"].read == 2 * weights, "two micro-batches of five rows"
+    assert stage_work(setup(**{"rollout.score_batch": 10}), MODELS, "recovery", 2)["score teacher"].read == weights
+    assert work["decode"].read == 2 * weights + 10 * 80 * 2 * (3 + 2), "two turns, each over all five slots"
+    assert work["update"].read == 7 * 4 * N
     assert {w.received for w in work.values()} == {0}, "one chip asks no other"
-    assert "score student" not in stage_work(config, MODEL, MESH, "cpu", "recovery", 2), "float32: the sampler's"
-    split = stage_work(config, MODEL, {"data": 1, "fsdp": 5, "tensor": 1}, "tpu", "recovery", 2)
-    assert split["score teacher"].received == pytest.approx(2 * weights * 4 / 5), "gathered for each piece"
+    exact = setup(**{"compute.matmul": "float32"})
+    assert "score student" not in stage_work(exact, MODELS, "recovery", 2), "float32: the sampler's"
+    split = stage_work(setup((1, 5, 1)), MODELS, "recovery", 2)
+    assert split["score teacher"].received == pytest.approx(2 * weights * 4 / 5), "gathered for each micro-batch"
     assert split["decode"].received == split["prefill"].received == 0, "each chip has a copy to answer with"
-    assert split["reshard"].received == pytest.approx(2 * costs.weights(MODEL) * 4 / 5), "of which a fifth was there"
-    rollout = dataclasses.replace(config.rollout, mesh=MeshConfig(1, 5, 1))
-    gathers = stage_work(dataclasses.replace(config, rollout=rollout), MODEL, dict(MESH, fsdp=5), "tpu", "recovery", 2)
+    assert split["reshard"].received == pytest.approx(2 * N * 4 / 5), "of which a fifth was there"
+    gathers = stage_work(setup((1, 5, 1), **{"rollout.mesh": MeshConfig(1, 5, 1)}), MODELS, "recovery", 2)
     assert gathers["decode"].received == pytest.approx(2 * weights * 4 / 5), "two turns"
 
 
-def test_the_rollouts_mesh():
-    def sizes(**wanted):
-        rollout = dataclasses.replace(CONFIG.rollout, mesh=MeshConfig(**{"tensor": 0} | wanted))
-        return costs.rollout_sizes(dataclasses.replace(CONFIG, rollout=rollout), {"data": 1, "fsdp": 8, "tensor": 3})
-
-    assert sizes() == {"data": 8, "fsdp": 1, "tensor": 3}
-    assert sizes(tensor=2, fsdp=4) == {"data": 3, "fsdp": 4, "tensor": 2}
+def test_each_teacher_scores_with_its_own_shape_and_frozen_parameters_cost_no_gradient():
+    small = from_hf(SHAPES["tiny"])
+    work = stage_work(setup(), Models({"general": small, "specialised": MODEL}), "recovery", 2)
+    assert work["score teacher"].flops == costs.forward_flops(small, 10, 0, 5, 2)
+    part = costs.weights(MODEL, "mlp") / N
+    frozen = stage_work(setup(**{"optimizer.trained": "mlp"}), MODELS, "recovery", 2)
+    assert frozen["gradient"].flops == pytest.approx((2 + part) * costs.forward_flops(MODEL, 8, 0, 5, 2))
+    assert frozen["update"].read == pytest.approx(7 * 4 * N * part)
 
 
 def test_waves_of_answers():
@@ -84,52 +99,81 @@ def test_waves_of_answers():
     assert costs.turns(64, 24, 300) == 3 * 300
     assert costs.slots_read(64, 64, 10, 300, 1000) == 300 * 10 + 256 * 256 + 44 * 512
     assert costs.slots_read(64, 32, 10, 300, 400) == 600 * 10 + 256 * 256 + 44 * 400 + 300 * 400
-    mesh = {"data": 2, "fsdp": 1, "tensor": 4}
-    assert costs.refills(64, 32, mesh) == (8, 4), "an eighth of the places at a time"
-    assert costs.refills(64, 8, mesh) == (28, 2), "at least one a chip"
-    assert costs.refills(64, 64, mesh)[0] == 0
+    assert costs.slots_read(64, 64, 10, 256, 400) == 256 * 10 + 256 * 256, "the ring has not grown yet"
+
+    def refills(lanes):
+        changes = {"rollout.batch_size": 64, "rollout.concurrency": lanes, "optimizer.micro_batch": 64}
+        return costs.refills(setup((2, 1, 4), TrainConfig("g", "s"), **changes), "recovery")
+
+    assert refills(32) == (8, 4), "an eighth of the lanes at a time"
+    assert refills(8) == (28, 2), "at least one a chip"
+    assert refills(0)[0] == 0
 
 
-def test_memory_follows_places_and_the_rollouts_tensor():
-    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, batch_size=16))
-    mesh = {"data": 1, "fsdp": 8, "tensor": 1}
+def estimated(mesh=(1, 1, 1), models=MODELS, **changes):
+    return costs.memory_estimate(setup(mesh, **changes), models)
 
-    def estimated(**changes):
-        rollout = dataclasses.replace(config.rollout, **changes)
-        return costs.memory_estimate(dataclasses.replace(config, rollout=rollout), MODEL, MODEL, mesh, "tpu")
 
-    all_at_once, waves, split = estimated(), estimated(places=8), estimated(mesh=MeshConfig(tensor=2))
-    copy, cache = 2 * costs.weights(MODEL), 16 * 2 * 5  # two places a chip, five slots of 16 bytes
+def test_memory_follows_concurrency_and_the_rollouts_tensor():
+    sixteen = {"rollout.batch_size": 20, "optimizer.micro_batch": 5}
+    mesh = (1, 5, 1)
+    all_at_once, waves = estimated(mesh, **sixteen), estimated(mesh, **sixteen, **{"rollout.concurrency": 10})
+    copy, cache = 2 * N, 80 * 4 * 5  # four lanes a chip, five slots of 80 bytes
     assert all_at_once["reshard"] == copy and all_at_once["decode"] == copy + cache * 1.5, "one of two layers twice"
     assert waves["decode"] == copy + cache / 2 * 1.5 and "refill" in waves and "refill" not in all_at_once
-    assert split["reshard"] == copy / 2 and split["decode"] == copy / 2 + cache * 1.5, "twice the rows, half the heads"
-    assert all_at_once["update"] == 4 * costs.weights(MODEL) / 8
+    split = estimated(mesh, **sixteen, **{"rollout.mesh": MeshConfig(-1, 1, 5)})
+    assert split["reshard"] == copy / 5
+    assert split["decode"] == pytest.approx(copy / 5 + cache * 1.5), "all rows, a fifth of their heads"
+    assert all_at_once["update"] == 4 * N / 5
     assert split["gradient"] == all_at_once["gradient"] and split["resident"] == all_at_once["resident"]
+    assert all_at_once["resident"] == pytest.approx(N / 5 * (4 + 8 + 2 + 2))
+
+
+def test_what_is_frozen_has_no_moments_and_no_gradient():
+    part = costs.weights(MODEL, "mlp")
+    every, some = estimated(), estimated(**{"optimizer.trained": "mlp"})
+    assert every["resident"] - some["resident"] == 8 * (N - part)
+    assert every["gradient"] - some["gradient"] == every["update"] - some["update"] == 4 * (N - part)
+    separate = estimated(**{"optimizer.trained": "mlp", "method.moments": "separate"})
+    assert separate["resident"] - some["resident"] == 8 * part
+
+
+def test_all_teachers_lie_there_or_under_offload_the_one_that_scores():
+    large = from_hf(SHAPES["tiny"])
+    three = Models({"general": MODEL, "specialised": MODEL, "law": large})
+    kept, waits = estimated(models=three), estimated(models=three, **{"compute.offload": "late"})
+    assert kept["resident"] == 4 * N + 8 * N + 2 * (2 * N + costs.weights(large))
+    assert waits["resident"] == 4 * N
+    assert waits["decode"] - kept["decode"] == 2 * costs.weights(large)
+    assert waits["update"] - kept["update"] == 8 * N and waits["gradient"] == kept["gradient"]
 
 
 def test_a_residual_stream_waits_from_the_answers_to_the_gradient():
-    def estimated(remat):
-        config = dataclasses.replace(CONFIG, compute=dataclasses.replace(CONFIG.compute, remat=remat))
-        return costs.memory_estimate(config, MODEL, MODEL, MESH, "tpu")
-
-    plain, kept = estimated("block"), estimated("rollout")
-    stream = 10 * 5 * 3 * 4 * 2  # ten rows of five slots, what enters two layers and what leaves, bfloat16
-    assert costs.residual_bytes(MODEL, 2) == 3 * 4 * 2
+    trusted = {"rollout.student_logprobs": "sampler"}
+    plain, kept = estimated(**trusted), estimated(**trusted, **{"compute.remat": "rollout"})
+    stream = 10 * 5 * 3 * 40 * 2  # ten rows of five slots, what enters two layers and what leaves, bfloat16
     for name in ("score", "gradient"):
-        assert kept[name] == plain[name] + stream
+        assert kept[name] == pytest.approx(plain[name] + stream)
     assert kept["decode"] == plain["decode"] + 1.5 * stream and kept["update"] == plain["update"]
-    config = dataclasses.replace(CONFIG, compute=dataclasses.replace(CONFIG.compute, remat="rollout"))
-    assert stage_work(config, MODEL, MESH, "tpu", "recovery", 2)["gradient"].done == 3 * costs.forward_flops(
-        MODEL, 8, 0, 5, 2
-    )
+    done = stage_work(setup(**trusted, **{"compute.remat": "rollout"}), MODELS, "recovery", 2)["gradient"].done
+    assert done == 3 * costs.forward_flops(MODEL, 8, 0, 5, 2)
 
 
-def test_a_mixed_step_learns_from_both_streams():
-    method = Method(schedule="mixed")
-    config = dataclasses.replace(CONFIG, method=method, rollout=dataclasses.replace(CONFIG.rollout, batch_size=8))
-    assert phase_shares(config) == {"mixed": 1.0}
-    assert [costs.kept_rows(config, branch) for branch in ("recovery", "review")] == [5, 2]  # of 6 and 2
-    assert stage_work(config, MODEL, MESH, "tpu", "mixed", 2)["gradient"].flops == 3 * costs.forward_flops(
-        MODEL, 7, 0, 5, 2
-    )
-    assert phase_shares(CONFIG) == {"recovery": 0.75, "review": 0.25}
+def test_a_teachers_hidden_states_wait_where_an_objective_needs_them():
+    branches = {name: dataclasses.replace(of, objective="reverse_kl") for name, of in CONFIG.branches.items()}
+    plain, full = estimated(), estimated(branches=branches)
+    assert full["gradient"] == plain["gradient"] + 10 * 2 * 40 * 2, "of ten answers of two tokens, bfloat16"
+
+
+def test_a_mixed_step_learns_from_all_branches():
+    mixed = setup(method=Method(schedule="mixed"), **{"rollout.batch_size": 8, "optimizer.micro_batch": 4})
+    assert schedule.phases(mixed.config) == {"mixed": 1.0}
+    assert [costs.kept_rows(mixed, branch) for branch in ("recovery", "review")] == [5, 2]  # of 6 and 2
+    learnt = costs.forward_flops(MODEL, 7, 0, 5, 2)
+    assert stage_work(mixed, MODELS, "mixed", 2)["gradient"].flops == pytest.approx(3 * learnt)
+    alternating = setup()
+    stages = {phase: stage_work(alternating, MODELS, phase, 2) for phase in ("recovery", "review")}
+    chip = CHIPS["v5e"]
+    seconds = [sum(w.seconds(chip, 1) for w in stages[phase].values()) for phase in ("recovery", "review")]
+    expected = 0.75 * seconds[0] + 0.25 * seconds[1]
+    assert costs.step_seconds(alternating, MODELS, 2, chip) == pytest.approx(expected)

@@ -2,55 +2,78 @@
 
 import dataclasses
 
+import jax
 import pytest
 
-from camopd_jax.config.schema import Compute, Evaluation, MeshConfig, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.schema import Compute, Evaluation, MeshConfig, Optimizer, RolloutConfig, TrainConfig
+from camopd_jax.method.setup import resolve
 from camopd_jax.models.config import from_hf
 from camopd_jax.planning import search
 from camopd_jax.planning.arrays import Models
 from camopd_jax.planning.peak import Peak
-from camopd_jax.planning.search import Candidate, choose
+from camopd_jax.planning.search import Candidate, changed, choose
 from camopd_jax.planning.topology import CHIPS, Topology
 
 MODEL = from_hf(dict(model_type="llama", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                      num_attention_heads=8, num_key_value_heads=4))  # fmt: skip
-MODELS = Models(MODEL, MODEL)
+MODELS = Models({"general": MODEL, "specialised": MODEL})
 CONFIG = TrainConfig(
-    "g", "s", Stream("g"), Stream("d"), rollout=RolloutConfig(batch_size=16, max_prompt_tokens=32),
-    optimizer=Optimizer(micro_batch=4), evaluation=Evaluation(batch_size=6), compute=Compute(remat="block"),
-)  # fmt: skip
-TOPOLOGY = Topology("v5e:2x4", "tpu", tuple(range(8)), CHIPS["v5e"], CHIPS["v5e"].hbm)
+    "g",
+    "s",
+    rollout=RolloutConfig(batch_size=16, max_prompt_tokens=32),
+    optimizer=Optimizer(micro_batch=4),
+    evaluation=Evaluation(batch_size=6),
+    compute=Compute(remat="block", matmul="bfloat16"),
+)
+TOPOLOGY = Topology("v5e:2x4", "tpu", tuple(jax.devices()), CHIPS["v5e"], CHIPS["v5e"].hbm)
+
+
+def candidates(config=CONFIG, topology=TOPOLOGY, models=MODELS):
+    return search.candidates(config, models, topology, answer=64)
 
 
 def candidate(mesh, **memory):
-    return Candidate(mesh, mesh[2], 0, 4, "block", "off", 8, {"resident": 1.0, **memory}, 1.0)
+    changes = dict(zip(("mesh.data", "mesh.fsdp", "mesh.tensor"), mesh, strict=True))
+    return Candidate(changes, {"resident": 1.0, **memory}, 1.0)
+
+
+def mesh_of(one):
+    return tuple(one.changes[f"mesh.{axis}"] for axis in ("data", "fsdp", "tensor"))
 
 
 def test_meshes_divide_what_they_split():
-    found = set(search.meshes(8, [MODEL]))
-    assert all(d * f * t == 8 for d, f, t in found)
-    assert {t for _, _, t in found} == {1, 2, 4}, "4 key-value heads"
-    assert (1, 8, 1) in found and (8, 1, 1) in found and (1, 2, 4) in found
+    meshes = {mesh_of(one) for one in candidates()}
+    assert all(d * f * t == 8 for d, f, t in meshes)
+    assert {t for _, _, t in meshes} == {1, 2, 4}, "4 key-value heads"
+    assert {(1, 8, 1), (8, 1, 1), (1, 2, 4)} < meshes
+    teacher = dataclasses.replace(MODEL, num_kv_heads=2)
+    three = Models(MODELS.shapes | {"/models/law": teacher})
+    assert {mesh_of(one)[2] for one in candidates(models=three)} == {1, 2}, "every teacher's too"
 
 
-def test_every_candidate_divides_its_batches():
-    found = search.candidates(CONFIG, MODELS, TOPOLOGY, answer=64)
-    assert found and all(c.peak <= TOPOLOGY.hbm for c in found)
-    for c in found:
-        shards = c.mesh[0] * c.mesh[1]
-        assert c.micro_batch % shards == 0 == 16 % c.micro_batch and c.evaluation_batch % shards == 0
-        assert 4 % c.rollout_tensor == 0 == (c.places or 16) % (8 // c.rollout_tensor)
-    assert {(c.rollout_tensor, c.places) for c in found} == {(1, 0), (1, 8), (2, 0), (2, 8), (2, 4)} | {
-        (4, places) for places in (0, 8, 4, 2)
-    }
-    kept = [c for c in found if c.offload == "off"]
-    assert kept == found[: len(kept)] and 2 * len(kept) == len(found), "nothing goes to the hosts where it need not"
+def test_every_candidate_is_a_run_that_starts():
+    several = candidates()
+    assert several and all(c.peak <= TOPOLOGY.hbm for c in several)
+    for c in several[:: len(several) // 50]:
+        setup = resolve(changed(CONFIG, c.changes), TOPOLOGY.devices)
+        assert 16 % setup.config.optimizer.micro_batch == 0
+    settings = {(c.changes["rollout.mesh.tensor"], c.changes["rollout.concurrency"]) for c in several}
+    assert settings == {(1, 0), (1, 8), (2, 0), (2, 8), (2, 4)} | {(4, lanes) for lanes in (0, 8, 4, 2)}
+    kept = [c for c in several if c.changes["compute.offload"] == "off"]
+    assert kept == several[: len(kept)] and 2 * len(kept) == len(several), "nothing goes to hosts where it need not"
     assert [c.seconds for c in kept] == sorted(c.seconds for c in kept)
-    four = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, score_batch=4))
-    shards = {c.mesh[0] * c.mesh[1] for c in search.candidates(four, MODELS, TOPOLOGY, answer=64)}
-    assert shards and max(shards) == 4 < max(c.mesh[0] * c.mesh[1] for c in found), "a run would refuse 8"
-    small = dataclasses.replace(TOPOLOGY, hbm=1.0)
-    assert [c.peak for c in search.candidates(CONFIG, MODELS, small, 64)] == sorted(c.peak for c in found)
+    four = candidates(changed(CONFIG, {"rollout.score_batch": 4}))
+    shards = [{d * f for d, f, _ in map(mesh_of, some)} for some in (four, several)]
+    assert shards[0] and max(shards[0]) == 4 < max(shards[1]), "a run would refuse 8"
+    small = candidates(topology=dataclasses.replace(TOPOLOGY, hbm=1.0))
+    assert [c.peak for c in small] == sorted(c.peak for c in small)
+    assert candidates(changed(CONFIG, {"rollout.batch_size": 3})) == [], "no mesh of eight divides three"
+
+
+def test_frozen_parameters_leave_more_room():
+    every, some = candidates(), candidates(changed(CONFIG, {"optimizer.trained": "mlp"}))
+    peaks = [{str(c.changes): c.peak for c in of} for of in (every, some)]
+    assert peaks[0].keys() == peaks[1].keys() and all(peaks[1][name] < peak for name, peak in peaks[0].items())
 
 
 def test_the_first_that_the_compiler_lets_fit_is_taken():
@@ -59,41 +82,49 @@ def test_the_first_that_the_compiler_lets_fit_is_taken():
         candidate((1, 4, 2), decode=2.0),
     ]  # fmt: skip
     peaks = {(8, 1, 1): 20.0, (4, 2, 1): 9.0, (1, 8, 1): 8.0, (1, 4, 2): 3.0}
-    found, tried = choose(ordered, lambda c: Peak("decode", peaks[c.mesh], True), limit=10.0, tries=3)
-    assert found.mesh == (1, 8, 1), "(4, 2, 1) is passed over: it asks for about what failed"
-    assert [t.candidate.mesh for t in tried] == [(8, 1, 1), (1, 8, 1)]
-    assert choose(ordered, lambda c: Peak("decode", 11.0, True), 10.0, tries=2)[0] is None
-    refused, tried = choose(ordered[:1], lambda c: Peak("score: student", 1.0, False), 10.0, tries=2)
-    assert refused is None and len(tried) == 1, "what the compiler refuses does not fit, whatever it says it needs"
+    tried = choose(ordered, lambda c: Peak("decode", peaks[mesh_of(c)], True), limit=10.0, tries=3)
+    meshes = [mesh_of(one) for one, _ in tried]
+    assert meshes == [(8, 1, 1), (1, 8, 1)], "(4, 2, 1) is passed over: it asks for about what failed"
+    assert [peak.fits(10.0) for _, peak in tried] == [False, True]
+    assert not any(peak.fits(10.0) for _, peak in choose(ordered, lambda c: Peak("decode", 11.0, True), 10.0, tries=2))
+    ((_, refused),) = choose(ordered[:1], lambda c: Peak("score: student", 1.0, False), 10.0, tries=2)
+    assert not refused.fits(10.0), "what the compiler refuses does not fit, whatever it says it needs"
 
 
 def test_flags_name_what_differs():
-    one = dataclasses.replace(candidate((1, 4, 2)), rollout_tensor=4, places=8)
-    flags = ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2", "--config.rollout.mesh.tensor=4"]
-    assert one.flags(CONFIG) == [*flags, "--config.rollout.places=8", "--config.evaluation.batch_size=8"]
-    applied = one.applied(CONFIG)
-    assert applied.rollout.mesh == MeshConfig(-1, 1, 4) and applied.rollout.places == 8
+    wanted = dict(zip(("data", "fsdp", "tensor"), (1, 4, 2), strict=True))
+
+    def choice(c):
+        lanes, tensor = c.changes["rollout.concurrency"], c.changes["rollout.mesh.tensor"]
+        same = c.changes["optimizer.micro_batch"] == 4 and c.changes["compute.remat"] == "block"
+        return mesh_of(c) == (1, 4, 2) and (lanes, tensor) == (8, 4) and same and c.changes["compute.offload"] == "off"
+
+    (one,) = filter(choice, candidates())
+    flags = [*(f"--config.mesh.{axis}={n}" for axis, n in wanted.items()), "--config.rollout.mesh.tensor=4"]
+    assert one.flags(CONFIG) == [*flags, "--config.rollout.concurrency=8", "--config.evaluation.batch_size=8"]
+    applied = changed(CONFIG, one.changes)
+    assert applied.rollout.mesh == MeshConfig(-1, 1, 4) and applied.rollout.concurrency == 8
     assert one.flags(applied) == flags
     assert (applied.mesh.fsdp, applied.evaluation.batch_size, applied.optimizer.micro_batch) == (4, 8, 4)
 
 
 def test_what_fits_only_with_the_hosts_memory_says_so():
     least = {
-        offload: min(c.peak for c in search.candidates(CONFIG, MODELS, TOPOLOGY, 64) if c.offload == offload)
+        offload: min(c.peak for c in candidates() if c.changes["compute.offload"] == offload)
         for offload in ("off", "late")
     }
     assert least["late"] < least["off"]
     between = dataclasses.replace(TOPOLOGY, hbm=(least["late"] + least["off"]) / 2)
-    best = search.candidates(CONFIG, MODELS, between, 64)[0]
+    best = candidates(topology=between)[0]
     assert best.peak <= between.hbm and "--config.compute.offload=late" in best.flags(CONFIG)
 
 
 def test_where_nothing_fits_it_says_how_much_shorter():
-    long = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, max_response_tokens=2**16))
+    long = changed(CONFIG, {"rollout.max_response_tokens": 2**16})
     tight = dataclasses.replace(TOPOLOGY, hbm=2.0**20)
-    assert search.candidates(long, MODELS, tight, 64)[0].peak > tight.hbm
-    told = search.shorter(long, MODELS, tight)
-    assert "config.rollout.max_response_tokens <= " in told
-    fits = int(told.split("max_response_tokens <= ")[1].split()[0])
-    shorter = dataclasses.replace(long, rollout=dataclasses.replace(long.rollout, max_response_tokens=fits))
-    assert search.candidates(shorter, MODELS, tight, 64)[0].peak == pytest.approx(tight.hbm, rel=0.6)
+    assert candidates(long, tight)[0].peak > tight.hbm
+    advice = search.shorter(long, MODELS, tight)
+    assert "config.rollout.max_response_tokens <= " in advice
+    fits = int(advice.split("max_response_tokens <= ")[1].split()[0])
+    shorter = changed(long, {"rollout.max_response_tokens": fits})
+    assert candidates(shorter, tight)[0].peak == pytest.approx(tight.hbm, rel=0.6)
