@@ -1,7 +1,7 @@
 """The models of a run, and the branches that they teach."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
