@@ -68,6 +68,7 @@ def train(config: TrainConfig, workdir: str) -> None:
 class TrainHost(Run):
     """Turns a step's outcome into a row of metrics.jsonl and a few samples, and scores into recovery and retention."""
 
+    config: TrainConfig
     baselines: dict[str, list[Result]]  # scores of the general and the specialised model
     diagnosis: Diagnosis | None = None
 
@@ -77,6 +78,7 @@ class TrainHost(Run):
     def evaluate_student(self, steps_done: int, state: TrainState) -> bool:
         if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
             self.display.progress("looking at the gradients")
+            assert self.diagnosis is not None  # `train` sets it where diagnoses are due
             self.writer.add_diagnosis(self.diagnosis(steps_done, state)[0])
         return super().evaluate_student(steps_done, state)
 
