@@ -224,9 +224,9 @@ def rotation(ropes: tuple[Rope, ...], head_dim: int, positions_BS: jax.Array) ->
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Radians per position of each pair, float[K / 2]. llama3: Llama 3.1's smooth stretch of the long waves."""
     frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
-    if rope.kind == "linear":
+    if rope.scaling == "linear":
         return frequencies / rope.factor
-    if rope.kind == "llama3":
+    if rope.scaling == "llama3":
         turns = rope.original_context * frequencies / (2 * np.pi)  # in the original context
         unstretched = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         unstretched = np.clip(unstretched, 0.0, 1.0)
