@@ -132,7 +132,7 @@ def test_analyze_tells_of_a_run_s_gradients_and_selection(whole, command, tmp_pa
     assert row["training"]["recovery"]["steps"] == 6 and row["training"]["review"]["steps"] == 2
     assert set(row["training"]["recovery"]["by_source"]) == {"reverse", "sort", "shift", "add"}
     assert "by_source" not in row["training"]["review"] and "source: add" in row["training"]["recovery"]["correlations"]
-    for words in ("Gradients of 8 answers a branch, after 8 steps", "Recovery's gradient against review's", "cosine",
+    for words in ("Gradients of 8 answers a branch, after 8 steps", "The gradients of recovery and review against each other", "cosine",
                   "Rank correlation of an answer's score with", "What was selected over the run"):  # fmt: skip
         assert words in ended.out
     assert max(map(len, ended.out.splitlines())) <= 80
@@ -256,7 +256,7 @@ def test_two_domains_with_two_specialists(command, tmp_path):
     assert ended.code == 0, ended.err
     rows = read_lines(workdirs[0] / "metrics.jsonl")
     assert [row["phase"] for row in rows] == ["recovery"] * 3 + ["review"] + ["law"] * 2 + ["recovery"] * 2
-    assert rows[4]["gap_abs_mean"] > 0.01 and rows[4]["loss"] > 0
+    assert rows[4]["gap_abs_mean"] > 1e-3 and rows[4]["loss"] > 0
     assert {row["phase"] for row in read_lines(workdirs[0] / "selection.jsonl")} == {"recovery", "review", "law"}
     assert "law" in (workdirs[0] / "report.html").read_text()
     saved = lambda: 3 in checkpoints(workdirs[1]) if (workdirs[1] / "checkpoints").exists() else False  # noqa: E731

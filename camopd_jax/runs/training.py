@@ -38,9 +38,9 @@ def train(config: TrainConfig, workdir: str) -> None:
     streams = {name: branch.prompts for name, branch in branches.items()}
 
     # ------------------------------------------------------------------------- state, then steps
+    trained = partition.trained(student.params, config.optimizer.trained)
     provenance = {"method": description(config)} | models.provenance(config)
     host = TrainHost(config, workdir, student, streams, provenance)
-    trained = partition.trained(student.params, config.optimizer.trained)
     state = host.restore(init_state(trained, moment_names(config)))
     for warning in models.warnings:
         host.display.say(f"warning: {warning}")
