@@ -10,10 +10,12 @@ the two that --workdir has scores of. Prints a table with standard errors, adds 
 answer in WORKDIR/answers. An evaluation that was killed goes on when the same command is given again.
 """
 
+from collections.abc import Callable
+
 from absl import flags
 from rich.console import Console
 
-from camopd_jax.config.schema import SftConfig, TrainConfig
+from camopd_jax.config.schema import Config, SftConfig, TrainConfig
 from camopd_jax.evals import tables
 from camopd_jax.runs.evaluation import evaluate
 from camopd_jax.runtime import cli
@@ -23,7 +25,7 @@ from camopd_jax.runtime.start import start
 if __name__ == "__main__":
     flags.DEFINE_list("checkpoint", [], "Hugging Face folders, hub names, work directories or their checkpoints/STEP.")
     flags.DEFINE_string("workdir", "runs/evaluation", "Directory for eval.jsonl and the answers; may be a run's own.")
-    read_config = cli.config_flag(TrainConfig, SftConfig)
+    read_config: Callable[[], Config] = cli.config_flag(TrainConfig, SftConfig)
     cli.define_processes()
 
     def main() -> None:

@@ -26,16 +26,14 @@ Residuals = tuple[jax.Array, ...]
 Record = dict[str, jax.Array]  # of a teacher, what an objective keeps of it at each token: arrays [B, T, ...] by name
 
 
-@struct.dataclass
-class Prompts:
+class Prompts(struct.PyTreeNode):
     """Tokenised prompts."""
 
     tokens: jax.Array  # int32[B, P], right-padded
     lengths: jax.Array  # int32[B], at least 1
 
 
-@struct.dataclass
-class PromptBatch:
+class PromptBatch(struct.PyTreeNode):
     """One batch of a stream. The teacher may read the same request under another template."""
 
     student: Prompts  # what the student answers
@@ -43,8 +41,7 @@ class PromptBatch:
     index: jax.Array  # int32[B], the prompt's row in its source: names the row's random key
 
 
-@struct.dataclass
-class Sequences:
+class Sequences(struct.PyTreeNode):
     """Prompts with given answers: what a model scores, and learns from."""
 
     prompts: Prompts
@@ -52,8 +49,7 @@ class Sequences:
     lengths: jax.Array  # int32[B]
 
 
-@struct.dataclass
-class Rollout:
+class Rollout(struct.PyTreeNode):
     """The student's own answers."""
 
     tokens: jax.Array  # int32[B, T], right-padded; a closing EOS is part of the answer
@@ -68,8 +64,7 @@ class Rollout:
         return Sequences(prompts, self.tokens, self.lengths)
 
 
-@struct.dataclass
-class LogProbs:
+class LogProbs(struct.PyTreeNode):
     """Log-probabilities of the sampled tokens under both models; 0 in padding."""
 
     student: jax.Array  # float32[B, T]
@@ -81,8 +76,7 @@ class LogProbs:
         return self.teacher - self.student
 
 
-@struct.dataclass
-class Selection:
+class Selection(struct.PyTreeNode):
     """Which answers are trained on (methods Eq 6-8)."""
 
     mass: jax.Array  # float32[B], the gap mass of each answer, >= 0
@@ -91,16 +85,14 @@ class Selection:
     weights: jax.Array  # float32[B], 1 for a selected row, else 0
 
 
-@struct.dataclass
-class TeacherRecord:
+class TeacherRecord(struct.PyTreeNode):
     """What an objective keeps of the teacher until the gradient."""
 
     tokens: Record = struct.field(default_factory=dict)  # at each token, beside the token's log-probability
     head: Params = struct.field(default_factory=dict)  # its output head, where "hidden" states are among them
 
 
-@struct.dataclass
-class Batch:
+class Batch(struct.PyTreeNode):
     """A branch's answers in one step, scored and ranked."""
 
     prompts: Prompts  # as the student read them
@@ -115,8 +107,7 @@ class Batch:
         return self.replace(rollout=self.rollout.replace(residuals=()), teacher=TeacherRecord())
 
 
-@struct.dataclass
-class TrainState:
+class TrainState(struct.PyTreeNode):
     """All that an update changes: what is trained, and what the optimizer remembers of it."""
 
     step: jax.Array  # int32[], updates done or skipped
@@ -125,8 +116,7 @@ class TrainState:
     skipped: jax.Array  # int32[], non-finite updates skipped in a row
 
 
-@struct.dataclass
-class KVCache:
+class KVCache(struct.PyTreeNode):
     """What is kept of earlier tokens. A slot whose position is `EMPTY` is attended by nobody."""
 
     keys: tuple[jax.Array, ...]  # of each layer, [B, G, S, K]

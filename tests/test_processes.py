@@ -132,7 +132,7 @@ def test_one_process_writes_and_prints(two):
         assert sorted(questions) == list(range(8)) and all("score" in row for row in read_lines(file)), file
     assert len(list((workdir / "answers").glob("*/*.jsonl"))) == 6
     assert len(list((workdir / "tensorboard").glob("events.*"))) == 1
-    for words in ("general prompts: ", f"step {STEPS}/{STEPS} recovery", "student at step", "exported: ", "recovered"):
+    for words in ("recovery prompts: ", f"step {STEPS}/{STEPS} recovery", "student at step", "exported: ", "recovered"):
         assert words in leader.out and words not in other.out
 
 

@@ -132,7 +132,7 @@ def test_analyze_tells_of_a_run_s_gradients_and_selection(whole, command, tmp_pa
     assert row["training"]["recovery"]["steps"] == 6 and row["training"]["review"]["steps"] == 2
     assert set(row["training"]["recovery"]["by_source"]) == {"reverse", "sort", "shift", "add"}
     assert "by_source" not in row["training"]["review"] and "source: add" in row["training"]["recovery"]["correlations"]
-    for words in ("Gradients of 8 answers a branch, after 8 steps", "Recovery's gradient against review's", "cosine",
+    for words in ("Gradients of 8 answers a branch, after 8 steps", "The gradients of recovery and review against each other", "cosine",
                   "Rank correlation of an answer's score with", "What was selected over the run"):  # fmt: skip
         assert words in ended.out
     assert max(map(len, ended.out.splitlines())) <= 80
@@ -231,6 +231,63 @@ def test_eight_devices_give_the_same_model(whole, command, tmp_path):
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-3, abs=1e-5)
 
 
+def with_a_third_branch(folder, **law):
+    """A config file like the quickstart's, with one more branch."""
+    file = folder / "three.py"
+    text = (ROOT / "configs/quickstart.py").read_text().replace("__file__", repr(str(ROOT / "configs/quickstart.py")))
+    third = f"    config.branches.law = {law!r}\n    return config\n"
+    file.write_text(text.replace("    return config\n", third))
+    return [f"--config={file}", *SMALL[1:]]
+
+
+def test_two_domains_with_two_specialists(command, tmp_path):
+    """A third branch with its own teacher, killed in the middle, goes on to the same end; a report has all three."""
+    specialist = tmp_path / "lawyer"
+    shutil.copytree(QUICKSTART / "specialist", specialist)
+    tensors = load_file(specialist / "model.safetensors")
+    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32(1.1)
+    save_file(tensors, specialist / "model.safetensors", metadata={"format": "pt"})
+    flags = with_a_third_branch(
+        tmp_path, teacher=str(specialist), prompts={"source": str(QUICKSTART / "domain_prompts.jsonl")}, steps=2,
+        objective="jsd(beta=0.3)",
+    )  # fmt: skip
+    workdirs = [tmp_path / "one", tmp_path / "two"]
+    ended = command("train", f"--workdir={workdirs[0]}", *flags, "--config.log.report=true")
+    assert ended.code == 0, ended.err
+    rows = read_lines(workdirs[0] / "metrics.jsonl")
+    assert [row["phase"] for row in rows] == ["recovery"] * 3 + ["review"] + ["law"] * 2 + ["recovery"] * 2
+    assert rows[4]["gap_abs_mean"] > 1e-3 and rows[4]["loss"] > 0
+    assert {row["phase"] for row in read_lines(workdirs[0] / "selection.jsonl")} == {"recovery", "review", "law"}
+    assert "law" in (workdirs[0] / "report.html").read_text()
+    saved = lambda: 3 in checkpoints(workdirs[1]) if (workdirs[1] / "checkpoints").exists() else False  # noqa: E731
+    command.start("train", f"--workdir={workdirs[1]}", *flags).when(saved, signal.SIGKILL)
+    ended = command("train", f"--workdir={workdirs[1]}", *flags)
+    assert ended.code == 0, ended.err
+    same_weights(*workdirs)
+    card = (workdirs[0] / "export" / "README.md").read_text()
+    assert (
+        "law (jsd(beta=0.3))" in card and str(specialist) in card and "CaMOPD" not in card.split("with camopd_jax")[0]
+    )
+
+
+def test_frozen_parameters_are_no_part_of_checkpoints_and_leave_as_they_came(command, tmp_path):
+    """Only the feed-forward blocks are trained, resumed and exported anew; all other tensors keep their bits."""
+    workdir, flags = tmp_path / "run", [*SMALL, "--config.optimizer.trained=layers[.]mlp[.]"]
+    assert command("train", f"--workdir={workdir}", *flags, "--config.steps=3").code == 0
+    ended = command("train", f"--workdir={workdir}", *flags, "--config.steps=4")
+    assert ended.code == 0 and "going on from step 3" in ended.out, ended.err
+    before, after = (load_file(f / "model.safetensors") for f in (QUICKSTART / "specialist", workdir / "export"))
+    changed = {name for name in before if not np.array_equal(before[name], after[name])}
+    assert changed == {name for name in before if ".mlp." in name}
+    stored = sum(f.stat().st_size for f in (workdir / "checkpoints" / "4").rglob("*") if f.is_file())
+    trained = sum(before[name].size for name in changed)
+    assert stored < 4 * 3 * trained + 300_000 < 4 * 3 * sum(tensor.size for tensor in before.values())
+    again = tmp_path / "again"
+    assert command("export", f"--workdir={workdir}", f"--out={again}").code == 0
+    for name, tensor in load_file(again / "model.safetensors").items():
+        np.testing.assert_array_equal(tensor, after[name], err_msg=name)
+
+
 def test_export_of_an_earlier_step(whole, command, tmp_path):
     out = tmp_path / "hf"
     ended = command("export", f"--workdir={whole[0]}", f"--out={out}", "--step=6")
@@ -274,7 +331,18 @@ def one_line(ended, *parts):
         (["--config.mesh.data=3"], "mesh data 3 x fsdp 1 x tensor 1 needs 3 devices, 1 are here"),
         (["--config.general_model=/no/where"], "config.general_model: no folder /no/where"),
         (["--config.general_model=no/where"], "config.general_model: no folder no/where, and the hub does not give it"),
-        (["--config.general.source=none.jsonl"], "config.general.source: no file none.jsonl"),
+        (
+            ["--config.branches.recovery.prompts.source=none.jsonl"],
+            "config.branches.recovery.prompts.source: no file none.jsonl",
+        ),
+        (["--config.general.source=x.jsonl"], "is now config.branches.recovery.prompts"),
+        (["--config.method.recovery.scale=1"], "is now config.branches.recovery (score is selection.by"),
+        (
+            ["--config.branches.review.objective=kl"],
+            "config.branches.review.objective is 'kl'; the objectives are sampled",
+        ),
+        (["--config.branches.review.teacher=/no/where"], "config.branches.review.teacher: no folder /no/where"),
+        (["--config.optimizer.trained=mpl"], "config.optimizer.trained is 'mpl', which is in no parameter's name"),
         (["--config.rollout.max_prompt_tokens=3"], "none of its prompts fits config.rollout.max_prompt_tokens = 3"),
         (["--confg.steps=3"], "Unknown command line flag"),
         (["steps=3"], "'steps=3' is not a flag"),
@@ -371,7 +439,7 @@ def test_a_bad_row_is_named_by_its_line(command, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     one_line(
-        command("train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.general.source={bad}"),
+        command("train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.branches.recovery.prompts.source={bad}"),
         f"{bad}:2: no prompt",
     )
 
@@ -394,7 +462,7 @@ def test_clip_rates_by_phase():
     steps = [("recovery", 1.0), ("recovery", 0.0), ("review", 1.0)]
     metrics = [{"phase": phase, "grad_clipped": clipped} for phase, clipped in steps]
     assert clip_rates(metrics) == "gradients clipped: 50 % of recovery steps, 100 % of review steps"
-    assert "cancels the phases' scales" in clip_rates(metrics[:1] + metrics[2:])
+    assert "cancels the branches' scales" in clip_rates(metrics[:1] + metrics[2:])
 
 
 def test_help_lists_the_flags(command):

@@ -4,6 +4,7 @@ A diagnosis asks prompts of its own, with random keys of its own: the run is the
 are comparable over steps. `analysis.gradients` has the equations.
 """
 
+from collections.abc import Iterator
 from functools import partial
 from typing import Any
 
@@ -115,7 +116,8 @@ def _by_set(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, float |
     """The ratio for each set, and its mean over the lots."""
     ratios = [_ratio(a, b) for a, b in zip(numerator, denominator, strict=True)]
     lots = ratios[len(gradients.SETS) :]
-    mean = None if None in lots else float(np.mean(lots))
+    known = [ratio for ratio in lots if ratio is not None]
+    mean = float(np.mean(known)) if len(known) == len(lots) else None
     return dict(zip(gradients.SETS, ratios, strict=False)) | {"random": mean}
 
 
@@ -123,7 +125,7 @@ def _gain(ours: float | None, theirs: float | None) -> float | None:
     return None if ours is None or theirs is None else _ratio(ours - theirs, theirs)
 
 
-def _by_layer(*groups: gradients.Named):
+def _by_layer(*groups: gradients.Named) -> Iterator[tuple[Any, ...]]:
     """(name, value of each), with "layers" taken apart."""
     for group in groups[0]:
         values = [np.atleast_1d(of[group]) for of in groups]

@@ -13,6 +13,7 @@ Few gradients are in memory at one time: those of one micro-batch, and a sum for
 sums nor anything else is as large as the model: of each matrix's gradient only a random projection is kept.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -126,7 +127,7 @@ def set_gradients(
     return sums, lengths.reshape(-1)
 
 
-def split(params: Params, settings: Diagnostics):
+def split(params: Params, settings: Diagnostics) -> tuple[Named, Callable[[Named], Params]]:
     """The parameters whose gradients are looked at, by name, and a function that puts them back among the others.
 
     Raises:
@@ -188,7 +189,7 @@ def products(a: Named, b: Named) -> Named:
 
 def total(groups: Named) -> jax.Array:
     """The inner product over all groups."""
-    return sum(jnp.sum(value) for value in groups.values())
+    return sum((jnp.sum(value) for value in groups.values()), start=jnp.float32(0))
 
 
 def stacked(name: str) -> int:

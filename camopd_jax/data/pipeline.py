@@ -88,7 +88,7 @@ class PromptStream(BatchStream[PromptBatch]):
         rollout: RolloutConfig,
         tokenizers: Tokenizers,
         seed: int,
-        own_rows: Sequence[int],
+        own_rows: Sequence[int] | np.ndarray,
         field: str,
     ):
         """Reads and tokenises every prompt.
@@ -165,7 +165,7 @@ class SftStream(BatchStream[Sequences]):
     `counts` says how many conversations were kept and dropped.
     """
 
-    def __init__(self, config: SftConfig, tokenizer: Tokenizer, own_rows: Sequence[int]):
+    def __init__(self, config: SftConfig, tokenizer: Tokenizer, own_rows: Sequence[int] | np.ndarray):
         """Reads and tokenises every conversation.
 
         Args:

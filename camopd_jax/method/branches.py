@@ -1,7 +1,7 @@
 """The models of a run, and the branches that they teach."""
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +16,7 @@ from camopd_jax.method.setup import Setup, check_model
 from camopd_jax.models import hf
 from camopd_jax.runtime.mesh import rows_of_process
 from camopd_jax.runtime.offload import Offloaded
-from camopd_jax.types import LanguageModel, Params, PromptBatch
+from camopd_jax.types import LanguageModel, Params
 
 
 class Teacher:
@@ -24,7 +24,8 @@ class Teacher:
 
     def __init__(self, model: LanguageModel, params: Params):
         self.model = model
-        self._params, self._offloaded = params, None
+        self._params = params
+        self._offloaded: Offloaded | None = None
 
     def offload(self) -> None:
         """Moves the parameters to host memory, if they are not there yet."""
@@ -46,7 +47,7 @@ class Branch:
     """What a branch has for itself."""
 
     name: str
-    prompts: Iterator[PromptBatch]  # of the host; a data.pipeline.PromptStream, with get_state()
+    prompts: PromptStream  # of the host
     teacher: Teacher
     objective: Objective
 
@@ -155,7 +156,7 @@ def make_branches(
     def branch(number: int, name: str) -> Branch:
         rollout = dataclasses.replace(config.rollout, batch_size=rows[name])
         teacher = models.teacher(config.branches[name].teacher)
-        own_rows: Sequence[int] = rows_of_process(setup.mesh, rows[name])
+        own_rows = rows_of_process(setup.mesh, rows[name])
         prompts = PromptStream(
             config.branches[name].prompts,
             rollout,

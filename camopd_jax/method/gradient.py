@@ -7,6 +7,7 @@ sum so far lies (`models/stack.py`); the tree of the sum says which parameters a
 import itertools
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -23,16 +24,14 @@ from camopd_jax.runtime.mesh import platform, sharding, take_rows
 from camopd_jax.types import LanguageModel, Params, Record, Residuals, Sequences
 
 
-@struct.dataclass
-class Gradient:
+class Gradient(struct.PyTreeNode):
     """A loss summed over answers, and its gradient."""
 
     loss: jax.Array  # float32[]
     of: Params  # float32, like the trained parameters
 
 
-@struct.dataclass
-class Lesson:
+class Lesson(struct.PyTreeNode):
     """Answers to learn from. The weights hold every normalisation over the whole batch: how it is cut into
     micro-batches, or spread over devices, changes nothing.
     """
@@ -43,12 +42,11 @@ class Lesson:
     residuals: Residuals = ()  # of the tokens under the parameters, as a rollout kept them; (): there is a forward pass
 
 
-@struct.dataclass
-class Rows:
+class Rows(struct.PyTreeNode):
     """Micro-batches of one width."""
 
-    rows: jax.Array  # int32[K, M], of the batch; one beyond the last stands for no row
-    count: jax.Array  # int32[], the first `count` of the K are taken; of K = 1 that one
+    rows: jax.Array | np.ndarray  # int32[K, M], of the batch; one beyond the last stands for no row
+    count: jax.Array | np.int32  # int32[], the first `count` of the K are taken; of K = 1 that one
 
 
 @dataclass(frozen=True)
@@ -144,7 +142,8 @@ class Learner:
         mesh = loss.model.mesh
         self.loss, self._chunk = loss, chunk
         self._in_one_call = platform(mesh) == "cpu" if in_one_call is None else in_one_call
-        place = None if mesh is None else Gradient(sharding(mesh), shardings)
+        everywhere: Any = None if mesh is None else sharding(mesh)
+        place = None if mesh is None else Gradient(everywhere, shardings)
         self.begin = jax.jit(zero_gradient, out_shardings=place)
         self.add = jax.jit(
             add_gradient, static_argnums=0, static_argnames="widths", donate_argnums=2, out_shardings=place

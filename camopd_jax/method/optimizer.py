@@ -79,7 +79,7 @@ def apply(
     updates, new = optax.scale_by_adam(**decays, eps=config.eps).update(grads, moments)
     moments = new._replace(count=jnp.where(sound, new.count, moments.count))
 
-    def move(path, p: jax.Array, u: jax.Array) -> jax.Array:
+    def move(path: tuple[jax.tree_util.DictKey, ...], p: jax.Array, u: jax.Array) -> jax.Array:
         wide = p.astype(jnp.float32)
         if path[-1].key in _DECAYED:
             u = u + config.weight_decay * wide
@@ -95,7 +95,7 @@ def _placed(shapes: Any, params: Params) -> Any:
     """Shapes with shardings. Those that mirror the parameters lie as the parameters lie, others on every device: a
     scalar that an update returns has the sharding it had before, so that no program compiles twice.
     """
-    mirrors = jax.tree.structure(params)
+    mirrors: Any = jax.tree.structure(params)
     sharding = jax.tree.leaves(params)[0].sharding
     replicated = NamedSharding(sharding.mesh, PartitionSpec()) if isinstance(sharding, NamedSharding) else sharding
 
@@ -103,8 +103,8 @@ def _placed(shapes: Any, params: Params) -> Any:
         return jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=sharding)
 
     def fill(node: Any) -> Any:
-        if jax.tree.structure(node) == mirrors:
+        if mirrors == jax.tree.structure(node):
             return jax.tree.map(lambda s, p: put(s, p.sharding), node, params)
         return put(node, replicated)
 
-    return jax.tree.map(fill, shapes, is_leaf=lambda node: jax.tree.structure(node) == mirrors)
+    return jax.tree.map(fill, shapes, is_leaf=lambda node: mirrors == jax.tree.structure(node))

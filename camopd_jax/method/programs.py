@@ -78,10 +78,12 @@ class Programs:
             config.rollout.shrinks,
             setup.keep_residuals,
         )
-        rows = replicated = selection = None
+        rows: Any = None  # a sharding
+        selection = None
         if model.mesh is not None:
-            rows, replicated = sharding(model.mesh, "batch"), sharding(model.mesh)
-            selection = Selection(mass=rows, order=replicated, count=replicated, weights=rows)
+            rows = sharding(model.mesh, "batch")
+            everywhere: Any = sharding(model.mesh)
+            selection = Selection(mass=rows, order=everywhere, count=everywhere, weights=rows)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         kept = (shardings, shardings.step)  # metrics, as the step's number, are complete on every device
         self.keys = jax.jit(partial(row_keys, config.seed), out_shardings=rows)
@@ -112,7 +114,7 @@ class Programs:
     def next_prompts(self, branch: Branch) -> PromptBatch:
         """The next batch of the branch's own stream, on the mesh."""
         with self.stages("other"):
-            return global_rows(self.model.mesh, next(branch.prompts), self.setup.rows[branch.name])
+            return global_rows(self.setup.mesh, next(branch.prompts), self.setup.rows[branch.name])
 
     def generate(
         self,
@@ -236,9 +238,9 @@ def _updates(setup: Setup) -> dict[str, Callable[..., tuple[TrainState, Metrics]
     config = setup.config
     if config.method.schedule == schedule.MIXED:
         return {schedule.MIXED: partial(mixed_update, config=config)}
-    updates = {}
+    updates: dict[str, Callable[..., tuple[TrainState, Metrics]]] = {}
     for name in config.branches:
-        update = partial(branch_update, branch=name, config=config)
+        update: Any = partial(branch_update, branch=name, config=config)
         update.__name__ = f"{name}_update"
         updates[name] = update
     return updates

@@ -3,6 +3,7 @@ their gradients never meet. `mixed_update` is the control in which branches shar
 """
 
 import itertools
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +15,7 @@ from camopd_jax.method.gradient import Gradient
 from camopd_jax.method.statistics import answer_table, step_statistics
 from camopd_jax.types import Batch, Params, Sequences, TrainState
 
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]  # scalars by name, and the table of answers; of a mixed step also each branch's own
 
 
 def branch_update(
@@ -35,14 +36,14 @@ def mixed_update(
     """
     rows = {name: batch.index.shape[0] for name, batch in batches.items()}
     share = {name: n / sum(rows.values()) for name, n in rows.items()}
-    loss = sum(share[name] * gradient.loss for name, gradient in gradients.items())
+    loss = sum((share[name] * gradient.loss for name, gradient in gradients.items()), start=jnp.float32(0))
     weighted = [jax.tree.map(lambda g, s=share[name]: s * g, gradient.of) for name, gradient in gradients.items()]
     if config.method.conflict == "pcgrad":
         weighted = pcgrad(weighted)
     total = Gradient(loss, jax.tree.map(lambda first, *rest: sum(rest, start=first), *weighted))
     sound = jnp.all(jnp.stack([_rankable(batch) for batch in batches.values()]))
     state, stats = _take_step(state, total, sound, "shared", config)
-    of_branches = {
+    of_branches: dict[str, Metrics] = {
         name: {"loss": gradients[name].loss, "answers": answer_table(batch)} | step_statistics(batch)
         for name, batch in batches.items()
     }

@@ -21,7 +21,7 @@ class Rope:
     """Rotary position embedding: the angle of pair i at position p is `p * frequency_i`."""
 
     theta: float
-    kind: Literal["default", "linear", "llama3"] = "default"
+    scaling: Literal["default", "linear", "llama3"] = "default"
     factor: float = 1.0
     low_freq_factor: float = 1.0  # llama3 only, as the next two
     high_freq_factor: float = 4.0
@@ -200,33 +200,33 @@ def _ropes(
 
 
 def _rope(fields: Fields, head_dim: int, max_positions: int, context: int | None, where: str) -> Rope:
-    kind = fields.get("rope_type", fields.get("type", "default"))
+    scaling = fields.get("rope_type", fields.get("type", "default"))
     understood: dict[str, set[str]] = {
         "default": set(),
         "linear": {"factor"},
         "dynamic": {"factor"},
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     }
-    if kind not in understood:
-        raise UserError(f"{where}: RoPE scaling {kind!r} is not supported; one of {', '.join(understood)} is")
+    if scaling not in understood:
+        raise UserError(f"{where}: RoPE scaling {scaling!r} is not supported; one of {', '.join(understood)} is")
     for name, value in fields.items():
-        if name not in understood[kind] | {"rope_type", "type", "rope_theta"} and value not in (None, 1.0):
-            raise UserError(f"{where}: RoPE field {name} = {value!r} is not understood for scaling {kind!r}")
-    missing = [name for name in sorted(understood[kind]) if fields.get(name) is None]
+        if name not in understood[scaling] | {"rope_type", "type", "rope_theta"} and value not in (None, 1.0):
+            raise UserError(f"{where}: RoPE field {name} = {value!r} is not understood for scaling {scaling!r}")
+    missing = [name for name in sorted(understood[scaling]) if fields.get(name) is None]
     if missing:
-        raise UserError(f"{where}: RoPE scaling {kind!r} needs the field {missing[0]}")
+        raise UserError(f"{where}: RoPE scaling {scaling!r} needs the field {missing[0]}")
     rope = Rope(theta=float(fields["rope_theta"]))
-    if kind == "linear":
-        return dataclasses.replace(rope, kind="linear", factor=float(fields["factor"]))
-    if kind == "dynamic":
+    if scaling == "linear":
+        return dataclasses.replace(rope, scaling="linear", factor=float(fields["factor"]))
+    if scaling == "dynamic":
         # NTK-aware scaling (transformers' "dynamic"), at the one length the run is planned for.
         stretch = max(context or 0, max_positions) / max_positions
         growth = float(fields["factor"]) * stretch - (float(fields["factor"]) - 1)
         return dataclasses.replace(rope, theta=rope.theta * growth ** (head_dim / (head_dim - 2)))
-    if kind == "llama3":
+    if scaling == "llama3":
         return dataclasses.replace(
             rope,
-            kind="llama3",
+            scaling="llama3",
             factor=float(fields["factor"]),
             low_freq_factor=float(fields["low_freq_factor"]),
             high_freq_factor=float(fields["high_freq_factor"]),

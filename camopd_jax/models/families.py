@@ -1,23 +1,23 @@
 """The model families that are understood: one row each.
 
-A family is told by what its `config.json` leaves unsaid: what transformers takes where a field is silent, and what the
-architecture itself fixes. Whoever reads the layers meets no family: `config.from_hf` turns a row and a `config.json`
-into a `ModelConfig` of properties.
+A row says what a `config.json` leaves out: the defaults that transformers takes where a field is missing, and what the
+architecture itself fixes. `config.from_hf` turns a row and a `config.json` into the properties of a `ModelConfig`; no
+other module knows families. A family with the same layers needs one row.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-Fields = Mapping[str, Any]  # of a config.json, with the family's defaults where it is silent
+Fields = Mapping[str, Any]  # of a config.json
 
 
 @dataclass(frozen=True)
 class Family:
     """What sets one architecture apart from another with the same layers."""
 
-    defaults: Fields  # what transformers takes where a config.json is silent; a field named here is understood
-    # Whether layer i has a window where the config.json has no layer_types.
+    defaults: Fields  # what transformers takes for a missing field; a field without one is refused
+    # Whether layer i has a window, where config.json has no layer_types.
     slides: Callable[[int, Fields], bool] = lambda i, fields: False
     activation_field: str = "hidden_act"
     qkv_bias: bool | None = None  # None: as attention_bias says

@@ -67,12 +67,12 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
       UserError: for all that `matching` refuses.
     """
     on_disk = matching(folder, config)
-    places = shardings(config, mesh)
+    sharding_of = shardings(config, mesh)
     leaves = {}
     for row in table(config):
         views = [row.from_hf(on_disk[name].map()) for name in row.names(config.num_layers)]
         piece = partial(_piece, views, row.stacked, dtype)
-        leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(places, row.path), piece)
+        leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), piece)
         leaves[row.path] = jax.block_until_ready(leaf)  # else the next piece is read while this one is still held
     return tree_of(leaves)
 

@@ -23,24 +23,21 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 }
 
 
-@struct.dataclass
-class Positions:
+class Positions(struct.PyTreeNode):
     """Where the tokens of a call stand in their rows: the same for every layer."""
 
     tokens: jax.Array  # int32[B or 1, S]
     rotation: tuple[jax.Array, jax.Array]  # cosines and sines of every RoPE of the model, float32[R, B or 1, S, K / 2]
 
 
-@struct.dataclass
-class LayerKind:
+class LayerKind(struct.PyTreeNode):
     """What tells one layer from another beside its parameters. Numbers, or arrays in a scan over layers."""
 
     rope: jax.Array | int  # which of the model's RoPEs
     window: jax.Array | int  # which of its attention windows
 
 
-@struct.dataclass
-class LayerCache:
+class LayerCache(struct.PyTreeNode):
     """Keys and values of earlier tokens of a layer, which the tokens of a call join."""
 
     keys: jax.Array  # [B, G, S', K]
@@ -71,6 +68,9 @@ def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.A
     return (y * jnp.broadcast_to(offset + scale.astype(jnp.float32), y.shape)).astype(x.dtype)
 
 
+_Operands = tuple[jax.Array, jax.Array]  # of a product, or their gradients
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def multiply(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     """`einsum(equation, x, kernel)`; for the kernel's gradient `x` is the left operand.
@@ -81,11 +81,11 @@ def multiply(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
     return jnp.einsum(equation, x, kernel)
 
 
-def _multiply_forward(equation, x, kernel):
+def _multiply_forward(equation: str, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Operands]:
     return jnp.einsum(equation, x, kernel), (x, kernel)
 
 
-def _multiply_backward(equation, saved, gradient):
+def _multiply_backward(equation: str, saved: _Operands, gradient: jax.Array) -> _Operands:
     x, kernel = saved
     inputs, output = equation.split("->")
     left, right = inputs.split(",")
@@ -224,9 +224,9 @@ def rotation(ropes: tuple[Rope, ...], head_dim: int, positions_BS: jax.Array) ->
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
     """Radians per position of each pair, float[K / 2]. llama3: Llama 3.1's smooth stretch of the long waves."""
     frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
-    if rope.kind == "linear":
+    if rope.scaling == "linear":
         return frequencies / rope.factor
-    if rope.kind == "llama3":
+    if rope.scaling == "llama3":
         turns = rope.original_context * frequencies / (2 * np.pi)  # in the original context
         unstretched = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
         unstretched = np.clip(unstretched, 0.0, 1.0)

@@ -4,7 +4,7 @@ from typing import Any
 
 
 def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool = True, **fields: Any) -> dict[str, Any]:
-    """What all models of the family share, with the sizes that they do not."""
+    """The fields that all models of the family have in common, with the sizes that differ."""
     return {
         "model_type": "qwen3",
         "vocab_size": 151936,

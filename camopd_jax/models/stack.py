@@ -68,11 +68,11 @@ def _collect(params: Params, total: Params, i: jax.Array) -> tuple[Params, Param
     return params, total
 
 
-def _collect_forward(params: Params, total: Params, i: jax.Array):
+def _collect_forward(params: Params, total: Params, i: jax.Array) -> tuple[tuple[Params, Params], jax.Array]:
     return (params, total), i
 
 
-def _collect_backward(i: jax.Array, gradients: tuple[Params, Params]):
+def _collect_backward(i: jax.Array, gradients: tuple[Params, Params]) -> tuple[None, Params, None]:
     of_params, total = gradients
 
     def add(total: jax.Array, part: jax.Array) -> jax.Array:
@@ -93,11 +93,18 @@ def _backward_only(
     return x
 
 
-def _backward_only_forward(layer, params, x, known_x, positions, kind):
+_Known = tuple[Params, jax.Array, Positions, LayerKind]  # what a layer is computed from
+
+
+def _backward_only_forward(
+    layer: LayerFunction, params: Params, x: jax.Array, known_x: jax.Array, positions: Positions, kind: LayerKind
+) -> tuple[jax.Array, _Known]:
     return x, (params, known_x, positions, kind)
 
 
-def _backward_only_backward(layer, saved, gradient: jax.Array):
+def _backward_only_backward(
+    layer: LayerFunction, saved: _Known, gradient: jax.Array
+) -> tuple[Params, jax.Array, None, None, None]:
     params, known_x, positions, kind = saved
     _, pull = jax.vjp(lambda params, x: layer(params, x, positions, kind), params, known_x)
     return *pull(gradient), None, None, None
@@ -112,11 +119,13 @@ def _finish(value: jax.Array, x: jax.Array, total: Params | None, so_far: Params
     return value
 
 
-def _finish_forward(value: jax.Array, x: jax.Array, total: Params | None, so_far: Params | None):
+def _finish_forward(
+    value: jax.Array, x: jax.Array, total: Params | None, so_far: Params | None
+) -> tuple[jax.Array, Params | None]:
     return value, so_far
 
 
-def _finish_backward(so_far: Params | None, gradient: jax.Array):
+def _finish_backward(so_far: Params | None, gradient: jax.Array) -> tuple[None, jax.Array, Params | None, None]:
     return None, gradient, so_far, None
 
 

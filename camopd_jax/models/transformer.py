@@ -111,7 +111,7 @@ class Model:
         )
 
     def others_for_decoding(self, others: Params) -> Params:
-        def cast(path, p: jax.Array) -> jax.Array:
+        def cast(path: tuple[jax.tree_util.DictKey, ...], p: jax.Array) -> jax.Array:
             return p if path[-1].key == "scale" else p.astype(self.dtype)  # norms stay as they are: they act in float32
 
         return jax.tree_util.tree_map_with_path(cast, others)

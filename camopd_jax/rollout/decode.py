@@ -10,6 +10,8 @@ Token t of a row is drawn with `fold_in(key, t)`, the key being the row's own: a
 key, and neither on its lane nor on what else is being answered.
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -21,8 +23,7 @@ from camopd_jax.runtime.mesh import sharding, take_rows
 from camopd_jax.types import EMPTY, KVCache, LanguageModel, Params, Prompts, Rollout
 
 
-@struct.dataclass
-class Decoding:
+class Decoding(struct.PyTreeNode):
     """Answers in progress, in N lanes. A lane holds one row of the batch at a time.
 
     The cache's slots behind the prompts are a ring: all lanes write the same slot in a turn, and none is written again
@@ -50,9 +51,10 @@ def shardings(mesh: Mesh | None) -> Decoding | None:
     """The shardings of a state's arrays."""
     if mesh is None:
         return None
-    rows, cache = sharding(mesh, "batch"), sharding(mesh, "batch", "kv_heads", "sequence", "head_dim")
-    of_lanes = dict.fromkeys(_OF_LANES, rows)
-    return Decoding(**of_lanes, cache=KVCache(cache, cache, rows, rows), slot=sharding(mesh))
+    rows: Any = sharding(mesh, "batch")  # Any: where the type says an array
+    cache: Any = sharding(mesh, "batch", "kv_heads", "sequence", "head_dim")
+    slot: Any = sharding(mesh)
+    return Decoding(**dict.fromkeys(_OF_LANES, rows), cache=KVCache(cache, cache, rows, rows), slot=slot)
 
 
 _OF_LANES = ("row", "prompt_lengths", "keys", "tokens", "log_probs", "entropy", "lengths", "stopped")

@@ -93,7 +93,8 @@ def _readable_in_place(model: LanguageModel, stacks: Params) -> bool:
 
 def _views(model: LanguageModel, stacks: Params, count: int) -> tuple[Params, ...]:
     """Each layer of stacks, nothing copied. A stack that is donated while its views are read is copied and not lost."""
-    places = model.decoding_shardings["layers"] if model.mesh else jax.tree.leaves(stacks)[0].device
+    shardings = model.decoding_shardings
+    places = jax.tree.leaves(stacks)[0].device if shardings is None else shardings["layers"]
     arrays = jax.tree.map(np.asarray, stacks)
     layers = tuple(jax.tree.map(lambda array, i=i: array[i], arrays) for i in range(count))
     return jax.device_put(layers, places, may_alias=True)

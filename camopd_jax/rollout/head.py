@@ -89,6 +89,9 @@ def _apply(function: TokenFunction, head: Params, hidden: jax.Array, targets: Re
     return function.call(function.model.logits(head, hidden), targets)
 
 
+_Saved = tuple[Params, jax.Array, Record, Params]  # what `_in_chunks` is given beside its static arguments
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_chunks(
     function: TokenFunction, step: int, head: Params, hidden_BTD: jax.Array, targets: Record, teacher_head: Params
@@ -106,12 +109,14 @@ def _in_chunks(
     return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(batch, slots, *array.shape[3:]), chunks)
 
 
-def _forward(function, step, head, hidden_BTD, targets, teacher_head):
+def _forward(
+    function: TokenFunction, step: int, head: Params, hidden_BTD: jax.Array, targets: Record, teacher_head: Params
+) -> tuple[Any, _Saved]:
     mapped = _in_chunks(function, step, head, hidden_BTD, targets, teacher_head)
     return mapped, (head, hidden_BTD, targets, teacher_head)
 
 
-def _backward(function, step, saved, gradient):
+def _backward(function: TokenFunction, step: int, saved: _Saved, gradient: Any) -> tuple[Params, jax.Array, None, None]:
     """Each chip adds up its own rows' gradient of the head, in float32; they meet once, after the last chunk."""
     head, hidden_BTD, targets, teacher_head = saved
     model, (batch, slots) = function.model, hidden_BTD.shape[:2]

@@ -84,9 +84,9 @@ def load_source(config: Config, source: str, mesh: Mesh) -> Source:
 
 def known_baselines(folder: epath.Path, results: dict[str, list[Result]]) -> dict[str, list[Result]]:
     """The general and the specialised model's results on the very same questions, if eval.jsonl has them all."""
-    questions = [row["asked"] for row in next(iter(results.values()))]
+    keys = [row["asked"] for row in next(iter(results.values()))]
     rows = {(row["model"], row.get("asked")): row for row in broadcast(lambda: read_rows(folder / "eval.jsonl"))}
     names = ("general", "specialised")
-    if not all((name, asked) in rows for name in names for asked in questions):
+    if not all((name, key) in rows for name in names for key in keys):
         return {}
-    return {name: [rows[name, asked] for asked in questions] for name in names}
+    return {name: [rows[name, key] for key in keys] for name in names}

@@ -4,6 +4,7 @@ import time
 from functools import partial
 
 import jax
+from jax.sharding import Mesh
 
 from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
@@ -52,7 +53,7 @@ def sft(config: SftConfig, workdir: str) -> None:
         started = time.perf_counter()
         batch = global_rows(mesh, next(stream), config.batch_size)
         params = student.with_params(state.params).params
-        state, metrics = update(state, gradient(config, learner, params, state.params, batch), batch)
+        state, metrics = update(state, gradient(config, mesh, learner, params, state.params, batch), batch)
         row = {"step": step, "phase": "sft"} | {name: value.item() for name, value in metrics.items()}
         seconds = time.perf_counter() - started
         speed = {"tokens_per_second": row["response_tokens"] / seconds, "memory_gib": memory_gib()}
@@ -67,9 +68,10 @@ def sft(config: SftConfig, workdir: str) -> None:
     run.finish(state)
 
 
-def gradient(config: SftConfig, learner: Learner, params: Params, trained: Params, batch: Sequences) -> Gradient:
+def gradient(
+    config: SftConfig, mesh: Mesh, learner: Learner, params: Params, trained: Params, batch: Sequences
+) -> Gradient:
     """Of the cross-entropy of a whole batch, rows of like length together."""
-    mesh, size = batch.tokens.sharding.mesh, config.optimizer.micro_batch
-    parts = micro_batches(mesh, batch, size, config.smallest_bucket)
+    parts = micro_batches(mesh, batch, config.optimizer.micro_batch, config.smallest_bucket)
     weights = cross_entropy_weights(batch.lengths, batch.tokens.shape[1])
     return learner(params, trained, Lesson(batch, weights), parts)

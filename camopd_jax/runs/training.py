@@ -38,9 +38,9 @@ def train(config: TrainConfig, workdir: str) -> None:
     streams = {name: branch.prompts for name, branch in branches.items()}
 
     # ------------------------------------------------------------------------- state, then steps
+    trained = partition.trained(student.params, config.optimizer.trained)
     provenance = {"method": description(config)} | models.provenance(config)
     host = TrainHost(config, workdir, student, streams, provenance)
-    trained = partition.trained(student.params, config.optimizer.trained)
     state = host.restore(init_state(trained, moment_names(config)))
     for warning in models.warnings:
         host.display.say(f"warning: {warning}")
@@ -68,6 +68,7 @@ def train(config: TrainConfig, workdir: str) -> None:
 class TrainHost(Run):
     """Turns a step's outcome into a row of metrics.jsonl and a few samples, and scores into recovery and retention."""
 
+    config: TrainConfig
     baselines: dict[str, list[Result]]  # scores of the general and the specialised model
     diagnosis: Diagnosis | None = None
 
@@ -77,6 +78,7 @@ class TrainHost(Run):
     def evaluate_student(self, steps_done: int, state: TrainState) -> bool:
         if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
             self.display.progress("looking at the gradients")
+            assert self.diagnosis is not None  # `train` sets it where diagnoses are due
             self.writer.add_diagnosis(self.diagnosis(steps_done, state)[0])
         return super().evaluate_student(steps_done, state)
 
@@ -91,12 +93,14 @@ class TrainHost(Run):
         """Recovery or retention of every benchmark and of the axis means, each with its standard error."""
         return comparison(*self._baselines(results), results)
 
-    def _baselines(self, results: Sequence[Result]) -> list[list[Result]]:
-        """The teachers' scores on the questions that the student was asked."""
-        return [
-            [on_questions(row, range(asked["n"])) for row, asked in zip(self.baselines[name], results, strict=True)]
-            for name in ("general", "specialised")
-        ]
+    def _baselines(self, results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
+        """The teachers' results on the questions that the student was asked."""
+
+        def baseline(name: str) -> list[Result]:
+            pairs = zip(self.baselines[name], results, strict=True)
+            return [on_questions(row, range(of_student["n"])) for row, of_student in pairs]
+
+        return baseline("general"), baseline("specialised")
 
     def log(self, record: StepRecord) -> None:
         metrics = jax.tree.map(lambda value: np.asarray(value).tolist(), record.metrics)

@@ -13,6 +13,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from camopd_jax.config.consistency import from_config_dict
+from camopd_jax.config.schema import MOVED
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.termination import in_cluster, terminate
 
@@ -122,7 +123,9 @@ def _parse(argv: list[str], words: Sequence[str], many: bool) -> list[str]:
         raise UserError(_unknown_field(argv, str(error))) from error
     except SystemExit:  # absl ends --help with 1
         sys.exit(0)
-    except (OSError, ImportError, SyntaxError, TypeError, ValueError, KeyError, NameError) as error:
+    except KeyError as error:  # ml_collections: an override inside a block that is not there
+        raise UserError(_unknown_field(argv, str(error))) from error
+    except (OSError, ImportError, SyntaxError, TypeError, ValueError, NameError) as error:
         raise UserError(f"--config: cannot read the config file: {_cause(error)}") from error
     if len(rest) > 1 + len(words) and not many:
         raise UserError(f"{rest[1 + len(words)]!r} is not a flag; flags begin with --")
@@ -138,6 +141,8 @@ def _unknown_field(argv: Sequence[str], message: str) -> str:
     name = next((argument.split("=")[0] for argument in argv if field in argument), field)
     near = re.search(r'Did you mean "(\w+)"', message)
     hint = f"did you mean {near[1]}?" if near else "camopd_jax/config/schema.py lists them"
+    if field in MOVED:
+        hint = f"it is now config.{MOVED[field]}"
     return f"{name} is not a field of the config; {hint}"
 
 

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Iterable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -188,6 +188,6 @@ def take_rows(tree: T, rows_M: jax.Array, mesh: Mesh | None) -> T:
     return jax.tree.map(take, tree)
 
 
-def gather(tree: T) -> T:
+def gather(tree: Any) -> Any:
     """Global arrays `[rows, ...]` as host arrays of all rows, on every process."""
     return multihost_utils.process_allgather(tree, tiled=True)

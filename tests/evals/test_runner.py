@@ -307,6 +307,7 @@ def measured(few, command, tmp_path_factory):
         "--config.checkpoints.export=best",
         "--config.evaluation.every=2",
         "--config.evaluation.questions=16",
+        "--config.log.report=false",
     ]
     ended = command("train", *flags)
     assert ended.code == 0, ended.err

@@ -301,7 +301,7 @@ def test_the_separate_moments_run_too(tiny):
 def test_frozen_parameters_get_no_gradient_no_moments_and_stay(tiny):
     """Only what the rule matches is in the state, moves, and moves as it does when the others are trained beside it."""
     student = tiny[1]
-    rule = dataclasses.replace(CONFIG.optimizer, trained=r"layers\.mlp", clip_norm=None)
+    rule = dataclasses.replace(CONFIG.optimizer, trained=r"layers\.mlp\.", clip_norm=None)
     one = dataclasses.replace(CONFIG, steps=1)
     run = begin(tiny, dataclasses.replace(one, optimizer=rule))
     assert set(run.state.params) == {"layers"} and set(run.state.params["layers"]) == {"mlp"}

@@ -5,8 +5,15 @@ import pytest
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import from_hf
 
-SIZES = dict(vocab_size=98, hidden_size=60, intermediate_size=56, num_hidden_layers=7, num_attention_heads=6,
-             num_key_value_heads=2, head_dim=14)  # fmt: skip
+SIZES = dict(
+    vocab_size=98,
+    hidden_size=60,
+    intermediate_size=56,
+    num_hidden_layers=7,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=14,
+)
 
 
 def test_transformers_4_and_5_say_the_same_of_llama():
@@ -19,19 +26,27 @@ def test_transformers_4_and_5_say_the_same_of_llama():
 
 def test_transformers_4_and_5_say_the_same_of_gemma3():
     both = SIZES | dict(model_type="gemma3_text", sliding_window=5)
-    four = both | dict(rope_theta=1e6, rope_local_base_freq=1e4, sliding_window_pattern=3,
-                       rope_scaling={"rope_type": "linear", "factor": 8.0})  # fmt: skip
+    four = both | dict(
+        rope_theta=1e6,
+        rope_local_base_freq=1e4,
+        sliding_window_pattern=3,
+        rope_scaling={"rope_type": "linear", "factor": 8.0},
+    )
     types = ["sliding_attention", "sliding_attention", "full_attention"] * 2 + ["sliding_attention"]
-    five = both | dict(layer_types=types, rope_parameters={
-        "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
-        "sliding_attention": {"rope_type": "default", "rope_theta": 1e4}})  # fmt: skip
+    five = both | dict(
+        layer_types=types,
+        rope_parameters={
+            "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
+            "sliding_attention": {"rope_type": "default", "rope_theta": 1e4},
+        },
+    )
     assert from_hf(four) == from_hf(five)
     assert from_hf(four).windows == (5, 5, None, 5, 5, None, 5)
 
 
 def test_old_llama_2_scaling_type():
     old = from_hf(SIZES | dict(model_type="llama", rope_scaling={"type": "linear", "factor": 4.0}))
-    assert old.ropes[0].kind == "linear" and old.ropes[0].factor == 4.0
+    assert old.ropes[0].scaling == "linear" and old.ropes[0].factor == 4.0
 
 
 def test_dynamic_scaling_is_settled_by_the_context():

@@ -1,4 +1,4 @@
-"""The fused kernels against plain attention: Pallas interpreted on a CPU, and what cuDNN is asked for."""
+"""The fused kernels against plain attention: Pallas interpreted on a CPU, and how cuDNN is called."""
 
 import dataclasses
 import types
@@ -18,9 +18,20 @@ from camopd_jax.models.weights import shardings
 from camopd_jax.runtime.mesh import make_mesh
 
 BATCH, SLOTS, HEADS, GROUPS, WIDTH = 4, 200, 4, 2, 64
-FIELDS = dict(model_type="gemma2", vocab_size=22, hidden_size=24, intermediate_size=20, num_hidden_layers=3,
-              num_attention_heads=4, num_key_value_heads=2, head_dim=64, query_pre_attn_scalar=11, sliding_window=37,
-              attn_logit_softcapping=2.0, initializer_range=0.3)  # fmt: skip
+FIELDS = dict(
+    model_type="gemma2",
+    vocab_size=22,
+    hidden_size=24,
+    intermediate_size=20,
+    num_hidden_layers=3,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=64,
+    query_pre_attn_scalar=11,
+    sliding_window=37,
+    attn_logit_softcapping=2.0,
+    initializer_range=0.3,
+)
 
 
 @pytest.fixture
@@ -49,21 +60,27 @@ def outcome(implementation, mesh, slots=SLOTS, windows=(None,), window=0, softca
 
 @pytest.mark.parametrize(
     "sizes, case",
-    [((1, 1, 1), dict(windows=(37,))), ((1, 1, 1), dict(softcap=3.0)), ((1, 1, 1), dict(windows=(37, None), window=1)),
-     ((1, 1, 1), dict(windows=(None, 500), window=1)), ((2, 1, 2), dict()), ((2, 1, 2), dict(slots=256)),
-     ((2, 1, 2), dict(windows=(None, 37), window=1, softcap=3.0))],
-)  # fmt: skip
+    [
+        ((1, 1, 1), dict(windows=(37,))),
+        ((1, 1, 1), dict(softcap=3.0)),
+        ((1, 1, 1), dict(windows=(37, None), window=1)),
+        ((1, 1, 1), dict(windows=(None, 500), window=1)),
+        ((2, 1, 2), dict()),
+        ((2, 1, 2), dict(slots=256)),
+        ((2, 1, 2), dict(windows=(None, 37), window=1, softcap=3.0)),
+    ],
+)
 def test_splash_is_plain_attention(sizes, case, tpu):
     mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
-    for ours, plain in zip(outcome("fused", mesh, **case), outcome("xla", None, **case), strict=True):
-        np.testing.assert_allclose(ours, plain, atol=2e-5)
+    for kernel, plain in zip(outcome("fused", mesh, **case), outcome("xla", None, **case), strict=True):
+        np.testing.assert_allclose(kernel, plain, atol=2e-5)
 
 
 def test_rows_by_turns_are_rows_at_once(tpu, monkeypatch):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     monkeypatch.setattr(fused, "_RESIDUAL_BYTES", 3 * HEADS * 256 * 128 * 4)  # three rows, then one
-    for ours, plain in zip(outcome("fused", mesh), outcome("xla", None), strict=True):
-        np.testing.assert_allclose(ours, plain, atol=2e-5)
+    for kernel, plain in zip(outcome("fused", mesh), outcome("xla", None), strict=True):
+        np.testing.assert_allclose(kernel, plain, atol=2e-5)
 
 
 def test_a_model_with_fused_attention_is_the_same_model(tpu):
@@ -122,20 +139,20 @@ def test_pairs_are_those_of_the_mask():
 
 
 @pytest.mark.parametrize("window", [None, 37])
-def test_cudnn_is_asked_for_plain_attention(window, monkeypatch):
+def test_cudnn_is_called_for_plain_attention(window, monkeypatch):
     """The same call, handed to JAX's own plain form of the function, which documents its arguments once for both."""
-    asked = []
+    called = []
     original = jax.nn.dot_product_attention
 
     def instead(*arrays, implementation, **options):
-        asked.append(implementation)
+        called.append(implementation)
         return original(*arrays, implementation="xla", **options)
 
     monkeypatch.setattr(jax.nn, "dot_product_attention", instead)
     monkeypatch.setattr(fused, "platform", lambda mesh: "gpu")
-    ours = outcome("fused", make_mesh(2, 1, 2, devices=jax.devices()[:4]), windows=(window,))
-    assert asked == ["cudnn"]
-    for a, b in zip(ours, outcome("xla", None, windows=(window,)), strict=True):
+    kernel = outcome("fused", make_mesh(2, 1, 2, devices=jax.devices()[:4]), windows=(window,))
+    assert called == ["cudnn"]
+    for a, b in zip(kernel, outcome("xla", None, windows=(window,)), strict=True):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
@@ -144,17 +161,17 @@ def test_what_a_kernel_does_not_take_is_refused_or_passed_over(monkeypatch):
     plain = {name: value for name, value in FIELDS.items() if name not in gemma} | {"model_type": "qwen3"}
     device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
 
-    def why(dtype="bfloat16", capability="9.0", kind="gpu", **fields):
-        device.platform, device.compute_capability = kind, capability
+    def why(dtype="bfloat16", capability="9.0", platform="gpu", **fields):
+        device.platform, device.compute_capability = platform, capability
         mesh = types.SimpleNamespace(devices=np.array([device]))
         return fused.why_not(from_hf(plain | fields), mesh, dtype)
 
-    assert why() is None and why(kind="tpu", dtype="float32") is None
-    assert "multiple of 64, not 80" in why(kind="tpu", head_dim=80)
+    assert why() is None and why(platform="tpu", dtype="float32") is None
+    assert "multiple of 64, not 80" in why(platform="tpu", head_dim=80)
     assert "needs bfloat16 products" in why(dtype="float32")
     assert "up to 128, not 256" in why(capability="8.6", head_dim=256) and why(head_dim=256) is None
     assert "multiple of 8 up to 256, not 84" in why(head_dim=84)
     assert "8.0 or later" in why(capability="7.5") and "8.0 or later" in why(capability="gfx942")
-    assert "no soft cap" in why(**FIELDS) and why(kind="tpu", **FIELDS) is None
+    assert "no soft cap" in why(**FIELDS) and why(platform="tpu", **FIELDS) is None
     with pytest.raises(UserError, match=r"config\.compute\.attention is 'fused'; only TPUs"):
         Model(from_hf(FIELDS), mesh=make_mesh(), attention="fused")

@@ -90,10 +90,10 @@ def test_a_tied_head_in_the_file_is_kept_if_it_is_the_embedding(folder, mesh, tm
 
 def test_loading_onto_a_mesh_reads_the_same_numbers_piece_by_piece(checkpoint, mesh):
     folder = checkpoint("qwen3")[1]
-    config, whole = read(folder, mesh)
+    config, params = read(folder, mesh)
     eight = make_mesh(data=2, fsdp=2, tensor=2)
     pieces = hf.load(folder, config, eight, "float32")
-    jax.tree.map(np.testing.assert_array_equal, jax.device_get(pieces), jax.device_get(whole))
+    jax.tree.map(np.testing.assert_array_equal, jax.device_get(pieces), jax.device_get(params))
     jax.tree.map(
         lambda array, place: array.sharding == place or pytest.fail(str(place)), pieces, shardings(config, eight)
     )
@@ -111,14 +111,22 @@ def test_every_parameter_has_a_row(checkpoint, mesh):
 def test_row_example():
     row = next(r for r in table(from_hf(CONFIG)) if r.path[-2:] == ("query", "kernel"))
     tensor = np.arange(6 * 14 * 60).reshape(84, 60)
-    ours = row.from_hf(tensor)
-    assert ours.shape == (60, 6, 14)
-    assert ours[7, 2, 3] == tensor[2 * 14 + 3, 7]
-    np.testing.assert_array_equal(row.to_hf(ours), tensor)
+    parameter = row.from_hf(tensor)
+    assert parameter.shape == (60, 6, 14)
+    assert parameter[7, 2, 3] == tensor[2 * 14 + 3, 7]
+    np.testing.assert_array_equal(row.to_hf(parameter), tensor)
 
 
-CONFIG = dict(model_type="llama", vocab_size=98, hidden_size=60, intermediate_size=56, num_hidden_layers=3,
-              num_attention_heads=6, num_key_value_heads=2, head_dim=14)  # fmt: skip
+CONFIG = dict(
+    model_type="llama",
+    vocab_size=98,
+    hidden_size=60,
+    intermediate_size=56,
+    num_hidden_layers=3,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=14,
+)
 
 
 # ------------------------------------------------------------------------------------ mistakes

@@ -17,14 +17,29 @@ from camopd_jax.runtime.mesh import make_mesh, sharding
 
 LAYERS, ROWS, SLOTS, WIDTH, VOCAB = 3, 8, 28, 48, 44
 FIELDS = dict(
-    vocab_size=VOCAB, hidden_size=WIDTH, intermediate_size=20, num_hidden_layers=LAYERS, head_dim=6,
-    num_attention_heads=8, num_key_value_heads=4, initializer_range=0.3, tie_word_embeddings=False,
-)  # fmt: skip
+    vocab_size=VOCAB,
+    hidden_size=WIDTH,
+    intermediate_size=20,
+    num_hidden_layers=LAYERS,
+    head_dim=6,
+    num_attention_heads=8,
+    num_key_value_heads=4,
+    initializer_range=0.3,
+    tie_word_embeddings=False,
+)
 CONFIGS = {
     "qwen3": from_hf(FIELDS | dict(model_type="qwen3")),
-    "gemma2": from_hf(FIELDS | dict(model_type="gemma2", tie_word_embeddings=True, query_pre_attn_scalar=11,
-                                    sliding_window=5, attn_logit_softcapping=2.0)),
-}  # fmt: skip
+    "gemma2": from_hf(
+        FIELDS
+        | dict(
+            model_type="gemma2",
+            tie_word_embeddings=True,
+            query_pre_attn_scalar=11,
+            sliding_window=5,
+            attn_logit_softcapping=2.0,
+        )
+    ),
+}
 MESHES = [(1, 2, 4), (2, 2, 2), (1, 8, 1), (8, 1, 1), (1, 1, 2)]
 
 
@@ -105,7 +120,7 @@ def test_slots_that_do_not_divide_stay_whole():
 
 
 def test_decoding_on_a_mesh_moves_no_more_than_its_tokens():
-    """One slot is split over nobody: prefill and decode give one device's numbers."""
+    """One slot is not split: prefill and decode give one device's numbers."""
 
     def decoded(sizes):
         model, params = on_mesh(CONFIGS["gemma2"], sizes)

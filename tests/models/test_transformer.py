@@ -15,8 +15,10 @@ from camopd_jax.models.transformer import Model
 from camopd_jax.runtime.mesh import make_mesh
 from camopd_jax.types import EMPTY, KVCache
 
-FAMILIES = ["llama", "llama-untied-biased", "llama-linear", "llama-dynamic", "llama-llama3", "smollm2", "mistral",
-            "qwen2", "qwen3", "gemma2", "gemma3"]  # fmt: skip
+FAMILIES = [
+    *("llama", "llama-untied-biased", "llama-linear", "llama-dynamic", "llama-llama3", "smollm2"),
+    *("mistral", "qwen2", "qwen3", "gemma2", "gemma3"),
+]
 LENGTH = 23
 
 
@@ -69,10 +71,10 @@ def test_bfloat16_logprobs_are_as_near_as_transformers_own(family, checkpoint, m
     """bfloat16 keeps 8 bits: our error to the float32 truth is at most twice torch's own in bfloat16."""
     torch_model, folder = checkpoint(family)
     truth = torch_logprobs(torch_model, tokens)
-    theirs = type(torch_model).from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
+    rounded = type(torch_model).from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
     model, params = load(folder, mesh, "bfloat16")
     our_error = np.abs(log_probs(model, params, tokens) - truth).mean()
-    assert our_error < 2 * np.abs(torch_logprobs(theirs, tokens) - truth).mean()
+    assert our_error < 2 * np.abs(torch_logprobs(rounded, tokens) - truth).mean()
     assert our_error < 0.05
 
 
@@ -80,24 +82,24 @@ def test_bfloat16_logprobs_are_as_near_as_transformers_own(family, checkpoint, m
 def test_prefill_and_decode_equal_the_full_forward(family, checkpoint, mesh, tokens):
     _, folder = checkpoint(family)
     model, params = load(folder, mesh)
-    whole = np.asarray(jax.jit(model.hidden)(params, tokens))
+    full = np.asarray(jax.jit(model.hidden)(params, tokens))
     lengths = np.array([11, 7], np.int32)  # rows of unequal length: decode slots are common, positions are not
     prompt = np.where(np.arange(13) < lengths[:, None], tokens[:, :13], 97)  # padding is rubbish
     apart = jax.jit(model.for_decoding)(params)
     hidden, cache = jax.jit(model.prefill)(apart, prompt, lengths)
     for row, length in enumerate(lengths):
-        np.testing.assert_allclose(hidden[row, :length], whole[row, :length], atol=2e-5)
+        np.testing.assert_allclose(hidden[row, :length], full[row, :length], atol=2e-5)
 
     def room(array):
         return jnp.pad(array, ((0, 0), (0, 0), (0, 9), (0, 0)))
 
-    cache = KVCache(tuple(map(room, cache.keys)), tuple(map(room, cache.values)),
-                    jnp.pad(cache.positions, ((0, 0), (0, 9)), constant_values=EMPTY))  # fmt: skip
+    positions = jnp.pad(cache.positions, ((0, 0), (0, 9)), constant_values=EMPTY)
+    cache = KVCache(tuple(map(room, cache.keys)), tuple(map(room, cache.values)), positions)
     decode = jax.jit(model.decode)
     for turn in range(9):
         position = lengths + turn
         hidden, cache = decode(apart, tokens[[0, 1], position], position, cache, jnp.int32(13 + turn))
-        np.testing.assert_allclose(hidden, whole[[0, 1], position], atol=2e-5)
+        np.testing.assert_allclose(hidden, full[[0, 1], position], atol=2e-5)
 
 
 def test_decoding_casts_all_but_the_norms(checkpoint, mesh):
@@ -186,10 +188,10 @@ def test_logits_are_cut_to_the_shared_vocabulary(checkpoint, mesh, tokens):
     config = from_hf(hf.read_config(folder))
     params = hf.load(folder, config, mesh, "float32")
     hidden = Model(config, mesh=mesh).hidden(params, tokens)
-    whole = Model(config, mesh=mesh).logits(params, hidden)
+    full = Model(config, mesh=mesh).logits(params, hidden)
     cut = Model(dataclasses.replace(config, output_vocab_size=89), mesh=mesh).logits(params, hidden)
     assert cut.shape == (2, LENGTH, 89)
-    np.testing.assert_allclose(cut, whole[..., :89], atol=1e-5)
+    np.testing.assert_allclose(cut, full[..., :89], atol=1e-5)
 
 
 def test_a_mesh_changes_nothing(checkpoint, mesh, tokens):
