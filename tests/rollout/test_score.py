@@ -13,7 +13,7 @@ from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
-from camopd_jax.planning.hlo import BRANCHES, COLLECTIVES, Module
+from camopd_jax.planning.hlo import COLLECTIVES, Module
 from camopd_jax.rollout import head
 from camopd_jax.rollout.head import TokenFunction, map_tokens
 from camopd_jax.rollout.score import LOG_PROB, LogProb, join, score
@@ -92,10 +92,11 @@ def loops(module):
     def inside(name):
         for i in module.computations[name].values():
             yield i
-            for part in i.called("calls", "to_apply", "body", "condition", *BRANCHES):
+            for part in i.called:
                 yield from inside(part)
 
-    return {i.name: list(inside(i.called("body")[0])) for i in module.instructions() if i.opcode == "while"}
+    whiles = (i for i in module.instructions() if i.opcode == "while")
+    return {i.name: list(inside(i.attribute(r"body=%?([\w.\-]+)"))) for i in whiles}
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (1, 2, 4), (8, 1, 1)])
