@@ -60,7 +60,8 @@ def test_frequencies_follow_the_distribution(temperature):
     """Chi-square over 11 tokens and 20,000 draws: 10 degrees of freedom exceed 29.6 once in a thousand."""
     logits = jnp.asarray(LOGITS[0, :11])
     keys = row_keys(0, jnp.int32(0), jnp.arange(20_000))
-    drawn = jax.jit(sample, static_argnums=2)(jnp.broadcast_to(logits, (20_000, 11)), keys, Sampling(temperature=temperature))
+    settings = Sampling(temperature=temperature)
+    drawn = jax.jit(sample, static_argnums=2)(jnp.broadcast_to(logits, (20_000, 11)), keys, settings)
     expected = 20_000 * softmax(np.asarray(logits, np.float64) / temperature)
     observed = np.bincount(np.asarray(drawn), minlength=11)
     assert np.sum((observed - expected) ** 2 / expected) < 29.6
