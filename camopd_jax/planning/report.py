@@ -46,14 +46,15 @@ class Request:
 
 def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
     """The models' shapes; files, folders or names of shapes stand in for the two that every config names."""
-    instead, files = {"general": general, "specialised": specialised}, {}
+    instead = {"general": general, "specialised": specialised}
+    files: dict[str, dict[str, Any]] = {}
     for name, field in teacher_names(config).items():
         given = instead.get(name)
         if given in SHAPES:
             files[name] = SHAPES[given]
         elif given and not Path(given).expanduser().exists():
-            shapes = f"the shapes are {', '.join(SHAPES)}"
-            raise UserError(f"--{name}_config: {given} is no file or folder, and no shape; {shapes}")
+            names = f"the shapes are {', '.join(SHAPES)}"
+            raise UserError(f"--{name}_config: {given} is no file or folder, and no shape; {names}")
         else:
             folder = Path(given).expanduser() if given else find_model(config, name, field, files=("config.json",))
             files[name] = hf.read_config(folder)
@@ -149,7 +150,8 @@ def _times(request: Request, made: Plan, chip: Chip) -> dict[str, Any]:
 def look_for(request: Request, tries: int) -> dict[str, Any]:
     """The search: prints what was tried and ends in flags."""
     config, models, where, say = request.config, request.models, request.topology, request.console.print
-    if where.hbm is None:
+    hbm = where.hbm
+    if hbm is None:
         raise UserError("--search needs to know a device's memory; give --hbm_gib")
     ordered = search.candidates(config, models, where, request.answer)
     if not ordered:
@@ -164,14 +166,14 @@ def look_for(request: Request, tries: int) -> dict[str, Any]:
         made = plan(search.changed(config, candidate.changes), models, where.devices)
         for resident, reports in _compile(made, programs(made), request, words):
             high = peak.worst(peak.peaks(sum(resident.values()), reports))
-            if not high.fits(where.hbm):
+            if not high.fits(hbm):
                 break
         return high
 
-    tried = search.choose(ordered, compiled, where.hbm, tries)
-    say(tried_table(tried, where.hbm))
+    tried = search.choose(ordered, compiled, hbm, tries)
+    say(tried_table(tried, hbm))
     best, high = tried[-1]
-    flags = best.flags(config) if high.fits(where.hbm) else None
+    flags = best.flags(config) if high.fits(hbm) else None
     if flags:
         say("fits with:\n  " + " \\\n  ".join(flags))
     else:
@@ -186,8 +188,8 @@ def look_for(request: Request, tries: int) -> dict[str, Any]:
 
 def _table(title: str, rows: Sequence[Row], caption: str | None = None) -> Table:
     """Columns that are empty in all rows are left out."""
-    left = {"title_justify": "left", "caption_justify": "left"}
-    view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, **left)
+    view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    view.title_justify = view.caption_justify = "left"
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [name for name in names if any(row.get(name) for row in rows)]
     for i, name in enumerate(columns):
@@ -202,7 +204,7 @@ def _gib(n: float) -> str:
 
 
 def resident_table(resident: dict[str, int], cache: int) -> Table:
-    lines = {name.replace("_", " "): n for name, n in resident.items()} | {"together": sum(resident.values())}
+    lines = {name.replace("_", " "): n for name, n in resident.items()} | {"total": sum(resident.values())}
     lines |= {"KV cache at the cap, while the student answers": cache}
     rows = [{"": name, "GiB": _gib(n)} for name, n in lines.items()]
     return _table("What lies on a chip through the run, in GiB", rows)

@@ -352,7 +352,7 @@ def test_what_is_frozen_makes_a_plan_smaller():
 
 
 def test_bytes_on_a_chip():
-    params = abstract_params(planned().student, "float32")
+    params = abstract_params(planned().student, make_mesh(1, 4, 2), "float32")
     norms = 128 * (2 * LAYERS + 1)  # complete on every chip
     split = LAYERS * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256) + 2 * VOCAB * 128
     assert chip_bytes(params) == 4 * (norms + split // 8)
