@@ -132,8 +132,14 @@ def test_analyze_tells_of_a_run_s_gradients_and_selection(whole, command, tmp_pa
     assert row["training"]["recovery"]["steps"] == 6 and row["training"]["review"]["steps"] == 2
     assert set(row["training"]["recovery"]["by_source"]) == {"reverse", "sort", "shift", "add"}
     assert "by_source" not in row["training"]["review"] and "source: add" in row["training"]["recovery"]["correlations"]
-    for words in ("Gradients of 8 answers a branch, after 8 steps", "The gradients of recovery and review against each other", "cosine",
-                  "Rank correlation of an answer's score with", "What was selected over the run"):  # fmt: skip
+    headings = (
+        "Gradients of 8 answers a branch, after 8 steps",
+        "The gradients of recovery and review against each other",
+        "cosine",
+        "Rank correlation of an answer's score with",
+        "What was selected over the run",
+    )
+    for words in headings:
         assert words in ended.out
     assert max(map(len, ended.out.splitlines())) <= 80
 
