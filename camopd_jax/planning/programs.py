@@ -1,7 +1,7 @@
 """A run's programs at their largest shapes: the steps of `method.loop`, with shapes in the place of arrays.
 
-Every program is a jitted function of the run itself, with the arguments that the run gives it. What it returns is asked
-of it too (`eval_shape`), and is an argument of the next: no weights are read and no array is made.
+Every program is a jitted function of the run itself, with the arguments that the run gives it. The shapes of its
+results come from `eval_shape` and are arguments of the next: no weights are read and no array is made.
 """
 
 import dataclasses
@@ -39,8 +39,8 @@ from camopd_jax.types import (
     TeacherRecord,
 )
 
-# What lies on a chip for a part of a step: the answering model's weights and its cache; what waits from the answers to
-# the gradient, residual stream and record of the teacher; the gradient; and what came back from the host's memory
+# Arrays that are on a chip for a part of a step: the answering model's weights and its cache; what is kept from the
+# answers to the gradient, the residual stream and the teacher's record; the gradient; what is back from host memory
 HELD = ("weights", "cache", "residuals", "record", "gradient", "offloaded")
 Held = dict[str, Any]  # shapes by kind
 NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
@@ -54,7 +54,7 @@ class Program:
     jitted: Any
     args: tuple[Any, ...]
     options: dict[str, Any]  # static arguments
-    holds: Held  # what lies there meanwhile, arguments or not, and does not lie there through the whole run
+    holds: Held  # on the chips while it runs, arguments or not, and not through the whole run
     runs: int = 1  # in one step, at most
     trips: int = 1  # of a loop whose bound is data, at most
 

@@ -67,8 +67,8 @@ def read_models(config: TrainConfig, general: str | None, specialised: str | Non
 def _compile(
     made: Plan, several: list[Program], request: Request, wanted: Sequence[str]
 ) -> Iterator[tuple[dict[str, int], list[Report]]]:
-    """What lies there through the run, and a report of each program whose name begins with a wanted word, in the words'
-    order: as many as there are so far.
+    """What is on a chip through the run, and the reports so far: of the programs whose names begin with a wanted word, in
+    the words' order.
 
     Raises:
       UserError: if the run has none of these.
@@ -101,7 +101,8 @@ def report(request: Request) -> dict[str, Any]:
     say(resident_table(resident, cache))
     say(memory_table(sum(resident.values()), reports, peaks, where.hbm))
     say(_fit_line(high, where) + "\n")
-    say(collectives_table(reports, where.chip))
+    if any(r.collectives for r in reports):
+        say(collectives_table(reports, where.chip))
     say(*(f"{r.name}: {warning}" for r in reports for warning in r.warnings), sep="\n")
     values = {"topology": where.name, "devices": len(where.devices), "hbm": where.hbm}
     values |= {"mesh": dict(made.setup.mesh.shape), "residents": resident, "kv_cache": cache}
@@ -162,7 +163,7 @@ def look_for(request: Request, tries: int) -> dict[str, Any]:
     words = [word for word in SEARCHED if word.startswith(request.wanted)] or request.wanted
 
     def compiled(candidate: Candidate) -> Peak:
-        """The highest peak, or the first that is too high: the compiler need not be asked for the rest."""
+        """The highest peak, or the first that is too high: the rest need not be compiled."""
         made = plan(search.changed(config, candidate.changes), models, where.devices)
         for resident, reports in _compile(made, programs(made), request, words):
             high = peak.worst(peak.peaks(sum(resident.values()), reports))
@@ -211,7 +212,7 @@ def resident_table(resident: dict[str, int], cache: int) -> Table:
 
 
 def memory_table(resident: int, reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
-    """A row a program: what lies there, what it adds, and the peak: their sum."""
+    """A row a program: what is on the chip, what it adds, and the peak: their sum."""
     rows = []
     for r, p in zip(reports, peaks, strict=True):
         above, held = "" if p.exact else ">", {kind: _gib(n) if n else "" for kind, n in r.holds.items()}
@@ -243,7 +244,7 @@ def collectives_table(reports: Sequence[Report], chip: Chip | None) -> Table:
             row |= {"GB of a chip": f"{t.bytes_run / 1e9:.3g}"}
             rows.append(row | {"seconds": duration(sent / (chip.ici_bandwidth / 2)) if chip else ""})
     return _table(
-        "Collectives" if rows else "No collectives",
+        "Collectives",
         rows,
         "Of one run of the program, with every loop's trips; turns of decoding to the cap. seconds: at the links' "
         "peak, where an all-reduce goes around twice",
@@ -281,13 +282,13 @@ def duration(seconds: float) -> str:
 
 
 def tried_table(tried: Sequence[tuple[Candidate, Peak]], hbm: float) -> Table:
-    named = {"rollout tensor": "rollout.mesh.tensor", "concurrency": "rollout.concurrency"}
+    named = {"rollout tensor": "rollout.mesh.tensor", "at a time": "rollout.concurrency"}
     named |= {"micro batch": "optimizer.micro_batch", "remat": "compute.remat", "offload": "compute.offload"}
     rows = []
     for one, high in tried:
         row = {"data x fsdp x tensor": " x ".join(str(one.changes[f"mesh.{axis}"]) for axis in MESH_AXES)}
-        row |= {column: str(one.changes[name]) for column, name in named.items()}
+        row |= {column: str(one.changes[name] or "all") for column, name in named.items()}
         row |= {"step at best": duration(one.seconds), "estimated": _gib(one.peak)}
         row |= {"compiled": ("" if high.exact else "> ") + _gib(high.bytes)}
         rows.append(row | {"": f"{high.program}: {verdict(high, hbm)}"})
-    return _table("Search: what the compiler was asked", rows)
+    return _table("Search: what was compiled", rows)

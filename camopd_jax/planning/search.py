@@ -18,7 +18,7 @@ from camopd_jax.planning.topology import Topology
 from camopd_jax.runtime.mesh import batch_shards
 
 REMATS = ("none", "dots", "block")
-MARGIN = 0.9  # a candidate must ask for this share of what failed before the compiler is asked again
+MARGIN = 0.9  # a candidate must need less than this part of what failed to be compiled next
 ALWAYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "rollout.mesh.tensor")  # flags that are named whatever the config
 
 Changes = dict[str, Any]  # values of config fields, by their names
