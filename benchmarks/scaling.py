@@ -5,9 +5,9 @@
     python benchmarks/scaling.py --out=docs/figures --draw_only
 
 One number changes in a sweep; the others stay at BASE. Scoring and the gradient are of whole rows; decoding is one turn
-of eight times as many, their caches full (of a single row no product would be left to count). FLOPs, collectives and
-memory are the plan's (docs/plans.md); memory traffic is the compiler's `cost_analysis`, which counts a loop once, and
-therefore told of decoding alone.
+of eight times as many, their caches full (of a single row no product would be left to count). Collectives and memory
+are the plan's (docs/plans.md), FLOPs its arithmetic; memory traffic is the compiler's `cost_analysis`, which counts a
+loop once, and therefore drawn of decoding alone.
 """
 
 import json
@@ -19,11 +19,12 @@ from typing import Any
 import matplotlib
 from absl import app, flags
 
-from camopd_jax.config.schema import Compute, Evaluation, MeshConfig, Optimizer, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.schema import Compute, Evaluation, MeshConfig, Optimizer, RolloutConfig, TrainConfig
 from camopd_jax.models.config import from_hf
 from camopd_jax.planning import topology
 from camopd_jax.planning.arrays import Models, plan
 from camopd_jax.planning.compiling import Report, compile_program
+from camopd_jax.planning.costs import PASSES, forward_flops
 from camopd_jax.planning.programs import programs
 
 matplotlib.use("svg")
@@ -33,7 +34,7 @@ from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 flags.DEFINE_string("out", str(Path(__file__).parents[1] / "docs" / "figures"), "Folder of scaling.json and figures.")
 flags.DEFINE_bool("draw_only", False, "Draw the figures of a scaling.json that is there.")
 
-PROGRAMS = {"score: general teacher": "scoring", "gradient": "gradient", "decode": "decoding"}
+PROGRAMS = {"score: recovery teacher": "scoring", "gradient: recovery": "gradient", "decode": "decoding"}
 COLOURS = {"scoring": "#2a64b8", "gradient": "#c2570c", "decoding": "#2f6f2f"}
 SLICES = {1: "1x1", 4: "2x2", 8: "2x4", 16: "4x4", 64: "8x8", 256: "16x16"}
 PROMPT = 512  # slots
@@ -68,34 +69,36 @@ PANELS = {
 }
 
 
-def compiled(point: Point) -> Iterator[tuple[str, Report, float]]:
-    """(name, report, tokens that a chip computes in one run) of each program."""
+def compiled(point: Point) -> Iterator[tuple[str, Report, float, float]]:
+    """(name, report, tokens that a chip computes in one run, FLOPs of one) of each program."""
     rows, answer = point.chips * point.rows, point.slots - PROMPT
     shape = from_hf(dict(model_type="qwen3", vocab_size=point.vocabulary, hidden_size=1024, intermediate_size=3072,
                          num_hidden_layers=point.depth, num_attention_heads=16, num_key_value_heads=8, head_dim=128,
                          tie_word_embeddings=False), context=point.slots)  # fmt: skip
     config = TrainConfig(
-        "general", "specialised", Stream("general"), Stream("domain"),
+        "general", "specialised",
         rollout=RolloutConfig(batch_size=rows * ANSWERING, max_prompt_tokens=PROMPT, max_response_tokens=answer),
         optimizer=Optimizer(micro_batch=rows), evaluation=Evaluation(batch_size=rows),
         mesh=MeshConfig(1, point.chips, 1), compute=Compute(remat="block"),
     )  # fmt: skip
     where = topology.describe(f"v5e:{SLICES[point.chips]}")
-    made = plan(config, Models(shape, shape), where.devices, where.platform)
-    for program in programs(made, (2,)):
-        if program.name in PROGRAMS:
-            turns = program.name == "decode"
-            report = compile_program(replace(program, trips=1) if turns else program, made, where)
-            yield PROGRAMS[program.name], report, point.rows * (ANSWERING if turns else point.slots)
+    made = plan(config, Models({"general": shape, "specialised": shape}, (2,)), where.devices)
+    forward = forward_flops(shape, 1, 0, point.slots, answer) / point.slots
+    turn = forward_flops(shape, 1, point.slots - 1, point.slots, 1)
+    flops = {"scoring": forward, "gradient": PASSES["block"] * forward, "decoding": turn}
+    for program in programs(made):
+        if name := PROGRAMS.get(program.name):
+            turns = name == "decoding"
+            report = compile_program(replace(program, trips=1) if turns else program, made)
+            yield name, report, point.rows * (ANSWERING if turns else point.slots), flops[name]
 
 
-def numbers(report: Report, tokens: float) -> dict[str, Any]:
+def numbers(report: Report, tokens: float, flops: float) -> dict[str, Any]:
     """What is drawn. Of a program that was refused: the temporaries that it asked for."""
-    moved = sum(traffic.bytes_run for traffic in report.counts.collectives.values())
-    temporaries = report.memory.temporaries if report.memory else report.refused_bytes
+    moved = sum(traffic.bytes_run for traffic in report.collectives.values())
     found = {
-        "gflop": report.counts.flops / tokens / 1e9, "collectives": moved / tokens / 1e3,
-        "temporaries": temporaries / 2**30, "seconds": report.seconds, "refused": report.refused,
+        "gflop": flops / 1e9, "collectives": moved / tokens / 1e3,
+        "temporaries": report.temporaries / 2**30, "seconds": report.seconds, "refused": report.refused,
     }  # fmt: skip
     if report.name == "decode":  # no loop in it: one turn is what cost_analysis counts
         found["hbm_mb"] = report.bytes_accessed / tokens / 1e6

@@ -42,15 +42,17 @@ def model(tmp_path):
     return Path(shutil.copytree(QUICKSTART / "specialist", tmp_path / "model"))
 
 
-def texts(found, kind, about=""):
-    return [one.text for one in found if one.kind == kind and one.about.startswith(about)]
+def texts(findings, kind, about=""):
+    return [one.text for one in findings if one.kind == kind and one.about.startswith(about)]
 
 
 def test_a_config_that_runs_has_nothing_wrong_or_odd(config, here, tmp_path):
-    found, prompts = doctor.examine(config, str(tmp_path / "run"), here)
-    assert texts(found, "wrong") == texts(found, "odd") == []
-    assert "1600 of 11 to 16 tokens" in texts(found, "good", "recovery prompts")[0]
-    assert "180 steps of 64 ask each 7.2 times" in texts(found, "good", "recovery prompts")[0]  # 240 * 3/4 * 64 / 1600
+    findings, prompts = doctor.examine(config, str(tmp_path / "run"), here)
+    assert texts(findings, "wrong") == texts(findings, "odd") == []
+    assert "1600 of 11 to 16 tokens" in texts(findings, "good", "recovery prompts")[0]
+    assert (
+        "180 steps of 64 ask each 7.2 times" in texts(findings, "good", "recovery prompts")[0]
+    )  # 240 * 3/4 * 64 / 1600
     assert prompts["review"].startswith("<|user|>") and prompts["review"].endswith("<|assistant|>")
     assert not (tmp_path / "run").exists()
 
@@ -62,28 +64,28 @@ def test_all_that_is_wrong_is_told_in_one_go(command, tmp_path):
         '--config.evaluation.benchmarks=({"name": "mine", "source": "/no/questions.jsonl"},)',
     )  # fmt: skip
     assert ended.code == 2 and ended.err.splitlines()[-1] == "error: 3 of these would end the run"
-    told = " ".join(ended.out.split())
+    printed = " ".join(ended.out.split())
     for words in ("no folder /no/model", "/no/questions.jsonl", "fsdp 3"):
-        assert words in told, told
+        assert words in printed, printed
     assert not (tmp_path / "run").exists()
 
 
 def test_a_checkpoint_of_another_shape(config, here, model):
     edit_json(model / "config.json", intermediate_size=64)
-    found, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
-    (told,) = texts(found, "wrong")
-    assert "has shape" in told and "config.json asks for" in told
+    findings, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
+    (text,) = texts(findings, "wrong")
+    assert "has shape" in text and "config.json asks for" in text
 
 
 def test_tokenizers_that_differ(config, here, model):
     swap_tokens(model, "a", "b")
-    found, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
-    assert "their tokenizers differ" in texts(found, "wrong", "models")[0]
+    findings, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
+    assert "their tokenizers differ" in texts(findings, "wrong", "models")[0]
 
 
 def test_two_models_that_are_one(config, here):
-    found, _ = doctor.examine(changed(config, {"general_model": str(QUICKSTART / "specialist")}), None, here)
-    assert texts(found, "wrong") == [] and "nothing to bring back" in texts(found, "odd", "models")[0]
+    findings, _ = doctor.examine(changed(config, {"general_model": str(QUICKSTART / "specialist")}), None, here)
+    assert texts(findings, "wrong") == [] and "nothing to bring back" in texts(findings, "odd", "models")[0]
 
 
 def test_an_end_of_turn_that_ends_no_answer(config, here, model):
@@ -91,37 +93,37 @@ def test_an_end_of_turn_that_ends_no_answer(config, here, model):
         if (model / name).exists():
             edit_json(model / name, eos_token_id=None)
     edit_json(model / "tokenizer_config.json", eos_token="a")
-    found, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
-    assert "ends an answer with '<|end|>', which is none of ['a']" in texts(found, "odd", "models")[-1]
+    findings, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
+    assert "ends an answer with '<|end|>', which is none of ['a']" in texts(findings, "odd", "models")[-1]
 
 
 def test_answers_longer_than_the_model_was_made_for(config, here):
-    found, _ = doctor.examine(changed(config, {"rollout.max_response_tokens": 10_000}), None, here)
-    assert "prompt and answer may have 10064" in texts(found, "odd", "general model")[0]
+    findings, _ = doctor.examine(changed(config, {"rollout.max_response_tokens": 10_000}), None, here)
+    assert "prompt and answer may have 10064" in texts(findings, "odd", "general model")[0]
 
 
 def test_prompts_that_are_few_long_or_asked_in_a_benchmark(config, here, tmp_path):
     questions = [ask(f"sort {text}") | {"answer": text} for text in ("cab", "dcb", "zya")]
-    asked = write_lines(tmp_path / "asked.jsonl", questions)
+    benchmark = write_lines(tmp_path / "benchmark.jsonl", questions)
     prompts = write_lines(tmp_path / "prompts.jsonl", [*questions[:2], *(ask("sort " + 70 * "ab") for _ in range(3))])
     changes = {
         "branches.recovery.prompts.source": str(prompts),
         "evaluation.benchmarks": [
-            dataclasses.asdict(config.evaluation.benchmarks[0]) | {"name": "mine", "source": str(asked)}
+            dataclasses.asdict(config.evaluation.benchmarks[0]) | {"name": "mine", "source": str(benchmark)}
         ],
     }
-    found, _ = doctor.examine(changed(config, changes), None, here)
-    odd = texts(found, "odd", "recovery prompts")
+    findings, _ = doctor.examine(changed(config, changes), None, here)
+    odd = texts(findings, "odd", "recovery prompts")
     assert [text.split(" are ")[0] for text in odd] == ["3 of 5", "2", "2 of the 3 questions of benchmark mine"]
-    assert "of the domain axis" in texts(found, "odd", "benchmarks")[0]
+    assert "of the domain axis" in texts(findings, "odd", "benchmarks")[0]
 
 
 def test_a_mesh_and_memory_that_do_not_do(config, here):
-    found, _ = doctor.examine(changed(config, {"mesh.tensor": 8, "mesh.data": 1}), None, here)
-    assert "does not divide the model's" in texts(found, "wrong", "devices")[0]
+    findings, _ = doctor.examine(changed(config, {"mesh.tensor": 8, "mesh.data": 1}), None, here)
+    assert "does not divide the model's" in texts(findings, "wrong", "devices")[0]
     small = dataclasses.replace(here, hbm=2**20)
-    found, _ = doctor.examine(config, None, small)
-    assert "config.compute.offload=late" in texts(found, "wrong", "devices")[0]
+    findings, _ = doctor.examine(config, None, small)
+    assert "config.compute.offload=late" in texts(findings, "wrong", "devices")[0]
 
 
 def test_the_least_memory_is_that_of_its_parts(config, here):
@@ -144,16 +146,16 @@ def test_the_least_memory_is_that_of_its_parts(config, here):
 def test_three_branches_have_three_teachers(config, here, model):
     """A third branch's own teacher is a model like the others, and its prompts are read with it."""
     third = dataclasses.asdict(config.branches["review"]) | {"teacher": str(model), "objective": "reverse_kl"}
-    found, prompts = doctor.examine(changed(config, {"branches.law": third}), None, here)
-    assert texts(found, "wrong") == []
-    assert "M parameters" in texts(found, "good", f"model {model}")[0]
+    findings, prompts = doctor.examine(changed(config, {"branches.law": third}), None, here)
+    assert texts(findings, "wrong") == []
+    assert "M parameters" in texts(findings, "good", "teacher of law")[0]
     assert list(prompts) == ["recovery", "review", "law"] and prompts["law"] == prompts["review"]
     swap_tokens(model, "a", "b")
-    found, _ = doctor.examine(changed(config, {"branches.law": third}), None, here)
-    assert "their tokenizers differ" in texts(found, "wrong", "models")[0]
+    findings, _ = doctor.examine(changed(config, {"branches.law": third}), None, here)
+    assert "their tokenizers differ" in texts(findings, "wrong", "models")[0]
     third["teacher"] = "/no/law"
-    found, _ = doctor.examine(changed(config, {"branches.law": third}), None, here)
-    assert texts(found, "wrong")[0].startswith("config.branches.law.teacher: no folder /no/law")
+    findings, _ = doctor.examine(changed(config, {"branches.law": third}), None, here)
+    assert texts(findings, "wrong")[0].startswith("config.branches.law.teacher: no folder /no/law")
 
 
 def test_what_does_not_go_together_on_a_machine(config, here):
@@ -164,19 +166,19 @@ def test_what_does_not_go_together_on_a_machine(config, here):
         ({"compute.attention": "fused"}, "only TPUs and NVIDIA GPUs"),
         ({"rollout.concurrency": 4}, "config.rollout.concurrency is 4"),
     ]:
-        found, _ = doctor.examine(changed(config, changes), None, here)
-        assert says in texts(found, "wrong", "devices")[0]
+        findings, _ = doctor.examine(changed(config, changes), None, here)
+        assert says in texts(findings, "wrong", "devices")[0]
 
 
 def test_a_work_directory_of_another_run(config, here, tmp_path):
     claim_workdir(epath.Path(tmp_path), changed(config, {"seed": 7}))
-    found, _ = doctor.examine(config, str(tmp_path), here)
-    assert "(config.seed)" in texts(found, "wrong", "workdir")[0]
-    found, _ = doctor.examine(changed(config, {"seed": 7}), str(tmp_path), here)
-    assert "which goes on" in texts(found, "good", "workdir")[0]
+    findings, _ = doctor.examine(config, str(tmp_path), here)
+    assert "(config.seed)" in texts(findings, "wrong", "workdir")[0]
+    findings, _ = doctor.examine(changed(config, {"seed": 7}), str(tmp_path), here)
+    assert "which goes on" in texts(findings, "good", "workdir")[0]
 
 
 def test_a_disk_too_small_for_the_checkpoints(config, here, tmp_path, monkeypatch):
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 2**20, 2**20))
-    found, _ = doctor.examine(config, str(tmp_path / "run"), here)
-    assert "config.checkpoints.keep_last" in texts(found, "wrong", "workdir")[0]
+    findings, _ = doctor.examine(config, str(tmp_path / "run"), here)
+    assert "config.checkpoints.keep_last" in texts(findings, "wrong", "workdir")[0]

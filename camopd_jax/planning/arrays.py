@@ -19,7 +19,7 @@ from camopd_jax.models.partition import trained
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.runtime.mesh import sharding
-from camopd_jax.types import LanguageModel, Params, TrainState
+from camopd_jax.types import Params, TrainState
 
 
 @dataclass(frozen=True)
@@ -39,13 +39,13 @@ class Plan:
     """A run's set-up, its models and their parameters as shapes."""
 
     setup: Setup
-    student: LanguageModel
+    student: Model
     params: Params  # all of the student
     state: TrainState
-    teachers: dict[str, tuple[LanguageModel, Params]]  # all models that a run loads beside the student
+    teachers: dict[str, tuple[Model, Params]]  # all models that a run loads beside the student
     eos_ids: tuple[int, ...]
 
-    def teacher(self, branch: str) -> tuple[LanguageModel, Params]:
+    def teacher(self, branch: str) -> tuple[Model, Params]:
         return self.teachers[self.setup.config.branches[branch].teacher]
 
 
@@ -65,21 +65,16 @@ def plan(config: TrainConfig, models: Models, devices: Any) -> Plan:
 
     made = {name: model(models.shapes[name]) for name in teacher_names(config)}
     student = made["specialised"]
-    params = abstract_params(student, compute.params)
-    return Plan(
-        setup=setup,
-        student=student,
-        params=params,
-        state=abstract_state(trained(params, config.optimizer.trained), moment_names(config)),
-        teachers={name: (teacher, abstract_params(teacher, setup.teacher_dtype)) for name, teacher in made.items()},
-        eos_ids=models.eos_ids,
-    )
+    params = abstract_params(student, setup.mesh, compute.params)
+    state = abstract_state(trained(params, config.optimizer.trained), moment_names(config))
+    teachers = {name: (of, abstract_params(of, setup.mesh, setup.teacher_dtype)) for name, of in made.items()}
+    return Plan(setup, student, params, state, teachers, models.eos_ids)
 
 
-def abstract_params(model: Model, dtype: str) -> Params:
-    """A model's parameters as they lie on its mesh."""
+def abstract_params(model: Model, mesh: Mesh, dtype: str) -> Params:
+    """A model's parameters as they lie on a mesh."""
     shapes = jax.eval_shape(model.on(None).init, jax.random.key(0))
-    return jax.tree.map(lambda s, place: _placed(s, dtype, place), shapes, shardings(model.config, model.mesh))
+    return jax.tree.map(lambda s, place: _placed(s, dtype, place), shapes, shardings(model.config, mesh))
 
 
 def rows(mesh: Mesh, shapes: Any) -> Any:

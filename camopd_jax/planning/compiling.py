@@ -53,8 +53,8 @@ def compile_all(programs: Iterable[Program], plan: Plan) -> Iterator[Report]:
     compiled: dict[Hashable, Report] = {}
     for program in programs:
         if first := compiled.get(program.key):
-            own = {"name": program.name, "runs": program.runs, "holds": _held(program)}
-            yield dataclasses.replace(first, **own, same_as=first.name, warnings=[])
+            name, holds, runs = program.name, _held(program), program.runs
+            yield dataclasses.replace(first, name=name, holds=holds, runs=runs, same_as=first.name, warnings=[])
         else:
             compiled[program.key] = compile_program(program, plan)
             yield compiled[program.key]
@@ -69,7 +69,7 @@ def compile_program(program: Program, plan: Plan) -> Report:
     report, started = Report(program.name, _held(program), program.runs), time.perf_counter()
     with tempfile.TemporaryDirectory() as folder:
         # Compiled.as_text() does not write all that the TPU's compiler makes, and there is none of a refused program.
-        options = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
+        options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
             compiled = program.lower().compile(compiler_options=options)
             stats, costs = compiled.memory_analysis(), compiled.cost_analysis() or {}

@@ -219,9 +219,10 @@ def _learning_work(setup: Setup, models: Models, branch: str, answer: int) -> di
     on, times = OnMesh(student, setup.mesh, setup.dtype), math.ceil(kept / config.optimizer.micro_batch)
     frozen = 1 - weights(student, config.optimizer.trained) / weights(student)  # have no gradient of their own
     forward, passes = forward_flops(student, kept, 0, length, answer), PASSES[config.compute.remat] - frozen
-    gradient = _trained_bytes(setup, models)  # of which each chip sums its part
+    gradient = _trained_bytes(setup, models)  # of which each chip sums its part, then meets those of other data shards
+    exchanged = gradient * (on.fsdp - 1 + 2 * (1 - on.fsdp / on.shards))
     read = times * (3 * on.multiplied + 2 * gradient)
-    received = times * (2 * on.gathered + gradient * (on.fsdp - 1)) + passes * kept * length * on.summed
+    received = times * (2 * on.gathered + exchanged) + passes * kept * length * on.summed
     scores = {} if setup.trusts_sampler else {"score student": score(student)}
     teacher = score(models.shapes[config.branches[branch].teacher])
     work = Work((3 - frozen) * forward, passes * forward, read, received)
@@ -232,7 +233,7 @@ def _learning_work(setup: Setup, models: Models, branch: str, answer: int) -> di
 
 
 def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
-    """Bytes on one chip from shapes: what lies there through the run, "resident", and what each program adds.
+    """Bytes on one chip from shapes: what is there through the run, "resident", and what each program adds.
 
     Rough in the temporaries: a layer's live activations are counted, not scheduled. Good for leaving out what cannot
     fit; the compiler has the last word.

@@ -54,7 +54,8 @@ def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[
     """All findings, and a prompt of each branch as the student reads it."""
     look, names = Examination(config), teacher_names(config)
     for name, field in names.items():
-        look.at(f"{name} model" if name in ("general", "specialised") else f"model {name}", look.model, name, field)
+        own = name in ("general", "specialised")
+        look.at(f"{name} model" if own else f"teacher of {field.split('.')[2]}", look.model, name, field)
     for benchmark in config.evaluation.benchmarks:
         look.at(f"benchmark {benchmark.name}", look.benchmark, benchmark)
     look.at("benchmarks", look.axes)
@@ -70,7 +71,7 @@ def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[
 
 
 class Examination:
-    """Findings about a config. Every check is told what its findings are about."""
+    """Findings about a config. Every check gets the subject of its findings."""
 
     def __init__(self, config: TrainConfig):
         self.config = config

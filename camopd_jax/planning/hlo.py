@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from functools import cached_property
 
 COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute", "collective-broadcast")
-_ARRAY = re.compile(r"\b(pred|bf16|[suf]\d+|f8\w+|c\d+)\[([\d,]*)\]")
+_ARRAY = re.compile(r"\b(pred|bf16|[sufc]\d+\w*)\[([\d,]*)\]")
 _INSTRUCTION = re.compile(r"\s+(ROOT )?%?([\w.\-]+) = (\(.*?\)|[^( ]\S*) ([a-z][\w\-]*)\((.*)")
 _CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|\w+_computations?)=(%?[\w.\-]+|\{[^}]*\})")
 _CALLERS = ("while", "fusion", "call", "async", "conditional")
@@ -42,13 +42,14 @@ class Instruction:
     @property
     def bytes(self) -> int:
         """Of its result; of a started collective's tuple, its largest array."""
-        widths = (8 if kind == "pred" else int(re.search(r"\d+", kind)[0]) for kind, _ in self.arrays)
-        sizes = [width * math.prod(dims) // 8 for width, (_, dims) in zip(widths, self.arrays, strict=True)]
+        bits = (int((re.findall(r"\d+", kind) or ["8"])[0]) for kind, _ in self.arrays)
+        sizes = [n * math.prod(dims) // 8 for n, (_, dims) in zip(bits, self.arrays, strict=True)]
         return max(sizes, default=0) if self.opcode.endswith("-start") else sum(sizes)
 
-    def attribute(self, pattern: str) -> str | None:
+    def attribute(self, pattern: str) -> str:
+        """The pattern's group in what stands behind the operands; "" where it is not there."""
         match = re.search(pattern, self.rest)
-        return match and match[1]
+        return match[1] if match else ""
 
 
 @dataclass
@@ -66,11 +67,12 @@ class Module:
 
     def __init__(self, text: str):
         self.computations: dict[str, dict[str, Instruction]] = {}
-        self.entry, current = "", {}
+        current: dict[str, Instruction] = {}
+        self.entry = ""
         for line in text.splitlines():
             if match := _INSTRUCTION.match(line):
-                root, name, *parts = match.groups()
-                current[name] = Instruction(name, *parts, root=bool(root))
+                root, name, shape, opcode, rest = match.groups()
+                current[name] = Instruction(name, shape, opcode, rest, bool(root))
             elif line.endswith("{") and "->" in line:
                 name = line.removeprefix("ENTRY ").split(" (")[0].strip().lstrip("%")
                 current = self.computations[name] = {}
@@ -109,10 +111,10 @@ class Module:
                 yield from self._collectives(part, times * again, trips, i if kind == "fusion" else fusion)
 
     @cached_property
-    def _started(self) -> set[str | None]:
+    def _started(self) -> set[str]:
         """Channels of collectives that one fusion starts and others, perhaps in a loop, take further."""
         parts = (part for i in self.instructions() if _starts(i) for part in i.called)
-        return {_channel(i) for part in parts for i in self.computations[part].values()} - {None}
+        return {_channel(i) for part in parts for i in self.computations[part].values()} - {""}
 
     def _goes_on(self, i: Instruction, fusion: Instruction | None) -> bool:
         """Whether a collective has been counted where it was started."""
@@ -143,7 +145,7 @@ def _starts(fusion: Instruction) -> bool:
     return fusion.name.startswith("async-collective-start")
 
 
-def _channel(i: Instruction) -> str | None:
+def _channel(i: Instruction) -> str:
     return i.attribute(r"channel_id=(\d+)")
 
 

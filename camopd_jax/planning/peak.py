@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from camopd_jax.method import schedule
+from camopd_jax.method.branches import teacher_names
 from camopd_jax.planning.arrays import Plan, chip_bytes
 from camopd_jax.planning.compiling import Report
 from camopd_jax.planning.programs import Program
@@ -22,8 +23,8 @@ class Peak:
 
 
 def residents(plan: Plan, programs: Sequence[Program], reports: Sequence[Report]) -> dict[str, int]:
-    """Bytes on one chip that are there through the whole run: the student and what trains it, teachers, answers of the
-    step before (which the host still reads) and of this one, and the code of all compiled programs.
+    """Bytes on one chip through the whole run: the student and what trains it, teachers, answers of the step before
+    (which the host still reads) and of this one, and the code of all compiled programs.
     """
     config, state, waiting = plan.setup.config, plan.state, set()
     if config.compute.offload != "off":
@@ -45,11 +46,11 @@ def _field(plan: Plan, teacher: str) -> str:
     """What tables call a teacher; one that is named by a path, by its first branch."""
     if teacher in ("general", "specialised"):
         return f"{teacher}_teacher"
-    return "teacher_of_" + next(name for name, of in plan.setup.config.branches.items() if of.teacher == teacher)
+    return "teacher_of_" + teacher_names(plan.setup.config)[teacher].split(".")[2]
 
 
 def peaks(resident: int, reports: Sequence[Report]) -> list[Peak]:
-    """Residents, what else lies there while each program runs, and what it needs beside its arguments."""
+    """What is on the chip through the run, what each program holds, and what it needs beside its arguments."""
     return [
         Peak(r.name, resident + sum(r.holds.values()) + r.added + r.temporaries, r.memory is not None) for r in reports
     ]

@@ -1,7 +1,7 @@
 """A run's programs at their largest shapes: the steps of `method.loop`, with shapes in the place of arrays.
 
-Every program is a jitted function of the run itself, with the arguments that the run gives it. What it returns is asked
-of it too (`eval_shape`), and is an argument of the next: no weights are read and no array is made.
+Every program is a jitted function of the run itself, with the arguments that the run gives it. The shapes of its
+results come from `eval_shape` and are arguments of the next: no weights are read and no array is made.
 """
 
 import dataclasses
@@ -21,6 +21,7 @@ from camopd_jax.method.objectives import TeacherReading
 from camopd_jax.planning.arrays import Plan, chip_bytes, rows
 from camopd_jax.planning.costs import kept_rows, lanes_of, refills, turns
 from camopd_jax.rollout import generate
+from camopd_jax.rollout.decode import Decoding
 from camopd_jax.rollout.head import head_params
 from camopd_jax.rollout.score import LOG_PROB, Reading, empty_record, scoring
 from camopd_jax.runtime.buckets import MicroBatch, split_by_length
@@ -38,8 +39,8 @@ from camopd_jax.types import (
     TeacherRecord,
 )
 
-# What lies on a chip for a part of a step: the answering model's weights and its cache; what waits from the answers to
-# the gradient, residual stream and record of the teacher; the gradient; and what came back from the host's memory
+# Arrays that are on a chip for a part of a step: the answering model's weights and its cache; what is kept from the
+# answers to the gradient, the residual stream and the teacher's record; the gradient; what is back from host memory
 HELD = ("weights", "cache", "residuals", "record", "gradient", "offloaded")
 Held = dict[str, Any]  # shapes by kind
 NUMBER = jax.ShapeDtypeStruct((), jnp.int32)
@@ -53,7 +54,7 @@ class Program:
     jitted: Any
     args: tuple[Any, ...]
     options: dict[str, Any]  # static arguments
-    holds: Held  # what lies there meanwhile, arguments or not, and does not lie there through the whole run
+    holds: Held  # on the chips while it runs, arguments or not, and not through the whole run
     runs: int = 1  # in one step, at most
     trips: int = 1  # of a loop whose bound is data, at most
 
@@ -74,7 +75,7 @@ class Program:
 def programs(p: Plan) -> list[Program]:
     """The programs of a run, in the order of its steps."""
     config, steps = p.setup.config, []
-    teachers = {branch: p.teacher(branch)[0] for branch in config.branches}
+    teachers: dict[str, LanguageModel] = {branch: p.teacher(branch)[0] for branch in config.branches}
     run = method.Programs(p.setup, p.student, p.params, p.eos_ids, p.state, teachers)
     for phase in schedule.phases(config):
         step = _Step(p, run)
@@ -102,7 +103,7 @@ def _and(holds: Held, **more: Any) -> Held:
     return holds | {kind: (holds.get(kind, ()), tree) for kind, tree in more.items()}
 
 
-def _numbers(*shape: int) -> jax.ShapeDtypeStruct:
+def _numbers(*shape: int) -> Any:
     return jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
@@ -114,11 +115,9 @@ class _Step:
         self.offload = self.config.compute.offload
         self.programs: list[Program] = []
 
-    def note(
-        self, name: str, jitted: Any, args: tuple[Any, ...], holds: Held, runs: int = 1, trips: int = 1, **options: Any
-    ) -> Program:
-        self.programs.append(Program(name, jitted, args, options, holds, runs, trips))
-        return self.programs[-1]
+    def note(self, program: Program) -> Program:
+        self.programs.append(program)
+        return program
 
     def take(self, phase: str, branches: list[str]) -> None:
         """One turn of `loop.run`."""
@@ -135,15 +134,16 @@ class _Step:
         of_branches = (gradients, batches) if phase == schedule.MIXED else (gradients[phase], batches[phase])
         returned = {} if self.offload == "off" else {"offloaded": self.p.state.moments}
         args, holds = (self.p.state, *of_branches), {"gradient": gradients} | returned
-        self.note(f"update: {phase}", self.run.updates[phase], args, holds)
+        self.note(Program(f"update: {phase}", self.run.updates[phase], args, {}, holds))
 
     def collect(self, name: str, kept: Held) -> tuple[Batch, Held]:
         """`loop.collect`: a branch's batch, and what is kept until the gradient."""
         objective, (teacher, params) = self.setup.objectives[name], self.p.teacher(name)
         holds = kept if self.offload == "off" else _and(kept, offloaded=params)
-        asked = Prompts(_numbers(self.setup.rows[name], self.setup.prompt_slots), _numbers(self.setup.rows[name]))
-        prompts = rows(self.setup.mesh, PromptBatch(asked, asked, asked.lengths))
-        answers = self.generate(name, prompts, holds)
+        total = self.setup.rows[name]
+        tokens = Prompts(_numbers(total, self.setup.prompt_slots), _numbers(total))
+        prompts = rows(self.setup.mesh, PromptBatch(tokens, tokens, tokens.lengths))
+        answers = self.rollout(name, prompts, holds)
         holds, kept = (_and(lies, residuals=answers.residuals) for lies in (holds, kept))
         sequences, reading = answers.after(prompts.teacher), TeacherReading(objective)
         record = self.score(f"score: {name} teacher", (teacher, params), sequences, reading, holds)
@@ -155,16 +155,16 @@ class _Step:
         of_student = self.score("score: student", (self.p.student, self.p.params), sequences, LOG_PROB, holds)
         log_probs = LogProbs(of_student["log_prob"], of_teacher)
         args = log_probs, answers.lengths, NUMBER
-        selection = self.note(f"select: {name}", self.run.selecting[name], args, kept).returns()
-        record = TeacherRecord(record, head)
-        return Batch(prompts.student, prompts.index, answers, log_probs, selection, record), kept
+        select = self.note(Program(f"select: {name}", self.run.selecting[name], args, {}, kept))
+        batch = Batch(prompts.student, prompts.index, answers, log_probs, select.returns(), TeacherRecord(record, head))
+        return batch, kept
 
-    def generate(self, name: str, prompts: PromptBatch, holds: Held) -> Rollout:
+    def rollout(self, name: str, prompts: PromptBatch, holds: Held) -> Rollout:
         """`method.Programs.generate` and `rollout.generate.answers`."""
         setup, how, of = self.setup, self.run.decode, ""
-        asked, model, params = prompts.student, self.p.student, self.p.params
+        tokens, model, params = prompts.student, self.p.student, self.p.params
         if self.config.method.answers == "teacher":
-            asked, of, (model, params) = prompts.teacher, f": {name} teacher", self.p.teacher(name)
+            tokens, of, (model, params) = prompts.teacher, f": {name} teacher", self.p.teacher(name)
         model, compiled = model.on(setup.rollout_mesh), generate.programs(setup.rollout_mesh)
         weights = self.for_decoding(model, params, of, holds)
         holds = _and(holds, weights=weights)
@@ -172,37 +172,39 @@ class _Step:
         keys = self.run.keys.eval_shape(NUMBER, prompts.index)
 
         def begin(name: str, lanes: int, holds: Held, runs: int = 1) -> Program:
-            args = (model, weights, asked, keys, _numbers(lanes))
+            args = (model, weights, tokens, keys, _numbers(lanes))
             options = drawing | {"max_new": how.max_new, "keep_residuals": how.keep_residuals}
-            return self.note(name + of, compiled.begin, args, holds, runs, **options)
+            return self.note(Program(name + of, compiled.begin, args, options, holds, runs))
 
         lanes = lanes_of(setup, name)
-        begun = begin("prefill", lanes, holds).returns()
-
-        def grow(ring: int) -> Callable[[jax.ShapeDtypeStruct], jax.ShapeDtypeStruct]:
-            sizes = {"prompt_slots": setup.prompt_slots, "slots": setup.prompt_slots + ring}
-            return lambda array: compiled.grow[len(array.shape) == 4].eval_shape(array, begun.slot, **sizes)
-
-        *_, before, ring = 0, *generate.rings(how.max_new)
-        shorter, arrays = (jax.tree.leaves(jax.tree.map(grow(slots), begun.cache)) for slots in (before, ring))
-        full = begun.replace(cache=jax.tree.map(grow(ring), begun.cache))
-        widest = max(range(len(arrays)), key=lambda i: chip_bytes(arrays[i]))
-        array, others = shorter[widest], [*arrays[:widest], *arrays[widest + 1 :]]
-        holds_grown = _and(holds, cache=(full.replace(cache=others), array))
-        sizes = {"prompt_slots": setup.prompt_slots, "slots": setup.prompt_slots + ring}
-        alike = sum(other.shape == array.shape for other in shorter)
-        jitted = compiled.grow[len(array.shape) == 4]
-        self.note(f"grow{of}", jitted, (array, begun.slot), holds_grown, runs=alike, **sizes)
-
+        full = self.grow(compiled, begin("prefill", lanes, holds).returns(), of, holds)
         holds = _and(holds, cache=full)
         times, several = refills(setup, name)
         if times:
             begin("refill", several, holds, runs=times)
         trips = turns(setup.rows[name], lanes, how.max_new)
-        args = (model, weights, full, NUMBER)
-        self.note(f"decode{of}", compiled.advance, args, holds, trips=trips, prompt_slots=setup.prompt_slots, **drawing)
+        args, options = (model, weights, full, NUMBER), drawing | {"prompt_slots": setup.prompt_slots}
+        self.note(Program(f"decode{of}", compiled.advance, args, options, holds, trips=trips))
         answers = compiled.collect.eval_shape(None, full, rows=setup.rows[name])
         return self.run.move_answers.eval_shape(answers.replace(residuals=full.cache.residuals))
+
+    def grow(self, compiled: generate.Programs, begun: Decoding, of: str, holds: Held) -> Decoding:
+        """The cache up to the answers' cap, an array at a time: the widest as the last, when all others have grown."""
+        *_, before, last = 0, *generate.rings(self.run.decode.max_new)
+        slots = self.setup.prompt_slots
+
+        def grown(array: jax.ShapeDtypeStruct, ring: int, holds: Held, runs: int = 1) -> Program:
+            options, jitted = {"prompt_slots": slots, "slots": slots + ring}, compiled.grow[len(array.shape) == 4]
+            return Program(f"grow{of}", jitted, (array, begun.slot), options, holds, runs)
+
+        arrays, structure = jax.tree.flatten(begun.cache)
+        shorter, longer = ([grown(array, ring, {}).returns() for array in arrays] for ring in (before, last))
+        full: Decoding = begun.replace(cache=jax.tree.unflatten(structure, longer))
+        widest = max(range(len(arrays)), key=lambda i: chip_bytes(longer[i]))
+        array, others = shorter[widest], longer[:widest] + longer[widest + 1 :]
+        alike = sum(other.shape == array.shape for other in shorter)
+        self.note(grown(array, last, _and(holds, cache=(full.replace(cache=others), array)), alike))
+        return full
 
     def for_decoding(self, model: LanguageModel, params: Params, of: str, holds: Held) -> Params:
         """`generate.for_decoding`: each part as the last to move, when all others are there."""
@@ -214,7 +216,8 @@ class _Step:
         for part, move in moves.items():
             layers = part == "layers"
             others = weights | {part: weights[part][1:] if layers else ()}
-            self.note(f"reshard{of}: {part}", move, args[part], _and(holds, weights=others), count if layers else 1)
+            runs = count if layers else 1
+            self.note(Program(f"reshard{of}: {part}", move, args[part], {}, _and(holds, weights=others), runs))
         return weights
 
     def score(
@@ -227,7 +230,7 @@ class _Step:
         holds = _and(holds, record={kind: array for kind, array in record.items() if kind != "log_prob"})
         args = (model, params, record, sequences, _numbers(*parts[0].rows.shape))
         options = {"widths": parts[0].widths(self.config.compute.logits_chunk), "reading": reading}
-        return self.note(name, scoring(self.setup.mesh), args, holds, runs=len(parts), **options).returns()
+        return self.note(Program(name, scoring(self.setup.mesh), args, options, holds, runs=len(parts))).returns()
 
     def gradient(self, name: str, batch: Batch, holds: Held) -> Gradient:
         """`method.gradient.Learner`, over as many answers as can be selected."""
@@ -239,13 +242,13 @@ class _Step:
         so_far = learner.begin.eval_shape(self.p.state.params)
         numbers = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), first)
         args = (learner.loss, self.p.params, so_far, lesson, batch.teacher.head, numbers)
-        holds, widths = _and(holds, gradient=(so_far, weights)), part.widths(self.config.compute.logits_chunk)
-        runs, trips = 1 + len(others), int(first.count)
-        return self.note(f"gradient: {name}", learner.add, args, holds, runs, trips, widths=widths).returns()
+        options = {"widths": part.widths(self.config.compute.logits_chunk)}
+        holds, runs, trips = _and(holds, gradient=(so_far, weights)), 1 + len(others), int(first.count)
+        return self.note(Program(f"gradient: {name}", learner.add, args, options, holds, runs, trips)).returns()
 
     def micro_batches(self, total: int, taken: int, size: int) -> list[MicroBatch]:
         """Of so many of a batch's rows, all as long as can be."""
         widths = self.setup.prompt_slots, self.config.rollout.max_response_tokens
-        lengths = (np.full(total, width) for width in widths)
+        prompts, answers = (np.full(total, width) for width in widths)
         smallest, shards = self.config.rollout.smallest_bucket, batch_shards(self.setup.mesh)
-        return list(split_by_length(*lengths, np.arange(taken), size, widths, smallest, shards))
+        return list(split_by_length(prompts, answers, np.arange(taken), size, widths, smallest, shards))

@@ -46,14 +46,15 @@ class Request:
 
 def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
     """The models' shapes; files, folders or names of shapes stand in for the two that every config names."""
-    instead, files = {"general": general, "specialised": specialised}, {}
+    instead = {"general": general, "specialised": specialised}
+    files: dict[str, dict[str, Any]] = {}
     for name, field in teacher_names(config).items():
         given = instead.get(name)
         if given in SHAPES:
             files[name] = SHAPES[given]
         elif given and not Path(given).expanduser().exists():
-            shapes = f"the shapes are {', '.join(SHAPES)}"
-            raise UserError(f"--{name}_config: {given} is no file or folder, and no shape; {shapes}")
+            names = f"the shapes are {', '.join(SHAPES)}"
+            raise UserError(f"--{name}_config: {given} is no file or folder, and no shape; {names}")
         else:
             folder = Path(given).expanduser() if given else find_model(config, name, field, files=("config.json",))
             files[name] = hf.read_config(folder)
@@ -66,8 +67,8 @@ def read_models(config: TrainConfig, general: str | None, specialised: str | Non
 def _compile(
     made: Plan, several: list[Program], request: Request, wanted: Sequence[str]
 ) -> Iterator[tuple[dict[str, int], list[Report]]]:
-    """What lies there through the run, and a report of each program whose name begins with a wanted word, in the words'
-    order: as many as there are so far.
+    """What is on a chip through the run, and the reports so far: of the programs whose names begin with a wanted word, in
+    the words' order.
 
     Raises:
       UserError: if the run has none of these.
@@ -100,7 +101,8 @@ def report(request: Request) -> dict[str, Any]:
     say(resident_table(resident, cache))
     say(memory_table(sum(resident.values()), reports, peaks, where.hbm))
     say(_fit_line(high, where) + "\n")
-    say(collectives_table(reports, where.chip))
+    if any(r.collectives for r in reports):
+        say(collectives_table(reports, where.chip))
     say(*(f"{r.name}: {warning}" for r in reports for warning in r.warnings), sep="\n")
     values = {"topology": where.name, "devices": len(where.devices), "hbm": where.hbm}
     values |= {"mesh": dict(made.setup.mesh.shape), "residents": resident, "kv_cache": cache}
@@ -149,7 +151,8 @@ def _times(request: Request, made: Plan, chip: Chip) -> dict[str, Any]:
 def look_for(request: Request, tries: int) -> dict[str, Any]:
     """The search: prints what was tried and ends in flags."""
     config, models, where, say = request.config, request.models, request.topology, request.console.print
-    if where.hbm is None:
+    hbm = where.hbm
+    if hbm is None:
         raise UserError("--search needs to know a device's memory; give --hbm_gib")
     ordered = search.candidates(config, models, where, request.answer)
     if not ordered:
@@ -160,18 +163,18 @@ def look_for(request: Request, tries: int) -> dict[str, Any]:
     words = [word for word in SEARCHED if word.startswith(request.wanted)] or request.wanted
 
     def compiled(candidate: Candidate) -> Peak:
-        """The highest peak, or the first that is too high: the compiler need not be asked for the rest."""
+        """The highest peak, or the first that is too high: the rest need not be compiled."""
         made = plan(search.changed(config, candidate.changes), models, where.devices)
         for resident, reports in _compile(made, programs(made), request, words):
             high = peak.worst(peak.peaks(sum(resident.values()), reports))
-            if not high.fits(where.hbm):
+            if not high.fits(hbm):
                 break
         return high
 
-    tried = search.choose(ordered, compiled, where.hbm, tries)
-    say(tried_table(tried, where.hbm))
+    tried = search.choose(ordered, compiled, hbm, tries)
+    say(tried_table(tried, hbm))
     best, high = tried[-1]
-    flags = best.flags(config) if high.fits(where.hbm) else None
+    flags = best.flags(config) if high.fits(hbm) else None
     if flags:
         say("fits with:\n  " + " \\\n  ".join(flags))
     else:
@@ -186,8 +189,8 @@ def look_for(request: Request, tries: int) -> dict[str, Any]:
 
 def _table(title: str, rows: Sequence[Row], caption: str | None = None) -> Table:
     """Columns that are empty in all rows are left out."""
-    left = {"title_justify": "left", "caption_justify": "left"}
-    view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True, **left)
+    view = Table(title=title, caption=caption, box=box.SIMPLE_HEAD, pad_edge=False, collapse_padding=True)
+    view.title_justify = view.caption_justify = "left"
     names = dict.fromkeys(name for row in rows for name in row)
     columns = [name for name in names if any(row.get(name) for row in rows)]
     for i, name in enumerate(columns):
@@ -202,14 +205,14 @@ def _gib(n: float) -> str:
 
 
 def resident_table(resident: dict[str, int], cache: int) -> Table:
-    lines = {name.replace("_", " "): n for name, n in resident.items()} | {"together": sum(resident.values())}
+    lines = {name.replace("_", " "): n for name, n in resident.items()} | {"total": sum(resident.values())}
     lines |= {"KV cache at the cap, while the student answers": cache}
     rows = [{"": name, "GiB": _gib(n)} for name, n in lines.items()]
     return _table("What lies on a chip through the run, in GiB", rows)
 
 
 def memory_table(resident: int, reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
-    """A row a program: what lies there, what it adds, and the peak: their sum."""
+    """A row a program: what is on the chip, what it adds, and the peak: their sum."""
     rows = []
     for r, p in zip(reports, peaks, strict=True):
         above, held = "" if p.exact else ">", {kind: _gib(n) if n else "" for kind, n in r.holds.items()}
@@ -241,7 +244,7 @@ def collectives_table(reports: Sequence[Report], chip: Chip | None) -> Table:
             row |= {"GB of a chip": f"{t.bytes_run / 1e9:.3g}"}
             rows.append(row | {"seconds": duration(sent / (chip.ici_bandwidth / 2)) if chip else ""})
     return _table(
-        "Collectives" if rows else "No collectives",
+        "Collectives",
         rows,
         "Of one run of the program, with every loop's trips; turns of decoding to the cap. seconds: at the links' "
         "peak, where an all-reduce goes around twice",
@@ -279,13 +282,13 @@ def duration(seconds: float) -> str:
 
 
 def tried_table(tried: Sequence[tuple[Candidate, Peak]], hbm: float) -> Table:
-    named = {"rollout tensor": "rollout.mesh.tensor", "concurrency": "rollout.concurrency"}
+    named = {"rollout tensor": "rollout.mesh.tensor", "at a time": "rollout.concurrency"}
     named |= {"micro batch": "optimizer.micro_batch", "remat": "compute.remat", "offload": "compute.offload"}
     rows = []
     for one, high in tried:
         row = {"data x fsdp x tensor": " x ".join(str(one.changes[f"mesh.{axis}"]) for axis in MESH_AXES)}
-        row |= {column: str(one.changes[name]) for column, name in named.items()}
+        row |= {column: str(one.changes[name] or "all") for column, name in named.items()}
         row |= {"step at best": duration(one.seconds), "estimated": _gib(one.peak)}
         row |= {"compiled": ("" if high.exact else "> ") + _gib(high.bytes)}
         rows.append(row | {"": f"{high.program}: {verdict(high, hbm)}"})
-    return _table("Search: what the compiler was asked", rows)
+    return _table("Search: what was compiled", rows)

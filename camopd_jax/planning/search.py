@@ -18,7 +18,7 @@ from camopd_jax.planning.topology import Topology
 from camopd_jax.runtime.mesh import batch_shards
 
 REMATS = ("none", "dots", "block")
-MARGIN = 0.9  # a candidate must ask for this share of what failed before the compiler is asked again
+MARGIN = 0.9  # a candidate must need less than this part of what failed to be compiled next
 ALWAYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "rollout.mesh.tensor")  # flags that are named whatever the config
 
 Changes = dict[str, Any]  # values of config fields, by their names
@@ -149,13 +149,13 @@ def choose(
 
 def shorter(config: TrainConfig, models: Models, topology: Topology) -> str:
     """Where nothing fits: how far the batch or the answers would have to be halved. Either changes the method."""
-    fields = []
+    fields, limit = [], topology.hbm or math.inf
     for name in ("max_response_tokens", "batch_size"):
         value = getattr(config.rollout, name) // 2
         while value:
             tried = changed(config, {f"rollout.{name}": value})
             best = candidates(tried, models, topology, tried.rollout.max_response_tokens)
-            if best and best[0].peak <= topology.hbm:
+            if best and best[0].peak <= limit:
                 fields.append(f"config.rollout.{name} <= {value}")
                 break
             value //= 2

@@ -56,9 +56,9 @@ def describe(name: str, hbm_gib: float | None = None) -> Topology:
     """
     hbm = None if hbm_gib is None else hbm_gib * 2**30
     if name == "local":
-        devices = tuple(jax.devices())
-        limit = (devices[0].memory_stats() or {}).get("bytes_limit")
-        return Topology("local", devices[0].platform, devices, None, hbm or limit)
+        here = tuple(jax.devices())
+        limit = (here[0].memory_stats() or {}).get("bytes_limit")
+        return Topology("local", here[0].platform, here, None, hbm or limit)
     chip = check_name(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={name} needs the TPU compiler, which is not here; pip install 'camopd_jax[plan]'")

@@ -79,6 +79,10 @@ def test_the_stages_of_a_step():
     split = stage_work(setup((1, 5, 1)), MODELS, "recovery", 2)
     assert split["score teacher"].received == pytest.approx(2 * weights * 4 / 5), "gathered for each micro-batch"
     assert split["decode"].received == split["prefill"].received == 0, "each chip has a copy to answer with"
+    assert split["gradient"].received == pytest.approx(2 * (2 * weights * 4 / 5 + 4 * N * 4 / 5)), "and reduced"
+    copies = stage_work(setup((5, 1, 1)), MODELS, "recovery", 2)
+    assert copies["gradient"].received == pytest.approx(2 * 2 * 4 * N * 4 / 5), "around a ring, there and back"
+    assert copies["score teacher"].received == copies["reshard"].received == 0
     assert split["reshard"].received == pytest.approx(2 * N * 4 / 5), "of which a fifth was there"
     gathers = stage_work(setup((1, 5, 1), **{"rollout.mesh": MeshConfig(1, 5, 1)}), MODELS, "recovery", 2)
     assert gathers["decode"].received == pytest.approx(2 * weights * 4 / 5), "two turns"

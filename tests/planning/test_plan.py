@@ -352,7 +352,7 @@ def test_what_is_frozen_makes_a_plan_smaller():
 
 
 def test_bytes_on_a_chip():
-    params = abstract_params(planned().student, "float32")
+    params = abstract_params(planned().student, make_mesh(1, 4, 2), "float32")
     norms = 128 * (2 * LAYERS + 1)  # complete on every chip
     split = LAYERS * (128 * 128 * (4 + 2 + 2 + 4) + 3 * 128 * 256) + 2 * VOCAB * 128
     assert chip_bytes(params) == 4 * (norms + split // 8)
@@ -389,12 +389,12 @@ def test_the_command_on_this_machine(command, tmp_path):
                     devices=2)  # fmt: skip
     assert ended.code == 0, ended.err
     assert "it fits" in ended.out and max(map(len, ended.out.splitlines())) <= 120
-    told = json.loads((tmp_path / "plan.json").read_text())
-    assert told["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1} and told["fits"] is True
-    assert told["residents"]["parameters"] * 2 == pytest.approx(told["residents"]["optimizer"], abs=64)
-    update = next(p for p in told["programs"] if p["name"] == "update: recovery")
+    result = json.loads((tmp_path / "plan.json").read_text())
+    assert result["mesh"] == {"data": 2, "fsdp": 1, "tensor": 1} and result["fits"] is True
+    assert result["residents"]["parameters"] * 2 == pytest.approx(result["residents"]["optimizer"], abs=64)
+    update = next(p for p in result["programs"] if p["name"] == "update: recovery")
     assert update["memory"]["aliased"] > 0 and update["collectives"]["all-reduce"]["runs"] > 0
-    score = next(p for p in told["programs"] if p["name"] == "score: recovery teacher")
+    score = next(p for p in result["programs"] if p["name"] == "score: recovery teacher")
     assert score["holds"]["record"] > 0, "hidden states of the teacher"
 
 
@@ -452,14 +452,14 @@ def test_the_search_ends_in_flags(capsys):
     def search(where):
         return look_for(Request(config, MODELS, where, 16, ("score",), Console(width=120)), tries=1)
 
-    told = search(where)
+    result = search(where)
     printed = " ".join(capsys.readouterr().out.split())
-    assert told["recommended"][:4] == [
+    assert result["recommended"][:4] == [
         "--config.mesh.data=1",
         "--config.mesh.fsdp=4",
         "--config.mesh.tensor=2",
         "--config.rollout.mesh.tensor=2",
     ], "without a speed, what needs least memory"
-    assert all(flag in printed for flag in told["recommended"])
-    told = search(dataclasses.replace(where, hbm=1e3))
-    assert told["recommended"] is None and "nothing that was tried fits" in capsys.readouterr().out
+    assert all(flag in printed for flag in result["recommended"])
+    result = search(dataclasses.replace(where, hbm=1e3))
+    assert result["recommended"] is None and "nothing that was tried fits" in capsys.readouterr().out
