@@ -381,8 +381,7 @@ def test_what_waits_on_the_host_takes_no_room_on_the_devices(tiny, when, monkeyp
     assert saved == pytest.approx(3 * params, rel=0.02), (seen, params)
 
 
-@pytest.mark.parametrize("when", ["ahead", "late"])
-@pytest.mark.parametrize("schedule", ["alternate", "mixed"])
+@pytest.mark.parametrize("when, schedule", [("ahead", "alternate"), ("late", "mixed")])
 def test_what_waits_on_the_host_changes_nothing(tiny, when, schedule):
     """The same bits; and arrays are on the devices where they are used."""
     config = dataclasses.replace(CONFIG, steps=4, method=Method(schedule=schedule))
@@ -412,8 +411,9 @@ def test_moments_come_back_before_or_after_the_gradient(tiny, when, order, monke
 # ------------------------------------------------------------------------------- other objectives
 
 
-@pytest.mark.parametrize("name", ["reverse_kl", "forward_kl", "jsd(beta=0.1)"])
-@pytest.mark.parametrize("compute", [Compute(), Compute(offload="late"), Compute(logits_chunk=8)], ids=str)
+@pytest.mark.parametrize(
+    "name, compute", [("reverse_kl", Compute(offload="late")), ("jsd(beta=0.1)", Compute(logits_chunk=8))]
+)
 def test_full_vocabulary_objectives_run_whatever_is_offloaded_or_chunked(tiny, name, compute):
     config = train_config(
         {"objective": name}, {"objective": name}, steps=4, rollout=ROLLOUT, optimizer=CONFIG.optimizer, compute=compute
