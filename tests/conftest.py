@@ -25,6 +25,13 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 VOCAB, ROWS, PROMPT, ANSWER = 14, 8, 5, 7
 
 
+@pytest.fixture(scope="module", autouse=True)
+def programs_of_one_module():
+    """Compiled programs are freed after each module: thousands of them in one process exhaust its memory mappings."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture(scope="session")
 def command(tmp_path_factory):
     """command(module, *args) -> exit code and output of `python -m camopd_jax.MODULE`."""
