@@ -67,8 +67,7 @@ def read_models(config: TrainConfig, general: str | None, specialised: str | Non
 def _compile(
     made: Plan, several: list[Program], request: Request, wanted: Sequence[str]
 ) -> Iterator[tuple[dict[str, int], list[Report]]]:
-    """What is on a chip through the run, and the reports so far: of the programs whose names begin with a wanted word,
-    in the words' order.
+    """What is on a chip through the run, and the reports so far, of the programs whose names begin with a wanted word.
 
     Raises:
       UserError: if the run has none of these.
