@@ -98,6 +98,9 @@ def make_run(config, model, student, teachers, prompters, eos_ids=(2,)):
     if config.compute.offload != "off":
         teachers = jax.tree.map(jnp.copy, teachers)
     made = {name: Teacher(model, params) for name, params in teachers.items()}
+    if config.compute.offload != "off":
+        for teacher in made.values():
+            teacher.offload()
     branches = {name: Branch(name, prompters[name], made[name], setup.objectives[name]) for name in config.branches}
     state = init_state(partition.trained(student, config.optimizer.trained), moment_names(config))
     programs = Programs(setup, model, student, eos_ids, state, {name: model for name in config.branches})

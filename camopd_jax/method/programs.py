@@ -135,7 +135,6 @@ class Programs:
         """
         if self._offloads:
             self._moments.park(state.moments)
-            branch.teacher.offload()
         teacher_params = branch.teacher.fetch()
         with self.stages("rollout"):
             model, params, tokens = self.model, self.params(state), prompts.student
@@ -224,7 +223,10 @@ class Programs:
 
 
 def student_programs(setup: Setup, student: Loaded, state: TrainState, branches: dict[str, Branch]) -> Programs:
-    """The programs of a run."""
+    """The programs of a run; from here on, teachers wait on the host where the config offloads."""
+    if setup.config.compute.offload != "off":
+        for branch in branches.values():
+            branch.teacher.offload()
     teachers = {name: branch.teacher.model for name, branch in branches.items()}
     return Programs(setup, student.model, student.params, student.eos_ids, state, teachers)
 
