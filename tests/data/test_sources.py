@@ -71,7 +71,7 @@ def test_a_malformed_row_is_named_by_file_and_line(write, row, says):
 
 
 def test_files_that_are_not_there_or_hold_nothing(tmp_path, write):
-    with pytest.raises(UserError, match=r"config\.general\.source: no file .*none\.jsonl"):
+    with pytest.raises(UserError, match=r"config\.branches\.recovery\.prompts\.source: no file .*none\.jsonl"):
         read(str(tmp_path / "none.jsonl"), field="config.branches.recovery.prompts.source")
     with pytest.raises(UserError, match="no rows"):
         read(write([""]))
@@ -84,5 +84,5 @@ def test_files_that_are_not_there_or_hold_nothing(tmp_path, write):
 
 
 def test_a_dataset_that_the_hub_does_not_give():
-    with pytest.raises(UserError, match=r"config\.domain\.source: no dataset 'no/such'"):
+    with pytest.raises(UserError, match=r"config\.branches\.review\.prompts\.source: no dataset 'no/such'"):
         read("no/such", field="config.branches.review.prompts.source")

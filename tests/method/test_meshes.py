@@ -83,7 +83,7 @@ def test_a_run_is_the_same_on_every_mesh(alone, remat, shape):
 
 def gradient(mesh):
     """Of random weights on random answers, by the quickstart's specialist: (loss, gradient)."""
-    folder = Path(__file__).parents[2] / "configs" / "quickstart" / "specialist"
+    folder = Path(__file__).parents[2] / "examples" / "quickstart" / "specialist"
     config = from_hf(hf.read_config(folder), context=48)
     random = np.random.default_rng(0)
     lengths = random.integers(1, 17, 16).astype(np.int32)
