@@ -81,8 +81,8 @@ def resolve(config: TrainConfig, devices: Any = None) -> Setup:
 def check_model(config: ModelConfig, mesh: Mesh, compute: Compute, dtype: str) -> None:
     """Raises UserError unless the mesh divides a model and its platform has what the config asks of it."""
     shardings(config, mesh)
-    if compute.attention == "fused" and (reason := fused.why_not(config, mesh, dtype)):
-        raise UserError(f"config.compute.attention is 'fused'; {reason}; give auto or xla")
+    if compute.attention == "fused":
+        fused.check(config, mesh, dtype)
 
 
 def check_evaluation(evaluation: Evaluation, mesh: Mesh) -> None:

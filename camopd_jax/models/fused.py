@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
+from camopd_jax.errors import UserError
 from camopd_jax.models.config import AttentionSpec, ModelConfig
 from camopd_jax.runtime.mesh import platform
 from camopd_jax.runtime.mesh import spec as axes_spec
@@ -120,6 +121,12 @@ def splash(
         else:
             out = jax.lax.map(lambda row: kernel(*row), (query, key, value), batch_size=rows)
     return out[:, :, :slots].swapaxes(1, 2)
+
+
+def check(config: ModelConfig, mesh: Mesh | None, dtype: str) -> None:
+    """Raises UserError where a model that asks for a fused kernel has none."""
+    if why := why_not(config, mesh, dtype):
+        raise UserError(f"config.compute.attention is 'fused'; {why}; give auto or xla")
 
 
 def blocks(slots: int) -> tuple[int, int]:

@@ -9,7 +9,6 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from camopd_jax.errors import UserError
 from camopd_jax.models import fused
 from camopd_jax.models.config import Implementation, ModelConfig
 from camopd_jax.models.layers import Block, LayerCache, LayerKind, Positions, RMSNorm, rms_norm, rotation
@@ -38,10 +37,8 @@ class Model:
 
     def __post_init__(self) -> None:
         """Raises UserError where a fused kernel is asked for and there is none."""
-        if self.attention != "fused" or self.mesh is None:
-            return
-        if why := fused.why_not(self.config, self.mesh, self.dtype):
-            raise UserError(f"config.compute.attention is 'fused'; {why}; give auto or xla")
+        if self.attention == "fused" and self.mesh is not None:
+            fused.check(self.config, self.mesh, self.dtype)
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters."""
