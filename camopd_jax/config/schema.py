@@ -175,6 +175,10 @@ class Compute:
     # Tokens of one chip whose logits exist at one time; the head is gathered once for all
     logits_chunk: Annotated[int, Ge(0), "0: as many as 256 MiB hold"] = 0
 
+    @property
+    def offloads(self) -> bool:
+        return self.offload != "off"
+
 
 @dataclass(frozen=True)
 class Checkpoints:

@@ -69,7 +69,6 @@ class Programs:
         config = setup.config
         self.setup, self.model, self.stages = setup, model, Stages()
         self._params, self._moments = params, Waiting()
-        self._offloads = config.compute.offload != "off"
         self.decode = Decode(
             Sampling.of(config.rollout),
             eos_ids,
@@ -133,7 +132,7 @@ class Programs:
           draw: names the random keys.
           meanwhile: called once, while the devices answer.
         """
-        if self._offloads:
+        if self.setup.config.compute.offloads:
             self._moments.park(state.moments)
         teacher_params = branch.teacher.fetch()
         with self.stages("rollout"):
@@ -168,7 +167,7 @@ class Programs:
                 student = self.forward(self.model, self.params(state), sequences, LOG_PROB)["log_prob"]
             log_probs = LogProbs(student, record.pop("log_prob"))
             head = head_params(teacher.model, params) if objective.teacher_logits else {}
-            if self._offloads:
+            if self.setup.config.compute.offloads:
                 head = jax.tree.map(jnp.copy, head)
             log_probs, record, head = jax.block_until_ready((log_probs, record, head))
             teacher.release()
@@ -204,7 +203,7 @@ class Programs:
     ) -> tuple[TrainState, Metrics]:
         """One step of the optimizer along the gradients."""
         with self.stages("update"):
-            if self._offloads:
+            if self.setup.config.compute.offloads:
                 state = state.replace(moments=self._moments.take())
             if self.setup.config.method.schedule == schedule.MIXED:
                 return jax.block_until_ready(self.updates[schedule.MIXED](state, gradients, batches))
@@ -224,7 +223,7 @@ class Programs:
 
 def student_programs(setup: Setup, student: Loaded, state: TrainState, branches: dict[str, Branch]) -> Programs:
     """The programs of a run; from here on, teachers wait on the host where the config offloads."""
-    if setup.config.compute.offload != "off":
+    if setup.config.compute.offloads:
         for branch in branches.values():
             branch.teacher.offload()
     teachers = {name: branch.teacher.model for name, branch in branches.items()}

@@ -244,7 +244,7 @@ def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
     teachers = [OnMesh(shape, setup.mesh, setup.teacher_dtype).weights for shape in models.shapes.values()]
     parameters = OnMesh(models.student, setup.mesh, config.compute.params).weights
     added = _rollout_memory(setup, models.student) | _learning_memory(setup, models.student, gradients)
-    if config.compute.offload == "off":
+    if not config.compute.offloads:
         return {"resident": parameters + moments + sum(teachers), **added}
     returned = {"gradient": moments if config.compute.offload == "ahead" else 0, "update": moments}
     return {"resident": parameters} | {name: n + returned.get(name, max(teachers)) for name, n in added.items()}

@@ -207,7 +207,7 @@ class Examination:
         least = needs["resident"] + needs["update"]
         text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} GiB of each"
         if where.hbm and least > where.hbm:
-            advice = " or config.compute.offload=late" if compute.offload == "off" else ""
+            advice = "" if compute.offloads else " or config.compute.offload=late"
             raise UserError(f"{text}, which has {where.hbm / GIB:.2f}; give more of them{advice}")
         self.good(about, f"{text}, before caches and activations")
 

@@ -27,10 +27,10 @@ def residents(plan: Plan, programs: Sequence[Program], reports: Sequence[Report]
     (which the host still reads) and of this one, and the code of all compiled programs.
     """
     config, state, waiting = plan.setup.config, plan.state, set()
-    if config.compute.offload != "off":
+    if config.compute.offloads:
         phases = schedule.phases(config)
         waiting = {of.teacher for name, of in config.branches.items() if name in phases or schedule.MIXED in phases}
-    optimizer = () if config.compute.offload != "off" else (state.moments, state.step, state.skipped)
+    optimizer = () if config.compute.offloads else (state.moments, state.step, state.skipped)
     teachers = {name: chip_bytes(() if name in waiting else params) for name, (_, params) in plan.teachers.items()}
     batches = (program.args[-1] for program in programs if program.name.startswith("update"))
     return {

@@ -112,7 +112,7 @@ class _Step:
 
     def __init__(self, p: Plan, run: method.Programs):
         self.p, self.run, self.setup, self.config = p, run, p.setup, p.setup.config
-        self.offload = self.config.compute.offload
+        self.compute = self.config.compute
         self.programs: list[Program] = []
 
     def note(self, program: Program) -> Program:
@@ -126,20 +126,20 @@ class _Step:
         gradients: dict[str, Gradient] = {}
         for name in branches:
             batches[name], kept = self.collect(name, kept)
-        holds = _and(kept, offloaded=self.p.state.moments) if self.offload == "ahead" else kept
+        holds = _and(kept, offloaded=self.p.state.moments) if self.compute.offload == "ahead" else kept
         for name, batch in batches.items():
             gradients[name] = self.gradient(name, batch, holds)
             holds = _and(holds, gradient=gradients[name])
         batches = {name: batch.after_gradient() for name, batch in batches.items()}
         of_branches = (gradients, batches) if phase == schedule.MIXED else (gradients[phase], batches[phase])
-        returned = {} if self.offload == "off" else {"offloaded": self.p.state.moments}
+        returned = {"offloaded": self.p.state.moments} if self.compute.offloads else {}
         args, holds = (self.p.state, *of_branches), {"gradient": gradients} | returned
         self.note(Program(f"update: {phase}", self.run.updates[phase], args, {}, holds))
 
     def collect(self, name: str, kept: Held) -> tuple[Batch, Held]:
         """`loop.collect`: a branch's batch, and what is kept until the gradient."""
         objective, (teacher, params) = self.setup.objectives[name], self.p.teacher(name)
-        holds = kept if self.offload == "off" else _and(kept, offloaded=params)
+        holds = _and(kept, offloaded=params) if self.compute.offloads else kept
         total = self.setup.rows[name]
         tokens = Prompts(_numbers(total, self.setup.prompt_slots), _numbers(total))
         prompts = rows(self.setup.mesh, PromptBatch(tokens, tokens, tokens.lengths))
@@ -149,7 +149,7 @@ class _Step:
         record = self.score(f"score: {name} teacher", (teacher, params), sequences, reading, holds)
         of_teacher = record.pop("log_prob")
         head = head_params(teacher, params) if objective.teacher_logits else {}
-        waits = record if self.offload == "off" else (record, head)  # else the head is the teacher's own
+        waits = (record, head) if self.compute.offloads else record  # without, the head is the teacher's own
         holds, kept = (_and(lies, record=waits) for lies in (holds, kept))
         sequences = answers.after(prompts.student)
         of_student = self.score("score: student", (self.p.student, self.p.params), sequences, LOG_PROB, holds)
