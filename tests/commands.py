@@ -16,7 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # The same programs without LLVM's passes over them: most of a test's time is compilation, of what then runs once.
-QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+QUICKLY_COMPILED = (
+    "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
+)
 
 _server = multiprocessing.get_context("forkserver")
 _server.set_forkserver_preload(["camopd_jax.train", "camopd_jax.sft", "transformers", "tokenizers", "tensorboardX"])

@@ -25,6 +25,16 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 VOCAB, ROWS, PROMPT, ANSWER = 14, 8, 5, 7
 
 
+@pytest.fixture(scope="session", autouse=True)
+def compiled_once(tmp_path_factory, worker_id):
+    """A program that several tests compile, of any module and worker, is compiled once and read from a file then."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base if worker_id == "master" else base.parent) / "compiled"
+    jax.config.update("jax_compilation_cache_dir", str(folder))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
+    jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_module():
     """Compiled programs are freed after each module: thousands of them in one process exhaust its memory mappings."""
