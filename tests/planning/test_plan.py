@@ -419,7 +419,7 @@ def test_mistakes_are_one_line_and_exit_code_2(command):
     for args, says in [
         ([quick], "--topology is missing"),
         ([quick, "--topology=v5e:3"], "2 sides"),
-        ([quick, "--topology=local", "--general_config=qwen9"], "no file or folder, and no shape"),
+        ([quick, "--topology=local", "--general_config=qwen9"], "neither a file, a folder nor a known shape"),
         ([quick, "--topology=local", "--config.mesh.tensor=3"], "needs 3 devices"),
         ([quick, "--topology=local", "--config.optimizer.trained=lora"], "which is in no parameter's name"),
         ([quick, "--topology=local", "--search"], "give --hbm_gib"),
