@@ -57,8 +57,8 @@ def test_mistakes(command, tmp_path):
     config = f"--config={ROOT / 'configs/sandbox.py'}"
     for flags, says in (
         ([config], "--workdir is missing"),
-        ([config, f"--workdir={tmp_path}", "--methods=camopd,vanila"], "--methods: there is no vanila; give some of"),
-        ([config, f"--workdir={tmp_path}", "--rates=1e-4,fast"], "--rates=1e-4,fast: give numbers with commas between"),
+        ([config, f"--workdir={tmp_path}", "--methods=camopd,vanila"], "vanila is not a method; give some of"),
+        ([config, f"--workdir={tmp_path}", "--rates=1e-4,fast"], "--rates=1e-4,fast: give numbers separated by commas"),
         ([f"--config={ROOT / 'configs/quickstart.py'}", "--config.evaluation.benchmarks=()", f"--workdir={tmp_path}",
           "--workers=1"], "config.evaluation.benchmarks: there is none to compare by"),
     ):  # fmt: skip

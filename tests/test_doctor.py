@@ -63,7 +63,7 @@ def test_all_that_is_wrong_is_told_in_one_go(command, tmp_path):
         "--config.mesh.fsdp=3", f"--workdir={tmp_path / 'run'}",
         '--config.evaluation.benchmarks=({"name": "mine", "source": "/no/questions.jsonl"},)',
     )  # fmt: skip
-    assert ended.code == 2 and ended.err.splitlines()[-1] == "error: 3 of these would end the run"
+    assert ended.code == 2 and ended.err.splitlines()[-1] == "error: 3 of these would stop the run"
     printed = " ".join(ended.out.split())
     for words in ("no folder /no/model", "/no/questions.jsonl", "fsdp 3"):
         assert words in printed, printed

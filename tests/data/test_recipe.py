@@ -227,7 +227,7 @@ def test_a_dataset_of_the_hub_is_read_at_the_revision_that_the_manifest_names(tm
     "words, says",
     [
         ((), "NAME is missing"),
-        (("medicine",), "no recipe medicine; there are medical, roleplay, general, jsonl"),
+        (("medicine",), "medicine is not a recipe; give one of medical, roleplay, general, jsonl"),
         (("medical", "--source=medmcqa"), "--source=medmcqa: give PART=FILE, where PART is medmcqa or medreason"),
         (("medical", "--source=x=y.jsonl"), "--source=x=y.jsonl: give PART=FILE"),
         (("jsonl",), "--source is missing; give --source=rows=FILE.jsonl"),
