@@ -139,7 +139,7 @@ def split(params: Params, settings: Diagnostics) -> tuple[Named, Callable[[Named
     chosen = {n: p for n, (_, p) in zip(names, leaves, strict=True) if not words or any(w in n for w in words)}
     if not chosen:
         raise UserError(
-            f"config.diagnostics.parameters is {settings.parameters!r}, which is in no parameter's name; they are "
+            f"config.diagnostics.parameters is {settings.parameters!r}, which matches no parameter name; the names are "
             f"{', '.join(names)}"
         )
 

@@ -249,4 +249,4 @@ def test_the_out_folder_has_to_be_named(command):
 def test_rows_of_another_kind_are_told(command, tmp_path):
     source = write_lines(tmp_path / "x.jsonl", [{"text": "no prompt"}])
     ended = command("data.recipe", "jsonl", f"--out={tmp_path / 'out'}", f"--source=rows={source}", "--against=")
-    assert ended.code == 2 and "no row of its sources is a prompt" in ended.err
+    assert ended.code == 2 and "no row of its sources contains a prompt" in ended.err
