@@ -9,8 +9,8 @@ untrained student. Every prompt and every answer has exactly the given length (n
 with the same flags do the same work. With --ends, prompts are complete and answers end by themselves, as in a run.
 Prints one JSON line with the seconds of each stage: medians after a warm-up; with --ends, means.
 
-FLOPs and bytes are counted from the model, not by the compiler: see camopd_jax/planning/costs.py. They are compared with
-limits that are published for the device or measured after the steps: benchmarks/limits.py.
+FLOPs and bytes are counted from the model, not by the compiler: see camopd_jax/planning/costs.py. They are compared
+with limits that are published for the device or measured after the steps: benchmarks/limits.py.
 """
 
 import datetime
