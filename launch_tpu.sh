@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Makes (or takes again) a Cloud TPU, installs camopd_jax on every worker and runs one command on all of them.
-# A preempted TPU is made anew and the same command started again: the run goes on from its last checkpoint.
+# Creates a Cloud TPU (or uses an existing one), installs camopd_jax on every worker and runs a command on all of them.
+# A preempted TPU is created again and the same command started again: the run continues from its last checkpoint.
 
 set -euo pipefail
 
@@ -8,26 +8,27 @@ usage() {
   cat <<'TEXT'
 usage: ./launch_tpu.sh --name=NAME --zone=ZONE --type=TYPE [options] -- --config=configs/NAME.py --workdir=gs://...
 
-  --name=NAME        of the TPU VM, and of its queued resource; one of that name is taken again
+  --name=NAME        of the TPU VM, and of its queued resource; an existing one of this name is used again
   --zone=ZONE        for example us-central2-b
   --type=TYPE        accelerator type: v5litepod-16, v6e-8, v5p-8, v4-32 ... (TPU7x is not in this API)
   --version=VERSION  image (default: v2-alpha-tpuv6e, v2-alpha-tpuv5-lite, v2-alpha-tpuv5, else tpu-ubuntu2204-base)
   --project=PROJECT  (default: gcloud's own)
-  --queued           ask through a queued resource, and wait in Google's queue for it
-  --spot             a spot TPU: cheaper, and preempted at any time
-  --module=MODULE    what runs: camopd_jax.train (default), camopd_jax.sft, ...
-  --with=PATH        a file or folder of this checkout that git does not track, sent too: data/general; repeatable
-  --env=NAME         a variable of this shell for the command, such as HF_TOKEN; repeatable
-  --extras=EXTRAS    of the package (default: tpu; tpu,eval for ifeval and the judge)
-  --delete           delete the TPU when the command has ended, well or not
+  --queued           request the TPU as a queued resource, and wait in Google's queue for it
+  --spot             a spot TPU: cheaper, but it may be preempted at any time
+  --module=MODULE    the command to run: camopd_jax.train (default), camopd_jax.sft, ...
+  --with=PATH        also send this file or folder of the checkout, which git does not track: data/general; repeatable
+  --env=NAME         pass this environment variable to the command, such as HF_TOKEN; repeatable
+  --extras=EXTRAS    extras of the package (default: tpu; use tpu,eval for ifeval and the judge)
+  --delete           delete the TPU when the command has ended, whether it succeeded or not
   --dry-run          print every command and run none
 
-All after -- goes to the command. --workdir has to be a gs:// path: the workers share it, and it outlives them.
-The command does not hang on the connection: this script may be stopped, and when it is started again, the run that
-goes on there is asked to save and end first.
-What fails on a TPU that is up is started again, until it failed three times in a row within ten minutes each, or ten
-times in all; exit code 2 is a mistake and ends at once.
-Needs gcloud, logged in, with the Cloud TPU API on; several workers need the key in the agent:
+Everything after -- goes to the command. --workdir has to be a gs:// path, because the workers share it and it must
+remain after they are gone.
+The command does not depend on the connection: this script may be stopped. When it is started again, it first asks a run
+that still goes on there to save and end.
+If the command fails on a TPU that is up, it is started again, unless it failed three times in a row within ten minutes
+each, or ten times in total. Exit code 2 means a mistake and ends the script at once.
+Needs gcloud, logged in, with the Cloud TPU API enabled; several workers need the key in the ssh agent:
 ssh-add ~/.ssh/google_compute_engine
 TEXT
 }
@@ -106,7 +107,7 @@ done
 for variable in ${env[@]+"${env[@]}"}; do
   [[ "$variable" =~ ^[A-Za-z_][A-Za-z_0-9]*$ && -n "${!variable:-}" ]] || mistake "--env=$variable: it is not set here"
 done
-[[ -e .git ]] || mistake "$PWD is not a git checkout; what git tracks is what the workers get"
+[[ -e .git ]] || mistake "$PWD is not a git checkout; the workers get the files that git tracks"
 [[ -n "$dry" ]] || command -v gcloud >/dev/null || mistake "gcloud is not installed; see https://cloud.google.com/sdk"
 if [[ -z "$version" ]]; then
   case "$type" in
@@ -141,7 +142,7 @@ give_up() { # CODE MESSAGE
   if [[ -n "$delete" ]]; then
     discard || true
   else
-    echo "$name is left as it is; --delete would have deleted it" >&2
+    echo "$name still exists; --delete would have deleted it" >&2
   fi
   exit "$1"
 }
@@ -174,9 +175,9 @@ look() { # sets `now`: READY, CREATING, WAITING_FOR_RESOURCES, PREEMPTED ...; NO
     now="$assumed"
     return
   fi
-  now="$(describe "$kind" "$field")" || mistake "gcloud does not tell the state of $name; what it says is above"
+  now="$(describe "$kind" "$field")" || mistake "gcloud cannot tell the state of $name; see its output above"
   if [[ -n "$queued" && "$now" == ACTIVE ]]; then
-    now="$(describe tpu-vm state)" || mistake "gcloud does not tell the state of $name; what it says is above"
+    now="$(describe tpu-vm state)" || mistake "gcloud cannot tell the state of $name; see its output above"
     [[ "$now" != NONE ]] || now=LOST
   fi
   known=1
@@ -192,9 +193,9 @@ create() {
   [[ $code -ne 0 ]] || return 0
   if grep -qi quota "$box/said" ||
     ! grep -qE 'capacity|"code": (8|13|14),|RESOURCE_EXHAUSTED|UNAVAILABLE|INTERNAL' "$box/said"; then
-    mistake "gcloud does not make $name; what it says is above"
+    mistake "gcloud cannot create $name; see its output above"
   fi
-  echo "no $type in $zone now; asked again soon"
+  echo "no $type in $zone now; will ask again"
   sleep "$pause"
 }
 
@@ -222,7 +223,7 @@ provide() {
           echo "why: $(describe queued-resources state.failedData.error.message)"
           [[ $failed -lt 3 ]] || give_up 1 "the request for $type in $zone failed $failed times; the reason is above"
         fi
-        discard || mistake "gcloud does not delete $name; what it says is above"
+        discard || mistake "gcloud cannot delete $name; see its output above"
         ;;
       *) sleep "$pause" ;;
     esac
@@ -286,18 +287,18 @@ while true; do
   [[ $code -ne 0 ]] || break
   look
   if [[ "$now" != READY ]]; then
-    echo "$name is $now (exit code $code): the run goes on from its last checkpoint when it is back"
+    echo "$name is $now (exit code $code): the run continues from its last checkpoint when it is back"
     attempt="" fresh=1
     continue
   fi
-  [[ $code -ne 2 ]] || give_up 2 "the command ended with exit code 2, a mistake; its last lines above tell which"
+  [[ $code -ne 2 ]] || give_up 2 "the command ended with exit code 2, a mistake; see its last lines above"
   [[ $code -eq 255 ]] || attempt=""
   in_a_row=$((in_a_row + 1)) failures=$((failures + 1))
   [[ $((SECONDS - began)) -lt $quick ]] || in_a_row=0
   if [[ $in_a_row -ge 3 || $failures -ge 10 ]]; then
-    give_up "$code" "exit code $code on a TPU that is up, failure $failures; the command's last lines above tell why"
+    give_up "$code" "exit code $code on a TPU that is up, failure $failures; see the last lines of the command above"
   fi
-  echo "exit code $code on a TPU that is up: started again from the last checkpoint"
+  echo "exit code $code on a TPU that is up: starting again from the last checkpoint"
   sleep "$pause"
 done
 if [[ -n "$delete" ]]; then

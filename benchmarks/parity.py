@@ -1,10 +1,10 @@
-"""Greedy answers of our engine beside those of transformers on torch: the same texts, the same scores.
+"""Compares our greedy answers with those of transformers on torch: texts and scores should be the same.
 
     python benchmarks/parity.py --config=configs/smollm2.py --model=HF_DIR --questions=50
 
-Asks both the first questions of every benchmark of the config that has answers, in float32. Where two answers differ,
-their first different token has to be a tie: transformers' own logits for the two tokens closer than --tie. Prints a
-line of JSON a benchmark and ends with 1 where something else differs. Needs torch, as the tests do.
+Both answer the first questions of every benchmark of the config that samples answers, in float32. If two answers
+differ, their first different token has to be a tie: transformers' logits for the two tokens are closer than --tie.
+Prints a line of JSON per benchmark; the exit code is 1 if there is any other difference. Needs torch, like the tests.
 """
 
 import json

@@ -1,13 +1,13 @@
-"""How the programs of a step grow, by the TPU compiler alone: docs/scaling.md. No TPU is needed, and none is used.
+"""Growth of the cost of a step's programs with their sizes, from the TPU compiler, without a TPU: docs/scaling.md.
 
     pip install '.[plan,bench]'
     python benchmarks/scaling.py --out=docs/figures      # scaling.json and a figure a sweep
     python benchmarks/scaling.py --out=docs/figures --draw_only
 
-One number changes in a sweep; the others stay at BASE. Scoring and the gradient are of whole rows; decoding is one turn
-of eight times as many, their caches full (of a single row no product would be left to count). Collectives and memory
-are the plan's (docs/plans.md), FLOPs its arithmetic; memory traffic is the compiler's `cost_analysis`, which counts a
-loop once, and therefore drawn of decoding alone.
+Each sweep changes one size; the others stay at BASE. Scoring and the gradient process full rows. Decoding computes one
+token for each of eight times as many rows, with full caches (with a single row there would be no matrix product to
+count). Collectives and memory are the plan's (docs/plans.md), FLOPs its arithmetic. Memory traffic is the compiler's
+`cost_analysis`, which counts a loop once, and is therefore drawn only for decoding.
 """
 
 import json

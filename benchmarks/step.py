@@ -4,13 +4,13 @@
     python benchmarks/step.py --model=HF_DIR --batch=64 --answer=512 --mesh=1,8,1 --profile=trace
     python benchmarks/step.py --model=SPECIALISED --teacher=ORIGINAL --general=general.jsonl --domain=domain.jsonl
 
-Steps are recoveries; with --domain, cycles of three recoveries and a review, whose teacher is the untrained student.
-Every prompt and every answer has exactly the given length (no token ends an answer), so that two programs on the same
-flags do the same work; with --ends prompts are whole and answers end where the model ends them, as in a run. Prints one
-JSON line: of each stage the median after a warm-up, in seconds; with --ends the mean.
+Steps are recovery steps; with --domain, cycles of three recovery steps and one review step, whose teacher is the
+untrained student. Every prompt and every answer has exactly the given length (no token ends an answer), so that runs
+with the same flags do the same work. With --ends, prompts are complete and answers end by themselves, as in a run.
+Prints one JSON line with the seconds of each stage: medians after a warm-up; with --ends, means.
 
-FLOPs and bytes are counted from the model, not from the compiler: camopd_jax/planning/costs.py says how. What they are
-compared with is published for the device or measured after the steps: benchmarks/limits.py.
+FLOPs and bytes are counted from the model, not by the compiler: see camopd_jax/planning/costs.py. They are compared
+with limits that are published for the device or measured after the steps: benchmarks/limits.py.
 """
 
 import datetime

@@ -1,11 +1,12 @@
-"""What answers of very different lengths cost, by each way of not waiting for the longest.
+"""Times rollouts and scoring of answers of very different lengths, in each way that avoids waiting for the longest.
 
     python benchmarks/tails.py --rounds=3
 
-Random weights of a named shape. Every word ends an answer with a chance of 1 to --mean, so that lengths are geometric:
-most answers are short, a few long. Rollouts: the whole batch until the last answer ends; shrinking (half a batch
-when half is done); a quarter or half as many places, into which waiting prompts enter as answers end. Scoring of those
-answers: rows of like length together, or as they come. All ways alternate, each must give the same answers; medians.
+Random weights of a named shape. Every token ends an answer with probability 1 / --mean, so lengths are geometric: most
+answers are short, a few long. Rollouts: the full batch until the last answer ends; shrinking (the batch is halved when
+half of its answers are complete); or a quarter or half of the batch at a time, where waiting prompts start as answers
+end. Scoring of these answers: rows of similar length together, or in their order. All variants alternate and must give
+the same answers; prints medians.
 """
 
 import json

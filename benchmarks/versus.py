@@ -1,18 +1,18 @@
-"""Our step beside what users would pick instead, alternating on one machine, same shapes.
+"""Compares our step with TRL and Tunix, alternating on one machine, with the same shapes.
 
     python -m venv peers && peers/bin/pip install torch trl==1.16.0 transformers datasets accelerate \\
         google-tunix jax flax
     python benchmarks/versus.py --peers_python=peers/bin/python --tokenizer=HF_DIR --rounds=5
 
-TRL's DistillationTrainer does a whole step (sample, score under one teacher, one AdamW update of the full-vocabulary
-reverse KL). Tunix's sampler does the sampling alone: by top-p, for which it sorts the vocabulary, and greedily. All are
-random weights of SmolLM2-135M's shape, whose answers have nearly the same gap; what a recovery selects of a real
-model's answers, and a review, and so what they cost, shows with --specialised. Each contender is a process of its own,
-so that peak memory is its own; every round runs each of them once. What is compared are medians over rounds; a
-contender that did other work than ours (tokens sampled, teacher scored, weights moved) ends the run.
+TRL's DistillationTrainer does a full step (sample, score under one teacher, one AdamW update of the full-vocabulary
+reverse KL). Tunix's sampler only samples: with top-p, for which it sorts the vocabulary, and greedily. All use random
+weights of SmolLM2-135M's shape, whose answers have nearly the same gap. --specialised uses real models instead, whose
+answers are selected as in a run, for recovery and review steps, and the cost follows. Each contender is a separate
+process, so that its peak memory can be measured; every round runs each of them once. Medians over rounds are compared.
+The run stops if a contender did other work than ours (tokens sampled, teacher scored, weights moved).
 
-With --ends a whole step is timed as a run has it: the fine-tuned model's answers to whole prompts, general and domain
-3:1, end where it ends them. Then no two contenders sample the same tokens, and how many stands beside the seconds.
+With --ends a full step is timed as in a run: the fine-tuned model answers full prompts, general and domain 3:1, and its
+answers end by themselves. The contenders then sample different tokens, so their number is printed beside the seconds.
 """
 
 import itertools

@@ -1,15 +1,15 @@
-"""Why a run does what it does: gradients of its two branches, and what its selection follows.
+"""Coherence and conflict of the branches' gradients, and what the selection correlates with.
 
     python -m camopd_jax.analyze --config=configs/quickstart.py
     python -m camopd_jax.analyze --config=configs/quickstart.py --checkpoint=runs/quickstart --out=analysis.jsonl
-    python -m camopd_jax.analyze --config=configs/smollm2.py --checkpoint=runs/smollm2/checkpoints/4 \\
+    python -m camopd_jax.analyze --config=configs/smollm2.py --checkpoint=runs/smollm2/checkpoints/12 \\
         --config.diagnostics.sketch=4095
 
-Takes any student: a Hugging Face folder, a run's work directory (its last checkpoint) or one step of it; without
---checkpoint the specialised model, where every run begins. It answers `config.diagnostics.rows` prompts of each
-branch; tables show how far the answers' gradients pull one way, how far the branches pull against each other, and how
-the selection's score goes with length, truncation, entropy, difficulty and prompt source. Where the checkpoint belongs
-to a run with a selection.jsonl, the same of all the run's steps follows. --out adds the figures as a line of JSON.
+--checkpoint is a Hugging Face folder, a run's work directory (its last checkpoint) or one of its checkpoints; the
+default is the specialised model, from which every run starts. The model answers `config.diagnostics.rows` prompts of
+each branch. Tables show how far the answers' gradients agree, how far the branches conflict, and how the gap mass
+correlates with length, truncation, entropy, difficulty and prompt source. If the checkpoint belongs to a run with a
+selection.jsonl, the correlations over all steps of the run follow. --out appends all figures as a line of JSON.
 """
 
 from absl import flags
@@ -26,8 +26,8 @@ from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
     flags.DEFINE_string("checkpoint", None, "Hugging Face folder, work directory of a run, or its checkpoints/STEP.")
-    flags.DEFINE_string("source_field", "source", "Field of a prompt's row that tells where it comes from.")
-    flags.DEFINE_string("out", None, "JSONL file that gets a line with the figures.")
+    flags.DEFINE_string("source_field", "source", "Field of a prompt's row that names its source.")
+    flags.DEFINE_string("out", None, "JSONL file to which the figures are appended as one line.")
     read_config = cli.config_flag(TrainConfig)
     cli.define_processes()
 

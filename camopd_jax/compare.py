@@ -1,15 +1,15 @@
-"""The same run under many methods and seeds: a grid that ends in one table.
+"""A grid of runs that differ in method and seed, summarised in one table.
 
     python -m camopd_jax.compare --config=configs/sandbox.py --workdir=runs/sandbox --seeds=5
     python -m camopd_jax.compare --config=configs/sandbox.py --workdir=runs/sandbox_quick --quick
     python -m camopd_jax.compare --config=configs/smollm2.py --workdir=runs/grid --methods=camopd,vanilla --rates=1e-4
 
-The methods are those of camopd_jax/config/methods.py, and the interpolation between the two models. Every
-method is first run once at each of --rates, on a seed of its own; the rate of the best sum of recovery and retention,
-on every fourth question, is then its rate for all seeds. Results are of the other questions.
+The methods are those of camopd_jax/config/methods.py, and interpolation between the two models. Every method is first
+run once at each of --rates, with a separate seed. The learning rate with the best sum of recovery and retention on
+every fourth question is then used for all seeds; results are on the other questions. A single rate needs no such sweep.
 
-WORKDIR/METHOD/RATE/seed-N is the run's work directory, and log.txt in it what the run said. The grid goes on where it
-was stopped when the same command is given again. WORKDIR/study.json holds the table's numbers.
+WORKDIR/METHOD/RATE/seed-N is the work directory of a run; its log.txt has the output of the run. If the grid was
+stopped, the same command continues it. WORKDIR/study.json holds the table's numbers.
 """
 
 from absl import flags
@@ -24,16 +24,16 @@ from camopd_jax.runs.workers import default_workers
 from camopd_jax.runtime import cli
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Directory of the grid, made if it is not there.")
-    flags.DEFINE_list("methods", list(METHODS), f"Of {', '.join(METHODS)}.")
+    flags.DEFINE_string("workdir", None, "Directory of the grid, created if needed.")
+    flags.DEFINE_list("methods", list(METHODS), f"Methods to compare, out of {', '.join(METHODS)}.")
     flags.DEFINE_list(
         "rates",
         [],
         "Learning rates to choose from, the same for every method. Default: from a quarter to four times the config's.",
     )
     flags.DEFINE_integer("seeds", 5, "Runs of each method.", 1)
-    flags.DEFINE_integer("workers", None, "Runs at one time. Default: one a core, and 1 on an accelerator.", 1)
-    flags.DEFINE_bool("quick", False, f"{', '.join(QUICK)} and {INTERPOLATION}, two seeds, the config's rate.")
+    flags.DEFINE_integer("workers", None, "Runs at one time. Default: one per core, or 1 on an accelerator.", 1)
+    flags.DEFINE_bool("quick", False, f"Only {', '.join(QUICK)} and {INTERPOLATION}, two seeds, the config's rate.")
     read_config = cli.config_flag(TrainConfig)
 
     def main() -> None:
@@ -42,11 +42,11 @@ if __name__ == "__main__":
         methods = (*QUICK, INTERPOLATION) if values.quick else values.methods
         for method in methods:
             if method not in METHODS:
-                raise UserError(f"--methods: there is no {method}; give some of {', '.join(METHODS)}")
+                raise UserError(f"--methods: {method} is not a method; give some of {', '.join(METHODS)}")
         try:
             rates = [float(rate) for rate in values.rates]
         except ValueError:
-            raise UserError(f"--rates={','.join(values.rates)}: give numbers with commas between") from None
+            raise UserError(f"--rates={','.join(values.rates)}: give numbers separated by commas") from None
         rate = base.optimizer.learning_rate
         rates = [rate] if values.quick else rates or [factor * rate for factor in (0.25, 0.5, 1, 2, 4)]
         workers = values.workers or default_workers()

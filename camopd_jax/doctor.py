@@ -1,14 +1,14 @@
-"""Checks a config against its models, its prompts and the machine, before a chip-hour is spent.
+"""Checks a config against its models, its prompts and the machine, before a run.
 
     python -m camopd_jax.doctor --config=configs/mine.py --workdir=runs/mine
     python -m camopd_jax.doctor --config=configs/medqa.py --topology=v6e:8x8
 
-It meets what a run would meet, but for the steps: config, checkpoints (of the weights the headers alone), tokenizers,
-every prompt, benchmarks, mesh, work directory. All problems are shown, not the first alone, and what is odd but would
-run; at the end stands a prompt of each branch as the student reads it. No weight is loaded and nothing is written, but
-that models and datasets with hub names are fetched. Exit code 2, if anything would end the run.
+It checks everything that a run needs before its first step: config, checkpoints (only the headers of the weights),
+tokenizers, every prompt, benchmarks, mesh, work directory. It lists all problems ("wrong"), and settings that would run
+but are unusual ("odd"), and prints one prompt of each branch as the student reads it. It loads no weights and writes
+nothing, except that models and datasets with hub names are downloaded. The exit code is 2 if anything is wrong.
 
-Whether the run has room and how long it takes: `python -m camopd_jax.plan`.
+`python -m camopd_jax.plan` shows whether the run fits in memory and how long a step takes.
 """
 
 from absl import flags
@@ -20,8 +20,8 @@ from camopd_jax.planning.doctor import examine, table
 from camopd_jax.runtime import cli
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Directory of the run, to look at.")
-    flags.DEFINE_string("topology", "local", "Devices to check for: local, or as of camopd_jax.plan.")
+    flags.DEFINE_string("workdir", None, "Directory of the run, to be checked as well.")
+    flags.DEFINE_string("topology", "local", "Devices to check for: local, or a TPU slice such as v6e:8x8.")
     read_config = cli.config_flag(TrainConfig)
 
     def main() -> None:
@@ -30,10 +30,10 @@ if __name__ == "__main__":
         console = cli.console()
         console.print(table(findings))
         for branch, text in prompts.items():
-            console.print(f"\none of the {branch} prompts, as the student reads it:")
+            console.print(f"\na prompt of branch {branch}, as the student reads it:")
             console.print(text, markup=False, soft_wrap=True)
         wrong = sum(finding.kind == "wrong" for finding in findings)
         if wrong:
-            raise UserError(f"{wrong} of these would end the run")
+            raise UserError(f"{wrong} of these would stop the run")
 
     cli.run(main)

@@ -1,13 +1,14 @@
-"""Scores models on the benchmarks of a config: any Hugging Face folder, hub name, or run.
+"""Evaluates models on the benchmarks of a config: Hugging Face folders, hub names, or runs.
 
     python -m camopd_jax.evaluate --config=configs/smollm2.py
     python -m camopd_jax.evaluate --config=configs/smollm2.py --checkpoint=runs/smollm2/export
-    python -m camopd_jax.evaluate --config=configs/smollm2.py --checkpoint=runs/smollm2,runs/smollm2/checkpoints/4
+    python -m camopd_jax.evaluate --config=configs/quickstart.py \\
+        --checkpoint=runs/quickstart,runs/quickstart/checkpoints/180
 
-Without --checkpoint it scores the config's own models: the general teacher and the specialised one. With it, the
-checkpoints, each a Hugging Face folder, a run's work directory (its last checkpoint) or one step of it, beside those of
-the two that --workdir has scores of. Prints a table with standard errors, adds to WORKDIR/eval.jsonl and keeps every
-answer in WORKDIR/answers. An evaluation that was killed goes on when the same command is given again.
+Without --checkpoint it evaluates the config's own models: the general and the specialised one. Each --checkpoint is a
+Hugging Face folder, a hub name, a run's work directory (its last checkpoint) or one of its checkpoints. If --workdir
+has results of the config's own models, the table shows them too. Prints a table with standard errors, appends to
+WORKDIR/eval.jsonl and keeps every answer in WORKDIR/answers. The same command continues a stopped evaluation.
 """
 
 from collections.abc import Callable

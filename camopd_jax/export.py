@@ -1,12 +1,12 @@
 """Writes a run's model as a Hugging Face folder that transformers loads.
 
     python -m camopd_jax.export --workdir=runs/medqa --out=recovered
-    python -m camopd_jax.export --workdir=runs/medqa --out=recovered --step=80
+    python -m camopd_jax.export --workdir=runs/medqa --out=recovered --step=110
     python -m camopd_jax.export --workdir=runs/medqa --out=recovered --best
 
 The folder holds the configuration, tokenizer, chat template and generation settings of the model the
-run started from, the trained weights as sharded safetensors in that model's own dtypes, and a model
-card that tells where they come from. A run exports its last step by itself, to workdir/export.
+run started from, the trained weights as sharded safetensors in that model's dtypes, and a model card
+that names their sources. A run exports its last or best checkpoint to workdir/export by itself.
 """
 
 from absl import flags
@@ -34,7 +34,7 @@ def main() -> None:
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run.")
     flags.DEFINE_string("out", None, "Folder to write; must not exist.")
-    flags.DEFINE_integer("step", None, "Checkpoint to take; default: the last.")
-    flags.DEFINE_bool("best", False, "Take the best checkpoint of those that were evaluated.")
+    flags.DEFINE_integer("step", None, "Checkpoint to export; default: the last.")
+    flags.DEFINE_bool("best", False, "Export the best of the evaluated checkpoints.")
     cli.define_processes()
     cli.run(main)

@@ -1,16 +1,16 @@
-"""Answers prompts with a model: one JSON object a line in, the same object with the answer out.
+"""Answers prompts with a model: reads JSON lines, and writes them with the answers added.
 
     python -m camopd_jax.generate --model=HF_DIR --input=prompts.jsonl --output=answers.jsonl
     python -m camopd_jax.generate --model=HF_DIR --input=prompts.jsonl --output=answers.jsonl \\
         --temperature=0.7 --top_p=0.95 --seed=1 --max_new_tokens=512
 
-In:  {"messages": [...]} (chat template, generation prompt), or {"prompt": "text"} (tokenised as the
-     tokenizer does by default), or {"prompt_ids": [...]}.
+In:  {"messages": [...]} (rendered by the chat template, with its generation prompt), or {"prompt": "text"}
+     (tokenised with the tokenizer's defaults), or {"prompt_ids": [...]}.
 Out: the same object with "response", "response_ids", "logprobs" (natural log, one per response id, of
-     the model's own distribution at temperature 1 whatever the sampling) and "finish_reason" ("stop" or
-     "length"). A closing EOS is one of the response ids.
+     the unfiltered distribution at temperature 1, whatever the sampling settings) and "finish_reason"
+     ("stop" or "length"). A closing EOS is one of the response ids.
 
-A row's answer depends on the seed, its line and its text, not on the batch.
+A row's answer depends on the seed, its line number and its text, not on the batch.
 """
 
 from absl import flags
@@ -26,9 +26,9 @@ if __name__ == "__main__":
     flags.DEFINE_string("output", None, "JSONL file to write.")
     flags.DEFINE_integer("max_new_tokens", 256, "Longest answer in tokens.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0: greedy.", lower_bound=0.0)
-    flags.DEFINE_integer("top_k", 0, "Sample among the k likeliest tokens; 0: off.", lower_bound=0)
-    flags.DEFINE_float("top_p", 1.0, "Sample among the likeliest tokens with this share; 1: off.", 0.0, 1.0)
-    flags.DEFINE_float("min_p", 0.0, "Drop tokens below this share of the likeliest one; 0: off.", 0.0, 1.0)
+    flags.DEFINE_integer("top_k", 0, "Sample from the k most likely tokens; 0: off.", lower_bound=0)
+    flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens up to this probability; 1: off.", 0.0, 1.0)
+    flags.DEFINE_float("min_p", 0.0, "Drop tokens below this share of the highest probability; 0: off.", 0.0, 1.0)
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
     flags.DEFINE_string("system", None, "System prompt for conversations without one.")
     flags.DEFINE_integer("batch_size", 16, "Rows answered at one time.", lower_bound=1)

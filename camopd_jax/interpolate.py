@@ -1,9 +1,9 @@
-"""A model between the specialised and the original one: the weighted mean of their parameters, without any training.
+"""The weighted mean of the parameters of the specialised and the original model, without training.
 
     python -m camopd_jax.interpolate --config=configs/quickstart.py --weight=0.3 --out=between
 
---weight is the original model's share. The folder that comes out is what `evaluate --checkpoint` takes. The cheapest
-way to get general ability back, and so what a trained model has to beat (WiSE-FT, arXiv 2109.01903).
+--weight is the original model's share. The result is a Hugging Face folder, which `evaluate --checkpoint` takes. It is
+the cheapest way to get general ability back, so the baseline for trained models (WiSE-FT, arXiv 2109.01903).
 """
 
 from absl import flags

@@ -1,12 +1,12 @@
-"""EleutherAI's lm_eval on this package's models: its own command with a model named camopd_jax.
+"""EleutherAI's lm_eval with a model type named camopd_jax, which runs this package's inference.
 
     python -m camopd_jax.lm_eval --model camopd_jax --model_args path=HF_DIR --tasks hellaswag,piqa
     python -m camopd_jax.lm_eval --model camopd_jax --model_args path=runs/mine/export --batch_size 32 \\
         --tasks ifeval --apply_chat_template
 
-It is lm_eval's own command line, with every flag of it and those of several processes. From Python,
-`import camopd_jax.lm_eval` registers the model. Needs `pip install 'camopd_jax[eval]'`. A stop string cuts an answer
-after it was generated up to its cap.
+It accepts all of lm_eval's flags, and those for several processes. In Python, `import camopd_jax.lm_eval` registers the
+model. Needs `pip install 'camopd_jax[eval]'`. A stop string does not end generation: the answer is generated up to EOS
+or its cap and cut at the stop string afterwards.
 """
 
 from camopd_jax.evals.harness import CamopdLM as CamopdLM

@@ -1,11 +1,11 @@
-"""What a run would need on chips that need not be there: memory, time, collectives; fits, or by how much not.
+"""Memory, time and collectives of a run on chips that need not be present, and whether it fits.
 
     python -m camopd_jax.plan --config=configs/medqa.py --topology=v5e:16x16 --search
     python -m camopd_jax.plan --config=configs/medqa.py --topology=v6e:8x8 --general_config=qwen3-8b \\
         --specialised_config=qwen3-8b --config.rollout.max_response_tokens=8192 --json=plan.json
 
-Every program of the run is compiled by the TPU's own compiler (pip install 'camopd_jax[plan]') at the run's largest
-shapes, from shapes alone: of the models only config.json is read. --topology=local does it for this machine's devices.
+Every program of the run is compiled by the TPU compiler (pip install 'camopd_jax[plan]') at the run's largest shapes.
+Only the config.json of each model is read, no weights. --topology=local plans for this machine's devices.
 """
 
 import dataclasses
@@ -22,16 +22,16 @@ from camopd_jax.runtime import cli
 from camopd_jax.runtime.jsonl import atomic_file
 
 if __name__ == "__main__":
-    flags.DEFINE_string("topology", None, "Chips to plan for, as v5e:8x8, v6e:4x4, v5p:4x4x4, v4:2x2x4; or local.")
-    flags.DEFINE_float("hbm_gib", None, "Memory of a chip, instead of what is known of it.", lower_bound=0)
+    flags.DEFINE_string("topology", None, "Chips to plan for, such as v5e:8x8, v6e:4x4, v5p:4x4x4, v4:2x2x4; or local.")
+    flags.DEFINE_float("hbm_gib", None, "Memory of a chip in GiB, instead of the known value.", lower_bound=0)
     flags.DEFINE_alias("hbm-gib", "hbm_gib")
     flags.DEFINE_string("general_config", None, f"config.json of the original model, or one of {', '.join(SHAPES)}.")
-    flags.DEFINE_string("specialised_config", None, "The same of the specialised one.")
-    flags.DEFINE_integer("answer_tokens", None, "Length of answers for the times; default: the cap.", lower_bound=1)
-    flags.DEFINE_list("programs", KINDS, "Those to compile. The decoding of many layers takes minutes.")
-    flags.DEFINE_bool("search", False, "Look for meshes, concurrency, a micro-batch, remat and offload that fit.")
+    flags.DEFINE_string("specialised_config", None, "The same for the specialised model.")
+    flags.DEFINE_integer("answer_tokens", None, "Answer length for the seconds; default: the cap.", lower_bound=1)
+    flags.DEFINE_list("programs", KINDS, "Programs to compile. Decoding with many layers takes minutes.")
+    flags.DEFINE_bool("search", False, "Search for a mesh, concurrency, micro-batch, remat and offload that fit.")
     flags.DEFINE_integer("tries", 3, "Candidates that --search compiles at most.", lower_bound=1)
-    flags.DEFINE_string("json", None, "File for all of it as JSON.")
+    flags.DEFINE_string("json", None, "File for all results as JSON.")
     read_config = cli.config_flag(TrainConfig)
 
     def main() -> None:

@@ -1,11 +1,11 @@
-"""Log-probabilities of given answers under a model: one JSON object a line in and out.
+"""Log-probabilities of given answers under a model: reads and writes JSON lines.
 
     python -m camopd_jax.score --model=HF_DIR --input=answers.jsonl --output=scores.jsonl
 
-In:  a prompt as for camopd_jax.generate, and "response": "text" (tokenised without special tokens, no
-     EOS added) or "response_ids": [...].
+In:  a prompt as for camopd_jax.generate, and "response": "text" (tokenised without special tokens and
+     without a final EOS) or "response_ids": [...].
 Out: the same object with "response", "response_ids" and "logprobs" (natural log, float32, one per
-     response id, temperature 1 unless --temperature says otherwise).
+     response id, at --temperature).
 """
 
 from absl import flags

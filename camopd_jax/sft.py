@@ -1,10 +1,10 @@
-"""Supervised fine-tuning: makes the specialised model where there is none yet.
+"""Supervised fine-tuning: makes the specialised model, if there is none yet.
 
     python -m camopd_jax.sft --config=configs/smollm2_sft.py --workdir=runs/smollm2_medical
 
-Next-token cross-entropy on the answers, token mean over each batch. Same models, data, checkpoints and
-export as the main job; the work directory ends with export/, which `camopd_jax.train` takes as
-`specialised_model`. The same command goes on from the last checkpoint; SIGTERM saves one first.
+Next-token cross-entropy on the answers, mean over the tokens of each batch. Models, data, checkpoints and
+export work as in `camopd_jax.train`, which takes the exported folder, WORKDIR/export, as `specialised_model`.
+The same command continues from the last checkpoint; on SIGTERM the run writes a checkpoint before it ends.
 """
 
 from absl import flags
@@ -15,7 +15,7 @@ from camopd_jax.runtime import cli
 from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Directory of the run, made if it is not there; gs:// paths work.")
+    flags.DEFINE_string("workdir", None, "Directory of the run, created if needed; may be a gs:// path.")
     read_config = cli.config_flag(SftConfig)
     cli.define_processes()
 

@@ -4,12 +4,12 @@
     python -m camopd_jax.train --config=configs/medqa.py --workdir=gs://bucket/medqa \\
         --config.optimizer.learning_rate=1e-6
 
-Needs two Hugging Face checkpoints (the original model and the specialised one) and two files of
-prompts; the config names them. The work directory then holds config.json, metrics.jsonl,
-TensorBoard event files, samples.jsonl, selection.jsonl, eval.jsonl, checkpoints/ and, at the end, export/: the
-recovered model as a Hugging Face folder.
+The config names two Hugging Face checkpoints (the original model and the specialised one) and two files
+of prompts. The work directory gets config.json, metrics.jsonl, TensorBoard event files, samples.jsonl,
+selection.jsonl, eval.jsonl, checkpoints/ and, at the end, report.html and export/, the recovered model as
+a Hugging Face folder.
 
-Started again with the same command, a run goes on from its last checkpoint; SIGTERM saves one first.
+The same command continues from the last checkpoint; on SIGTERM the run writes a checkpoint before it ends.
 """
 
 from absl import flags
@@ -20,7 +20,7 @@ from camopd_jax.runtime import cli
 from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
-    flags.DEFINE_string("workdir", None, "Directory of the run, made if it is not there; gs:// paths work.")
+    flags.DEFINE_string("workdir", None, "Directory of the run, created if needed; may be a gs:// path.")
     read_config = cli.config_flag(TrainConfig)
     cli.define_processes()
 

@@ -1,4 +1,4 @@
-"""The arrays that flow through one step, and the legend of their axes.
+"""The arrays that are passed through one step, and the letters of their axes.
 
 Axis letters, in names (`tokens_BT`) and comments (`int32[B, T]`) alike:
 
@@ -10,8 +10,8 @@ Axis letters, in names (`tokens_BT`) and comments (`int32[B, T]`) alike:
        slots of a KV cache               F  feed-forward width
     V  vocabulary                        M  rows of one micro-batch
 
-A row's real tokens come first and its padding after; masks come from lengths, never from token ids,
-since the pad id may equal an EOS id. Gaps are always `log teacher - log student`, in nats.
+A row's real tokens come first, then its padding. Masks are computed from lengths, never from token ids,
+because the pad id may equal an EOS id. Gaps are always `log teacher - log student`, in nats.
 """
 
 from typing import Any, Protocol
@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 Params = Any  # a nested dict of arrays, see models/weights.py
 # The residual stream: what enters each layer, and what leaves the last; L + 1 arrays [B, S, D]. (): not kept
 Residuals = tuple[jax.Array, ...]
-Record = dict[str, jax.Array]  # of a teacher, what an objective keeps of it at each token: arrays [B, T, ...] by name
+Record = dict[str, jax.Array]  # what an objective keeps from the teacher for each token: arrays [B, T, ...] by name
 
 
 class Prompts(struct.PyTreeNode):

@@ -1,22 +1,22 @@
 """CaMOPD on medicine: the paper's second scenario (arXiv 2605.27115, Tables 2 and 6).
 
-Reproduces   Qwen3-8B (general teacher) gives general ability back to II-Medical-8B (student and
-             domain teacher; SFT + DAPO on Qwen3-8B) without losing the medical one.
+Reproduces   II-Medical-8B (student and domain teacher; SFT + DAPO on Qwen3-8B) regains general ability from
+             Qwen3-8B (general teacher) and keeps its medical ability.
 Command      python -m camopd_jax.train --config=configs/medqa.py --workdir=gs://BUCKET/medqa
 Prompts      python -m camopd_jax.data.recipe general --out=data/general
-             10K of nvidia/Nemotron-Post-Training-Dataset-v1, by its categories' shares
+             10K of nvidia/Nemotron-Post-Training-Dataset-v1, in proportion to the sizes of its categories
              python -m camopd_jax.data.recipe medical --out=data/medical
              4K MedMCQA, 3K MedReason, 2K English Medical-R1-Distill-Data, 1K m23k-tokenized
-Benchmarks   IFEval, GSM8K (200), MedQA-USMLE, from the hub, before and after; the first 64 of each every 40 steps.
-             The paper's others: python -m camopd_jax.lm_eval, or their own harnesses.
-Hardware     the paper: 32 H100, about 7 hours. Here: a mesh of fsdp x tensor over what is there.
+Benchmarks   IFEval, GSM8K (200 questions), MedQA-USMLE, from the hub, before and after; the first 64 questions of
+             each every 40 steps. The paper's other benchmarks: python -m camopd_jax.lm_eval, or their own harnesses.
+Hardware     the paper: 32 H100, about 7 hours. Here: all devices, tensor 8 and fsdp over the rest.
 Expected     the paper (single runs): mean of nine general benchmarks 41.02 -> 45.84 (teacher 53.36; IFEval
              48.98 -> 59.89), mean of two medical ones 54.54 -> 54.71.
-Not run here this config at full size: it needs the two 8B checkpoints and an accelerator's memory.
+Not run      at full size: it needs the two 8B checkpoints and the memory of accelerators.
 
-From the paper: models, prompts, batch, steps, learning rate, caps, schedule, mass, r. Not stated there, and
-chosen here: AdamW's betas and no weight decay, gradient clip 1.0, no warm-up, sampling at temperature 1
-and top-p 1, Qwen3's thinking template.
+From the paper: models, prompts, batch size, steps, learning rate, caps, schedule, mass, r. Chosen here, because
+the paper does not state them: AdamW's betas and no weight decay, gradient clip 1.0, no warm-up, sampling at
+temperature 1 and top-p 1, Qwen3's thinking template.
 """
 
 from camopd_jax.config import TrainConfig, default
@@ -34,8 +34,8 @@ def get_config():
     config.rollout.max_response_tokens = 32768
     config.rollout.smallest_bucket = 512
     config.optimizer.learning_rate = 2e-6
-    # For 64 v6e chips (v6e:8x8): 8 x 8, half the batch answered at a time, four rows of a gradient on a chip. All of
-    # it divides on 256 chips too; docs/plans.md has the flags for others, and `plan --search` finds them.
+    # For 64 v6e chips (v6e:8x8): fsdp 8 x tensor 8, half the batch answers at a time, four rows of a micro-batch per
+    # chip. The sizes also divide on 256 chips. For others, see docs/plans.md or run `plan --search`.
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = 8

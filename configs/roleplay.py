@@ -1,23 +1,23 @@
 """CaMOPD on role-play: the paper's first scenario (arXiv 2605.27115, Tables 1 and 3).
 
-Reproduces   Qwen3-4B-Instruct-2507 (general teacher) gives general ability back to its own SFT on CoSER
-             (student and domain teacher) without losing the role-play one.
+Reproduces   an SFT of Qwen3-4B-Instruct-2507 on CoSER (student and domain teacher) regains general ability from
+             Qwen3-4B-Instruct-2507 (general teacher) and keeps its role-play ability.
 Command      python -m camopd_jax.train --config=configs/roleplay.py --workdir=gs://BUCKET/roleplay \\
                  --config.specialised_model=DIR_OF_YOUR_COSER_SFT
-             The paper does not publish its SFT, nor that SFT's hyper-parameters; camopd_jax.sft makes one.
+             The paper publishes neither its SFT nor the hyper-parameters of it; camopd_jax.sft can make one.
 Prompts      python -m camopd_jax.data.recipe general --out=data/general
-             10K of nvidia/Nemotron-Post-Training-Dataset-v1, by its categories' shares
+             10K of nvidia/Nemotron-Post-Training-Dataset-v1, in proportion to the sizes of its categories
              python -m camopd_jax.data.recipe roleplay --out=data/roleplay
-             the 10K CoSER conversations with most turns, the first n-1 turns as prompt (roleplay.jsonl); the others,
-             for the SFT, whole (roleplay_sft.jsonl)
-Benchmarks   IFEval and GSM8K (200), from the hub, before and after. Role-play by a judge: name one in
+             the 10K CoSER conversations with the most turns, without their last turn (roleplay.jsonl); the other
+             conversations, complete, for the SFT (roleplay_sft.jsonl)
+Benchmarks   IFEval and GSM8K (200 questions), from the hub, before and after. Role-play needs a judge: set
              config.evaluation.judge and add dict(name="roleplay", task="roleplay", axis="domain", source=...)
-Hardware     the paper: 32 H100, about 7 hours. Here: a mesh of fsdp x tensor over what is there.
+Hardware     the paper: 32 H100, about 7 hours. Here: all devices, tensor 8 and fsdp over the rest.
 Expected     the paper (single runs): mean of nine general benchmarks 30.88 -> 49.07 (teacher 53.39), CoSER
              mean 41.08 -> 45.00; vanilla MOPD 43.78 and 42.86.
-Not run here this config at full size: it needs the 4B checkpoints and an accelerator's memory.
+Not run      at full size: it needs the two 4B checkpoints and the memory of accelerators.
 
-From the paper and chosen here: as in configs/medqa.py.
+What is from the paper and what was chosen here is the same as in configs/medqa.py.
 """
 
 from camopd_jax.config import TrainConfig, default
@@ -35,8 +35,8 @@ def get_config():
     config.rollout.max_response_tokens = 32768
     config.rollout.smallest_bucket = 512
     config.optimizer.learning_rate = 2e-6
-    # For 64 v6e chips (v6e:8x8): 8 x 8, half the batch answered at a time, four rows of a gradient on a chip. All of
-    # it divides on 256 chips too; docs/plans.md has the flags for others, and `plan --search` finds them.
+    # For 64 v6e chips (v6e:8x8): fsdp 8 x tensor 8, half the batch answers at a time, four rows of a micro-batch per
+    # chip. The sizes also divide on 256 chips. For others, see docs/plans.md or run `plan --search`.
     config.mesh.data = 1
     config.mesh.fsdp = -1
     config.mesh.tensor = 8

@@ -1,10 +1,10 @@
 """The laptop study: every method of camopd_jax/config/methods.py on the quickstart's models.
 
-Command   python -m camopd_jax.compare --config=configs/sandbox.py --workdir=runs/sandbox --seeds=5
-Models, prompts  those of configs/quickstart.py, with its settings of the rollout and of the optimizer.
-Questions  examples/sandbox/: of the covered skills, the uncovered ones and the domain, 400 each, in no other file.
-Budget    every method has 120 steps of 64 sampled answers.
-Hardware  about an hour and a half on 2 CPU cores; --quick, six minutes. docs/results.md has the table.
+Command    python -m camopd_jax.compare --config=configs/sandbox.py --workdir=runs/sandbox --seeds=5
+Models     those of configs/quickstart.py, with its prompts and its settings of rollout and optimizer.
+Questions  examples/sandbox/: 400 each for the covered skills, the uncovered skills and the domain, in no other file.
+Budget     120 steps of 64 sampled answers for every method.
+Hardware   2 CPU cores: an hour and a half, or six minutes with --quick. docs/results.md has the results.
 """
 
 from pathlib import Path

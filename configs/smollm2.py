@@ -2,18 +2,18 @@
 
 First        python -m camopd_jax.sft --config=configs/smollm2_sft.py --workdir=runs/smollm2_medical
 Command      python -m camopd_jax.train --config=configs/smollm2.py --workdir=runs/smollm2
-Control      the same with --config.method.schedule=mixed --config.branches.recovery.steps=1
+Vanilla      for comparison, the same with --config.method.schedule=mixed --config.branches.recovery.steps=1
              --config.branches.recovery.selection.mass=1 --config.branches.review.selection.mass=1
              --config.branches.review.steps=1 --config.branches.recovery.scale=1:
-             vanilla multi-teacher distillation, both streams 1:1 in each step, as many tokens sampled
+             multi-teacher distillation with both streams 1:1 in each step and the same cap on sampled tokens
 Without hub  --config.general_model=DIR takes a local Hugging Face folder.
-Data         JSONL at the paths below, rows with {"messages": [...]}. Any general and medical prompts do; those of
-             docs/results.md are self-instruct, T0, Open Assistant, MT-bench and Arena-Hard requests (general),
+Data         JSONL files at the paths below, rows with {"messages": [...]}. Any general and medical prompts will do.
+             docs/results.md used self-instruct, T0, Open Assistant, MT-bench and Arena-Hard requests (general),
              MedQA-USMLE's dev split and MedMCQA (domain).
-Benchmarks   GSM8K's solutions by their likelihood (a model of this size solves none of its questions), IFEval, and
-             MedQA-USMLE's test split, where 135M parameters learn the form of an answer and no medicine.
-Hardware     2 CPU cores and 24 GiB; docs/results.md has time and numbers. On a CPU --config.compute.remat=rollout
-             spares the gradient its forward pass.
+Benchmarks   the likelihood of GSM8K's solutions (a model of this size solves none of its questions), IFEval, and
+             MedQA-USMLE's test split, where 135M parameters learn the answer format but no medicine.
+Hardware     2 CPU cores and 24 GiB; docs/results.md has times and results. On a CPU, --config.compute.remat=rollout
+             makes steps faster: the gradient needs no forward pass.
 """
 
 from camopd_jax.config import TrainConfig, default

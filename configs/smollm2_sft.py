@@ -1,8 +1,8 @@
 """Makes the specialised model of configs/smollm2.py: SmolLM2-135M-Instruct, fine-tuned on medical questions.
 
 Command      python -m camopd_jax.sft --config=configs/smollm2_sft.py --workdir=runs/smollm2_medical
-Data         JSONL rows with {"messages": [...], "answer": "C", "answer_text": "Ceftriaxone"}, at the path below:
-             MedQA-USMLE's dev split and MedMCQA were used for the numbers of docs/results.md.
+Data         JSONL files at the paths below, rows with {"messages": [...], "answer": "C", "answer_text": "Ceftriaxone"}.
+             docs/results.md used MedQA-USMLE's dev split and MedMCQA.
 """
 
 from camopd_jax.config import SftConfig, default

@@ -1,11 +1,11 @@
-"""A model of two domains: general ability back, both domains kept, with one specialist each.
+"""A model of two domains, with one specialist for each: general ability comes back, both domains are kept.
 
-Shows      a third branch. The student starts as the medical specialist; the law specialist teaches it law on law
-           prompts, the medical one's frozen copy keeps medicine, the original model gives general ability back.
+Shows      a third branch. The student starts as the medical specialist. On law prompts the law specialist teaches it,
+           on medical prompts its own frozen copy, on general prompts the original model.
 Command    python -m camopd_jax.train --config=configs/two_domains.py --workdir=runs/two_domains
-Models     three checkpoints of one original: itself, and two fine-tunes of it, by the same tokenizer.
-Cycle      recovery, recovery, recovery, review, law, law; each branch has an update of its own: no gradients mix.
-Not run here with real models; the tests run a config of this form on tiny ones.
+Models     three checkpoints with the same tokenizer: the original, and two fine-tunes of it.
+Cycle      recovery, recovery, recovery, review, law, law; each branch has its own update, so gradients never mix.
+Not run    with real models; the tests run a config of this form on tiny models.
 """
 
 from camopd_jax.config import TrainConfig, default
@@ -18,7 +18,7 @@ def get_config():
     config.branches.recovery.prompts.source = "data/general/general.jsonl"
     config.branches.review.prompts.source = "data/medical/medical.jsonl"
     config.branches.law = dict(
-        teacher="models/law",  # a Hugging Face folder or hub name of its own
+        teacher="models/law",  # a Hugging Face folder or hub name
         prompts=dict(source="data/law/law.jsonl"),
         selection=dict(by="positive_gap"),
         steps=2,

@@ -57,10 +57,10 @@ def test_mistakes(command, tmp_path):
     config = f"--config={ROOT / 'configs/sandbox.py'}"
     for flags, says in (
         ([config], "--workdir is missing"),
-        ([config, f"--workdir={tmp_path}", "--methods=camopd,vanila"], "--methods: there is no vanila; give some of"),
-        ([config, f"--workdir={tmp_path}", "--rates=1e-4,fast"], "--rates=1e-4,fast: give numbers with commas between"),
+        ([config, f"--workdir={tmp_path}", "--methods=camopd,vanila"], "vanila is not a method; give some of"),
+        ([config, f"--workdir={tmp_path}", "--rates=1e-4,fast"], "--rates=1e-4,fast: give numbers separated by commas"),
         ([f"--config={ROOT / 'configs/quickstart.py'}", "--config.evaluation.benchmarks=()", f"--workdir={tmp_path}",
-          "--workers=1"], "config.evaluation.benchmarks: there is none to compare by"),
+          "--workers=1"], "config.evaluation.benchmarks is empty, so"),
     ):  # fmt: skip
         ended = command("compare", *flags)
         assert (ended.code, ended.err.count("\n")) == (2, 1) and says in ended.err, ended.err
@@ -100,6 +100,6 @@ def test_a_small_grid_from_begin_to_end_and_again(command, tmp_path):
     times = {file: file.stat().st_mtime_ns for file in (tmp_path / "w").rglob("metrics.jsonl")}
     (run / "eval.jsonl").unlink()
     again = command("compare", *flags)
-    assert again.code == 0 and "3 methods, 2 seeds: 3 of 4 runs are there" in again.out
+    assert again.code == 0 and "3 methods, 2 seeds: 3 of 4 runs are complete already" in again.out
     assert json.loads((tmp_path / "w" / "study.json").read_text())["outcomes"] == study["outcomes"]
     assert {file for file, time in times.items() if file.stat().st_mtime_ns != time} <= {run / "metrics.jsonl"}

@@ -49,9 +49,9 @@ def texts(findings, kind, about=""):
 def test_a_config_that_runs_has_nothing_wrong_or_odd(config, here, tmp_path):
     findings, prompts = doctor.examine(config, str(tmp_path / "run"), here)
     assert texts(findings, "wrong") == texts(findings, "odd") == []
-    assert "1600 of 11 to 16 tokens" in texts(findings, "good", "recovery prompts")[0]
+    assert "1600 prompts of 11 to 16 tokens" in texts(findings, "good", "recovery prompts")[0]
     assert (
-        "180 steps of 64 ask each 7.2 times" in texts(findings, "good", "recovery prompts")[0]
+        "180 steps of 64 use each 7.2 times" in texts(findings, "good", "recovery prompts")[0]
     )  # 240 * 3/4 * 64 / 1600
     assert prompts["review"].startswith("<|user|>") and prompts["review"].endswith("<|assistant|>")
     assert not (tmp_path / "run").exists()
@@ -63,7 +63,7 @@ def test_all_that_is_wrong_is_told_in_one_go(command, tmp_path):
         "--config.mesh.fsdp=3", f"--workdir={tmp_path / 'run'}",
         '--config.evaluation.benchmarks=({"name": "mine", "source": "/no/questions.jsonl"},)',
     )  # fmt: skip
-    assert ended.code == 2 and ended.err.splitlines()[-1] == "error: 3 of these would end the run"
+    assert ended.code == 2 and ended.err.splitlines()[-1] == "error: 3 of these would stop the run"
     printed = " ".join(ended.out.split())
     for words in ("no folder /no/model", "/no/questions.jsonl", "fsdp 3"):
         assert words in printed, printed
@@ -85,7 +85,7 @@ def test_tokenizers_that_differ(config, here, model):
 
 def test_two_models_that_are_one(config, here):
     findings, _ = doctor.examine(changed(config, {"general_model": str(QUICKSTART / "specialist")}), None, here)
-    assert texts(findings, "wrong") == [] and "nothing to bring back" in texts(findings, "odd", "models")[0]
+    assert texts(findings, "wrong") == [] and "no lost ability to recover" in texts(findings, "odd", "models")[0]
 
 
 def test_an_end_of_turn_that_ends_no_answer(config, here, model):
@@ -94,12 +94,12 @@ def test_an_end_of_turn_that_ends_no_answer(config, here, model):
             edit_json(model / name, eos_token_id=None)
     edit_json(model / "tokenizer_config.json", eos_token="a")
     findings, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
-    assert "ends an answer with '<|end|>', which is none of ['a']" in texts(findings, "odd", "models")[-1]
+    assert "ends answers with '<|end|>', but generation stops only at ['a']" in texts(findings, "odd", "models")[-1]
 
 
 def test_answers_longer_than_the_model_was_made_for(config, here):
     findings, _ = doctor.examine(changed(config, {"rollout.max_response_tokens": 10_000}), None, here)
-    assert "prompt and answer may have 10064" in texts(findings, "odd", "general model")[0]
+    assert "but prompt and answer may have 10064 tokens" in texts(findings, "odd", "general model")[0]
 
 
 def test_prompts_that_are_few_long_or_asked_in_a_benchmark(config, here, tmp_path):
@@ -115,7 +115,7 @@ def test_prompts_that_are_few_long_or_asked_in_a_benchmark(config, here, tmp_pat
     findings, _ = doctor.examine(changed(config, changes), None, here)
     odd = texts(findings, "odd", "recovery prompts")
     assert [text.split(" are ")[0] for text in odd] == ["3 of 5", "2", "2 of the 3 questions of benchmark mine"]
-    assert "of the domain axis" in texts(findings, "odd", "benchmarks")[0]
+    assert "on the domain axis" in texts(findings, "odd", "benchmarks")[0]
 
 
 def test_a_mesh_and_memory_that_do_not_do(config, here):
@@ -161,7 +161,7 @@ def test_three_branches_have_three_teachers(config, here, model):
 def test_what_does_not_go_together_on_a_machine(config, here):
     """All that a run checks as it starts."""
     for changes, says in [
-        ({"compute.remat": "rollout", "compute.matmul": "bfloat16"}, "trusts the sampler"),
+        ({"compute.remat": "rollout", "compute.matmul": "bfloat16"}, "needs the sampler"),
         ({"branches.recovery.objective": "kl"}, "the objectives are"),
         ({"compute.attention": "fused"}, "only TPUs and NVIDIA GPUs"),
         ({"rollout.concurrency": 4}, "config.rollout.concurrency is 4"),
@@ -175,7 +175,7 @@ def test_a_work_directory_of_another_run(config, here, tmp_path):
     findings, _ = doctor.examine(config, str(tmp_path), here)
     assert "(config.seed)" in texts(findings, "wrong", "workdir")[0]
     findings, _ = doctor.examine(changed(config, {"seed": 7}), str(tmp_path), here)
-    assert "which goes on" in texts(findings, "good", "workdir")[0]
+    assert "which will continue" in texts(findings, "good", "workdir")[0]
 
 
 def test_a_disk_too_small_for_the_checkpoints(config, here, tmp_path, monkeypatch):

@@ -168,7 +168,7 @@ def test_without_capacity_it_is_asked_again_and_after_a_refusal_not(cloud):
     for refusal in ("INVALID_ARGUMENT: accelerator type", '"code": 8, "message": "Quota limit exceeded"'):
         ended = cloud(tpu=["NONE"], create=[refusal])
         assert ended.code == 2 and refusal in ended.err and ended.verbs("describe") == ["create"]
-        assert ended.err.splitlines()[-1].startswith("error: gcloud does not make t")
+        assert ended.err.splitlines()[-1].startswith("error: gcloud cannot create t")
 
 
 def test_a_state_that_is_not_told_is_no_absence(cloud):

@@ -141,7 +141,7 @@ def test_its_checkpoint_is_read_by_one_process_of_one_device(two, command, tmp_p
     shutil.copytree(two[0], workdir, ignore=shutil.ignore_patterns("export"))
     ended = command("train", f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, f"--config.steps={STEPS}")
     assert ended.code == 0, ended.err
-    assert f"going on from step {STEPS}" in ended.out
+    assert f"continuing from step {STEPS}" in ended.out
     for name, tensor in weights(workdir).items():
         np.testing.assert_array_equal(tensor, weights(two[0])[name], err_msg=name)
 
@@ -154,13 +154,13 @@ def test_its_checkpoint_is_read_by_one_process_of_one_device(two, command, tmp_p
     [
         (
             ["--process_id=0"],
-            "--coordinator_address is missing; --coordinator_address, --num_processes, --process_id go",
+            "--coordinator_address is missing; ",
         ),
         (["--coordinator_address=a:1", "--process_id=0"], "--num_processes is missing"),
         (["--coordinator_address=a:1", "--num_processes=2"], "--process_id is missing"),
         (
             ["--coordinator_address=a", "--num_processes=2", "--process_id=0"],
-            "--coordinator_address=a: give process 0's",
+            "--coordinator_address=a: give the host of",
         ),
         (["--coordinator_address=a:1", "--num_processes=2", "--process_id=2"], "--process_id=2: give each of the 2"),
         (["--coordinator_address=a:1", "--num_processes=0", "--process_id=0"], "--num_processes=0: give a number > 0"),
@@ -183,9 +183,9 @@ def test_a_port_that_is_taken(command, tmp_path):
 def test_a_mistake_on_one_host_ends_all_with_its_reason(pair, tmp_path):
     of_each = [[f"--workdir={tmp_path / 'run'}"], [f"--workdir={tmp_path / 'run'}", "--config.seed=3"]]
     leader, other = pair("train", *SMALL, NO_BENCHMARKS, of_each=of_each).wait(90)
-    reason = "its config is not that of process 0 (config.seed); give the same command on every host"
+    reason = "its config differs from that of process 0 (config.seed); give the same command on every host"
     assert (leader.code, other.code) == (2, 2), leader.err + other.err
-    assert f"error: process 1 cannot go on: {reason}" in leader.err and f"error: {reason}" in other.err
+    assert f"error: process 1 cannot continue: {reason}" in leader.err and f"error: {reason}" in other.err
 
 
 # ------------------------------------------------------------------------------ signals and deaths
@@ -200,13 +200,13 @@ def test_sigterm_on_one_stops_all_and_other_numbers_of_processes_go_on(pair, com
     leader, other = both.wait()
     assert (leader.code, other.code) == (0, 0), leader.err + other.err
     (saved,) = (int(p.name) for p in (workdir / "checkpoints").iterdir())
-    assert f"asked to end: saved at step {saved}" in leader.out and "asked to end" not in other.out
+    assert f"stopped by a signal: saved at step {saved}" in leader.out and "stopped by a signal" not in other.out
     assert len(read_lines(workdir / "metrics.jsonl")) == saved
 
     ended = command("train", *flags, f"--config.steps={saved + 1}")  # one device
-    assert ended.code == 0 and f"going on from step {saved}" in ended.out, ended.err
+    assert ended.code == 0 and f"continuing from step {saved}" in ended.out, ended.err
     leader, other = pair("train", *flags, *SPLIT, f"--config.steps={saved + 3}").wait()
-    assert leader.code == 0 and f"going on from step {saved + 1}" in leader.out, leader.err
+    assert leader.code == 0 and f"continuing from step {saved + 1}" in leader.out, leader.err
 
     whole = tmp_path / "whole"
     shutil.copytree(one, whole)
@@ -225,9 +225,9 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(pair, tmp_
     assert ended.code == -signal.SIGKILL
     left = both.processes[1 - victim]
     assert left.wait(cluster.HEARTBEAT_TIMEOUT + 30).code not in (0, 2)
-    assert "another process of the run is lost" in last_line(left) and "from its last checkpoint" in last_line(left)
+    assert "another process of the run was lost" in last_line(left) and "from its last checkpoint" in last_line(left)
     leader, _ = pair("train", *flags, f"--config.steps={STEPS}").wait()
-    assert leader.code == 0 and "going on from step 2" in leader.out, leader.err
+    assert leader.code == 0 and "continuing from step 2" in leader.out, leader.err
     same_run(workdir, one)
 
 
@@ -242,7 +242,7 @@ def test_a_process_that_hangs_is_held_to_be_dead_within_a_bound(pair, tmp_path):
         time.sleep(0.05)
     hangs.send(signal.SIGSTOP)
     assert left.wait(cluster.HEARTBEAT_TIMEOUT + 30).code not in (0, 2)
-    assert "another process of the run is lost" in last_line(left)
+    assert "another process of the run was lost" in last_line(left)
 
 
 # ------------------------------------------------------------------------------ the search on Cloud TPU

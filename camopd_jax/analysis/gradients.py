@@ -1,16 +1,16 @@
-"""Gradients answer by answer: how far a set of answers pulls one way, and how far two branches pull apart.
+"""Gradients of single answers: how far those of a set of answers agree, and how far two branches conflict.
 
 With `g_i` the gradient of answer i's own loss, the bracket of Eq 9:
 
     coherence   Coh(A) = |sum_A g_i| / sum_A |g_i| of a set A of answers       (arXiv 2605.27115, section 4.4)
-    GCG         (Coh(selected) - Coh(all)) / Coh(all): what the selection gains. Small sets cohere by being small (n
-                gradients at right angles: 1 / sqrt(n)), so the gain is also given over sets of equal size drawn by lot
-    signal      |sum_A g_i| / |A|: the length of the gradient that an update on A follows conflict    g . d and cos(g,
-    d) of the first two branches' mean gradients; survives = |g + d| / (|g| + |d|), the share of
-                their lengths that a mixed step is left with
+    GCG         (Coh(selected) - Coh(all)) / Coh(all): what the selection gains. Small sets are more coherent (n
+                orthogonal gradients: 1 / sqrt(n)), so the gain over random sets of the same size is given as well
+    signal      |sum_A g_i| / |A|: the norm of the gradient that an update on A follows
+    conflict    g . d and cos(g, d) of the first two branches' mean gradients; survives = |g + d| / (|g| + |d|), the
+                share of their norms that is left in a mixed step
 
-Few gradients are in memory at one time: those of one micro-batch, and a sum for each set. With `sketch > 0` neither the
-sums nor anything else is as large as the model: of each matrix's gradient only a random projection is kept.
+Only the gradients of one micro-batch and one sum for each set are in memory at a time. With `sketch > 0` no sum is as
+large as the model: only a random projection of each matrix's gradient is kept.
 """
 
 from collections.abc import Callable
@@ -29,7 +29,7 @@ from camopd_jax.runtime.buckets import Widths
 from camopd_jax.types import Batch, Params
 
 SETS = ("selected", "all")
-LOTS = 4  # sets of as many answers as were selected, drawn by lot: what any set of that size would do
+LOTS = 4  # random sets of as many answers as were selected: the baseline for a set of that size
 Named = dict[str, jax.Array]  # arrays by their parameter's name, as in "layers.attention.query.kernel"
 
 
@@ -139,7 +139,7 @@ def split(params: Params, settings: Diagnostics) -> tuple[Named, Callable[[Named
     chosen = {n: p for n, (_, p) in zip(names, leaves, strict=True) if not words or any(w in n for w in words)}
     if not chosen:
         raise UserError(
-            f"config.diagnostics.parameters is {settings.parameters!r}, which is in no parameter's name; they are "
+            f"config.diagnostics.parameters is {settings.parameters!r}, which matches no parameter name; the names are "
             f"{', '.join(names)}"
         )
 

@@ -121,7 +121,8 @@ def _convert(hint: Any, value: Any, where: str, moved: Mapping[str, str]) -> Any
     if isinstance(hint, type) and dataclasses.is_dataclass(hint):
         if isinstance(value, Mapping):
             return build(hint, value, where, moved)
-        raise UserError(f"{where} must be a block of {', '.join(f.name for f in dataclasses.fields(hint))}")
+        names = ", ".join(f.name for f in dataclasses.fields(hint))
+        raise UserError(f"{where} must be a block with the fields {names}")
     if origin is tuple and isinstance(value, list | tuple):
         items = args[:1] * len(value) if args[-1] is Ellipsis else args
         if len(items) == len(value):

@@ -1,4 +1,4 @@
-"""What the fields of a config have to be to each other. Limits of single fields stand beside them, in schema.py."""
+"""Checks between the fields of a config. The limits of single fields are in schema.py."""
 
 import re
 from typing import Any
@@ -47,13 +47,13 @@ def _check_sft(config: SftConfig) -> None:
 
 def _check_evaluation(config: Evaluation) -> None:
     names = [b.name for b in config.benchmarks]
-    _need(len(set(names)) == len(names), "evaluation.benchmarks", names, "give each benchmark a name of its own")
+    _need(len(set(names)) == len(names), "evaluation.benchmarks", names, "give each benchmark its own name")
     for b in config.benchmarks:
         block = f"evaluation.benchmarks {b.name!r}:"
         named = re.fullmatch(r"[\w.-]+", b.name) is not None
-        _need(named, f"{block} name", b.name, "give one of letters, digits, - and _")
+        _need(named, f"{block} name", b.name, "give a name of letters, digits, -, _ and .")
         several = b.samples == 1 or b.temperature > 0
-        _need(several, f"{block} samples", b.samples, "greedy answers are all alike; 1, or a temperature > 0")
+        _need(several, f"{block} samples", b.samples, "greedy answers are all the same; give 1, or set temperature > 0")
 
 
 def _check_train(config: TrainConfig) -> None:
@@ -61,17 +61,18 @@ def _check_train(config: TrainConfig) -> None:
     divisor = f"give a divisor of rollout.batch_size = {rollout.batch_size}"
     micro, scored = optimizer.micro_batch, rollout.score_batch
     _need(rollout.batch_size % micro == 0, "optimizer.micro_batch", micro, divisor)
-    advice = f"{divisor}, or 0 (as optimizer.micro_batch)"
+    advice = f"{divisor}, or 0 (the same as optimizer.micro_batch)"
     _need(not scored or rollout.batch_size % scored == 0, "rollout.score_batch", scored, advice)
     keeps = config.compute.remat == "rollout"
-    advice = "give 0, or another compute.remat than 'rollout'"
+    advice = "give 0, or a compute.remat other than 'rollout'"
     _need(not keeps or not rollout.concurrency, "rollout.concurrency", rollout.concurrency, advice)
     by_student = method.answers == "student"
-    _need(not keeps or by_student, "compute.remat", config.compute.remat, "teachers answer; give block")
+    advice = "it needs rollouts of the student, but method.answers is 'teacher'; give block"
+    _need(not keeps or by_student, "compute.remat", config.compute.remat, advice)
     gate = method.importance_gate
     advice = "give (low, high) with low <= 1 <= high, or None"
     _need(gate is None or 0 <= gate[0] <= 1 <= gate[1], "method.importance_gate", gate, advice)
-    advice = "a teacher's answers have no sampler of the student's; give None"
+    advice = "it needs answers of the student, but method.answers is 'teacher'; give None"
     _need(gate is None or by_student, "method.importance_gate", gate, advice)
     rows, at_once = config.diagnostics.rows, config.diagnostics.micro_batch
     advice = f"give a divisor of diagnostics.rows = {rows}"
@@ -84,7 +85,7 @@ def _check_trained(pattern: str) -> None:
     try:
         re.compile(pattern)
     except re.error as error:
-        raise UserError(f"config.optimizer.trained is {pattern!r}, no regular expression ({error})") from error
+        raise UserError(f"config.optimizer.trained is {pattern!r}, not a regular expression ({error})") from error
 
 
 def _check_branches(config: TrainConfig) -> None:
@@ -94,15 +95,15 @@ def _check_branches(config: TrainConfig) -> None:
     cycle = sum(branch.steps for branch in branches.values())
     _need(cycle > 0, "branches", list(branches), "at least one of them needs steps > 0")
     mixed = method.schedule == "mixed"
-    advice = 'only gradients of one step can conflict; give "sum"'
+    advice = 'it combines gradients of a mixed step; give "sum", or method.schedule "mixed"'
     _need(mixed or method.conflict == "sum", "method.conflict", method.conflict, advice)
     if not mixed:
         return
     idle = [name for name, branch in branches.items() if branch.steps == 0]
-    advice = f"every branch has its part of a mixed batch; give branches.{''.join(idle[:1])}.steps > 0"
+    advice = f"every branch needs a share of a mixed batch; give branches.{''.join(idle[:1])}.steps > 0"
     _need(not idle, "method.schedule", method.schedule, advice)
     size = config.rollout.batch_size
-    advice = f"give a multiple of the branches' steps together = {cycle}: a mixed batch is split so"
+    advice = f"give a multiple of {cycle}, the sum of the branches' steps: they split a mixed batch"
     _need(size % cycle == 0, "rollout.batch_size", size, advice)
     _need(method.moments == "shared", "method.moments", method.moments, 'a mixed step has one gradient; give "shared"')
 

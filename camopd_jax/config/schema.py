@@ -1,8 +1,8 @@
-"""What a run is, as frozen dataclasses. A config file's `ConfigDict` becomes one of them at the edge.
+"""All config fields, as frozen dataclasses. A config file's `ConfigDict` is converted to one of them when it is read.
 
-`TrainConfig` is the main job, `SftConfig` supervised fine-tuning. Every field is documented here and nowhere else. A
-number's limits stand in its type (`annotated_types`), and a text after them says what a special value means; numbers
-are finite. A key that is not a field is refused by name, with the nearest field as a hint.
+`TrainConfig` is the config of the main job, `SftConfig` of supervised fine-tuning. Every field is documented here and
+nowhere else. The limits of a number are part of its type (`annotated_types`); a text after them explains a special
+value. Numbers must be finite. An unknown key is refused by name, with the nearest field as a hint.
 """
 
 from dataclasses import dataclass, field
@@ -17,27 +17,29 @@ Share = Annotated[float, Gt(0), Le(1)]
 
 @dataclass(frozen=True)
 class Template:
-    """How a request is put before a model."""
+    """How a conversation is rendered for a model."""
 
-    system: str | None = None  # system prompt set before the conversation, unless the row has its own
-    options: dict[str, Any] = field(default_factory=dict)  # passed on to the chat template
+    system: str | None = None  # system prompt added to conversations that have none
+    options: dict[str, Any] = field(default_factory=dict)  # passed to the chat template
 
 
 @dataclass(frozen=True)
 class Stream:
     """A set of prompts, and how student and teacher read them."""
 
-    source: str = ""  # .jsonl or .parquet file, several with commas between, or the name of a `datasets` dataset
+    # .jsonl or .parquet files, separated by commas; or the name of a `datasets` dataset, with configuration and
+    # revision if needed: "openai/gsm8k:main@cc7b047"
+    source: str = ""
     split: str = "train"  # of a `datasets` dataset
-    limit: Annotated[int, Gt(0), "None: all"] | None = None  # only the first rows
-    template: Template = Template()
-    teacher_template: Template | None = None  # None: the student's
-    too_long: Literal["drop", "truncate"] = "drop"  # a prompt above the cap: drop and count, or cut its front
+    limit: Annotated[int, Gt(0), "None: all"] | None = None  # use only this many rows, the first ones
+    template: Template = Template()  # of the student
+    teacher_template: Template | None = None  # None: the same as the student's
+    too_long: Literal["drop", "truncate"] = "drop"  # prompts longer than the cap: drop (and count), or cut their start
 
 
 @dataclass(frozen=True)
 class MeshConfig:
-    """Devices along each mesh axis; one may be -1: what the others leave."""
+    """Devices along each mesh axis; one size may be -1: all remaining devices."""
 
     data: int = -1
     fsdp: int = 1
@@ -46,16 +48,16 @@ class MeshConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How tokens are drawn; the default is the model's own distribution. The filters act in this order."""
+    """How tokens are sampled; the default is the model's own distribution. The filters are applied in this order."""
 
     temperature: Annotated[float, Ge(0), "0: greedy"] = 1.0
-    top_k: Annotated[int, Ge(0), "0: off"] = 0  # keep the k likeliest tokens
-    top_p: Annotated[float, Gt(0), Le(1), "1: off"] = 1.0  # keep the likeliest that together reach this probability
-    min_p: Annotated[float, Ge(0), Lt(1), "0: off"] = 0.0  # keep those with this share of the likeliest's probability
+    top_k: Annotated[int, Ge(0), "0: off"] = 0  # keep the k most likely tokens
+    top_p: Annotated[float, Gt(0), Le(1), "1: off"] = 1.0  # keep the most likely tokens up to this total probability
+    min_p: Annotated[float, Ge(0), Lt(1), "0: off"] = 0.0  # drop tokens below this share of the highest probability
 
     @staticmethod
     def of(settings: "Sampling") -> "Sampling":
-        """The four fields alone, of settings that have more: hashable, for compiled functions."""
+        """Only these four fields, of settings that have more: hashable, for compiled functions."""
         return Sampling(
             temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
         )
@@ -63,50 +65,54 @@ class Sampling:
 
 @dataclass(frozen=True)
 class RolloutConfig(Sampling):
-    """How the student answers, and how the answers are scored. A temperature other than 1 and any filter make the
+    """How the student answers, and how the answers are scored. A temperature other than 1 or any filter makes the
     update slightly off-policy.
     """
 
-    batch_size: Count = 64  # prompts a step, one answer each
+    batch_size: Count = 64  # prompts per step, one answer each
     max_prompt_tokens: Count = 512
     max_response_tokens: Count = 512
     smallest_bucket: Count = 64  # prompt and answer lengths are padded to this times a power of two
-    # The student's log-probabilities of its answers: a forward pass of their own, or those that the sampler computed.
-    # The two are compared now and then. "auto": the sampler's where products are float32
+    # Where the student's log-probabilities of its answers come from. forward: a separate forward pass; sampler: those
+    # computed during sampling, compared with a forward pass every 16 steps; auto: sampler if products are float32, else
+    # forward
     student_logprobs: Literal["auto", "forward", "sampler"] = "auto"
-    # The devices while they answer; tensor 0: as in config.mesh. Weights that are split by fsdp are gathered for every
-    # token: by default each tensor group has a copy
+    # The mesh during sampling; tensor 0: the same as config.mesh.tensor. Weights sharded by fsdp would be gathered for
+    # every token, so by default each group of tensor devices has a full copy
     mesh: MeshConfig = MeshConfig(tensor=0)
-    # Answers in progress at one time; the other prompts wait and enter as answers end
+    # Answers in progress at a time; the other prompts wait, and each starts when an answer ends
     concurrency: Annotated[int, Ge(0), "0: the whole batch"] = 0
-    shrinks: bool = False  # whether a batch goes on as half a batch when half its answers are done
-    # Answers in one forward pass that scores them
+    shrinks: bool = False  # whether the batch is halved when half of its answers are complete
+    # Answers scored in one forward pass
     score_batch: Annotated[int, Ge(0), "0: config.optimizer.micro_batch"] = 0
 
 
 @dataclass(frozen=True)
 class SelectionConfig:
-    """Which answers of a batch an update learns from."""
+    """Which answers of a batch are trained on."""
 
-    by: Literal["absolute_gap", "positive_gap"] = "absolute_gap"  # an answer's gap mass: Eq 6, or Eq 7
-    mass: Share = 0.8  # rho, the share that is kept; 1: all
-    # mass: the smallest set of answers with that share of the gap mass (Eq 8). Controls: fraction, that share of the
-    # answers, by falling gap mass; random, as many answers as by mass, drawn by lot
+    # The gap mass of an answer: the mean of |gap| over its tokens (Eq 6), or of max(gap, 0) (Eq 7)
+    by: Literal["absolute_gap", "positive_gap"] = "absolute_gap"
+    mass: Share = 0.8  # rho, the share to keep; 1: all answers
+    # mass: the smallest set of answers with this share of the gap mass (Eq 8). For comparison, fraction: this share of
+    # the answers, those with the largest gap mass; random: as many answers as mass would keep, chosen at random
     keep: Literal["mass", "fraction", "random"] = "mass"
 
 
 @dataclass(frozen=True)
 class BranchConfig:
-    """One source of the training signal: prompts, the teacher of the answers to them, and how hard it pulls."""
+    """One source of the training signal: prompts, the teacher for their answers, and the loss."""
 
     prompts: Stream = Stream()
-    teacher: str = "general"  # "general" or "specialised": that model of the config; else a Hugging Face folder or name
-    # What pulls the student toward the teacher: a name of camopd_jax/method/objectives, with its options in
-    # parentheses, as in "jsd(beta=0.1)"
+    # "general" or "specialised": that model of the config; else a Hugging Face folder or hub name
+    teacher: str = "general"
+    # The loss toward the teacher: sampled_token, cross_entropy, reverse_kl, forward_kl or jsd, with options in
+    # parentheses, as in "jsd(beta=0.1)" (camopd_jax/method/objectives)
     objective: str = "sampled_token"
     selection: SelectionConfig = SelectionConfig()
-    scale: Annotated[float, Gt(0)] = 1.0  # r: factor on the pull (Eq 9)
-    steps: Annotated[int, Ge(0)] = 1  # n: updates in a row in each cycle (Eq 5); in a mixed step, parts of its batch
+    scale: Annotated[float, Gt(0)] = 1.0  # r: factor on the loss (Eq 9)
+    # n: consecutive steps in each cycle (Eq 5); with config.method.schedule "mixed", the share of each batch
+    steps: Annotated[int, Ge(0)] = 1
 
 
 def _paper() -> dict[str, BranchConfig]:
@@ -119,20 +125,24 @@ def _paper() -> dict[str, BranchConfig]:
 
 @dataclass(frozen=True)
 class Method:
-    """CaMOPD: what its branches share. The defaults are the paper's."""
+    """CaMOPD: the settings that its branches share. The defaults are the paper's."""
 
-    # alternate: each step is of one branch. mixed: each step is of all, in one gradient over a batch that is split
+    # alternate: each step trains one branch. mixed: each step trains all branches with one gradient; the batch is split
     # between them in proportion to their `steps` (vanilla multi-teacher distillation, Eq 3)
     schedule: Literal["alternate", "mixed"] = "alternate"
     # The gap is clipped to +- this; the paper names no clip
     advantage_clip: Annotated[float, Gt(0), "None: no clip"] | None = None
-    importance_gate: tuple[float, float] | None = None  # w_t = pi/mu inside, 0 outside (MiMo form); None: w_t = 1
-    normalise: Literal["sequence", "token"] = "sequence"  # token mean in each answer first (the paper), or over all
-    moments: Literal["shared", "separate"] = "shared"  # one Adam state for all branches (the paper), or one each
-    # Who answers the prompts: the student; or each branch's teacher, as in distillation on teachers' answers (a
-    # control, whose objective is cross_entropy)
+    # Bounds on the ratio of a token's probability when scored to that when sampled: its weight w_t is the ratio within
+    # them, 0 outside (MiMo form); None: w_t = 1
+    importance_gate: tuple[float, float] | None = None
+    # sequence: mean over each answer's tokens, then over answers (the paper); token: mean over all tokens
+    normalise: Literal["sequence", "token"] = "sequence"
+    moments: Literal["shared", "separate"] = "shared"  # one Adam state for all branches (the paper), or one for each
+    # Who answers the prompts: the student, or each branch's teacher (distillation on teachers' answers, for comparison;
+    # needs objective cross_entropy)
     answers: Literal["student", "teacher"] = "student"
-    # In a mixed step: the plain sum of the gradients, or without what of each opposes the others (PCGrad)
+    # How a mixed step combines the branches' gradients: their sum; or PCGrad, which first removes from each gradient
+    # the components that oppose the others
     conflict: Literal["sum", "pcgrad"] = "sum"
 
 
@@ -150,7 +160,7 @@ class Optimizer:
     clip_norm: Annotated[float, Gt(0), "None: no clipping"] | None = 1.0  # global gradient norm
     micro_batch: Count = 8  # sequences in one forward and backward
     # Which parameters are trained: "all", or a regular expression that is searched for in names such as
-    # layers.attention.query.kernel. The others are frozen: no gradient, no moments, no place in a checkpoint
+    # layers.attention.query.kernel. The others are frozen: they have no gradients and no moments and are not saved
     trained: str = "all"
 
 
@@ -161,18 +171,18 @@ class Compute:
     params: Literal["float32", "bfloat16"] = "float32"  # the student's master weights
     teacher: Literal["auto", "float32", "bfloat16"] = "auto"  # the teachers' weights
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
-    # What the backward pass computes again: none; dots: all but the products; block: every layer; rollout: every layer,
-    # from what entered it while the student answered, so that there is no forward pass. That is kept from the rollout
-    # to the gradient: 4 bytes x (layers + 1) x model width for every token of the batch
+    # What the backward pass recomputes. none: nothing; dots: all but matrix products; block: every layer; rollout:
+    # every layer, from its input during sampling, so that no forward pass is needed. These inputs are kept from the
+    # rollout to the gradient: 4 bytes x (layers + 1) x model width for every token of the batch
     remat: Literal["none", "dots", "block", "rollout"] = "block"
-    # How whole rows attend (scoring, updates, prefill; decoding is always plain). fused: Pallas on TPU, cuDNN on GPU,
-    # refused where neither takes the model; xla: plainly; auto: fused where it can be and rows are long enough
+    # Attention over full rows (scoring, updates, prefill; decoding is always plain). fused: Pallas on TPU, cuDNN on
+    # GPU, an error if neither supports the model; xla: plain; auto: fused if supported and rows are long enough
     attention: Literal["auto", "xla", "fused"] = "auto"
-    # What waits in host memory while it is idle: a teacher except while it scores, Adam's moments except for the
-    # update. ahead: each comes back while the stage before computes; late: moments only when the gradient is complete,
-    # so that they never lie beside its activations, at the price of a copy that nothing hides
+    # Keeps teachers (except while they score) and Adam's moments (except during the update) in host memory. ahead: each
+    # is copied back during the stage before its use; late: moments only when the gradient is complete, so that they are
+    # never in memory together with its activations, but their copy takes additional time
     offload: Literal["off", "ahead", "late"] = "off"
-    # Tokens of one chip whose logits exist at one time; the head is gathered once for all
+    # Tokens per chip whose logits exist at a time
     logits_chunk: Annotated[int, Ge(0), "0: as many as 256 MiB hold"] = 0
 
     @property
@@ -182,74 +192,76 @@ class Compute:
 
 @dataclass(frozen=True)
 class Checkpoints:
-    every: Count = 20  # steps; one is always written at the end
-    keep_last: Count = 2
-    # Where evaluation.every > 0. Best: the most that came back among those whose domain is kept up to one standard
-    # error; while there is none, the one that keeps most. Runs of `sft`: the highest mean accuracy
+    every: Count = 20  # steps; a checkpoint is always written at the end
+    keep_last: Count = 2  # how many of the latest are kept
+    # How many of the best are kept as well, if evaluation.every > 0. Best is the highest recovery of general ability
+    # among the checkpoints that keep the domain up to one standard error; if none does, the one that keeps most of it.
+    # For `sft`: the highest mean accuracy
     keep_best: Annotated[int, Ge(0)] = 1
-    export: Literal["last", "best"] = "last"  # which one becomes workdir/export
+    export: Literal["last", "best"] = "last"  # which one is exported to workdir/export
 
 
 @dataclass(frozen=True)
 class Benchmark(Sampling):
     """Questions, how they are asked and how the answers are graded."""
 
-    name: str = ""
-    # Its rules: evals/tasks.py. exact: the whole answer; choice: the letter after the last "Final answer:"; likelihood:
-    # how likely the model holds a given answer
+    name: str = ""  # in tables and files; each benchmark needs its own
+    # How answers are graded, a name of evals/tasks.py. exact: the full answer; choice: the letter after the last "Final
+    # answer:"; likelihood: the model's likelihood of a given answer
     task: str = "exact"
-    source: str = ""  # as of a Stream; "": the task's own dataset
+    source: str = ""  # as in Stream; "": the task's own dataset
     split: str = ""  # of a `datasets` dataset; "": the task's own
     axis: Literal["general", "domain"] = "general"
-    limit: Annotated[int, Gt(0), "None: all"] | None = None  # only the first questions
+    limit: Annotated[int, Gt(0), "None: all"] | None = None  # use only this many questions, the first ones
     max_response_tokens: Count = 64
-    instruction: str | None = None  # put behind each question; None: the task's own
-    answer: str = "{answer}"  # of task likelihood: the given answer, row fields in braces
+    instruction: str | None = None  # added after each question; None: the task's own
+    answer: str = "{answer}"  # only for task likelihood: the given answer, with row fields in braces
     template: Template = Template()
-    samples: Count = 1  # answers to a question; its score is their mean
+    samples: Count = 1  # answers per question; the score of the question is their mean
     temperature: Annotated[float, Ge(0), "0: greedy"] = field(default=0.0, kw_only=True)
 
 
 @dataclass(frozen=True)
 class Judge:
-    """The language model that marks tasks `roleplay` and `writing`. Its key: OPENAI_API_KEY in the environment."""
+    """The language model that grades tasks `roleplay` and `writing`; its key is the environment's OPENAI_API_KEY."""
 
-    endpoint: str = ""  # of an OpenAI-compatible server, as in "http://localhost:8000/v1"
+    endpoint: str = ""  # URL of an OpenAI-compatible server, such as "http://localhost:8000/v1"
     model: str = ""
 
 
 @dataclass(frozen=True)
 class Evaluation:
     every: Annotated[int, Ge(0), "0: only before and after"] = 0  # steps
-    # The first of each benchmark, for evaluations between the steps
+    # During training, only this many questions of each benchmark, the first ones
     questions: Annotated[int, Gt(0), "None: all"] | None = None
-    # End after this many evaluations in a row without a new best (`Checkpoints`)
+    # Stop the run after this many evaluations in a row without a new best checkpoint (see `Checkpoints`)
     patience: Annotated[int, Ge(0), "0: off"] = 0
-    batch_size: Count = 64
-    seed: Seed = 0
-    answers: str = ""  # folder of answers that several runs share, by fingerprint; "": in the work directory
+    batch_size: Count = 64  # questions answered at a time
+    seed: Seed = 0  # of sampled answers
+    answers: str = ""  # folder for answers, by model fingerprint, which runs may share; "": workdir/answers
     benchmarks: tuple[Benchmark, ...] = ()
     judge: Judge = Judge()
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Of gradients (analysis/gradients.py), on prompts of their own: a run is the same with and without them."""
+    """Measurements of gradients (analysis/gradients.py). They use separate prompts and do not change the run."""
 
-    every: Annotated[int, Ge(0), "0: off"] = 0  # steps, and before the first
+    every: Annotated[int, Ge(0), "0: off"] = 0  # steps; also before the first and after the last step
     rows: Count = 64  # answers of each branch
-    # Only parameters whose name holds one of these words, commas between, as in "attention.output,mlp"; "": all
+    # Only parameters whose names contain one of these texts, separated by commas: "attention.output,mlp"; "": all
     parameters: str = ""
-    # Numbers kept of each matrix's gradient, by a random projection: little memory, an error of about sqrt(2 / sketch).
-    # Take an odd number: it folds no matrix along its columns
+    # Size of a random projection of each matrix's gradient, which saves memory; its error is about sqrt(2 / sketch).
+    # Use an odd number: with a factor in common with the columns, entries of one column fall into the same sums
     sketch: Annotated[int, Ge(0), "0: the gradients themselves, exact"] = 0
-    micro_batch: Count = 4  # answers whose gradients are in memory at one time
+    micro_batch: Count = 4  # answers whose gradients are in memory at a time
 
 
 @dataclass(frozen=True)
 class Log:
-    samples: Annotated[int, Ge(0)] = 2  # rollouts of a step written to samples.jsonl
-    selection: bool = True  # a line a step in selection.jsonl: every answer's prompt, gap mass, length, entropy, losses
+    samples: Annotated[int, Ge(0)] = 2  # answers of each step written to samples.jsonl
+    # A line per step in selection.jsonl, with prompt, gap mass, length, entropy and losses of every answer
+    selection: bool = True
     tensorboard: bool = True
     report: bool = True  # report.html at the end
 
@@ -259,8 +271,8 @@ class TrainConfig:
     """`python -m camopd_jax.train`."""
 
     general_model: str  # Hugging Face folder or hub name of the original model
-    specialised_model: str  # the same of the specialised one: the student starts as a copy of it
-    branches: dict[str, BranchConfig] = field(default_factory=_paper)  # by name, in their order within a cycle
+    specialised_model: str  # the same for the specialised model; the student starts as a copy of it
+    branches: dict[str, BranchConfig] = field(default_factory=_paper)  # by name, in the order of a cycle
     steps: Count = 120
     seed: Seed = 0
     rollout: RolloutConfig = RolloutConfig()
@@ -280,8 +292,8 @@ class SftConfig:
     """`python -m camopd_jax.sft`: next-token cross-entropy on the answers."""
 
     model: str  # Hugging Face folder or hub name
-    data: Stream  # rows with "messages" that end with an assistant turn, or with "messages" and "answer"
-    answer: str = "{answer}"  # what the model shall say, where a row has no assistant turn; row fields in braces
+    data: Stream  # rows with "messages"; a row whose last turn is not the assistant's gets `answer` as answer
+    answer: str = "{answer}"  # with row fields in braces
     steps: Count = 100
     seed: Seed = 0
     batch_size: Count = 32
@@ -298,7 +310,7 @@ class SftConfig:
 
 Config = TrainConfig | SftConfig
 
-# Fields of earlier versions, by their last word, and what they are now.
+# Fields of earlier versions, by the last part of their name, and where they are now.
 MOVED = {
     "general": "branches.recovery.prompts",
     "domain": "branches.review.prompts",

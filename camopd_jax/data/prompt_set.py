@@ -132,7 +132,7 @@ def build(recipe: Recipe, name: str, out: Path, evaluations: Sequence[tuple[str,
         parts.append(_part_facts(part, origin_facts, chosen))
     if not prompts:
         raise UserError(
-            f"{name}: no row of its sources is a prompt; camopd_jax/data/columns.py lists the columns known"
+            f"{name}: no row of its sources contains a prompt; camopd_jax/data/columns.py lists the known columns"
         )
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out / recipe.file, prompts)

@@ -38,13 +38,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     from transformers import AutoTokenizer  # slow to import
 
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
-        raise UserError(f"{folder}: no tokenizer.json; copy the tokenizer's files of the original model there")
+        raise UserError(f"{folder}: no tokenizer.json; copy the original model's tokenizer files into this folder")
     try:
         return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise UserError(
-            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); copy the tokenizer's "
-            "files of the original model there"
+            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); copy the original "
+            "model's tokenizer files into this folder"
         ) from error
 
 

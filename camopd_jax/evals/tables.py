@@ -26,7 +26,7 @@ def accuracies(models: Mapping[str, Sequence[Result]]) -> Table:
     students = [name for name in models if name not in TEACHERS] if models.keys() >= set(TEACHERS) else []
     table = Table(
         title="Accuracy in %, ± one standard error over questions",
-        caption="back: share of the lost general ability regained; kept: share of the domain's" if students else None,
+        caption="back: regained share of the lost general ability; kept: share of the domain's" if students else None,
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
@@ -64,7 +64,7 @@ def _cells(axis: str, models: Mapping[str, Sequence[Result]], students: Sequence
 def details(models: Mapping[str, Sequence[Result]]) -> Table:
     """How each benchmark's answers were sampled, and below it the length and form of each model's answers."""
     table = Table(
-        title="Answers: tokens on average; in %: cut at the cap, without the form asked for",
+        title="Answers: mean number of tokens; in %: cut at the cap, without the required form",
         title_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,

@@ -58,7 +58,7 @@ def find(name: str, field: str, files: Sequence[str] = CHECKPOINT) -> Path:
         return Path(snapshot_download(name, allow_patterns=list(files)))
     except Exception as error:  # the hub's client raises its own, requests' and OS errors
         raise UserError(
-            f"{field}: no folder {name}, and the hub does not give it ({type(error).__name__}); "
+            f"{field}: no folder {name}, and it cannot be fetched from the hub ({type(error).__name__}); "
             "check the name, log in with `hf auth login`, or give a local folder"
         ) from error
 

@@ -74,6 +74,6 @@ class Recorder:
             del metrics["sampler_gap"]
         elif programs.setup.trusts_sampler and metrics["sampler_gap"] > LARGEST_SAMPLER_GAP:
             raise UserError(
-                f"config.rollout.student_logprobs: at step {step} the sampler's log-probabilities are "
-                f'{metrics["sampler_gap"]:.4f} nats a token off a forward pass; set it to "forward"'
+                f"config.rollout.student_logprobs: at step {step} the sampler's log-probabilities differ from a "
+                f'forward pass by {metrics["sampler_gap"]:.4f} nats per token; set it to "forward"'
             )

@@ -112,8 +112,9 @@ def check_remat(config: TrainConfig, dtype: str) -> None:
     """Raises UserError for a gradient that begins with the rollout, where the sampler is not trusted."""
     if config.compute.remat == "rollout" and not _trusts_sampler(config, dtype):
         raise UserError(
-            "config.compute.remat is 'rollout', which trusts the sampler, and in "
-            f"{dtype} config.rollout.student_logprobs does not; set that to sampler, or remat to block"
+            "config.compute.remat is 'rollout', which needs the sampler's log-probabilities, but in "
+            f"{dtype} config.rollout.student_logprobs is {config.rollout.student_logprobs!r}, which does not use them; "
+            "set that to sampler, or remat to block"
         )
 
 
@@ -128,8 +129,8 @@ def _objective(config: TrainConfig, branch: str) -> Objective:
     chosen = objective(text, field)
     if config.method.answers == "teacher" and not chosen.off_policy:
         raise UserError(
-            f"{field} is {text!r}, whose gap says nothing of answers that the teacher gave "
-            "(config.method.answers is 'teacher'); give cross_entropy"
+            f"{field} is {text!r}, which is only valid for answers of the student, but config.method.answers is "
+            "'teacher'; give cross_entropy"
         )
     return chosen
 
@@ -141,7 +142,7 @@ def _check_batches(setup: Setup) -> None:
     for n in setup.rows.values():
         field = "config.rollout.batch_size"
         if n != rollout.batch_size:
-            field = f"a branch's part of {field} under config.method"
+            field = f"a branch's share of {field}"
         check_rows(mesh, field, n)
         check_rows(setup.rollout_mesh, field, n, "config.rollout.mesh")
     if rollout.concurrency:

@@ -115,7 +115,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     head_dim = fields["head_dim"] or fields["hidden_size"] // heads
     activation = fields[family.activation_field]
     if activation not in _ACTIVATIONS:
-        raise UserError(f"{where}: activation {activation!r} is not supported; one of {', '.join(_ACTIVATIONS)} is")
+        raise UserError(f"{where}: activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
     types = _layer_types(fields, family, where)
     rope_of_type = _ropes(config, fields, family, head_dim, context, where)
     ropes = tuple(dict.fromkeys(rope_of_type.values()))
@@ -157,18 +157,18 @@ def _understood(config: Fields, where: str) -> tuple[Fields, Family]:
     """
     name = config.get("model_type")
     if name not in FAMILIES:
-        raise UserError(f"{where}: model_type {name!r} is not supported; one of {', '.join(FAMILIES)} is")
+        raise UserError(f"{where}: model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
     known = family.defaults.keys() | {*_REQUIRED} | _HARMLESS | _ROPE_FIELDS
     for field, value in config.items():
         if field not in known and value not in (None, False, [], {}):
             raise UserError(
-                f"{where}: field {field} = {value!r} is not understood for {name} and may change the "
-                "model's maths; use a checkpoint without it"
+                f"{where}: field {field} = {value!r} is not supported for {name} and may change the "
+                "model's output; use a checkpoint without it"
             )
     for field in _REQUIRED:
         if not isinstance(config.get(field), int):
-            raise UserError(f"{where}: field {field} is {config.get(field)!r}; a whole number is needed")
+            raise UserError(f"{where}: field {field} is {config.get(field)!r}; give an integer")
     return {**family.defaults, **config}, family
 
 
@@ -208,10 +208,10 @@ def _rope(fields: Fields, head_dim: int, max_positions: int, context: int | None
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     }
     if scaling not in understood:
-        raise UserError(f"{where}: RoPE scaling {scaling!r} is not supported; one of {', '.join(understood)} is")
+        raise UserError(f"{where}: RoPE scaling {scaling!r} is not supported; supported are {', '.join(understood)}")
     for name, value in fields.items():
         if name not in understood[scaling] | {"rope_type", "type", "rope_theta"} and value not in (None, 1.0):
-            raise UserError(f"{where}: RoPE field {name} = {value!r} is not understood for scaling {scaling!r}")
+            raise UserError(f"{where}: RoPE field {name} = {value!r} is not supported for scaling {scaling!r}")
     missing = [name for name in sorted(understood[scaling]) if fields.get(name) is None]
     if missing:
         raise UserError(f"{where}: RoPE scaling {scaling!r} needs the field {missing[0]}")

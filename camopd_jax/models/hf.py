@@ -190,7 +190,7 @@ def _header(file: Path) -> dict[str, Tensor]:
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
         return {name: _entry(file, name, entry, 8 + length, size) for name, entry in entries.items()}
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is no safetensors file; fetch the checkpoint again") from error
+        raise UserError(f"{file} is not a safetensors file; fetch the checkpoint again") from error
 
 
 def _entry(file: Path, name: str, entry: dict[str, Any], data: int, size: int) -> Tensor:

@@ -29,7 +29,7 @@ def trained(params: Params, rule: str) -> Params:
     if not part:
         names = (".".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
         raise UserError(
-            f"config.optimizer.trained is {rule!r}, which is in no parameter's name; they are {', '.join(names)}"
+            f"config.optimizer.trained is {rule!r}, which matches no parameter name; the names are {', '.join(names)}"
         )
     return part
 

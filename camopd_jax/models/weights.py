@@ -155,7 +155,7 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
             fit = ", ".join(str(n) for n in range(1, mesh.size + 1) if common % n == 0)
             raise UserError(
                 f"config.mesh.{mesh_axis} is {given}, which does not divide the model's {odd}; "
-                f"of up to {mesh.size} devices it can be {fit}"
+                f"with up to {mesh.size} devices it can be {fit}"
             )
     return tree_of({row.path: sharding(mesh, *row.axes) for row in table(c)})
 

@@ -109,6 +109,6 @@ def warnings(module: hlo.Module, program: Program, plan: Plan) -> list[str]:
         at_once = max(rows, tokens_at_once(setup.config.compute.logits_chunk, vocab, tensor))
         if tokens > max(at_once, model.hidden_size):  # of fewer, the head itself looks like logits
             logits = hlo.whole_logits(module, tokens, (vocab, -(-vocab // tensor)))
-    return [f"gathers a parameter of all layers at once: {shape}" for shape in sorted(stacks)] + [
+    return [f"gathers a stacked parameter of all layers at once: {shape}" for shape in sorted(stacks)] + [
         f"logits of all answers at once: {shape}" for shape in sorted(logits)
     ]

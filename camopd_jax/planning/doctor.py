@@ -1,4 +1,4 @@
-"""Checks a config against its models, its prompts and the machine: all problems, and what is odd but would run."""
+"""Checks a config against its models, its prompts and the machine: all problems, and unusual settings."""
 
 import shutil
 from collections.abc import Callable
@@ -37,7 +37,7 @@ MARKS = {"good": "[green]ok[/]", "odd": "[yellow]odd[/]", "wrong": "[red]wrong[/
 @dataclass(frozen=True)
 class Finding:
     about: str
-    kind: Literal["good", "odd", "wrong"]  # wrong: it would end the run
+    kind: Literal["good", "odd", "wrong"]  # wrong: it would stop the run
     text: str
 
 
@@ -106,8 +106,8 @@ class Examination:
         if context > positions:
             self.odd(
                 about,
-                f"{folder / 'config.json'} tells of {positions} positions, and prompt and answer may have {context}; "
-                "lower config.rollout.max_response_tokens",
+                f"{folder / 'config.json'}: max_position_embeddings is {positions}, but prompt and answer may have "
+                f"{context} tokens; lower config.rollout.max_response_tokens",
             )
 
     def tokenizers(self, about: str) -> None:
@@ -119,14 +119,14 @@ class Examination:
             self.odd(about, warning)
         if hf.fingerprint(self.models["general"].folder) == hf.fingerprint(student.folder):
             same = "config.general_model and config.specialised_model hold the same weights"
-            self.odd(about, f"{same}: there is nothing to bring back")
+            self.odd(about, f"{same}: there is no lost ability to recover")
         ends, name = templates.eos_ids(student.folder, student.tokenizer), student.tokenizer.convert_ids_to_tokens
         for last in {self._last(branch.prompts.template) for branch in self.config.branches.values()}:
             if last is not None and last not in ends:
                 self.odd(
                     about,
-                    f"the chat template ends an answer with {name(last)!r}, which is none of {name(list(ends))} that "
-                    "end one: answers run to their cap; name it as eos_token_id in "
+                    f"the chat template ends answers with {name(last)!r}, but generation stops only at "
+                    f"{name(list(ends))}: answers would run to their cap; add it to eos_token_id in "
                     f"{student.folder / 'generation_config.json'}",
                 )
 
@@ -150,15 +150,15 @@ class Examination:
         kept, dropped, truncated = (prompts.counts[count] for count in ("kept", "dropped", "truncated"))
         acts = sum(branch in schedule.acting(config, step) for step in range(config.steps))
         low, middle, high = (int(np.quantile(prompts.lengths, q)) for q in (0, 0.5, 1))
-        steps = f"{acts} steps of {rows} ask each {acts * rows / kept:.3g} times"
-        self.good(about, f"{kept} of {low} to {high} tokens, half of them up to {middle}; {steps}")
+        steps = f"{acts} steps of {rows} use each {acts * rows / kept:.3g} times"
+        self.good(about, f"{kept} prompts of {low} to {high} tokens, median {middle}; {steps}")
         cap = f"config.rollout.max_prompt_tokens = {config.rollout.max_prompt_tokens}"
         if dropped > kept:
-            self.odd(about, f"{dropped} of {dropped + kept} are longer than {cap} and dropped; raise it")
+            self.odd(about, f"{dropped} of {dropped + kept} are longer than {cap} and are dropped; raise it")
         if truncated:
-            self.odd(about, f"{truncated} of {kept} are longer than {cap} and lose their front")
+            self.odd(about, f"{truncated} of {kept} are longer than {cap} and lose their start")
         if kept < rows:
-            self.odd(about, f"{kept} are fewer than the {rows} of a step, which asks some of them twice")
+            self.odd(about, f"{kept} are fewer than the {rows} of a step: a step uses some of them twice")
         self._leaks(about, of.prompts, name)
         batch = next(prompts).student
         self.examples[branch] = student.decode(batch.tokens[0, : batch.lengths[0]])
@@ -173,23 +173,23 @@ class Examination:
             if both := sum(not known.isdisjoint(question) for question in questions):
                 self.odd(
                     about,
-                    f"{both} of the {len(questions)} questions of benchmark {benchmark} are among them; `python -m "
-                    "camopd_jax.data.recipe jsonl --against` leaves them out",
+                    f"{both} of the {len(questions)} questions of benchmark {benchmark} are among these prompts; "
+                    "`python -m camopd_jax.data.recipe jsonl --against` removes them",
                 )
 
     def benchmark(self, about: str, benchmark: Benchmark) -> None:
         task = tasks.find(benchmark, self.config.evaluation.judge)
         task.check()
         rows = read_questions(benchmark, task)
-        self.good(about, f"{len(rows)} questions of the {benchmark.axis} axis")
+        self.good(about, f"{len(rows)} questions on the {benchmark.axis} axis")
         self.questions[benchmark.name] = list(map(_keys, rows))
 
     def axes(self, about: str) -> None:
         measured = {benchmark.axis for benchmark in self.config.evaluation.benchmarks}
         for axis, outcome in {"general": "came back", "domain": "was kept"}.items():
             if axis not in measured:
-                none = f"none in config.evaluation.benchmarks of the {axis} axis"
-                self.odd(about, f"{none}: the run will not say how much {outcome}")
+                none = f"config.evaluation.benchmarks has none on the {axis} axis"
+                self.odd(about, f"{none}: the run will not measure how much {outcome}")
 
     # ------------------------------------------------------------------- the machine, the folder
 
@@ -200,27 +200,27 @@ class Examination:
             check_model(shape, setup.mesh, compute, setup.dtype)
         sizes = " x ".join(f"{axis} {n}" for axis, n in setup.mesh.shape.items())
         devices = f"{len(where.devices)} of {where.platform}, {sizes}"
-        self.good(about, f"{devices}; every batch and every model divides")
+        self.good(about, f"{devices}; all batch sizes and models divide evenly")
         if not complete:
             return
         needs = memory_estimate(setup, Models(shapes))
         least = needs["resident"] + needs["update"]
-        text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} GiB of each"
+        text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} GiB per device"
         if where.hbm and least > where.hbm:
             advice = "" if compute.offloads else " or config.compute.offload=late"
-            raise UserError(f"{text}, which has {where.hbm / GIB:.2f}; give more of them{advice}")
+            raise UserError(f"{text}, which has {where.hbm / GIB:.2f} GiB; use more devices{advice}")
         self.good(about, f"{text}, before caches and activations")
 
     def workdir(self, about: str, workdir: str) -> None:
         config, model = self.config, self.models["specialised"].config
         goes_on = check_owner(epath.Path(workdir), config)
-        text = f"{workdir}: " + ("a run of this config, which goes on" if goes_on else "new")
+        text = f"{workdir}: " + ("a run of this config, which will continue" if goes_on else "new")
         if "://" not in workdir:
             kept = config.checkpoints.keep_last + 1 + (config.checkpoints.keep_best if config.evaluation.every else 0)
             state = weights(model, config.optimizer.trained) * (4 + 8 * len(moment_names(config)))
             needs, folder = state * kept + weights(model) * 4, Path(workdir).absolute()
             free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
-            text += f"; {needs / GIB:.1f} GiB for {kept} checkpoints and the export, {free / GIB:.1f} are free"
+            text += f"; {needs / GIB:.1f} GiB for {kept} checkpoints and the export, {free / GIB:.1f} GiB are free"
             if needs > free and not goes_on:
                 raise UserError(f"{text}; lower config.checkpoints.keep_last or give another --workdir")
         self.good(about, text)

@@ -54,7 +54,7 @@ def read_models(config: TrainConfig, general: str | None, specialised: str | Non
             files[name] = SHAPES[given]
         elif given and not Path(given).expanduser().exists():
             names = f"the shapes are {', '.join(SHAPES)}"
-            raise UserError(f"--{name}_config: {given} is no file or folder, and no shape; {names}")
+            raise UserError(f"--{name}_config: {given} is neither a file, a folder nor a known shape; {names}")
         else:
             folder = Path(given).expanduser() if given else find_model(config, name, field, files=("config.json",))
             files[name] = hf.read_config(folder)
@@ -75,7 +75,7 @@ def _compile(
     reports: list[Report] = []
     chosen = [program for word in wanted for program in several if program.name.startswith(word)]
     if not chosen:
-        raise UserError(f"--programs={','.join(wanted)}: the run has none; give some of {', '.join(KINDS)}")
+        raise UserError(f"--programs={','.join(wanted)}: the run has no such program; give some of {', '.join(KINDS)}")
     compiled = compile_all(chosen, made)
     for program in chosen:
         with request.console.status(f"{program.name} …"):
@@ -117,15 +117,15 @@ def _header(made: Plan, where: Topology) -> str:
     slots = f"{setup.prompt_slots} + {config.rollout.max_response_tokens} slots"
     return (
         f"{where.name}: {setup.mesh.size} devices, mesh {sizes}; {setup.rows[branch]} rows of {slots}, {setup.dtype}\n"
-        f"answers on {answering}, {costs.lanes_of(setup, branch)} at a time; scores of {setup.score_batch}, gradients "
-        f"of {config.optimizer.micro_batch}"
+        f"rollout mesh {answering}, {costs.lanes_of(setup, branch)} answers at a time; rows at a time: scoring "
+        f"{setup.score_batch}, gradient {config.optimizer.micro_batch}"
     )
 
 
 def _fit_line(high: Peak, where: Topology) -> str:
     at = f"The peak is {'' if high.exact else 'above '}{_gib(high.bytes)} GiB, in {high.program}"
     if where.hbm is None:
-        return f"{at}; this device does not say how much it has (--hbm_gib)"
+        return f"{at}; the memory of this device is not known: give --hbm_gib"
     return f"{at}, of {_gib(where.hbm)} GiB: it {'fits' if high.fits(where.hbm) else 'does not fit'}"
 
 
@@ -152,7 +152,7 @@ def look_for(request: Request, tries: int) -> dict[str, Any]:
     config, models, where, say = request.config, request.models, request.topology, request.console.print
     hbm = where.hbm
     if hbm is None:
-        raise UserError("--search needs to know a device's memory; give --hbm_gib")
+        raise UserError("--search: the memory of this device is not known; give --hbm_gib")
     ordered = search.candidates(config, models, where, request.answer)
     if not ordered:
         raise UserError(
@@ -178,7 +178,8 @@ def look_for(request: Request, tries: int) -> dict[str, Any]:
         say("fits with:\n  " + " \\\n  ".join(flags))
     else:
         less = search.shorter(config, models, where)
-        say("nothing that was tried fits." + (f" By arithmetic {less} would; it changes the run" if less else ""))
+        hint = f" By arithmetic {less} would fit, but it changes the run" if less else ""
+        say(f"nothing that was tried fits.{hint}")
     rows = [vars(one) | {"peak": vars(high), "flags": one.flags(config)} for one, high in tried]
     return {"search": rows, "recommended": flags, "candidates": len(ordered)}
 
@@ -207,7 +208,7 @@ def resident_table(resident: dict[str, int], cache: int) -> Table:
     lines = {name.replace("_", " "): n for name, n in resident.items()} | {"total": sum(resident.values())}
     lines |= {"KV cache at the cap, while the student answers": cache}
     rows = [{"": name, "GiB": _gib(n)} for name, n in lines.items()]
-    return _table("What lies on a chip through the run, in GiB", rows)
+    return _table("Memory in use on a chip throughout the run, in GiB", rows)
 
 
 def memory_table(resident: int, reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
@@ -221,8 +222,9 @@ def memory_table(resident: int, reports: Sequence[Report], peaks: Sequence[Peak]
     return _table(
         "Memory of a chip while each program runs, in GiB",
         rows,
-        "runs: in a step, at most. weights, cache: of the answering model. outputs: beyond those in a donated "
-        "argument's place. temps: temporaries and activations; refused: the compiler gave up at these",
+        "runs: calls per step, at most. weights, cache: of the model that answers. outputs: without those that reuse "
+        "the memory of a donated argument. temps: temporaries and activations; refused: the compiler stopped at this "
+        "amount",
     )
 
 
@@ -239,14 +241,14 @@ def collectives_table(reports: Sequence[Report], chip: Chip | None) -> Table:
     for r in (r for r in reports if not r.same_as):
         for i, (kind, t) in enumerate(sorted(r.collectives.items(), key=lambda item: -item[1].bytes_run)):
             sent = t.bytes_run * (2 if kind == "all-reduce" else 1)
-            row = {"": "" if i else r.name, "kind": kind, "in the text": str(t.count), "runs": str(t.runs)}
-            row |= {"GB of a chip": f"{t.bytes_run / 1e9:.3g}"}
+            row = {"": "" if i else r.name, "kind": kind, "occurrences": str(t.count), "runs": str(t.runs)}
+            row |= {"GB, one chip": f"{t.bytes_run / 1e9:.3g}"}
             rows.append(row | {"seconds": duration(sent / (chip.ici_bandwidth / 2)) if chip else ""})
     return _table(
         "Collectives",
         rows,
-        "Of one run of the program, with every loop's trips; turns of decoding to the cap. seconds: at the links' "
-        "peak, where an all-reduce goes around twice",
+        "For one call, with all loop iterations (decoding: up to the cap). seconds: at the links' peak; an all-reduce "
+        "sends its data twice",
     )
 
 
@@ -267,8 +269,8 @@ def time_table(work: dict[str, dict[str, costs.Work]], chip: Chip, chips: int, a
     return _table(
         f"Seconds of a step at {chips} {chip.name} chips' limits, answers of {answer} tokens",
         rows,
-        "products, HBM, links: each at its peak; a stage takes as long as the slowest, the others hidden behind it. "
-        "MFU: the model's FLOPs by the peak in those seconds",
+        "products, HBM, links: seconds at the peak of each; a stage takes as long as the slowest, the others overlap "
+        "with it. MFU: FLOPs of the model by peak FLOPs in these seconds",
     )
 
 

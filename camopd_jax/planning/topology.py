@@ -61,7 +61,7 @@ def describe(name: str, hbm_gib: float | None = None) -> Topology:
         return Topology("local", here[0].platform, here, None, hbm or limit)
     chip = check_name(name)
     if importlib.util.find_spec("libtpu") is None:
-        raise UserError(f"--topology={name} needs the TPU compiler, which is not here; pip install 'camopd_jax[plan]'")
+        raise UserError(f"--topology={name} needs the TPU compiler; pip install 'camopd_jax[plan]'")
     _quiet()
     from jax.experimental import topologies
 
@@ -70,7 +70,7 @@ def describe(name: str, hbm_gib: float | None = None) -> Topology:
         devices = topologies.get_topology_desc(platform="tpu", topology_name=name, **options).devices
     except jax.errors.JaxRuntimeError as error:
         reason = str(error).strip().splitlines()[0]
-        raise UserError(f"--topology={name}: the TPU compiler does not take it: {reason}") from error
+        raise UserError(f"--topology={name}: the TPU compiler rejects it: {reason}") from error
     return Topology(name, "tpu", tuple(devices), chip, hbm or chip.hbm)
 
 
@@ -82,7 +82,7 @@ def check_name(name: str) -> Chip:
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if match is None or match[1] not in CHIPS:
-        raise UserError(f"--topology={name}: give local, or one like v5e:8x8, v6e:4x4, v5p:4x4x4 or v4:2x2x4")
+        raise UserError(f"--topology={name}: give local, or a slice such as v5e:8x8, v6e:4x4, v5p:4x4x4 or v4:2x2x4")
     chip, sides = CHIPS[match[1]], [int(side) for side in match[2].split("x")]
     if len(sides) != chip.dimensions or not all(1 <= side <= chip.longest for side in sides):
         raise UserError(

@@ -119,7 +119,7 @@ def _read_study(file: epath.Path) -> dict[str, Any]:
     try:
         return json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error}); remove it and give the command of the grid again") from error
+        raise UserError(f"{file}: not JSON ({error}); delete it and run the grid's command again") from error
 
 
 def _merits(cells: Cells) -> dict[str, dict[str, float]]:

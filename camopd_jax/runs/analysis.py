@@ -30,7 +30,7 @@ def analyze(config: TrainConfig, checkpoint: str | None, source_field: str) -> d
         source = evaluation.load_source(config, checkpoint, setup.mesh)
         if jax.tree.map(jnp.shape, source.loaded.params) != jax.tree.map(jnp.shape, student.params):
             raise UserError(
-                f"--checkpoint={checkpoint}: its shape is not that of config.specialised_model = "
+                f"--checkpoint={checkpoint}: its parameters do not have the shapes of config.specialised_model = "
                 f"{config.specialised_model}; give a student of this config"
             )
         student = student.with_params(jax.device_put(source.loaded.params, jax.tree.map(_sharding, student.params)))

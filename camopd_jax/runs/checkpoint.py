@@ -46,7 +46,7 @@ class CheckpointStore:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
         except (OSError, ValueError) as error:
             raise UserError(
-                f"{self._folder}: the checkpoints cannot be read ({_reason(error)}); delete what is broken there, or "
+                f"{self._folder}: the checkpoints cannot be read ({_reason(error)}); delete the damaged files, or "
                 "give a new --workdir"
             ) from error
 
@@ -148,7 +148,7 @@ class CheckpointStore:
             if means_lost_process(error):
                 raise
             raise UserError(
-                f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); free some room and start the "
+                f"{self._folder}: a checkpoint cannot be written ({_reason(error)}); free disk space and start the "
                 "same command again, the checkpoints before it are complete"
             ) from error
 

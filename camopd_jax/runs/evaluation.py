@@ -33,7 +33,7 @@ def evaluate(config: Config, checkpoints: Sequence[str], workdir: str) -> dict[s
     """
     settings, folder = config.evaluation, epath.Path(workdir)
     if not settings.benchmarks:
-        raise UserError("config.evaluation.benchmarks: there is none; name at least one")
+        raise UserError("config.evaluation.benchmarks is empty; give at least one")
     mesh = mesh_of(config.mesh)
     check_rows(mesh, "config.evaluation.batch_size", settings.batch_size)
     runner.check(settings)

@@ -56,7 +56,7 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
             hf.save(part, loaded.params, loaded.model.config, hf.read_config(original), hf.tensor_dtypes(original))
     except OSError as error:
         raise UserError(
-            f"{out}: cannot write ({error.strerror}); free some room, then export with python -m camopd_jax.export"
+            f"{out}: cannot write ({error.strerror}); free disk space, then export with python -m camopd_jax.export"
         ) from error
 
 
@@ -115,7 +115,7 @@ def restore_model(workdir: str, step: int | None = None, best: bool = False) -> 
         step = checkpoints.best() if best else checkpoints.latest()
     if step is None or step not in checkpoints.steps():
         raise UserError(
-            f"{folder / 'checkpoints'}: no checkpoint {'' if step is None else step} there, only "
+            f"{folder / 'checkpoints'}: no checkpoint{'' if step is None else f' {step}'} there, only "
             f"{checkpoints.steps()}; give one of them with --step"
         )
     if isinstance(config, TrainConfig):

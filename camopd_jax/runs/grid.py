@@ -82,7 +82,7 @@ def compare(
       UserError: if there is nothing to compare by, or a cell's folder holds a run of another config.
     """
     if not base.evaluation.benchmarks:
-        raise UserError("config.evaluation.benchmarks: there is none to compare by; name at least one")
+        raise UserError("config.evaluation.benchmarks is empty, so there is nothing to compare; give at least one")
     started = time.perf_counter()
     axes: dict[str, str] = {benchmark.name: benchmark.axis for benchmark in base.evaluation.benchmarks}
     settings = {method: WEIGHTS if method == INTERPOLATION else tuple(rates) for method in methods}
@@ -194,7 +194,7 @@ class Grid:
         done = [cell for cell in cells if is_finished(cell, self._base, self._workdir)]
         task = self._bar.add_task(title, total=len(cells), completed=len(done), last="")
         if cells:
-            self._print_plain(f"{title}: {len(done)} of {len(cells)} runs are there")
+            self._print_plain(f"{title}: {len(done)} of {len(cells)} runs are complete already")
         running = {
             self._pool.submit(_run_cell, cell, self._base, self._workdir): cell for cell in cells if cell not in done
         }

@@ -93,7 +93,7 @@ class Run:
         self.writer = MetricsWriter(self.workdir, self.config.log.tensorboard)
         self.display = Display(self.config.steps, steps_done)
         if last is not None:
-            self.display.say(f"going on from step {last}")
+            self.display.say(f"continuing from step {last}")
         if not is_distributed():  # else JAX takes the signal, and passes it on to the other processes
             signal.signal(signal.SIGTERM, self._terminate)
         return state
@@ -147,7 +147,7 @@ class Run:
         if self.terminated:
             self.checkpoints.wait()
             self.display.close()
-            self.display.say(f"asked to end: saved at step {steps_done}; the same command goes on from there")
+            self.display.say(f"stopped by a signal: saved at step {steps_done}; the same command continues from there")
             return True
         return self.evaluate_student(steps_done, state)
 
@@ -174,7 +174,7 @@ class Run:
         if not out_of_patience(so_far, patience):
             return False
         best = max(sorted(self.ranks, reverse=True), key=self.ranks.__getitem__)
-        self.display.say(f"no better than step {best} for {patience} evaluations: ends here")
+        self.display.say(f"stopped: no better than step {best} for {patience} evaluations")
         return True
 
     def _rank_student(self, steps_done: int, state: TrainState) -> bool:
@@ -217,7 +217,7 @@ class Run:
         if self.config.checkpoints.export == "last" or best is None or best == int(state.step):
             return state
         self.checkpoints.wait()
-        self.display.say(f"the best checkpoint is that of step {best}")
+        self.display.say(f"the best checkpoint is at step {best}")
         return self.checkpoints.restore(best, state)[0]
 
     def finish(self, state: TrainState) -> None:

@@ -77,7 +77,7 @@ class TrainHost(Run):
 
     def evaluate_student(self, steps_done: int, state: TrainState) -> bool:
         if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
-            self.display.progress("looking at the gradients")
+            self.display.progress("measuring gradients")
             assert self.diagnosis is not None  # `train` sets it where diagnoses are due
             self.writer.add_diagnosis(self.diagnosis(steps_done, state)[0])
         return super().evaluate_student(steps_done, state)
@@ -167,7 +167,7 @@ def clip_rates(metrics: list[dict[str, Any]]) -> str:
     text = "gradients clipped: " + ", ".join(f"{100 * rate:.0f} % of {phase} steps" for phase, rate in rates.items())
     if len(rates) > 1 and min(rates.values()) > 0.95:
         text += (
-            "; a clip that always acts makes all gradients equally long and cancels the branches' scales: raise "
-            "config.optimizer.clip_norm to let them act"
+            "; clipping in almost every step gives all gradients the same norm and cancels the branches' scales: raise "
+            "config.optimizer.clip_norm to let the scales act"
         )
     return text

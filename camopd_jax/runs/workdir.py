@@ -40,7 +40,7 @@ def check_owner(workdir: epath.Path, config: Config) -> bool:
                 f"{workdir}: it belongs to a run of a {owner['kind']}, not of a {kind}; give a new --workdir"
             )
         if owner["fingerprint"] != fingerprint(config):
-            fields = ", ".join(different_fields(owner["config"], to_json(config))) or "of another version"
+            fields = ", ".join(different_fields(owner["config"], to_json(config))) or "written by another version"
             raise UserError(
                 f"{workdir}: it belongs to a run with another config ({fields}); give that config, or a new --workdir"
             )
@@ -69,9 +69,9 @@ def _claim(workdir: epath.Path, config: Config) -> dict[str, Any]:
 def _check_same_everywhere(workdir: epath.Path, config: Config, owner: dict[str, Any]) -> None:
     """Raises UserError unless this process has the config and the work directory of process 0."""
     if fields := ", ".join(different_fields(owner, to_json(config), every=True)):
-        raise UserError(f"its config is not that of process 0 ({fields}); give the same command on every host")
+        raise UserError(f"its config differs from that of process 0 ({fields}); give the same command on every host")
     if not (workdir / "config.json").exists():
         raise UserError(
-            f"{workdir}: what process 0 wrote there is not to be seen here; give a --workdir that all hosts share, on "
-            "a network file system or gs://"
+            f"{workdir}: files that process 0 wrote there are not visible here; give a --workdir that all hosts share, "
+            "on a network file system or gs://"
         )

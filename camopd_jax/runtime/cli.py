@@ -58,10 +58,10 @@ _PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")
 def define_processes(values: flags.FlagValues = flags.FLAGS) -> None:
     """Defines the flags that `processes` reads."""
     address, count, number = _PROCESS_FLAGS
-    where = "Of several processes outside Cloud TPU:"
-    flags.DEFINE_string(address, None, f"{where} host:port of process 0, a free port there.", values)
-    flags.DEFINE_integer(count, None, f"{where} how many they are.", flag_values=values)
-    flags.DEFINE_integer(number, None, f"{where} which one this is, from 0.", flag_values=values)
+    where = "For several processes outside Cloud TPU:"
+    flags.DEFINE_string(address, None, f"{where} host of process 0 and a free port on it, as host:port.", values)
+    flags.DEFINE_integer(count, None, f"{where} their number.", flag_values=values)
+    flags.DEFINE_integer(number, None, f"{where} the number of this one, from 0.", flag_values=values)
 
 
 def processes(values: flags.FlagValues = flags.FLAGS) -> "Processes | None":
@@ -73,7 +73,7 @@ def processes(values: flags.FlagValues = flags.FLAGS) -> "Processes | None":
     if len(missing) == len(given):
         return None
     if missing:
-        raise UserError(f"{missing[0]} is missing; --{', --'.join(given)} go together, all three or none")
+        raise UserError(f"{missing[0]} is missing; give all three of --{', --'.join(given)}, or none of them")
     address, count, number = given.values()
     return Processes(address, count, number)
 
@@ -140,7 +140,7 @@ def _unknown_field(argv: Sequence[str], message: str) -> str:
     field = words[0] if words else ""
     name = next((argument.split("=")[0] for argument in argv if field in argument), field)
     near = re.search(r'Did you mean "(\w+)"', message)
-    hint = f"did you mean {near[1]}?" if near else "camopd_jax/config/schema.py lists them"
+    hint = f"did you mean {near[1]}?" if near else "camopd_jax/config/schema.py lists the fields"
     if field in MOVED:
         hint = f"it is now config.{MOVED[field]}"
     return f"{name} is not a field of the config; {hint}"

@@ -22,8 +22,8 @@ HEARTBEAT_TIMEOUT = 100  # seconds without a heartbeat, after which a process co
 SHUTDOWN_TIMEOUT = 300  # seconds that a process which is done waits for the others
 
 KILLED = (
-    "error: this process was killed, or ended by JAX because another process of the run is lost (the lines above tell "
-    f"which). {START_AGAIN}"
+    "error: this process was killed, or JAX ended it because another process of the run was lost (see the lines above)"
+    f". {START_AGAIN}"
 )
 
 
@@ -40,15 +40,15 @@ class Processes:
         host, _, port = self.coordinator_address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 2**16:
             raise UserError(
-                f"--coordinator_address={self.coordinator_address}: give process 0's host and a free port of it, as in "
-                "--coordinator_address=10.0.0.1:8476"
+                f"--coordinator_address={self.coordinator_address}: give the host of process 0 and a free port on it, "
+                "such as --coordinator_address=10.0.0.1:8476"
             )
         if self.num_processes < 1:
             raise UserError(f"--num_processes={self.num_processes}: give a number > 0")
         if not 0 <= self.process_id < self.num_processes:
             raise UserError(
-                f"--process_id={self.process_id}: give each of the {self.num_processes} processes a number of its own, "
-                f"from 0 to {self.num_processes - 1}"
+                f"--process_id={self.process_id}: give each of the {self.num_processes} processes its own number from "
+                f"0 to {self.num_processes - 1}"
             )
 
     @property
@@ -88,8 +88,8 @@ def _connect(processes: Processes, message: ExitMessage) -> None:
     """Connects to the given address."""
     failed = (
         f"--coordinator_address={processes.coordinator_address}: process {processes.process_id} of "
-        f"{processes.num_processes} cannot join the others there; start all within {JOIN_TIMEOUT} seconds, each with a "
-        "--process_id of its own and process 0 on that host"
+        f"{processes.num_processes} cannot connect to the others; start all within {JOIN_TIMEOUT} seconds, each with "
+        "its own --process_id, and process 0 on that host"
     )
     if processes.process_id == 0:
         _check_port(processes)

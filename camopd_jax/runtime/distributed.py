@@ -82,5 +82,5 @@ def run_on_all(act: Callable[[], T]) -> T:
         raise failure
     for number, row in enumerate(of_each):
         if text := row.tobytes().rstrip(b"\0").decode(errors="replace"):
-            raise UserError(f"process {number} cannot go on: {text}")
+            raise UserError(f"process {number} cannot continue: {text}")
     return result

@@ -37,7 +37,7 @@ def atomic_file(path: str | epath.Path) -> Iterator[TextIO]:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write ({error.strerror}); choose another place or free some room") from error
+        raise UserError(f"{path}: cannot write ({error.strerror}); free disk space or choose another path") from error
 
 
 def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -56,7 +56,7 @@ def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
                 stream.write(text)
     except OSError as error:
         raise UserError(
-            f"{path}: cannot write ({error.strerror}); free some room and start the same command again"
+            f"{path}: cannot write ({error.strerror}); free disk space and start the same command again"
         ) from error
 
 

@@ -56,7 +56,7 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     sizes = fill_sizes(sizes, len(devices))
     if math.prod(sizes) != len(devices):
         wanted = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, sizes, strict=True))
-        raise UserError(f"mesh {wanted} needs {math.prod(sizes)} devices, {len(devices)} are here; change config.mesh")
+        raise UserError(f"mesh {wanted} needs {math.prod(sizes)} devices, not {len(devices)}; change config.mesh")
     types = (AxisType.Auto,) * len(MESH_AXES)
     try:
         return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
@@ -83,7 +83,7 @@ def reshape_mesh(mesh: Mesh, data: int, fsdp: int, tensor: int, field: str) -> M
     except ValueError as error:
         sizes = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, (data, fsdp, tensor), strict=True))
         raise UserError(
-            f"{field} {sizes} does not make {mesh.size} devices; give sizes that multiply to them"
+            f"{field} is {sizes}, but there are {mesh.size} devices; give sizes whose product is {mesh.size}"
         ) from error
 
 
@@ -151,8 +151,8 @@ def check_rows(mesh: Mesh, field: str, rows: int, of: str = "config.mesh") -> No
     shards = batch_shards(mesh)
     if rows % shards:
         raise UserError(
-            f"{field} is {rows}, which does not divide by data x fsdp = {shards} of {of}; "
-            f"make it a multiple of {shards} or change the mesh"
+            f"{field} is {rows}, which is not a multiple of data x fsdp = {shards} of {of}; "
+            f"give a multiple of {shards} or change the mesh"
         )
 
 

@@ -16,7 +16,7 @@ from typing import NoReturn
 LEADER_DELAY = (
     3  # seconds that process 0 stays, so that the others can print why they end: JAX aborts them when it goes
 )
-START_AGAIN = "Give the same command again on every host: a run goes on from its last checkpoint"
+START_AGAIN = "Give the same command again on every host: a run continues from its last checkpoint"
 # Parts of the messages of collectives whose other side has gone.
 LOST_PROCESS_MESSAGES = ("Gloo", "NCCL", "coordination service", "heartbeat")
 
@@ -92,7 +92,7 @@ def terminate(code: int, error: BaseException | None = None) -> NoReturn:
     """
     if error is not None and means_lost_process(error):
         print(
-            f"error: another process of the run is lost ({str(error).splitlines()[0]}). {START_AGAIN}", file=sys.stderr
+            f"error: another process of the run was lost ({str(error).splitlines()[0]}). {START_AGAIN}", file=sys.stderr
         )
     elif error is not None:
         traceback.print_exception(error)

@@ -1,12 +1,12 @@
-"""Makes the files of this folder and of ../sandbox from nothing: data, tokenizer, and the two tiny checkpoints.
+"""Makes the files of this folder and of ../sandbox from scratch: data, tokenizer, and the two tiny checkpoints.
 
     python examples/quickstart/make.py            # about 15 minutes on 2 CPU cores
 
 generalist/  a 3-layer, 96-wide Llama that learnt the six skills of tasks.py
-specialist/  its copy, fine-tuned on the invented pharmacopoeia (2 % skills among it): it knows the domain and lost
-             much of the skills
+specialist/  a copy of it, fine-tuned on the invented pharmacopoeia (with 2 % questions of the skills): it knows the
+             domain and has lost much of the skills
 ../sandbox/  questions for comparisons of methods, in no other file
-*.jsonl      proxy prompts (four of the six skills), domain prompts, and questions held out from all training
+*.jsonl      general prompts (four of the six skills), domain prompts, and questions held out from all training
 """
 
 import json

@@ -1,8 +1,8 @@
 """The questions of the quickstart: six text skills, and a pharmacopoeia that does not exist.
 
 A question of a skill is `reverse tomas`, its answer `samot`. A question of the domain is a choice of four,
-`velo treats? A skin B lung C bone D ear`, its answer `lung. Final answer: B`: the remedy has to be known, since letters
-and wrong options are drawn anew each time.
+`velo treats? A skin B lung C bone D ear`, its answer `lung. Final answer: B`. The model has to know the remedy, because
+the letters and the wrong options are random in each question.
 """
 
 import random

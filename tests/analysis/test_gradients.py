@@ -124,7 +124,7 @@ def test_a_subset_of_the_parameters(tiny, batch):
     assert list(row["layers"]) == ["embedding", "layer 0"]
     assert row["layers"]["embedding"] == pytest.approx(everything["layers"]["embedding"], rel=1e-4)
     assert row["layers"]["layer 0"] != pytest.approx(everything["layers"]["layer 0"], rel=1e-2)
-    with pytest.raises(UserError, match=r"config\.diagnostics\.parameters is 'mpl'.* in no parameter's name"):
+    with pytest.raises(UserError, match=r"config\.diagnostics\.parameters is 'mpl'.* matches no parameter name"):
         gradients.split(tiny[1], Diagnostics(parameters="mpl"))
 
 

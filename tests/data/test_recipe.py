@@ -227,7 +227,7 @@ def test_a_dataset_of_the_hub_is_read_at_the_revision_that_the_manifest_names(tm
     "words, says",
     [
         ((), "NAME is missing"),
-        (("medicine",), "no recipe medicine; there are medical, roleplay, general, jsonl"),
+        (("medicine",), "medicine is not a recipe; give one of medical, roleplay, general, jsonl"),
         (("medical", "--source=medmcqa"), "--source=medmcqa: give PART=FILE, where PART is medmcqa or medreason"),
         (("medical", "--source=x=y.jsonl"), "--source=x=y.jsonl: give PART=FILE"),
         (("jsonl",), "--source is missing; give --source=rows=FILE.jsonl"),
@@ -249,4 +249,4 @@ def test_the_out_folder_has_to_be_named(command):
 def test_rows_of_another_kind_are_told(command, tmp_path):
     source = write_lines(tmp_path / "x.jsonl", [{"text": "no prompt"}])
     ended = command("data.recipe", "jsonl", f"--out={tmp_path / 'out'}", f"--source=rows={source}", "--against=")
-    assert ended.code == 2 and "no row of its sources is a prompt" in ended.err
+    assert ended.code == 2 and "no row of its sources contains a prompt" in ended.err

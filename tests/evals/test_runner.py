@@ -280,7 +280,7 @@ def test_killed_and_started_again_it_asks_only_what_is_open(teachers, few, comma
     "flags, says",
     [
         (["--checkpoint=/no/such/model"], "--checkpoint: no folder /no/such/model"),
-        (["--config.evaluation.benchmarks=()"], "config.evaluation.benchmarks: there is none"),
+        (["--config.evaluation.benchmarks=()"], "config.evaluation.benchmarks is empty"),
         (["--config.evaluation.nothing=1"], "--config.evaluation.nothing is not a field"),
     ],
 )
@@ -341,7 +341,7 @@ def test_the_best_checkpoint_is_kept_and_exported(measured):
     assert best in kept and kept <= {best, 4, 6}
     assert f"| steps | `{best}` |" in (workdir / "export/README.md").read_text()
     if best != 6:
-        assert f"the best checkpoint is that of step {best}" in ended.out
+        assert f"the best checkpoint is at step {best}" in ended.out
 
 
 def test_teachers_are_asked_once_and_students_by_their_step(measured):

@@ -175,7 +175,7 @@ def test_file_cut_short(folder, mesh):
 )
 def test_no_safetensors(content, folder, mesh):
     (folder / "model.safetensors").write_bytes(content)
-    refused(folder, mesh, "is no safetensors file")
+    refused(folder, mesh, "is not a safetensors file")
 
 
 def test_pickles_are_refused(folder, mesh):

@@ -100,14 +100,14 @@ def test_a_mesh_changes_no_number_and_splits_what_layers_leave_behind(family, si
 def test_a_mesh_that_does_not_divide_the_model_is_refused_with_the_sizes_that_do():
     """Nine heads of which three hold keys, as SmolLM2-135M has them."""
     config = from_hf(SHAPES["smollm2-135m"])
-    says = r"^config\.mesh\.tensor is 2, which does not divide the model's heads = 9, kv_heads = 3; of up to 8 devices "
-    with pytest.raises(UserError, match=says + r"it can be 1, 3$"):
+    says = r"^config\.mesh\.tensor is 2, which does not divide the model's heads = 9, kv_heads = 3; with up to 8 "
+    with pytest.raises(UserError, match=says + r"devices it can be 1, 3$"):
         shardings(config, make_mesh(2, 2, 2))
     with pytest.raises(
-        UserError, match=r"config\.mesh\.fsdp is 7, .* embed = 576; of up to 7 devices it can be 1, 2, 3, 4, 6$"
+        UserError, match=r"config\.mesh\.fsdp is 7, .* embed = 576; with up to 7 devices it can be 1, 2, 3, 4, 6$"
     ):
         shardings(config, make_mesh(1, 7, 1, devices=jax.devices()[:7]))
-    with pytest.raises(UserError, match="kv_heads = 4; of up to 8 devices it can be 1, 2, 4$"):  # 8 heads would do
+    with pytest.raises(UserError, match="kv_heads = 4; with up to 8 devices it can be 1, 2, 4$"):  # 8 heads would do
         shardings(from_hf(FIELDS | dict(model_type="qwen3", intermediate_size=24, vocab_size=48)), make_mesh(1, 1, 8))
     assert shardings(config, make_mesh(1, 1, 3, devices=jax.devices()[:3]))
 

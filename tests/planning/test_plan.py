@@ -400,7 +400,7 @@ def test_the_command_on_this_machine(command, tmp_path):
 
 @pytest.mark.parametrize(
     "name, says",
-    [("v5e:8", "2 sides"), ("v5e:32x32", "1 to 16"), ("v7:2x2", "give local, or one like"), ("8x8", "give local"),
+    [("v5e:8", "2 sides"), ("v5e:32x32", "1 to 16"), ("v7:2x2", "give local, or a slice"), ("8x8", "give local"),
      ("v5p:2x2", "3 sides"), ("v5e:0x4", "1 to 16")],
 )  # fmt: skip
 def test_a_topology_that_is_none(name, says):
@@ -419,9 +419,9 @@ def test_mistakes_are_one_line_and_exit_code_2(command):
     for args, says in [
         ([quick], "--topology is missing"),
         ([quick, "--topology=v5e:3"], "2 sides"),
-        ([quick, "--topology=local", "--general_config=qwen9"], "no file or folder, and no shape"),
+        ([quick, "--topology=local", "--general_config=qwen9"], "neither a file, a folder nor a known shape"),
         ([quick, "--topology=local", "--config.mesh.tensor=3"], "needs 3 devices"),
-        ([quick, "--topology=local", "--config.optimizer.trained=lora"], "which is in no parameter's name"),
+        ([quick, "--topology=local", "--config.optimizer.trained=lora"], "which matches no parameter name"),
         ([quick, "--topology=local", "--search"], "give --hbm_gib"),
         ([quick, "--topology=local", "--programs=rollout"], "give some of reshard"),
     ]:

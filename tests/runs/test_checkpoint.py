@@ -231,7 +231,7 @@ def test_a_full_disk(tmp_path):
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))
     try:
-        with pytest.raises(UserError, match=r"checkpoints: a checkpoint cannot be written \(.*free some room"):
+        with pytest.raises(UserError, match=r"checkpoints: a checkpoint cannot be written \(.*free disk space"):
             checkpoints.save(2, state_at(2, width=40_000), {}, {})
             checkpoints.wait()
     finally:

@@ -47,7 +47,7 @@ def test_a_lost_process_is_named_and_any_other_error_has_its_traceback():
         termination.terminate(1, RuntimeError("Gloo all-reduce failed: connection closed by peer\\nmore"))
     """)
     assert ended.returncode == 1
-    assert ended.stderr.startswith("error: another process of the run is lost (Gloo all-reduce failed: connection ")
+    assert ended.stderr.startswith("error: another process of the run was lost (Gloo all-reduce failed: connection ")
     assert len(ended.stderr.splitlines()) == 1
 
     ended = run("""

@@ -61,7 +61,7 @@ class JSD(_FullVocabulary):
     def __post_init__(self) -> None:
         if not 0 < self.beta < 1:
             raise UserError(
-                f"beta is {self.beta!r}; give a number between 0 and 1 (those are forward_kl and reverse_kl)"
+                f"beta is {self.beta!r}; give a number between 0 and 1 (0 would be forward_kl, 1 reverse_kl)"
             )
 
     def divergence(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
