@@ -14,16 +14,16 @@ def from_config_dict(cls: type, config: ml_collections.ConfigDict) -> Any:
     """Builds and checks a `TrainConfig` or `SftConfig`.
 
     Raises:
-      UserError: naming the field, for unknown, missing or ill-typed keys and for values that cannot be.
+      UserError: naming the field, for unknown or missing keys, wrong types and invalid values.
     """
     return checked(build(cls, config.to_dict(), "config", MOVED))
 
 
 def checked(config: Config) -> Config:
-    """The config, if its fields go together.
+    """Returns the config if its fields are consistent.
 
     Raises:
-      UserError: naming the field that does not.
+      UserError: naming the field that is not.
     """
     _check_evaluation(config.evaluation)
     if isinstance(config, TrainConfig):
@@ -108,7 +108,7 @@ def _check_branches(config: TrainConfig) -> None:
     _need(method.moments == "shared", "method.moments", method.moments, 'a mixed step has one gradient; give "shared"')
 
 
-RESERVED = ("mixed", "sft", "diagnostics", "shared")  # names that rows of metrics.jsonl and moments have already
+RESERVED = ("mixed", "sft", "diagnostics", "shared")  # names with another meaning in metrics.jsonl or among moments
 
 
 def _check_branch(name: str, branch: BranchConfig) -> None:

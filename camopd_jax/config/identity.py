@@ -1,4 +1,4 @@
-"""A resolved config as runs keep it: its JSON, its fingerprint, what differs between two, and changes by field name."""
+"""Resolved configs as stored by runs: JSON, fingerprints, differences, and changes by field name."""
 
 import dataclasses
 import hashlib
@@ -32,10 +32,10 @@ def from_json(file: epath.Path) -> Config:
 
 
 def stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
-    """The kind of a config.json and its values as they stand there: those of an older version have other fields.
+    """The kind and the values of a config.json, unconverted: a file of an earlier version has other fields.
 
     Raises:
-      UserError: if it is not there, or not of a run.
+      UserError: if the file does not exist or is not the config of a run.
     """
     try:
         record = json.loads(file.read_text())
@@ -49,27 +49,31 @@ def stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
     return kind, values
 
 
-# Fields that may change between two starts of one run: they do not touch the mathematics.
+# Fields that may change when a run is resumed: they do not affect the computed values.
 _FREE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation", "diagnostics")
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of everything that decides what a run computes, save how long it goes on."""
+    """A hash of all fields that determine what a run computes, except its number of steps."""
     kept = _deciding(to_json(config))
     return hashlib.sha256(json.dumps([type(config).__name__, kept], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def different_fields(before: dict[str, Any], after: dict[str, Any], every: bool = False) -> list[str]:
-    """Names of the fields that differ between two resolved configs: those that decide what a run computes, or every."""
+    """Names of the fields that differ between two resolved configs.
+
+    Args:
+      every: compare all fields; False: only those that determine what a run computes.
+    """
     if every:
         return _different(before, after, "config")
     return _different(_deciding(before), _deciding(after), "config")
 
 
 def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """What each of several resolved configs has in the fields that are not the same in all; None where it has none.
+    """The fields that differ between several resolved configs, with the value in each config (None: no such field).
 
-    Fields are named like "branches.recovery.scale", and in order of their names.
+    Fields are named like "branches.recovery.scale" and sorted by name.
     """
     first, *others = configs
     names = sorted({name for other in others for name in _different(first, other, "config")})
@@ -77,14 +81,14 @@ def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _value(values: Any, name: str) -> Any:
-    """Of a field named like "config.method.schedule"; None if there is none."""
+    """The value of a field named like "config.method.schedule"; None if there is none."""
     for part in name.split(".")[1:]:
         values = values.get(part) if isinstance(values, dict) else None
     return values
 
 
 def _deciding(values: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config without its free fields. A learning rate that ends with the last step depends on `steps`."""
+    """A resolved config without the fields that may change. `steps` stays in it if the learning rate depends on it."""
     free = set(_FREE) - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
     order = {"branch_order": list(values["branches"])} if "branches" in values else {}
     return {name: value for name, value in values.items() if name not in free} | order
@@ -102,10 +106,10 @@ def _different(before: dict[str, Any], after: dict[str, Any], where: str) -> lis
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
-    """The config with other values in fields named like "branches.recovery.scale".
+    """The config with new values for fields named like "branches.recovery.scale".
 
     Raises:
-      UserError: for a field that there is not, and for values that cannot be.
+      UserError: for a field that does not exist, and for invalid values.
     """
     values = to_json(config)
     for name, value in changes.items():

@@ -8,7 +8,7 @@ from camopd_jax.config.schema import TrainConfig
 
 @dataclass(frozen=True)
 class Control:
-    """A method to compare: what it is, and the fields of a `TrainConfig` that make it."""
+    """A method to compare: a description, and the fields of a `TrainConfig` that differ from CaMOPD's."""
 
     about: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -32,7 +32,7 @@ _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 CONTROLS = {
     "camopd": Control("CaMOPD as the paper has it: alternating 3:1, mass 0.8, pull 2 and 1"),
     "vanilla": Control("vanilla MOPD: both streams in each step 1:1, every answer, equal pull", _VANILLA),
-    # ------------------------------------------------------------------ its parts, one at a time and left out
+    # -------------------------------------------------- CaMOPD's parts: vanilla with one, CaMOPD without one
     "mixed-3-1": Control("vanilla with prompts 3:1", {**_VANILLA, "branches.recovery.steps": 3}),
     "alternating": Control("CaMOPD without selection", _EVERY_ANSWER),
     "alternating-r1": Control("CaMOPD without selection, equal pull", {**_EVERY_ANSWER, **_EQUAL_PULL}),
@@ -48,7 +48,7 @@ CONTROLS = {
         "CaMOPD keeping the half with the largest gaps",
         {**_both("selection.keep", "fraction"), **_both("selection.mass", 0.5)},
     ),
-    "random": Control("CaMOPD keeping as many answers as it does, drawn by lot", _both("selection.keep", "random")),
+    "random": Control("CaMOPD keeping as many answers, chosen at random", _both("selection.keep", "random")),
     "scores-swapped": Control(
         "CaMOPD ranking recovery by positive gaps and review by absolute ones",
         {"branches.recovery.selection.by": "positive_gap", "branches.review.selection.by": "absolute_gap"},
@@ -74,14 +74,14 @@ CONTROLS = {
 
 QUICK = ("camopd", "vanilla", "alternating", "random", "recovery-only", "distillation")
 
-INTERPOLATION = "interpolation"  # of the two models' parameters; compared as a method, but not a run
-AGAINST = ("vanilla", "camopd")  # whom every method is compared with
+INTERPOLATION = "interpolation"  # of the two models' parameters: compared like a method, but needs no run
+AGAINST = ("vanilla", "camopd")  # every method is compared with these two
 
 
 def method_of(config: dict[str, Any]) -> str | None:
-    """The name of the method that a run's resolved config makes; None if it is none of these."""
+    """The name of the method in `METHODS` that a run's resolved config describes; None if there is none."""
     if "branches" not in config:
-        return None  # of an earlier version
+        return None  # a config of an earlier version
     actual = {"method": config["method"], "branches": _without_prompts(config["branches"])}
     clips = config["optimizer"].get("clip_norm") is not None
     for name, control in CONTROLS.items():
@@ -91,7 +91,7 @@ def method_of(config: dict[str, Any]) -> str | None:
 
 
 def description(config: TrainConfig) -> str:
-    """What a model card says of a run's method."""
+    """The description of a run's method for a model card."""
     name = method_of(asdict(config))
     if name is not None:
         return "CaMOPD (arXiv 2605.27115)" if name == "camopd" else CONTROLS[name].about
@@ -102,7 +102,7 @@ def description(config: TrainConfig) -> str:
 
 
 def _settings(control: Control) -> dict[str, Any]:
-    """What a control makes of the method's and the branches' defaults."""
+    """The defaults of the config's blocks `method` and `branches`, with the method's changes."""
     defaults = asdict(TrainConfig("", ""))
     settings = {"method": defaults["method"], "branches": _without_prompts(defaults["branches"])}
     for name, value in control.changes.items():

@@ -17,7 +17,7 @@ Share = Annotated[float, Gt(0), Le(1)]
 
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is rendered for a model."""
+    """How a conversation is converted to a model's text."""
 
     system: str | None = None  # system prompt added to conversations that have none
     options: dict[str, Any] = field(default_factory=dict)  # passed to the chat template
@@ -57,7 +57,7 @@ class Sampling:
 
     @staticmethod
     def of(settings: "Sampling") -> "Sampling":
-        """Only these four fields, of settings that have more: hashable, for compiled functions."""
+        """These four fields of a subclass's settings: a hashable static argument of compiled functions."""
         return Sampling(
             temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
         )
