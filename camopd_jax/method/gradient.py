@@ -1,7 +1,7 @@
-"""The gradient of a batch's loss, a few rows of like length at a time.
+"""The gradient of a batch's loss, accumulated over micro-batches of rows of similar length.
 
-`add_gradient` is the pure function; `Learner` is the host's loop over it. The gradient of the layers is added where the
-sum so far lies (`models/stack.py`); the tree of the sum says which parameters are trained.
+`add_gradient` is the pure function, and `Learner` is the host's loop over it. The layers' gradient is added to the sum
+in place (`models/stack.py`). The tree structure of the sum determines which parameters are trained.
 """
 
 import itertools
@@ -28,34 +28,34 @@ class Gradient(struct.PyTreeNode):
     """A loss summed over answers, and its gradient."""
 
     loss: jax.Array  # float32[]
-    of: Params  # float32, like the trained parameters
+    of: Params  # float32, a tree like the trained parameters
 
 
 class Lesson(struct.PyTreeNode):
-    """Answers to learn from. The weights hold every normalisation over the whole batch: how it is cut into
-    micro-batches, or spread over devices, changes nothing.
+    """The inputs of a batch's loss. The weights include all normalisation over the batch, so the result does not depend
+    on micro-batches or the mesh.
     """
 
     sequences: Sequences
-    weights: jax.Array  # float32[B, T], constants on the loss of each token
-    record: Record = struct.field(default_factory=dict)  # of the teacher, what the objective keeps
-    residuals: Residuals = ()  # of the tokens under the parameters, as a rollout kept them; (): there is a forward pass
+    weights: jax.Array  # float32[B, T], constant factors on the loss of each token
+    record: Record = struct.field(default_factory=dict)  # the teacher's values that the objective needs
+    residuals: Residuals = ()  # residual stream from the rollout, under the same parameters; (): do a forward pass
 
 
 class Rows(struct.PyTreeNode):
-    """Micro-batches of one width."""
+    """Row numbers of K micro-batches of the same width."""
 
-    rows: jax.Array | np.ndarray  # int32[K, M], of the batch; one beyond the last stands for no row
-    count: jax.Array | np.int32  # int32[], the first `count` of the K are taken; of K = 1 that one
+    rows: jax.Array | np.ndarray  # int32[K, M], row numbers in the batch; B: no row
+    count: jax.Array | np.int32  # int32[], only the first `count` micro-batches are computed; 1 if K = 1
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What is differentiated: static."""
+    """The static part of the function to differentiate."""
 
     model: LanguageModel
     objective: Objective
-    teacher: LanguageModel | None = None  # where the objective asks for the teacher's logits
+    teacher: LanguageModel | None = None  # if the objective needs the teacher's logits
 
 
 def zero_gradient(params: Params) -> Gradient:
@@ -73,8 +73,8 @@ def weighted_loss(
     """`sum weight loss` over the tokens of all rows, float32[].
 
     Args:
-      teacher_head: the teacher's parameters of its output head, where `loss` has a teacher.
-      layers_so_far: as of `LanguageModel.hidden`: then the derivative by it is it and the layers' gradient.
+      teacher_head: parameters of the teacher's output head, if `loss` has a teacher.
+      layers_so_far: `so_far` of `LanguageModel.hidden`.
     """
     sequences, cut = lesson.sequences, widths.answer_slots
     sequences = sequences.replace(tokens=sequences.tokens[:, :cut])
@@ -96,11 +96,11 @@ def add_gradient(
     *,
     widths: Widths,
 ) -> Gradient:
-    """`so_far` and, of these rows, `weighted_loss` and its gradient.
+    """Adds `weighted_loss` of these rows and its gradient to `so_far`.
 
     Args:
-      params: all of the model.
-      so_far: its tree has the trained parameters.
+      params: all parameters of the model.
+      so_far: the sum over earlier micro-batches; its tree has only the trained parameters.
     """
     batch_rows = len(lesson.sequences.lengths)
     others = subset(params, {name: tree for name, tree in so_far.of.items() if name != "layers"})
@@ -125,19 +125,19 @@ def add_gradient(
 
 
 class Learner:
-    """The compiled parts of a gradient.
+    """The compiled functions that accumulate a gradient.
 
-    On a CPU micro-batches of like widths are one call: every call gets its memory from the system page by page, a
-    twentieth of a gradient's time. Accelerators pool theirs, and there a loop would keep what is the same in each turn
-    (parameters cast) beside all else.
+    On a CPU, micro-batches of the same width are computed in one call with a loop inside: memory is allocated by the
+    system for each call, which takes a twentieth of the gradient's time. On accelerators each micro-batch is one call:
+    their memory is pooled, and a loop would keep the cast parameters in memory.
     """
 
     def __init__(self, loss: Loss, shardings: Params | None, chunk: int, in_one_call: bool | None = None):
         """
         Args:
           shardings: of the trained parameters; None: one device.
-          chunk: tokens of a chip whose logits may exist at one time.
-          in_one_call: whether micro-batches of like widths are; None: on a CPU.
+          chunk: tokens per chip whose logits exist at a time.
+          in_one_call: whether micro-batches of the same width are computed in one call; None: only on a CPU.
         """
         mesh = loss.model.mesh
         self.loss, self._chunk = loss, chunk
@@ -160,7 +160,7 @@ class Learner:
         """`add_gradient` over all micro-batches.
 
         Args:
-          params: all of the model. trained: those that are differentiated, a part of them.
+          params: all parameters of the model. trained: the subset to differentiate.
         """
         trim_heap(self.loss.model.mesh)
         gradient = self.begin(trained)
@@ -171,16 +171,16 @@ class Learner:
         return gradient
 
     def calls(self, parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, Rows]]:
-        """The micro-batches of a batch of so many rows, as `add` takes them: of each call the widest, and its rows."""
+        """The calls of `add`: for each, a micro-batch with its widths, and the rows. `batch`: number of rows."""
         if self._in_one_call:
             return alike(parts, batch)
         return ((part, Rows(part.rows[None], np.int32(1))) for part in parts)
 
 
 def alike(parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, Rows]]:
-    """Neighbours of one size and of one width: the first, and the rows of all.
+    """Joins consecutive micro-batches of the same size and width: yields the first one, and the rows of all.
 
-    K is what a whole batch would make, however many there are: a program compiles once for each width.
+    K is always the number that a complete batch would have, so that a program compiles only once for each width.
     """
     for _, group in itertools.groupby(parts, key=lambda p: (p.slots, p.answer_slots, len(p.rows))):
         neighbours = list(group)
