@@ -1,4 +1,4 @@
-"""JSONL files of prompts answered, or of given answers scored, by a checkpoint."""
+"""Answers the prompts, or scores the given answers, of a JSONL file with a checkpoint."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -20,22 +20,22 @@ from camopd_jax.runtime.mesh import check_rows, make_mesh
 
 @dataclass(frozen=True)
 class FileJob:
-    """A file of rows and the checkpoint that answers or scores them, as the flags of the same names give them."""
+    """The values of the flags that `generate` and `score` share."""
 
     model: str  # Hugging Face folder or hub name
     input: str  # JSONL file of rows with a prompt
     output: str  # JSONL file to write
-    system: str | None  # system prompt of conversations without one
-    batch_size: int  # rows at one time
+    system: str | None  # system prompt added to conversations that have none
+    batch_size: int  # rows computed at a time
     dtype: Literal["auto", "float32", "bfloat16"]  # of weights and matrix products
 
 
 def answer_file(job: FileJob, sampling: Sampling, max_new_tokens: int, seed: int) -> None:
-    """Writes the job's rows with an answer to each: "response", "response_ids", "logprobs" and "finish_reason".
+    """Adds an answer to each row: "response", "response_ids", "logprobs" and "finish_reason". Writes the rows.
 
     Args:
-      max_new_tokens: the longest answer.
-      seed: of the sampling; an answer depends on it, the row's number and its prompt alone.
+      max_new_tokens: maximum length of an answer.
+      seed: for sampling; an answer depends only on it, the row number and the prompt.
 
     Raises:
       UserError: for a model or rows that cannot be read, and an output that cannot be written.
@@ -60,7 +60,7 @@ def answer_file(job: FileJob, sampling: Sampling, max_new_tokens: int, seed: int
 
 
 def score_file(job: FileJob, temperature: float) -> None:
-    """Writes the job's rows with "response", "response_ids" and "logprobs" of each row's response.
+    """Adds "response", "response_ids" and "logprobs" of the given response to each row. Writes the rows.
 
     Args:
       temperature: logits are divided by this.
@@ -88,14 +88,14 @@ def score_file(job: FileJob, temperature: float) -> None:
 
 
 def _read(job: FileJob) -> tuple[list[Row], Tokenizer]:
-    """The rows, and the tokenizer of the model."""
+    """The rows of the input, and the model's tokenizer."""
     check_rows(make_mesh(), "--batch_size", job.batch_size)
     rows = sources.read_jsonl(job.input)
     return rows, templates.load_tokenizer(loading.find(job.model, "--model"))
 
 
 def _load(job: FileJob, context: int) -> Loaded:
-    """The model, for sequences of up to `context` tokens."""
+    """Loads the model for sequences of up to `context` tokens."""
     compute = Compute(teacher=job.dtype, matmul=job.dtype)
     folder = loading.find(job.model, "--model")
     return loading.load(folder, make_mesh(), compute, dtype=loading.teacher_dtype(compute), context=context)
