@@ -1,6 +1,6 @@
-"""What a decoder-only transformer is, read from a Hugging Face `config.json`.
+"""The properties of a decoder-only transformer, read from a Hugging Face `config.json`.
 
-Architectures are described by their properties, never by name: whoever reads the layers meets no family.
+The layers depend only on these properties, never on the name of a model family.
 """
 
 import dataclasses
@@ -23,7 +23,7 @@ class Rope:
     theta: float
     scaling: Literal["default", "linear", "llama3"] = "default"
     factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3 only, as the next two
+    low_freq_factor: float = 1.0  # this and the next two only for llama3
     high_freq_factor: float = 4.0
     original_context: int = 8192
 
@@ -43,21 +43,21 @@ class ModelConfig:
     tied_head: bool
     activation: Activation
     ropes: tuple[Rope, ...]
-    layer_rope: tuple[int, ...]  # which of `ropes` a layer uses
-    windows: tuple[int | None, ...]  # how many positions a layer sees, the token's own included; None: all
+    layer_rope: tuple[int, ...]  # for each layer, an index in `ropes`
+    windows: tuple[int | None, ...]  # for each layer, the attention window in positions, the token's own included
     query_scale: float  # factor on q.k
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
     qk_norm: bool = False
-    post_norms: bool = False  # norms after attention and feed-forward too
+    post_norms: bool = False  # whether norms follow attention and feed-forward too
     norm_offset: float = 0.0  # added to a norm's weight
     embed_scale: float = 1.0
     attention_softcap: float | None = None
     final_softcap: float | None = None
     initializer_range: float = 0.02
     output_vocab_size: int | None = None  # logits are cut to this; None: vocab_size
-    module_names: tuple[tuple[str, str], ...] = ()  # what Hugging Face names otherwise than `weights.MODULE_NAMES`
+    module_names: tuple[tuple[str, str], ...] = ()  # Hugging Face names that differ from `weights.MODULE_NAMES`
 
     @property
     def distinct_windows(self) -> tuple[int | None, ...]:
@@ -66,26 +66,26 @@ class ModelConfig:
 
     @property
     def layer_window(self) -> tuple[int, ...]:
-        """Which of `distinct_windows` a layer uses."""
+        """For each layer, an index in `distinct_windows`."""
         return tuple(self.distinct_windows.index(window) for window in self.windows)
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What the attention of a model's layers has in common."""
+    """The settings of attention that all layers of a model share."""
 
-    windows: tuple[int | None, ...]  # the different windows of the layers, None where a layer sees everything
+    windows: tuple[int | None, ...]  # the different windows of the layers; None: no window
     scale: float  # factor on q.k, before `softcap * tanh(scores / softcap)`
     softcap: float | None = None
-    # Of whole rows. "fused": the platform's kernel; "auto": the kernel where the rows are long enough for it and divide
-    # over the mesh; "xla": plain products, as always over a cache.
+    # For complete rows. "fused": the platform's kernel; "auto": the kernel if rows are long enough and divide over the
+    # mesh; "xla": plain matrix products. Attention over a cache is always plain.
     implementation: Implementation = "xla"
-    mesh: Mesh | None = None  # what rows and heads are split over; None: one device
+    mesh: Mesh | None = None  # rows and heads are split over it; None: one device
 
 
 _REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
-# Fields that change no number here: names, special tokens, regularisers of training, caches, what files hold.
+# Fields without effect on the output: names, special tokens, regularisation in training, caches, file formats.
 _HARMLESS = frozenset(
     """
     architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id
@@ -100,15 +100,15 @@ _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
 
 def from_hf(config: Fields, *, context: int | None = None, where: str = "config.json") -> ModelConfig:
-    """Reads a config.json, as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes it.
+    """Reads a config.json of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
 
     Args:
-      context: the longest sequence of the run, in tokens. "dynamic" RoPE scaling depends on it: it is
-        resolved once, so that a row never depends on its neighbours. Other kinds do not.
-      where: how errors name the file.
+      context: the longest sequence of the run in tokens. Only "dynamic" RoPE scaling depends on it: the scaling is
+        computed once for this length, so that a row's result does not depend on the other rows.
+      where: the file's name in error messages.
 
     Raises:
-      UserError: for an unknown architecture, and for any field that would change the maths unread.
+      UserError: for an unknown architecture, and for an unknown field that may change the output.
     """
     fields, family = _understood(config, where)
     heads = fields["num_attention_heads"]
@@ -150,7 +150,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
 
 
 def _understood(config: Fields, where: str) -> tuple[Fields, Family]:
-    """The fields of a config.json with its family's defaults, and the family.
+    """Checks the fields of a config.json; returns them with the defaults of its family, and the family.
 
     Raises:
       UserError: as `from_hf`.
@@ -219,7 +219,7 @@ def _rope(fields: Fields, head_dim: int, max_positions: int, context: int | None
     if scaling == "linear":
         return dataclasses.replace(rope, scaling="linear", factor=float(fields["factor"]))
     if scaling == "dynamic":
-        # NTK-aware scaling (transformers' "dynamic"), at the one length the run is planned for.
+        # NTK-aware scaling ("dynamic" in transformers), for the fixed length `context`.
         stretch = max(context or 0, max_positions) / max_positions
         growth = float(fields["factor"]) * stretch - (float(fields["factor"]) - 1)
         return dataclasses.replace(rope, theta=rope.theta * growth ** (head_dim / (head_dim - 2)))

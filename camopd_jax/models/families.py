@@ -1,8 +1,8 @@
-"""The model families that are understood: one row each.
+"""The supported model families, one row each.
 
-A row says what a `config.json` leaves out: the defaults that transformers takes where a field is missing, and what the
-architecture itself fixes. `config.from_hf` turns a row and a `config.json` into the properties of a `ModelConfig`; no
-other module knows families. A family with the same layers needs one row.
+A row has the information that is not in `config.json`: the defaults of transformers for missing fields, and the fixed
+properties of the architecture. `config.from_hf` combines a row and a `config.json` into a `ModelConfig`; no other
+module depends on families.
 """
 
 from collections.abc import Callable, Mapping
@@ -14,25 +14,25 @@ Fields = Mapping[str, Any]  # of a config.json
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one architecture apart from another with the same layers."""
+    """The properties of a model family that its config.json does not have."""
 
-    defaults: Fields  # what transformers takes for a missing field; a field without one is refused
-    # Whether layer i has a window, where config.json has no layer_types.
+    defaults: Fields  # the defaults of transformers; a field of config.json without a default is refused
+    # Whether layer i has an attention window, if config.json has no layer_types
     slides: Callable[[int, Fields], bool] = lambda i, fields: False
     activation_field: str = "hidden_act"
-    qkv_bias: bool | None = None  # None: as attention_bias says
-    output_bias: bool | None = None  # of the attention's output projection; None: as attention_bias says
+    qkv_bias: bool | None = None  # None: the value of attention_bias
+    output_bias: bool | None = None  # of the attention's output projection; None: the value of attention_bias
     qk_norm: bool = False
-    post_norms: bool = False  # norms after attention and feed-forward too
+    post_norms: bool = False  # whether norms follow attention and feed-forward too
     norm_offset: float = 0.0  # added to a norm's weight
-    scales_embedding: bool = False  # by the square root of the model's width
-    local_rope_field: str | None = None  # the RoPE base of layers with a window, where it is their own
-    # Modules that Hugging Face names otherwise than `weights.MODULE_NAMES`.
+    scales_embedding: bool = False  # whether embeddings are multiplied by the square root of the model width
+    local_rope_field: str | None = None  # field with the RoPE base of layers with a window, if it is different
+    # Hugging Face names of modules that differ from `weights.MODULE_NAMES`
     module_names: Mapping[str, str] = field(default_factory=dict)
 
 
 def _like(base: Family, defaults: Fields, **properties: Any) -> Family:
-    """Another family: `base` with these defaults beside its own, and these properties instead of its own."""
+    """A family like `base`, with additional defaults and changed properties."""
     return replace(base, defaults={**base.defaults, **defaults}, **properties)
 
 

@@ -1,4 +1,4 @@
-"""Hugging Face folders: safetensors straight onto the mesh, and back."""
+"""Reads the safetensors of Hugging Face folders directly onto the mesh, and writes such folders."""
 
 import hashlib
 import json
@@ -27,7 +27,7 @@ _HEAD, _EMBEDDING = (f"{MODULE_NAMES[name]}.weight" for name in ("head", "embedd
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies on disk."""
+    """The location of a tensor on disk."""
 
     file: Path
     dtype: np.dtype
@@ -35,7 +35,7 @@ class Tensor:
     offset: int  # bytes from the start of the file
 
     def map(self) -> np.ndarray:
-        """The tensor, read from disk only where it is looked at."""
+        """The tensor as a memory map: only the parts that are used are read from disk."""
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
@@ -43,10 +43,10 @@ class Tensor:
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, or a file like it.
+    """Reads config.json in a folder, or the given file.
 
     Raises:
-      UserError: if it is missing, no JSON, or asks for remote code.
+      UserError: if it is missing, is not JSON, or needs code from the checkpoint.
     """
     file = folder if folder.is_file() else folder / "config.json"
     config = _read_json(file)
@@ -59,12 +59,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
-    """Reads the parameters onto the mesh, each device's piece straight from disk.
+    """Reads the parameters onto the mesh, each shard directly from disk.
 
-    The host holds one piece of one stacked parameter at a time.
+    The host has one shard of one stacked parameter in memory at a time.
 
     Raises:
-      UserError: for all that `matching` refuses.
+      UserError: as `matching`.
     """
     on_disk = matching(folder, config)
     sharding_of = shardings(config, mesh)
@@ -73,15 +73,15 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
         views = [row.from_hf(on_disk[name].map()) for name in row.names(config.num_layers)]
         piece = partial(_piece, views, row.stacked, dtype)
         leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), piece)
-        leaves[row.path] = jax.block_until_ready(leaf)  # else the next piece is read while this one is still held
+        leaves[row.path] = jax.block_until_ready(leaf)  # else this shard is in host memory while the next is read
     return tree_of(leaves)
 
 
 def _piece(views: list[np.ndarray], stacked: bool, dtype: str, index: tuple[slice, ...] | None) -> np.ndarray:
-    """What one device holds of a parameter, read from the tensors that make it.
+    """One device's shard of a parameter, read from the tensors that it consists of.
 
     Args:
-      index: of the piece; None, which JAX's own type admits, does not occur.
+      index: of the shard. JAX's type allows None, but it does not occur.
     """
     assert index is not None
     wanted = [view[index[1:]] for view in views[index[0]]] if stacked else [views[0][index]]
@@ -92,10 +92,10 @@ def _piece(views: list[np.ndarray], stacked: bool, dtype: str, index: tuple[slic
 
 
 def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a folder, which are those of a model of this config.
+    """The tensors of a folder, checked against a model config.
 
     Raises:
-      UserError: for missing, extra or misshaped tensors, and for all `tensors` refuses.
+      UserError: for missing or additional tensors and wrong shapes, and as `tensors`.
     """
     on_disk = tensors(folder)
     shapes = {name: row.hf_shape for row in table(config) for name in row.names(config.num_layers)}
@@ -120,11 +120,11 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder by name, from the headers alone. Rotary tables of old checkpoints are left out.
+    """All tensors of a folder by name, read from the file headers. Rotary tables of old checkpoints are left out.
 
     Raises:
-      UserError: if there are no safetensors (pickles are refused), a file is missing, cut short or
-        broken, or the index names a file outside the folder.
+      UserError: if there are no safetensors (pickles are refused), if a file is missing, truncated or damaged, or if
+        the index names a file outside the folder.
     """
     index = folder / _INDEX
     if index.exists():
@@ -166,8 +166,8 @@ def tensor_dtypes(folder: Path) -> dict[str, np.dtype]:
 def fingerprint(folder: Path) -> str:
     """A hash of config.json and of every tensor's name, type, shape and first, middle and last 4 KiB.
 
-    Cheap on any size of model. Two checkpoints of one training run differ in every tensor, so they
-    differ here; a few changed numbers in the middle of a tensor may pass unseen.
+    It takes little time for any model size. Checkpoints of one training run differ in every tensor, so their hashes
+    differ. A few changed values in the middle of a tensor may not change the hash.
     """
     digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
     for name, tensor in sorted(tensors(folder).items()):
@@ -194,7 +194,7 @@ def _header(file: Path) -> dict[str, Tensor]:
 
 
 def _entry(file: Path, name: str, entry: dict[str, Any], data: int, size: int) -> Tensor:
-    """One tensor of a header; `data` is where the file's tensors begin, `size` where it ends, in bytes."""
+    """One tensor of a header. `data`: offset of the first tensor in the file; `size`: of the file; both in bytes."""
     start, stop = entry["data_offsets"]
     if entry["dtype"] not in _DTYPES:
         raise UserError(
@@ -210,7 +210,7 @@ def _entry(file: Path, name: str, entry: dict[str, Any], data: int, size: int) -
 
 
 def _check_tied(on_disk: dict[str, Tensor], folder: Path) -> None:
-    """Raises UserError if a head that config.json ties to the embedding differs from it."""
+    """Raises UserError if the head differs from the embedding, though config.json says they are tied."""
     head, embedding = on_disk[_HEAD], on_disk[_EMBEDDING]
     if head.dtype != embedding.dtype or not np.array_equal(head.map().view(np.uint8), embedding.map().view(np.uint8)):
         raise UserError(
@@ -242,12 +242,12 @@ def save(
     dtypes: dict[str, np.dtype],
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Writes config.json and sharded safetensors. Every process takes part; the first one writes.
+    """Writes config.json and sharded safetensors. Every process must call it; process 0 writes.
 
     Args:
-      hf_config: the config.json to write.
-      dtypes: of the tensors, by Hugging Face name: those of the checkpoint that training started from.
-      max_shard_bytes: files stay below this, and so does the host's memory.
+      hf_config: the contents of config.json.
+      dtypes: of the tensors, by Hugging Face name: as in the checkpoint that training started from.
+      max_shard_bytes: maximum size of a file, which also limits the host memory needed.
     """
     check_rows_cover(params, config)
     files = _Files(folder, max_shard_bytes)
@@ -264,12 +264,12 @@ def save(
 
 
 class _Files:
-    """The safetensors files of a folder in the making: tensors join one until it is full."""
+    """Writes the safetensors files of a folder: tensors are added to a file until it is full."""
 
     def __init__(self, folder: Path, max_bytes: int):
         self._folder, self._max_bytes = folder, max_bytes
         self._writes = jax.process_index() == 0
-        self._names: list[list[str]] = []  # of the tensors of each file that is full
+        self._names: list[list[str]] = []  # names of the tensors in each written file
         self._pending: dict[str, np.ndarray] = {}
         self._total = 0
 
@@ -280,7 +280,7 @@ class _Files:
         self._total += tensor.nbytes
 
     def close(self, hf_config: dict[str, Any]) -> None:
-        """Writes what is pending and config.json, and gives the files the names that Hugging Face expects."""
+        """Writes the last file and config.json, and renames the files as Hugging Face expects."""
         self._flush()
         if not self._writes:
             return
@@ -302,6 +302,6 @@ class _Files:
             file.touch()
             mode = file.stat().st_mode
             save_file(self._pending, file, metadata={"format": "pt"})
-            file.chmod(mode)  # safetensors keeps a file to its owner
+            file.chmod(mode)  # safetensors creates files that only the owner can read
         self._names.append(list(self._pending))
         self._pending.clear()

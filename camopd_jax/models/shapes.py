@@ -1,10 +1,10 @@
-"""Public models' shapes by name, as `config.json` contents: for benchmarks with random weights, and for plans."""
+"""The `config.json` contents of public models by name, for `plan` and for benchmarks with random weights."""
 
 from typing import Any
 
 
 def _qwen3(hidden: int, intermediate: int, layers: int, heads: int, tied: bool = True, **fields: Any) -> dict[str, Any]:
-    """The fields that all models of the family have in common, with the sizes that differ."""
+    """A config of this family: the fields that all its models share, and the given sizes."""
     return {
         "model_type": "qwen3",
         "vocab_size": 151936,
