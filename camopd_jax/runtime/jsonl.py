@@ -1,4 +1,4 @@
-"""Files of JSON lines, of which a kill leaves none half-written but the last line of one that grows."""
+"""Reads and writes JSONL files. If the process is killed, at most the last line of a growing file is incomplete."""
 
 import contextlib
 import json
@@ -12,10 +12,10 @@ from camopd_jax.errors import UserError
 
 
 def write_rows(path: str | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one object a line to a part file beside `path`, then moves it there.
+    """Writes one object per line to a temporary file beside `path`, then renames it to `path`.
 
     Raises:
-      UserError: if the file cannot be written; what was at `path` before is still there.
+      UserError: if the file cannot be written; an existing file at `path` is unchanged.
     """
     with atomic_file(path) as file:
         for row in rows:
@@ -24,10 +24,10 @@ def write_rows(path: str | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
 
 @contextlib.contextmanager
 def atomic_file(path: str | epath.Path) -> Iterator[TextIO]:
-    """A text file to write, which replaces `path` when all is written.
+    """A text file to write, which replaces `path` when it is complete.
 
     Raises:
-      UserError: if it cannot be written; what was at `path` before is still there.
+      UserError: if it cannot be written; an existing file at `path` is unchanged.
     """
     path = epath.Path(path)
     part = path.parent / (path.name + ".part")
@@ -41,7 +41,7 @@ def atomic_file(path: str | epath.Path) -> Iterator[TextIO]:
 
 
 def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds one object a line to a file. Numbers that are not finite become null.
+    """Appends one object per line to a file. Numbers that are not finite become null.
 
     Raises:
       UserError: if the file cannot be written.
@@ -49,7 +49,7 @@ def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     text = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if "://" in str(path):  # object stores do not append: gcsfs takes "a" for "w"
+        if "://" in str(path):  # object stores cannot append: gcsfs treats "a" like "w"
             path.write_text((path.read_text() if path.exists() else "") + text)
         else:
             with path.open("a") as stream:
@@ -70,7 +70,7 @@ def _finite(value: Any) -> Any:
 
 
 def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-    """The rows of a file that a run appends to; none if it does not exist. A last line cut by a kill is left out."""
+    """The rows of a growing file; empty if the file does not exist. An incomplete last line is left out."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
@@ -83,6 +83,6 @@ def read_rows(path: epath.Path) -> list[dict[str, Any]]:
 
 
 def drop_rows_after(path: epath.Path, steps_done: int) -> None:
-    """Keeps the rows of the first `steps_done` steps, so that a run that goes on writes none of them twice."""
+    """Removes the rows after the first `steps_done` steps, so that a resumed run writes no row twice."""
     if path.exists():
         write_rows(path, (row for row in read_rows(path) if row["step"] < steps_done))
