@@ -1,8 +1,7 @@
-"""Rows of well-known public datasets, recognised by their columns, as rows with "messages" and "answer".
+"""Converts rows of public datasets, recognised by their columns, to rows with "messages" and "answer".
 
-Column names are those of the datasets on the Hugging Face hub, so that a local copy (JSONL or parquet) of one reads
-the same. A question with options keeps them as "question" and "options" beside its messages, from which the recipes
-build prompts of their own.
+The column names are those on the Hugging Face hub, so a local copy (JSONL or parquet) of a dataset works too. Questions
+with options also have the fields "question" and "options", from which the recipes build their own prompts.
 """
 
 import json
@@ -16,7 +15,7 @@ LETTERS = "ABCDEFGHIJ"
 
 
 def normalise(row: Row) -> Row:
-    """The row with "messages", and "answer" where its dataset gives one; a row of an unknown dataset as it is."""
+    """Adds "messages", and "answer" if the dataset has one; a row of an unknown dataset is returned unchanged."""
     if "messages" in row:
         return row
     for columns, convert in _DATASETS:
@@ -26,7 +25,7 @@ def normalise(row: Row) -> Row:
 
 
 def question_row(question: str, options: Sequence[str] = ()) -> Row:
-    """A conversation of one question, with its options one to a line behind it.
+    """A conversation of one question, followed by its options, one per line.
 
     >>> question_row("Which metal?", ["Iron", "Zinc"])["messages"][0]["content"]
     'Which metal?\\n\\nA. Iron\\nB. Zinc'
@@ -67,7 +66,7 @@ def _pubmedqa(row: Row) -> Row:
 
 
 def _medreason(row: Row) -> Row:
-    """Options come as one text, in lines like "A. Aspirin" or "Answer Choices:\\nA. Aspirin"; some rows have none."""
+    """The options are one text with lines like "A. Aspirin" or "Answer Choices:\\nA. Aspirin"; some rows have none."""
     lines = re.findall(r"^\s*[A-J][.):]\s*(.+?)\s*$", str(row["options"]), re.MULTILINE)
     return question_row(row["question"], lines)
 
@@ -84,7 +83,7 @@ def _mbpp(row: Row) -> Row:
 
 
 def _zebra(row: Row) -> Row | None:
-    """The grid as {"House 1": {"Name": ...}}; its public copy masks the answers, which are then left out."""
+    """The answer is a grid, {"House 1": {"Name": ...}}; it is left out if masked, as in the public dataset."""
     grid = row["solution"]
     if not isinstance(grid, dict) or "header" not in grid:
         return None
@@ -107,7 +106,7 @@ def _sharegpt(row: Row) -> Row | None:
     return {"messages": [{"role": roles[turn["from"]], "content": turn["value"]} for turn in turns]}
 
 
-# The first entry whose columns a row has, and whose function takes the row, converts it.
+# A row is converted by the first entry whose columns it has and whose function does not return None.
 _DATASETS: list[tuple[tuple[str, ...], Callable[[Row], Row | None]]] = [
     (("question", "opa", "opb", "opc", "opd"), _medmcqa),  # openlifescienceai/medmcqa
     (("question", "options", "answer_idx"), _medqa),  # GBaker/MedQA-USMLE-4-options

@@ -1,7 +1,6 @@
-"""Builds a recipe's set of prompts: chooses rows of its datasets, and writes them with a manifest of their origin.
+"""Builds a recipe's prompt set: selects rows of its datasets, and writes them with a manifest of their origin.
 
-No prompt is among the questions of an evaluation, and no prompt comes twice. The same recipe, seed and revisions give
-the same files.
+A prompt set has no evaluation questions and no duplicates. The same recipe, seed and revisions give the same files.
 """
 
 import hashlib
@@ -26,38 +25,38 @@ from camopd_jax.runtime.jsonl import atomic_file, write_rows
 
 Manifest = dict[str, Any]
 
-# ----------------------------------------------------------------------------------- choosing rows
+# ----------------------------------------------------------------------------------- selecting rows
 
 
 @dataclass
 class Excluded:
-    """What must not become a prompt."""
+    """Texts that must not become prompts."""
 
-    questions: set[str]  # keys of the evaluations' questions
-    prompts: set[bytes] = field(default_factory=set)  # digests of the prompts of earlier rows
+    questions: set[str]  # keys of the evaluation questions
+    prompts: set[bytes] = field(default_factory=set)  # digests of the prompts so far
 
 
 @dataclass
 class Chosen:
-    """A part's prompts, and what became of the rows that were read."""
+    """The selected prompts of a part, and counts of the rows that were read."""
 
-    prompts: dict[int, Row] = field(default_factory=dict)  # by the row's number in its source, rising
+    prompts: dict[int, Row] = field(default_factory=dict)  # by row number in the source, ascending
     read: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)  # rows by reason
+    dropped: Counter[str] = field(default_factory=Counter)  # number of rows by reason
 
 
 def choose(part: Part, rows: Iterable[RawRow], excluded: Excluded, seed: int) -> Chosen:
-    """Chooses a part's prompts: those of the highest rank, or a random sample.
+    """Selects the prompts of a part: those with the highest rank, or a random sample.
 
     Args:
       rows: of the part's source, unchecked.
-      excluded: this part's usable prompts are added to it.
-      seed: of the random sample.
+      excluded: the part's usable prompts are added to it.
+      seed: for the random sample.
     """
     chosen = Chosen()
     usable = _usable(part, rows, excluded, chosen)
     limit = part.window * part.rows if part.window else None
-    best: list[tuple[tuple[int, int], Row]] = []  # a heap of ((rank, -number), prompt); its least is dropped first
+    best: list[tuple[tuple[int, int], Row]] = []  # a heap of ((rank, -number), prompt)
     for number, row, messages in itertools.islice(usable, limit):
         rank = part.rank(row) if part.rank else _random_rank(seed, part.name, number)
         prompt: Row = {"id": f"{part.name}-{number}", "source": part.name, "messages": messages}
@@ -73,7 +72,7 @@ def choose(part: Part, rows: Iterable[RawRow], excluded: Excluded, seed: int) ->
 def _usable(
     part: Part, rows: Iterable[RawRow], excluded: Excluded, chosen: Chosen
 ) -> Iterator[tuple[int, Row, Messages]]:
-    """The number, row and prompt of each row that may be chosen; counts all rows in `chosen`."""
+    """Number, row and prompt of each row that can be selected. Counts all rows in `chosen`."""
     for number, (raw, where) in enumerate(rows):
         chosen.read += 1
         try:
@@ -94,7 +93,7 @@ def _usable(
 
 
 def _random_rank(seed: int, part: str, number: int) -> int:
-    """Of a row, from its number alone: a sample does not depend on the other rows."""
+    """The random rank of a row depends only on its number, so a sample does not depend on the other rows."""
     return int.from_bytes(_digest(f"{seed}:{part}:{number}"))
 
 
@@ -110,14 +109,14 @@ def build(recipe: Recipe, name: str, out: Path, evaluations: Sequence[tuple[str,
 
     Args:
       name: of the recipe, for the manifest.
-      evaluations: (source, split) of the questions that must not be among the prompts.
-      seed: of the random samples.
+      evaluations: (source, split) of the evaluation questions.
+      seed: for the random samples.
 
     Returns:
-      The manifest: source, revision and licence of every part, its rows, and those that were dropped and why.
+      The manifest: source, revision and licence of every part, and the numbers of selected and dropped rows.
 
     Raises:
-      UserError: for a source that cannot be read, and if no row is a prompt.
+      UserError: for a source that cannot be read, and if no row has a prompt.
     """
     excluded, evaluation_facts = exclude(evaluations)
     prompts: list[Row] = []
@@ -153,10 +152,10 @@ def build(recipe: Recipe, name: str, out: Path, evaluations: Sequence[tuple[str,
 
 
 def exclude(evaluations: Sequence[tuple[str, str]]) -> tuple[Excluded, list[dict[str, Any]]]:
-    """The questions of all evaluations, and the facts on each for the manifest.
+    """The questions of all evaluations, and the manifest's entry for each evaluation.
 
     Args:
-      evaluations: source and split of each.
+      evaluations: source and split of each evaluation.
     """
     keys: set[str] = set()
     facts = []
@@ -169,7 +168,7 @@ def exclude(evaluations: Sequence[tuple[str, str]]) -> tuple[Excluded, list[dict
 
 
 def origin(source: str, field: str) -> tuple[str, dict[str, Any]]:
-    """The source to read, at a fixed revision, and its "source", "revision" and "licence" for the manifest.
+    """The source with a fixed revision, and its "source", "revision" and "licence" for the manifest.
 
     Args:
       field: the flag that names the source, for error messages.
@@ -208,7 +207,7 @@ def _part_facts(part: Part, origin_facts: dict[str, Any], chosen: Chosen) -> dic
 
 
 def _conversations_left(part: Part, source: str, evaluated: set[str], chosen: Collection[int]) -> Iterator[Row]:
-    """The conversations that were not chosen, with their last turn."""
+    """The conversations that were not selected, including their last turn."""
     for number, (raw, where) in enumerate(sources.stream(source, part.split, part.name)):
         try:
             row = sources.checked(raw, where)
@@ -224,7 +223,7 @@ def _sha256(file: Path) -> str:
 
 
 def summary(manifest: Manifest, out: Path) -> str:
-    """What the command prints: a line on each part, then what was removed and the folder."""
+    """The output of the command: a line for each part, then the number of removed questions and the folder."""
     lines = []
     for part in manifest["parts"]:
         fewer = f", {part['asked'] - part['kept']} fewer than asked" if part["kept"] < part["asked"] else ""

@@ -1,8 +1,8 @@
-"""Rows of prompts from JSONL or parquet files, or from a dataset of the Hugging Face hub.
+"""Reads rows from JSONL or parquet files, or from a dataset of the Hugging Face hub.
 
-A row is a dict with one of "messages" ([{"role", "content"}, ...]), "prompt" (text) and "prompt_ids" ([int, ...]);
-commonly "answer", "response" or "response_ids"; its other fields are kept. Rows of a dataset that columns.py knows
-become such rows.
+A row is a dict with one of "messages" ([{"role", "content"}, ...]), "prompt" (text) and "prompt_ids" ([int, ...]). It
+may have "answer", "response" or "response_ids"; other fields are kept. Rows of the datasets in columns.py are converted
+to such rows.
 """
 
 import itertools
@@ -24,10 +24,10 @@ def read(source: str, split: str = "train", limit: int | None = None, field: str
     """The checked rows of a source.
 
     Args:
-      source: .jsonl or .parquet file, several with commas between them; else the name of a dataset, with its
-        configuration behind a colon and its revision behind an at sign if wanted ("openai/gsm8k:main@cc7b047").
+      source: .jsonl or .parquet files, separated by commas; or the name of a dataset, with configuration and revision
+        if needed ("openai/gsm8k:main@cc7b047").
       split: of a dataset.
-      limit: only the first rows; a dataset is then not downloaded completely.
+      limit: read only this many rows, the first ones; a dataset is then not downloaded completely.
       field: the flag or config field that names the source, for error messages.
 
     Raises:
@@ -38,7 +38,7 @@ def read(source: str, split: str = "train", limit: int | None = None, field: str
 
 
 def read_jsonl(path: str | Path) -> list[Row]:
-    """The checked rows of the JSONL file that --input names; blank lines are skipped."""
+    """The checked rows of the JSONL file of the flag --input; blank lines are skipped."""
     return [checked(row, where) for row, where in _jsonl(_existing(path, "--input"))]
 
 
@@ -46,7 +46,7 @@ def stream(source: str, split: str, field: str, download: bool = False) -> Itera
     """The rows of a source one by one, unchecked.
 
     Args:
-      download: whether a dataset is downloaded before its first row, and kept for the next time.
+      download: whether to download a dataset completely before the first row, into the local cache.
     """
     for name in (part.strip() for part in source.split(",")):
         if name.endswith(".parquet"):
@@ -59,7 +59,7 @@ def stream(source: str, split: str, field: str, download: bool = False) -> Itera
 
 
 def is_file(source: str) -> bool:
-    """Whether a source is a file; else it is a dataset of the hub."""
+    """Whether a source is a file, not a dataset of the hub."""
     return source.endswith(_FILES)
 
 
@@ -120,7 +120,7 @@ def _load_dataset(name: str, split: str, field: str, streaming: bool) -> Any:
 
 
 def pinned(name: str, field: str) -> tuple[str, str | None]:
-    """A dataset's name with its current revision behind an at sign, and the licence that its card states.
+    """A dataset's name with its current revision after "@", and the licence in its dataset card.
 
     Raises:
       UserError: if the hub has no such dataset.
@@ -150,7 +150,7 @@ def _parts(name: str) -> tuple[str, str | None, str | None]:
 
 
 def checked(row: Any, where: str) -> Row:
-    """The row, normalised by columns.py, with a prompt and fields of the right types.
+    """Converts a row with columns.py, and checks that it has a prompt and fields of the right types.
 
     Args:
       where: the row's file and line, for error messages.
@@ -160,7 +160,7 @@ def checked(row: Any, where: str) -> Row:
     """
     if not isinstance(row, dict):
         raise UserError(f"{where}: a row must be a JSON object, this is {type(row).__name__}")
-    row = columns.normalise({name: value for name, value in row.items() if value is not None})  # parquet's empty cells
+    row = columns.normalise({name: value for name, value in row.items() if value is not None})  # None: an empty cell
     if "messages" in row:
         _check_messages(row["messages"], where)
     elif "prompt_ids" in row:
