@@ -1,4 +1,4 @@
-"""The questions of a benchmark, and the tokens in which a model reads them."""
+"""Reads the questions of a benchmark and converts them to tokens."""
 
 from collections.abc import Sequence
 
@@ -10,10 +10,10 @@ from camopd_jax.evals.task import Row, Task
 
 
 def read_questions(benchmark: Benchmark, task: Task, limit: int | None = None) -> list[Row]:
-    """The rows of a benchmark, each with the fields that its task needs.
+    """The rows of a benchmark.
 
     Args:
-      limit: only the first rows.
+      limit: read only this many rows, the first ones.
 
     Raises:
       UserError: for a benchmark without questions, and for a row without a field that its task needs.
@@ -35,13 +35,13 @@ def read_questions(benchmark: Benchmark, task: Task, limit: int | None = None) -
 
 
 def prompts(benchmark: Benchmark, task: Task, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[list[int]]:
-    """The token ids of each question, with the benchmark's instruction or else its task's."""
+    """The token ids of each question with the benchmark's instruction, or else with its task's."""
     instruction = task.instruction if benchmark.instruction is None else benchmark.instruction
     return [templates.prompt_ids(tokenizer, with_instruction(row, instruction), benchmark.template) for row in rows]
 
 
 def with_instruction(row: Row, instruction: str) -> Row:
-    """A copy of the row with an instruction behind its last request.
+    """A copy of the row with an instruction after its last request.
 
     >>> with_instruction({"prompt": "2 + 2?"}, "Be brief.")
     {'prompt': '2 + 2?\\n\\nBe brief.'}

@@ -1,14 +1,14 @@
-"""Multiple choice: the letter after `Final answer:`. MedQA-USMLE, MedMCQA, ARC, PubMedQA.
+"""Multiple choice: grades the letter after `Final answer:`. MedQA-USMLE, MedMCQA, ARC, PubMedQA.
 
-MedQA is graded as in the CaMOPD paper (Appendix B): the answer must end with "Final answer: <letter>", exact match.
-An answer without the marker is wrong, however clear it may be, and counted as unmarked.
+MedQA is graded as in the CaMOPD paper (Appendix B): the answer must end with "Final answer: <letter>", exact match. An
+answer without this marker is wrong, even if it is clear, and counts as unmarked.
 """
 
 import re
 
 from camopd_jax.evals.task import Grade, Row, Task
 
-# The answer is one letter: "(B)", "**B**" and "B." are; "A or B", "Because" and "B12" are not.
+# Accepted as one letter: "(B)", "**B**", "B."; not accepted: "A or B", "Because", "B12".
 _MARKER = re.compile(r"final answer\W*?:\s*(.*)", re.IGNORECASE)
 _ORNAMENT = r"[\s*_`$()\[\]{}]*"
 _LETTER = re.compile(
@@ -18,7 +18,7 @@ _SECOND = re.compile(r"\s*(?:,|/|&|\bor\b|\band\b)\s*[*(\[]*[a-z](?![\w'\u2019])
 
 
 def final_answer(answer: str) -> str | None:
-    """The text behind the `Final answer:` that the answer ends on; None if it ends on something else."""
+    """The text after the last `Final answer:`; None if there is none or if more lines follow it."""
     last = max(_MARKER.finditer(answer), key=re.Match.start, default=None)
     if last is None or answer[last.end() :].strip("*_`$ \n"):
         return None
@@ -26,7 +26,7 @@ def final_answer(answer: str) -> str | None:
 
 
 def letter(answer: str) -> str | None:
-    r"""The one letter that an answer ends on, in upper case; None if it names none, or several.
+    r"""The letter of an answer's final answer, in upper case; None if there is none or more than one.
 
     >>> letter("A looks right at first. **Final answer: (B)**")
     'B'
@@ -42,7 +42,7 @@ def letter(answer: str) -> str | None:
 
 
 def grade(answer: str, row: Row) -> Grade:
-    """1 if the answer ends on the letter that is the row's "answer", else 0."""
+    """1 if the answer's letter is the row's "answer", else 0."""
     chosen = letter(answer)
     return Grade(float(chosen == str(row["answer"]).strip().upper()), marked=chosen is not None)
 
@@ -51,7 +51,7 @@ _WORDS = ("yes", "no", "maybe")
 
 
 def grade_pubmedqa(answer: str, row: Row) -> Grade:
-    """PubMedQA: one of yes, no and maybe, by its word or by its letter."""
+    """PubMedQA: yes, no or maybe, given as word or as letter."""
     rest = (final_answer(answer) or "").lower()
     words = {word for word in re.findall(r"[a-z]+", rest) if word in _WORDS}
     chosen = letter(answer)

@@ -1,4 +1,4 @@
-"""GSM8K: the number of the last `Final answer:`, `#### ` or \\boxed{...} of an answer, compared as a value."""
+"""GSM8K: compares the value of the number after an answer's last `Final answer:` or `####`, or in \\boxed{...}."""
 
 import re
 from fractions import Fraction
@@ -12,7 +12,7 @@ _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}
 
 
 def number(text: str) -> Fraction | None:
-    r"""The only number of a text, whatever its commas, units and LaTeX; None for none, or several.
+    r"""The value of the only number in a text with commas, units or LaTeX; None if there is none or more than one.
 
     >>> number(r"\$1,234.50 dollars")
     Fraction(2469, 2)
@@ -35,7 +35,7 @@ def _value(part: str) -> Fraction | None:
 
 
 def final_number(answer: str) -> Fraction | None:
-    """The number behind an answer's last mark; None if it has no mark, or no single number behind it."""
+    """The number after an answer's last marker; None if there is no marker, or not exactly one number after it."""
     marks = [(m.start(), m[1] or m[2] or "") for m in _MARKED.finditer(answer)]
     marks += [(m.start(), m[1]) for m in _BOXED.finditer(answer)]
     for _, text in sorted(marks, reverse=True)[:1]:

@@ -1,8 +1,8 @@
-"""Role-play and creative writing, scored from 1 to 10 by a language model behind any OpenAI-compatible endpoint.
+"""Role-play and creative writing, scored from 1 to 10 by a language model at an OpenAI-compatible endpoint.
 
-Off unless `config.evaluation.judge` names an endpoint and a model. The key is read from the environment variable
-OPENAI_API_KEY only; it is neither stored nor printed. A reply without a readable score is requested again; after three
-times the answer counts as unmarked, with a grade of 0.
+It needs `config.evaluation.judge` with an endpoint and a model. The key is read only from the environment variable
+OPENAI_API_KEY; it is not stored or printed. If the model's reply has no score, it is requested again. After three
+attempts the answer counts as unmarked, with a grade of 0.
 """
 
 import importlib.util
@@ -33,12 +33,12 @@ _SCORE = re.compile(r"score\W*:\W*(10|[1-9])(?![\d.])", re.IGNORECASE)
 
 
 def roleplay(config: Judge) -> Task:
-    """The benchmark `roleplay`, graded by the language model that `config` names."""
+    """The task `roleplay`, graded by the language model of `config`."""
     return _task("roleplay", config)
 
 
 def writing(config: Judge) -> Task:
-    """The benchmark `writing`, graded by the language model that `config` names."""
+    """The task `writing`, graded by the language model of `config`."""
     return _task("writing", config)
 
 
@@ -61,10 +61,10 @@ def check(config: Judge) -> None:
 
 
 def grade(answer: str, row: Row, *, kind: str, config: Judge) -> Grade:
-    """(score - 1) / 9, for the language model's score from 1 to 10.
+    """The grade is (score - 1) / 9, for the language model's score from 1 to 10.
 
     Args:
-      kind: whose rubric is used: "roleplay" or "writing".
+      kind: of the rubric: "roleplay" or "writing".
 
     Raises:
       UserError: if the endpoint does not answer.

@@ -1,8 +1,8 @@
-"""MBPP: a Python function, run against its tests in a process of its own.
+"""MBPP: runs a Python function and its tests in a separate process.
 
-The process has a time limit, a memory limit, an empty folder, no environment, no standard input and, where the kernel
-allows it, no network. That prevents accidents; it does not stop code that means harm: evaluate a model you do not
-trust in a container.
+The process has a time limit, a memory limit, an empty folder, no environment, no standard input and, if the kernel
+allows it, no network. This prevents accidents but does not stop malicious code: evaluate a model that you do not trust
+in a container.
 """
 
 import contextlib
@@ -20,7 +20,7 @@ MEMORY = 2**30  # bytes of address space
 
 _BLOCK = re.compile(r"```(?:python|py)?[ \t]*\n(.*?)```", re.DOTALL | re.IGNORECASE)
 
-# Run by the child: sets its limits and leaves the network, then runs the program; exits with 77 when that has ended.
+# Code of the child process: sets the limits, leaves the network, runs the program, and exits with 77 after its end.
 _CHILD = """
 import ctypes, os, resource, sys
 seconds, memory = int(sys.argv[1]), int(sys.argv[2])
@@ -34,7 +34,7 @@ program = sys.stdin.read()
 exec(compile(program, "answer.py", "exec"), {"__name__": "__main__"})
 os._exit(77)
 """
-_ENDED = 77  # not 0: an answer that calls exit(0) has passed no test
+_ENDED = 77  # not 0, because an answer that calls exit(0) has not passed the tests
 
 
 def code(answer: str) -> str | None:
@@ -47,7 +47,7 @@ def passes(program: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> b
     """Whether a program ends within the limits, without an error.
 
     Args:
-      seconds: of wall clock. memory: bytes of address space.
+      seconds: of wall-clock time. memory: bytes of address space.
     """
     arguments = [sys.executable, "-I", "-S", "-c", _CHILD, str(int(seconds) + 1), str(memory)]
     with tempfile.TemporaryDirectory() as folder:

@@ -1,4 +1,4 @@
-"""ZebraLogic: a grid of houses as JSON. A puzzle counts if every cell is right; right cells are counted too."""
+"""ZebraLogic: a grid of houses as JSON. A puzzle is right if every cell is right; right cells are also counted."""
 
 import json
 from typing import Any
@@ -7,7 +7,7 @@ from camopd_jax.evals.task import Grade, Row, Task
 
 
 def solution(answer: str) -> dict[str, Any] | None:
-    """The grid of the last JSON object that has a "solution"; None if there is none.
+    """The grid of the last JSON object with a field "solution"; None if there is none.
 
     >>> solution('So: {"solution": {"House 1": {"Name": "Eric"}}}')
     {'House 1': {'Name': 'Eric'}}
@@ -24,7 +24,7 @@ def solution(answer: str) -> dict[str, Any] | None:
 
 
 def grade(answer: str, row: Row) -> Grade:
-    """1 if every cell of the answer's grid is as in the row's "answer", else 0; right cells are its part "cells"."""
+    """1 if every cell of the answer's grid matches the row's "answer", else 0; the part "cells" counts right cells."""
     cells = [(house, name, text) for house, columns in row["answer"].items() for name, text in columns.items()]
     grid = solution(answer)
 
