@@ -1,4 +1,4 @@
-"""The figures of one student: gradients of its branches, and what its selection follows."""
+"""Analyses one student: gradients of its branches, and correlations of the selection."""
 
 from typing import Any
 
@@ -21,7 +21,7 @@ from camopd_jax.runtime.jsonl import read_rows
 
 
 def analyze(config: TrainConfig, checkpoint: str | None, source_field: str) -> dict[str, Any]:
-    """The figures of one student: a row as of diagnostics.jsonl, and under "training" those of the run's every step."""
+    """The figures of one student: a row as in diagnostics.jsonl, with the statistics of all steps under "training"."""
     setup = resolve(config)
     check_diagnostics(config, setup.mesh)
     models = load_models(setup)
@@ -47,7 +47,7 @@ def analyze(config: TrainConfig, checkpoint: str | None, source_field: str) -> d
 
 
 def of_training(rows: list[dict[str, Any]], branch: str, of_prompts: list[str] | None) -> dict[str, Any]:
-    """What a whole run's selection followed, from its selection.jsonl."""
+    """Statistics of the selection over all steps of a run, from its selection.jsonl."""
     steps = [row for row in rows if row["phase"] == branch]
     figures = {
         "steps": len(steps),
@@ -59,7 +59,7 @@ def of_training(rows: list[dict[str, Any]], branch: str, of_prompts: list[str] |
 
 
 def prompt_sources(config: TrainConfig, branch: str, field: str) -> list[str] | None:
-    """Where each prompt of a branch's file comes from; None if its rows do not all say, or all say the same."""
+    """The value of `field` for each prompt of a branch; None if a row has none, or if all values are equal."""
     stream = config.branches[branch].prompts
     rows = sources.read(stream.source, stream.split, stream.limit, f"config.branches.{branch}.prompts.source")
     named = [str(row.get(field, "")) for row in rows]

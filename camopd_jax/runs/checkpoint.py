@@ -1,4 +1,4 @@
-"""The checkpoints of a work directory, by Orbax."""
+"""Saves and restores the checkpoints of a work directory, with Orbax."""
 
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,15 +18,15 @@ policies = ocp.checkpoint_managers.preservation_policy
 
 
 class CheckpointStore:
-    """`workdir/checkpoints`: a folder for each step, written in the background, complete or not at all.
+    """`workdir/checkpoints`: a folder for each step, written in the background and never incomplete.
 
-    It keeps the last `keep_last` steps, and the `keep_best` best of the steps in `ranks`.
+    It keeps the last `keep_last` steps, and the `keep_best` steps with the highest ranks.
     """
 
     def __init__(self, workdir: str, config: schema.Checkpoints, ranks: Mapping[int, Any]) -> None:
         """
         Args:
-          ranks: of evaluated steps, by step; the greater is the better one. Read again at every save.
+          ranks: of the evaluated steps; the greater rank is better. Entries added later are used too.
 
         Raises:
           UserError: if the folder cannot be read.
@@ -55,23 +55,23 @@ class CheckpointStore:
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """All steps that have a complete checkpoint, rising."""
+        """All steps that have a complete checkpoint, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def best(self) -> int | None:
-        """The best of the steps that were evaluated; of equals, the last."""
+        """The step with the highest rank; the last one if ranks are equal."""
         evaluated = [step for step in self.steps() if step in self._ranks]
         return max(reversed(evaluated), key=self._ranks.__getitem__, default=None)
 
     def save(self, step: int, state: TrainState, positions: dict[str, Any], provenance: dict[str, Any]) -> None:
-        """Starts to write a checkpoint; `wait` returns when it is written. An existing one is left as it is.
+        """Starts to write a checkpoint; `wait` returns when it is written. An existing one is not changed.
 
         Args:
           positions: of the data streams, as JSON values.
           provenance: of the run's models, as JSON values.
 
         Raises:
-          UserError: if this checkpoint, or the one before in the background, cannot be written.
+          UserError: if this checkpoint, or the previous one in the background, cannot be written.
         """
         if step in self.steps():
             return
@@ -84,13 +84,13 @@ class CheckpointStore:
             self._manager.save(step, args=items, force=True)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-        """State, positions and provenance of a checkpoint, bit for bit.
+        """Restores state, positions and provenance, with identical bits.
 
         Args:
-          like: a state whose shardings the restored one takes; its shapes and dtypes must be the stored ones.
+          like: a state with the wanted shardings; its shapes and dtypes must match the checkpoint.
 
         Raises:
-          UserError: if the checkpoint cannot be read, or holds the state of another model.
+          UserError: if the checkpoint cannot be read, or has the state of another model.
         """
         wanted = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
         items = ocp.args.Composite(
@@ -128,7 +128,7 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _read_errors(self, step: int) -> Iterator[None]:
-        """Makes a UserError of what Orbax raises for a damaged checkpoint."""
+        """Converts Orbax's errors for a damaged checkpoint to a UserError."""
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
@@ -141,10 +141,10 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Makes a UserError of what Orbax raises for a checkpoint that cannot be written."""
+        """Converts Orbax's errors for a checkpoint that cannot be written to a UserError."""
         try:
             yield
-        except (OSError, ValueError) as error:  # TensorStore raises a full disk as a ValueError
+        except (OSError, ValueError) as error:  # TensorStore raises a ValueError for a full disk
             if means_lost_process(error):
                 raise
             raise UserError(
@@ -154,7 +154,7 @@ class CheckpointStore:
 
 
 class _BestN:
-    """Orbax's policy that keeps the `n` best of the evaluated steps; of equals, the last."""
+    """An Orbax policy that keeps the `n` evaluated steps with the highest ranks; later ones if ranks are equal."""
 
     def __init__(self, n: int, ranks: Mapping[int, Any]) -> None:
         self._n, self._ranks = n, ranks
@@ -166,16 +166,16 @@ class _BestN:
 
 
 def checkpoints_folder(workdir: str) -> epath.Path:
-    """Where the checkpoints of a work directory lie: an absolute path, as Orbax asks for, or a gs:// one."""
+    """The folder of a work directory's checkpoints: an absolute path, which Orbax needs, or a gs:// path."""
     folder = epath.Path(workdir) / "checkpoints"
     return folder if "://" in workdir else folder.resolve()  # epath would resolve gs:// to a local folder
 
 
 def _shapes(tree: Any) -> dict[str, str]:
-    """The arrays of a tree by name, as in "float32[5, 7]"."""
+    """Dtype and shape of a tree's arrays by name, such as "float32[5, 7]"."""
     return {name: f"{a.dtype}{list(a.shape)}" for name, a in ocp.tree.to_flat_dict(tree, sep="/").items()}
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong: the end of the chain that TensorStore prints, without the specification after it."""
+    """The cause in an error message: the last part of TensorStore's chain, without the specification after it."""
     return str(error).split(" [tensorstore_spec")[0].split('": ')[-1].splitlines()[0] or type(error).__name__

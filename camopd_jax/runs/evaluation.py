@@ -1,4 +1,4 @@
-"""Scores models on the benchmarks of a config: any Hugging Face folder, hub name, or run."""
+"""Evaluates models on the benchmarks of a config: a Hugging Face folder, a hub name, or a run."""
 
 import re
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ def evaluate(config: Config, checkpoints: Sequence[str], workdir: str) -> dict[s
     """The results of each model on each benchmark, by the model's name.
 
     Args:
-      checkpoints: what --checkpoint names; without any, the config's own models are evaluated.
-      workdir: gets a row of eval.jsonl for each result, and the answers.
+      checkpoints: values of --checkpoint; if empty, the config's models are evaluated.
+      workdir: folder for eval.jsonl and the answers.
 
     Raises:
       UserError: for a config without benchmarks, and models or questions that cannot be read.
@@ -48,7 +48,7 @@ def evaluate(config: Config, checkpoints: Sequence[str], workdir: str) -> dict[s
 
 
 def own_models(config: Config) -> dict[str, str]:
-    """The models that a config names, by the names that they have in tables."""
+    """The models of a config, by their names in tables."""
     if isinstance(config, SftConfig):
         return {"start": config.model}
     return {"general": config.general_model, "specialised": config.specialised_model}
@@ -56,12 +56,12 @@ def own_models(config: Config) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class Source:
-    """A model that --checkpoint names, in memory."""
+    """A loaded model that --checkpoint names."""
 
     loaded: Loaded
-    key: str  # under which its answers are kept
-    run: epath.Path | None  # the work directory, if it is a run's
-    step: int  # of the run; else 0
+    key: str  # of its answers
+    run: epath.Path | None  # the work directory, if it is a run's checkpoint
+    step: int  # of the checkpoint; 0 if it is not a run's
 
 
 def load_source(config: Config, source: str, mesh: Mesh) -> Source:
@@ -83,7 +83,7 @@ def load_source(config: Config, source: str, mesh: Mesh) -> Source:
 
 
 def known_baselines(folder: epath.Path, results: dict[str, list[Result]]) -> dict[str, list[Result]]:
-    """The general and the specialised model's results on the very same questions, if eval.jsonl has them all."""
+    """The results of the general and the specialised model on exactly the same questions, if eval.jsonl has them."""
     keys = [row["asked"] for row in next(iter(results.values()))]
     rows = {(row["model"], row.get("asked")): row for row in broadcast(lambda: read_rows(folder / "eval.jsonl"))}
     names = ("general", "specialised")

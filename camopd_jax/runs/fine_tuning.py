@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: next-token cross-entropy on the answers, token mean over each batch."""
+"""Supervised fine-tuning: next-token cross-entropy on the answers, mean over the tokens of each batch."""
 
 import time
 from functools import partial
@@ -26,7 +26,7 @@ from camopd_jax.types import Params, Sequences
 
 
 def sft(config: SftConfig, workdir: str) -> None:
-    """Runs the whole job: load, train, measure, export."""
+    """Runs `sft`: load, evaluate, train, evaluate, export."""
     mesh = resolve_fine_tuning(config)
 
     def begin() -> tuple[Loaded, SftStream]:
@@ -48,7 +48,7 @@ def sft(config: SftConfig, workdir: str) -> None:
     loss = Loss(student.model, OBJECTIVES["cross_entropy"]())
     learner = Learner(loss, shardings.params, config.compute.logits_chunk)
     update = jax.jit(partial(sft_update, config=config), donate_argnums=0, out_shardings=(shardings, None))
-    ended = run.evaluate_student(int(state.step), state)  # the last start may have ended in the middle of an evaluation
+    ended = run.evaluate_student(int(state.step), state)  # an evaluation may have been interrupted before this start
     for step in range(int(state.step), 0 if ended else config.steps):
         started = time.perf_counter()
         batch = global_rows(mesh, next(stream), config.batch_size)
@@ -71,7 +71,7 @@ def sft(config: SftConfig, workdir: str) -> None:
 def gradient(
     config: SftConfig, mesh: Mesh, learner: Learner, params: Params, trained: Params, batch: Sequences
 ) -> Gradient:
-    """Of the cross-entropy of a whole batch, rows of like length together."""
+    """The gradient of the cross-entropy of a batch, computed in micro-batches of rows of similar length."""
     parts = micro_batches(mesh, batch, config.optimizer.micro_batch, config.smallest_bucket)
     weights = cross_entropy_weights(batch.lengths, batch.tokens.shape[1])
     return learner(params, trained, Lesson(batch, weights), parts)

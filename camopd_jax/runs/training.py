@@ -1,4 +1,4 @@
-"""The main job: load, measure, alternate recovery and review, measure again, export."""
+"""The main command: load, evaluate, train with CaMOPD, evaluate, export."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -29,7 +29,7 @@ from camopd_jax.types import Batch, TrainState
 
 
 def train(config: TrainConfig, workdir: str) -> None:
-    """Runs the whole job: load, measure, alternate recovery and review, measure again, export."""
+    """Runs `train`: load, evaluate, train with CaMOPD, evaluate, export."""
     setup = resolve(config)
     models = run_on_all(lambda: load_models(setup))
     student = models.student
@@ -37,7 +37,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     branches = run_on_all(lambda: make_branches(setup, models, teachers, setup.rows, config.seed))
     streams = {name: branch.prompts for name, branch in branches.items()}
 
-    # ------------------------------------------------------------------------- state, then steps
+    # ------------------------------------------------------------------------- state and steps
     trained = partition.trained(student.params, config.optimizer.trained)
     provenance = {"method": description(config)} | models.provenance(config)
     host = TrainHost(config, workdir, student, streams, provenance)
@@ -52,7 +52,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     programs = student_programs(setup, student, state, branches)
     if config.diagnostics.every:
         host.diagnosis = Diagnosis(setup, models, teachers, programs)
-    if not host.evaluate_student(int(state.step), state):  # the last start may have ended in the middle of it
+    if not host.evaluate_student(int(state.step), state):  # an evaluation may have been interrupted
         state = loop.run(branches, programs, state, Recorder(programs, host))
     if host.terminated:
         return
@@ -66,10 +66,10 @@ def train(config: TrainConfig, workdir: str) -> None:
 
 
 class TrainHost(Run):
-    """Turns a step's outcome into a row of metrics.jsonl and a few samples, and scores into recovery and retention."""
+    """A run of `train`: writes steps as rows of its files, and ranks checkpoints by recovery and retention."""
 
     config: TrainConfig
-    baselines: dict[str, list[Result]]  # scores of the general and the specialised model
+    baselines: dict[str, list[Result]]  # results of the general and the specialised model
     diagnosis: Diagnosis | None = None
 
     def pauses_after(self, steps_done: int) -> bool:
@@ -78,7 +78,7 @@ class TrainHost(Run):
     def evaluate_student(self, steps_done: int, state: TrainState) -> bool:
         if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
             self.display.progress("measuring gradients")
-            assert self.diagnosis is not None  # `train` sets it where diagnoses are due
+            assert self.diagnosis is not None  # `train` sets it if config.diagnostics.every > 0
             self.writer.add_diagnosis(self.diagnosis(steps_done, state)[0])
         return super().evaluate_student(steps_done, state)
 
@@ -90,11 +90,11 @@ class TrainHost(Run):
         return rank_student(*self._baselines(results), results)
 
     def comparison(self, results: Sequence[Result]) -> dict[str, Any]:
-        """Recovery or retention of every benchmark and of the axis means, each with its standard error."""
+        """Recovery or retention for every benchmark and for the axis means, each with its standard error."""
         return comparison(*self._baselines(results), results)
 
     def _baselines(self, results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
-        """The teachers' results on the questions that the student was asked."""
+        """The teachers' results on the student's questions."""
 
         def baseline(name: str) -> list[Result]:
             pairs = zip(self.baselines[name], results, strict=True)
@@ -125,7 +125,7 @@ class TrainHost(Run):
             ])  # fmt: skip
 
     def _samples(self, step: int, branch: str, batch: Batch) -> list[dict[str, Any]]:
-        """The first answers of the batch, with each token's gap, and its log-probability as scored and as sampled."""
+        """The first answers of the batch, with each token's gap and its log-probabilities from scoring and sampling."""
         prompts, rollout = jax.tree.map(local_rows, (batch.prompts, batch.rollout))
         log_probs, index, weights = jax.tree.map(local_rows, (batch.log_probs, batch.index, batch.selection.weights))
         decode = self.student.tokenizer.decode
@@ -159,7 +159,7 @@ def _rounded(values: Iterable[float]) -> list[float]:
 
 
 def clip_rates(metrics: list[dict[str, Any]]) -> str:
-    """How often each phase's gradient was clipped, and what it means where that was always."""
+    """A line with the share of clipped gradients in each phase, and advice if nearly all are clipped."""
     clipped: dict[str, list[float]] = {}
     for row in metrics:
         clipped.setdefault(row["phase"], []).append(row["grad_clipped"])
