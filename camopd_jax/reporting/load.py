@@ -1,4 +1,4 @@
-"""Reads directories: runs alone and grids of them, finished or still in progress."""
+"""Reads the directories of single runs and grids, finished or in progress."""
 
 import json
 import math
@@ -20,10 +20,10 @@ Cells = dict[tuple[str, float], dict[int, LoadedRun]]  # by method and setting, 
 
 
 def read(folders: Sequence[str]) -> list[Source]:
-    """The runs and grids of directories, in their order.
+    """Reads directories of runs and grids; the order is kept.
 
     Raises:
-      UserError: for a directory that is not there, and for one that holds no run.
+      UserError: for a directory that does not exist or has no run.
     """
     paths = [epath.Path(folder) for folder in dict.fromkeys(folder.rstrip("/") or "/" for folder in folders)]
     names = [path.name or str(path) for path in paths]
@@ -46,7 +46,7 @@ def _source(path: epath.Path, name: str, one_of_several: bool) -> Source:
 
 
 def _method(run: LoadedRun) -> str | None:
-    """The method's name; None for a config of another version, or of supervised fine-tuning."""
+    """The method's name; None for a config of another version or of supervised fine-tuning."""
     try:
         return method_of(run.config)
     except (KeyError, TypeError, AttributeError):
@@ -54,7 +54,7 @@ def _method(run: LoadedRun) -> str | None:
 
 
 def _run(folder: epath.Path, teachers: Sequence[Record] = ()) -> LoadedRun:
-    """A run. `teachers`: rows of eval.jsonl with its teachers' scores, used where its own has none."""
+    """Reads a run. `teachers`: rows of eval.jsonl with the teachers' results, used if the run has none."""
     _, config = stored(folder / "config.json")
     metrics, samples, selection, evaluations, diagnostics = (
         read_rows(folder / f"{name}.jsonl") for name in ("metrics", "samples", "selection", "eval", "diagnostics")
@@ -65,16 +65,16 @@ def _run(folder: epath.Path, teachers: Sequence[Record] = ()) -> LoadedRun:
 
 
 def _quantiles(row: Record) -> Record:
-    """Of the scores in a row of selection.jsonl."""
+    """Quantiles of the gap mass ("score") in a row of selection.jsonl."""
     median, top = np.quantile([score for score in row["score"] if score is not None] or [math.nan], (0.5, 0.9)).tolist()
-    return {"step": row["step"], "phase": row["phase"], "score_median": median, "score_top": top}
+    return {"step": row["step"], "phase": row["phase"], "gap_mass_median": median, "gap_mass_top": top}
 
 
 # ------------------------------------------------------------------------------------ a grid
 
 
 def _grid(path: epath.Path, folders: Sequence[epath.Path], prefix: str) -> Source:
-    """The runs of WORKDIR/METHOD/SETTING/seed-N; those of the sweep are read only while it goes on."""
+    """Reads the runs in WORKDIR/METHOD/SETTING/seed-N. Tuning runs are read only while the grid is in progress."""
     facts = _read_study(path / "study.json")
     teachers = read_rows(path / "teachers" / "eval.jsonl")
     cells: Cells = {}
@@ -93,14 +93,14 @@ def _grid(path: epath.Path, folders: Sequence[epath.Path], prefix: str) -> Sourc
             groups.append(Group(prefix + method, method, str(path), own, setting))
         else:
             sweep.append(Group(f"{prefix}{method}, tuning", method, str(path), of_seeds, setting))
-    # Of a method without results yet: the best setting so far, or the run that is furthest.
+    # For a method without results: the tuning run with the best setting so far, or the one with the most steps.
     sweep.sort(
         key=lambda group: (merits.get(str(group.method), {}).get(str(group.setting), -math.inf), group.run.steps)
     )
     groups += {group.method: group for group in sweep if all(group.method != g.method for g in groups)}.values()
     weight = float(facts["settings"].get(INTERPOLATION, math.nan)) if facts else None
     seeds = sorted({seed for group in groups for seed in group.runs}) or [study.TUNING_SEED]
-    for chosen in [group for group in interpolation if group.setting == weight]:  # compared with runs of every seed
+    for chosen in [group for group in interpolation if group.setting == weight]:  # repeated for every seed
         groups.append(Group(prefix + INTERPOLATION, INTERPOLATION, str(path), dict.fromkeys(seeds, chosen.run), weight))
     groups.sort(key=lambda group: METHODS.index(group.method))
 
@@ -115,7 +115,7 @@ def _grid(path: epath.Path, folders: Sequence[epath.Path], prefix: str) -> Sourc
 
 
 def _read_study(file: epath.Path) -> dict[str, Any]:
-    """What a finished grid wrote; nothing while it goes on."""
+    """The contents of study.json; empty while the grid is in progress."""
     try:
         return json.loads(file.read_text()) if file.exists() else {}
     except ValueError as error:
@@ -123,7 +123,7 @@ def _read_study(file: epath.Path) -> dict[str, Any]:
 
 
 def _merits(cells: Cells) -> dict[str, dict[str, float]]:
-    """What the sweep of an unfinished grid has measured so far, as study.json will hold it."""
+    """The merits so far of an unfinished grid, in the form of study.json."""
     merits: dict[str, dict[str, float]] = {}
     for (method, setting), of_seeds in sorted(cells.items()):
         run = of_seeds.get(study.TUNING_SEED)

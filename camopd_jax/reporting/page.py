@@ -1,4 +1,4 @@
-"""Puts the page together: one HTML file that needs nothing beside it."""
+"""Makes the report page: a single HTML file without external dependencies."""
 
 import datetime
 from collections.abc import Sequence
@@ -17,25 +17,25 @@ from camopd_jax.reporting.styles import Styles
 from camopd_jax.runtime.jsonl import atomic_file
 
 ABOUT = {
-    "results": "Results of a grid are of the questions that did not choose its learning rates. “tuning”: the grid is "
-    "still choosing; the best learning rate so far, one run.",
-    "over steps": "Bands: ± one standard error, over seeds or, of a run alone, over questions. Dashed: where the "
-    "specialised model is, which the student starts as.",
-    "gaps": "The signal: how much more likely the teacher finds the student's own tokens. An answer's score is made of "
-    "its gaps, and decides whether it is selected.",
-    "answers": "The student's own answers. Each token is tinted by its gap: the teacher finds it more likely than the "
-    "student does, or less likely (underlined). Shown are answers to one prompt that came in the first and again in "
-    "the last quarter of the run, and else those of both with the largest gaps.",
-    "pareto": "Up and to the right is better. Bars: ± one standard error. Dashed: all of the domain is kept. Hollow: "
-    "the specialised model, which every student starts as. Squares: the weighted mean of the two models' parameters.",
+    "results": "Results of a grid exclude the questions that were used to choose learning rates. “tuning”: learning "
+    "rates are still being compared; the row is one run with the best learning rate so far.",
+    "over steps": "Bands: ± one standard error, over seeds or, for a single run, over questions. Dashed: the value of "
+    "the specialised model, from which the student starts.",
+    "gaps": "The gap of a token is log teacher - log student: above 0, the token is more likely for the teacher. The "
+    "gap mass of an answer is the mean of its absolute or positive gaps; answers are selected by it.",
+    "answers": "Answers that the student sampled. The colour of a token shows its gap: the token is more likely for "
+    "the teacher, or less likely (underlined). Each pair has answers to the same prompt from the first and the last "
+    "quarter of the run; if no prompt occurs in both, the answers with the largest gaps.",
+    "pareto": "Up and to the right is better. Bars: ± one standard error. Dashed: the domain ability is fully kept. "
+    "Hollow: the specialised model, from which every student starts. Squares: interpolations of the two models.",
 }
 
 
 def write_page(folders: Sequence[str], out: str | epath.Path) -> None:
-    """Writes the report on directories, as they are now.
+    """Writes the report on directories in their present state.
 
     Raises:
-      UserError: for a directory that is not there or holds no run, and if the page cannot be written.
+      UserError: for a directory that does not exist or has no run, and if the page cannot be written.
     """
     text = page(load.read(folders), datetime.datetime.now().astimezone())
     with atomic_file(out) as file:
@@ -50,10 +50,10 @@ def page(sources: Sequence[Source], now: datetime.datetime) -> str:
     shown = [
         _results(sources, chosen),
         Section("Recovery and retention over steps", ABOUT["over steps"], panels=sections.over_steps(chosen)),
-        Section("Selection", "Which answers are trained on.", panels=metric_panels(sections.SELECTION, chosen)),
+        Section("Selection", "The answers that are trained on.", panels=metric_panels(sections.SELECTION, chosen)),
         Section("Gaps", ABOUT["gaps"], panels=metric_panels(sections.GAPS, chosen)),
         Section("Gradients", gradients.ABOUT, panels=gradients.panels(chosen)),
-        Section("Answers", "Of the student, before any are selected.", panels=metric_panels(sections.ANSWERS, chosen)),
+        Section("Answers", "All answers of the student.", panels=metric_panels(sections.ANSWERS, chosen)),
         Section("Optimisation", panels=metric_panels(sections.OPTIMISATION, chosen)),
         Section("Throughput", panels=sections.step_times(chosen) + metric_panels(sections.SPEED, chosen)),
         Section("Answers early and late", ABOUT["answers"], answers=answers.answer_pairs(chosen)),
@@ -75,16 +75,16 @@ def page(sources: Sequence[Source], now: datetime.datetime) -> str:
         limits=answers.LIMITS,
         plotly=Markup(get_plotlyjs()),
     )
-    return text.encode("utf-8", "replace").decode("utf-8")  # half a surrogate pair in an answer cannot be written
+    return text.encode("utf-8", "replace").decode("utf-8")  # replaces unpaired surrogates, which cannot be written
 
 
 def _results(sources: Sequence[Source], chosen: Styles) -> Section:
-    """The tables of results and differences, and recovery against retention."""
+    """Tables of results and differences, and a plot of recovery against retention."""
     groups = [group for group in chosen.groups if group.results]
     if not groups:
         return Section("Results")
     shown = [tables.results(groups), *(tables.differences(groups, method) for method in AGAINST)]
-    last = dict(results.columns(groups))  # of each measure the mean, or its only benchmark
+    last = dict(results.columns(groups))  # for each measure, "mean" or the only benchmark
     panels = []
     if len(last) == 2:
         interpolation = [group for source in sources for group in source.interpolation]

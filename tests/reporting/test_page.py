@@ -124,20 +124,20 @@ def test_a_finished_run(tmp_path):
                             "Optimisation", "Throughput", "Answers early and late", "Runs and settings"]  # fmt: skip
     plots = figures(text)
     assert list(plots)[:5] == ["Recovery against retention", "Recovery: sums", "Recovery: logic",
-                               "Recovery: mean of its benchmarks", "Retention: drugs"]  # fmt: skip
+                               "Recovery: mean over benchmarks", "Retention: drugs"]  # fmt: skip
     band, line = plots["Recovery: sums"].data
     assert band.y == pytest.approx((0.15, 0.35, 0.55, 0.45, 0.25, 0.05)) and line.y == (0.1, 0.3, 0.5)
     assert band.fill == "toself" and band.fillcolor == line.line.color and band.hoverinfo == "skip"
-    assert colours(plots["Answers that were selected"]) == {"recovery": RECOVERY, "review": REVIEW}
+    assert colours(plots["Share of answers selected"]) == {"recovery": RECOVERY, "review": REVIEW}
     # 4 of 8 questions back, all kept: sqrt(.5 * .5 / 7) = 18.9 points over questions
     assert row(text, "In %", "mine") == ["2e-06", "12", "24 questions", "1,200", "50.0 ± 18.9", "50.0 ± 18.9",
                                          "50.0 ± 13.4", "100.0 ± 0.0"]  # fmt: skip
     start, point = plots["Recovery against retention"].data
     assert (start.x, start.y, point.x, point.y) == ((0,), (1,), (0.5,), (1,))
     assert point.error_x.array == pytest.approx((0.134,), abs=1e-3) and point.error_y.array == (0,)
-    stages = {trace.name: trace.x for trace in plots["Time of a step, by stage"].data}
+    stages = {trace.name: trace.x for trace in plots["Time of a step by stage"].data}
     assert stages["update"] == (0.4, 0.4) and list(stages) == ["rollout", "score", "select", "update", "other"]
-    assert plots["Scores of the answers: median"].data[1].y[:3] == pytest.approx((0.02, 0.04, 0.06))
+    assert plots["Gap mass of the answers: median"].data[1].y[:3] == pytest.approx((0.02, 0.04, 0.06))
 
 
 def test_gradients(tmp_path):
@@ -148,17 +148,17 @@ def test_gradients(tmp_path):
     assert dashes["recovery, selected"] == (RECOVERY, "solid") and dashes["review, all"] == (REVIEW, "dash")
     assert len(dashes) == 6 and {"recovery, random", "review, random"} <= dashes.keys()
     assert set(colours(plots["Conflict of the branches"])) == {"selected", "all"}
-    (layers,) = plots["Conflict, layer by layer"].data
+    (layers,) = plots["Conflict by layer"].data
     assert layers.x == ("0", "4") and layers.y == ("embedding", "layer 0", "final norm")
     assert list(map(list, layers.z)) == [[-0.2, 0.4], [0.1, None], [0.3, None]]
-    (correlations,) = plots["What the scores correlate with"].data
+    (correlations,) = plots["Correlations of the gap mass"].data
     assert len(correlations.y) == 10 and correlations.y[-1] == "review, teacher loss" and correlations.x == ("0",)
     assert list(map(list, correlations.z)) == [[0.3]] * 10
 
 
 def test_a_mixed_run_shows_both_branches(tmp_path):
     text = made(write_run(tmp_path / "mine", "vanilla"))
-    selected = figures(text)["Answers that were selected"]
+    selected = figures(text)["Share of answers selected"]
     assert colours(selected) == {"recovery": RECOVERY, "review": REVIEW}
     assert [trace.y[0] for trace in selected.data if not trace.fill] == [0.25, 0.5]
     assert colours(figures(text)["Loss"]) == {"recovery": RECOVERY, "review": REVIEW, "mixed": THIRD}
@@ -172,7 +172,7 @@ def test_three_branches_of_any_name(tmp_path, schedule):
     rows = [diagnostics_row(step, branches=dict.fromkeys(names, coherence)) for step in (0, 4)]
     text = made(write_run(tmp_path / "mine", branches=names, diagnostics=rows, **{"method.schedule": schedule}))
     plots = figures(text)
-    assert colours(plots["Answers that were selected"]) == {
+    assert colours(plots["Share of answers selected"]) == {
         "law-2": RECOVERY,
         "recovery": REVIEW,
         "maths": THIRD,
@@ -195,8 +195,8 @@ def test_numbers_that_were_not_finite_leave_holes(tmp_path):
     scores = [{"step": step, "phase": "recovery", "score": [None] * (step + 1)} for step in range(4)]
     write(folder / "selection.jsonl", scores)
     plots = figures(made(folder))
-    assert plots["Loss"].data[1].x == (0, 1, 4, 5, 6, 8, 9, 10) and "Conflict, layer by layer" in plots
-    assert "Scores of the answers: median" not in plots
+    assert plots["Loss"].data[1].x == (0, 1, 4, 5, 6, 8, 9, 10) and "Conflict by layer" in plots
+    assert "Gap mass of the answers: median" not in plots
 
 
 def test_supervised_fine_tuning_has_a_page_too(tmp_path):
@@ -247,7 +247,7 @@ def test_fifty_runs(tmp_path):
                for i, method in enumerate(methods)]  # fmt: skip
     text = made(*folders)
     assert len(text) < 2e6 and "50 directories" in text
-    recovery = figures(text)["Recovery: mean of its benchmarks"]
+    recovery = figures(text)["Recovery: mean over benchmarks"]
     of_run = colours(recovery)
     assert len(of_run) == 50 and of_run["run-49"] == styles.COMPARED_COLOURS["camopd"]
     assert list(of_run.values()).count(styles.MUTED) == 50 - 2 - len(styles.GROUP_COLOURS)
@@ -280,7 +280,7 @@ def test_a_finished_grid(grid):
     assert "a grid, ended, 8 runs, the last start took 10 minutes" in text
     assert row(text, "In %", "camopd")[:5] == ["0.0002", "12", "3 seeds", "1,200", "66.7 ± 9.6"]
     assert row(text, "Difference from vanilla", "camopd")[:2] == ["3 seeds", "+11.1 (-12.8 to +35.0)"]
-    assert row(text, "grid: each learning rate", "camopd") == ["0.0002: 70.0", "0.0004: 25.0"]
+    assert row(text, "grid: choice of settings", "camopd") == ["0.0002: 70.0", "0.0004: 25.0"]
     assert "<b>0.0002: 70.0</b>" in text and "<b>0.0004: 25.0</b>" not in text
     assert [
         trace.name for trace in figures(text)["Loss, review"].data if trace.name == "camopd" and not trace.fill
@@ -318,7 +318,7 @@ def test_the_interpolation_is_one_model_and_a_line_of_squares(grid):
     assert row(text, "Difference from vanilla", "interpolation")[:2] == ["3 seeds", "+11.1 (-36.7 to +58.9)"]
     path = next(trace for trace in figures(text)["Recovery against retention"].data if "interpolation of" in trace.name)
     assert path.hovertext == ("30 % original", "60 % original") and path.x[1] > path.x[0]
-    assert row(text, "grid: each learning rate", "interpolation") == ["0.3: 40.0", "0.6: 50.0"]
+    assert row(text, "grid: choice of settings", "interpolation") == ["0.3: 40.0", "0.6: 50.0"]
 
 
 def test_a_grid_in_progress_shows_its_best_tuning_run_until_there_are_results(grid):
@@ -331,7 +331,7 @@ def test_a_grid_in_progress_shows_its_best_tuning_run_until_there_are_results(gr
     assert "a grid, in progress, 11 runs so far, 10 of them ended" in text
     assert row(text, "In %", "random, tuning")[0] == "0.0002" and row(text, "In %", "camopd")[2] == "3 seeds"
     # on the tuning questions 0 and 4 all are right with the lower rate, of both axes; with the higher, of one
-    assert row(text, "grid: each learning rate", "random") == ["0.0002: 100.0", "0.0004: 50.0"]
+    assert row(text, "grid: choice of settings", "random") == ["0.0002: 100.0", "0.0004: 50.0"]
 
 
 def test_a_grid_of_which_one_seed_has_ended_has_errors_over_its_questions(grid):
