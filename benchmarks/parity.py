@@ -89,7 +89,9 @@ if __name__ == "__main__":
         folder = loading.find(cli.required("model", "HF_DIR"), "--model")
         loaded = loading.load(folder, make_mesh(), Compute(matmul="float32"), dtype="float32", context=2048)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        sampled = [b for b in config.evaluation.benchmarks if not tasks.find(b, config.evaluation.judge).given]
+        sampled = [
+            b for b in config.evaluation.benchmarks if not tasks.find(b, config.evaluation.judge).grades_likelihood
+        ]
         found = [compare(benchmark, loaded, model, config) for benchmark in sampled]
         for line in found:
             print(json.dumps(line | {"device": jax.devices()[0].device_kind}))

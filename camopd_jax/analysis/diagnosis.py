@@ -115,9 +115,9 @@ def _pair(measured: dict[str, Any], name: str) -> tuple[gradients.Named, ...]:
 def _by_set(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, float | None]:
     """The ratio for each set, and its mean over the random sets."""
     ratios = [_ratio(a, b) for a, b in zip(numerator, denominator, strict=True)]
-    lots = ratios[len(gradients.SETS) :]
-    known = [ratio for ratio in lots if ratio is not None]
-    mean = float(np.mean(known)) if len(known) == len(lots) else None
+    random = ratios[len(gradients.SETS) :]
+    known = [ratio for ratio in random if ratio is not None]
+    mean = float(np.mean(known)) if len(known) == len(random) else None
     return dict(zip(gradients.SETS, ratios, strict=False)) | {"random": mean}
 
 

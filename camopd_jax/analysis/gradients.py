@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from camopd_jax.config.schema import Diagnostics, TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.method.gradient import Lesson, Loss, weighted_loss
+from camopd_jax.method.gradient import Loss, LossInputs, weighted_loss
 from camopd_jax.method.select import random_subset
 from camopd_jax.method.weights import token_weights
 from camopd_jax.models import partition
@@ -29,7 +29,7 @@ from camopd_jax.runtime.buckets import Widths
 from camopd_jax.types import Batch, Params
 
 SETS = ("selected", "all")
-LOTS = 4  # random sets of as many answers as were selected: the baseline for a set of that size
+RANDOM_SETS = 4  # random sets of as many answers as were selected: the baseline for a set of that size
 Named = dict[str, jax.Array]  # arrays by parameter name, such as "layers.attention.query.kernel"
 
 
@@ -45,7 +45,7 @@ def measure(
       losses: of each branch, with models without a mesh, so that the compiler chooses the sharding.
 
     Returns:
-      "branches": for each branch, arrays float32[2 + LOTS] with an entry for each of SETS and then each random set:
+      "branches": for each branch, arrays float32[2 + RANDOM_SETS] with an entry for each of SETS and each random set:
       "sum", the norm of the sum of the set's gradients; "lengths", the sum of their norms; "count", the set's size.
       "products": for each of SETS, the inner products of the first two branches' mean gradients by group (`products`);
       empty if there is only one branch. "squares": for each branch and set, the squared norm of the mean gradient by
@@ -54,11 +54,11 @@ def measure(
     means: dict[str, list[Named]] = {}
     result: dict[str, Any] = {"branches": {}, "squares": {}, "products": {}}
     for number, (branch, batch) in enumerate(batches.items()):
-        lots = jax.random.split(jax.random.fold_in(key, number), LOTS)
-        random = [random_subset(batch.selection, lot).weights for lot in lots]
+        keys = jax.random.split(jax.random.fold_in(key, number), RANDOM_SETS)
+        random = [random_subset(batch.selection, one).weights for one in keys]
         sets_AB = jnp.stack([batch.selection.weights, jnp.ones_like(random[0]), *random])
-        lesson = answer_lesson(batch, losses[branch], config, branch)
-        sums, lengths_B = set_gradients(losses[branch], params, lesson, batch.teacher.head, sets_AB, key, config)
+        inputs = answer_inputs(batch, losses[branch], config, branch)
+        sums, lengths_B = set_gradients(losses[branch], params, inputs, batch.teacher.head, sets_AB, key, config)
         counts = jnp.sum(sets_AB, axis=1)
         squares = jax.vmap(lambda one: total(products(one, one)))(sums)
         result["branches"][branch] = {"sum": jnp.sqrt(squares), "lengths": sets_AB @ lengths_B, "count": counts}
@@ -70,19 +70,19 @@ def measure(
     return result
 
 
-def answer_lesson(batch: Batch, loss: Loss, config: TrainConfig, branch: str) -> Lesson:
+def answer_inputs(batch: Batch, loss: Loss, config: TrainConfig, branch: str) -> LossInputs:
     """All answers of a batch, each with the weights of its own loss, the bracket of Eq 9."""
     selection = batch.selection
     alone = selection.replace(weights=jnp.ones_like(selection.weights), count=jnp.int32(1))
     scale = config.branches[branch].scale
     weights = token_weights(batch.replace(selection=alone), config.method, loss.objective, scale)
-    return Lesson(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens)
+    return LossInputs(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens)
 
 
 def set_gradients(
     loss: Loss,
     params: Params,
-    lesson: Lesson,
+    inputs: LossInputs,
     teacher_head: Params,
     sets_AB: jax.Array,
     key: jax.Array,
@@ -96,20 +96,20 @@ def set_gradients(
     Returns:
       {parameter: float32[A, ...]}, or projections of the sums float32[A, (L,) sketch]; and float32[B].
     """
-    settings, sequences = config.diagnostics, lesson.sequences
+    settings, sequences = config.diagnostics, inputs.sequences
     trained = partition.trained(params, config.optimizer.trained)
-    chosen, rebuild = split(trained, settings)
+    chosen, rebuild = select_parameters(trained, settings)
     slots = sequences.prompts.tokens.shape[1], sequences.tokens.shape[1]
     widths = Widths(sum(slots), slots[1], config.compute.logits_chunk)
 
-    def of_answer(chosen: Named, answer: Lesson) -> jax.Array:
+    def of_answer(chosen: Named, answer: LossInputs) -> jax.Array:
         answer = jax.tree.map(lambda array: array[None], answer)
         return weighted_loss(loss, partition.merge(params, rebuild(chosen)), answer, teacher_head, widths)
 
     micro = settings.micro_batch
-    pieces = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), (lesson, sets_AB.T))
+    pieces = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), (inputs, sets_AB.T))
 
-    def add(sums: Named, piece: tuple[Lesson, jax.Array]) -> tuple[Named, jax.Array]:
+    def add(sums: Named, piece: tuple[LossInputs, jax.Array]) -> tuple[Named, jax.Array]:
         answers, member_MA = piece
         grads = jax.vmap(jax.grad(of_answer), in_axes=(None, 0))(chosen, answers)
         grads = {name: g.astype(jnp.float32) for name, g in grads.items()}
@@ -127,7 +127,7 @@ def set_gradients(
     return sums, lengths.reshape(-1)
 
 
-def split(params: Params, settings: Diagnostics) -> tuple[Named, Callable[[Named], Params]]:
+def select_parameters(params: Params, settings: Diagnostics) -> tuple[Named, Callable[[Named], Params]]:
     """The parameters to measure, by name, and a function that rebuilds the tree of all parameters from them.
 
     Raises:

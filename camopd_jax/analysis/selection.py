@@ -20,14 +20,14 @@ FEATURES = ("length", "truncated", "entropy", "student_loss", "teacher_loss")
 SOURCE = "source: "  # prefix of features that stand for a prompt source
 
 
-def correlation(scores: Sequence[float], feature: Sequence[float]) -> Interval | None:
+def correlation(masses: Sequence[float], feature: Sequence[float]) -> Interval | None:
     """Spearman's rank correlation with the interval of Bonett and Wright (2000); None if one argument is constant."""
-    if len(scores) < 4 or len(set(scores)) == 1 or len(set(feature)) == 1:
+    if len(masses) < 4 or len(set(masses)) == 1 or len(set(feature)) == 1:
         return None
-    rho = float(stats.spearmanr(scores, feature).statistic)
+    rho = float(stats.spearmanr(masses, feature).statistic)
     if abs(rho) > 1 - 1e-12:
         return rho, rho, rho
-    half_width = stats.norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (len(scores) - 3))
+    half_width = stats.norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (len(masses) - 3))
     return rho, math.tanh(math.atanh(rho) - half_width), math.tanh(math.atanh(rho) + half_width)
 
 

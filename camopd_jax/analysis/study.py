@@ -21,7 +21,7 @@ TUNING_SEED = 1000  # seed of the runs that choose a learning rate
 TUNING_EVERY = 4  # one in this many questions is used to choose settings; results are on the other questions
 
 
-def tuning(number: int) -> bool:
+def is_tuning_question(number: int) -> bool:
     """Whether a question is used to choose settings, not to measure results."""
     return number % TUNING_EVERY == 0
 
@@ -34,7 +34,7 @@ def shares(models: Sequence[Sequence[Result]], for_tuning: bool) -> Shares:
     """
     of_benchmark = {}
     for rows in zip(*models, strict=True):
-        chosen = [i for i in range(rows[0]["n"]) if tuning(i) == for_tuning]
+        chosen = [i for i in range(rows[0]["n"]) if is_tuning_question(i) == for_tuning]
         general, specialised, student = ([on_questions(row, chosen)] for row in rows)
         if rows[0]["axis"] == "general":
             share = recovered_share(general, specialised, student)

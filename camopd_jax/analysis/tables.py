@@ -17,7 +17,7 @@ def diagnosis_tables(row: dict[str, Any]) -> Iterator[Table]:
     yield _coherence(row)
     if row["conflict"]:  # empty if the run has one branch
         yield _conflict(row)
-    yield _correlations("Rank correlation of an answer's score with", row["correlations"])
+    yield _correlations("Rank correlation of an answer's gap mass with", row["correlations"])
     training = row.get("training")
     if training:
         steps = " and ".join(f"{figures['steps']} of {branch}" for branch, figures in training.items())

@@ -24,14 +24,14 @@ _KINDS = {c.__name__: c for c in (TrainConfig, SftConfig)}
 
 def from_json(file: epath.Path) -> Config:
     """The config of a work directory, from its config.json."""
-    kind, values = stored(file)
+    kind, values = read_stored(file)
     try:
         return build(_KINDS[kind], values, "config", MOVED)
     except (ValueError, KeyError) as error:
         raise UserError(f"{file}: not the config.json of a run; give the --workdir of one") from error
 
 
-def stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
+def read_stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
     """The kind and the values of a config.json, unconverted: a file of an earlier version has other fields.
 
     Raises:
@@ -50,12 +50,12 @@ def stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
 
 
 # Fields that may change when a run is resumed: they do not affect the computed values.
-_FREE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation", "diagnostics")
+_CHANGEABLE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation", "diagnostics")
 
 
 def fingerprint(config: Config) -> str:
     """A hash of all fields that determine what a run computes, except its number of steps."""
-    kept = _deciding(to_json(config))
+    kept = _without_changeable(to_json(config))
     return hashlib.sha256(json.dumps([type(config).__name__, kept], sort_keys=True).encode()).hexdigest()[:16]
 
 
@@ -67,10 +67,10 @@ def different_fields(before: dict[str, Any], after: dict[str, Any], every: bool 
     """
     if every:
         return _different(before, after, "config")
-    return _different(_deciding(before), _deciding(after), "config")
+    return _different(_without_changeable(before), _without_changeable(after), "config")
 
 
-def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+def field_differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
     """The fields that differ between several resolved configs, with the value in each config (None: no such field).
 
     Fields are named like "branches.recovery.scale" and sorted by name.
@@ -87,9 +87,9 @@ def _value(values: Any, name: str) -> Any:
     return values
 
 
-def _deciding(values: dict[str, Any]) -> dict[str, Any]:
+def _without_changeable(values: dict[str, Any]) -> dict[str, Any]:
     """A resolved config without the fields that may change. `steps` stays in it if the learning rate depends on it."""
-    free = set(_FREE) - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
+    free = set(_CHANGEABLE) - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
     order = {"branch_order": list(values["branches"])} if "branches" in values else {}
     return {name: value for name, value in values.items() if name not in free} | order
 

@@ -18,7 +18,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.types import PromptBatch, Prompts, Sequences
 
-Batch = TypeVar("Batch")
+BatchT = TypeVar("BatchT")
 
 
 def pad(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
@@ -35,10 +35,10 @@ def pad_prompts(rows: Sequence[Sequence[int]], width: int) -> Prompts:
     return Prompts(pad(rows, width), lengths)  # type: ignore[arg-type]  # host arrays, for `global_rows`
 
 
-class BatchStream(Generic[Batch]):
+class BatchStream(Generic[BatchT]):
     """An endless iterator of batches, whose position can be saved and restored."""
 
-    def __init__(self, rows: int, batch_size: int, seed: int, make: Callable[[np.ndarray], Batch]):
+    def __init__(self, rows: int, batch_size: int, seed: int, make: Callable[[np.ndarray], BatchT]):
         """Shuffles `rows` row numbers with `seed` in every epoch.
 
         Args:
@@ -48,10 +48,10 @@ class BatchStream(Generic[Batch]):
         batches = order.batch(batch_size).map(lambda numbers: make(np.asarray(numbers)))
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
-    def __iter__(self) -> "BatchStream[Batch]":
+    def __iter__(self) -> "BatchStream[BatchT]":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> BatchT:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:

@@ -37,7 +37,7 @@ class Excluded:
 
 
 @dataclass
-class Chosen:
+class SelectedPrompts:
     """The selected prompts of a part, and counts of the rows that were read."""
 
     prompts: dict[int, Row] = field(default_factory=dict)  # by row number in the source, ascending
@@ -45,7 +45,7 @@ class Chosen:
     dropped: Counter[str] = field(default_factory=Counter)  # number of rows by reason
 
 
-def choose(part: Part, rows: Iterable[RawRow], excluded: Excluded, seed: int) -> Chosen:
+def select_prompts(part: Part, rows: Iterable[RawRow], excluded: Excluded, seed: int) -> SelectedPrompts:
     """Selects the prompts of a part: those with the highest rank, or a random sample.
 
     Args:
@@ -53,8 +53,8 @@ def choose(part: Part, rows: Iterable[RawRow], excluded: Excluded, seed: int) ->
       excluded: the part's usable prompts are added to it.
       seed: for the random sample.
     """
-    chosen = Chosen()
-    usable = _usable(part, rows, excluded, chosen)
+    selected = SelectedPrompts()
+    usable = _usable(part, rows, excluded, selected)
     limit = part.window * part.rows if part.window else None
     best: list[tuple[tuple[int, int], Row]] = []  # a heap of ((rank, -number), prompt)
     for number, row, messages in itertools.islice(usable, limit):
@@ -64,29 +64,29 @@ def choose(part: Part, rows: Iterable[RawRow], excluded: Excluded, seed: int) ->
         heapq.heappush(best, ((rank, -number), prompt))
         if len(best) > part.rows:
             heapq.heappop(best)
-            chosen.dropped["not chosen"] += 1
-    chosen.prompts = dict(sorted((-negative, prompt) for (_, negative), prompt in best))
-    return chosen
+            selected.dropped["not chosen"] += 1
+    selected.prompts = dict(sorted((-negative, prompt) for (_, negative), prompt in best))
+    return selected
 
 
 def _usable(
-    part: Part, rows: Iterable[RawRow], excluded: Excluded, chosen: Chosen
+    part: Part, rows: Iterable[RawRow], excluded: Excluded, selected: SelectedPrompts
 ) -> Iterator[tuple[int, Row, Messages]]:
-    """Number, row and prompt of each row that can be selected. Counts all rows in `chosen`."""
+    """Number, row and prompt of each row that can be selected. Counts all rows in `selected`."""
     for number, (raw, where) in enumerate(rows):
-        chosen.read += 1
+        selected.read += 1
         try:
             row = sources.checked(raw, where)
         except UserError:
-            chosen.dropped["malformed"] += 1
+            selected.dropped["malformed"] += 1
             continue
         messages = part.prompt(row)
         if messages is None:
-            chosen.dropped["no request"] += 1
+            selected.dropped["no request"] += 1
         elif not excluded.questions.isdisjoint(question_keys(row)):
-            chosen.dropped["an evaluation question"] += 1
+            selected.dropped["an evaluation question"] += 1
         elif (digest := _digest(normalised(" ".join(m["content"] for m in messages)))) in excluded.prompts:
-            chosen.dropped["a duplicate"] += 1
+            selected.dropped["a duplicate"] += 1
         else:
             excluded.prompts.add(digest)
             yield number, row, messages
@@ -125,10 +125,10 @@ def build(recipe: Recipe, name: str, out: Path, evaluations: Sequence[tuple[str,
     for part in recipe.parts:
         source, origin_facts = origin(part.source, f"--source={part.name}")
         rows = sources.stream(source, part.split, f"--source={part.name}")
-        chosen = choose(part, rows, excluded, seed)
-        prompts += chosen.prompts.values()
-        rest.append(_conversations_left(part, source, excluded.questions, chosen.prompts.keys()))
-        parts.append(_part_facts(part, origin_facts, chosen))
+        selected = select_prompts(part, rows, excluded, seed)
+        prompts += selected.prompts.values()
+        rest.append(_conversations_left(part, source, excluded.questions, selected.prompts.keys()))
+        parts.append(_part_facts(part, origin_facts, selected))
     if not prompts:
         raise UserError(
             f"{name}: no row of its sources contains a prompt; camopd_jax/data/columns.py lists the known columns"
@@ -192,28 +192,28 @@ def origin(source: str, field: str) -> tuple[str, dict[str, Any]]:
     return source, {"source": source, "revision": f"sha256:{digest.hexdigest()}", "licence": None}
 
 
-def _part_facts(part: Part, origin_facts: dict[str, Any], chosen: Chosen) -> dict[str, Any]:
+def _part_facts(part: Part, origin_facts: dict[str, Any], selected: SelectedPrompts) -> dict[str, Any]:
     facts = {
         "part": part.name,
         **origin_facts,
         "split": part.split,
         "asked": part.rows,
-        "kept": len(chosen.prompts),
-        "read": chosen.read,
-        "dropped": dict(sorted(chosen.dropped.items())),
+        "kept": len(selected.prompts),
+        "read": selected.read,
+        "dropped": dict(sorted(selected.dropped.items())),
     }
-    licences = Counter(row["licence"] for row in chosen.prompts.values() if "licence" in row)
+    licences = Counter(row["licence"] for row in selected.prompts.values() if "licence" in row)
     return facts | ({"licences": dict(licences.most_common())} if licences else {})
 
 
-def _conversations_left(part: Part, source: str, evaluated: set[str], chosen: Collection[int]) -> Iterator[Row]:
+def _conversations_left(part: Part, source: str, evaluated: set[str], selected: Collection[int]) -> Iterator[Row]:
     """The conversations that were not selected, including their last turn."""
     for number, (raw, where) in enumerate(sources.stream(source, part.split, part.name)):
         try:
             row = sources.checked(raw, where)
         except UserError:
             continue
-        if number not in chosen and part.prompt(row) is not None and evaluated.isdisjoint(question_keys(row)):
+        if number not in selected and part.prompt(row) is not None and evaluated.isdisjoint(question_keys(row)):
             yield {"id": f"{part.name}-{number}", "source": part.name, "messages": row["messages"]}
 
 

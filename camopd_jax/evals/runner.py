@@ -94,7 +94,7 @@ class Evaluator:
             row = {"model": name, "step": step, "checkpoint": key} | result
             self.writer.add_evaluation(row, "accuracy", result["accuracy"])
             accuracy = f"{100 * result['accuracy']:.1f} ± {100 * result['standard_error']:.1f} %"
-            self.display.say(f"{name}{f' at step {step}' if step else ''}: {benchmark.name} {accuracy}")
+            self.display.print(f"{name}{f' at step {step}' if step else ''}: {benchmark.name} {accuracy}")
             results.append(result)
         return results
 
@@ -117,7 +117,7 @@ def run_benchmark(
     rows = read_questions(benchmark, task, limit)
     file = AnswerFile(folder / f"{benchmark.name}.jsonl")
     job = _Job(benchmark, task, evaluation, loaded, file, progress)
-    answers = job.likelihoods(rows) if task.given else job.answers(rows)
+    answers = job.likelihoods(rows) if task.grades_likelihood else job.answers(rows)
     return broadcast(lambda: job.result(answers, rows))
 
 

@@ -84,7 +84,7 @@ def details(models: Mapping[str, Sequence[Result]]) -> Table:
 
 def _sampling(result: Result) -> str:
     task = tasks.TASKS.get(result["task"])
-    if isinstance(task, Task) and task.given:
+    if isinstance(task, Task) and task.grades_likelihood:
         return "given answers"
     if result["temperature"] == 0:
         return "greedy"

@@ -32,5 +32,5 @@ class Task:
     grader: str = ""  # the grader's name, if grading costs money: a grade of the same grader is reused
     # Whether the model's likelihood of a given answer is graded, instead of a sampled answer. `grade` then gets the
     # mean log-probability of the given answer's tokens, in nats, as text
-    given: bool = False
+    grades_likelihood: bool = False
     check: Callable[[], None] = _no_check  # raises a UserError if a package or setting for grading is missing

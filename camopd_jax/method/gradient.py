@@ -1,7 +1,7 @@
 """The gradient of a batch's loss, accumulated over micro-batches of rows of similar length.
 
-`add_gradient` is the pure function, and `Learner` is the host's loop over it. The layers' gradient is added to the sum
-in place (`models/stack.py`). The tree structure of the sum determines which parameters are trained.
+`add_gradient` is the pure function, and `GradientAccumulator` is the host's loop over it. The layers' gradient
+is added to the sum in place (`models/stack.py`). The tree structure of the sum determines which parameters are trained.
 """
 
 import itertools
@@ -31,7 +31,7 @@ class Gradient(struct.PyTreeNode):
     of: Params  # float32, a tree like the trained parameters
 
 
-class Lesson(struct.PyTreeNode):
+class LossInputs(struct.PyTreeNode):
     """The inputs of a batch's loss. The weights include all normalisation over the batch, so the result does not depend
     on micro-batches or the mesh.
     """
@@ -42,7 +42,7 @@ class Lesson(struct.PyTreeNode):
     residuals: Residuals = ()  # residual stream from the rollout, under the same parameters; (): do a forward pass
 
 
-class Rows(struct.PyTreeNode):
+class MicroBatchRows(struct.PyTreeNode):
     """Row numbers of K micro-batches of the same width."""
 
     rows: jax.Array | np.ndarray  # int32[K, M], row numbers in the batch; B: no row
@@ -65,7 +65,7 @@ def zero_gradient(params: Params) -> Gradient:
 def weighted_loss(
     loss: Loss,
     params: Params,
-    lesson: Lesson,
+    inputs: LossInputs,
     teacher_head: Params,
     widths: Widths,
     layers_so_far: Params | None = None,
@@ -76,23 +76,23 @@ def weighted_loss(
       teacher_head: parameters of the teacher's output head, if `loss` has a teacher.
       layers_so_far: `so_far` of `LanguageModel.hidden`.
     """
-    sequences, cut = lesson.sequences, widths.answer_slots
+    sequences, cut = inputs.sequences, widths.answer_slots
     sequences = sequences.replace(tokens=sequences.tokens[:, :cut])
-    hidden = predicting_states(loss.model, params, sequences, widths.slots, layers_so_far, lesson.residuals)
-    targets = {name: array[:, :cut] for name, array in lesson.record.items()} | {"tokens": sequences.tokens}
+    hidden = predicting_states(loss.model, params, sequences, widths.slots, layers_so_far, inputs.residuals)
+    targets = {name: array[:, :cut] for name, array in inputs.record.items()} | {"tokens": sequences.tokens}
     function = TokenFunction(loss.model, loss.objective.loss, loss.teacher)
     losses = map_tokens(function, params, hidden, targets, widths.chunk, teacher_head)
     losses = jnp.where(length_mask(sequences.lengths, cut), losses, 0)
-    return jnp.sum(lesson.weights[:, :cut] * losses)
+    return jnp.sum(inputs.weights[:, :cut] * losses)
 
 
 def add_gradient(
     loss: Loss,
     params: Params,
     so_far: Gradient,
-    lesson: Lesson,
+    inputs: LossInputs,
     teacher_head: Params,
-    micro_batches: Rows,
+    micro_batches: MicroBatchRows,
     *,
     widths: Widths,
 ) -> Gradient:
@@ -102,11 +102,11 @@ def add_gradient(
       params: all parameters of the model.
       so_far: the sum over earlier micro-batches; its tree has only the trained parameters.
     """
-    batch_rows = len(lesson.sequences.lengths)
+    batch_rows = len(inputs.sequences.lengths)
     others = subset(params, {name: tree for name, tree in so_far.of.items() if name != "layers"})
 
     def of_rows(others: Params, layers_so_far: Params, rows_M: jax.Array) -> jax.Array:
-        part = take_rows(lesson, rows_M, loss.model.mesh)
+        part = take_rows(inputs, rows_M, loss.model.mesh)
         part = part.replace(weights=jnp.where((rows_M < batch_rows)[:, None], part.weights, 0))
         return weighted_loss(loss, merge(params, others), part, teacher_head, widths, layers_so_far)
 
@@ -124,7 +124,7 @@ def add_gradient(
     return jax.lax.fori_loop(0, micro_batches.count, add, so_far)
 
 
-class Learner:
+class GradientAccumulator:
     """The compiled functions that accumulate a gradient.
 
     On a CPU, micro-batches of the same width are computed in one call with a loop inside: memory is allocated by the
@@ -153,7 +153,7 @@ class Learner:
         self,
         params: Params,
         trained: Params,
-        lesson: Lesson,
+        inputs: LossInputs,
         parts: Iterable[MicroBatch],
         teacher_head: Params | None = None,
     ) -> Gradient:
@@ -164,20 +164,20 @@ class Learner:
         """
         trim_heap(self.loss.model.mesh)
         gradient = self.begin(trained)
-        batch = len(lesson.sequences.lengths)
+        batch = len(inputs.sequences.lengths)
         for part, rows in self.calls(parts, batch):
             widths = part.widths(self._chunk)
-            gradient = self.add(self.loss, params, gradient, lesson, teacher_head or {}, rows, widths=widths)
+            gradient = self.add(self.loss, params, gradient, inputs, teacher_head or {}, rows, widths=widths)
         return gradient
 
-    def calls(self, parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, Rows]]:
+    def calls(self, parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, MicroBatchRows]]:
         """The calls of `add`: for each, a micro-batch with its widths, and the rows. `batch`: number of rows."""
         if self._in_one_call:
-            return alike(parts, batch)
-        return ((part, Rows(part.rows[None], np.int32(1))) for part in parts)
+            return join_micro_batches(parts, batch)
+        return ((part, MicroBatchRows(part.rows[None], np.int32(1))) for part in parts)
 
 
-def alike(parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, Rows]]:
+def join_micro_batches(parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, MicroBatchRows]]:
     """Joins consecutive micro-batches of the same size and width: yields the first one, and the rows of all.
 
     K is always the number that a complete batch would have, so that a program compiles only once for each width.
@@ -187,4 +187,4 @@ def alike(parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch,
         rows = np.stack([part.rows for part in neighbours])
         missing = -(-batch // rows.shape[1]) - len(neighbours)
         padded = np.pad(rows, ((0, missing), (0, 0)), constant_values=batch)
-        yield neighbours[0], Rows(padded, np.int32(len(neighbours)))
+        yield neighbours[0], MicroBatchRows(padded, np.int32(len(neighbours)))

@@ -29,7 +29,7 @@ def run(branches: dict[str, Branch], programs: Programs, state: TrainState, reco
     config = programs.setup.config
     for step in range(int(state.step), config.steps):
         batches = {}
-        for name in schedule.acting(config, step):
+        for name in schedule.active_branches(config, step):
             batches[name] = collect(branches[name], programs, state, step, recorder)
         gradients, batches = programs.gradients(branches, state, batches)
         state, metrics = programs.update(state, gradients, batches)
@@ -40,9 +40,9 @@ def run(branches: dict[str, Branch], programs: Programs, state: TrainState, reco
 
 def collect(branch: Branch, programs: Programs, state: TrainState, step: int, recorder: Recorder) -> Batch:
     """Samples, scores and selects one batch of a branch's answers (lines 2 to 5)."""
-    draw = schedule.draw(programs.setup.config, step, branch.name)
+    draw = schedule.draw_number(programs.setup.config, step, branch.name)
     prompts = programs.next_prompts(branch)
     answers = programs.generate(branch, state, prompts, draw, meanwhile=recorder.log_last)
-    log_probs, teacher = programs.score(branch, state, prompts, answers, programs.compares(step))
+    log_probs, teacher = programs.score(branch, state, prompts, answers, programs.needs_student_forward(step))
     selection = programs.select(branch, log_probs, answers, draw)
     return Batch(prompts.student, prompts.index, answers, log_probs, selection, teacher)

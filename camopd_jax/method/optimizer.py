@@ -54,9 +54,9 @@ def learning_rate(config: Optimizer, steps: int, step: jax.Array) -> jax.Array:
 
 
 def apply(
-    params: Params, moments: Any, grads: Params, rate: jax.Array, config: Optimizer, sound: jax.Array
+    params: Params, moments: Any, grads: Params, rate: jax.Array, config: Optimizer, finite: jax.Array
 ) -> tuple[Params, Any, dict[str, jax.Array]]:
-    """One AdamW step if `sound` is true and the gradient is finite; else parameters and moments stay unchanged.
+    """One AdamW step if `finite` is true and the gradient is finite; else parameters and moments stay unchanged.
 
     A gradient whose global norm exceeds `clip_norm` is scaled down to it. If every gradient is clipped, all have the
     same norm, and the branches' scales r have no effect; `grad_clipped` shows this.
@@ -65,29 +65,29 @@ def apply(
     memory.
 
     Returns:
-      New parameters and moments, and {"grad_norm", "grad_clipped" (0 or 1), "learning_rate", "sound"}.
+      New parameters and moments, and {"grad_norm", "grad_clipped" (0 or 1), "learning_rate", "finite"}.
     """
     norm = optax.global_norm(grads)
-    sound &= jnp.isfinite(norm)
+    finite &= jnp.isfinite(norm)
     clipped = jnp.bool_(False)
     if config.clip_norm is not None:
         clipped = norm > config.clip_norm
         factor = jnp.where(clipped, config.clip_norm / norm, 1.0)
         grads = jax.tree.map(lambda g: g * factor, grads)
-    grads = jax.tree.map(lambda g: jnp.where(sound, g, 0), grads)
-    decays = {"b1": jnp.where(sound, config.b1, 1.0), "b2": jnp.where(sound, config.b2, 1.0)}
+    grads = jax.tree.map(lambda g: jnp.where(finite, g, 0), grads)
+    decays = {"b1": jnp.where(finite, config.b1, 1.0), "b2": jnp.where(finite, config.b2, 1.0)}
     updates, new = optax.scale_by_adam(**decays, eps=config.eps).update(grads, moments)
-    moments = new._replace(count=jnp.where(sound, new.count, moments.count))
+    moments = new._replace(count=jnp.where(finite, new.count, moments.count))
 
     def move(path: tuple[jax.tree_util.DictKey, ...], p: jax.Array, u: jax.Array) -> jax.Array:
         wide = p.astype(jnp.float32)
         if path[-1].key in _DECAYED:
             u = u + config.weight_decay * wide
-        return (wide - jnp.where(sound, rate * u, 0)).astype(p.dtype)
+        return (wide - jnp.where(finite, rate * u, 0)).astype(p.dtype)
 
     params = jax.tree_util.tree_map_with_path(move, params, updates)
     stats = {"grad_norm": norm, "grad_clipped": clipped.astype(jnp.float32), "learning_rate": jnp.asarray(rate),
-             "sound": sound}  # fmt: skip
+             "finite": finite}  # fmt: skip
     return params, moments, stats
 
 

@@ -12,7 +12,7 @@ from camopd_jax.config.schema import Sampling
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import Branch
-from camopd_jax.method.gradient import Gradient, Learner, Lesson, Loss
+from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, LossInputs
 from camopd_jax.method.objectives import TeacherReading
 from camopd_jax.method.select import select
 from camopd_jax.method.setup import Setup
@@ -26,7 +26,7 @@ from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.rollout.score import LOG_PROB, Reading, micro_batches, score_batch
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import gather, global_rows, sharding
-from camopd_jax.runtime.offload import Waiting
+from camopd_jax.runtime.offload import OffloadSlot
 from camopd_jax.runtime.timing import Stages
 from camopd_jax.types import (
     Batch,
@@ -69,7 +69,7 @@ class Programs:
         """
         config = setup.config
         self.setup, self.model, self.stages = setup, model, Stages()
-        self._params, self._moments = params, Waiting()
+        self._params, self._moments = params, OffloadSlot()
         self.decode = Decode(
             Sampling.of(config.rollout),
             eos_ids,
@@ -88,7 +88,7 @@ class Programs:
         kept = (shardings, shardings.step)  # metrics are replicated, like the step's number
         self.keys = jax.jit(partial(row_keys, config.seed), out_shardings=rows)
         self.move_answers = jax.jit(lambda answers: answers, out_shardings=rows)
-        self.selecting, self.weighing, self.learners = {}, {}, {}
+        self.selecting, self.weighing, self.accumulators = {}, {}, {}
         for name, branch in config.branches.items():
             objective = setup.objectives[name]
             rule = partial(_select, seed=config.seed, rule=branch.selection)
@@ -96,7 +96,7 @@ class Programs:
             loss = Loss(model, objective, teachers[name] if objective.teacher_logits else None)
             self.selecting[name] = jax.jit(rule, out_shardings=selection)
             self.weighing[name] = jax.jit(weigh, out_shardings=rows)
-            self.learners[name] = Learner(loss, shardings.params, config.compute.logits_chunk)
+            self.accumulators[name] = GradientAccumulator(loss, shardings.params, config.compute.logits_chunk)
         self.updates = {
             phase: jax.jit(update, donate_argnums=0, out_shardings=kept) for phase, update in _updates(setup).items()
         }
@@ -105,7 +105,7 @@ class Programs:
         """All parameters of the student."""
         return merge(self._params, state.params)
 
-    def compares(self, step: int) -> bool:
+    def needs_student_forward(self, step: int) -> bool:
         """Whether the student scores its answers in a forward pass in this step."""
         return not self.setup.trusts_sampler or step % COMPARE_EVERY == 0
 
@@ -133,7 +133,7 @@ class Programs:
           meanwhile: called once, while the devices sample.
         """
         if self.setup.config.compute.offloads:
-            self._moments.park(state.moments)
+            self._moments.put(state.moments)
         teacher_params = branch.teacher.fetch()
         with self.stages("rollout"):
             model, params, tokens = self.model, self.params(state), prompts.student
@@ -217,8 +217,8 @@ class Programs:
         size, smallest = config.optimizer.micro_batch, config.rollout.smallest_bucket
         parts = micro_batches(self.model.mesh, sequences, size, smallest, order[:count])
         weights = self.weighing[name](batch.after_gradient())
-        lesson = Lesson(sequences, weights, batch.teacher.tokens, batch.rollout.residuals)
-        return self.learners[name](self.params(state), state.params, lesson, parts, batch.teacher.head)
+        inputs = LossInputs(sequences, weights, batch.teacher.tokens, batch.rollout.residuals)
+        return self.accumulators[name](self.params(state), state.params, inputs, parts, batch.teacher.head)
 
 
 def student_programs(setup: Setup, student: Loaded, state: TrainState, branches: dict[str, Branch]) -> Programs:

@@ -7,7 +7,7 @@ from camopd_jax.config.schema import TrainConfig
 MIXED = "mixed"  # the phase of a step that trains all branches
 
 
-def acting(config: TrainConfig, step: int) -> list[str]:
+def active_branches(config: TrainConfig, step: int) -> list[str]:
     """Names of the branches that step `step` (from 0) trains.
 
     Eq 5: a cycle has `steps` consecutive steps of each branch, in the order of the config. With the "mixed" schedule,
@@ -23,15 +23,15 @@ def acting(config: TrainConfig, step: int) -> list[str]:
     raise AssertionError(config.branches)
 
 
-def draw(config: TrainConfig, step: int, branch: str) -> np.int32:
+def draw_number(config: TrainConfig, step: int, branch: str) -> np.int32:
     """A number that is different for each batch of answers of a run; its random keys are derived from it."""
-    branches = acting(config, step)
+    branches = active_branches(config, step)
     return np.int32(step * len(branches) + branches.index(branch))
 
 
 def phase(config: TrainConfig, step: int) -> str:
     """The `phase` of a step in metrics.jsonl: the name of its branch, or "mixed"."""
-    return MIXED if config.method.schedule == MIXED else acting(config, step)[0]
+    return MIXED if config.method.schedule == MIXED else active_branches(config, step)[0]
 
 
 def phases(config: TrainConfig) -> dict[str, float]:

@@ -25,7 +25,7 @@ def branch_update(
 ) -> tuple[TrainState, Metrics]:
     """One step of a branch toward its teacher (Eq 9)."""
     moments = "shared" if config.method.moments == "shared" else branch
-    state, stats = _take_step(state, gradient, _rankable(batch), moments, config)
+    state, stats = _take_step(state, gradient, _finite_gap_mass(batch), moments, config)
     return state, {"loss": gradient.loss, "answers": answer_table(batch)} | step_statistics(batch) | stats
 
 
@@ -43,8 +43,8 @@ def mixed_update(
     if config.method.conflict == "pcgrad":
         weighted = pcgrad(weighted)
     total = Gradient(loss, jax.tree.map(lambda first, *rest: sum(rest, start=first), *weighted))
-    sound = jnp.all(jnp.stack([_rankable(batch) for batch in batches.values()]))
-    state, stats = _take_step(state, total, sound, "shared", config)
+    finite = jnp.all(jnp.stack([_finite_gap_mass(batch) for batch in batches.values()]))
+    state, stats = _take_step(state, total, finite, "shared", config)
     of_branches: dict[str, Metrics] = {
         name: {"loss": gradients[name].loss, "answers": answer_table(batch)} | step_statistics(batch)
         for name, batch in batches.items()
@@ -78,20 +78,20 @@ def sft_update(
     return state, {"loss": gradient.loss} | counts | stats
 
 
-def _rankable(batch: Batch) -> jax.Array:
+def _finite_gap_mass(batch: Batch) -> jax.Array:
     """Whether every gap mass is finite; if one is not, the selection is not valid."""
     return jnp.all(jnp.isfinite(batch.selection.mass))
 
 
 def _take_step(
-    state: TrainState, gradient: Gradient, sound: jax.Array, moments: str, config: TrainConfig | SftConfig
+    state: TrainState, gradient: Gradient, finite: jax.Array, moments: str, config: TrainConfig | SftConfig
 ) -> tuple[TrainState, Metrics]:
     """One AdamW step if loss and gradient are finite; else the step is skipped and counted."""
     rate = optimizer.learning_rate(config.optimizer, config.steps, state.step)
-    sound &= jnp.isfinite(gradient.loss)
+    finite &= jnp.isfinite(gradient.loss)
     params, adam, stats = optimizer.apply(
-        state.params, state.moments[moments], gradient.of, rate, config.optimizer, sound
+        state.params, state.moments[moments], gradient.of, rate, config.optimizer, finite
     )
-    skipped = jnp.where(stats.pop("sound"), 0, state.skipped + 1)
+    skipped = jnp.where(stats.pop("finite"), 0, state.skipped + 1)
     state = TrainState(state.step + 1, params, state.moments | {moments: adam}, skipped)
     return state, stats | {"skipped": skipped}

@@ -110,7 +110,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     Raises:
       UserError: for an unknown architecture, and for an unknown field that may change the output.
     """
-    fields, family = _understood(config, where)
+    fields, family = _checked_fields(config, where)
     heads = fields["num_attention_heads"]
     head_dim = fields["head_dim"] or fields["hidden_size"] // heads
     activation = fields[family.activation_field]
@@ -149,7 +149,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     )
 
 
-def _understood(config: Fields, where: str) -> tuple[Fields, Family]:
+def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
     """Checks the fields of a config.json; returns them with the defaults of its family, and the family.
 
     Raises:
@@ -201,18 +201,18 @@ def _ropes(
 
 def _rope(fields: Fields, head_dim: int, max_positions: int, context: int | None, where: str) -> Rope:
     scaling = fields.get("rope_type", fields.get("type", "default"))
-    understood: dict[str, set[str]] = {
+    supported: dict[str, set[str]] = {
         "default": set(),
         "linear": {"factor"},
         "dynamic": {"factor"},
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     }
-    if scaling not in understood:
-        raise UserError(f"{where}: RoPE scaling {scaling!r} is not supported; supported are {', '.join(understood)}")
+    if scaling not in supported:
+        raise UserError(f"{where}: RoPE scaling {scaling!r} is not supported; supported are {', '.join(supported)}")
     for name, value in fields.items():
-        if name not in understood[scaling] | {"rope_type", "type", "rope_theta"} and value not in (None, 1.0):
+        if name not in supported[scaling] | {"rope_type", "type", "rope_theta"} and value not in (None, 1.0):
             raise UserError(f"{where}: RoPE field {name} = {value!r} is not supported for scaling {scaling!r}")
-    missing = [name for name in sorted(understood[scaling]) if fields.get(name) is None]
+    missing = [name for name in sorted(supported[scaling]) if fields.get(name) is None]
     if missing:
         raise UserError(f"{where}: RoPE scaling {scaling!r} needs the field {missing[0]}")
     rope = Rope(theta=float(fields["rope_theta"]))

@@ -24,7 +24,7 @@ _RESIDUAL_BYTES = 2**28  # the TPU kernel stores each log-sum 128 times; this li
 Kernel = Callable[..., jax.Array]
 
 
-def why_not(config: ModelConfig, mesh: Mesh | None, dtype: str) -> str | None:
+def unsupported_reason(config: ModelConfig, mesh: Mesh | None, dtype: str) -> str | None:
     """The reason why no fused kernel supports a model on a mesh; None if one does.
 
     Args:
@@ -125,7 +125,7 @@ def splash(
 
 def check(config: ModelConfig, mesh: Mesh | None, dtype: str) -> None:
     """Raises UserError if no fused kernel supports a model."""
-    if why := why_not(config, mesh, dtype):
+    if why := unsupported_reason(config, mesh, dtype):
         raise UserError(f"config.compute.attention is 'fused'; {why}; give auto or xla")
 
 

@@ -71,13 +71,13 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     leaves = {}
     for row in table(config):
         views = [row.from_hf(on_disk[name].map()) for name in row.names(config.num_layers)]
-        piece = partial(_piece, views, row.stacked, dtype)
-        leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), piece)
+        shard = partial(_shard, views, row.stacked, dtype)
+        leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), shard)
         leaves[row.path] = jax.block_until_ready(leaf)  # else this shard is in host memory while the next is read
     return tree_of(leaves)
 
 
-def _piece(views: list[np.ndarray], stacked: bool, dtype: str, index: tuple[slice, ...] | None) -> np.ndarray:
+def _shard(views: list[np.ndarray], stacked: bool, dtype: str, index: tuple[slice, ...] | None) -> np.ndarray:
     """One device's shard of a parameter, read from the tensors that it consists of.
 
     Args:

@@ -80,7 +80,7 @@ class Model:
 
     @property
     def _block(self) -> Block:
-        plain = fused.why_not(self.config, self.mesh, self.dtype) is not None
+        plain = fused.unsupported_reason(self.config, self.mesh, self.dtype) is not None
         return Block(self.config, self.mesh, "xla" if plain else self.attention)
 
     def _positions(self, positions_BS: jax.Array) -> Positions:

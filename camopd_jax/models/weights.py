@@ -41,10 +41,10 @@ MODULE_NAMES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class WeightRow:
     """One parameter: the Hugging Face tensor, viewed as `split` and transposed by `order`.
 
-    >>> row = Row(("layers", "attention", "query", "kernel"), "model.layers.{}.self_attn.q_proj.weight",
+    >>> row = WeightRow(("layers", "attention", "query", "kernel"), "model.layers.{}.self_attn.q_proj.weight",
     ...           ("layers", "embed", "heads", "head_dim"), split=(9, 64, 576), order=(2, 0, 1), hf_shape=(576, 576))
     >>> row.shape(layers=30), row.names(layers=2)[1]
     ((30, 576, 9, 64), 'model.layers.1.self_attn.q_proj.weight')
@@ -79,17 +79,17 @@ class Row:
         return array.transpose(np.argsort(self.order)).reshape(self.hf_shape)
 
 
-def table(c: ModelConfig) -> tuple[Row, ...]:
+def table(c: ModelConfig) -> tuple[WeightRow, ...]:
     """The rows of all parameters of a model."""
     return tuple(_rows(c))
 
 
-def _rows(c: ModelConfig) -> Iterator[Row]:
+def _rows(c: ModelConfig) -> Iterator[WeightRow]:
     d, f, k, v = c.hidden_size, c.intermediate_size, c.head_dim, c.vocab_size
     names = MODULE_NAMES | dict(c.module_names)
 
-    def top(path: Path, axes: tuple[str | None, ...], split: tuple[int, ...], order: tuple[int, ...]) -> Row:
-        return Row(path, f"{names[path[0]]}.weight", axes, split, order, split)
+    def top(path: Path, axes: tuple[str | None, ...], split: tuple[int, ...], order: tuple[int, ...]) -> WeightRow:
+        return WeightRow(path, f"{names[path[0]]}.weight", axes, split, order, split)
 
     def layer(
         module: str,
@@ -98,9 +98,11 @@ def _rows(c: ModelConfig) -> Iterator[Row]:
         split: tuple[int, ...],
         order: tuple[int, ...] = (0,),
         hf_shape: tuple[int, ...] | None = None,
-    ) -> Row:
+    ) -> WeightRow:
         hf_name = f"model.layers.{{}}.{names[module]}.{'bias' if leaf == 'bias' else 'weight'}"
-        return Row(("layers", *module.split("."), leaf), hf_name, ("layers", *axes), split, order, hf_shape or split)
+        return WeightRow(
+            ("layers", *module.split("."), leaf), hf_name, ("layers", *axes), split, order, hf_shape or split
+        )
 
     yield top(("embedding",), ("vocab", "embed"), (v, d), (0, 1))
     if not c.tied_head:

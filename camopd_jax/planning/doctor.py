@@ -148,7 +148,7 @@ class Examination:
         rows = schedule.batch_rows(config)[branch]
         prompts = PromptStream(of.prompts, config.rollout, tokenizers, config.seed, range(rows), name)
         kept, dropped, truncated = (prompts.counts[count] for count in ("kept", "dropped", "truncated"))
-        acts = sum(branch in schedule.acting(config, step) for step in range(config.steps))
+        acts = sum(branch in schedule.active_branches(config, step) for step in range(config.steps))
         low, middle, high = (int(np.quantile(prompts.lengths, q)) for q in (0, 0.5, 1))
         steps = f"{acts} steps of {rows} use each {acts * rows / kept:.3g} times"
         self.good(about, f"{kept} prompts of {low} to {high} tokens, median {middle}; {steps}")

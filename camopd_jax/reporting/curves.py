@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from camopd_jax.analysis import study
-from camopd_jax.reporting.runs import LoadedRun, Record
+from camopd_jax.reporting.runs import FileRow, LoadedRun
 
 BINS = 60  # maximum number of points of a line
 RATE_BINS = 12  # the same for rates of rare events, which need more steps per point
@@ -24,7 +24,7 @@ class Curve:
     errors: list[float | None]
 
 
-def points(rows: Iterable[Record], path: Sequence[str]) -> Points:
+def points(rows: Iterable[FileRow], path: Sequence[str]) -> Points:
     """The values of rows at a path of keys; rows without a finite value are left out."""
     values: Points = []
     for row in rows:
@@ -56,7 +56,7 @@ def average(of_runs: Sequence[Points], at_most: int = BINS) -> Curve:
     return Curve(centres, [mean.value for mean in over_runs], [mean.error for mean in over_runs])
 
 
-Rows = Callable[[LoadedRun], Iterable[Record]]
+Rows = Callable[[LoadedRun], Iterable[FileRow]]
 
 
 def average_curve(runs: Sequence[LoadedRun], rows: Rows, path: Sequence[str], at_most: int = BINS) -> Curve:

@@ -9,9 +9,9 @@ from etils import epath
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from camopd_jax.config.methods import AGAINST
+from camopd_jax.config.methods import REFERENCE_METHODS
 from camopd_jax.reporting import answers, gradients, load, plots, results, sections, styles, tables
-from camopd_jax.reporting.runs import Source
+from camopd_jax.reporting.runs import Directory
 from camopd_jax.reporting.sections import Panel, Section, metric_panels
 from camopd_jax.reporting.styles import Styles
 from camopd_jax.runtime.jsonl import atomic_file
@@ -42,13 +42,13 @@ def write_page(folders: Sequence[str], out: str | epath.Path) -> None:
         file.write(text)
 
 
-def page(sources: Sequence[Source], now: datetime.datetime) -> str:
+def page(directories: Sequence[Directory], now: datetime.datetime) -> str:
     """The report as HTML. `now`: the time in its header."""
-    chosen = styles.choose_styles([group for source in sources for group in source.groups])
-    sweeps = map(tables.sweep, sources)
-    settings = [tables.runs(chosen.groups), tables.configs(chosen.groups), *sweeps, tables.failed(sources)]
+    chosen = styles.assign_styles([group for directory in directories for group in directory.groups])
+    sweeps = map(tables.sweep, directories)
+    settings = [tables.runs(chosen.groups), tables.configs(chosen.groups), *sweeps, tables.failed(directories)]
     shown = [
-        _results(sources, chosen),
+        _results(directories, chosen),
         Section("Recovery and retention over steps", ABOUT["over steps"], panels=sections.over_steps(chosen)),
         Section("Selection", "The answers that are trained on.", panels=metric_panels(sections.SELECTION, chosen)),
         Section("Gaps", ABOUT["gaps"], panels=metric_panels(sections.GAPS, chosen)),
@@ -61,13 +61,13 @@ def page(sources: Sequence[Source], now: datetime.datetime) -> str:
     ]
     loader = jinja2.PackageLoader("camopd_jax.reporting", ".")
     environment = jinja2.Environment(loader=loader, autoescape=True, trim_blocks=True, lstrip_blocks=True)
-    environment.filters |= {"tint": answers.tint}
+    environment.filters |= {"gap_class": answers.gap_class}
     environment.filters["json"] = lambda plot: Markup(plot.to_json(engine="json"))  # Plotly escapes "<" and "/"
-    names = [source.folder.name or str(source.folder) for source in sources]
+    names = [directory.folder.name or str(directory.folder) for directory in directories]
     text = environment.get_template("page.html").render(
         title="camopd_jax: " + (", ".join(names) if len(names) <= 3 else f"{len(names)} directories"),
         now=now.strftime("%-d %B %Y, %H:%M %Z").strip(),
-        sources=sources,
+        directories=directories,
         sections=[section for section in shown if section.tables or section.panels or section.answers],
         chosen=chosen,
         styles=styles,
@@ -78,16 +78,16 @@ def page(sources: Sequence[Source], now: datetime.datetime) -> str:
     return text.encode("utf-8", "replace").decode("utf-8")  # replaces unpaired surrogates, which cannot be written
 
 
-def _results(sources: Sequence[Source], chosen: Styles) -> Section:
+def _results(directories: Sequence[Directory], chosen: Styles) -> Section:
     """Tables of results and differences, and a plot of recovery against retention."""
     groups = [group for group in chosen.groups if group.results]
     if not groups:
         return Section("Results")
-    shown = [tables.results(groups), *(tables.differences(groups, method) for method in AGAINST)]
+    shown = [tables.results(groups), *(tables.differences(groups, method) for method in REFERENCE_METHODS)]
     last = dict(results.columns(groups))  # for each measure, "mean" or the only benchmark
     panels = []
     if len(last) == 2:
-        interpolation = [group for source in sources for group in source.interpolation]
+        interpolation = [group for directory in directories for group in directory.interpolation]
         plot = plots.pareto(groups, interpolation, list(last.items()), chosen.colours)
         panels.append(Panel("Recovery against retention", plot, ABOUT["pareto"]))
     about = ABOUT["results"] if any(group.grid for group in groups) else ""

@@ -6,7 +6,7 @@ from camopd_jax.analysis import study
 from camopd_jax.analysis.study import Mean
 from camopd_jax.evals.comparison import kept_share, recovered_share
 from camopd_jax.evals.results import Result, on_questions
-from camopd_jax.reporting.runs import Column, Group, Models
+from camopd_jax.reporting.runs import Column, Group, ModelResults
 
 AXES = {"recovery": "general", "retention": "domain"}  # the axis of the benchmarks for each measure
 
@@ -36,7 +36,7 @@ def difference(group: Group, other: Group, column: Column) -> Mean | None:
     return None if apart is None else Mean(apart.value, apart.error, len(a.keys() & b.keys()))
 
 
-def _over_questions(models: Models, other: Models, column: Column) -> Mean | None:
+def _over_questions(models: ModelResults, other: ModelResults, column: Column) -> Mean | None:
     """The difference between two students with its error over questions; None if they answered different questions.
 
     Recovery and retention are linear in the student's grades. So the difference is the recovery of a student with the

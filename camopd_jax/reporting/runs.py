@@ -9,12 +9,12 @@ from etils import epath
 
 from camopd_jax.analysis import study
 from camopd_jax.analysis.study import Mean
-from camopd_jax.config.methods import CONTROLS
+from camopd_jax.config.methods import METHODS
 from camopd_jax.evals.comparison import comparison, rank_of
 from camopd_jax.evals.results import Result, on_questions
 
-Record = dict[str, Any]  # one row of a run's files
-Models = tuple[list[Result], list[Result], list[Result]]  # of general teacher, specialised teacher and student
+FileRow = dict[str, Any]  # one row of a run's files
+ModelResults = tuple[list[Result], list[Result], list[Result]]  # of general teacher, specialised teacher and student
 Column = tuple[str, str]  # ("recovery" or "retention", benchmark or "mean")
 TEACHERS = ("general", "specialised")  # names in eval.jsonl; every other model there is a student
 
@@ -24,11 +24,11 @@ class LoadedRun:
     """The contents of a run's work directory. A list is empty if its file does not exist."""
 
     config: dict[str, Any]
-    metrics: list[Record]
-    scores: list[Record]  # quantiles of the answers' gap mass, for each step and branch
-    samples: list[Record]
-    evaluations: list[Record]
-    diagnostics: list[Record]
+    metrics: list[FileRow]
+    gap_masses: list[FileRow]  # quantiles of the answers' gap mass, for each step and branch
+    samples: list[FileRow]
+    evaluations: list[FileRow]
+    diagnostics: list[FileRow]
     exported: bool
 
     @property
@@ -44,26 +44,26 @@ class LoadedRun:
     def parts(self) -> list[str]:
         """Names of the branches, those of the config first, then other phases such as "mixed" or "sft"."""
         names = dict.fromkeys(self.config.get("branches") or ())
-        names |= dict.fromkeys(row["phase"] for row in (*self.samples, *self.scores))
+        names |= dict.fromkeys(row["phase"] for row in (*self.samples, *self.gap_masses))
         for row in self.metrics:
             names |= {name: None for name, block in row.items() if isinstance(block, dict) and "gap_mean" in block}
         return list(names | dict.fromkeys(row["phase"] for row in self.metrics))
 
-    def rows_of(self, part: str) -> Iterator[Record]:
+    def rows_of(self, part: str) -> Iterator[FileRow]:
         """The metrics of a branch or phase: rows of its steps, and its objects in rows of mixed steps."""
-        for row in (*self.metrics, *self.scores):
+        for row in (*self.metrics, *self.gap_masses):
             if row["phase"] == part:
                 yield row
             elif isinstance(row.get(part), dict):
                 yield row[part] | {"step": row["step"]}
 
     @property
-    def standings(self) -> list[Record]:
+    def standings(self) -> list[FileRow]:
         """The rows with recovery and retention during training."""
         return [row for row in self.evaluations if row["benchmark"] == "standing"]
 
     @functools.cached_property
-    def final(self) -> tuple[int, Models] | None:
+    def final(self) -> tuple[int, ModelResults] | None:
         """Step and results of the model that was exported or evaluated last.
 
         All results of a benchmark are on the same questions. None if a result of the student or a teacher is missing.
@@ -113,16 +113,16 @@ class Group:
     @property
     def about(self) -> str:
         """The description of the method."""
-        return CONTROLS[self.method].about if self.method in CONTROLS else ""
+        return METHODS[self.method].about if self.method in METHODS else ""
 
     @functools.cached_property
-    def results(self) -> dict[int, Models]:
+    def results(self) -> dict[int, ModelResults]:
         """The final results by seed. Results of a grid exclude the questions for tuning."""
         finals = {seed: run.final[1] for seed, run in self.runs.items() if run.final}
         return {seed: _without_tuning(models) for seed, models in finals.items()} if self.grid else finals
 
     @property
-    def single(self) -> Models | None:
+    def single(self) -> ModelResults | None:
         """The results, if only one model has results."""
         evaluated = [run for run in self.distinct if run.final]
         return next(iter(self.results.values())) if len(evaluated) == 1 else None
@@ -144,15 +144,16 @@ class Group:
         return study.mean(value for value, _ in values.values())
 
 
-def _without_tuning(models: Models) -> Models:
+def _without_tuning(models: ModelResults) -> ModelResults:
     general, specialised, student = (
-        [on_questions(row, [i for i in range(row["n"]) if not study.tuning(i)]) for row in rows] for rows in models
+        [on_questions(row, [i for i in range(row["n"]) if not study.is_tuning_question(i)]) for row in rows]
+        for rows in models
     )
     return general, specialised, student
 
 
 @dataclass(frozen=True)
-class Source:
+class Directory:
     """The contents of a directory given to `report`."""
 
     folder: epath.Path

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from camopd_jax.config.methods import AGAINST
+from camopd_jax.config.methods import REFERENCE_METHODS
 from camopd_jax.reporting.runs import Group
 
 # Lines and markers have medium lightness, readable on white and on black; other colours depend on the theme.
@@ -54,9 +54,9 @@ class Styles:
         return self.groups[:3]
 
 
-def choose_styles(groups: Sequence[Group]) -> Styles:
+def assign_styles(groups: Sequence[Group]) -> Styles:
     """Orders groups with CaMOPD and vanilla first, and assigns colours; groups without a free colour are grey."""
-    ordered = sorted(groups, key=lambda group: group.method not in AGAINST)
+    ordered = sorted(groups, key=lambda group: group.method not in REFERENCE_METHODS)
     colours: dict[str, str] = {}
     free = list(GROUP_COLOURS)
     for group in ordered:

@@ -8,9 +8,9 @@ from markupsafe import Markup
 
 from camopd_jax.analysis import study
 from camopd_jax.analysis.study import Mean
-from camopd_jax.config.identity import differing
+from camopd_jax.config.identity import field_differences
 from camopd_jax.reporting.results import columns, difference, reference
-from camopd_jax.reporting.runs import Group, Source
+from camopd_jax.reporting.runs import Directory, Group
 
 TITLES = {"recovery": "back", "retention": "kept"}
 EMPTY = "\u2013"  # a dash
@@ -68,17 +68,18 @@ def differences(groups: Sequence[Group], method: str) -> PageTable | None:
     return table if any(cell != EMPTY for row in rows for cell in row[1:]) else None
 
 
-def sweep(source: Source) -> PageTable | None:
+def sweep(directory: Directory) -> PageTable | None:
     """The merit of each setting that a grid tried."""
     rows = []
-    for method, merits in source.merits.items():
+    for method, merits in directory.merits.items():
         best = max(merits.values(), default=None)
         in_order = sorted(merits.items(), key=lambda pair: float(pair[0]))
         rows.append([method, *(_bold(f"{setting}: {100 * merit:.1f}", merit == best) for setting, merit in in_order)])
     caption = (
-        f"{source.folder.name}: choice of settings. Each cell has a learning rate (for the interpolation, the original "
-        "model's weight) and the average of recovery and retention in % of one run, on the questions for tuning. "
-        f"Bold: the best{'' if source.study else ' so far'}."
+        f"{directory.folder.name}: choice of settings. Each cell has a learning rate (for the interpolation, the "
+        "original model's weight) and the average of recovery and retention in % of one run, on the questions for "
+        "tuning. "
+        f"Bold: the best{'' if directory.study else ' so far'}."
     )
     return PageTable(caption, [], rows) if rows else None
 
@@ -100,7 +101,7 @@ def runs(groups: Sequence[Group]) -> PageTable:
 
 def configs(groups: Sequence[Group]) -> PageTable | None:
     """The config fields that differ between groups; each group is represented by its first run."""
-    fields = differing([group.run.config for group in groups]) if groups else {}
+    fields = field_differences([group.run.config for group in groups]) if groups else {}
     text = {
         name: [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
         for name, values in fields.items()
@@ -112,9 +113,9 @@ def configs(groups: Sequence[Group]) -> PageTable | None:
     return PageTable(caption, ["", *fields], rows, words=True) if fields else None
 
 
-def failed(sources: Sequence[Source]) -> PageTable | None:
+def failed(directories: Sequence[Directory]) -> PageTable | None:
     """The failed runs of finished grids, with reasons."""
-    rows = [list(item) for source in sources for item in source.study.get("failed", {}).items()]
+    rows = [list(item) for directory in directories for item in directory.study.get("failed", {}).items()]
     return PageTable("Runs that failed.", ["run", "reason"], rows, words=True) if rows else None
 
 

@@ -25,7 +25,7 @@ REFILL = 8  # waiting prompts start when 1/8 of the lanes is free
 
 
 @dataclass(frozen=True)
-class Programs:
+class RolloutPrograms:
     """The compiled functions of a rollout."""
 
     begin: Any
@@ -38,13 +38,13 @@ class Programs:
 
 
 @functools.cache
-def programs(mesh: Mesh | None) -> Programs:
+def programs(mesh: Mesh | None) -> RolloutPrograms:
     """Jits the functions of `rollout.decode`. Results have fixed shardings, so that nothing compiles twice."""
     state = decode.shardings(mesh)
     rows, everywhere = (None, None) if mesh is None else (sharding(mesh, "batch"), sharding(mesh))
     of_cache = {True: state and state.cache.keys, False: rows}
     drawn = ("sampling", "eos_ids")
-    return Programs(
+    return RolloutPrograms(
         begin=jax.jit(
             decode.begin, static_argnums=0, static_argnames=(*drawn, "max_new", "keep_residuals"), out_shardings=state
         ),
@@ -211,14 +211,14 @@ def _fill(numbers: np.ndarray, size: int, none: int) -> np.ndarray:
     return np.pad(numbers, (0, size - len(numbers)), constant_values=none).astype(np.int32)
 
 
-def _grow(p: Programs, state: Decoding, prompt_slots: int, filled: int, ring: int) -> Decoding:
+def _grow(p: RolloutPrograms, state: Decoding, prompt_slots: int, filled: int, ring: int) -> Decoding:
     """Enlarges the ring to `ring` slots, of which the first `filled` are in use."""
     sizes = {"prompt_slots": prompt_slots, "slots": prompt_slots + ring}
     cache = _one_by_one(lambda array: p.grow[array.ndim == 4](array, state.slot, **sizes), state.cache)
     return state.replace(cache=cache, slot=jax.device_put(np.int32(filled), state.slot.sharding))
 
 
-def _put_rows(p: Programs, residuals: Residuals, state: Decoding, rows: int) -> Residuals:
+def _put_rows(p: RolloutPrograms, residuals: Residuals, state: Decoding, rows: int) -> Residuals:
     """The residual stream in the rows of the batch: of lanes removed earlier, and of all present lanes."""
     before = residuals or (None,) * len(state.cache.residuals)
     return tuple(
@@ -227,7 +227,7 @@ def _put_rows(p: Programs, residuals: Residuals, state: Decoding, rows: int) -> 
     )
 
 
-def _keep(p: Programs, state: Decoding, lanes_M: np.ndarray) -> Decoding:
+def _keep(p: RolloutPrograms, state: Decoding, lanes_M: np.ndarray) -> Decoding:
     """The state reduced to these lanes."""
     lanes = _one_by_one(lambda array: p.keep[array.ndim == 4](array, lanes_M), state.replace(slot=None))
     return lanes.replace(slot=state.slot)

@@ -25,23 +25,23 @@ def analyze(config: TrainConfig, checkpoint: str | None, source_field: str) -> d
     setup = resolve(config)
     check_diagnostics(config, setup.mesh)
     models = load_models(setup)
-    student, source = models.student, None
+    student, evaluated = models.student, None
     if checkpoint:
-        source = evaluation.load_source(config, checkpoint, setup.mesh)
-        if jax.tree.map(jnp.shape, source.loaded.params) != jax.tree.map(jnp.shape, student.params):
+        evaluated = evaluation.load_model(config, checkpoint, setup.mesh)
+        if jax.tree.map(jnp.shape, evaluated.loaded.params) != jax.tree.map(jnp.shape, student.params):
             raise UserError(
                 f"--checkpoint={checkpoint}: its parameters do not have the shapes of config.specialised_model = "
                 f"{config.specialised_model}; give a student of this config"
             )
-        student = student.with_params(jax.device_put(source.loaded.params, jax.tree.map(_sharding, student.params)))
+        student = student.with_params(jax.device_put(evaluated.loaded.params, jax.tree.map(_sharding, student.params)))
     state = init_state(partition.trained(student.params, config.optimizer.trained), moments=())
     teachers = make_teachers(config, models)
     branches = make_branches(setup, models, teachers, setup.rows, config.seed)
     programs = student_programs(setup, student, state, branches)
-    row, answers = Diagnosis(setup, models, teachers, programs)(source.step if source else 0, state)
+    row, answers = Diagnosis(setup, models, teachers, programs)(evaluated.step if evaluated else 0, state)
     of_prompts = {branch: prompt_sources(config, branch, source_field) for branch in config.branches}
     row["correlations"] = {branch: selection.correlations(answers[branch], of_prompts[branch]) for branch in answers}
-    if source and source.run and (rows := read_rows(source.run / "selection.jsonl")):
+    if evaluated and evaluated.run and (rows := read_rows(evaluated.run / "selection.jsonl")):
         row["training"] = {branch: of_training(rows, branch, of_prompts[branch]) for branch in config.branches}
     return row
 

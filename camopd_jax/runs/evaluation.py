@@ -39,10 +39,10 @@ def evaluate(config: Config, checkpoints: Sequence[str], workdir: str) -> dict[s
     runner.check(settings)
     folder.mkdir(parents=True, exist_ok=True)
     evaluator = runner.Evaluator(settings, folder, MetricsWriter(folder, tensorboard=False), Display(0, 0))
-    sources = {name: name for name in checkpoints} or own_models(config)
+    names = {name: name for name in checkpoints} or own_models(config)
     results: dict[str, list[Result]] = {}
-    for name, source in sources.items():
-        model = load_source(config, source, mesh)
+    for name, location in names.items():
+        model = load_model(config, location, mesh)
         results[name] = evaluator.run(name, model.loaded, key=model.key)
     return known_baselines(folder, results) | results
 
@@ -55,7 +55,7 @@ def own_models(config: Config) -> dict[str, str]:
 
 
 @dataclass(frozen=True)
-class Source:
+class EvaluatedModel:
     """A loaded model that --checkpoint names."""
 
     loaded: Loaded
@@ -64,22 +64,22 @@ class Source:
     step: int  # of the checkpoint; 0 if it is not a run's
 
 
-def load_source(config: Config, source: str, mesh: Mesh) -> Source:
+def load_model(config: Config, location: str, mesh: Mesh) -> EvaluatedModel:
     """Loads a Hugging Face folder, a work directory (its last checkpoint) or one checkpoint of it."""
-    checkpoint = re.fullmatch(r"(.+)/checkpoints/(\d+)/?", source)
-    run = checkpoint[1] if checkpoint else source
+    checkpoint = re.fullmatch(r"(.+)/checkpoints/(\d+)/?", location)
+    run = checkpoint[1] if checkpoint else location
     if (epath.Path(run) / "checkpoints").exists():
         loaded, provenance = export.restore_model(run, int(checkpoint[2]) if checkpoint else None)
         step = int(provenance["steps"])
-        return Source(loaded, runner.run_key(provenance["config_fingerprint"], step), epath.Path(run), step)
+        return EvaluatedModel(loaded, runner.run_key(provenance["config_fingerprint"], step), epath.Path(run), step)
     loaded = loading.load(
-        loading.find(source, "--checkpoint"),
+        loading.find(location, "--checkpoint"),
         mesh,
         config.compute,
         dtype=loading.teacher_dtype(config.compute),
         context=max((benchmark.max_response_tokens for benchmark in config.evaluation.benchmarks), default=0),
     )
-    return Source(loaded, runner.model_key(loaded), None, 0)
+    return EvaluatedModel(loaded, runner.model_key(loaded), None, 0)
 
 
 def known_baselines(folder: epath.Path, results: dict[str, list[Result]]) -> dict[str, list[Result]]:

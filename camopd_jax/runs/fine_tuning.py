@@ -10,7 +10,7 @@ from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
 from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
-from camopd_jax.method.gradient import Gradient, Learner, Lesson, Loss
+from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, LossInputs
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.setup import resolve_fine_tuning
@@ -42,18 +42,18 @@ def sft(config: SftConfig, workdir: str) -> None:
     }
     run = Run(config, workdir, student, {"data": stream}, provenance)
     state = run.restore(init_state(partition.trained(student.params, config.optimizer.trained)))
-    run.display.say(f"conversations: {stream.counts}")
+    run.display.print(f"conversations: {stream.counts}")
     run.evaluate("start", 0, student)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     loss = Loss(student.model, OBJECTIVES["cross_entropy"]())
-    learner = Learner(loss, shardings.params, config.compute.logits_chunk)
+    accumulator = GradientAccumulator(loss, shardings.params, config.compute.logits_chunk)
     update = jax.jit(partial(sft_update, config=config), donate_argnums=0, out_shardings=(shardings, None))
     ended = run.evaluate_student(int(state.step), state)  # an evaluation may have been interrupted before this start
     for step in range(int(state.step), 0 if ended else config.steps):
         started = time.perf_counter()
         batch = global_rows(mesh, next(stream), config.batch_size)
         params = student.with_params(state.params).params
-        state, metrics = update(state, gradient(config, mesh, learner, params, state.params, batch), batch)
+        state, metrics = update(state, gradient(config, mesh, accumulator, params, state.params, batch), batch)
         row = {"step": step, "phase": "sft"} | {name: value.item() for name, value in metrics.items()}
         seconds = time.perf_counter() - started
         speed = {"tokens_per_second": row["response_tokens"] / seconds, "memory_gib": memory_gib()}
@@ -69,9 +69,9 @@ def sft(config: SftConfig, workdir: str) -> None:
 
 
 def gradient(
-    config: SftConfig, mesh: Mesh, learner: Learner, params: Params, trained: Params, batch: Sequences
+    config: SftConfig, mesh: Mesh, accumulator: GradientAccumulator, params: Params, trained: Params, batch: Sequences
 ) -> Gradient:
     """The gradient of the cross-entropy of a batch, computed in micro-batches of rows of similar length."""
     parts = micro_batches(mesh, batch, config.optimizer.micro_batch, config.smallest_bucket)
     weights = cross_entropy_weights(batch.lengths, batch.tokens.shape[1])
-    return learner(params, trained, Lesson(batch, weights), parts)
+    return accumulator(params, trained, LossInputs(batch, weights), parts)

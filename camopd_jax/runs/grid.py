@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from camopd_jax.analysis import study
 from camopd_jax.config.identity import changed, different_fields, to_json
-from camopd_jax.config.methods import CONTROLS, INTERPOLATION
+from camopd_jax.config.methods import INTERPOLATION, METHODS
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.evals.results import Result
@@ -31,7 +31,6 @@ from camopd_jax.runs.training import train
 from camopd_jax.runs.workers import WorkerPool
 from camopd_jax.runtime.jsonl import atomic_file, read_rows
 
-METHODS = (*CONTROLS, INTERPOLATION)
 WEIGHTS = tuple(i / 10 for i in range(1, 10))  # weights of the original model in the interpolations to try
 TEACHERS = ("general", "specialised")  # their names in eval.jsonl
 
@@ -57,7 +56,7 @@ class Cell:
             return base
         own = {"optimizer.learning_rate": self.setting, "seed": self.seed}
         always = {"evaluation.every": 0, "log.report": False}
-        return cast(TrainConfig, changed(base, own | CONTROLS[self.method].changes | always))
+        return cast(TrainConfig, changed(base, own | METHODS[self.method].changes | always))
 
 
 # ------------------------------------------------------------------------------------ the study
@@ -201,13 +200,13 @@ class Grid:
         for future in concurrent.futures.as_completed(running):
             cell = running[future]
             try:
-                news = f"{cell}: {future.result():.0f} s"
+                message = f"{cell}: {future.result():.0f} s"
                 done.append(cell)
             except UserError as error:
-                news = f"{cell}: {error}"
+                message = f"{cell}: {error}"
                 self.failed[str(cell.folder(self._workdir))] = str(error)
-            self._bar.update(task, completed=len(done) + len(self.failed), last=news)
-            self._print_plain(f"{title}: {len(done)} of {len(cells)}, {news}")
+            self._bar.update(task, completed=len(done) + len(self.failed), last=message)
+            self._print_plain(f"{title}: {len(done)} of {len(cells)}, {message}")
         return done
 
     def shares(self, cell: Cell, for_tuning: bool) -> study.Shares:

@@ -28,7 +28,7 @@ from camopd_jax.types import TrainState
 KEPT_ROWS = {"metrics.jsonl": 0, "samples.jsonl": 0, "selection.jsonl": 0, "diagnostics.jsonl": 1}
 
 
-class Stream(Protocol):
+class ResumableStream(Protocol):
     """A data stream whose position is saved in checkpoints."""
 
     def get_state(self) -> Any: ...
@@ -51,7 +51,7 @@ class Run:
         config: Config,
         workdir: str,
         student: Loaded,
-        streams: Mapping[str, Stream],
+        streams: Mapping[str, ResumableStream],
         provenance: dict[str, str],
     ) -> None:
         """Claims the work directory.
@@ -92,7 +92,7 @@ class Run:
         self.writer = MetricsWriter(self.workdir, self.config.log.tensorboard)
         self.display = Display(self.config.steps, steps_done)
         if last is not None:
-            self.display.say(f"continuing from step {last}")
+            self.display.print(f"continuing from step {last}")
         if not is_distributed():  # with several processes, JAX handles the signal and informs the others
             signal.signal(signal.SIGTERM, self._terminate)
         return state
@@ -146,7 +146,9 @@ class Run:
         if self.terminated:
             self.checkpoints.wait()
             self.display.close()
-            self.display.say(f"stopped by a signal: saved at step {steps_done}; the same command continues from there")
+            self.display.print(
+                f"stopped by a signal: saved at step {steps_done}; the same command continues from there"
+            )
             return True
         return self.evaluate_student(steps_done, state)
 
@@ -173,7 +175,7 @@ class Run:
         if not out_of_patience(so_far, patience):
             return False
         best = max(sorted(self.ranks, reverse=True), key=self.ranks.__getitem__)
-        self.display.say(f"stopped: no better than step {best} for {patience} evaluations")
+        self.display.print(f"stopped: no better than step {best} for {patience} evaluations")
         return True
 
     def _rank_student(self, steps_done: int, state: TrainState) -> bool:
@@ -216,7 +218,7 @@ class Run:
         if self.config.checkpoints.export == "last" or best is None or best == int(state.step):
             return state
         self.checkpoints.wait()
-        self.display.say(f"the best checkpoint is at step {best}")
+        self.display.print(f"the best checkpoint is at step {best}")
         return self.checkpoints.restore(best, state)[0]
 
     def finish(self, state: TrainState) -> None:
@@ -227,12 +229,12 @@ class Run:
         self.display.close()
         export, report = self.workdir / "export", self.workdir / "report.html"
         write_folder(export, self.student.with_params(state.params), self.provenance | {"steps": str(int(state.step))})
-        self.display.say(f"exported: {export}")
+        self.display.print(f"exported: {export}")
         if self.config.log.report and is_primary():
             from camopd_jax.reporting.page import write_page  # slow to import, and only needed here
 
             write_page([str(self.workdir)], report)
-            self.display.say(f"report: {report}")
+            self.display.print(f"report: {report}")
         barrier("report")
 
 

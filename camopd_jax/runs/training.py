@@ -40,32 +40,32 @@ def train(config: TrainConfig, workdir: str) -> None:
     # ------------------------------------------------------------------------- state and steps
     trained = partition.trained(student.params, config.optimizer.trained)
     provenance = {"method": description(config)} | models.provenance(config)
-    host = TrainHost(config, workdir, student, streams, provenance)
-    state = host.restore(init_state(trained, moment_names(config)))
+    run = TrainingRun(config, workdir, student, streams, provenance)
+    state = run.restore(init_state(trained, moment_names(config)))
     for warning in models.warnings:
-        host.display.say(f"warning: {warning}")
-    host.display.say(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
-    host.baselines = {
-        "general": host.evaluate("general", 0, models.general),
-        "specialised": host.evaluate("specialised", 0, models.specialised),
+        run.display.print(f"warning: {warning}")
+    run.display.print(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
+    run.baselines = {
+        "general": run.evaluate("general", 0, models.general),
+        "specialised": run.evaluate("specialised", 0, models.specialised),
     }
     programs = student_programs(setup, student, state, branches)
     if config.diagnostics.every:
-        host.diagnosis = Diagnosis(setup, models, teachers, programs)
-    if not host.evaluate_student(int(state.step), state):  # an evaluation may have been interrupted
-        state = loop.run(branches, programs, state, Recorder(programs, host))
-    if host.terminated:
+        run.diagnosis = Diagnosis(setup, models, teachers, programs)
+    if not run.evaluate_student(int(state.step), state):  # an evaluation may have been interrupted
+        state = loop.run(branches, programs, state, Recorder(programs, run))
+    if run.terminated:
         return
-    state = host.state_to_export(state)
+    state = run.state_to_export(state)
     steps = int(state.step)
-    results = host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
-    host.finish(state)
-    host.display.say(clip_rates(read_rows(host.workdir / "metrics.jsonl")))
+    results = run.evaluate("student", steps, student.with_params(state.params), run.student_key(steps))
+    run.finish(state)
+    run.display.print(clip_rates(read_rows(run.workdir / "metrics.jsonl")))
     if results:
-        host.display.say(tables.accuracies(host.baselines | {"student": results}))
+        run.display.print(tables.accuracies(run.baselines | {"student": results}))
 
 
-class TrainHost(Run):
+class TrainingRun(Run):
     """A run of `train`: writes steps as rows of its files, and ranks checkpoints by recovery and retention."""
 
     config: TrainConfig

@@ -10,6 +10,8 @@ from camopd_jax.config.schema import Config
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.distributed import broadcast, run_on_all
 
+_COMMANDS = {"TrainConfig": "train", "SftConfig": "sft"}  # by the kind of config
+
 
 def claim_workdir(workdir: epath.Path, config: Config) -> None:
     """Writes workdir/config.json, or checks that an existing one is from the same run. Only process 0 writes.
@@ -36,8 +38,9 @@ def check_owner(workdir: epath.Path, config: Config) -> bool:
     try:
         owner, kind = json.loads(file.read_text()), type(config).__name__
         if owner["kind"] != kind:
+            command = _COMMANDS.get(owner["kind"], owner["kind"])
             raise UserError(
-                f"{workdir}: it belongs to a run of a {owner['kind']}, not of a {kind}; give a new --workdir"
+                f"{workdir}: it belongs to a run of `{command}`, not of `{_COMMANDS[kind]}`; give a new --workdir"
             )
         if owner["fingerprint"] != fingerprint(config):
             fields = ", ".join(different_fields(owner["config"], to_json(config))) or "written by another version"

@@ -78,17 +78,17 @@ def processes(values: flags.FlagValues = flags.FLAGS) -> "Processes | None":
     return Processes(address, count, number)
 
 
-def run(main: Callable[..., None], *words: str, many: bool = False) -> None:
+def run(main: Callable[..., None], *words: str, repeated: bool = False) -> None:
     """Parses the flags and runs `main`. A user's mistake becomes one line on stderr and exit code 2.
 
     Args:
       words: names of the positional arguments; `main` gets their values.
-      many: whether the last one may be given more than once.
+      repeated: whether the last one may be given more than once.
     """
     _configure_logging()
     app.run(
         lambda argv: report_errors(lambda: main(*argv[1:])),
-        flags_parser=lambda argv: report_errors(lambda: _parse(argv, words, many)),
+        flags_parser=lambda argv: report_errors(lambda: _parse(argv, words, repeated)),
     )
 
 
@@ -114,7 +114,7 @@ def required(name: str, example: str) -> str:
     return value
 
 
-def _parse(argv: list[str], words: Sequence[str], many: bool) -> list[str]:
+def _parse(argv: list[str], words: Sequence[str], repeated: bool) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -127,7 +127,7 @@ def _parse(argv: list[str], words: Sequence[str], many: bool) -> list[str]:
         raise UserError(_unknown_field(argv, str(error))) from error
     except (OSError, ImportError, SyntaxError, TypeError, ValueError, NameError) as error:
         raise UserError(f"--config: cannot read the config file: {_cause(error)}") from error
-    if len(rest) > 1 + len(words) and not many:
+    if len(rest) > 1 + len(words) and not repeated:
         raise UserError(f"{rest[1 + len(words)]!r} is not a flag; flags begin with --")
     if len(rest) < 1 + len(words):
         raise UserError(f"{words[len(rest) - 1]} is missing; see --help")

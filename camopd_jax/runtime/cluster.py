@@ -67,13 +67,13 @@ def join(processes: Processes | None) -> None:
     Raises:
       UserError: if the other processes cannot be found. If they do not connect in time, JAX aborts this process.
     """
-    if jax.distributed.is_initialized() or (processes is None and not _searches()):
+    if jax.distributed.is_initialized() or (processes is None and not _may_detect()):
         return
     message = ExitMessage()
     try:
         if processes is not None:
             _connect(processes, message)
-        elif not _search(message):
+        elif not _detect(message):
             message.clear()
             return
     except UserError:
@@ -101,13 +101,13 @@ def _connect(processes: Processes, message: ExitMessage) -> None:
         raise UserError(f"{failed} ({_first_line(error)})") from error
 
 
-def _search(message: ExitMessage) -> bool:
+def _detect(message: ExitMessage) -> bool:
     """Lets JAX detect the other processes; returns False on a single TPU host."""
     message.set(KILLED)
     try:
         _initialize()
     except Exception as error:  # detection depends on the environment and raises many kinds
-        if _wish() != "1" and "should be defined" in str(error):
+        if _distributed_setting() != "1" and "should be defined" in str(error):
             return False
         raise UserError(
             f"the other processes cannot be found ({_first_line(error)}); name them with --coordinator_address, "
@@ -148,13 +148,13 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _wish() -> str | None:
+def _distributed_setting() -> str | None:
     return os.environ.get("CAMOPD_DISTRIBUTED")
 
 
-def _searches() -> bool:
+def _may_detect() -> bool:
     """Whether JAX detects other processes, if no flags are given."""
-    return _wish() == "1" or (_wish() != "0" and _on_cloud_tpu())
+    return _distributed_setting() == "1" or (_distributed_setting() != "0" and _on_cloud_tpu())
 
 
 def _on_cloud_tpu() -> bool:

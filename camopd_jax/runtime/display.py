@@ -55,7 +55,7 @@ class Display:
         elif self._waited(PROGRESS_SECONDS):
             self._plain_line(text)
 
-    def say(self, message: Any) -> None:
+    def print(self, message: Any) -> None:
         """Prints a line or another rich object above the live lines."""
         if self._prints:
             self._console.print(message)
@@ -70,7 +70,7 @@ class Display:
 
     def _plain_line(self, text: str) -> None:
         self._last_line = time.perf_counter()
-        self.say(text)
+        self.print(text)
 
 
 class _LiveLines:

@@ -33,14 +33,14 @@ class Offloaded:
             self._on_devices = None
 
 
-class Waiting:
-    """A place for one tree of arrays that changes at each use: `park` stores it, `take` returns it."""
+class OffloadSlot:
+    """A place for one tree of arrays that changes at each use: `put` stores it, `take` returns it."""
 
     def __init__(self) -> None:
         self._tree: Any = None
         self._on_host = False
 
-    def park(self, tree: Any) -> None:
+    def put(self, tree: Any) -> None:
         """Moves the arrays to the host, unless a tree is already stored; the given arrays are deleted."""
         if self._tree is None:
             self._tree, self._on_host = to_host(tree), True
