@@ -1,4 +1,4 @@
-"""`generate` and `score` against transformers on torch, over every form of row."""
+"""`generate` and `score` against transformers on torch, for every form of row."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def run(command, name, folder, rows, *flags):
     return read_lines(out)
 
 
-def test_greedy_answers_are_those_of_transformers(command, tmp_path, torch_side):
+def test_greedy_answers_equal_transformers(command, tmp_path, torch_side):
     model, tokenizer = torch_side
     made = run(command, "generate", tmp_path, ROWS, "--max_new_tokens=12")
     for row, given in zip(made, ROWS, strict=True):
@@ -58,7 +58,7 @@ def test_greedy_answers_are_those_of_transformers(command, tmp_path, torch_side)
         np.testing.assert_allclose(row["logprobs"], torch_logprobs(model, prompt, theirs), atol=1e-4)
 
 
-def test_sampled_answers_follow_the_seed_and_tell_unfiltered_logprobs(command, tmp_path, torch_side):
+def test_sampled_answers_depend_on_the_seed_and_have_unfiltered_logprobs(command, tmp_path, torch_side):
     model, tokenizer = torch_side
     rows = [{"prompt": "qx 7?"}] * 5
     flags = ["--max_new_tokens=8", "--temperature=3", "--top_k=20"]
@@ -71,7 +71,7 @@ def test_sampled_answers_follow_the_seed_and_tell_unfiltered_logprobs(command, t
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_scores_are_those_of_transformers(command, tmp_path, torch_side, temperature):
+def test_scores_equal_transformers(command, tmp_path, torch_side, temperature):
     model, tokenizer = torch_side
     answers = [
         {"response": "dcba"},
@@ -90,7 +90,7 @@ def test_scores_are_those_of_transformers(command, tmp_path, torch_side, tempera
 
 
 @pytest.mark.parametrize(
-    "name, rows, says",
+    "name, rows, message",
     [
         (
             "score",
@@ -100,17 +100,17 @@ def test_scores_are_those_of_transformers(command, tmp_path, torch_side, tempera
         ("generate", [{"prompt": "a"}, {"text": "a"}], "x.jsonl:2: no prompt"),
     ],
 )
-def test_bad_rows_leave_no_output(command, tmp_path, name, rows, says):
+def test_bad_rows_leave_no_output(command, tmp_path, name, rows, message):
     source, out = write_lines(tmp_path / "x.jsonl", rows), tmp_path / "y.jsonl"
     out.write_text("before")
     ended = command(name, f"--model={FOLDER}", f"--input={source}", f"--output={out}")
-    assert ended.code == 2 and says in ended.err and len(ended.err.strip().splitlines()) == 1
+    assert ended.code == 2 and message in ended.err and len(ended.err.strip().splitlines()) == 1
     assert out.read_text() == "before"
 
 
 def test_bad_flags(command, tmp_path):
     source = write_lines(tmp_path / "x.jsonl", ROWS)
-    for flags, says in [
+    for flags, message in [
         ([f"--input={source}", f"--output={tmp_path / 'y'}"], "--model is missing"),
         ([f"--model={FOLDER}", f"--output={tmp_path / 'y'}"], "--input is missing"),
         ([f"--model={FOLDER}", f"--input={source}"], "--output is missing"),
@@ -119,4 +119,4 @@ def test_bad_flags(command, tmp_path):
         ([f"--model={FOLDER}", f"--input={source}", f"--output={tmp_path / 'y'}", "--top_p=2"], "top_p"),
     ]:
         ended = command("generate", *flags)
-        assert ended.code == 2 and says in ended.err and len(ended.err.strip().splitlines()) == 1, ended.err
+        assert ended.code == 2 and message in ended.err and len(ended.err.strip().splitlines()) == 1, ended.err

@@ -1,4 +1,4 @@
-"""Our engine under lm_eval: likelihoods and answers against transformers on torch, and its command on a local task."""
+"""The model in lm_eval: likelihoods and answers against transformers on torch, and the command with a local task."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 import torch
 import transformers
 from lm_eval.api.instance import Instance
-from rows import ask, read_lines, write_lines
+from rows import chat_row, read_lines, write_lines
 
 from camopd_jax.evals.harness import CamopdLM
 
@@ -34,28 +34,28 @@ def torch_logprobs(model, ids):
         return torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
 
 
-def test_likelihoods_are_those_of_transformers(ours, theirs):
+def test_likelihoods_equal_transformers(ours, theirs):
     found = ours.loglikelihood(requests("loglikelihood", *PAIRS))
     for (context, continuation), (value, _) in zip(PAIRS, found, strict=True):
         before = ours.tok_encode(context.rstrip()) or [ours.prefix_token_id]
         ids = ours.tok_encode(context + continuation)
         ids = ids if context else [*before, *ids]
         logp = torch_logprobs(theirs, ids)
-        said = range(len(before), len(ids))
-        assert value == pytest.approx(sum(float(logp[i - 1, ids[i]]) for i in said), abs=1e-3)
+        positions = range(len(before), len(ids))
+        assert value == pytest.approx(sum(float(logp[i - 1, ids[i]]) for i in positions), abs=1e-3)
 
 
-def test_what_greedy_decoding_says_is_told(ours):
-    prompt = ours.apply_chat_template(ask("reverse: abcd")["messages"])
-    (said,) = ours.generate_until(requests("generate_until", (prompt, {"until": [], "max_gen_toks": 16})))
-    assert said == "dcba"
-    greedy, other = ours.loglikelihood(requests("loglikelihood", (prompt, said), (prompt, "dcab")))
+def test_greedy_continuations_are_recognised(ours):
+    prompt = ours.apply_chat_template(chat_row("reverse: abcd")["messages"])
+    (answer,) = ours.generate_until(requests("generate_until", (prompt, {"until": [], "max_gen_toks": 16})))
+    assert answer == "dcba"
+    greedy, other = ours.loglikelihood(requests("loglikelihood", (prompt, answer), (prompt, "dcab")))
     assert greedy[1] and not other[1] and greedy[0] > other[0]
 
 
 @pytest.mark.parametrize("length", [10, 47, 130])
 def test_a_rolling_likelihood_predicts_each_token_once(ours, theirs, length):
-    """In lm_eval's windows: one after the other, each begins on the token before; the last is whole."""
+    """With lm_eval's windows: each starts with the last token of the one before; the last has full length."""
     text = ("sort: the quick fox and a lazy dog, " * 5)[:length]
     ids = ours.tok_encode(text)
     (value,) = ours.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
@@ -69,22 +69,23 @@ def test_a_rolling_likelihood_predicts_each_token_once(ours, theirs, length):
 
 def test_answers_end_at_the_first_stop_string_and_keep_their_order(ours):
     prompts = [
-        ours.apply_chat_template(ask(text)["messages"]) for text in ("reverse: abcd", "sort: dcba", "reverse: bcda")
+        ours.apply_chat_template(chat_row(text)["messages"])
+        for text in ("reverse: abcd", "sort: dcba", "reverse: bcda")
     ]
     settings = ({"until": ["cb", "a"]}, {"until": "d", "max_gen_toks": 3}, {"max_new_tokens": 2})
-    said = ours.generate_until(requests("generate_until", *zip(prompts, settings, strict=True)))
-    assert said == ["d", "abc", "ad"]
+    answers = ours.generate_until(requests("generate_until", *zip(prompts, settings, strict=True)))
+    assert answers == ["d", "abc", "ad"]
 
 
-def test_sampled_answers_come_again_with_the_seed(ours):
-    prompt = ours.apply_chat_template(ask("hello")["messages"])
-    asked = requests(
+def test_sampled_answers_repeat_with_the_seed(ours):
+    prompt = ours.apply_chat_template(chat_row("hello")["messages"])
+    repeated = requests(
         "generate_until", (prompt, {"until": [], "do_sample": True, "temperature": 2.0, "max_gen_toks": 16})
     )
-    assert ours.generate_until(asked) == ours.generate_until(asked)
+    assert ours.generate_until(repeated) == ours.generate_until(repeated)
 
 
-def test_a_long_context_loses_its_front(ours):
+def test_a_long_context_is_cut_at_the_start(ours):
     tail = "reverse: abc"
     long, short = "x" * 100 + tail, tail
     both = ours.loglikelihood(requests("loglikelihood", (long, "cba"), (("x" * 100 + short)[-45:], "cba")))
@@ -105,7 +106,7 @@ metric_list:
 """
 
 
-def test_its_command_runs_a_task_that_needs_no_download(command, tmp_path):
+def test_the_command_runs_a_local_task(command, tmp_path):
     rows = [
         {"question": f"reverse: {text}", "answer": text[::-1], "choices": [text[::-1], text]}
         for text in ("abcd", "bca", "cdab")
@@ -153,6 +154,6 @@ def test_its_command_runs_a_task_that_needs_no_download(command, tmp_path):
     assert [row["filtered_resps"][0] for row in read_lines(samples)] == ["dcba", "acb", "badc"]
 
 
-def test_a_folder_that_is_not_there_gets_one_line(command):
+def test_a_missing_folder_is_one_line(command):
     ended = command("lm_eval", "--model", "camopd_jax", "--model_args", "path=/no/such", "--tasks", "arc_easy")
     assert ended.code == 2 and "--model_args path: no folder /no/such" in ended.err.splitlines()[-1]

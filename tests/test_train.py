@@ -1,4 +1,4 @@
-"""The main job as a command, on the quickstart's models: its files, kills in the middle, and its mistakes."""
+"""The command `train` with the quickstart's models: its files, kills and mistakes."""
 
 import shutil
 import signal
@@ -32,7 +32,7 @@ def checkpoints(workdir):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, command):
-    """A run that nobody disturbed: (its work directory, how it ended)."""
+    """An uninterrupted run: (work directory, how it ended)."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     ended = command("train", f"--workdir={workdir}", *SMALL, "--config.log.report=true")
     assert ended.code == 0, ended.err
@@ -46,7 +46,7 @@ def same_weights(workdir, other):
         np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
 
 
-def test_a_run_leaves_what_it_promises(whole):
+def test_the_files_of_a_run(whole):
     workdir, ended = whole
     assert {p.name for p in workdir.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "selection.jsonl", "checkpoints", "tensorboard", "export",
@@ -72,7 +72,7 @@ def test_a_run_leaves_what_it_promises(whole):
     )
 
 
-def test_samples_hold_the_gap_of_every_token(whole):
+def test_samples_have_the_gap_of_every_token(whole):
     samples = read_lines(whole[0] / "samples.jsonl")
     assert len(samples) == 2 * STEPS
     for row in samples:
@@ -83,7 +83,7 @@ def test_samples_hold_the_gap_of_every_token(whole):
         assert (row["tokens"][-1] == "<|end|>") == (row["finish_reason"] == "stop")
 
 
-def test_selection_tells_of_every_answer(whole):
+def test_selection_has_every_answer(whole):
     metrics, rows = (read_lines(whole[0] / f"{name}.jsonl") for name in ("metrics", "selection"))
     samples = read_lines(whole[0] / "samples.jsonl")
     assert len(rows) == STEPS
@@ -104,7 +104,7 @@ def test_selection_tells_of_every_answer(whole):
 
 
 @pytest.mark.slow
-def test_diagnostics_change_nothing_and_come_again_after_a_kill(whole, command, tmp_path):
+def test_diagnostics_do_not_change_the_run_and_resume_after_a_kill(whole, command, tmp_path):
     workdir, file = tmp_path / "run", tmp_path / "run" / "diagnostics.jsonl"
     flags = [*SMALL, "--config.diagnostics.every=4", "--config.diagnostics.rows=8"]
     seen = lambda: file.exists() and len(file.read_text().splitlines()) == 2  # noqa: E731
@@ -122,7 +122,7 @@ def test_diagnostics_change_nothing_and_come_again_after_a_kill(whole, command, 
     assert list(rows[1]["layers"]) == ["embedding", "final_norm", "layer 0", "layer 1", "layer 2"]
 
 
-def test_analyze_tells_of_a_run_s_gradients_and_selection(whole, command, tmp_path):
+def test_analyze_a_run(whole, command, tmp_path):
     out = tmp_path / "x.jsonl"
     ended = command("analyze", f"--checkpoint={whole[0]}", "--source_field=skill", f"--out={out}", *SMALL,
                     "--config.diagnostics.rows=8", "--config.diagnostics.sketch=255")  # fmt: skip
@@ -136,7 +136,7 @@ def test_analyze_tells_of_a_run_s_gradients_and_selection(whole, command, tmp_pa
         "Gradients of 8 answers a branch, after 8 steps",
         "The gradients of recovery and review against each other",
         "cosine",
-        "Rank correlation of an answer's score with",
+        "Rank correlation of an answer's gap mass with",
         "What was selected over the run",
     )
     for words in headings:
@@ -144,7 +144,7 @@ def test_analyze_tells_of_a_run_s_gradients_and_selection(whole, command, tmp_pa
     assert max(map(len, ended.out.splitlines())) <= 80
 
 
-def test_the_export_answers_the_same_in_transformers(whole, command, tmp_path):
+def test_the_export_gives_the_same_answers_in_transformers(whole, command, tmp_path):
     folder = whole[0] / "export"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -238,7 +238,7 @@ def test_eight_devices_give_the_same_model(whole, command, tmp_path):
 
 
 def with_a_third_branch(folder, **law):
-    """A config file like the quickstart's, with one more branch."""
+    """A config file like the quickstart's with one more branch."""
     file = folder / "three.py"
     text = (ROOT / "configs/quickstart.py").read_text().replace("__file__", repr(str(ROOT / "configs/quickstart.py")))
     third = f"    config.branches.law = {law!r}\n    return config\n"
@@ -246,8 +246,8 @@ def with_a_third_branch(folder, **law):
     return [f"--config={file}", *SMALL[1:]]
 
 
-def test_two_domains_with_two_specialists(command, tmp_path):
-    """A third branch with its own teacher, killed in the middle, goes on to the same end; a report has all three."""
+def test_three_branches_with_two_specialists(command, tmp_path):
+    """A run with a third branch and teacher is killed and resumed with equal results; the report has all branches."""
     specialist = tmp_path / "lawyer"
     shutil.copytree(QUICKSTART / "specialist", specialist)
     tensors = load_file(specialist / "model.safetensors")
@@ -276,8 +276,8 @@ def test_two_domains_with_two_specialists(command, tmp_path):
     )
 
 
-def test_frozen_parameters_are_no_part_of_checkpoints_and_leave_as_they_came(command, tmp_path):
-    """Only the feed-forward blocks are trained, resumed and exported anew; all other tensors keep their bits."""
+def test_frozen_parameters_are_not_in_checkpoints_and_do_not_change(command, tmp_path):
+    """Only feed-forward blocks are trained, resumed and changed in the export; other tensors are unchanged."""
     workdir, flags = tmp_path / "run", [*SMALL, "--config.optimizer.trained=layers[.]mlp[.]"]
     assert command("train", f"--workdir={workdir}", *flags, "--config.steps=3").code == 0
     ended = command("train", f"--workdir={workdir}", *flags, "--config.steps=4")
@@ -311,7 +311,7 @@ def test_export_of_an_earlier_step(whole, command, tmp_path):
 
 @pytest.fixture
 def other(tmp_path):
-    """A copy of the specialist to spoil."""
+    """A copy of the specialised model that a test may damage."""
     shutil.copytree(QUICKSTART / "specialist", tmp_path / "other")
     return tmp_path / "other"
 
@@ -325,7 +325,7 @@ def one_line(ended, *parts):
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    "flags, message",
     [
         (["--config.stps=3"], "--config.stps is not a field of the config; did you mean steps?"),
         (["--config.steps=many"], "steps"),
@@ -354,18 +354,18 @@ def one_line(ended, *parts):
         (["steps=3"], "'steps=3' is not a flag"),
     ],
 )
-def test_mistakes_on_the_command_line(command, tmp_path, flags, says):
-    one_line(command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags), says)
+def test_mistakes_on_the_command_line(command, tmp_path, flags, message):
+    one_line(command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags), message)
     assert not (tmp_path / "run").exists()
 
 
-def test_no_config_and_no_workdir(command, tmp_path):
+def test_missing_config_and_workdir(command, tmp_path):
     one_line(command("train", f"--workdir={tmp_path / 'run'}"), "--config is missing")
     one_line(command("train", "--workdir=x", "--config=none.py"), "--config", "none.py")
     one_line(command("train", SMALL[0]), "--workdir is missing; for example --workdir=runs/quickstart")
 
 
-def test_a_batch_that_does_not_divide_by_the_mesh(command, tmp_path):
+def test_a_batch_that_the_mesh_does_not_divide(command, tmp_path):
     flags = ["--config.rollout.batch_size=20", "--config.optimizer.micro_batch=4"]
     ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags, devices=8)
     one_line(ended, "config.rollout.batch_size is 20, which is not a multiple of data x fsdp = 8 of config.mesh")
@@ -378,7 +378,7 @@ def test_a_workdir_of_another_run_and_another_teacher(whole, command, other, tmp
         "belongs to a run with another config (config.seed)",
     )
     assert (whole[0] / "config.json").read_bytes() == before
-    # The folder named by the config has other weights than those the run began with.
+    # The config's folder has other weights than those that the run started with.
     general = tmp_path / "general"
     shutil.copytree(QUICKSTART / "generalist", general)
     workdir, flags = tmp_path / "run", [*SMALL, f"--config.general_model={general}", "--config.steps=1"]
@@ -398,7 +398,7 @@ def spoil_tensors(folder):
 
 
 @pytest.mark.parametrize(
-    "spoil, says",
+    "spoil, message",
     [
         (spoil_vocab, "has shape [52, 96], config.json asks for [60, 96]"),
         (spoil_tensors, "is cut short at tensor"),
@@ -411,17 +411,17 @@ def spoil_tensors(folder):
         (lambda f: edit_json(f / "tokenizer_config.json", chat_template=None), "no chat template"),
     ],
 )  # fmt: skip
-def test_checkpoints_that_cannot_be(command, other, tmp_path, spoil, says):
+def test_invalid_checkpoints(command, other, tmp_path, spoil, message):
     spoil(other)
     one_line(
         command("train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.specialised_model={other}"),
         str(other),
-        says,
+        message,
     )
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_padded_vocabularies_of_different_size_are_fine(command, other, tmp_path):
+def test_padded_vocabularies_may_differ_in_size(command, other, tmp_path):
     tensors = load_file(other / "model.safetensors")
     tensors["model.embed_tokens.weight"] = np.pad(tensors["model.embed_tokens.weight"], ((0, 12), (0, 0)))
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
@@ -433,7 +433,7 @@ def test_padded_vocabularies_of_different_size_are_fine(command, other, tmp_path
     assert load_file(tmp_path / "run/export/model.safetensors")["model.embed_tokens.weight"].shape == (64, 96)
 
 
-def test_other_ends_of_answers_are_told(command, other, tmp_path):
+def test_different_eos_is_a_warning(command, other, tmp_path):
     edit_json(other / "generation_config.json", eos_token_id=[5, 0])
     ended = command(
         "train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.specialised_model={other}", "--config.steps=1"
@@ -441,7 +441,7 @@ def test_other_ends_of_answers_are_told(command, other, tmp_path):
     assert ended.code == 0 and "warning: answers end with ['<|pad|>', '<|end|>']" in ended.out
 
 
-def test_a_bad_row_is_named_by_its_line(command, tmp_path):
+def test_the_error_for_a_bad_row_names_the_line(command, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     one_line(

@@ -1,4 +1,4 @@
-"""Rows of public datasets by their true column names, as a copy of the hub's gives them."""
+"""Conversion of rows of public datasets, with the column names on the hub."""
 
 import pytest
 from hub_rows import (
@@ -39,29 +39,29 @@ OPTIONS = "\n\nA. Iron\nB. Zinc\nC. Lead\nD. Gold"
         (IFEVAL, "Write.", None),
     ],
 )
-def test_a_row_becomes_a_question_with_its_answer(row, content, answer):
+def test_a_row_is_converted_to_a_question_and_answer(row, content, answer):
     made = normalise(row)
     assert made["messages"] == [{"role": "user", "content": content}]
     assert made.get("answer") == answer
     assert row.keys() <= made.keys(), "whatever else a row holds is kept"
 
 
-def test_a_puzzle_asks_for_its_grid_and_never_shows_it():
+def test_a_puzzle_prompt_has_an_empty_grid():
     made = normalise(ZEBRA)
     assert made["answer"] == {"House 1": {"Name": "Eric"}, "House 2": {"Name": "Arnold"}}
-    asked = made["messages"][0]["content"]
-    assert "Eric" not in asked and asked.count('"Name": "___"') == 2
+    prompt = made["messages"][0]["content"]
+    assert "Eric" not in prompt and prompt.count('"Name": "___"') == 2
     masked = ZEBRA | {"solution": {"header": ["House", "Name"], "rows": [["1", "___"], ["2", "___"]]}}
     assert "answer" not in normalise(masked)
 
 
-def test_conversations_in_the_way_of_sharegpt():
+def test_sharegpt_conversations():
     assert [m["role"] for m in normalise(COSER)["messages"]] == ["system", "user", "assistant"]
     odd = {"conversations": [{"from": "narrator", "value": "x"}]}
     assert normalise(odd) == odd
 
 
-def test_rows_of_ours_are_left_alone():
+def test_rows_in_our_format_are_not_changed():
     for row in (
         {"messages": [], "question": "q", "answer": "a"},
         {"question": "q", "answer": "no mark"},

@@ -1,4 +1,4 @@
-"""Rows from files, and a line number for every row that is not one."""
+"""Rows from files, and errors that name the line of a malformed row."""
 
 import datasets
 import pyarrow
@@ -11,7 +11,7 @@ from camopd_jax.errors import UserError
 GOOD = {"messages": [{"role": "user", "content": "hi"}], "answer": "A"}
 
 
-def test_reads_all_kinds_of_prompt_and_keeps_what_else_there_is(write):
+def test_reads_all_kinds_of_prompts_and_keeps_other_fields(write):
     rows = [GOOD, {"prompt": "text", "n": 3}, {"prompt_ids": [1, 2], "response_ids": []}]
     assert read_jsonl(write([rows[0], "", rows[1], rows[2]])) == rows
 
@@ -32,23 +32,23 @@ def test_parquet_rows_without_the_nulls_of_other_rows(tmp_path):
 
 def test_a_dataset_by_name(monkeypatch):
     made = datasets.Dataset.from_list([GOOD, GOOD, GOOD])
-    asked = []
+    calls = []
 
     def load_dataset(*name, split, streaming, **revision):
-        asked.append((*name, split, streaming, revision))
+        calls.append((*name, split, streaming, revision))
         return made.to_iterable_dataset() if streaming else made
 
     monkeypatch.setattr(datasets, "load_dataset", load_dataset)
     assert read("owner/name", "test") == [GOOD] * 3
     assert read("owner/name:part@0a1b", "test", limit=2) == [GOOD] * 2
-    assert asked == [
+    assert calls == [
         ("owner/name", None, "test", False, {}),
         ("owner/name", "part", "test", True, {"revision": "0a1b"}),
     ]
 
 
 @pytest.mark.parametrize(
-    "row, says",
+    "row, message",
     [
         ("{", "not JSON"),
         ("[1]", "must be a JSON object, this is list"),
@@ -63,14 +63,14 @@ def test_a_dataset_by_name(monkeypatch):
         ('{"prompt": "a", "response": 3}', '"response" must be text'),
     ],
 )
-def test_a_malformed_row_is_named_by_file_and_line(write, row, says):
+def test_the_error_for_a_malformed_row_names_file_and_line(write, row, message):
     path = write([GOOD, "", row])
     with pytest.raises(UserError) as error:
         read(path)
-    assert str(error.value).startswith(f"{path}:3: ") and says in str(error.value)
+    assert str(error.value).startswith(f"{path}:3: ") and message in str(error.value)
 
 
-def test_files_that_are_not_there_or_hold_nothing(tmp_path, write):
+def test_missing_and_empty_files(tmp_path, write):
     with pytest.raises(UserError, match=r"config\.branches\.recovery\.prompts\.source: no file .*none\.jsonl"):
         read(str(tmp_path / "none.jsonl"), field="config.branches.recovery.prompts.source")
     with pytest.raises(UserError, match="no rows"):
@@ -83,6 +83,6 @@ def test_files_that_are_not_there_or_hold_nothing(tmp_path, write):
         read(str(tmp_path / "bad.parquet"))
 
 
-def test_a_dataset_that_the_hub_does_not_give():
+def test_a_dataset_that_the_hub_does_not_have():
     with pytest.raises(UserError, match=r"config\.branches\.review\.prompts\.source: no dataset 'no/such'"):
         read("no/such", field="config.branches.review.prompts.source")

@@ -1,4 +1,4 @@
-"""Answers as models give them: several letters, prose, boxes, units, commas, cut short, empty."""
+"""Grades of typical answers: several letters, prose, boxes, units, commas, cut, empty."""
 
 import pytest
 
@@ -8,15 +8,15 @@ from camopd_jax.evals import tasks
 from camopd_jax.evals.graders import choice, exact, gsm8k, zebra
 
 
-def test_every_benchmark_has_its_rules_and_an_unknown_one_is_refused():
+def test_every_task_is_found_and_an_unknown_one_is_an_error():
     for name in tasks.TASKS:
         assert callable(tasks.find(Benchmark("b", name), Judge()).grade)
-    says = r"config\.evaluation\.benchmarks 'b': task is 'medq'; it must be one of 'exact', .*'medqa', .*'writing'"
-    with pytest.raises(UserError, match=says):
+    message = r"config\.evaluation\.benchmarks 'b': task is 'medq'; it must be one of 'exact', .*'medqa', .*'writing'"
+    with pytest.raises(UserError, match=message):
         tasks.find(Benchmark("b", "medq"), Judge())
 
 
-def test_exact_is_the_whole_answer():
+def test_exact_compares_the_full_answer():
     assert exact.grade(" olleh\n", {"answer": "olleh"}).value == 1
     assert exact.grade("olleh.", {"answer": "olleh"}).value == 0
     assert exact.grade("", {"answer": 3}).value == 0 and exact.grade("3", {"answer": 3}).value == 1
@@ -65,7 +65,7 @@ def test_the_letter_of_a_choice(answer, letter):
         ("Yes.", 0, False),
     ],
 )
-def test_pubmedqa_takes_the_word_or_its_letter(answer, score, marked):
+def test_pubmedqa_accepts_the_word_or_its_letter(answer, score, marked):
     for right in ("yes", "A"):
         grade = choice.grade_pubmedqa(answer, {"answer": right})
         assert (grade.value, grade.marked) == (score, marked)
@@ -135,7 +135,7 @@ GRID = {"House 1": {"Name": "Arnold", "Music": "pop"}, "House 2": {"Name": "Eric
         ('{"solution": {"House 1": "Arnold", "House 2": null}}', 0, 0),
     ],
 )
-def test_a_zebra_grid_by_puzzle_and_by_cell(answer, score, cells):
+def test_zebra_grades_puzzle_and_cells(answer, score, cells):
     grade = zebra.grade(answer, {"answer": GRID})
     assert (grade.value, grade.marked, grade.parts["cells"]) == (score, True, (cells, 4))
 
@@ -148,6 +148,6 @@ def test_a_zebra_answer_without_a_grid(answer):
     assert (grade.value, grade.marked, grade.parts["cells"]) == (0, False, (0, 4))
 
 
-def test_a_judge_is_off_until_it_is_named():
+def test_a_judge_must_be_configured():
     with pytest.raises(UserError, match=r"config\.evaluation\.judge: tasks roleplay and writing need its endpoint"):
         tasks.find(Benchmark("b", "roleplay"), Judge()).check()

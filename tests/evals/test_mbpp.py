@@ -1,4 +1,4 @@
-"""Code is run apart: it may hang, eat memory, lie about its end or reach for the network, and nothing happens."""
+"""Code runs in a separate process: it may hang, use much memory, exit early or use the network without effect."""
 
 import contextlib
 import subprocess
@@ -27,12 +27,12 @@ ROW = {"test_list": ["assert double(2) == 4", "assert double(-1) == -2"]}
         ("", 0, False),
     ],
 )
-def test_an_answer_passes_when_its_code_passes_every_test(answer, score, marked):
+def test_an_answer_is_right_if_its_code_passes_every_test(answer, score, marked):
     grade = mbpp.grade(answer, ROW)
     assert (grade.value, grade.marked) == (score, marked)
 
 
-def test_set_up_code_runs_first():
+def test_setup_code_runs_first():
     row = {
         "test_setup_code": "BASE = 3",
         "test_imports": ["import math"],
@@ -47,7 +47,7 @@ def command_lines():
             yield file.read_text()
 
 
-def test_a_program_that_hangs_is_ended_with_all_it_started():
+def test_a_hanging_program_is_ended_with_its_children():
     mark = f"time.sleep(4{time.time_ns() % 10**9})"
     program = (
         f"import subprocess, sys\nsubprocess.Popen([sys.executable, '-c', 'import time; {mark}'])\nwhile True: pass"
@@ -67,7 +67,7 @@ def test_memory_and_files_have_limits():
     assert not mbpp.passes("open('big', 'wb').write(bytes(2**22))")
 
 
-def test_it_sees_no_environment_and_no_input(monkeypatch):
+def test_programs_have_no_environment_and_no_input(monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     assert mbpp.passes("import os, sys\nassert 'OPENAI_API_KEY' not in os.environ and sys.stdin.read() == ''")
     assert mbpp.passes("import os\nassert os.listdir('.') == []")
@@ -79,7 +79,7 @@ def has_network_namespaces():
 
 
 @pytest.mark.skipif(not has_network_namespaces(), reason="this kernel lets no user leave the network")
-def test_it_has_no_network():
+def test_programs_have_no_network():
     import socket
 
     with socket.create_server(("127.0.0.1", 0)) as server:

@@ -75,7 +75,7 @@ FAMILIES = {
 
 
 def build(family: str, **changes):
-    """A torch model of a family whose every parameter matters."""
+    """A torch model of a family in which every parameter affects the output."""
     name, fields = FAMILIES[family]
     suffix = "TextConfig" if name == "Gemma3" else "Config"
     config = getattr(transformers, name + suffix)(**SIZES | fields | changes)

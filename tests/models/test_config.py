@@ -1,4 +1,4 @@
-"""config.json as transformers 4 and 5 write it, and what is refused."""
+"""config.json of transformers 4 and 5, and unsupported fields."""
 
 import pytest
 
@@ -16,7 +16,7 @@ SIZES = dict(
 )
 
 
-def test_transformers_4_and_5_say_the_same_of_llama():
+def test_llama_configs_of_transformers_4_and_5_are_equal():
     scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     four = SIZES | dict(model_type="llama", rope_theta=5e5, rope_scaling=scaling | {"rope_type": "llama3"})
     five = SIZES | dict(model_type="llama", rope_parameters=scaling | {"rope_type": "llama3", "rope_theta": 5e5})
@@ -24,7 +24,7 @@ def test_transformers_4_and_5_say_the_same_of_llama():
     assert from_hf(four).ropes[0].theta == 5e5
 
 
-def test_transformers_4_and_5_say_the_same_of_gemma3():
+def test_gemma3_configs_of_transformers_4_and_5_are_equal():
     both = SIZES | dict(model_type="gemma3_text", sliding_window=5)
     four = both | dict(
         rope_theta=1e6,
@@ -49,7 +49,7 @@ def test_old_llama_2_scaling_type():
     assert old.ropes[0].scaling == "linear" and old.ropes[0].factor == 4.0
 
 
-def test_dynamic_scaling_is_settled_by_the_context():
+def test_dynamic_scaling_depends_on_the_context():
     config = SIZES | dict(
         model_type="llama", max_position_embeddings=100, rope_scaling={"type": "dynamic", "factor": 2.0}
     )
@@ -81,7 +81,7 @@ def test_windows():
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     ],
 )
-def test_what_would_change_the_maths_is_refused_by_name(changes, message):
+def test_fields_that_may_change_the_output_are_errors(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         from_hf(SIZES | {"model_type": "llama"} | changes, where="model/config.json")
     assert str(caught.value).startswith("model/config.json: ")

@@ -1,4 +1,4 @@
-"""Our models against transformers on torch, and against themselves: cached, padded, sharded."""
+"""Models against transformers on torch, and against the same models with caches, padding and meshes."""
 
 import dataclasses
 from functools import partial
@@ -38,7 +38,7 @@ def load(folder, mesh, dtype="float32", **fields):
 
 
 def log_probs(model, params, tokens):
-    """Log-probability of each token from the second on."""
+    """The log-probability of each token except the first."""
     logits = jax.jit(lambda p, t: model.logits(p, model.hidden(p, t)))(params, tokens)
     logp = jax.nn.log_softmax(logits, axis=-1)
     return np.take_along_axis(np.asarray(logp)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
@@ -57,7 +57,7 @@ def test_float32_logprobs_equal_transformers(family, checkpoint, mesh, tokens):
     np.testing.assert_allclose(log_probs(model, params, tokens), torch_logprobs(torch_model, tokens), atol=2e-5, rtol=0)
 
 
-def test_a_family_of_the_same_layers_is_one_row(checkpoint, mesh, tokens, monkeypatch):
+def test_a_new_family_needs_one_row(checkpoint, mesh, tokens, monkeypatch):
     """VaultGemma: Gemma 2 without norms after attention and feed-forward."""
     row = dataclasses.replace(families.FAMILIES["gemma2"], post_norms=False)
     monkeypatch.setitem(families.FAMILIES, "vaultgemma", row)
@@ -67,8 +67,8 @@ def test_a_family_of_the_same_layers_is_one_row(checkpoint, mesh, tokens, monkey
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
-def test_bfloat16_logprobs_are_as_near_as_transformers_own(family, checkpoint, mesh, tokens):
-    """bfloat16 keeps 8 bits: our error to the float32 truth is at most twice torch's own in bfloat16."""
+def test_bfloat16_logprobs_are_as_accurate_as_transformers(family, checkpoint, mesh, tokens):
+    """bfloat16 has 8 bits of precision: the error is at most twice that of torch in bfloat16."""
     torch_model, folder = checkpoint(family)
     truth = torch_logprobs(torch_model, tokens)
     rounded = type(torch_model).from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
@@ -102,7 +102,7 @@ def test_prefill_and_decode_equal_the_full_forward(family, checkpoint, mesh, tok
         np.testing.assert_allclose(hidden, full[[0, 1], position], atol=2e-5)
 
 
-def test_decoding_casts_all_but_the_norms(checkpoint, mesh):
+def test_decoding_casts_all_parameters_except_norms(checkpoint, mesh):
     _, folder = checkpoint("qwen3")
     model, params = load(folder, mesh)
     apart = dataclasses.replace(model, dtype="bfloat16").for_decoding(params)
@@ -111,7 +111,7 @@ def test_decoding_casts_all_but_the_norms(checkpoint, mesh):
         assert leaf.dtype == (jnp.float32 if path[-1].key == "scale" else jnp.bfloat16)
 
 
-def test_padding_and_neighbours_change_nothing(checkpoint, mesh, tokens):
+def test_padding_and_other_rows_have_no_effect(checkpoint, mesh, tokens):
     _, folder = checkpoint("qwen3")
     model, params = load(folder, mesh)
     hidden = jax.jit(model.hidden)
@@ -120,7 +120,7 @@ def test_padding_and_neighbours_change_nothing(checkpoint, mesh, tokens):
     np.testing.assert_allclose(hidden(params, padded)[:1, :9], alone, atol=1e-5)
 
 
-def test_long_sequences_attend_in_pieces(checkpoint, mesh, tokens, monkeypatch):
+def test_attention_of_long_sequences_in_chunks(checkpoint, mesh, tokens, monkeypatch):
     _, folder = checkpoint("gemma2")
     model, params = load(folder, mesh)
 
@@ -136,7 +136,7 @@ def test_long_sequences_attend_in_pieces(checkpoint, mesh, tokens, monkeypatch):
 
 @pytest.fixture(scope="module", params=["llama", "gemma3"])
 def plain_gradient(request, checkpoint, mesh, tokens):
-    """(folder, a loss, its gradient with everything kept). The layers of gemma3 have two windows and two RoPEs."""
+    """(folder, loss, gradient without remat). The layers of gemma3 have two windows and two RoPEs."""
     folder = checkpoint(request.param)[1]
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(*tokens.shape, 60)), jnp.float32)
 
@@ -148,22 +148,22 @@ def plain_gradient(request, checkpoint, mesh, tokens):
 
 
 def same_gradient(gradient, expected):
-    """Each array within 1e-5 of its largest number."""
+    """Each array is equal up to 1e-5 of its largest value."""
     jax.tree.map(
         lambda a, b: np.testing.assert_allclose(a, b, rtol=0, atol=1e-5 * float(np.abs(b).max())), gradient, expected
     )
 
 
 @pytest.mark.parametrize("remat", ["dots", "block"])
-def test_remat_changes_no_gradient(remat, plain_gradient, mesh, tokens):
+def test_remat_has_no_effect_on_gradients(remat, plain_gradient, mesh, tokens):
     folder, loss, expected = plain_gradient
     model, params = load(folder, mesh, remat=remat)
     same_gradient(jax.jit(jax.grad(lambda p: loss(model.hidden(p, tokens))))(params), expected)
 
 
 @pytest.mark.parametrize("remat", ["none", "dots", "block", "rollout"])
-def test_a_gradient_is_added_to_the_one_so_far(remat, plain_gradient, mesh, tokens):
-    """And it is the same where a prefill's residual stream stands for the forward pass."""
+def test_a_gradient_is_added_to_an_earlier_one(remat, plain_gradient, mesh, tokens):
+    """It is the same if the residual stream of a prefill replaces the forward pass."""
     folder, loss, expected = plain_gradient
     model, params = load(folder, mesh, remat=remat)
     residuals = ()

@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, on another mesh, after a kill, and what is told when they are broken."""
+"""Checkpoints: identical bits, other meshes, kills, and errors for damaged files."""
 
 import resource
 import shutil
@@ -25,7 +25,7 @@ PROVENANCE = {"general_model": "somewhere", "general_fingerprint": "0123abcd"}
 
 
 def state_at(step, place=lambda array, *axes: jnp.asarray(array), width=40):
-    """A small state whose numbers depend on the step; bfloat16 parameters, float32 moments."""
+    """A small state whose values depend on the step, with bfloat16 parameters and float32 moments."""
     values = np.random.default_rng(step).standard_normal((16, width)).astype(np.float32)
     values[0, :4] = np.nan, np.inf, -0.0, 1e-45
     params = {
@@ -64,7 +64,7 @@ def save(workdir, step, config=Checkpoints(), ranks=None, **kwargs):
     return checkpoints.steps()
 
 
-# ------------------------------------------------------------------------------ there and back
+# ------------------------------------------------------------------------------ save and restore
 
 
 def test_another_mesh_gets_the_same_bits(tmp_path):
@@ -77,7 +77,7 @@ def test_another_mesh_gets_the_same_bits(tmp_path):
     assert (positions, provenance) == (POSITIONS, PROVENANCE)
 
 
-def test_an_update_during_the_save_does_not_reach_the_checkpoint(tmp_path):
+def test_an_update_during_a_save_does_not_change_the_checkpoint(tmp_path):
     update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = state_at(1, width=40_000)
     checkpoints = open_at(tmp_path)
@@ -89,7 +89,7 @@ def test_an_update_during_the_save_does_not_reach_the_checkpoint(tmp_path):
     same_bits(checkpoints.restore(1, state)[0], state_at(1, width=40_000))
 
 
-def test_a_step_that_is_there_is_left_as_it_is(tmp_path):
+def test_an_existing_checkpoint_is_not_changed(tmp_path):
     save(tmp_path, 1)
     checkpoints = open_at(tmp_path)
     checkpoints.save(1, state_at(2), {}, {})
@@ -112,25 +112,25 @@ def test_keeps_the_last_and_the_best_over_restarts(tmp_path):
     assert (checkpoints.latest(), checkpoints.best()) == (6, 2)
 
 
-def test_of_equals_the_last_is_best(tmp_path):
+def test_of_equal_ranks_the_last_step_is_best(tmp_path):
     ranks = {1: 0.5, 2: 0.5}
     config = Checkpoints(keep_last=1, keep_best=1)
     assert [save(tmp_path, step, config, ranks) for step in (1, 2, 3)] == [[1], [2], [2, 3]]
     assert open_at(tmp_path, config, ranks).best() == 2
 
 
-def test_without_a_measurement_only_the_last_are_kept_and_none_is_best(tmp_path):
+def test_without_ranks_only_the_last_checkpoints_are_kept(tmp_path):
     config = Checkpoints(keep_last=1, keep_best=3)
     assert open_at(tmp_path, config).latest() is None
     assert [save(tmp_path, step, config) for step in (1, 2, 3)] == [[1], [2], [3]]
     assert open_at(tmp_path, config).best() is None
 
 
-# -------------------------------------------------------------------------------- what goes wrong
+# -------------------------------------------------------------------------------- failures
 
 
 def test_kill_in_the_middle_of_a_save(tmp_path):
-    """The save before stays; the half-written one is passed over, and can be written again."""
+    """The previous checkpoint stays; the incomplete one is ignored and can be written again."""
     save(tmp_path, 1)
     script = f"""
         import os, signal, threading, time
@@ -202,7 +202,7 @@ def test_a_broken_checkpoint(whole, tmp_path, damage):
 
 
 @pytest.mark.parametrize("damage", [cut_data, flip_a_bit], ids=["cut", "bit"])
-def test_of_many_reads_that_fail_one_error_is_left(tmp_path, damage, monkeypatch):
+def test_many_failing_reads_give_one_error(tmp_path, damage, monkeypatch):
     save(tmp_path, 7, place=on_mesh(fsdp=2, tensor=4))
     damage(tmp_path / "checkpoints/7")
     checkpoints, like = open_at(tmp_path), state_at(0, place=on_mesh(fsdp=8, tensor=1))
@@ -215,7 +215,7 @@ def test_of_many_reads_that_fail_one_error_is_left(tmp_path, damage, monkeypatch
     assert unseen == []
 
 
-def test_another_models_state_is_not_called_broken(whole):
+def test_the_error_for_another_models_state(whole):
     checkpoints = open_at(whole)
     wider = r"another model \(moments/shared/mu/block/kernel is float32\[16, 40\], here float32\[16, 41\]\)"
     with pytest.raises(UserError, match=wider):
@@ -239,7 +239,7 @@ def test_a_full_disk(tmp_path):
     assert open_at(tmp_path).steps() == [1]
 
 
-def test_the_folder_is_absolute_and_a_bucket_stays_a_bucket(tmp_path, monkeypatch):
+def test_the_folder_is_absolute_or_a_bucket(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(checkpoints_folder("runs/mine")) == str(tmp_path.resolve() / "runs/mine/checkpoints")
     assert str(checkpoints_folder("gs://bucket/runs/mine")) == "gs://bucket/runs/mine/checkpoints"
