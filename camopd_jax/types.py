@@ -113,7 +113,6 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array  # int32[], updates done or skipped
     params: Params  # those that are trained; frozen ones are no part of it
     moments: dict[str, Any]  # Adam state: {"shared": ...}, or one for each branch by its name
-    skipped: jax.Array  # int32[], non-finite updates skipped in a row
 
 
 class KVCache(struct.PyTreeNode):

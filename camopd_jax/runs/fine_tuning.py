@@ -10,6 +10,7 @@ from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
 from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
+from camopd_jax.inference.model_check import check_log_probs
 from camopd_jax.method.gradient import Gradient, Learner, Lesson, Loss
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.method.optimizer import init_state
@@ -35,6 +36,7 @@ def sft(config: SftConfig, workdir: str) -> None:
         return loaded, SftStream(config, loaded.tokenizer, rows_of_process(mesh, config.batch_size))
 
     student, stream = run_on_all(begin)
+    check_log_probs(student, f"config.model = {config.model}", stream.first)
     provenance = {
         "method": "supervised fine-tuning",
         "model": config.model,

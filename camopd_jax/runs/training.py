@@ -13,7 +13,7 @@ from camopd_jax.evals import tables
 from camopd_jax.evals.comparison import Rank, comparison, rank_student
 from camopd_jax.evals.results import Result, on_questions
 from camopd_jax.method import loop
-from camopd_jax.method.branches import load_models, make_branches, make_teachers
+from camopd_jax.method.branches import check_models, load_models, make_branches, make_teachers
 from camopd_jax.method.optimizer import init_state, moment_names
 from camopd_jax.method.programs import student_programs
 from camopd_jax.method.recorder import Recorder, StepRecord
@@ -36,6 +36,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     teachers = make_teachers(config, models)
     branches = run_on_all(lambda: make_branches(setup, models, teachers, setup.rows, config.seed))
     streams = {name: branch.prompts for name, branch in branches.items()}
+    check_models(setup, models, branches)
 
     # ------------------------------------------------------------------------- state, then steps
     trained = partition.trained(student.params, config.optimizer.trained)
