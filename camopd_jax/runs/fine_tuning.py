@@ -6,6 +6,7 @@ from functools import partial
 import jax
 from jax.sharding import Mesh
 
+from camopd_jax.config.consistency import warnings
 from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
 from camopd_jax.inference import loading
@@ -44,6 +45,8 @@ def sft(config: SftConfig, workdir: str) -> None:
     }
     run = Run(config, workdir, student, {"data": stream}, provenance)
     state = run.restore(init_state(partition.trained(student.params, config.optimizer.trained)))
+    for warning in warnings(config):
+        run.display.say(f"warning: {warning}")
     run.display.say(f"conversations: {stream.counts}")
     run.evaluate("start", 0, student)
     shardings = jax.tree.map(lambda x: x.sharding, state)

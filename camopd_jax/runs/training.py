@@ -7,6 +7,7 @@ import jax
 import numpy as np
 
 from camopd_jax.analysis.diagnosis import Diagnosis
+from camopd_jax.config.consistency import warnings
 from camopd_jax.config.methods import description
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.evals import tables
@@ -43,7 +44,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     provenance = {"method": description(config)} | models.provenance(config)
     host = TrainHost(config, workdir, student, streams, provenance)
     state = host.restore(init_state(trained, moment_names(config)))
-    for warning in models.warnings:
+    for warning in (*warnings(config), *models.warnings):
         host.display.say(f"warning: {warning}")
     host.display.say(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
     host.baselines = {
