@@ -113,7 +113,6 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array  # int32[], updates done or skipped
     params: Params  # the trained parameters; frozen ones are not included
     moments: dict[str, Any]  # Adam states: {"shared": ...}, or one for each branch by name
-    skipped: jax.Array  # int32[], non-finite updates skipped in a row
 
 
 class KVCache(struct.PyTreeNode):

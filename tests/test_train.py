@@ -49,8 +49,8 @@ def same_weights(workdir, other):
 def test_the_files_of_a_run(whole):
     workdir, ended = whole
     assert {p.name for p in workdir.iterdir()} == {
-        "config.json", "metrics.jsonl", "samples.jsonl", "selection.jsonl", "checkpoints", "tensorboard", "export",
-        "report.html",
+        "config.json", "lock", "metrics.jsonl", "samples.jsonl", "selection.jsonl", "checkpoints", "tensorboard",
+        "export", "report.html",
     }  # fmt: skip
     metrics = read_lines(workdir / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(STEPS))
@@ -212,7 +212,8 @@ def test_sigterm_saves_and_exits_cleanly(whole, command, tmp_path):
 def test_a_finished_run_started_again_changes_nothing(whole, command, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole[0], workdir)
-    assert command("train", f"--workdir={workdir}", *SMALL).code == 0
+    free = ["--config.optimizer.micro_batch=4", "--config.compute.remat=none", "--config.compute.offload=late"]
+    assert command("train", f"--workdir={workdir}", *SMALL, *free).code == 0
     same_weights(workdir, whole[0])
     assert (workdir / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
 
@@ -450,16 +451,57 @@ def test_the_error_for_a_bad_row_names_the_line(command, tmp_path):
     )
 
 
-def test_steps_that_are_not_finite_end_the_run(command, other, tmp_path):
+def test_a_teacher_that_is_not_finite_is_named_before_the_first_step(command, other, tmp_path):
     tensors = load_file(other / "model.safetensors")
     tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32("nan")
     teacher = tmp_path / "teacher"
     shutil.copytree(QUICKSTART / "generalist", teacher)
     save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
-    flags = [f"--config.general_model={teacher}", "--config.max_skipped=2"]
+    ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.general_model={teacher}")
+    one_line(ended, f"config.general_model = {teacher}", "not finite")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_steps_that_are_not_finite_end_the_run(command, tmp_path):
+    flags = ["--config.optimizer.learning_rate=1e38", "--config.max_skipped=2"]
     ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags)
-    one_line(ended, "2 updates in a row", "not finite", "Checkpoints are kept")
-    assert [m["skipped"] for m in read_lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    one_line(ended, "2 recovery updates in a row", "not finite", "Checkpoints are kept")
+    assert [m["skipped"] for m in read_lines(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
+
+
+def test_skipped_updates_are_counted_by_phase():
+    """A sound review between recoveries that are skipped does not begin their count anew."""
+    from camopd_jax.runs.run import Run
+
+    run = object.__new__(Run)
+    run._skipped = {}
+    phases = [("recovery", True), ("review", False), ("recovery", True), ("recovery", False), ("recovery", True)]
+    assert [run._count_skipped(*phase) for phase in phases] == [1, 0, 2, 0, 1]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, command, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    shutil.rmtree(workdir / "checkpoints/8")
+    largest = max(
+        (f for f in (workdir / "checkpoints/6/state").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+    )
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    ended = command("train", f"--workdir={workdir}", *SMALL)
+    assert ended.code == 0 and "damaged_checkpoint_6" in ended.out and "continuing from step 3" in ended.out
+    same_weights(workdir, whole[0])
+
+
+def test_prompts_that_changed_between_two_starts(command, tmp_path):
+    rows = (QUICKSTART / "general_prompts.jsonl").read_text().splitlines(keepends=True)
+    prompts, workdir = tmp_path / "general.jsonl", tmp_path / "run"
+    prompts.write_text("".join(rows[:64]))
+    flags = [*SMALL, f"--workdir={workdir}", f"--config.branches.recovery.prompts.source={prompts}", "--config.steps=1"]
+    assert command("train", *flags).code == 0
+    prompts.write_text("".join(rows[1:65]))
+    one_line(command("train", *flags), f"{workdir}: its run began with other recovery prompts")
 
 
 def test_clip_rates_by_phase():

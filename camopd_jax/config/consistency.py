@@ -33,6 +33,23 @@ def checked(config: Config) -> Config:
     return config
 
 
+def warnings(config: Config) -> list[str]:
+    """What is allowed in a config and hardly ever meant."""
+    if config.compute.params != "bfloat16":
+        return []
+    # A bfloat16 number w keeps its value when less than 2^-9 |w| is added. Adam's steps are about the learning rate.
+    moved = 2**9 * config.optimizer.learning_rate
+    if moved >= TYPICAL_WEIGHT:
+        return []
+    return [
+        f'config.compute.params is "bfloat16": steps of learning_rate {config.optimizer.learning_rate:.2g} change only '
+        f'weights below {moved:.2g}, larger ones round back to what they were; use "float32"'
+    ]
+
+
+TYPICAL_WEIGHT = 0.02  # the standard deviation that most models are initialised with
+
+
 def _need(holds: bool, name: str, value: Any, advice: str) -> None:
     if not holds:
         raise UserError(f"config.{name} is {value!r}; {advice}")

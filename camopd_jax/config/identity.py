@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from etils import epath
 
 from camopd_jax.config.build import build
 from camopd_jax.config.consistency import checked
-from camopd_jax.config.schema import MOVED, Config, SftConfig, TrainConfig
+from camopd_jax.config.schema import MOVED, Config, MayChange, SftConfig, TrainConfig
 from camopd_jax.errors import UserError
 
 
@@ -49,8 +50,18 @@ def read_stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
     return kind, values
 
 
-# Fields that may change when a run is resumed: they do not affect the computed values.
-_CHANGEABLE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation", "diagnostics")
+def _free_fields(cls: type, prefix: str = "") -> set[str]:
+    """Names of the `Free` fields of a config class, as "optimizer.micro_batch"."""
+    names: set[str] = set()
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        if any(isinstance(mark, MayChange) for mark in getattr(hint, "__metadata__", ())):
+            names.add(prefix + name)
+        elif dataclasses.is_dataclass(hint):
+            names |= _free_fields(typing.cast(type, hint), f"{prefix}{name}.")
+    return names
+
+
+_FREE = _free_fields(TrainConfig) | _free_fields(SftConfig)
 
 
 def fingerprint(config: Config) -> str:
@@ -88,10 +99,19 @@ def _value(values: Any, name: str) -> Any:
 
 
 def _without_changeable(values: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config without the fields that may change. `steps` stays in it if the learning rate depends on it."""
-    free = set(_CHANGEABLE) - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
+    """A resolved config without its free fields. `steps` stays in it if the learning rate depends on it."""
+    free = _FREE - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
     order = {"branch_order": list(values["branches"])} if "branches" in values else {}
-    return {name: value for name, value in values.items() if name not in free} | order
+    return _without(values, free) | order
+
+
+def _without(values: dict[str, Any], names: set[str], prefix: str = "") -> dict[str, Any]:
+    """A config's values without the fields of these names."""
+    return {
+        key: _without(value, names, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in values.items()
+        if prefix + key not in names
+    }
 
 
 def _different(before: dict[str, Any], after: dict[str, Any], where: str) -> list[str]:

@@ -4,8 +4,10 @@ Every process iterates over the same global order of batches and makes only its 
 number, and a run can be resumed with another number of processes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, Generic, TypeVar
 
 import grain
@@ -17,6 +19,8 @@ from camopd_jax.data.templates import Tokenizer, Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.types import PromptBatch, Prompts, Sequences
+
+FIRST = 16  # rows of a stream that are kept as examples
 
 BatchT = TypeVar("BatchT")
 
@@ -63,6 +67,14 @@ class BatchStream(Generic[BatchT]):
         self._iterator.set_state(state)
 
 
+def _digest(rows: Iterable[Any]) -> str:
+    """Of tokenised rows in their order: it names what a stream serves."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()[:16]
+
+
 # ---------------------------------------------------------------------------------------- prompts
 
 
@@ -79,7 +91,7 @@ class PromptStream(BatchStream[PromptBatch]):
     """A stream of `PromptBatch`es with this process's rows.
 
     `counts` has the numbers of kept, dropped and truncated prompts. `lengths`, int[kept], has the prompts' lengths in
-    tokens with the student's template.
+    tokens with the student's template. `digest` identifies the rows, `first` has a few of the prompts.
     """
 
     def __init__(
@@ -105,6 +117,8 @@ class PromptStream(BatchStream[PromptBatch]):
         cap = rollout.max_prompt_tokens
         prompts, self.counts = tokenise(stream, tokenizers, cap, field)
         self.lengths = np.asarray([len(prompt.student) for prompt in prompts])
+        self.digest = _digest(astuple(prompt) for prompt in prompts)
+        self.first = prompts[:FIRST]
 
         def make(numbers: np.ndarray) -> PromptBatch:
             batch = [prompts[i] for i in numbers]
@@ -162,7 +176,8 @@ def tokenise(
 class SftStream(BatchStream[Sequences]):
     """A stream of `Sequences` for supervised fine-tuning, with this process's rows.
 
-    `counts` has the numbers of kept and dropped conversations.
+    `counts` has the numbers of kept and dropped conversations. `digest` identifies the rows, `first` has the token ids
+    of a few of them.
     """
 
     def __init__(self, config: SftConfig, tokenizer: Tokenizer, own_rows: Sequence[int] | np.ndarray):
@@ -175,6 +190,8 @@ class SftStream(BatchStream[Sequences]):
           UserError: for malformed rows, and if all conversations are too long.
         """
         pairs, self.counts = _conversations(config, tokenizer)
+        self.digest = _digest(pairs)
+        self.first = [[*prompt, *answer] for prompt, answer in pairs[:FIRST]]
 
         def make(numbers: np.ndarray) -> Sequences:
             batch = [pairs[i] for i in numbers]

@@ -11,6 +11,7 @@ from camopd_jax.data.pipeline import PromptStream
 from camopd_jax.data.templates import Tokenizers
 from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
+from camopd_jax.inference.model_check import check_log_probs
 from camopd_jax.method.objectives import Objective
 from camopd_jax.method.setup import Setup, check_model
 from camopd_jax.models import hf
@@ -132,6 +133,25 @@ def load_models(setup: Setup) -> Models:
         others=teachers,
         warnings=tuple(warning for warning in warnings if warning),
     )
+
+
+def check_models(setup: Setup, models: Models, branches: dict[str, Branch]) -> None:
+    """Checks every model on prompts that it will read.
+
+    Raises:
+      UserError: naming the model whose log-probabilities are not finite, or depend on other rows of their batch.
+    """
+    config = setup.config
+    own = {"general": config.general_model, "specialised": config.specialised_model}
+    for name, field in teacher_names(config).items():
+        taught = [
+            prompt.teacher
+            for key, branch in branches.items()
+            if config.branches[key].teacher == name
+            for prompt in branch.prompts.first
+        ]
+        student = [prompt.student for branch in branches.values() for prompt in branch.prompts.first]
+        check_log_probs(models.teacher(name), f"{field} = {own.get(name, name)}", taught or student)
 
 
 def make_teachers(config: TrainConfig, models: Models) -> dict[str, Teacher]:

@@ -41,7 +41,7 @@ def abstract_state(params: Params, moments: Sequence[str] = ("shared",)) -> Trai
     like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), params)
     adam = _placed(jax.eval_shape(optax.scale_by_adam().init, like), params)
     zero = _placed(jax.ShapeDtypeStruct((), jnp.int32), params)
-    return TrainState(zero, params, dict.fromkeys(moments, adam), zero)
+    return TrainState(zero, params, dict.fromkeys(moments, adam))
 
 
 def learning_rate(config: Optimizer, steps: int, step: jax.Array) -> jax.Array:

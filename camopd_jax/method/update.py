@@ -92,6 +92,5 @@ def _take_step(
     params, adam, stats = optimizer.apply(
         state.params, state.moments[moments], gradient.of, rate, config.optimizer, finite
     )
-    skipped = jnp.where(stats.pop("finite"), 0, state.skipped + 1)
-    state = TrainState(state.step + 1, params, state.moments | {moments: adam}, skipped)
-    return state, stats | {"skipped": skipped}
+    skipped = 1 - stats.pop("finite").astype(jnp.int32)
+    return TrainState(state.step + 1, params, state.moments | {moments: adam}), stats | {"skipped": skipped}

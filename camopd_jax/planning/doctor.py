@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
+from camopd_jax.config.consistency import warnings
 from camopd_jax.config.schema import Benchmark, Stream, Template, TrainConfig
 from camopd_jax.data import sources, templates
 from camopd_jax.data.pipeline import PromptStream
@@ -64,6 +65,7 @@ def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[
         look.at("models", look.tokenizers)
         for branch in config.branches:
             look.at(f"{branch} prompts", look.prompts, branch)
+    look.findings += [Finding("config", "odd", text) for text in warnings(config)]
     look.at("devices", look.devices, where, complete)
     if workdir and complete:
         look.at("workdir", look.workdir, workdir)

@@ -11,10 +11,17 @@ from etils import epath
 from camopd_jax.config import schema
 from camopd_jax.errors import UserError
 from camopd_jax.runs.array_handler import state_handler
+from camopd_jax.runs.digests import digests
+from camopd_jax.runtime.distributed import barrier, is_primary
 from camopd_jax.runtime.termination import means_lost_process
 from camopd_jax.types import TrainState
 
+_TRANSIENT = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)  # of reading: the files may be sound
 policies = ocp.checkpoint_managers.preservation_policy
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be read, or is not what was saved."""
 
 
 class CheckpointStore:
@@ -41,6 +48,7 @@ class CheckpointStore:
             "state": state_handler(),
             "positions": ocp.JsonCheckpointHandler(),
             "provenance": ocp.JsonCheckpointHandler(),
+            "digests": ocp.JsonCheckpointHandler(),
         }
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
@@ -79,6 +87,7 @@ class CheckpointStore:
             state=ocp.args.PyTreeSave(state),
             positions=ocp.args.JsonSave(positions),
             provenance=ocp.args.JsonSave(provenance),
+            digests=ocp.args.JsonSave(digests(state, positions, provenance)),
         )
         with self._write_errors():
             self._manager.save(step, args=items, force=True)
@@ -90,20 +99,38 @@ class CheckpointStore:
           like: a state with the wanted shardings; its shapes and dtypes must match the checkpoint.
 
         Raises:
-          UserError: if the checkpoint cannot be read, or has the state of another model.
+          DamagedCheckpoint: if it cannot be read, or differs from what was saved.
+          UserError: if it holds the state of another model, or cannot be read for now.
         """
         wanted = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted)),
             positions=ocp.args.JsonRestore(),
             provenance=ocp.args.JsonRestore(),
+            digests=ocp.args.JsonRestore(),
         )
         with self._read_errors(step):
             stored = self._manager.item_metadata(step)["state"].tree
         self._check_shapes(step, _shapes(stored), _shapes(wanted))
         with self._read_errors(step):
             restored = self._manager.restore(step, args=items)
-        return restored["state"], restored["positions"], restored["provenance"]
+        parts = restored["state"], restored["positions"], restored["provenance"]
+        found = digests(*parts)
+        different = [name for name in found if found[name] != restored["digests"].get(name)]
+        if different:
+            raise DamagedCheckpoint(f"{self._folder / str(step)}: damaged on disk, first in {min(different)}")
+        return parts
+
+    def set_aside(self, step: int) -> str:
+        """Moves a checkpoint out of the way; returns its new folder. Every process has to call it."""
+        damaged = self._folder.parent / f"damaged_checkpoint_{step}"
+        if is_primary():
+            if damaged.exists():
+                damaged.rmtree()
+            (self._folder / str(step)).rename(damaged)
+        barrier("set aside")
+        self._manager.reload()
+        return str(damaged)
 
     def wait(self) -> None:
         """Returns when all checkpoints are on disk.
@@ -134,10 +161,8 @@ class CheckpointStore:
         except Exception as error:  # Orbax and TensorStore raise many kinds
             if means_lost_process(error):
                 raise
-            raise UserError(
-                f"{self._folder / str(step)}: this checkpoint cannot be read ({_reason(error)}); delete the folder, "
-                "and the run goes on from the one before"
-            ) from error
+            kind = UserError if isinstance(error, _TRANSIENT) else DamagedCheckpoint
+            raise kind(f"{self._folder / str(step)}: this checkpoint cannot be read ({_reason(error)})") from error
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:

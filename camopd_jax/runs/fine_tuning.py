@@ -6,10 +6,12 @@ from functools import partial
 import jax
 from jax.sharding import Mesh
 
+from camopd_jax.config.consistency import warnings
 from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
 from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
+from camopd_jax.inference.model_check import check_log_probs
 from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, LossInputs
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.method.optimizer import init_state
@@ -35,6 +37,7 @@ def sft(config: SftConfig, workdir: str) -> None:
         return loaded, SftStream(config, loaded.tokenizer, rows_of_process(mesh, config.batch_size))
 
     student, stream = run_on_all(begin)
+    check_log_probs(student, f"config.model = {config.model}", stream.first)
     provenance = {
         "method": "supervised fine-tuning",
         "model": config.model,
@@ -42,6 +45,8 @@ def sft(config: SftConfig, workdir: str) -> None:
     }
     run = Run(config, workdir, student, {"data": stream}, provenance)
     state = run.restore(init_state(partition.trained(student.params, config.optimizer.trained)))
+    for warning in warnings(config):
+        run.display.print(f"warning: {warning}")
     run.display.print(f"conversations: {stream.counts}")
     run.evaluate("start", 0, student)
     shardings = jax.tree.map(lambda x: x.sharding, state)

@@ -14,12 +14,13 @@ from camopd_jax.evals import runner
 from camopd_jax.evals.comparison import Rank, out_of_patience, rank_row
 from camopd_jax.evals.results import AXES, Result, axis_mean
 from camopd_jax.inference.loading import Loaded
-from camopd_jax.runs.checkpoint import CheckpointStore
+from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint
 from camopd_jax.runs.export import write_folder
+from camopd_jax.runs.lock import lock
 from camopd_jax.runs.workdir import claim_workdir
 from camopd_jax.runtime.display import Display
-from camopd_jax.runtime.distributed import barrier, is_distributed, is_primary, run_on_all
-from camopd_jax.runtime.jsonl import drop_rows_after
+from camopd_jax.runtime.distributed import barrier, broadcast, is_distributed, is_primary, run_on_all
+from camopd_jax.runtime.jsonl import drop_rows_after, read_rows
 from camopd_jax.runtime.metrics import MetricsWriter
 from camopd_jax.types import TrainState
 
@@ -30,6 +31,8 @@ KEPT_ROWS = {"metrics.jsonl": 0, "samples.jsonl": 0, "selection.jsonl": 0, "diag
 
 class ResumableStream(Protocol):
     """A data stream whose position is saved in checkpoints."""
+
+    digest: str  # of its rows
 
     def get_state(self) -> Any: ...
 
@@ -68,8 +71,12 @@ class Run:
         self.provenance = provenance | {"config_fingerprint": fingerprint(config)}
         self.workdir = epath.Path(workdir)
         self.terminated = False  # whether this process got a signal to end
+        self._skipped: dict[str, int] = {}  # consecutive skipped updates, by phase
         run_on_all(lambda: runner.check(config.evaluation))
+        self._lock = run_on_all(lambda: lock(self.workdir) if is_primary() else None)
         claim_workdir(self.workdir, config)
+        digests = broadcast(lambda: {name: stream.digest for name, stream in streams.items()})
+        run_on_all(lambda: _check_same_rows(streams, digests))
         self.ranks = runner.broadcast_ranks(self.workdir)  # of the evaluated checkpoints, by step
         self.checkpoints = CheckpointStore(workdir, config.checkpoints, self.ranks)
 
@@ -79,18 +86,32 @@ class Run:
         Raises:
           UserError: if the checkpoint cannot be read, or was made with other models.
         """
-        last = self.checkpoints.latest()
-        if last is not None:
-            state, positions, provenance = self.checkpoints.restore(last, state)
+        damaged: list[str] = []
+        while (last := self.checkpoints.latest()) is not None:
+            try:
+                state, positions, provenance = self.checkpoints.restore(last, state)
+            except DamagedCheckpoint as error:
+                damaged.append(f"{error}; moved to {self.checkpoints.set_aside(last)}")
+                continue
             self._check_provenance(provenance)
             for name, stream in self.streams.items():
-                stream.set_state(positions[name])
+                self._check_rows(name, stream, positions[name]["digest"])
+                stream.set_state(positions[name]["position"])
+            break
+        if last is None and damaged:
+            raise UserError(f"{damaged[-1]}. No checkpoint is left: give a new --workdir")
         steps_done = int(state.step)
+        for row in read_rows(self.workdir / "metrics.jsonl"):
+            if row["step"] < steps_done:
+                self._count_skipped(row["phase"], row["skipped"] > 0)
+        barrier("metrics")
         if is_primary():
             for file, more in KEPT_ROWS.items():
                 drop_rows_after(self.workdir / file, steps_done + more)
         self.writer = MetricsWriter(self.workdir, self.config.log.tensorboard)
         self.display = Display(self.config.steps, steps_done)
+        for text in damaged:
+            self.display.print(f"warning: {text}")
         if last is not None:
             self.display.print(f"continuing from step {last}")
         if not is_distributed():  # with several processes, JAX handles the signal and informs the others
@@ -105,6 +126,13 @@ class Run:
                     f"now {value}); give the old one, or a new --workdir"
                 )
 
+    def _check_rows(self, name: str, stream: ResumableStream, digest: str) -> None:
+        if stream.digest != digest:
+            raise UserError(
+                f"{self.workdir}: its run began with other {name} prompts than its config names now (a file, a chat "
+                "template or a tokenizer has changed); give the old ones, or a new --workdir"
+            )
+
     def _terminate(self, *_: Any) -> None:
         self.terminated = True
 
@@ -116,6 +144,7 @@ class Run:
         Raises:
           UserError: if too many updates in a row were not finite.
         """
+        row["skipped"] = self._count_skipped(row["phase"], row["skipped"] > 0)
         self.writer.add_step(row)
         self.writer.add_samples(samples)
         self.display.step(row)
@@ -124,9 +153,14 @@ class Run:
             self.display.close()
             raise UserError(
                 f"config.optimizer.learning_rate = {self.config.optimizer.learning_rate}: {row['skipped']} "
-                f"updates in a row, the last at step {row['step']}, had a loss or gradient that is not finite; "
-                "lower it and give a new --workdir. Checkpoints are kept"
+                f"{row['phase']} updates in a row, the last at step {row['step']}, had a loss or gradient that is not "
+                "finite; lower it and give a new --workdir. Checkpoints are kept"
             )
+
+    def _count_skipped(self, phase: str, skipped: bool) -> int:
+        """How many updates of this phase in a row were skipped, with this one."""
+        self._skipped[phase] = self._skipped.get(phase, 0) + 1 if skipped else 0
+        return self._skipped[phase]
 
     def pauses_after(self, steps_done: int) -> bool:
         """Whether `pause` must be called after this many steps."""
@@ -141,7 +175,9 @@ class Run:
           Whether the run ends here, because of a signal or because the student no longer improves.
         """
         if self.terminated or self._saves_after(steps_done) or self._evaluates_after(steps_done):
-            positions = {name: stream.get_state() for name, stream in self.streams.items()}
+            positions = {
+                name: {"position": stream.get_state(), "digest": stream.digest} for name, stream in self.streams.items()
+            }
             self.checkpoints.save(steps_done, state, positions, self.provenance)
         if self.terminated:
             self.checkpoints.wait()
@@ -236,6 +272,18 @@ class Run:
             write_page([str(self.workdir)], report)
             self.display.print(f"report: {report}")
         barrier("report")
+        if self._lock is not None:
+            self._lock.close()
+
+
+def _check_same_rows(streams: Mapping[str, ResumableStream], digests: dict[str, str]) -> None:
+    """Raises UserError unless this process reads the rows that process 0 reads."""
+    different = [name for name, stream in streams.items() if stream.digest != digests[name]]
+    if different:
+        raise UserError(
+            f"{different[0]} prompts here are not those of process 0; give all hosts the same files, templates and "
+            "tokenizers"
+        )
 
 
 def _is_due(steps_done: int, every: int, steps: int) -> bool:

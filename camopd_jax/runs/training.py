@@ -7,13 +7,14 @@ import jax
 import numpy as np
 
 from camopd_jax.analysis.diagnosis import Diagnosis
+from camopd_jax.config.consistency import warnings
 from camopd_jax.config.methods import description
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.evals import tables
 from camopd_jax.evals.comparison import Rank, comparison, rank_student
 from camopd_jax.evals.results import Result, on_questions
 from camopd_jax.method import loop
-from camopd_jax.method.branches import load_models, make_branches, make_teachers
+from camopd_jax.method.branches import check_models, load_models, make_branches, make_teachers
 from camopd_jax.method.optimizer import init_state, moment_names
 from camopd_jax.method.programs import student_programs
 from camopd_jax.method.recorder import Recorder, StepRecord
@@ -36,13 +37,14 @@ def train(config: TrainConfig, workdir: str) -> None:
     teachers = make_teachers(config, models)
     branches = run_on_all(lambda: make_branches(setup, models, teachers, setup.rows, config.seed))
     streams = {name: branch.prompts for name, branch in branches.items()}
+    check_models(setup, models, branches)
 
     # ------------------------------------------------------------------------- state and steps
     trained = partition.trained(student.params, config.optimizer.trained)
     provenance = {"method": description(config)} | models.provenance(config)
     run = TrainingRun(config, workdir, student, streams, provenance)
     state = run.restore(init_state(trained, moment_names(config)))
-    for warning in models.warnings:
+    for warning in (*warnings(config), *models.warnings):
         run.display.print(f"warning: {warning}")
     run.display.print(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
     run.baselines = {

@@ -4,12 +4,13 @@ import dataclasses
 import runpy
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_collections
 import pytest
 from etils import epath
 
 from camopd_jax.config import SftConfig, TrainConfig, default
-from camopd_jax.config.consistency import from_config_dict
+from camopd_jax.config.consistency import from_config_dict, warnings
 from camopd_jax.config.identity import different_fields, fingerprint, from_json, to_json
 from camopd_jax.config.schema import BranchConfig, SelectionConfig, Stream
 from camopd_jax.errors import UserError
@@ -165,8 +166,22 @@ def test_the_fingerprint_depends_on_fields_that_affect_results():
     base = built()
     assert fingerprint(base) == fingerprint(dataclasses.replace(base, steps=999, max_skipped=1))
     assert fingerprint(base) != fingerprint(dataclasses.replace(base, seed=1))
+    smaller = dict(optimizer__micro_batch=4, compute__remat="none", compute__offload="late", compute__logits_chunk=64)
+    assert fingerprint(base) == fingerprint(built(**smaller, rollout__score_batch=2, rollout__concurrency=8))
+    assert fingerprint(base) != fingerprint(built(rollout__batch_size=32))
+    assert fingerprint(base) != fingerprint(built(optimizer__clip_norm=None))
     cosine = built(optimizer__schedule="cosine")
     assert fingerprint(cosine) != fingerprint(dataclasses.replace(cosine, steps=999))
+
+
+def test_steps_below_the_resolution_of_the_weights_are_told():
+    assert warnings(built(optimizer__learning_rate=1e-9)) == []
+    assert warnings(built(compute__params="bfloat16", optimizer__learning_rate=1e-4)) == []
+    (text,) = warnings(built(compute__params="bfloat16", optimizer__learning_rate=2e-6))
+    assert "change only weights below 0.001," in text
+    for weight, moves in ((0.0009, True), (0.0021, False)):  # bfloat16 itself
+        w = jnp.bfloat16(weight)
+        assert (jnp.bfloat16(jnp.float32(w) - 2e-6) != w) == moves
 
 
 def test_different_fields_are_named():

@@ -422,7 +422,8 @@ def test_full_vocabulary_objectives_with_offloading_and_chunks(tiny, name, compu
     watcher = Watcher(last=4)
     state = begin(tiny, config).go(watcher)
     losses = [float(record.metrics["loss"]) for record in watcher.records]
-    assert losses[0] > 0.1 and all(np.isfinite(losses)) and int(state.skipped) == 0
+    assert losses[0] > 0.1 and all(np.isfinite(losses))
+    assert all(record.metrics["skipped"] == 0 for record in watcher.records)
     assert all(record.batches[record.phase].teacher.tokens == {} for record in watcher.records)
     plain = dataclasses.replace(config, compute=Compute())
     expected = begin(tiny, plain).go()
