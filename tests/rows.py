@@ -11,7 +11,7 @@ def ask(text, *more):
 
 def read_lines(file):
     """The objects of a JSONL file, every line of it."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
 
 
 def write_lines(file, rows):
