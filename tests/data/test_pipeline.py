@@ -138,9 +138,9 @@ def test_sft_learns_the_last_turn_or_the_answer_field(tokenizer, write):
 
 
 def test_sft_rows_that_cannot_be_learnt(tokenizer, write):
-    with pytest.raises(UserError, match=r"row 2: the answer '\{answer\}' asks for the field 'answer'"):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: the answer '\{answer\}' asks for the field 'answer'"):
         sft_stream(tokenizer, write([ask("a", "b"), ask("a")]))
-    with pytest.raises(UserError, match=r'row 1: no "messages"'):
+    with pytest.raises(UserError, match=r'rows\.jsonl:1: no "messages"'):
         sft_stream(tokenizer, write([{"prompt": "a"}]))
     with pytest.raises(UserError, match=r"none of its rows fits config\.max_tokens = 16"):
         sft_stream(tokenizer, write([ask("a" * 20, "b")]))
