@@ -15,7 +15,7 @@ class Grade:
     parts: dict[str, tuple[float, float]] = field(default_factory=dict)  # further counts by name: (right, of)
 
 
-def _no_check() -> None:
+def _no_check(*_: Row) -> None:
     pass
 
 
@@ -26,6 +26,7 @@ class Task:
     grade: Callable[[str, Row], Grade]  # of an answer's text to a row
     instruction: str = ""  # put behind each question: the form of the answer
     needs: tuple[str, ...] = ("answer",)  # fields of a row that `grade` reads
+    check_row: Callable[[Row], None] = _no_check  # raises a UserError for fields that `grade` could not read
     dataset: str = ""  # the benchmark's own questions, as a Stream's source; "": it has none
     split: str = "test"  # of `dataset`
     threads: int = 1  # answers graded at one time

@@ -18,4 +18,4 @@ def grade(answer: str, row: Row) -> Grade:
     return Grade(math.exp(float(answer)))
 
 
-TASK = Task(grade, needs=(), given=True)
+TASK = Task(grade, needs=("messages",), given=True)
