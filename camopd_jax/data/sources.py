@@ -71,8 +71,7 @@ def stream(source: str, split: str, field: str, download: bool = False) -> Itera
         if is_file(name):
             yield from files.rows(name, field)
         else:
-            rows = _load_dataset(name, split, field, streaming=not download)
-            yield from ((row, f"{name}[{split}] row {i}") for i, row in enumerate(rows))
+            yield from _dataset(name, split, field, download)
 
 
 def names(source: str) -> list[str]:
@@ -86,6 +85,18 @@ def is_file(name: str) -> bool:
 
 
 # ---------------------------------------------------------------------------------------- the hub
+
+
+def _dataset(name: str, split: str, field: str, download: bool) -> Iterator[RawRow]:
+    where = f"{name}[{split}] row"
+    number = -1
+    try:
+        for number, row in enumerate(_load_dataset(name, split, field, streaming=not download)):
+            yield row, f"{where} {number}"
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client, pyarrow and decoders of a column raise their own
+        raise UserError(f"{where} {number + 1}: cannot be read ({type(error).__name__}: {error}); try again") from error
 
 
 def _load_dataset(name: str, split: str, field: str, streaming: bool) -> Any:

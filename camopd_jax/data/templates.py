@@ -122,7 +122,7 @@ def fill(answer: str, row: Row, where: str) -> str:
     """
     try:
         return answer.format_map(row)
-    except (KeyError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
             f"{where}: the answer {answer!r} asks for the field {error}, which the row lacks; add it, or change "
             "the config's answer"

@@ -2,8 +2,11 @@
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from rows import ask
 
@@ -145,6 +148,23 @@ def test_sft_rows_that_cannot_be_learnt(tokenizer, write):
     with pytest.raises(UserError, match=r"none of its rows fits config\.max_tokens = 16"):
         sft_stream(tokenizer, write([ask("a" * 20, "b")]))
     assert sft_stream(tokenizer, write([ask("a" * 20, "b"), ask("a", "b")])).counts == {"kept": 1, "dropped": 1}
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+def test_a_row_that_the_template_refuses_is_named(tokenizer, write, monkeypatch, name):
+    rows = [ask("a") | {"answer": "b"}, ask("a", "b", "c") | {"answer": "d"}]
+    source, place = write([], name), {"rows.jsonl": "rows.jsonl:2"}.get(name, f"{name} row 1")
+    if name == "rows.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    else:
+        source = write(rows if name == "rows.jsonl" else [json.dumps(rows)], name)
+    refusal = (
+        "{% if messages[1:2] and messages[1]['role'] == 'assistant' and messages[2:] %}{{ raise_exception('no') }}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", refusal + "{% endif %}" + tokenizer.chat_template)
+    for make in (stream, sft_stream):
+        with pytest.raises(UserError, match=rf"{place}: .*the chat template refuses a conversation"):
+            make(tokenizer, source)
 
 
 def test_a_stream_of_anything():

@@ -98,6 +98,17 @@ def test_files_that_are_not_there_or_hold_nothing(tmp_path, write):
         read(str(tmp_path / "bad.parquet"))
 
 
+def test_a_dataset_that_breaks_off(monkeypatch):
+    def rows():
+        yield GOOD
+        raise ConnectionError("reset")
+
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows())
+    assert read("owner/name", limit=1) == [GOOD]
+    with pytest.raises(UserError, match=r"owner/name\[train\] row 1: cannot be read \(ConnectionError: reset\)"):
+        read("owner/name")
+
+
 def test_a_dataset_that_the_hub_does_not_give():
     with pytest.raises(UserError, match=r"config\.branches\.review\.prompts\.source: no dataset 'no/such'"):
         read("no/such", field="config.branches.review.prompts.source")
