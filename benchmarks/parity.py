@@ -63,7 +63,7 @@ def compare(benchmark, loaded, model, config) -> dict:
     different = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a.ids != b]
     gaps = [logit_difference(model, prompts[i], ours[i].ids, theirs[i]) for i in different]
     texts = [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in theirs]
-    scores = [[task.grade(text, row).value for text, row in zip(said, rows, strict=True)]
+    scores = [[task.grade(text, row).value for text, (row, _) in zip(said, rows, strict=True)]
               for said in ([answer.text for answer in ours], texts)]  # fmt: skip
     return {
         "benchmark": benchmark.name,

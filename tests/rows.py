@@ -10,8 +10,8 @@ def chat_row(text, *more):
 
 
 def read_lines(file):
-    """The objects of all lines of a JSONL file."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    """The objects of a JSONL file, every line of it."""
+    return [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
 
 
 def write_lines(file, rows):

@@ -1,5 +1,7 @@
 """`generate` and `score` against transformers on torch, for every form of row."""
 
+import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -70,6 +72,21 @@ def test_sampled_answers_depend_on_the_seed_and_have_unfiltered_logprobs(command
         np.testing.assert_allclose(row["logprobs"], expected, atol=1e-4)
 
 
+def test_rows_in_other_forms_are_answered_alike(command, tmp_path):
+    """Characters that some take for the end of a line, a JSON array, a table: as the same prompts in JSON lines."""
+    rows = [{"prompt": f"a{c}b{c}c", "note": c} for c in "\u2028\u2029\x85\x0b\x0c\x1c"]
+    said = [row["response_ids"] for row in run(command, "generate", tmp_path, rows, "--max_new_tokens=2")]
+    assert [{k: row[k] for k in ("prompt", "note")} for row in read_lines(tmp_path / "y.jsonl")] == rows
+    (tmp_path / "array.json").write_text("\ufeff" + json.dumps(rows, ensure_ascii=False))
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "note"), *(row.values() for row in rows)])
+    for name in ("array.json", "table.csv"):
+        flags = [f"--input={tmp_path / name}", f"--output={tmp_path / 'z.jsonl'}", "--max_new_tokens=2"]
+        ended = command("generate", f"--model={FOLDER}", *flags)
+        assert ended.code == 0 and ended.err == ""
+        assert [row["response_ids"] for row in read_lines(tmp_path / "z.jsonl")] == said, name
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_scores_equal_transformers(command, tmp_path, torch_side, temperature):
     model, tokenizer = torch_side
@@ -98,6 +115,11 @@ def test_scores_equal_transformers(command, tmp_path, torch_side, temperature):
             'x.jsonl:2: no "response" and no "response_ids"',
         ),
         ("generate", [{"prompt": "a"}, {"text": "a"}], "x.jsonl:2: no prompt"),
+        (
+            "generate",
+            [{"prompt": "a"}, {"prompt": "a", "note": "\ud83d"}],
+            "x.jsonl:2: '\\ud83d' is half of a surrogate",
+        ),
     ],
 )
 def test_bad_rows_leave_no_output(command, tmp_path, name, rows, message):

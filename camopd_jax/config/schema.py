@@ -36,8 +36,8 @@ class Template:
 class Stream:
     """A set of prompts, and how student and teacher read them."""
 
-    # .jsonl or .parquet files, separated by commas; or the name of a `datasets` dataset, with configuration and
-    # revision if needed: "openai/gsm8k:main@cc7b047"
+    # .jsonl, .json, .csv or .parquet files, separated by commas; or the name of a `datasets` dataset, with
+    # configuration and revision if needed: "openai/gsm8k:main@cc7b047"
     source: str = ""
     split: str = "train"  # of a `datasets` dataset
     limit: Annotated[int, Gt(0), "None: all"] | None = None  # use only this many rows, the first ones

@@ -152,9 +152,11 @@ def tokenise(
     same = student.chat_template == teacher.chat_template and teacher_template == stream.template
     counts = {"kept": 0, "dropped": 0, "truncated": 0}
     prompts = []
-    for index, row in enumerate(sources.read(stream.source, stream.split, stream.limit, f"{field}.source")):
-        of_student = templates.prompt_ids(student, row, stream.template)
-        of_teacher = of_student if same else templates.prompt_ids(teacher, row, teacher_template)
+    rows = sources.read_located(stream.source, stream.split, stream.limit, f"{field}.source")
+    for index, (row, where) in enumerate(rows):
+        with sources.naming(where):
+            of_student = templates.prompt_ids(student, row, stream.template)
+            of_teacher = of_student if same else templates.prompt_ids(teacher, row, teacher_template)
         too_long = max(len(of_student), len(of_teacher)) > cap
         if too_long and stream.too_long == "drop":
             counts["dropped"] += 1
@@ -210,13 +212,13 @@ def _conversations(config: SftConfig, tokenizer: Tokenizer) -> tuple[list[tuple[
     """The token ids of each prompt and its answer, and the numbers of "kept" and "dropped" conversations."""
     data = config.data
     pairs = []
-    rows = sources.read(data.source, data.split, data.limit, "config.data.source")
-    for number, row in enumerate(rows, 1):
-        where = f"{data.source} row {number}"
+    rows = sources.read_located(data.source, data.split, data.limit, "config.data.source")
+    for row, where in rows:
         if "messages" not in row:
             raise UserError(f'{where}: no "messages" to learn from; give a conversation in every row')
         answer = "" if row["messages"][-1]["role"] == "assistant" else templates.fill(config.answer, row, where)
-        prompt_ids, answer_ids = templates.answer_ids(tokenizer, row, answer, data.template)
+        with sources.naming(where):
+            prompt_ids, answer_ids = templates.answer_ids(tokenizer, row, answer, data.template)
         if len(prompt_ids) + len(answer_ids) <= config.max_tokens:
             pairs.append((prompt_ids, answer_ids))
     if not pairs:

@@ -16,9 +16,9 @@ from typing import Any
 from camopd_jax import __version__
 from camopd_jax.data import sources
 from camopd_jax.data.columns import Row
+from camopd_jax.data.files import KINDS, RawRow
 from camopd_jax.data.questions import normalised, question_keys
 from camopd_jax.data.recipes import Part, Recipe
-from camopd_jax.data.sources import RawRow
 from camopd_jax.data.templates import Messages
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.jsonl import atomic_file, write_rows
@@ -42,7 +42,8 @@ class SelectedPrompts:
 
     prompts: dict[int, Row] = field(default_factory=dict)  # by row number in the source, ascending
     read: int = 0
-    dropped: Counter[str] = field(default_factory=Counter)  # number of rows by reason
+    dropped: Counter[str] = field(default_factory=Counter)  # rows by reason
+    malformed: str | None = None  # the first malformed row's file and line, and what is wrong with it
 
 
 def select_prompts(part: Part, rows: Iterable[RawRow], excluded: Excluded, seed: int) -> SelectedPrompts:
@@ -61,6 +62,7 @@ def select_prompts(part: Part, rows: Iterable[RawRow], excluded: Excluded, seed:
         rank = part.rank(row) if part.rank else _random_rank(seed, part.name, number)
         prompt: Row = {"id": f"{part.name}-{number}", "source": part.name, "messages": messages}
         prompt |= {"licence": row["license"]} if isinstance(row.get("license"), str) else {}
+        prompt |= {"tools": row["tools"]} if "tools" in row else {}
         heapq.heappush(best, ((rank, -number), prompt))
         if len(best) > part.rows:
             heapq.heappop(best)
@@ -77,10 +79,12 @@ def _usable(
         selected.read += 1
         try:
             row = sources.checked(raw, where)
-        except UserError:
+            with sources.naming(where):
+                messages = part.prompt(row)
+        except UserError as error:
             selected.dropped["malformed"] += 1
+            selected.malformed = selected.malformed or str(error)
             continue
-        messages = part.prompt(row)
         if messages is None:
             selected.dropped["no request"] += 1
         elif not excluded.questions.isdisjoint(question_keys(row)):
@@ -130,8 +134,9 @@ def build(recipe: Recipe, name: str, out: Path, evaluations: Sequence[tuple[str,
         rest.append(_conversations_left(part, source, excluded.questions, selected.prompts.keys()))
         parts.append(_part_facts(part, origin_facts, selected))
     if not prompts:
+        first = next((f"; first {part['first_malformed']}" for part in parts if "first_malformed" in part), "")
         raise UserError(
-            f"{name}: no row of its sources contains a prompt; camopd_jax/data/columns.py lists the known columns"
+            f"{name}: no row of its sources contains a prompt; docs/inputs.md describes the forms of rows{first}"
         )
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out / recipe.file, prompts)
@@ -176,19 +181,17 @@ def origin(source: str, field: str) -> tuple[str, dict[str, Any]]:
     Raises:
       UserError: if there is no such file or dataset.
     """
-    if not all(sources.is_file(name) for name in source.split(",")):
+    if not all(map(sources.is_file, sources.names(source))):
         pinned, licence = sources.pinned(source, field)
         name, revision = pinned.split("@")
         return pinned, {"source": name, "revision": revision, "licence": licence}
     digest = hashlib.sha256()
-    for name in source.split(","):
+    for name in sources.names(source):
         try:
-            with Path(name.strip()).expanduser().open("rb") as stream:
+            with Path(name).expanduser().open("rb") as stream:
                 hashlib.file_digest(stream, lambda: digest)
         except OSError as error:
-            raise UserError(
-                f"{field}: cannot read {name} ({error.strerror}); give a .jsonl or .parquet file"
-            ) from error
+            raise UserError(f"{field}: cannot read {name} ({error.strerror}); give {KINDS}") from error
     return source, {"source": source, "revision": f"sha256:{digest.hexdigest()}", "licence": None}
 
 
@@ -202,6 +205,7 @@ def _part_facts(part: Part, origin_facts: dict[str, Any], selected: SelectedProm
         "read": selected.read,
         "dropped": dict(sorted(selected.dropped.items())),
     }
+    facts |= {"first_malformed": selected.malformed} if selected.malformed else {}
     licences = Counter(row["licence"] for row in selected.prompts.values() if "licence" in row)
     return facts | ({"licences": dict(licences.most_common())} if licences else {})
 
@@ -211,10 +215,12 @@ def _conversations_left(part: Part, source: str, evaluated: set[str], selected: 
     for number, (raw, where) in enumerate(sources.stream(source, part.split, part.name)):
         try:
             row = sources.checked(raw, where)
+            is_left = number not in selected and part.prompt(row) is not None
         except UserError:
             continue
-        if number not in selected and part.prompt(row) is not None and evaluated.isdisjoint(question_keys(row)):
-            yield {"id": f"{part.name}-{number}", "source": part.name, "messages": row["messages"]}
+        if is_left and evaluated.isdisjoint(question_keys(row)):
+            tools = {"tools": row["tools"]} if "tools" in row else {}
+            yield {"id": f"{part.name}-{number}", "source": part.name, "messages": row["messages"], **tools}
 
 
 def _sha256(file: Path) -> str:
@@ -230,5 +236,7 @@ def summary(manifest: Manifest, out: Path) -> str:
         dropped = ", ".join(f"{count} {reason}" for reason, count in part["dropped"].items())
         reasons = f" (not: {dropped})" if dropped else ""
         lines.append(f"{part['part']}: {part['kept']} of {part['read']} rows{fewer}{reasons}")
+        if "first_malformed" in part:
+            lines.append(f"  malformed, first {part['first_malformed']}")
     lines.append(f"{manifest['removed_as_evaluation']} evaluation questions removed; written: {out}")
     return "\n".join(lines)

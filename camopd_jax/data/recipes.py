@@ -8,7 +8,7 @@ import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from camopd_jax.data.columns import LETTERS, Row
+from camopd_jax.data.columns import Row, lettered
 from camopd_jax.data.templates import Messages
 from camopd_jax.errors import UserError
 
@@ -90,9 +90,8 @@ _OPEN = (
 def medical(row: Row) -> Messages | None:
     """The paper's prompt for a question with or without options."""
     options = row.get("options")
-    if options and isinstance(options, list):
-        listed = " ".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
-        text = f"{row['question']} {listed} {_CHOICE}"
+    if options and isinstance(options, list) and "question" in row:
+        text = f"{row['question']} {lettered(options, ' ')} {_CHOICE}"
     else:
         messages = request(row)
         if messages is None:
@@ -110,11 +109,14 @@ def has_options(text: str) -> bool:
 # ---------------------------------------------------------------------------------- conversations
 
 
+_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")  # of a message, that chat templates read
+
+
 def request(row: Row) -> Messages | None:
     """A conversation up to the user's last turn; None if there is none."""
     if "messages" not in row:
         return [{"role": "user", "content": row["prompt"]}] if row.get("prompt") else None
-    messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+    messages = [{name: m[name] for name in _FIELDS if name in m} for m in row["messages"]]
     while messages and messages[-1]["role"] != "user":
         messages.pop()
     return messages if messages and messages[-1]["content"].strip() else None

@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -40,7 +41,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
         raise UserError(f"{folder}: no tokenizer.json; copy the original model's tokenizer files into this folder")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        # Without a length of its own, at which it would only warn: prompts are measured against the run's cap
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True, model_max_length=sys.maxsize
+        )
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise UserError(
             f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); copy the original "
@@ -118,7 +122,7 @@ def fill(answer: str, row: Row, where: str) -> str:
     """
     try:
         return answer.format_map(row)
-    except (KeyError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
             f"{where}: the answer {answer!r} asks for the field {error}, which the row lacks; add it, or change "
             "the config's answer"

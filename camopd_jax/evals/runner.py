@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from etils import epath
 
 from camopd_jax.config.schema import Benchmark, Evaluation, Sampling
-from camopd_jax.data import templates
+from camopd_jax.data import sources, templates
+from camopd_jax.data.sources import LocatedRow
 from camopd_jax.evals import comparison, tasks
 from camopd_jax.evals.answer_file import AnswerFile, AnswerRow, Save, answer_key
 from camopd_jax.evals.questions import prompts, read_questions
@@ -118,7 +119,7 @@ def run_benchmark(
     file = AnswerFile(folder / f"{benchmark.name}.jsonl")
     job = _Job(benchmark, task, evaluation, loaded, file, progress)
     answers = job.likelihoods(rows) if task.grades_likelihood else job.answers(rows)
-    return broadcast(lambda: job.result(answers, rows))
+    return broadcast(lambda: job.result(answers, [row for row, _ in rows]))
 
 
 @dataclass(frozen=True)
@@ -132,8 +133,8 @@ class _Job:
     file: AnswerFile
     progress: Progress
 
-    def answers(self, rows: Sequence[Row]) -> list[AnswerRow]:
-        """The model's answers: the first sample for all questions, then the second sample for all questions, ..."""
+    def answers(self, rows: Sequence[LocatedRow]) -> list[AnswerRow]:
+        """The model's answers to all questions: the first sample of each, then the second of each, ..."""
         tokens = prompts(self.benchmark, self.task, self.loaded.tokenizer, rows)
         return [row for sample in range(self.benchmark.samples) for row in self._sample(tokens, sample)]
 
@@ -172,14 +173,14 @@ class _Job:
             keys, compute, lambda done: self.progress(f"{title}: {done} of {len(keys)} questions")
         )
 
-    def likelihoods(self, rows: Sequence[Row]) -> list[AnswerRow]:
-        """Rows whose "response" is the mean log-probability of the given answer's tokens, as text."""
+    def likelihoods(self, rows: Sequence[LocatedRow]) -> list[AnswerRow]:
+        """The mean log-probability of each row's given answer, as the text of an answer."""
         benchmark, batch_size = self.benchmark, self.evaluation.batch_size
         pairs = []
-        for number, row in enumerate(rows, 1):
-            where = f"config.evaluation.benchmarks {benchmark.name} row {number}"
+        for row, where in rows:
             text = templates.fill(benchmark.answer, row, where)
-            prompt, response = templates.answer_ids(self.loaded.tokenizer, row, text, benchmark.template)
+            with sources.naming(where):
+                prompt, response = templates.answer_ids(self.loaded.tokenizer, row, text, benchmark.template)
             pairs.append((prompt, response[: benchmark.max_response_tokens]))
         keys = [answer_key(prompt, response) for prompt, response in pairs]
 

@@ -15,7 +15,7 @@ class Grade:
     parts: dict[str, tuple[float, float]] = field(default_factory=dict)  # additional counts by name: (right, total)
 
 
-def _no_check() -> None:
+def _no_check(*_: Row) -> None:
     pass
 
 
@@ -26,7 +26,8 @@ class Task:
     grade: Callable[[str, Row], Grade]  # grades an answer's text for a row
     instruction: str = ""  # text added after each question: the required form of the answer
     needs: tuple[str, ...] = ("answer",)  # fields of a row that `grade` reads
-    dataset: str = ""  # the benchmark's own questions, as `source` of a `Stream`; "": it has none
+    check_row: Callable[[Row], None] = _no_check  # raises a UserError for fields that `grade` could not read
+    dataset: str = ""  # the benchmark's own questions, as a Stream's source; "": it has none
     split: str = "test"  # of `dataset`
     threads: int = 1  # answers graded at a time
     grader: str = ""  # the grader's name, if grading costs money: a grade of the same grader is reused

@@ -184,7 +184,7 @@ class Examination:
         task.check()
         rows = read_questions(benchmark, task)
         self.good(about, f"{len(rows)} questions on the {benchmark.axis} axis")
-        self.questions[benchmark.name] = list(map(_keys, rows))
+        self.questions[benchmark.name] = [_keys(row) for row, _ in rows]
 
     def axes(self, about: str) -> None:
         measured = {benchmark.axis for benchmark in self.config.evaluation.benchmarks}

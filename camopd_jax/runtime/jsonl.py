@@ -1,4 +1,7 @@
-"""Reads and writes JSONL files. If the process is killed, at most the last line of a growing file is incomplete."""
+"""Files of JSON lines, of which a kill leaves none half-written but the last line of one that grows.
+
+Lines end at "\n" and nowhere else: Unicode's other line separators may stand inside a JSON text.
+"""
 
 import contextlib
 import json
@@ -12,14 +15,20 @@ from camopd_jax.errors import UserError
 
 
 def write_rows(path: str | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one object per line to a temporary file beside `path`, then renames it to `path`.
+    """Writes one object a line to a part file beside `path`, then moves it there. Numbers not finite become null.
 
     Raises:
       UserError: if the file cannot be written; an existing file at `path` is unchanged.
     """
     with atomic_file(path) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row as a line of UTF-8. Half a surrogate pair stays an escape, and values that JSON lacks become text."""
+    text = json.dumps(_finite(row), ensure_ascii=False, default=str)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 @contextlib.contextmanager
@@ -46,14 +55,14 @@ def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises:
       UserError: if the file cannot be written.
     """
-    text = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+    added = "".join(map(_line, rows)).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        if "://" in str(path):  # object stores cannot append: gcsfs treats "a" like "w"
-            path.write_text((path.read_text() if path.exists() else "") + text)
+        if "://" in str(path):  # object stores do not append: gcsfs takes "a" for "w"
+            path.write_bytes((path.read_bytes() if path.exists() else b"") + added)
         else:
-            with path.open("a") as stream:
-                stream.write(text)
+            with path.open("ab") as stream:
+                stream.write(added)
     except OSError as error:
         raise UserError(
             f"{path}: cannot write ({error.strerror}); free disk space and start the same command again"
@@ -64,7 +73,7 @@ def _finite(value: Any) -> Any:
     """The same JSON value, with null for numbers that are not finite."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
@@ -74,10 +83,10 @@ def read_rows(path: epath.Path) -> list[dict[str, Any]]:
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    for line in path.read_text().splitlines():
+    for line in path.read_bytes().split(b"\n"):
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append(json.loads(line.decode()))
+        except ValueError:  # a line cut by a kill, which may end inside a character
             break
     return rows
 

@@ -2,8 +2,11 @@
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from rows import chat_row
 
@@ -137,10 +140,10 @@ def test_sft_trains_on_the_last_turn_or_the_answer_field(tokenizer, write):
     assert pairs == {("<|user|>a<|end|><|assistant|>", "b<|end|>"), ("<|user|>c<|end|><|assistant|>", "xd<|end|>")}
 
 
-def test_invalid_sft_rows(tokenizer, write):
-    with pytest.raises(UserError, match=r"row 2: the answer '\{answer\}' asks for the field 'answer'"):
+def test_sft_rows_that_cannot_be_learnt(tokenizer, write):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: the answer '\{answer\}' asks for the field 'answer'"):
         sft_stream(tokenizer, write([chat_row("a", "b"), chat_row("a")]))
-    with pytest.raises(UserError, match=r'row 1: no "messages"'):
+    with pytest.raises(UserError, match=r'rows\.jsonl:1: no "messages"'):
         sft_stream(tokenizer, write([{"prompt": "a"}]))
     with pytest.raises(UserError, match=r"none of its rows fits config\.max_tokens = 16"):
         sft_stream(tokenizer, write([chat_row("a" * 20, "b")]))
@@ -150,6 +153,23 @@ def test_invalid_sft_rows(tokenizer, write):
     }
 
 
-def test_a_generic_batch_stream():
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+def test_a_row_that_the_template_refuses_is_named(tokenizer, write, monkeypatch, name):
+    rows = [chat_row("a") | {"answer": "b"}, chat_row("a", "b", "c") | {"answer": "d"}]
+    source, place = write([], name), {"rows.jsonl": "rows.jsonl:2"}.get(name, f"{name} row 1")
+    if name == "rows.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    else:
+        source = write(rows if name == "rows.jsonl" else [json.dumps(rows)], name)
+    refusal = (
+        "{% if messages[1:2] and messages[1]['role'] == 'assistant' and messages[2:] %}{{ raise_exception('no') }}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", refusal + "{% endif %}" + tokenizer.chat_template)
+    for make in (stream, sft_stream):
+        with pytest.raises(UserError, match=rf"{place}: .*the chat template refuses a conversation"):
+            make(tokenizer, source)
+
+
+def test_a_stream_of_anything():
     made = BatchStream(5, 3, 0, lambda numbers: numbers.sum())
     assert isinstance(made.get_state(), dict) and next(made) >= 3

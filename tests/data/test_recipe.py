@@ -162,6 +162,26 @@ def test_malformed_rows_of_a_dataset_are_counted_and_skipped():
     ]
     chosen = prompt_set.select_prompts(RECIPES["jsonl"].parts[0], rows, Excluded(set()), 0)
     assert chosen.dropped == {"malformed": 1, "no request": 1} and list(chosen.prompts) == [1]
+    assert chosen.malformed.startswith('row 0: "messages": every message needs')
+
+
+def test_the_first_malformed_row_is_named_and_tools_are_kept(command, tmp_path):
+    tools, call = [{"type": "function", "function": {"name": "f"}}], [{"function": {"name": "f", "arguments": {}}}]
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": call, "timestamp": 7},
+        {"role": "tool", "content": "rain", "tool_call_id": "1"},
+        {"role": "user", "content": "And tomorrow?"},
+    ]
+    rows = [chat_row("Why?"), {"messages": []}, {"messages": turns, "tools": tools}]
+    source = write_lines(tmp_path / "mine.jsonl", rows)
+    manifest, out = build(command, "jsonl", tmp_path / "out", f"--source=rows={source}")
+    _, with_tools = read_lines(tmp_path / "out" / "prompts.jsonl")
+    assert with_tools["tools"] == tools
+    assert with_tools["messages"][1] == {"role": "assistant", "content": "", "tool_calls": call}
+    assert with_tools["messages"][2] == turns[2]
+    first = f'{source}:2: "messages" must be a list of at least one message'
+    assert manifest["parts"][0]["first_malformed"] == first and f"malformed, first {first}" in out
 
 
 # --------------------------------------------------------------------------- evaluation questions

@@ -1,5 +1,6 @@
 """Prompts rendered by the chat template, and checks of the tokenizers of student and teacher."""
 
+import logging
 import shutil
 
 import pytest
@@ -73,6 +74,20 @@ def test_no_template_and_a_template_that_raises(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ raise_exception('roles must alternate') }}")
     with pytest.raises(UserError, match=r"refuses a conversation of roles \['user'\] \(roles must alternate\)"):
         templates.prompt_ids(tokenizer, chat_row("a"), Template())
+
+
+def test_a_long_prompt_is_told_of_by_our_own_cap_alone(folder, caplog):
+    """The quickstart's tokenizer_config.json has a length of 256, which transformers would warn of."""
+    logging.getLogger("transformers").addHandler(caplog.handler)
+    loaded = templates.load_tokenizer(folder)
+    try:
+        assert len(templates.prompt_ids(loaded, chat_row("ab" * 300), Template())) > 600
+        assert caplog.records == []
+        loaded.model_max_length = 256
+        templates.prompt_ids(loaded, chat_row("ab" * 300), Template())
+        assert "sequence length is longer" in caplog.text, "the warning that is meant"
+    finally:
+        logging.getLogger("transformers").removeHandler(caplog.handler)
 
 
 # ---------------------------------------------------------------------------- two folders, one tokenizer

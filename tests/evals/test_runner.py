@@ -129,7 +129,7 @@ def test_the_likelihood_of_given_answers(specialist, tmp_path, monkeypatch):
     lines = (tmp_path / "covered.jsonl").read_text().splitlines()
     (tmp_path / "covered.jsonl").write_text("\n".join(lines[:7]))
     assert runner.run_benchmark(benchmark, specialist, SETTINGS, folder) == result and scored[:3] == [8, 2, 3]
-    with pytest.raises(UserError, match=r"benchmarks covered row 1: the answer '\{no\}' asks for the field 'no'"):
+    with pytest.raises(UserError, match=r"eval_covered\.jsonl:1: the answer '\{no\}' asks for the field 'no'"):
         runner.run_benchmark(dataclasses.replace(benchmark, answer="{no}"), specialist, SETTINGS, folder)
 
 
@@ -141,7 +141,7 @@ def test_the_instruction_follows_the_last_request(specialist):
 
     def prompts(row, instruction):
         benchmark = dataclasses.replace(COVERED, instruction=instruction)
-        return questions.prompts(benchmark, tasks.find(COVERED, Judge()), specialist.tokenizer, [row])
+        return questions.prompts(benchmark, tasks.find(COVERED, Judge()), specialist.tokenizer, [(row, "x:1")])
 
     assert (
         chat_row("a", "b", "c", instruction="be brief")
@@ -175,7 +175,7 @@ def test_missing_fields_are_reported_before_a_run(tmp_path):
     def check(**fields):
         runner.check(Evaluation(benchmarks=(Benchmark("b", **fields),), judge=Judge()))
 
-    with pytest.raises(UserError, match=r'q\.jsonl row 1: no "answer" to grade against, which task medqa needs'):
+    with pytest.raises(UserError, match=r'q\.jsonl:1: no "answer" to grade against, which task medqa needs'):
         check(task="medqa", source=source)
     with pytest.raises(UserError, match=r'no "test_list" to grade against'):
         check(task="mbpp", source=source)

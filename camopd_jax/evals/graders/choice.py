@@ -5,7 +5,9 @@ answer without this marker is wrong, even if it is clear, and counts as unmarked
 """
 
 import re
+from dataclasses import replace
 
+from camopd_jax.errors import UserError
 from camopd_jax.evals.task import Grade, Row, Task
 
 # Accepted as one letter: "(B)", "**B**", "B."; not accepted: "A or B", "Because", "B12".
@@ -62,10 +64,22 @@ def grade_pubmedqa(answer: str, row: Row) -> Grade:
     return Grade(float(chosen == right), marked=chosen is not None)
 
 
+def _check_row(row: Row) -> None:
+    if not re.fullmatch("[A-Za-z]", str(row["answer"]).strip()):
+        raise UserError(f'"answer" is {row["answer"]!r:.80}; it must be the letter of an option')
+
+
+def _check_pubmedqa(row: Row) -> None:
+    if str(row["answer"]).strip().lower() not in (*_WORDS, "a", "b", "c"):
+        raise UserError(f'"answer" is {row["answer"]!r:.80}; it must be one of {", ".join(_WORDS)}')
+
+
 _INSTRUCTION = 'Please reason step by step. End with "Final answer: <letter>".'
 
-CHOICE = Task(grade)
-MEDQA = Task(grade, _INSTRUCTION, dataset="GBaker/MedQA-USMLE-4-options")
-MEDMCQA = Task(grade, _INSTRUCTION, dataset="openlifescienceai/medmcqa", split="validation")
-ARC = Task(grade, _INSTRUCTION, dataset="allenai/ai2_arc:ARC-Challenge")
-PUBMEDQA = Task(grade_pubmedqa, _INSTRUCTION, dataset="qiaojin/PubMedQA:pqa_labeled", split="train")
+CHOICE = Task(grade, check_row=_check_row)
+MEDQA = replace(CHOICE, instruction=_INSTRUCTION, dataset="GBaker/MedQA-USMLE-4-options")
+MEDMCQA = replace(MEDQA, dataset="openlifescienceai/medmcqa", split="validation")
+ARC = replace(MEDQA, dataset="allenai/ai2_arc:ARC-Challenge")
+PUBMEDQA = Task(
+    grade_pubmedqa, _INSTRUCTION, check_row=_check_pubmedqa, dataset="qiaojin/PubMedQA:pqa_labeled", split="train"
+)

@@ -3,6 +3,7 @@
 import re
 from fractions import Fraction
 
+from camopd_jax.errors import UserError
 from camopd_jax.evals.task import Grade, Row, Task
 
 _MARKED = re.compile(r"final answer\W*?:\s*(.*)|####\s*(.*)", re.IGNORECASE)
@@ -50,4 +51,14 @@ def grade(answer: str, row: Row) -> Grade:
     return Grade(float(value is not None and value == number(str(row["answer"]))), marked=value is not None)
 
 
-TASK = Task(grade, 'Please reason step by step. End with "Final answer: <number>".', dataset="openai/gsm8k:main")
+def _check_row(row: Row) -> None:
+    if number(str(row["answer"])) is None:
+        raise UserError(f'"answer" is {row["answer"]!r:.80}; it must be one number')
+
+
+TASK = Task(
+    grade,
+    'Please reason step by step. End with "Final answer: <number>".',
+    check_row=_check_row,
+    dataset="openai/gsm8k:main",
+)

@@ -69,12 +69,18 @@ def grade(answer: str, row: Row) -> Grade:
     """1 if the answer follows all instructions of the row, else 0; the other three figures are in `parts`."""
     checkers = _checkers()
     kwargs = [{k: v for k, v in arguments.items() if v is not None} for arguments in row["kwargs"]]
-    prompt = row.get("prompt") or row["messages"][-1]["content"]
+    prompt = row["messages"][-1]["content"] if "messages" in row else row.get("prompt", "")
     example = checkers.InputExample(row.get("key", 0), row["instruction_id_list"], prompt, kwargs)
-    random.seed(0)  # checkers without arguments choose random ones
-    strict = checkers.test_instruction_following_strict(example, answer)
-    random.seed(0)
-    loose = checkers.test_instruction_following_loose(example, answer)
+    try:
+        random.seed(0)  # checkers without arguments draw some
+        strict = checkers.test_instruction_following_strict(example, answer)
+        random.seed(0)
+        loose = checkers.test_instruction_following_loose(example, answer)
+    except Exception as error:  # the checkers do not check their arguments
+        raise UserError(
+            f"task ifeval: no checker for {example.instruction_id_list} with {kwargs} ({type(error).__name__}: "
+            f"{error}); correct the row. Answers are kept: start again to grade them"
+        ) from error
     n = len(strict.follow_instruction_list)
     return Grade(
         float(strict.follow_all_instructions),
@@ -86,4 +92,19 @@ def grade(answer: str, row: Row) -> Grade:
     )
 
 
-TASK = Task(grade, needs=("instruction_id_list", "kwargs"), dataset="google/IFEval", split="train", check=check)
+def _check_row(row: Row) -> None:
+    ids, kwargs = row["instruction_id_list"], row["kwargs"]
+    if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
+        raise UserError(f'"instruction_id_list" must be a list of names, this is {ids!r:.80}')
+    if not isinstance(kwargs, list) or len(kwargs) != len(ids) or not all(isinstance(one, dict) for one in kwargs):
+        raise UserError(f'"kwargs" must be a list of one object for each instruction, this is {kwargs!r:.80}')
+
+
+TASK = Task(
+    grade,
+    needs=("instruction_id_list", "kwargs"),
+    check_row=_check_row,
+    dataset="google/IFEval",
+    split="train",
+    check=check,
+)

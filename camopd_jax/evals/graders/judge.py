@@ -47,7 +47,12 @@ def _task(kind: str, config: Judge) -> Task:
         return grade(answer, row, kind=kind, config=config)
 
     grader = f"{config.model} at {config.endpoint}"
-    return Task(grade_kind, needs=(), threads=8, grader=grader, check=partial(check, config))
+    return Task(grade_kind, needs=(), check_row=_check_row, threads=8, grader=grader, check=partial(check, config))
+
+
+def _check_row(row: Row) -> None:
+    if not row.keys() & {"messages", "prompt"}:
+        raise UserError('no "messages" and no "prompt", which the judge reads')
 
 
 def check(config: Judge) -> None:
@@ -90,5 +95,6 @@ def grade(answer: str, row: Row, *, kind: str, config: Judge) -> Grade:
 
 
 def _case(answer: str, row: Row) -> str:
-    turns = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in row["messages"])
+    messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    turns = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
     return f"<conversation>\n{turns}\n</conversation>\n\n<reply>\n{answer}\n</reply>"

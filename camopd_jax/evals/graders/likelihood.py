@@ -18,4 +18,4 @@ def grade(answer: str, row: Row) -> Grade:
     return Grade(math.exp(float(answer)))
 
 
-TASK = Task(grade, needs=(), grades_likelihood=True)
+TASK = Task(grade, needs=("messages",), grades_likelihood=True)

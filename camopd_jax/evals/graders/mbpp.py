@@ -13,6 +13,7 @@ import subprocess
 import sys
 import tempfile
 
+from camopd_jax.errors import UserError
 from camopd_jax.evals.task import Grade, Row, Task
 
 SECONDS = 10.0
@@ -85,10 +86,22 @@ def grade(answer: str, row: Row) -> Grade:
     return Grade(float(passes("\n".join([program, *tests]))))
 
 
+def _check_row(row: Row) -> None:
+    for name in ("test_list", "test_imports"):
+        lines = row.get(name, [])
+        if not isinstance(lines, list) or not all(isinstance(line, str) for line in lines):
+            raise UserError(f'"{name}" must be a list of lines of code, this is {lines!r:.80}')
+    if not row["test_list"]:
+        raise UserError('"test_list" is empty: every answer would pass')
+    if not isinstance(row.get("test_setup_code", ""), str):
+        raise UserError(f'"test_setup_code" must be text, this is {row["test_setup_code"]!r:.80}')
+
+
 TASK = Task(
     grade,
     "Answer with one Python code block.",
     needs=("test_list",),
+    check_row=_check_row,
     threads=4,
     dataset="google-research-datasets/mbpp:full",
 )

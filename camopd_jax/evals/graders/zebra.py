@@ -3,6 +3,7 @@
 import json
 from typing import Any
 
+from camopd_jax.errors import UserError
 from camopd_jax.evals.task import Grade, Row, Task
 
 
@@ -36,4 +37,10 @@ def grade(answer: str, row: Row) -> Grade:
     return Grade(float(right == len(cells)), grid is not None, {"cells": (right, len(cells))})
 
 
-TASK = Task(grade, dataset="allenai/ZebraLogicBench:grid_mode")
+def _check_row(row: Row) -> None:
+    houses = row["answer"].values() if isinstance(row["answer"], dict) else [None]
+    if not all(isinstance(house, dict) and all(isinstance(text, str) for text in house.values()) for house in houses):
+        raise UserError(f'"answer" must be a grid as {{"House 1": {{"Name": ...}}}}, this is {row["answer"]!r:.80}')
+
+
+TASK = Task(grade, check_row=_check_row, dataset="allenai/ZebraLogicBench:grid_mode")
