@@ -16,8 +16,9 @@ FLAGS = ["--name=t", "--zone=us-central2-b", "--type=v4-32"]
 RUN = ["--", "--config=configs/medqa.py", "--workdir=gs://b/run dir"]
 WHERE = ["t", "--zone=us-central2-b"]
 
-# Keeps every call. A file holds the answers to come, a line each: of `describe` to each kind, of `create`, and of the
-# command (`codes`) and the other `ssh` calls (`ssh`); without a line it goes well.
+# A gcloud that records every call. Files have the coming replies, one per line: of `describe` for each kind, of
+# `create`, and the exit codes of the command (`codes`) and of other `ssh` calls (`ssh`). Without a line, a call
+# succeeds.
 GCLOUD = """#!/usr/bin/env bash
 cd "$(dirname "$0")"
 printf '%s\\n' "${*//$'\\n'/ ; }" >> calls

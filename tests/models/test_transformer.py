@@ -84,7 +84,7 @@ def test_prefill_and_decode_equal_the_full_forward(family, checkpoint, mesh, tok
     model, params = load(folder, mesh)
     full = np.asarray(jax.jit(model.hidden)(params, tokens))
     lengths = np.array([11, 7], np.int32)  # rows of unequal length: decode slots are common, positions are not
-    prompt = np.where(np.arange(13) < lengths[:, None], tokens[:, :13], 97)  # padding is rubbish
+    prompt = np.where(np.arange(13) < lengths[:, None], tokens[:, :13], 97)  # padding has arbitrary values
     apart = jax.jit(model.for_decoding)(params)
     hidden, cache = jax.jit(model.prefill)(apart, prompt, lengths)
     for row, length in enumerate(lengths):
