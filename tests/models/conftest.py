@@ -74,6 +74,12 @@ FAMILIES = {
 }
 
 
+@pytest.fixture(params=[family for family in FAMILIES if family != "vaultgemma"])  # which has no row of its own
+def family(request):
+    """Each family in turn, for the tests that every family has to pass."""
+    return request.param
+
+
 def build(family: str, **changes):
     """A torch model of a family whose every parameter matters."""
     name, fields = FAMILIES[family]
