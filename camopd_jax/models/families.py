@@ -108,4 +108,13 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
         qk_norm=True,
         local_rope_field="rope_local_base_freq",
     ),
+    "granite": _like(
+        _LLAMA,
+        {
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
 }

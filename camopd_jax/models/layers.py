@@ -199,12 +199,20 @@ class Block(nn.Module):
         def split(x: jax.Array) -> jax.Array:
             return constrain_even(x, self.mesh, *RESIDUAL)
 
+        def added(x: jax.Array, y: jax.Array, post_norm: str) -> jax.Array:
+            y = split(y)
+            return split(x + scaled(norm(post_norm, y) if c.post_norms else y, c.residual_scale))
+
         attention = Attention(c, self.mesh, self.implementation, name="attention")
         y, keys_values = attention(gathered(norm("attention_norm", x_BSD)), positions, kind, cache)
-        y = split(y)
-        x_BSD = split(x_BSD + (norm("post_attention_norm", y) if c.post_norms else y))
-        y = split(FeedForward(c, self.mesh, name="mlp")(gathered(norm("mlp_norm", x_BSD))))
-        return split(x_BSD + (norm("post_mlp_norm", y) if c.post_norms else y)), keys_values
+        x_BSD = added(x_BSD, y, "post_attention_norm")
+        y = FeedForward(c, self.mesh, name="mlp")(gathered(norm("mlp_norm", x_BSD)))
+        return added(x_BSD, y, "post_mlp_norm"), keys_values
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """`x * factor`, rounded once: in bfloat16 a factor such as 0.22 would be rounded first."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def rotate(x_BSHK: jax.Array, cos_BSK: jax.Array, sin_BSK: jax.Array) -> jax.Array:

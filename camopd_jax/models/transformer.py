@@ -184,6 +184,8 @@ class Model:
         else:
             kernel, equation = params["head"][:, :vocab], "...d,dv->...v"
         logits = jnp.einsum(equation, hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        if c.logits_divisor != 1.0:
+            logits /= c.logits_divisor
         return logits if c.final_softcap is None else c.final_softcap * jnp.tanh(logits / c.final_softcap)
 
 

@@ -71,6 +71,17 @@ FAMILIES = {
             },
         ),
     ),
+    "granite": (
+        "Granite",
+        HEADS
+        | dict(
+            tie_word_embeddings=True,
+            embedding_multiplier=5.0,
+            attention_multiplier=0.17,
+            residual_multiplier=0.22,
+            logits_scaling=3.0,
+        ),
+    ),
 }
 
 
