@@ -10,7 +10,7 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from camopd_jax.errors import UserError
-from camopd_jax.models.families import FAMILIES, Family, Fields
+from camopd_jax.models.families import FAMILIES, Family, Fields, QKNorm
 
 Activation = Literal["silu", "gelu_tanh"]
 Implementation = Literal["auto", "xla", "fused"]
@@ -49,8 +49,9 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
-    qk_norm: bool = False
-    post_norms: bool = False  # norms after attention and feed-forward too
+    qk_norm: QKNorm | None = None
+    pre_norms: bool = True  # norms before attention and feed-forward
+    post_norms: bool = False  # norms after them
     norm_offset: float = 0.0  # added to a norm's weight
     embed_scale: float = 1.0
     residual_scale: float = 1.0  # of what attention and feed-forward add to the residual stream
@@ -141,6 +142,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         output_bias=bias if family.output_bias is None else family.output_bias,
         mlp_bias=fields["mlp_bias"],
         qk_norm=family.qk_norm,
+        pre_norms=family.pre_norms,
         post_norms=family.post_norms,
         norm_offset=family.norm_offset,
         embed_scale=width**0.5 if family.scales_embedding else fields.get("embedding_multiplier", 1.0),
