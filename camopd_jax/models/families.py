@@ -119,4 +119,5 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
             "logits_scaling": 1.0,
         },
     ),
+    "olmo2": _like(_LLAMA, {"rms_norm_eps": 1e-5}, qk_norm="projection", pre_norms=False, post_norms=True),
 }

@@ -82,6 +82,7 @@ FAMILIES = {
             logits_scaling=3.0,
         ),
     ),
+    "olmo2": ("Olmo2", HEADS),
 }
 
 
