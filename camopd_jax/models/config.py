@@ -10,7 +10,7 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from camopd_jax.errors import UserError
-from camopd_jax.models.families import FAMILIES, Family, Fields
+from camopd_jax.models.families import FAMILIES, Family, Fields, QKNorm
 
 Activation = Literal["silu", "gelu_tanh"]
 Implementation = Literal["auto", "xla", "fused"]
@@ -49,10 +49,13 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
-    qk_norm: bool = False
-    post_norms: bool = False  # whether norms follow attention and feed-forward too
+    qk_norm: QKNorm | None = None
+    pre_norms: bool = True  # whether norms precede attention and feed-forward
+    post_norms: bool = False  # whether norms follow attention and feed-forward
     norm_offset: float = 0.0  # added to a norm's weight
     embed_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and feed-forward add to the residual stream
+    logits_divisor: float = 1.0  # before the final soft cap
     attention_softcap: float | None = None
     final_softcap: float | None = None
     initializer_range: float = 0.02
@@ -111,8 +114,8 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
       UserError: for an unknown architecture, and for an unknown field that may change the output.
     """
     fields, family = _checked_fields(config, where)
-    heads = fields["num_attention_heads"]
-    head_dim = fields["head_dim"] or fields["hidden_size"] // heads
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
+    head_dim = fields["head_dim"] or width // heads
     activation = fields[family.activation_field]
     if activation not in _ACTIVATIONS:
         raise UserError(f"{where}: activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
@@ -122,7 +125,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     bias = fields["attention_bias"]
     return ModelConfig(
         vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
+        hidden_size=width,
         intermediate_size=fields["intermediate_size"],
         num_layers=fields["num_hidden_layers"],
         num_heads=heads,
@@ -134,14 +137,17 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         ropes=ropes,
         layer_rope=tuple(ropes.index(rope_of_type[t]) for t in types),
         windows=tuple(fields["sliding_window"] if t == "sliding_attention" else None for t in types),
-        query_scale=fields.get("query_pre_attn_scalar", head_dim) ** -0.5,
+        query_scale=fields.get("attention_multiplier", fields.get("query_pre_attn_scalar", head_dim) ** -0.5),
         qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=bias if family.output_bias is None else family.output_bias,
         mlp_bias=fields["mlp_bias"],
         qk_norm=family.qk_norm,
+        pre_norms=family.pre_norms,
         post_norms=family.post_norms,
         norm_offset=family.norm_offset,
-        embed_scale=fields["hidden_size"] ** 0.5 if family.scales_embedding else 1.0,
+        embed_scale=width**0.5 if family.scales_embedding else fields.get("embedding_multiplier", 1.0),
+        residual_scale=fields.get("residual_multiplier", 1.0),
+        logits_divisor=fields.get("logits_scaling", 1.0),
         attention_softcap=fields.get("attn_logit_softcapping"),
         final_softcap=fields.get("final_logit_softcapping"),
         initializer_range=fields["initializer_range"],
@@ -169,7 +175,7 @@ def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
     for field in _REQUIRED:
         if not isinstance(config.get(field), int):
             raise UserError(f"{where}: field {field} is {config.get(field)!r}; give an integer")
-    return {**family.defaults, **config}, family
+    return {**family.defaults, **{field: value for field, value in config.items() if field in known}}, family
 
 
 def _layer_types(fields: Fields, family: Family, where: str) -> list[str]:

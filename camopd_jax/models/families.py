@@ -7,9 +7,10 @@ module depends on families.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 Fields = Mapping[str, Any]  # of a config.json
+QKNorm = Literal["head", "projection"]  # queries and keys are normalised over each head, or over all heads together
 
 
 @dataclass(frozen=True)
@@ -22,8 +23,9 @@ class Family:
     activation_field: str = "hidden_act"
     qkv_bias: bool | None = None  # None: the value of attention_bias
     output_bias: bool | None = None  # of the attention's output projection; None: the value of attention_bias
-    qk_norm: bool = False
-    post_norms: bool = False  # whether norms follow attention and feed-forward too
+    qk_norm: QKNorm | None = None
+    pre_norms: bool = True  # whether norms precede attention and feed-forward
+    post_norms: bool = False  # whether norms follow attention and feed-forward
     norm_offset: float = 0.0  # added to a norm's weight
     scales_embedding: bool = False  # whether embeddings are multiplied by the square root of the model width
     local_rope_field: str | None = None  # field with the RoPE base of layers with a window, if it is different
@@ -92,7 +94,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
         slides=lambda i, fields: True,
     ),
     "qwen2": _like(_QWEN, {}, qkv_bias=True, output_bias=False),
-    "qwen3": _like(_QWEN, {"head_dim": 128}, qk_norm=True),
+    "qwen3": _like(_QWEN, {"head_dim": 128}, qk_norm="head"),
     "gemma2": _GEMMA,
     "gemma3_text": _like(
         _GEMMA,
@@ -105,7 +107,17 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
             "max_position_embeddings": 131_072,
         },
         slides=lambda i, fields: (i + 1) % fields["sliding_window_pattern"] != 0,
-        qk_norm=True,
+        qk_norm="head",
         local_rope_field="rope_local_base_freq",
     ),
+    "granite": _like(
+        _LLAMA,
+        {
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "olmo2": _like(_LLAMA, {"rms_norm_eps": 1e-5}, qk_norm="projection", pre_norms=False, post_norms=True),
 }

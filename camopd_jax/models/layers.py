@@ -54,17 +54,21 @@ class RMSNorm(nn.Module):
 
     eps: float
     offset: float
+    axes: int = 1  # the last so many, which are normalised together
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         initial = nn.initializers.constant(1.0 - self.offset)
-        return rms_norm(x, self.param("scale", initial, (x.shape[-1],)), self.eps, self.offset)
+        return rms_norm(x, self.param("scale", initial, x.shape[-self.axes :]), self.eps, self.offset)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
-    """`x / rms(x) * (offset + scale)` over the last axis, in float32. https://arxiv.org/abs/1910.07467, Eq 4."""
+    """`x / rms(x) * (offset + scale)` in float32, over as many last axes as `scale` has.
+
+    https://arxiv.org/abs/1910.07467, Eq 4.
+    """
     y = x.astype(jnp.float32)
-    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=range(-scale.ndim, 0), keepdims=True) + eps)
     return (y * jnp.broadcast_to(offset + scale.astype(jnp.float32), y.shape)).astype(x.dtype)
 
 
@@ -138,9 +142,10 @@ class Attention(nn.Module):
         query = project("query", c.num_heads, "heads")
         key = project("key", c.num_kv_heads, "kv_heads")
         value = project("value", c.num_kv_heads, "kv_heads")
-        if c.qk_norm:
-            query = RMSNorm(c.norm_eps, c.norm_offset, name="query_norm")(query)
-            key = RMSNorm(c.norm_eps, c.norm_offset, name="key_norm")(key)
+        if c.qk_norm is not None:
+            axes = 1 if c.qk_norm == "head" else 2
+            query = RMSNorm(c.norm_eps, c.norm_offset, axes, name="query_norm")(query)
+            key = RMSNorm(c.norm_eps, c.norm_offset, axes, name="key_norm")(key)
         cos, sin = (table[kind.rope] for table in positions.rotation)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
 
@@ -175,7 +180,9 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention and feed-forward, each with a norm before it, added to the residual stream."""
+    """One decoder layer: attention and feed-forward, each with norms before or after it and added to the residual
+    stream.
+    """
 
     config: ModelConfig
     mesh: Mesh | None = None
@@ -191,18 +198,26 @@ class Block(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
-        def gathered(x: jax.Array) -> jax.Array:
-            return constrain(x, self.mesh, *ACTIVATION)
+        def entering(x: jax.Array, pre_norm: str) -> jax.Array:
+            return constrain(norm(pre_norm, x) if c.pre_norms else x, self.mesh, *ACTIVATION)
 
         def split(x: jax.Array) -> jax.Array:
             return constrain_even(x, self.mesh, *RESIDUAL)
 
+        def added(x: jax.Array, y: jax.Array, post_norm: str) -> jax.Array:
+            y = split(y)
+            return split(x + scaled(norm(post_norm, y) if c.post_norms else y, c.residual_scale))
+
         attention = Attention(c, self.mesh, self.implementation, name="attention")
-        y, keys_values = attention(gathered(norm("attention_norm", x_BSD)), positions, kind, cache)
-        y = split(y)
-        x_BSD = split(x_BSD + (norm("post_attention_norm", y) if c.post_norms else y))
-        y = split(FeedForward(c, self.mesh, name="mlp")(gathered(norm("mlp_norm", x_BSD))))
-        return split(x_BSD + (norm("post_mlp_norm", y) if c.post_norms else y)), keys_values
+        y, keys_values = attention(entering(x_BSD, "attention_norm"), positions, kind, cache)
+        x_BSD = added(x_BSD, y, "post_attention_norm")
+        y = FeedForward(c, self.mesh, name="mlp")(entering(x_BSD, "mlp_norm"))
+        return added(x_BSD, y, "post_mlp_norm"), keys_values
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """`x * factor`, rounded once: in bfloat16 a factor such as 0.22 would be rounded first."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def rotate(x_BSHK: jax.Array, cos_BSK: jax.Array, sin_BSK: jax.Array) -> jax.Array:

@@ -89,7 +89,7 @@ class Model:
     def _embed(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
         x = jnp.take(params["embedding"], tokens_BS, axis=0).astype(self.dtype)
         if self.config.embed_scale != 1.0:
-            x *= jnp.asarray(self.config.embed_scale, self.dtype)
+            x *= jnp.asarray(self.config.embed_scale, self.dtype)  # rounded first, as Gemma's is
         return constrain_even(x, self.mesh, *RESIDUAL)
 
     def _final_norm(self, params: Params, x_BSD: jax.Array) -> jax.Array:
@@ -184,6 +184,8 @@ class Model:
         else:
             kernel, equation = params["head"][:, :vocab], "...d,dv->...v"
         logits = jnp.einsum(equation, hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        if c.logits_divisor != 1.0:
+            logits /= c.logits_divisor
         return logits if c.final_softcap is None else c.final_softcap * jnp.tanh(logits / c.final_softcap)
 
 

@@ -110,21 +110,23 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
     yield top(("final_norm", "scale"), (None,), (d,), (0,))
 
     for norm in ("attention_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm"):
-        if c.post_norms or not norm.startswith("post_"):
+        if c.post_norms if norm.startswith("post_") else c.pre_norms:
             yield layer(norm, "scale", (None,), (d,))
 
     projections = {
         "query": (c.num_heads, "heads", c.qk_norm),
         "key": (c.num_kv_heads, "kv_heads", c.qk_norm),
-        "value": (c.num_kv_heads, "kv_heads", False),
+        "value": (c.num_kv_heads, "kv_heads", None),
     }
-    for name, (heads, axis, has_norm) in projections.items():
+    for name, (heads, axis, normed) in projections.items():
         module, shape = f"attention.{name}", (heads * k, d)
         yield layer(module, "kernel", ("embed", axis, "head_dim"), (heads, k, d), (2, 0, 1), shape)
         if c.qkv_bias:
             yield layer(module, "bias", (axis, "head_dim"), (heads, k), (0, 1), (heads * k,))
-        if has_norm:
+        if normed == "head":
             yield layer(f"{module}_norm", "scale", (None,), (k,))
+        elif normed == "projection":
+            yield layer(f"{module}_norm", "scale", (axis, "head_dim"), (heads, k), (0, 1), (heads * k,))
     heads_split, shape = (d, c.num_heads, k), (d, c.num_heads * k)
     yield layer("attention.output", "kernel", ("heads", "head_dim", "embed"), heads_split, (1, 2, 0), shape)
     if c.output_bias:

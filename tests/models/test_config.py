@@ -3,7 +3,9 @@
 import pytest
 
 from camopd_jax.errors import UserError
+from camopd_jax.models import config
 from camopd_jax.models.config import from_hf
+from camopd_jax.models.families import FAMILIES
 
 SIZES = dict(
     vocab_size=98,
@@ -85,6 +87,30 @@ def test_fields_that_may_change_the_output_are_errors(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         from_hf(SIZES | {"model_type": "llama"} | changes, where="model/config.json")
     assert str(caught.value).startswith("model/config.json: ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_with_a_default_is_read(family, monkeypatch):
+    """A field with a default is not refused: were it not read either, it would be ignored silently."""
+    read, understood = set(), config._understood
+
+    class Recorder(dict):
+        def __getitem__(self, field):
+            read.add(field)
+            return super().__getitem__(field)
+
+        def get(self, field, default=None):
+            read.add(field)
+            return super().get(field, default)
+
+    def recorded(*arguments):
+        fields, row = understood(*arguments)
+        return Recorder(fields), row
+
+    monkeypatch.setattr(config, "_understood", recorded)
+    from_hf(SIZES | dict(model_type=family))
+    unread = FAMILIES[family].defaults.keys() - read
+    assert unread == ({"hidden_act"} if "hidden_activation" in read else set())  # Gemma has the second in its place
 
 
 def test_layer_types_must_fit():
