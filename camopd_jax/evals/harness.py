@@ -53,7 +53,8 @@ class CamopdLM(TemplateLM):
         Args:
           path: Hugging Face folder or hub name.
           batch_size: rows of a batch; data x fsdp has to divide it.
-          max_length: of prompt and answer in tokens; longer ones lose their front. Default: the model's, at most 4,096.
+          max_length: of prompt and answer in tokens; longer ones lose their front. The last token of a scored text is
+            no input and not counted, as in lm_eval's own models. Default: the model's, at most 4,096.
           max_gen_toks: of an answer, where the task gives no number; at most half of max_length.
           dtype: of parameters and matrix products: auto, float32 or bfloat16.
           data, fsdp, tensor: devices along each axis of the mesh.
@@ -136,7 +137,7 @@ class CamopdLM(TemplateLM):
         for i, request in enumerate(requests):
             (text,) = request.args
             ids = self.tok_encode(text)
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1):
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
                 windows.append(make_disjoint_window(window))
                 owners.append(i)
         sums = [0.0] * len(requests)
@@ -150,7 +151,7 @@ class CamopdLM(TemplateLM):
         """float32[n, 2] of (context, continuation) pairs: the log-probability of each of the continuation's n tokens,
         and that of the likeliest token at its position. A pair that is too long loses its front.
         """
-        contexts = [context[-max(1, self.max_length - len(after)) :] for context, after in pairs]
+        contexts = [context[-max(1, self.max_length + 1 - len(after)) :] for context, after in pairs]
         continuations = [after for _, after in pairs]
         return score_responses(self.loaded, contexts, continuations, batch_size=self.batch_size, with_top=True)
 
