@@ -46,18 +46,25 @@ def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises:
       UserError: if the file cannot be written.
     """
-    text = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+    added = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if "://" in str(path):  # object stores do not append: gcsfs takes "a" for "w"
-            path.write_text((path.read_text() if path.exists() else "") + text)
+            before = path.read_bytes() if path.exists() else b""
+            path.write_bytes(before + _line_break(before[-1:]) + added)
         else:
-            with path.open("a") as stream:
-                stream.write(text)
+            with open(path, "ab+") as stream:
+                stream.seek(max(0, stream.tell() - 1))
+                stream.write(_line_break(stream.read(1)) + added)
     except OSError as error:
         raise UserError(
             f"{path}: cannot write ({error.strerror}); free disk space and start the same command again"
         ) from error
+
+
+def _line_break(last: bytes) -> bytes:
+    """What ends a file whose last byte this is: a row must not join a line that a kill cut."""
+    return b"" if last in (b"", b"\n") else b"\n"
 
 
 def _finite(value: Any) -> Any:
@@ -70,15 +77,17 @@ def _finite(value: Any) -> Any:
 
 
 def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-    """The rows of a file that a run appends to; none if it does not exist. A last line cut by a kill is left out."""
+    """The rows of a file that a run appends to; none if it does not exist. Lines that are cut or damaged are left out,
+    wherever they are.
+    """
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):  # also of a line that ends inside a character
+            row = json.loads(line.decode())
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 

@@ -72,6 +72,34 @@ def test_an_evaluation_cut_short_goes_on_with_the_open_questions(specialist, tmp
     assert asked == [20, 9] and len(rows_of(tmp_path)) == 20
 
 
+@pytest.mark.parametrize(
+    "lines, damage",
+    [
+        ([0], b'{"key": "1234, "resp'),  # cut, the first of the file
+        ([5], b'{"key": "1234"}'),  # whole JSON, not a whole answer
+        ([5, 6], b'"key"\n\x00\x00\x00\n'),
+        ([5], '{"key": "1234", "response": "\u00e9'.encode()[:-1]),  # cut inside a character
+    ],
+)
+def test_a_damaged_line_costs_no_answer_behind_it(specialist, tmp_path, asked, lines, damage):
+    folder, file = epath.Path(tmp_path), tmp_path / "covered.jsonl"
+    whole = runner.run_benchmark(COVERED, specialist, SETTINGS, folder)
+    answers = [line + b"\n" for line in file.read_bytes().splitlines()]
+    kept = [answer for i, answer in enumerate(answers) if i not in lines]
+    file.write_bytes(b"".join([*kept[: lines[0]], damage + b"\n", *kept[lines[0] :]]))
+    assert runner.run_benchmark(COVERED, specialist, SETTINGS, folder) == whole
+    assert asked == [20, len(lines)] and len(rows_of(tmp_path)) == 20
+
+
+def test_a_file_whose_only_line_is_cut_loses_no_later_answer(specialist, tmp_path, asked):
+    folder, file = epath.Path(tmp_path), tmp_path / "covered.jsonl"
+    file.write_text('{"key": "1234, "resp')
+    few = dataclasses.replace(COVERED, limit=4)
+    assert runner.run_benchmark(few, specialist, SETTINGS, folder)["n"] == len(rows_of(tmp_path)) == 4
+    runner.run_benchmark(few, specialist, SETTINGS, folder)
+    assert asked == [4]
+
+
 def test_first_questions_are_part_of_the_whole(specialist, tmp_path, asked):
     folder = epath.Path(tmp_path)
     few = runner.run_benchmark(COVERED, specialist, SETTINGS, folder, limit=6)
