@@ -44,6 +44,12 @@ def check(evaluation: Evaluation) -> None:
         read_questions(benchmark, task, limit=1)
 
 
+def notices(evaluation: Evaluation) -> list[str]:
+    """The lines that are to be printed at the start of an evaluation."""
+    found = [tasks.find(benchmark, evaluation.judge).notice() for benchmark in evaluation.benchmarks]
+    return [line for line in dict.fromkeys(found) if line]
+
+
 def model_key(loaded: Loaded) -> str:
     """Identifies a checkpoint's answers: by its files and the precision it runs at."""
     return f"{loaded.folder.name}-{hf.fingerprint(loaded.folder)}-{loaded.model.dtype}"

@@ -34,3 +34,4 @@ class Task:
     # takes the mean log-probability of the given answer's tokens, in nats, as text
     given: bool = False
     check: Callable[[], None] = _no_check  # raises a UserError if a package or setting that grading needs is missing
+    notice: Callable[[], str] = str  # a line to print at the start of an evaluation; "": none

@@ -94,6 +94,8 @@ class Run:
         self.display = Display(self.config.steps, steps_done)
         if last is not None:
             self.display.say(f"continuing from step {last}")
+        for line in runner.notices(self.config.evaluation):
+            self.display.say(line)
         if not is_distributed():  # else JAX takes the signal, and passes it on to the other processes
             signal.signal(signal.SIGTERM, self._terminate)
         return state

@@ -15,7 +15,7 @@ from rows import read_lines, write_lines
 from camopd_jax.config.schema import Benchmark, Compute, Evaluation, Judge
 from camopd_jax.data import templates
 from camopd_jax.errors import UserError
-from camopd_jax.evals import questions, runner, tasks
+from camopd_jax.evals import questions, runner, sandbox, tasks
 from camopd_jax.evals.graders import judge
 from camopd_jax.evals.task import Grade
 from camopd_jax.inference import loading
@@ -302,6 +302,21 @@ def test_killed_and_started_again_it_asks_only_what_is_open(teachers, few, comma
         for w in (workdir, teachers[0])
     )
     assert ours == theirs
+
+
+def test_it_says_first_what_programs_in_answers_are_kept_from(few, command, tmp_path):
+    source = write_lines(tmp_path / "q.jsonl", [{"prompt": "Write f.", "test_list": ["assert f() == 1"]}])
+    benchmark = dict(name="mbpp", task="mbpp", max_response_tokens=8, source=str(source))
+    text = Path(few[0].split("=")[1]).read_text()
+    config = tmp_path / "config.py"
+    config.write_text(
+        text.replace("    return config\n", f"    config.evaluation.benchmarks = ({benchmark!r},)\n    return config\n")
+    )
+    flags = [f"--workdir={tmp_path / 'e'}", f"--checkpoint={QUICKSTART / 'generalist'}", f"--config={config}"]
+    ended = command("evaluate", *flags)
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert lines[0] == sandbox.protections() and lines.count(lines[0]) == 1 and "mbpp 0.0 ± " in ended.out
 
 
 @pytest.mark.parametrize(
