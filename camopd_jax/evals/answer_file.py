@@ -15,6 +15,7 @@ from camopd_jax.evals.task import Grade
 from camopd_jax.runtime.distributed import broadcast, is_primary
 from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
 
+_FIELDS = {"key", "response", "length", "stopped"}  # that every answer has
 AnswerRow = dict[str, Any]
 Save = Callable[[dict[int, AnswerRow]], None]  # saves new rows, by the index of their key
 
@@ -49,9 +50,9 @@ class AnswerFile:
         rows: dict[str, AnswerRow] = {}
 
         def missing_numbers() -> list[int]:
-            rows.update({row["key"]: row for row in read_rows(self.path)})
+            rows.update({row["key"]: row for row in read_rows(self.path) if row.keys() >= _FIELDS})
             if rows:
-                write_rows(self.path, rows.values())  # removes an incomplete last line
+                write_rows(self.path, rows.values())  # drops lines that are cut or damaged: those are computed again
             return [i for i, key in enumerate(keys) if key not in rows]
 
         missing = broadcast(missing_numbers)

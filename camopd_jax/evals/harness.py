@@ -53,8 +53,9 @@ class CamopdLM(TemplateLM):
         Args:
           path: Hugging Face folder or hub name.
           batch_size: rows of a batch; data x fsdp must divide it.
-          max_length: of prompt and answer in tokens; longer prompts are cut at the start. Default: the model's maximum,
-            at most 4,096.
+          max_length: of prompt and answer in tokens; longer prompts are cut at the start. The last token of a scored
+            text is not an input and not counted, as in the models of lm_eval. Default: the maximum of the model, at
+            most 4,096.
           max_gen_toks: maximum length of an answer if the task gives none; at most half of max_length.
           dtype: of parameters and matrix products: auto, float32 or bfloat16.
           data, fsdp, tensor: devices along each mesh axis.
@@ -141,7 +142,7 @@ class CamopdLM(TemplateLM):
         for i, request in enumerate(requests):
             (text,) = request.args
             ids = self.tok_encode(text)
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1):
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
                 windows.append(make_disjoint_window(window))
                 owners.append(i)
         sums = [0.0] * len(requests)
@@ -155,7 +156,7 @@ class CamopdLM(TemplateLM):
         """For each (context, continuation), float32[n, 2]: the log-probabilities of the continuation's n tokens, and of
         the most likely token at each position. Contexts that are too long are cut at the start.
         """
-        contexts = [context[-max(1, self.max_length - len(after)) :] for context, after in pairs]
+        contexts = [context[-max(1, self.max_length + 1 - len(after)) :] for context, after in pairs]
         continuations = [after for _, after in pairs]
         return score_responses(self.loaded, contexts, continuations, batch_size=self.batch_size, with_top=True)
 

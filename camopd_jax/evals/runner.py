@@ -45,6 +45,12 @@ def check(evaluation: Evaluation) -> None:
         read_questions(benchmark, task, limit=1)
 
 
+def notices(evaluation: Evaluation) -> list[str]:
+    """The lines that are to be printed at the start of an evaluation."""
+    found = [tasks.find(benchmark, evaluation.judge).notice() for benchmark in evaluation.benchmarks]
+    return [line for line in dict.fromkeys(found) if line]
+
+
 def model_key(loaded: Loaded) -> str:
     """The key of a checkpoint's answers, from its files and its compute dtype."""
     return f"{loaded.folder.name}-{hf.fingerprint(loaded.folder)}-{loaded.model.dtype}"

@@ -30,8 +30,9 @@ class Task:
     dataset: str = ""  # the benchmark's own questions, as a Stream's source; "": it has none
     split: str = "test"  # of `dataset`
     threads: int = 1  # answers graded at a time
-    grader: str = ""  # the grader's name, if grading costs money: a grade of the same grader is reused
-    # Whether the model's likelihood of a given answer is graded, instead of a sampled answer. `grade` then gets the
-    # mean log-probability of the given answer's tokens, in nats, as text
+    grader: str = ""  # the name of the grader, if grading costs money: a grade of the same grader is reused
+    # Whether the likelihood of a given answer is graded, instead of a sampled answer. `grade` then gets the mean
+    # log-probability of the tokens of that answer, in nats, as text
     grades_likelihood: bool = False
     check: Callable[[], None] = _no_check  # raises a UserError if a package or setting for grading is missing
+    notice: Callable[[], str] = str  # a line to print at the start of an evaluation; "": none

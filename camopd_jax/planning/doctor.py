@@ -184,6 +184,8 @@ class Examination:
         task.check()
         rows = read_questions(benchmark, task)
         self.good(about, f"{len(rows)} questions on the {benchmark.axis} axis")
+        if line := task.notice():
+            self.good(about, line)
         self.questions[benchmark.name] = [_keys(row) for row, _ in rows]
 
     def axes(self, about: str) -> None:

@@ -38,7 +38,10 @@ def evaluate(config: Config, checkpoints: Sequence[str], workdir: str) -> dict[s
     check_rows(mesh, "config.evaluation.batch_size", settings.batch_size)
     runner.check(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    evaluator = runner.Evaluator(settings, folder, MetricsWriter(folder, tensorboard=False), Display(0, 0))
+    display = Display(0, 0)
+    for line in runner.notices(settings):
+        display.print(line)
+    evaluator = runner.Evaluator(settings, folder, MetricsWriter(folder, tensorboard=False), display)
     names = {name: name for name in checkpoints} or own_models(config)
     results: dict[str, list[Result]] = {}
     for name, location in names.items():

@@ -114,6 +114,8 @@ class Run:
             self.display.print(f"warning: {text}")
         if last is not None:
             self.display.print(f"continuing from step {last}")
+        for line in runner.notices(self.config.evaluation):
+            self.display.print(line)
         if not is_distributed():  # with several processes, JAX handles the signal and informs the others
             signal.signal(signal.SIGTERM, self._terminate)
         return state

@@ -59,14 +59,21 @@ def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if "://" in str(path):  # object stores do not append: gcsfs takes "a" for "w"
-            path.write_bytes((path.read_bytes() if path.exists() else b"") + added)
+            before = path.read_bytes() if path.exists() else b""
+            path.write_bytes(before + _line_break(before[-1:]) + added)
         else:
-            with path.open("ab") as stream:
-                stream.write(added)
+            with open(path, "ab+") as stream:
+                stream.seek(max(0, stream.tell() - 1))
+                stream.write(_line_break(stream.read(1)) + added)
     except OSError as error:
         raise UserError(
             f"{path}: cannot write ({error.strerror}); free disk space and start the same command again"
         ) from error
+
+
+def _line_break(last: bytes) -> bytes:
+    """What ends a file whose last byte this is: a row must not join a line that a kill cut."""
+    return b"" if last in (b"", b"\n") else b"\n"
 
 
 def _finite(value: Any) -> Any:
@@ -79,15 +86,15 @@ def _finite(value: Any) -> Any:
 
 
 def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-    """The rows of a growing file; empty if the file does not exist. An incomplete last line is left out."""
+    """The rows of a growing file; empty if the file does not exist. Damaged and incomplete lines are left out."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
     for line in path.read_bytes().split(b"\n"):
-        try:
-            rows.append(json.loads(line.decode()))
-        except ValueError:  # a line cut by a kill, which may end inside a character
-            break
+        with contextlib.suppress(ValueError):  # also of a line that ends inside a character
+            row = json.loads(line.decode())
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 

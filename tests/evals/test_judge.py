@@ -59,6 +59,8 @@ def test_a_score_from_one_to_ten(task, endpoint):
     task.check()
     endpoint.replies = [(200, "Vivid.\nScore: 10"), (200, "Flat. **Score:** 1"), (200, "Score: 3? No.\nScore: 4")]
     assert [task.grade("Thar she blows", ROW).value for _ in range(3)] == [1.0, 0.0, pytest.approx(1 / 3)]
+    endpoint.replies = [(200, "Score\uff1a\uff11\uff10")]  # full-width
+    assert task.grade("Thar she blows", ROW).value == 1
     path, key, body = endpoint.requests[0]
     assert path == "/v1/chat/completions" and key == f"Bearer {KEY}" and body["model"] == "marker"
     case = body["messages"][0]["content"]

@@ -15,7 +15,7 @@ from rows import read_lines, write_lines
 from camopd_jax.config.schema import Benchmark, Compute, Evaluation, Judge
 from camopd_jax.data import templates
 from camopd_jax.errors import UserError
-from camopd_jax.evals import questions, runner, tasks
+from camopd_jax.evals import questions, runner, sandbox, tasks
 from camopd_jax.evals.graders import judge
 from camopd_jax.evals.task import Grade
 from camopd_jax.inference import loading
@@ -70,6 +70,34 @@ def test_an_interrupted_evaluation_continues_with_missing_answers(specialist, tm
     file.write_text("\n".join(lines[:11]) + '\n{"key": "1234, "resp')  # the last line was being written
     assert runner.run_benchmark(COVERED, specialist, SETTINGS, folder) == whole
     assert prompt_counts == [20, 9] and len(rows_of(tmp_path)) == 20
+
+
+@pytest.mark.parametrize(
+    "lines, damage",
+    [
+        ([0], b'{"key": "1234, "resp'),  # cut, the first of the file
+        ([5], b'{"key": "1234"}'),  # whole JSON, not a whole answer
+        ([5, 6], b'"key"\n\x00\x00\x00\n'),
+        ([5], '{"key": "1234", "response": "\u00e9'.encode()[:-1]),  # cut inside a character
+    ],
+)
+def test_a_damaged_line_costs_no_answer_behind_it(specialist, tmp_path, prompt_counts, lines, damage):
+    folder, file = epath.Path(tmp_path), tmp_path / "covered.jsonl"
+    whole = runner.run_benchmark(COVERED, specialist, SETTINGS, folder)
+    answers = [line + b"\n" for line in file.read_bytes().splitlines()]
+    kept = [answer for i, answer in enumerate(answers) if i not in lines]
+    file.write_bytes(b"".join([*kept[: lines[0]], damage + b"\n", *kept[lines[0] :]]))
+    assert runner.run_benchmark(COVERED, specialist, SETTINGS, folder) == whole
+    assert prompt_counts == [20, len(lines)] and len(rows_of(tmp_path)) == 20
+
+
+def test_a_file_whose_only_line_is_cut_loses_no_later_answer(specialist, tmp_path, prompt_counts):
+    folder, file = epath.Path(tmp_path), tmp_path / "covered.jsonl"
+    file.write_text('{"key": "1234, "resp')
+    few = dataclasses.replace(COVERED, limit=4)
+    assert runner.run_benchmark(few, specialist, SETTINGS, folder)["n"] == len(rows_of(tmp_path)) == 4
+    runner.run_benchmark(few, specialist, SETTINGS, folder)
+    assert prompt_counts == [4]
 
 
 def test_limited_questions_are_the_first_ones(specialist, tmp_path, prompt_counts):
@@ -278,6 +306,21 @@ def test_after_a_kill_only_missing_answers_are_computed(teachers, few, command, 
         for w in (workdir, teachers[0])
     )
     assert ours == theirs
+
+
+def test_it_says_first_what_programs_in_answers_are_kept_from(few, command, tmp_path):
+    source = write_lines(tmp_path / "q.jsonl", [{"prompt": "Write f.", "test_list": ["assert f() == 1"]}])
+    benchmark = dict(name="mbpp", task="mbpp", max_response_tokens=8, source=str(source))
+    text = Path(few[0].split("=")[1]).read_text()
+    config = tmp_path / "config.py"
+    config.write_text(
+        text.replace("    return config\n", f"    config.evaluation.benchmarks = ({benchmark!r},)\n    return config\n")
+    )
+    flags = [f"--workdir={tmp_path / 'e'}", f"--checkpoint={QUICKSTART / 'generalist'}", f"--config={config}"]
+    ended = command("evaluate", *flags)
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert lines[0] == sandbox.protections() and lines.count(lines[0]) == 1 and "mbpp 0.0 ± " in ended.out
 
 
 @pytest.mark.parametrize(

@@ -98,7 +98,7 @@ def test_scores_and_gradients_on_a_mesh_equal_transformers(family, checkpoint, t
     @partial(jax.value_and_grad, has_aux=True)
     def mean(params, rows):
         log_probs_BT = score(model, params, rows, chunk=4)["log_prob"]
-        return jnp.mean(log_probs_BT), found
+        return jnp.mean(log_probs_BT), log_probs_BT
 
     (_, log_probs_BT), gradient = jax.jit(mean)(params, global_rows(model.mesh, rows, 2))
     torch_model.zero_grad()

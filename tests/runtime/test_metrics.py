@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.display import Display
-from camopd_jax.runtime.jsonl import drop_rows_after, read_rows, write_rows
+from camopd_jax.runtime.jsonl import append_rows, drop_rows_after, read_rows, write_rows
 from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.metrics import MetricsWriter
 from camopd_jax.runtime.timing import Stages
@@ -46,6 +46,16 @@ def test_rows_are_written_with_null_for_numbers_that_are_not_finite(tmp_path):
     first, second = (json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines())
     assert first["loss"] is None and first["seconds"]["rollout"] is None and second == ROW
     assert json.loads((tmp_path / "samples.jsonl").read_text())["response"] == "é"
+
+
+def test_a_damaged_line_takes_no_other_with_it(tmp_path):
+    file = epath.Path(tmp_path / "rows.jsonl")
+    append_rows(file, [{"text": "a\u2028b\x85c"}, {"text": "é"}])
+    file.write_bytes(file.read_bytes()[:-3])  # cut inside the last character
+    append_rows(file, [{"step": 1}])
+    file.write_bytes(file.read_bytes() + b"\x00\xff\n[1]\n" + b'{"step": 2}\n{"step"')
+    append_rows(file, [{"step": 3}])
+    assert read_rows(file) == [{"text": "a\u2028b\x85c"}, {"step": 1}, {"step": 2}, {"step": 3}]
 
 
 def scalars(folder):

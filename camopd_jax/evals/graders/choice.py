@@ -8,19 +8,23 @@ import re
 from dataclasses import replace
 
 from camopd_jax.errors import UserError
+from camopd_jax.evals.graders.width import to_ascii
 from camopd_jax.evals.task import Grade, Row, Task
 
-# Accepted as one letter: "(B)", "**B**", "B."; not accepted: "A or B", "Because", "B12".
+# Accepted as one letter: "(B)", "<B>", "**B**", "B."; not accepted: "A or B", "Because", "B12", "I'm".
 _MARKER = re.compile(r"final answer\W*?:\s*(.*)", re.IGNORECASE)
-_ORNAMENT = r"[\s*_`$()\[\]{}]*"
-_LETTER = re.compile(
-    rf"(?:{_ORNAMENT}(?:\\boxed|\\text|option|choice))*{_ORNAMENT}([a-z])(?![\w'\u2019])(.*)", re.IGNORECASE
+_EMPHASIS = re.compile(r"<(b|i|u|em|strong)>(.*?)</\1>", re.IGNORECASE)  # its tags are no letters in brackets
+_ORNAMENT = r"[\s*_`$()\[\]{}<>\"'\u2018\u2019\u201c\u201d]*"
+_END = r"(?!\w|['\u2019>]\w)"
+_LETTER = re.compile(rf"(?:{_ORNAMENT}(?:\\[a-z]+(?={{)|option|choice))*{_ORNAMENT}([a-z]){_END}(.*)", re.IGNORECASE)
+_SECOND = re.compile(
+    rf"{_ORNAMENT}(?:(?:[,;/|&+]|\b(?:or|and|maybe|perhaps|possibly)\b)\s*)+{_ORNAMENT}[a-z]{_END}", re.IGNORECASE
 )
-_SECOND = re.compile(r"\s*(?:,|/|&|\bor\b|\band\b)\s*[*(\[]*[a-z](?![\w'\u2019])", re.IGNORECASE)
 
 
 def final_answer(answer: str) -> str | None:
     """The text after the last `Final answer:`; None if there is none or if more lines follow it."""
+    answer = to_ascii(answer)
     last = max(_MARKER.finditer(answer), key=re.Match.start, default=None)
     if last is None or answer[last.end() :].strip("*_`$ \n"):
         return None
@@ -37,8 +41,8 @@ def letter(answer: str) -> str | None:
     >>> letter("Final answer: A or B") is letter("The answer is B") is letter("Final answer: Because") is None
     True
     """
-    match = _LETTER.fullmatch(final_answer(answer) or "")
-    if match is None or _SECOND.match(match[2].lstrip("*_`$)]} ")):
+    match = _LETTER.fullmatch(_EMPHASIS.sub(r"\2", final_answer(answer) or ""))
+    if match is None or _SECOND.match(match[2]):
         return None
     return match[1].upper()
 

@@ -4,11 +4,12 @@ import re
 from fractions import Fraction
 
 from camopd_jax.errors import UserError
+from camopd_jax.evals.graders.width import to_ascii
 from camopd_jax.evals.task import Grade, Row, Task
 
 _MARKED = re.compile(r"final answer\W*?:\s*(.*)|####\s*(.*)", re.IGNORECASE)
 _BOXED = re.compile(r"\\f?boxed\s*\{((?:[^{}]|\{[^{}]*\})*)\}")
-_NUMBER = re.compile(r"-?\s*\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?|-?\s*\.\d+")
+_NUMBER = re.compile(r"-?\s*\d[\d,]*(?:\.\d+)?(?:\s*/\s*\d+)?|(?<!\w)-?\s*\.\d+")
 _FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*([^{}]*?)\s*\}\s*\{\s*([^{}]*?)\s*\}")
 
 
@@ -20,10 +21,10 @@ def number(text: str) -> Fraction | None:
     >>> number(r"$\frac{3}{4}$ of a mile"), number("80 %"), number("3 or 4")
     (Fraction(3, 4), Fraction(80, 1), None)
     """
-    text = _FRACTION.sub(r" \1/\2 ", text)
+    text = _FRACTION.sub(r" \1/\2 ", to_ascii(text))
     text = re.sub(r"\\[,!;: ]|\{,\}", "", re.sub("[\u2212\u2013]", "-", text))
-    text = re.sub(r"(?<=\d),(?=\d{3}(?!\d))", "", text)
-    text = re.sub(r"(?<=-)[\s$\\]+(?=\d)", "", text)
+    text = re.sub(r"(?<=\d)[,_'\u2019\u00a0\u2009\u202f](?=\d{3}(?!\d))", "", text)  # between thousands
+    text = re.sub(r"(?<=-)[\s$\\\u00a3\u00a5\u20ac\u20b9\uffe5]+(?=\d)", "", text)  # between a minus and its number
     values = {_value(part) for part in _NUMBER.findall(text)}
     return values.pop() if len(values) == 1 else None
 
@@ -37,6 +38,7 @@ def _value(part: str) -> Fraction | None:
 
 def final_number(answer: str) -> Fraction | None:
     """The number after an answer's last marker; None if there is no marker, or not exactly one number after it."""
+    answer = to_ascii(answer)
     marks = [(m.start(), m[1] or m[2] or "") for m in _MARKED.finditer(answer)]
     marks += [(m.start(), m[1]) for m in _BOXED.finditer(answer)]
     for _, text in sorted(marks, reverse=True)[:1]:

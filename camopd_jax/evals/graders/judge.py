@@ -12,6 +12,7 @@ from functools import partial
 
 from camopd_jax.config.schema import Judge
 from camopd_jax.errors import UserError
+from camopd_jax.evals.graders.width import to_ascii
 from camopd_jax.evals.task import Grade, Row, Task
 
 KEY = "OPENAI_API_KEY"
@@ -88,7 +89,7 @@ def grade(answer: str, row: Row, *, kind: str, config: Judge) -> Grade:
                 f"config.evaluation.judge.endpoint: {config.endpoint} does not answer ({type(error).__name__}); "
                 f"check the address, the model {config.model} and {KEY}. Answers are kept: start again to grade them"
             ) from error
-        scores = _SCORE.findall(reply.choices[0].message.content or "")
+        scores = _SCORE.findall(to_ascii(reply.choices[0].message.content or ""))
         if scores:
             return Grade((int(scores[-1]) - 1) / 9)
     return Grade(0.0, marked=False)
