@@ -104,7 +104,7 @@ def test_a_changed_row_is_read_or_refused_by_name(name):
 @pytest.mark.parametrize("name", sorted(tasks.TASKS))
 @pytest.mark.filterwarnings("ignore:IFEval")
 def test_every_question_that_is_read_can_be_graded(name, monkeypatch):
-    monkeypatch.setattr(mbpp, "passes", lambda program: bool(program.encode()))
+    monkeypatch.setattr(mbpp.sandbox, "passes", lambda program: bool(program.encode()))
     monkeypatch.setattr(judge, "grade", lambda answer, row, **_: Grade(float(answer in judge._case(answer, row))))
     answer = {"likelihood": "-0.5"}.get(name, "```python\nx\n```\nFinal answer: A")
     graded = 0

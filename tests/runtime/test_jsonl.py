@@ -42,7 +42,7 @@ def test_rows_of_any_text_come_back_from_every_writer(path):
 def test_answers_of_any_text_are_made_once(path):
     def compute(missing, save):
         asked.append(missing)
-        save({i: {"response": TEXTS[i]} for i in missing})
+        save({i: {"response": TEXTS[i], "length": 1, "stopped": True} for i in missing})
 
     for expected in ([list(range(len(TEXTS)))], []):
         asked = []
