@@ -132,12 +132,6 @@ def test_blocks_add_at_most_an_eighth():
     assert fused.blocks(576) == (128, 640) and fused.blocks(130) == (128, 256)
 
 
-def test_pairs_are_those_of_the_mask():
-    for window in (None, 1, 5, 13, 20):
-        i, j = np.indices((13, 13))
-        assert fused.pairs(13, window) == np.sum((j <= i) & (j > i - (window or 99)))
-
-
 @pytest.mark.parametrize("window", [None, 37])
 def test_cudnn_is_called_for_plain_attention(window, monkeypatch):
     """The same call, handed to JAX's own plain form of the function, which documents its arguments once for both."""
