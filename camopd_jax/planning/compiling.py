@@ -1,5 +1,6 @@
 """Compiles programs; what the compiler reports of each."""
 
+import contextlib
 import re
 import tempfile
 import time
@@ -8,6 +9,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import jax
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 
 from camopd_jax.planning import hlo
@@ -86,7 +88,7 @@ def compile_all(programs: Iterable[Program], console: Console) -> Iterator[list[
 def compile_program(program: Program) -> Report:
     """Lowers, compiles and reads one program."""
     refused, accessed, started = None, None, time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, _no_compilation_cache():
         # Compiled.as_text() omits a part of what the TPU compiler makes, and there is none of a refused program.
         options: dict[str, str | bool] = {"xla_dump_to": folder, "xla_dump_hlo_as_text": True}
         try:
@@ -105,6 +107,21 @@ def compile_program(program: Program) -> Report:
         text = max(texts, key=len) if texts or not refused else ""
     collectives, holds = hlo.Module(text).collectives(program.trips), dict(program.holds)
     return Report(program.name, program.runs, holds, memory, refused, accessed, collectives, seconds)
+
+
+@contextlib.contextmanager
+def _no_compilation_cache() -> Iterator[None]:
+    """A program that is read from JAX's persistent cache may come without a dump, and one that was compiled for absent
+    chips cannot be read from it.
+    """
+    enabled = jax.config.values["jax_enable_compilation_cache"]
+    jax.config.update("jax_enable_compilation_cache", False)
+    compilation_cache.reset_cache()  # JAX decides once whether to use it
+    try:
+        yield
+    finally:
+        jax.config.update("jax_enable_compilation_cache", enabled)
+        compilation_cache.reset_cache()
 
 
 def refusal(text: str) -> tuple[str, int]:

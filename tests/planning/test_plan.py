@@ -9,6 +9,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax.experimental.compilation_cache import compilation_cache
 from rich.console import Console
 from unwanted import unwanted
 
@@ -385,6 +386,25 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
     high = peak(0, [report, dataclasses.replace(report, refused=None, memory={"temporaries": 2**50})])
     assert high.refused and not high.fits(2**60) and high.bytes > where.hbm
     assert report.collectives["all-gather"].runs > 0, "what it would have done is known"
+
+
+def test_a_persistent_compilation_cache_changes_nothing(tmp_path):
+    """A program that is read from it comes without its text, so with no collectives, on some platforms."""
+    program = by_name(planned())["update: recovery"]
+    before, folder = compile_program(program), jax.config.jax_compilation_cache_dir
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path))
+    compilation_cache.reset_cache()
+    try:
+        jax.jit(lambda x: x + 1)(np.float32(1))
+        cached = len(list(tmp_path.iterdir()))
+        again = [compile_program(program) for _ in range(2)]
+        assert len(list(tmp_path.iterdir())) == cached > 0, "a run's programs are cached, a plan's are not"
+    finally:
+        jax.config.update("jax_compilation_cache_dir", folder)
+        compilation_cache.reset_cache()
+    assert before.collectives["all-reduce"].runs > 0
+    for report in again:
+        assert (report.collectives, report.memory) == (before.collectives, before.memory)
 
 
 @pytest.mark.slow
