@@ -89,7 +89,7 @@ def compiled(point: Point) -> Iterator[tuple[str, Report, float, float]]:
     for program in programs(made):
         if name := PROGRAMS.get(program.name):
             turns = name == "decoding"
-            report = compile_program(replace(program, trips=1) if turns else program, made)
+            report = compile_program(replace(program, trips=1) if turns else program)
             yield name, report, point.rows * (ANSWERING if turns else point.slots), flops[name]
 
 
@@ -98,7 +98,7 @@ def numbers(report: Report, tokens: float, flops: float) -> dict[str, Any]:
     moved = sum(traffic.bytes_run for traffic in report.collectives.values())
     found = {
         "gflop": flops / 1e9, "collectives": moved / tokens / 1e3,
-        "temporaries": report.temporaries / 2**30, "seconds": report.seconds, "refused": report.refused,
+        "temporaries": report.memory["temporaries"] / 2**30, "seconds": report.seconds, "refused": report.refused,
     }  # fmt: skip
     if report.name == "decode":  # no loop in it: one turn is what cost_analysis counts
         found["hbm_mb"] = report.bytes_accessed / tokens / 1e6

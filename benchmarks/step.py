@@ -54,7 +54,7 @@ from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
-from camopd_jax.planning.costs import decode_bytes, forward_flops
+from camopd_jax.planning.costs import cache_bytes, forward_flops, matrix_weights
 from camopd_jax.rollout.head import head_params
 from camopd_jax.rollout.score import LOG_PROB
 from camopd_jax.runtime.buckets import bucket
@@ -189,7 +189,9 @@ def counted(c: ModelConfig, seconds: dict[str, float], kept: float, dtype: str) 
         "score_student": forward,
         "gradient": 3 * forward * kept / v.batch,
     }
-    read = decode_bytes(c, v.batch, v.prompt, v.answer, item)
+    # The least that decoding reads: weights once a turn, keys and values of the tokens before
+    before = (v.prompt + length - 1) * v.answer // 2
+    read = item * v.answer * matrix_weights(c) + v.batch * cache_bytes(c, item) * before
     speed = {name: f / seconds[name] for name, f in flops.items() if name in seconds}
     reading, most = read / seconds["rollout"], limits(dtype)
     return {

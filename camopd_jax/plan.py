@@ -1,4 +1,4 @@
-"""Memory, time and collectives of a run on chips that need not be present, and whether it fits.
+"""Memory, time and collectives of a run on chips that may be absent, and whether it fits.
 
     python -m camopd_jax.plan --config=configs/medqa.py --topology=v5e:16x16 --search
     python -m camopd_jax.plan --config=configs/medqa.py --topology=v6e:8x8 --general_config=qwen3-8b \\
@@ -28,7 +28,7 @@ if __name__ == "__main__":
     flags.DEFINE_string("general_config", None, f"config.json of the original model, or one of {', '.join(SHAPES)}.")
     flags.DEFINE_string("specialised_config", None, "The same for the specialised model.")
     flags.DEFINE_integer("answer_tokens", None, "Answer length for the seconds; default: the cap.", lower_bound=1)
-    flags.DEFINE_list("programs", KINDS, "Programs to compile. Decoding with many layers takes minutes.")
+    flags.DEFINE_list("programs", list(KINDS), "Programs to compile. Decoding with many layers takes minutes.")
     flags.DEFINE_bool("search", False, "Search for a mesh, concurrency, micro-batch, remat and offload that fit.")
     flags.DEFINE_integer("tries", 3, "Candidates that --search compiles at most.", lower_bound=1)
     flags.DEFINE_string("json", None, "File for all results as JSON.")

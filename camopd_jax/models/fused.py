@@ -108,18 +108,17 @@ def splash(
     interpret: bool = False,
 ) -> jax.Array:
     """Attention of one TPU's rows and heads, by the Pallas kernel of JAX; on a CPU the kernel is interpreted."""
-    batch, slots, heads, width = query.shape
+    batch, slots, heads, _ = query.shape
     block, padded = blocks(slots)
     query = (query.astype(jnp.float32) * scale).astype(query.dtype).swapaxes(1, 2)
     # Causal attention ignores the keys of padding slots, because they come after all real queries.
     query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, padded - slots), (0, 0))) for x in (query, key, value))
     kernel = _splash_kernel(padded, heads, block, window, softcap, interpret)
     rows = max(1, _RESIDUAL_BYTES // (heads * padded * 128 * 4))
-    with jax.named_scope(f"attention_of_{pairs(padded, window)}_pairs_{width}_wide"):
-        if rows >= batch:
-            out = jax.vmap(kernel)(query, key, value)
-        else:
-            out = jax.lax.map(lambda row: kernel(*row), (query, key, value), batch_size=rows)
+    if rows >= batch:
+        out = jax.vmap(kernel)(query, key, value)
+    else:
+        out = jax.lax.map(lambda row: kernel(*row), (query, key, value), batch_size=rows)
     return out[:, :, :slots].swapaxes(1, 2)
 
 
@@ -133,12 +132,6 @@ def blocks(slots: int) -> tuple[int, int]:
     """(block size, slots padded to a multiple of it), for the largest block size that adds at most an eighth."""
     sizes = [(block, -(-slots // block) * block) for block in _BLOCKS]
     return next((one for one in sizes if one[1] * 8 <= slots * 9), sizes[-1])
-
-
-def pairs(slots: int, window: int | None) -> int:
-    """Number of query-key pairs of one row and head."""
-    seen = slots if window is None else min(window, slots)
-    return seen * (seen + 1) // 2 + (slots - seen) * seen
 
 
 @lru_cache(maxsize=64)

@@ -1,6 +1,4 @@
-"""A run's arrays as shapes: `jax.ShapeDtypeStruct`s with the shardings that the run's own will have, on devices that
-need not be there.
-"""
+"""A run's arrays as shapes: `jax.ShapeDtypeStruct`s with the run's own shardings, on devices that may be absent."""
 
 import dataclasses
 import math
@@ -8,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
-from jax.sharding import Mesh, NamedSharding
+from jax.sharding import Mesh
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.method.branches import teacher_names
@@ -72,22 +70,20 @@ def plan(config: TrainConfig, models: Models, devices: Any) -> Plan:
 
 
 def abstract_params(model: Model, mesh: Mesh, dtype: str) -> Params:
-    """A model's parameters as they lie on a mesh."""
+    """A model's parameters with their shardings on a mesh."""
     shapes = jax.eval_shape(model.on(None).init, jax.random.key(0))
-    return jax.tree.map(lambda s, place: _placed(s, dtype, place), shapes, shardings(model.config, mesh))
+    places = shardings(model.config, mesh)
+    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, dtype, sharding=place), shapes, places)
 
 
 def rows(mesh: Mesh, shapes: Any) -> Any:
     """Shapes of arrays [B, ...], their rows split over the mesh's batch axes."""
-    return jax.tree.map(lambda s: _placed(s, s.dtype, sharding(mesh, "batch")), shapes)
-
-
-def _placed(shape: jax.ShapeDtypeStruct, dtype: Any, place: NamedSharding) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(shape.shape, dtype, sharding=place)
+    place = sharding(mesh, "batch")
+    return jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), shapes)
 
 
 def chip_bytes(tree: Any) -> int:
-    """Bytes that arrays of these shapes and shardings have on one device; what is no array has none."""
+    """Bytes on one device of the `jax.ShapeDtypeStruct`s in a tree."""
 
     def size(leaf: Any) -> int:
         place = getattr(leaf, "sharding", None)

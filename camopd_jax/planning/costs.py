@@ -1,15 +1,16 @@
-"""What a run costs by arithmetic: FLOPs, bytes, the seconds that the chips' limits leave, and memory, roughly.
+"""Arithmetic of a run: FLOPs, bytes, the least seconds that the chips' limits allow, and an estimate of memory.
 
-FLOPs are counted from the model, not from the compiler: 2 per weight of a matrix product and token (twice that again in
-a backward pass), and 4 x heads x head width per pair of positions in attention.
+FLOPs are counted from the model, not by the compiler: 2 per weight of a matrix product and token (twice that again in a
+backward pass), and 4 x heads x head width per pair of positions in attention.
 """
 
 import math
-from dataclasses import dataclass
 from functools import cache
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.sharding import Mesh
 
 from camopd_jax.method import schedule
@@ -24,7 +25,7 @@ from camopd_jax.rollout.generate import refill_size, rings
 from camopd_jax.rollout.head import tokens_at_once
 from camopd_jax.runtime.mesh import batch_shards
 
-# Forward passes that forward and backward are worth, by config.compute.remat
+# FLOPs of a forward and a backward pass, in forward passes, by config.compute.remat
 PASSES = {"none": 3, "dots": 3, "block": 4, "rollout": 3}
 
 
@@ -37,14 +38,14 @@ def weights(config: ModelConfig, rule: str = ALL) -> int:
 
 @cache
 def matrix_weights(config: ModelConfig) -> int:
-    """Weights that a token meets in a matrix product: all kernels and the head, without the embedding's look-up."""
+    """Weights in the matrix products of a token: all kernels and the head, without the embedding's look-up."""
     kernels = (math.prod(row.shape(config.num_layers)) for row in table(config) if row.path[-1] == "kernel")
     return sum(kernels) + config.vocab_size * config.hidden_size
 
 
 def forward_flops(config: ModelConfig, batch: int, start: int, end: int, logits: int) -> float:
     """Of `batch` rows, positions start..end, with logits at `logits` positions of each."""
-    pairs = _sum(start + 1, end + 1)
+    pairs = (end - start) * (start + 1 + end) // 2
     head = config.vocab_size * config.hidden_size
     dense = 2 * ((matrix_weights(config) - head) * (end - start) + head * logits)
     return batch * (dense + 4 * config.num_layers * config.num_heads * config.head_dim * pairs)
@@ -55,96 +56,49 @@ def cache_bytes(config: ModelConfig, item_bytes: int) -> int:
     return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
 
 
-def decode_bytes(config: ModelConfig, batch: int, prompt: int, answer: int, item_bytes: int) -> float:
-    """The least that a batch's decode turns have to read: weights once a turn, keys and values of the tokens before."""
-    cache = cache_bytes(config, item_bytes)
-    return answer * matrix_weights(config) * item_bytes + batch * cache * _sum(prompt, prompt + answer)
+# ------------------------------------------------------------------------------ counts of a step
 
 
-def _sum(start: int, end: int) -> int:
-    """start + (start + 1) + ... + (end - 1)."""
-    return (end - start) * (start + end - 1) // 2
-
-
-# ------------------------------------------------------------------------------ how often what runs
-
-
-def largest(setup: Setup) -> str:
-    """The branch with the most rows."""
-    return max(setup.rows, key=setup.rows.__getitem__)
-
-
-def lanes_of(setup: Setup, branch: str) -> int:
-    """Answers in progress at one time."""
-    rows = setup.rows[branch]
+def lanes_of(setup: Setup, rows: int) -> int:
+    """Answers in progress at a time, of a batch of `rows`."""
     return min(setup.config.rollout.concurrency or rows, rows)
 
 
-def refills(setup: Setup, branch: str) -> tuple[int, int]:
-    """(how often prompts that wait take free lanes, how many at one time)."""
-    lanes = lanes_of(setup, branch)
-    several = refill_size(lanes, batch_shards(setup.rollout_mesh))
-    return math.ceil((setup.rows[branch] - lanes) / several), several
+def refills(setup: Setup, rows: int) -> tuple[int, int]:
+    """(how often waiting prompts take free lanes, how many at a time)."""
+    lanes = lanes_of(setup, rows)
+    entering = refill_size(lanes, batch_shards(setup.rollout_mesh))
+    return math.ceil((rows - lanes) / entering), entering
 
 
-def turns(rows: int, lanes: int, answer: int) -> int:
-    """Of decoding, where every answer has `answer` tokens."""
-    return answer * math.ceil(rows / lanes)
+def waves_of(setup: Setup, rows: int) -> int:
+    """Answers that a lane gives one after the other, if all have one length."""
+    return math.ceil(rows / lanes_of(setup, rows))
 
 
-def slots_read(rows: int, lanes: int, prompt: int, answer: int, cap: int) -> int:
-    """Slots of the cache that one lane's turns read in all: every turn all of the ring, which grows as it fills."""
-    read = done = ring = 0
-    sizes = rings(cap)
-    while done < answer:
-        ring = next(sizes)
-        read, done = read + (min(answer, ring) - done) * ring, min(answer, ring)
-    return turns(rows, lanes, answer) * prompt + read + (math.ceil(rows / lanes) - 1) * answer * ring
+@cache
+def slots_read(waves: int, prompt: int, answer: int, cap: int) -> int:
+    """Slots of the cache that the turns of one lane read in all: prompt and ring, which grows in the first wave."""
+    sizes = np.array(list(rings(cap)))
+    first = sizes[np.searchsorted(sizes, np.arange(1, answer + 1))]  # slots of the ring at each turn
+    return int(waves * answer * prompt + first.sum() + (waves - 1) * answer * first[-1])
 
 
 def kept_rows(setup: Setup, branch: str) -> int:
-    """Rows of which an update learns, at most: the largest gap masses reach a share of their sum within that share of
-    the rows. A review before any recovery keeps all.
-    """
+    """The most rows that a selection by gap mass keeps: at most that share of the rows has that share of the mass."""
     return math.ceil(setup.config.branches[branch].selection.mass * setup.rows[branch])
-
-
-# ----------------------------------------------------------------------------- a model on a mesh
-
-
-class OnMesh:
-    """What one chip has of a model on a mesh, and receives in a forward pass. In bytes."""
-
-    def __init__(self, model: ModelConfig, mesh: Mesh, dtype: str):
-        self.model, self.item, self.shards = model, jnp.dtype(dtype).itemsize, batch_shards(mesh)
-        self.fsdp, self.tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-        self.weights = weights(model) * self.item / (self.fsdp * self.tensor)
-        self.multiplied = matrix_weights(model) * self.item / self.tensor  # weights in its products
-        self.gathered = self.multiplied * (1 - 1 / self.fsdp)  # of these, what other chips send
-        head = model.vocab_size * model.hidden_size
-        self.layer = (matrix_weights(model) - head) / model.num_layers * self.item / self.tensor
-        # A token of the batch: twice a layer, what the split heads and the split feed-forward add is summed, there and
-        # back around a ring
-        self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / self.tensor) / self.shards
-        # A token in the middle of a layer
-        wide = 2 * (model.intermediate_size + model.num_heads * model.head_dim) / self.tensor
-        self.live, self.wide = (4 * model.hidden_size + wide) * self.item, wide * self.item
 
 
 # ------------------------------------------------------------------------------- seconds at the limits
 
 
-@dataclass(frozen=True)
-class Work:
-    """What a stage of a step asks of the chips."""
+class Work(NamedTuple):
+    """FLOPs and bytes of a stage of a step."""
 
     flops: float  # of the model, on all chips together
     done: float  # FLOPs with what remat computes again
     read: float  # bytes from HBM, on each chip
     received: float  # bytes from other chips, on each chip
-
-    def __add__(self, other: "Work") -> "Work":
-        return Work(*(a + b for a, b in zip(vars(self).values(), vars(other).values(), strict=True)))
 
     def limits(self, chip: Chip, chips: int) -> dict[str, float]:
         """Seconds of products, HBM and links, each at its peak."""
@@ -152,28 +106,48 @@ class Work:
         return {"products": self.done / chips / chip.flops, "HBM": self.read / chip.hbm_bandwidth, "links": received}
 
     def seconds(self, chip: Chip, chips: int) -> float:
-        """At the chip's limits: of the slowest of the three, the others being hidden behind it."""
+        """Of the slowest of the three, with which the others overlap."""
         return max(self.limits(chip, chips).values())
 
 
-def stage_work(setup: Setup, models: Models, phase: str, answer: int) -> dict[str, Work]:
-    """The stages of a phase's step in which every prompt has its cap's length and every answer `answer` tokens."""
+class Share:
+    """One chip's share of a model on a mesh. In bytes."""
+
+    def __init__(self, model: ModelConfig, mesh: Mesh, dtype: str):
+        self.item, self.shards = jnp.dtype(dtype).itemsize, batch_shards(mesh)
+        self.fsdp, self.tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
+        self.weights = weights(model) * self.item / (self.fsdp * self.tensor)
+        self.multiplied = matrix_weights(model) * self.item / self.tensor  # weights in a chip's products
+        self.gathered = self.multiplied * (1 - 1 / self.fsdp)  # of these, what other chips send
+        # Received for a token of the batch: activations are summed twice a layer, there and back around a ring
+        self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / self.tensor) / self.shards
+        # Activations of a token in the middle of a layer: those of the widths that are split, and all
+        self.wide = 2 * (model.intermediate_size + model.num_heads * model.head_dim) / self.tensor * self.item
+        self.live = 4 * model.hidden_size * self.item + self.wide
+
+    def work(self, flops: float, calls: int, tokens: int, read: float = 0) -> Work:
+        """Forward passes in `calls` calls over `tokens` tokens in all, which also read `read` bytes of the cache."""
+        received = calls * self.gathered + tokens * self.summed
+        return Work(flops, flops, calls * self.multiplied + read, received)
+
+
+def step_work(setup: Setup, models: Models, answer: int) -> dict[str, Work]:
+    """The stages of a step, the mean over the cycle of the branches, where every prompt has its cap's length and every
+    answer `answer` tokens. The move of the weights to the rollout's mesh is left out: it takes a small part of a step.
+    """
     total: dict[str, Work] = {}
-    for branch in setup.config.branches if phase == schedule.MIXED else [phase]:
-        stages = _rollout_work(setup, models, branch, answer) | _learning_work(setup, models, branch, answer)
-        for name, work in stages.items():
-            total[name] = total[name] + work if name in total else work
-    read = 7 * _trained_bytes(setup, models)  # parameters, moments and gradient, and the first two back
+    phases = schedule.phases(setup.config)
+    for branch in setup.config.branches:
+        often = phases.get(schedule.MIXED, phases.get(branch, 0.0))
+        for name, work in _branch_work(setup, models, branch, answer).items():
+            total[name] = Work(*(a + often * b for a, b in zip(total.get(name, [0.0] * 4), work, strict=True)))
+    read = 7 * _trained_bytes(setup, models)  # reads parameters, two moments and gradient; writes all but the gradient
     return total | {"update": Work(0, 0, read, 0)}
 
 
 def step_seconds(setup: Setup, models: Models, answer: int, chip: Chip) -> float:
-    """Of a step at the chips' limits, the mean over the phases of a cycle."""
-    phases = schedule.phases(setup.config)
-    stages = {phase: stage_work(setup, models, phase, answer).values() for phase in phases}
-    return sum(
-        often * sum(work.seconds(chip, setup.mesh.size) for work in stages[phase]) for phase, often in phases.items()
-    )
+    """Of a step at the chips' limits."""
+    return sum(work.seconds(chip, setup.mesh.size) for work in step_work(setup, models, answer).values())
 
 
 def _trained_bytes(setup: Setup, models: Models) -> float:
@@ -182,107 +156,82 @@ def _trained_bytes(setup: Setup, models: Models) -> float:
     return 4 * weights(models.student, setup.config.optimizer.trained) / split
 
 
-def _rollout_work(setup: Setup, models: Models, branch: str, answer: int) -> dict[str, Work]:
-    """On the rollout's mesh, where weights that are split over fsdp are gathered at every turn."""
-    config, prompt = setup.config, setup.config.rollout.max_prompt_tokens
-    by_teacher = config.method.answers == "teacher"
-    model = models.shapes[config.branches[branch].teacher] if by_teacher else models.student
-    on = OnMesh(model, setup.rollout_mesh, setup.dtype)
-    master = OnMesh(model, setup.mesh, setup.teacher_dtype if by_teacher else config.compute.params)
-    rows, lanes = setup.rows[branch], lanes_of(setup, branch)
-    stays = min(1.0, on.fsdp * on.tensor / (master.fsdp * master.tensor))  # of the copy, what lay there before
-    slot = cache_bytes(model, on.item) * lanes / setup.mesh.size  # of all lanes
-    begun, n = 1 + refills(setup, branch)[0], turns(rows, lanes, answer)
-    prefill = forward_flops(model, rows, 0, prompt, 0)
-    decode = forward_flops(model, rows, prompt, prompt + answer, answer)
-    slots = slots_read(rows, lanes, prompt, answer, config.rollout.max_response_tokens)
-    prefilled = begun * on.multiplied + slot * prompt, begun * on.gathered + rows * prompt * on.summed
-    decoded = n * on.multiplied + slot * slots, n * on.gathered + rows * answer * on.summed
-    return {
-        "reshard": Work(0, 0, master.weights + on.weights, on.weights * (1 - stays)),
-        "prefill": Work(prefill, prefill, *prefilled),
-        "decode": Work(decode, decode, *decoded),
+def _branch_work(setup: Setup, models: Models, branch: str, answer: int) -> dict[str, Work]:
+    """Weights that are split over fsdp are gathered in every call: at every turn of decoding, for every micro-batch."""
+    config, prompt, rows = setup.config, setup.config.rollout.max_prompt_tokens, setup.rows[branch]
+    student, teacher, length = models.student, models.shapes[config.branches[branch].teacher], prompt + answer
+
+    answering = teacher if config.method.answers == "teacher" else student
+    on, waves = Share(answering, setup.rollout_mesh, setup.dtype), waves_of(setup, rows)
+    slot = cache_bytes(answering, on.item) * lanes_of(setup, rows) / setup.mesh.size  # of all lanes
+    slots = slots_read(waves, prompt, answer, config.rollout.max_response_tokens)
+    prefill = forward_flops(answering, rows, 0, prompt, 0)
+    decode = forward_flops(answering, rows, prompt, length, answer)
+    work = {
+        "prefill": on.work(prefill, 1 + refills(setup, rows)[0], rows * prompt, slot * prompt),
+        "decode": on.work(decode, waves * answer, rows * answer, slot * slots),
     }
 
+    calls = math.ceil(rows / setup.score_batch)
+    for name, model in {"student": student, "teacher": teacher}.items():
+        if name == "teacher" or not setup.trusts_sampler:
+            on, flops = Share(model, setup.mesh, setup.dtype), forward_flops(model, rows, 0, length, answer)
+            work[f"score {name}"] = on.work(flops, calls, rows * length)
 
-def _learning_work(setup: Setup, models: Models, branch: str, answer: int) -> dict[str, Work]:
-    """Scores and gradient: parameters split over fsdp are gathered layer by layer, once for each micro-batch."""
-    config, length = setup.config, setup.config.rollout.max_prompt_tokens + answer
-    rows, kept = setup.rows[branch], kept_rows(setup, branch)
-
-    def score(model: ModelConfig) -> Work:
-        on, times = OnMesh(model, setup.mesh, setup.dtype), math.ceil(rows / setup.score_batch)
-        flops = forward_flops(model, rows, 0, length, answer)
-        return Work(flops, flops, times * on.multiplied, times * on.gathered + rows * length * on.summed)
-
-    student = models.student
-    on, times = OnMesh(student, setup.mesh, setup.dtype), math.ceil(kept / config.optimizer.micro_batch)
+    on, kept = Share(student, setup.mesh, setup.dtype), kept_rows(setup, branch)
+    calls = math.ceil(kept / config.optimizer.micro_batch)
     frozen = 1 - weights(student, config.optimizer.trained) / weights(student)  # have no gradient of their own
     forward, passes = forward_flops(student, kept, 0, length, answer), PASSES[config.compute.remat] - frozen
-    gradient = _trained_bytes(setup, models)  # of which each chip sums its part, then meets those of other data shards
+    gradient = _trained_bytes(setup, models)  # each chip sums its part, then exchanges it with the other data shards
     exchanged = gradient * (on.fsdp - 1 + 2 * (1 - on.fsdp / on.shards))
-    read = times * (3 * on.multiplied + 2 * gradient)
-    received = times * (2 * on.gathered + exchanged) + passes * kept * length * on.summed
-    scores = {} if setup.trusts_sampler else {"score student": score(student)}
-    teacher = score(models.shapes[config.branches[branch].teacher])
-    work = Work((3 - frozen) * forward, passes * forward, read, received)
-    return scores | {"score teacher": teacher, "gradient": work}
+    read = calls * (3 * on.multiplied + 2 * gradient)
+    received = calls * (2 * on.gathered + exchanged) + passes * kept * length * on.summed
+    return work | {"gradient": Work((3 - frozen) * forward, passes * forward, read, received)}
 
 
 # ------------------------------------------------------------------------------------------ memory
 
 
 def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
-    """Bytes on one chip from shapes: what is there through the run, "resident", and what each program adds.
+    """Bytes on one chip while each of the largest programs runs, from sizes alone.
 
-    Rough in the temporaries: a layer's live activations are counted, not scheduled. Good for leaving out what cannot
-    fit; the compiler has the last word.
+    Good for leaving out what cannot fit; the compiler has the last word. Weights, caches, gradients and moments are
+    counted exactly, activations roughly, and code, teachers' hidden states and a kept residual stream not at all.
     """
     config, gradients = setup.config, _trained_bytes(setup, models)
     moments = 2 * gradients * len(moment_names(config))
     gradients *= len(config.branches) if config.method.schedule == schedule.MIXED else 1
-    teachers = [OnMesh(shape, setup.mesh, setup.teacher_dtype).weights for shape in models.shapes.values()]
-    parameters = OnMesh(models.student, setup.mesh, config.compute.params).weights
-    added = _rollout_memory(setup, models.student) | _learning_memory(setup, models.student, gradients)
+    teachers = [Share(shape, setup.mesh, setup.teacher_dtype).weights for shape in models.shapes.values()]
+    parameters = Share(models.student, setup.mesh, config.compute.params).weights
+    answering = _rollout_memory(setup, models.student)
+    learning = {"gradient": gradients + _gradient_memory(setup, models.student), "update": gradients}
     if not config.compute.offloads:
-        return {"resident": parameters + moments + sum(teachers), **added}
-    returned = {"gradient": moments if config.compute.offload == "ahead" else 0, "update": moments}
-    return {"resident": parameters} | {name: n + returned.get(name, max(teachers)) for name, n in added.items()}
+        parameters += moments + sum(teachers)
+    else:
+        answering = {name: n + max(teachers) for name, n in answering.items()}
+        learning["gradient"] += moments if config.compute.offload == "ahead" else 0
+        learning["update"] += moments
+    return {name: parameters + n for name, n in (answering | learning).items()}
 
 
 def _rollout_memory(setup: Setup, model: ModelConfig) -> dict[str, float]:
-    on, prompt = OnMesh(model, setup.rollout_mesh, setup.dtype), setup.config.rollout.max_prompt_tokens
-    branch = largest(setup)
-    lanes, (times, several) = lanes_of(setup, branch), refills(setup, branch)
-    copy = on.weights + (2 * on.layer if on.fsdp > 1 else 0)
-    slot = (cache_bytes(model, on.item) / on.tensor + _stream(setup, on)) / on.shards  # of one lane
-    filled, prefilled = slot * lanes * setup.context, (slot + on.live / on.shards) * prompt
-    decode = {"decode": copy + filled * (1 + 1 / model.num_layers)}
-    refill = {"refill": copy + filled + several * prefilled} if times else {}
-    return {"reshard": copy, "prefill": copy + lanes * prefilled} | decode | refill
+    """A copy of the weights, the cache (of one layer twice, as it grows) and the activations of prompts that enter."""
+    on, rows = Share(model, setup.rollout_mesh, setup.dtype), max(setup.rows.values())
+    lanes, (times, entering) = lanes_of(setup, rows), refills(setup, rows)
+    slot = cache_bytes(model, on.item) / on.tensor / on.shards  # of one lane
+    cache, prompt = lanes * slot * setup.context, setup.config.rollout.max_prompt_tokens * (slot + on.live / on.shards)
+    refill = {"refill": on.weights + cache + entering * prompt} if times else {}
+    return {"prefill": on.weights + lanes * prompt, "decode": on.weights + cache * (1 + 1 / model.num_layers)} | refill
 
 
-def _learning_memory(setup: Setup, model: ModelConfig, gradients: float) -> dict[str, float]:
-    on, compute = OnMesh(model, setup.mesh, setup.dtype), setup.config.compute
-    answer = setup.config.rollout.max_response_tokens
-    head, enters = model.vocab_size * model.hidden_size / on.tensor, model.hidden_size * on.item / on.tensor
-    saved = {"rollout": enters, "block": enters, "dots": enters + on.wide, "none": 4 * enters + 2 * on.wide}
-    hidden = any(objective.teacher_logits for objective in setup.objectives.values()) * model.hidden_size * on.item
-    waits = setup.config.rollout.batch_size / on.shards * (_stream(setup, on) * setup.context + hidden * answer)
-
-    def of(rows: float, token: float, item: int) -> float:
-        """Of so many rows of a chip, with activations of so many bytes a token."""
-        logits = min(tokens_at_once(compute.logits_chunk, model.vocab_size, on.tensor), rows * answer)
-        gathered = (2 * on.layer / on.item + head) * item  # weights of two layers, and the head
-        return waits + rows * setup.context * token + gathered + logits * 8 * model.vocab_size / on.tensor
-
-    micro, score = (n / on.shards for n in (setup.config.optimizer.micro_batch, setup.score_batch))
-    fresh = 8 * head / on.fsdp  # gradients of embedding and head, added once they are complete
-    token = model.num_layers * saved[compute.remat] + 2 * on.live
-    gradient = gradients + fresh + of(micro, token, on.item + 4)
-    return {"score": of(score, on.live, on.item), "gradient": gradient, "update": gradients}
-
-
-def _stream(setup: Setup, on: OnMesh) -> int:
-    """Bytes of a token's residual stream, where it is kept."""
-    return setup.keep_residuals * (on.model.num_layers + 1) * on.model.hidden_size * on.item
+def _gradient_memory(setup: Setup, model: ModelConfig) -> float:
+    """Activations of a micro-batch; the gathered weights of two layers and of the head, and their gradients."""
+    on, config = Share(model, setup.mesh, setup.dtype), setup.config
+    rows, enters = config.optimizer.micro_batch / on.shards, model.hidden_size * on.item / on.tensor
+    saved = {"none": 4 * enters + 2 * on.wide, "dots": enters + on.wide}.get(config.compute.remat, enters)
+    head = model.vocab_size * model.hidden_size / on.tensor
+    layers = 2 * (on.multiplied / on.item - head) / model.num_layers
+    chunk = tokens_at_once(config.compute.logits_chunk, model.vocab_size, on.tensor)
+    logits = min(chunk, rows * config.rollout.max_response_tokens) * 8 * model.vocab_size / on.tensor
+    gathered = (layers + head) * (on.item + 4) + 8 * head / on.fsdp
+    return rows * setup.context * (model.num_layers * saved + 2 * on.live) + gathered + logits

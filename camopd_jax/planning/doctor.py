@@ -207,8 +207,7 @@ class Examination:
         self.good(about, f"{devices}; all batch sizes and models divide evenly")
         if not complete:
             return
-        needs = memory_estimate(setup, Models(shapes))
-        least = needs["resident"] + needs["update"]
+        least = memory_estimate(setup, Models(shapes))["update"]
         text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} GiB per device"
         if where.hbm and least > where.hbm:
             advice = "" if compute.offloads else " or config.compute.offload=late"

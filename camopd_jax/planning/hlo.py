@@ -1,7 +1,7 @@
-"""What a compiled program exchanges between chips, and arrays that should not be in it, read from its HLO text.
+"""Collectives of a compiled program, read from its HLO text.
 
-The text has every computation once; collectives are multiplied by the loops around them. A loop that may end early
-counts to its bound, the worst case; of one whose bound is data, the caller says how often it runs at most.
+The text has every computation once; a collective is multiplied by the trip counts of the loops around it. A loop that
+may end early counts to its bound; for a loop whose bound is data, the caller gives the most trips.
 """
 
 import math
@@ -22,7 +22,7 @@ class Instruction:
     name: str
     shape: str  # an array's or a tuple's, as written
     opcode: str
-    rest: str  # behind the opening parenthesis: operands, then attributes
+    rest: str  # after the opening parenthesis: operands, then attributes
     root: bool
 
     @cached_property
@@ -36,7 +36,7 @@ class Instruction:
 
     @cached_property
     def called(self) -> list[str]:
-        """The computations that it runs."""
+        """The computations that it calls."""
         return [name for names in _CALLED.findall(self.rest) for name in re.findall(r"[\w.\-]+", names)]
 
     @property
@@ -47,19 +47,19 @@ class Instruction:
         return max(sizes, default=0) if self.opcode.endswith("-start") else sum(sizes)
 
     def attribute(self, pattern: str) -> str:
-        """The pattern's group in what stands behind the operands; "" where it is not there."""
+        """The pattern's group in the text of operands and attributes; "" if there is none."""
         match = re.search(pattern, self.rest)
         return match[1] if match else ""
 
 
 @dataclass
 class Traffic:
-    """Collectives of one kind. Bytes are of the larger of operand and result, on one chip."""
+    """Collectives of one kind. Bytes: the larger of operands and result, on one chip."""
 
     count: int = 0  # in the text
-    runs: int = 0  # with every loop's trips
-    bytes: int = 0
-    bytes_run: int = 0
+    runs: int = 0  # with all loops' trips
+    bytes: int = 0  # of `count`
+    bytes_run: int = 0  # of `runs`
 
 
 class Module:
@@ -98,11 +98,11 @@ class Module:
     def _collectives(
         self, name: str, times: int, trips: int, fusion: Instruction | None
     ) -> Iterator[tuple[str, int, int]]:
-        """(kind, bytes, how often it runs) of what is in a computation and in those that it calls."""
+        """(kind, bytes, runs) of each collective in a computation and in those that it calls."""
         computation = self.computations.get(name, {})
         for i in computation.values():
             kind = i.opcode.removesuffix("-start")
-            if kind in COLLECTIVES and not self._goes_on(i, fusion):
+            if kind in COLLECTIVES and not self._continues(i, fusion):
                 operands = sum(computation[operand].bytes for operand in i.operands if operand in computation)
                 scatters = fusion is not None and fusion.called[0].startswith("all-reduce-scatter")
                 yield "reduce-scatter" if scatters else kind, max(i.bytes, operands), times
@@ -112,16 +112,16 @@ class Module:
 
     @cached_property
     def _started(self) -> set[str]:
-        """Channels of collectives that one fusion starts and others, perhaps in a loop, take further."""
+        """Channels of collectives that one fusion starts and others, perhaps in a loop, continue."""
         parts = (part for i in self.instructions() if _starts(i) for part in i.called)
         return {_channel(i) for part in parts for i in self.computations[part].values()} - {""}
 
-    def _goes_on(self, i: Instruction, fusion: Instruction | None) -> bool:
-        """Whether a collective has been counted where it was started."""
+    def _continues(self, i: Instruction, fusion: Instruction | None) -> bool:
+        """Whether a collective is the continuation of one that another fusion started, and is counted there."""
         return fusion is not None and not _starts(fusion) and _channel(i) in self._started
 
     def _trips(self, loop: Instruction, of_data: int) -> int:
-        """How often a while loop runs at most: from 0 on, while a counter is less than a constant."""
+        """The most iterations of a while loop: from 0 on, while a counter is less than a constant."""
         condition, body = (self.computations[loop.attribute(rf"{part}=%?([\w.\-]+)")] for part in ("condition", "body"))
         for i in condition.values():
             if i.opcode == "compare" and "direction=LT" in i.rest and i.shape.startswith("pred[]"):
@@ -131,7 +131,7 @@ class Module:
         return of_data
 
     def _step(self, body: dict[str, Instruction], index: int) -> int:
-        """What a turn adds to the counter: 2 where the compiler has put two turns into one."""
+        """What an iteration adds to the counter: 2 where the compiler has unrolled the loop by two."""
         root = next(i for i in body.values() if i.root)
         value = body[root.operands[index]] if root.opcode == "tuple" else root
         inside = self.computations[value.called[0]] if value.opcode == "fusion" else {}
@@ -151,30 +151,3 @@ def _channel(i: Instruction) -> str:
 
 def _number(constant: Instruction) -> int:
     return int(constant.rest.partition(")")[0])
-
-
-# ------------------------------------------------------------------------------- what must not be
-
-
-def gathered_stacks(module: Module, layers: int) -> set[str]:
-    """Shapes of all-gathers of a parameter of all layers at once, `[L, ...]`: the scan should gather one at a time."""
-
-    def stacked(dims: tuple[int, ...]) -> bool:
-        wide = [d for d in dims if d != 1]
-        return len(wide) >= 3 and wide[0] == layers
-
-    gathers = (i for i in module.instructions() if i.opcode in ("all-gather", "all-gather-start"))
-    return {i.shape.split("{")[0] for i in gathers if any(stacked(dims) for _, dims in i.arrays)}
-
-
-def whole_logits(module: Module, tokens: int, vocab: tuple[int, ...]) -> set[str]:
-    """Shapes of arrays with logits of all `tokens` of one chip at once, `[B, T, V]` in any order and grouping.
-
-    Args:
-      vocab: the vocabulary's size, complete and as one chip has it.
-    """
-
-    def logits(dims: tuple[int, ...]) -> bool:
-        return any(v in dims and math.prod(dims) >= tokens * v for v in vocab)
-
-    return {i.shape.split("{")[0] for i in module.instructions() if any(logits(dims) for _, dims in i.arrays)}

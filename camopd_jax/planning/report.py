@@ -1,8 +1,7 @@
-"""A plan: compiles the programs of a run, prints what they need, and looks for flags that fit. Bytes: of one chip."""
+"""A plan: compiles a run's programs, prints what they need, and searches for flags that fit. Bytes are of one chip."""
 
-import dataclasses
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,23 +11,19 @@ from rich.table import Table
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.method import schedule
 from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
-from camopd_jax.planning import costs, peak, search
+from camopd_jax.planning import costs, search
 from camopd_jax.planning.arrays import Models, Plan, chip_bytes, plan
-from camopd_jax.planning.compiling import Report, compile_all
-from camopd_jax.planning.peak import Peak
-from camopd_jax.planning.programs import HELD, Program, programs
+from camopd_jax.planning.compiling import Peak, Report, compile_all, peak
+from camopd_jax.planning.programs import Program, programs, residents
 from camopd_jax.planning.search import Candidate
 from camopd_jax.planning.topology import Chip, Topology
-from camopd_jax.runtime.mesh import MESH_AXES
 
 GIB = 2**30
-KINDS = ["reshard", "prefill", "refill", "grow", "decode", "score", "select", "gradient", "update"]
-SEARCHED = ("reshard", "score", "gradient", "update", "prefill", "refill", "decode")  # the quick ones first
+KINDS = ("reshard", "score", "select", "gradient", "update", "prefill", "grow", "refill", "decode")  # quickest first
 Row = dict[str, str]  # of a table: cells by column
 
 
@@ -45,7 +40,7 @@ class Request:
 
 
 def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
-    """The models' shapes; files, folders or names of shapes stand in for the two that every config names."""
+    """The models' shapes; files, folders or names of shapes replace the two that every config names."""
     instead = {"general": general, "specialised": specialised}
     files: dict[str, dict[str, Any]] = {}
     for name, field in teacher_names(config).items():
@@ -64,23 +59,20 @@ def read_models(config: TrainConfig, general: str | None, specialised: str | Non
     return Models(shapes, tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
 
 
-def _compile(
-    made: Plan, several: list[Program], request: Request, wanted: Sequence[str]
-) -> Iterator[tuple[dict[str, int], list[Report]]]:
-    """What is on a chip through the run, and the reports so far, of the programs whose names begin with a wanted word.
+def _compile(made: Plan, several: Sequence[Program], request: Request) -> Iterator[tuple[dict[str, int], list[Report]]]:
+    """After each wanted program: bytes on a chip through the whole run, and the reports so far.
 
     Raises:
-      UserError: if the run has none of these.
+      UserError: if the run has no wanted program.
     """
-    reports: list[Report] = []
-    chosen = [program for word in wanted for program in several if program.name.startswith(word)]
+    chosen = [program for program in several if program.name.startswith(request.wanted)]
     if not chosen:
-        raise UserError(f"--programs={','.join(wanted)}: the run has no such program; give some of {', '.join(KINDS)}")
-    compiled = compile_all(chosen, made)
-    for program in chosen:
-        with request.console.status(f"{program.name} …"):
-            reports.append(next(compiled))
-        yield peak.residents(made, several, reports), reports
+        wanted = ",".join(request.wanted)
+        raise UserError(f"--programs={wanted}: the run has no such program; give some of {', '.join(KINDS)}")
+    kept = residents(made, several)
+    for reports in compile_all(chosen, request.console):
+        code = sum(report.memory.get("code", 0) for report in reports if not report.same_as)
+        yield kept | {"code": code}, reports
 
 
 # ------------------------------------------------------------------------------------------ a report
@@ -91,57 +83,52 @@ def report(request: Request) -> dict[str, Any]:
     where, say = request.topology, request.console.print
     made = plan(request.config, request.models, where.devices)
     several = programs(made)
-    *_, (resident, reports) = _compile(made, several, request, request.wanted)
-    peaks = peak.peaks(sum(resident.values()), reports)
-    high = peak.worst(peaks)
-    decode = next(program for program in several if program.name.startswith("decode"))
-    cache = chip_bytes((decode.args[2].cache.keys, decode.args[2].cache.values))
-    say(_header(made, where) + "\n")
-    say(resident_table(resident, cache))
-    say(memory_table(sum(resident.values()), reports, peaks, where.hbm))
-    say(_fit_line(high, where) + "\n")
+    *_, (resident, reports) = _compile(made, several, request)
+    total = sum(resident.values())
+    high = peak(total, reports)
+    cache = next(program.args[2].cache for program in several if program.name.startswith("decode"))
+    slots = chip_bytes((cache.keys, cache.values))
+    say(_header(made, where))
+    say("Memory in use on a chip throughout the run, in GiB:")
+    say(", ".join(f"{name.replace('_', ' ')} {_gib(n)}" for name, n in resident.items()) + f"; together {_gib(total)}")
+    say(f"KV cache at the cap, while the student answers: {_gib(slots)}\n")
+    say(memory_table(total, reports, where.hbm))
+    limit = (
+        f", of {_gib(where.hbm)} GiB: it {verdict(high, where.hbm)}" if where.hbm else "; unknown limit: give --hbm_gib"
+    )
+    say(f"The peak is {'above ' * high.refused}{_gib(high.bytes)} GiB, in {high.program}{limit}\n")
     if any(r.collectives for r in reports):
         say(collectives_table(reports, where.chip))
-    say(*(f"{r.name}: {warning}" for r in reports for warning in r.warnings), sep="\n")
     values = {"topology": where.name, "devices": len(where.devices), "hbm": where.hbm}
-    values |= {"mesh": dict(made.setup.mesh.shape), "residents": resident, "kv_cache": cache}
-    values |= {"peaks": [vars(p) for p in peaks], "fits": where.hbm and high.fits(where.hbm)}
-    values |= {"programs": [dataclasses.asdict(r) for r in reports]}
+    values |= {"mesh": dict(made.setup.mesh.shape), "residents": resident, "kv_cache": slots}
+    values |= {"peak": asdict(high), "fits": where.hbm and high.fits(where.hbm)}
+    values |= {"programs": [asdict(r) | {"peak": peak(total, [r]).bytes} for r in reports]}
     return values | (_times(request, made, where.chip) if where.chip else {})
 
 
 def _header(made: Plan, where: Topology) -> str:
-    setup, config, branch = made.setup, made.setup.config, costs.largest(made.setup)
+    setup, config, rows = made.setup, made.setup.config, max(made.setup.rows.values())
     sizes = " x ".join(f"{axis} {n}" for axis, n in setup.mesh.shape.items())
     answering = " x ".join(map(str, setup.rollout_mesh.shape.values()))
-    slots = f"{setup.prompt_slots} + {config.rollout.max_response_tokens} slots"
     return (
-        f"{where.name}: {setup.mesh.size} devices, mesh {sizes}; {setup.rows[branch]} rows of {slots}, {setup.dtype}\n"
-        f"rollout mesh {answering}, {costs.lanes_of(setup, branch)} answers at a time; rows at a time: scoring "
-        f"{setup.score_batch}, gradient {config.optimizer.micro_batch}"
+        f"{where.name}: {setup.mesh.size} devices, mesh {sizes}; {rows} rows of {setup.prompt_slots} + "
+        f"{config.rollout.max_response_tokens} slots, {setup.dtype}\n"
+        f"rollout mesh {answering}, {costs.lanes_of(setup, rows)} answers at a time; rows at a time: scoring "
+        f"{setup.score_batch}, gradient {config.optimizer.micro_batch}\n"
     )
 
 
-def _fit_line(high: Peak, where: Topology) -> str:
-    at = f"The peak is {'' if high.exact else 'above '}{_gib(high.bytes)} GiB, in {high.program}"
-    if where.hbm is None:
-        return f"{at}; the memory of this device is not known: give --hbm_gib"
-    return f"{at}, of {_gib(where.hbm)} GiB: it {'fits' if high.fits(where.hbm) else 'does not fit'}"
-
-
 def _times(request: Request, made: Plan, chip: Chip) -> dict[str, Any]:
-    """Seconds of a step and of the run, decoding against its limit."""
-    setup, models, answer, say = made.setup, request.models, request.answer, request.console.print
-    work = {phase: costs.stage_work(setup, models, phase, answer) for phase in schedule.phases(setup.config)}
-    say(time_table(work, chip, setup.mesh.size, answer))
-    step, run = (n * costs.step_seconds(setup, models, answer, chip) for n in (1, setup.config.steps))
-    first = next(iter(work))
-    rows = sum(setup.rows[name] for name in setup.rows if first in (name, schedule.MIXED))
-    rate = rows * answer / work[first]["decode"].seconds(chip, setup.mesh.size)
-    steps = f"the run's {setup.config.steps} steps {duration(run)}, without evaluations"
-    say(f"a step at best {duration(step)}, {steps}\ndecoding: at best {rate:.4g} tokens/s of all chips")
-    values = {"answer_tokens": answer, "step_seconds": step, "run_seconds": run, "decode_tokens_per_second": rate}
-    return values | {"work": {phase: {name: vars(w) for name, w in of.items()} for phase, of in work.items()}}
+    """Prints and returns the seconds of a step and of the run, and the rate of decoding."""
+    setup, answer, say = made.setup, request.answer, request.console.print
+    work, chips, steps = costs.step_work(setup, request.models, answer), setup.mesh.size, setup.config.steps
+    say(time_table(work, chip, chips, answer))
+    step = sum(w.seconds(chip, chips) for w in work.values())
+    rate = setup.config.rollout.batch_size * answer / work["decode"].seconds(chip, chips)
+    say(f"a step at best {duration(step)}, the run's {steps} steps {duration(steps * step)}, without evaluations")
+    say(f"decoding: at best {rate:.4g} tokens/s of all chips")
+    values = {"answer_tokens": answer, "step_seconds": step, "run_seconds": steps * step}
+    return values | {"decode_tokens_per_second": rate, "work": {name: w._asdict() for name, w in work.items()}}
 
 
 # ------------------------------------------------------------------------------------------ the search
@@ -149,38 +136,39 @@ def _times(request: Request, made: Plan, chip: Chip) -> dict[str, Any]:
 
 def look_for(request: Request, tries: int) -> dict[str, Any]:
     """The search: prints what was tried and ends in flags."""
-    config, models, where, say = request.config, request.models, request.topology, request.console.print
+    config, where, say = request.config, request.topology, request.console.print
     hbm = where.hbm
     if hbm is None:
         raise UserError("--search: the memory of this device is not known; give --hbm_gib")
-    ordered = search.candidates(config, models, where, request.answer)
+    ordered = search.candidates(config, request.models, where, request.answer)
     if not ordered:
         raise UserError(
             f"--search: no mesh of {len(where.devices)} devices divides the models' heads and the batch of "
             f"{config.rollout.batch_size}; change config.rollout.batch_size or --topology"
         )
-    words = [word for word in SEARCHED if word.startswith(request.wanted)] or request.wanted
 
     def compiled(candidate: Candidate) -> Peak:
-        """The highest peak, or the first that is too high: the rest need not be compiled."""
-        made = plan(search.changed(config, candidate.changes), models, where.devices)
-        for resident, reports in _compile(made, programs(made), request, words):
-            high = peak.worst(peak.peaks(sum(resident.values()), reports))
+        """The highest peak, or the first that is too high: then the rest is not compiled."""
+        made = plan(search.changed(config, candidate.changes), request.models, where.devices)
+        quickest_first = sorted(programs(made), key=lambda program: KINDS.index(program.name.split(":")[0]))
+        for resident, reports in _compile(made, quickest_first, request):
+            high = peak(sum(resident.values()), reports)
             if not high.fits(hbm):
                 break
+        step = f"a step at best {duration(candidate.seconds)}; " if candidate.seconds else ""
+        needs = f"{'above ' * high.refused}{_gib(high.bytes)} in {high.program}: it {verdict(high, hbm)}"
+        say(" ".join(candidate.flags(config)))
+        say(f"  {step}memory estimated {_gib(candidate.peak)} GiB, compiled {needs}")
         return high
 
     tried = search.choose(ordered, compiled, hbm, tries)
-    say(tried_table(tried, hbm))
     best, high = tried[-1]
     flags = best.flags(config) if high.fits(hbm) else None
     if flags:
         say("fits with:\n  " + " \\\n  ".join(flags))
     else:
-        less = search.shorter(config, models, where)
-        hint = f" By arithmetic {less} would fit, but it changes the run" if less else ""
-        say(f"nothing that was tried fits.{hint}")
-    rows = [vars(one) | {"peak": vars(high), "flags": one.flags(config)} for one, high in tried]
+        say("nothing that was tried fits; use more chips, or lower config.rollout.max_response_tokens or batch_size")
+    rows = [asdict(one) | {"peak": asdict(high), "flags": one.flags(config)} for one, high in tried]
     return {"search": rows, "recommended": flags, "candidates": len(ordered)}
 
 
@@ -204,25 +192,19 @@ def _gib(n: float) -> str:
     return f"{n / GIB:.2f}"
 
 
-def resident_table(resident: dict[str, int], cache: int) -> Table:
-    lines = {name.replace("_", " "): n for name, n in resident.items()} | {"total": sum(resident.values())}
-    lines |= {"KV cache at the cap, while the student answers": cache}
-    rows = [{"": name, "GiB": _gib(n)} for name, n in lines.items()]
-    return _table("Memory in use on a chip throughout the run, in GiB", rows)
-
-
-def memory_table(resident: int, reports: Sequence[Report], peaks: Sequence[Peak], hbm: float | None) -> Table:
-    """A row a program: what is on the chip, what it adds, and the peak: their sum."""
-    rows = []
-    for r, p in zip(reports, peaks, strict=True):
-        above, held = "" if p.exact else ">", {kind: _gib(n) if n else "" for kind, n in r.holds.items()}
-        row = {"": r.name, "runs": str(r.runs), "resident": _gib(resident)} | dict.fromkeys(HELD, "") | held
-        row |= {"outputs": _gib(r.added) if p.exact else "", "temps": above + _gib(r.temporaries)}
-        rows.append(row | {"peak": above + _gib(p.bytes), " ": verdict(p, hbm)})
+def memory_table(resident: int, reports: Sequence[Report], hbm: float | None) -> Table:
+    """A row per program: what is on the chip, what it adds, and the sum: its peak."""
+    rows, kinds = [], dict.fromkeys(kind for r in reports for kind in r.holds)
+    for r in reports:
+        p = peak(resident, [r])
+        row = {"": r.name, "calls": str(r.runs), "resident": _gib(resident)}
+        row |= {kind: _gib(r.holds[kind]) if r.holds.get(kind) else "" for kind in kinds}
+        row |= {"outputs": "" if r.refused else _gib(r.added), "temps": _gib(r.memory["temporaries"])}
+        rows.append(row | {"peak": ("> " if r.refused else "") + _gib(p.bytes), " ": verdict(p, hbm)})
     return _table(
         "Memory of a chip while each program runs, in GiB",
         rows,
-        "runs: calls per step, at most. weights, cache: of the model that answers. outputs: without those that reuse "
+        "calls: for one batch, at most. weights, cache: of the model that answers. outputs: without those that reuse "
         "the memory of a donated argument. temps: temporaries and activations; refused: the compiler stopped at this "
         "amount",
     )
@@ -231,9 +213,9 @@ def memory_table(resident: int, reports: Sequence[Report], peaks: Sequence[Peak]
 def verdict(high: Peak, hbm: float | None) -> str:
     if hbm is None:
         return "?"
-    if not high.exact:
-        return "refused"
-    return "fits" if high.fits(hbm) else f"{_gib(high.bytes - hbm)} too much"
+    if high.refused:
+        return "is refused"
+    return "fits" if high.fits(hbm) else f"needs {_gib(high.bytes - hbm)} more"
 
 
 def collectives_table(reports: Sequence[Report], chip: Chip | None) -> Table:
@@ -252,25 +234,22 @@ def collectives_table(reports: Sequence[Report], chip: Chip | None) -> Table:
     )
 
 
-def time_table(work: dict[str, dict[str, costs.Work]], chip: Chip, chips: int, answer: int) -> Table:
-    """Stages of each phase at the chips' limits."""
+def time_table(work: dict[str, costs.Work], chip: Chip, chips: int, answer: int) -> Table:
+    """The stages of a step at the chips' limits, and their sum."""
 
     def row(name: str, flops: float, seconds: float, limits: dict[str, float]) -> Row:
-        cells = {"": f"  {name}", "PFLOP": f"{flops / 1e15:.3g}" if flops else ""}
+        cells = {"": name, "PFLOP": f"{flops / 1e15:.3g}" if flops else ""}
         cells |= {limit: duration(n) for limit, n in limits.items()} | {"seconds": duration(seconds)}
         mfu = f"{100 * flops / seconds / chips / chip.flops:.0f} %" if flops else ""
         return cells | {"bound by": max(limits, key=limits.__getitem__, default=""), "MFU": mfu}
 
-    rows: list[Row] = []
-    for phase, stages in work.items():
-        each = [row(name, w.flops, w.seconds(chip, chips), w.limits(chip, chips)) for name, w in stages.items()]
-        flops, seconds = sum(w.flops for w in stages.values()), sum(w.seconds(chip, chips) for w in stages.values())
-        rows += [{"": phase}, *each, row("step", flops, seconds, {})]
+    rows = [row(name, w.flops, w.seconds(chip, chips), w.limits(chip, chips)) for name, w in work.items()]
+    flops, seconds = sum(w.flops for w in work.values()), sum(w.seconds(chip, chips) for w in work.values())
     return _table(
         f"Seconds of a step at {chips} {chip.name} chips' limits, answers of {answer} tokens",
-        rows,
-        "products, HBM, links: seconds at the peak of each; a stage takes as long as the slowest, the others overlap "
-        "with it. MFU: FLOPs of the model by peak FLOPs in these seconds",
+        [*rows, row("step", flops, seconds, {})],
+        "The mean over the branches. products, HBM, links: seconds at the peak of each; a stage takes as long as the "
+        "slowest, the others overlap with it. MFU: FLOPs of the model by peak FLOPs in these seconds",
     )
 
 
@@ -280,16 +259,3 @@ def duration(seconds: float) -> str:
     if seconds < 120:
         return f"{seconds:.3g} s"
     return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
-
-
-def tried_table(tried: Sequence[tuple[Candidate, Peak]], hbm: float) -> Table:
-    named = {"rollout tensor": "rollout.mesh.tensor", "at a time": "rollout.concurrency"}
-    named |= {"micro batch": "optimizer.micro_batch", "remat": "compute.remat", "offload": "compute.offload"}
-    rows = []
-    for one, high in tried:
-        row = {"data x fsdp x tensor": " x ".join(str(one.changes[f"mesh.{axis}"]) for axis in MESH_AXES)}
-        row |= {column: str(one.changes[name] or "all") for column, name in named.items()}
-        row |= {"step at best": duration(one.seconds), "estimated": _gib(one.peak)}
-        row |= {"compiled": ("" if high.exact else "> ") + _gib(high.bytes)}
-        rows.append(row | {"": f"{high.program}: {verdict(high, hbm)}"})
-    return _table("Search: what was compiled", rows)

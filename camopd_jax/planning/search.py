@@ -1,44 +1,39 @@
-"""Looks for flags with which a run fits its chips: by arithmetic first, then the compiler tries the best few."""
+"""Searches for flags with which a run fits its chips: ordered by arithmetic; the compiler tries the first few."""
 
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import cache
 from typing import Any
 
 from camopd_jax.config.schema import MeshConfig, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.method.setup import Setup, check_model, resolve
 from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.compiling import Peak
 from camopd_jax.planning.costs import memory_estimate, step_seconds
-from camopd_jax.planning.peak import Peak
 from camopd_jax.planning.topology import Topology
 from camopd_jax.runtime.mesh import batch_shards
 
 REMATS = ("none", "dots", "block")
-MARGIN = 0.9  # a candidate must need less than this part of what failed to be compiled next
-ALWAYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "rollout.mesh.tensor")  # flags that are named whatever the config
+MARGIN = 0.9  # after a candidate fails, the next must by the estimate need less than this share of its memory
+ALWAYS = ("mesh.data", "mesh.fsdp", "mesh.tensor", "rollout.mesh.tensor")  # flags that are always named
 
 Changes = dict[str, Any]  # values of config fields, by their names
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """Flags, and what arithmetic says of them."""
+    """Flags, and estimates for them."""
 
     changes: Changes
-    memory: dict[str, float]  # bytes on one chip: "resident", and what each program adds
+    memory: dict[str, float]  # bytes on one chip, by program
     seconds: float  # of a step; 0 where no chip is known
 
     @property
     def peak(self) -> float:
-        return self.asks(*self.memory.keys() - {"resident"})
-
-    def asks(self, *programs: str) -> float:
-        """Bytes while the largest of these programs runs."""
-        return self.memory["resident"] + max(self.memory.get(name, 0.0) for name in programs)
+        return max(self.memory.values())
 
     def flags(self, config: TrainConfig) -> list[str]:
         """What to add to the command: the meshes, and of the rest what differs from the config."""
@@ -47,7 +42,7 @@ class Candidate:
 
 
 def changed(config: Any, changes: Changes) -> Any:
-    """A config with other values in some fields, unchecked, and so much quicker than `config.identity.changed`."""
+    """A config with other values in some fields: unchecked, therefore much quicker than `config.identity.changed`."""
     for name, value in changes.items():
         block, _, rest = name.partition(".")
         if rest:
@@ -57,39 +52,33 @@ def changed(config: Any, changes: Changes) -> Any:
 
 
 def candidates(config: TrainConfig, models: Models, topology: Topology, answer: int) -> list[Candidate]:
-    """Every choice that a run would take, the quickest of those that seem to fit first, then the others by their
-    memory.
+    """Every valid choice: first those that by the estimate fit, the quickest first, then the others by their memory.
 
-    What the config keeps on the chips goes to their hosts only in those that come after all that fit without.
+    Those that move arrays to host memory, if the config does not, come after all others that fit.
     """
     chips, batch = len(topology.devices), config.rollout.batch_size
-    splits = itertools.product(_divisors(chips), repeat=2)
-    meshes = [(chips // (tensor * fsdp), fsdp, tensor) for tensor, fsdp in splits if chips % (tensor * fsdp) == 0]
     remats, offloads = dict.fromkeys((*REMATS, config.compute.remat)), dict.fromkeys((config.compute.offload, "late"))
-
-    @cache
-    def setup(mesh: tuple[int, int, int], tensor: int, lanes: int) -> Setup | None:
-        return _setup(config, models, topology, mesh, MeshConfig(tensor=tensor), lanes)
-
+    lanes = [0, *(batch >> k for k in range(1, batch.bit_length()))]
     several = []
-    halves = [0, *(batch >> k for k in range(1, batch.bit_length()))]
-    for mesh, tensor, lanes in itertools.product(meshes, _divisors(chips), halves):
-        learning, answering = setup(mesh, mesh[2], 0), setup((chips // tensor, 1, tensor), tensor, lanes)
-        for micro, remat, offload in itertools.product(_divisors(batch), remats, offloads):
-            if not (learning and answering) or micro % batch_shards(learning.mesh) or (remat == "rollout" and lanes):
+    for fsdp, tensor, answering in itertools.product(_divisors(chips), repeat=3):
+        sizes = (chips // (fsdp * tensor), fsdp, tensor, answering)
+        setup = _setup(config, models, topology, sizes) if chips % (fsdp * tensor) == 0 else None
+        if setup is None:
+            continue
+        for micro, n, remat, offload in itertools.product(_divisors(batch), lanes, remats, offloads):
+            if micro % batch_shards(setup.mesh) or n % batch_shards(setup.rollout_mesh) or (remat == "rollout" and n):
                 continue
-            changes = dict(zip(ALWAYS, (*mesh, tensor), strict=True)) | {
+            changes = dict(zip(ALWAYS, sizes, strict=True)) | {
                 "rollout.mesh.data": -1,
                 "rollout.mesh.fsdp": 1,
-                "rollout.concurrency": lanes,
+                "rollout.concurrency": n,
                 "optimizer.micro_batch": micro,
                 "compute.remat": remat,
                 "compute.offload": offload,
-                "evaluation.batch_size": learning.config.evaluation.batch_size,
+                "evaluation.batch_size": setup.config.evaluation.batch_size,
             }
             score_batch = config.rollout.score_batch or micro
-            tried = dataclasses.replace(learning, config=changed(config, changes), score_batch=score_batch)
-            tried = dataclasses.replace(tried, rollout_mesh=answering.rollout_mesh)
+            tried = dataclasses.replace(setup, config=changed(config, changes), score_batch=score_batch)
             seconds = step_seconds(tried, models, answer, topology.chip) if topology.chip else 0.0
             several.append(Candidate(changes, memory_estimate(tried, models), seconds))
 
@@ -105,23 +94,17 @@ def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def _setup(
-    config: TrainConfig,
-    models: Models,
-    topology: Topology,
-    mesh: tuple[int, int, int],
-    rollout_mesh: MeshConfig,
-    lanes: int,
-) -> Setup | None:
-    """The run on such meshes, with the least micro-batch; None where it would be refused."""
+def _setup(config: TrainConfig, models: Models, topology: Topology, sizes: tuple[int, ...]) -> Setup | None:
+    """The run on meshes of such sizes (`ALWAYS`), with the smallest micro-batch; None if the run refuses them."""
+    *mesh, answering = sizes
     shards = mesh[0] * mesh[1]
-    changes = {"mesh": MeshConfig(*mesh), "rollout.mesh": rollout_mesh, "rollout.concurrency": lanes}
     evaluated = -(-config.evaluation.batch_size // shards) * shards
+    changes = {"mesh": MeshConfig(*mesh), "rollout.mesh": MeshConfig(tensor=answering), "rollout.concurrency": 0}
     changes |= {"optimizer.micro_batch": shards, "evaluation.batch_size": evaluated}
     try:
         setup = resolve(changed(config, changes), topology.devices)
-        for shape in models.shapes.values():
-            check_model(shape, setup.mesh, config.compute, setup.dtype)
+        for shape, made in itertools.product(models.shapes.values(), (setup.mesh, setup.rollout_mesh)):
+            check_model(shape, made, config.compute, setup.dtype)
         return setup
     except UserError:
         return None
@@ -130,10 +113,10 @@ def _setup(
 def choose(
     ordered: Sequence[Candidate], compiled: Callable[[Candidate], Peak], limit: float, tries: int
 ) -> list[tuple[Candidate, Peak]]:
-    """Compiles candidates in their order until one fits, at most `tries` of them: these, with their peaks.
+    """Compiles candidates in their order until one fits, at most `tries`: those that were compiled, with their peaks.
 
-    After one that does not fit, those that by arithmetic ask for about as much in the program that failed are passed
-    over.
+    After one that does not fit, all others that by the estimate need about as much in the program that failed are
+    skipped.
     """
     tried: list[tuple[Candidate, Peak]] = []
     left = list(ordered)
@@ -143,20 +126,5 @@ def choose(
         if peak.fits(limit):
             break
         stage = peak.program.split(":")[0]
-        left = [c for c in left[1:] if c.asks(stage) < MARGIN * one.asks(stage)]
+        left = [c for c in left[1:] if c.memory.get(stage, c.peak) < MARGIN * one.memory.get(stage, one.peak)]
     return tried
-
-
-def shorter(config: TrainConfig, models: Models, topology: Topology) -> str:
-    """Where nothing fits: how far the batch or the answers would have to be halved. Either changes the method."""
-    fields, limit = [], topology.hbm or math.inf
-    for name in ("max_response_tokens", "batch_size"):
-        value = getattr(config.rollout, name) // 2
-        while value:
-            tried = changed(config, {f"rollout.{name}": value})
-            best = candidates(tried, models, topology, tried.rollout.max_response_tokens)
-            if best and best[0].peak <= limit:
-                fields.append(f"config.rollout.{name} <= {value}")
-                break
-            value //= 2
-    return " or ".join(fields)

@@ -1,4 +1,4 @@
-"""Chips that need not be there: what a TPU topology is called, holds and can do."""
+"""TPU topologies that may be absent: their names, their chips' memory and speed, and devices to compile for."""
 
 import contextlib
 import importlib.util
@@ -16,7 +16,7 @@ from camopd_jax.errors import UserError
 class Chip:
     """Public numbers of one chip, from the tables at https://docs.cloud.google.com/tpu/docs/ (v4, v5e, v5p, v6e).
 
-    Of `hbm`, what the TPU compiler itself says is available: capacity less what it keeps for itself.
+    `hbm` is what the TPU compiler reports as available, its capacity less what the compiler reserves.
     """
 
     name: str
@@ -42,17 +42,17 @@ class Topology:
     """Devices to compile for."""
 
     name: str
-    platform: str  # "tpu", "cpu" or "gpu": what "auto" of a config means there
+    platform: str  # "tpu", "cpu" or "gpu"
     devices: tuple[Any, ...]
-    chip: Chip | None  # None: a local device of which no numbers are known
+    chip: Chip | None  # None: a local device, whose speed is not known
     hbm: float | None  # bytes per device; None: unknown
 
 
 def describe(name: str, hbm_gib: float | None = None) -> Topology:
-    """The topology of that name, as "v5e:8x8"; "local" is what this process runs on.
+    """The topology of that name, as "v5e:8x8"; "local": this process's devices.
 
     Raises:
-      UserError: for a name that is none, and where libtpu is not installed.
+      UserError: for an unknown name, and if libtpu is not installed.
     """
     hbm = None if hbm_gib is None else hbm_gib * 2**30
     if name == "local":
@@ -62,7 +62,7 @@ def describe(name: str, hbm_gib: float | None = None) -> Topology:
     chip = check_name(name)
     if importlib.util.find_spec("libtpu") is None:
         raise UserError(f"--topology={name} needs the TPU compiler; pip install 'camopd_jax[plan]'")
-    _quiet()
+    _prepare_libtpu()
     from jax.experimental import topologies
 
     options = {"chip_config_name": "megacore"} if chip.name in MEGACORE else {}
@@ -75,10 +75,10 @@ def describe(name: str, hbm_gib: float | None = None) -> Topology:
 
 
 def check_name(name: str) -> Chip:
-    """The chip of a topology's name. The TPU compiler ends the whole process at a name of sides it does not have.
+    """The chip of a topology's name. The TPU compiler would end the process at sides that it does not have.
 
     Raises:
-      UserError: for a name that is none.
+      UserError: for an unknown name.
     """
     match = re.fullmatch(r"(\w+):(\d+(?:x\d+)*)", name)
     if match is None or match[1] not in CHIPS:
@@ -91,12 +91,16 @@ def check_name(name: str) -> Chip:
     return chip
 
 
-def _quiet() -> None:
-    """Keeps libtpu from asking the cloud where it runs, and from saying at length that it got no answer."""
+def _prepare_libtpu() -> None:
+    """Keeps libtpu from looking for chips in the cloud, from logging, and from flags for CPUs that it does not know, at
+    which it would end the process.
+    """
     defaults = {"TPU_SKIP_MDS_QUERY": "1", "TPU_ACCELERATOR_TYPE": "v5litepod-8", "TPU_WORKER_HOSTNAMES": "localhost"}
-    defaults |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # nothing is run on a chip: two plans at once are no conflict
+    defaults |= {"ALLOW_MULTIPLE_LIBTPU_LOAD": "1"}  # no chip is used: two plans may run at once
     defaults |= dict.fromkeys(("TPU_STDERR_LOG_LEVEL", "TPU_MIN_LOG_LEVEL", "TF_CPP_MIN_LOG_LEVEL"), "3")
     for key, value in defaults.items():
         os.environ.setdefault(key, value)
-    with contextlib.suppress(RuntimeError):  # JAX runs already: then it has its devices
+    if flags := os.environ.get("XLA_FLAGS"):
+        os.environ["XLA_FLAGS"] = " ".join(flag for flag in flags.split() if not flag.startswith("--xla_cpu_"))
+    with contextlib.suppress(RuntimeError):  # if JAX runs already, it has its devices
         jax.config.update("jax_platforms", "cpu")

@@ -132,12 +132,6 @@ def test_blocks_add_at_most_an_eighth():
     assert fused.blocks(576) == (128, 640) and fused.blocks(130) == (128, 256)
 
 
-def test_pairs_equal_the_mask():
-    for window in (None, 1, 5, 13, 20):
-        i, j = np.indices((13, 13))
-        assert fused.pairs(13, window) == np.sum((j <= i) & (j > i - (window or 99)))
-
-
 @pytest.mark.parametrize("window", [None, 37])
 def test_the_cudnn_call_equals_plain_attention(window, monkeypatch):
     """The same call with JAX's plain implementation of the function, which has the same arguments."""

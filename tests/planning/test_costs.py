@@ -13,7 +13,7 @@ from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import costs
 from camopd_jax.planning.arrays import Models
-from camopd_jax.planning.costs import Work, stage_work
+from camopd_jax.planning.costs import Work, step_work
 from camopd_jax.planning.search import changed
 from camopd_jax.planning.topology import CHIPS
 
@@ -44,7 +44,6 @@ def test_weights_and_flops_by_hand():
     dense = 2 * 2 * 2 * LAYER + 2 * 2 * 11 * 40
     assert costs.forward_flops(MODEL, 10, 3, 5, 2) == 10 * (dense + 4 * 2 * 10 * 2 * pairs)
     assert costs.cache_bytes(MODEL, 2) == 2 * 2 * 5 * 2 * 2
-    assert costs.decode_bytes(MODEL, 10, 3, 2, 2) == 2 * (2 * LAYER + 440) * 2 + 10 * 80 * (3 + 4)
 
 
 @pytest.mark.parametrize(
@@ -69,56 +68,64 @@ def test_a_stage_takes_as_long_as_its_slowest_limit():
     assert Work(flops=800, done=800, read=50, received=12).seconds(chip, chips=2) == 6
 
 
+RECOVERY = {
+    "branches": {name: dataclasses.replace(of, steps=int(name == "recovery")) for name, of in CONFIG.branches.items()}
+}
+
+
+def work_of(mesh=(1, 1, 1), models=MODELS, **changes):
+    """Of a recovery."""
+    return step_work(setup(mesh, **RECOVERY, **changes), models, 2)
+
+
 def test_the_stages_of_a_step():
-    work = stage_work(setup(), MODELS, "recovery", 2)
+    work = work_of()
     forward = costs.forward_flops(MODEL, 10, 0, 5, 2)
     learnt = costs.forward_flops(MODEL, 8, 0, 5, 2)  # 80 % of the mass lies in at most 80 % of the rows
     assert work["score teacher"].flops == work["score student"].flops == forward
     assert work["gradient"].flops == 3 * learnt and work["gradient"].done == 4 * learnt
     weights = costs.matrix_weights(MODEL) * 2
     assert work["score teacher"].read == 2 * weights, "two micro-batches of five rows"
-    assert stage_work(setup(**{"rollout.score_batch": 10}), MODELS, "recovery", 2)["score teacher"].read == weights
+    assert work_of(**{"rollout.score_batch": 10})["score teacher"].read == weights
     assert work["decode"].read == 2 * weights + 10 * 80 * 2 * (3 + 2), "two turns, each over all five slots"
     assert work["update"].read == 7 * 4 * N
     assert {w.received for w in work.values()} == {0}, "one chip asks no other"
-    exact = setup(**{"compute.matmul": "float32"})
-    assert "score student" not in stage_work(exact, MODELS, "recovery", 2), "float32: the sampler's"
-    split = stage_work(setup((1, 5, 1)), MODELS, "recovery", 2)
+    assert "score student" not in work_of(**{"compute.matmul": "float32"}), "float32: the sampler's"
+    split = work_of((1, 5, 1))
     assert split["score teacher"].received == pytest.approx(2 * weights * 4 / 5), "gathered for each micro-batch"
     assert split["decode"].received == split["prefill"].received == 0, "each chip has a copy to answer with"
     assert split["gradient"].received == pytest.approx(2 * (2 * weights * 4 / 5 + 4 * N * 4 / 5)), "and reduced"
-    copies = stage_work(setup((5, 1, 1)), MODELS, "recovery", 2)
+    copies = work_of((5, 1, 1))
     assert copies["gradient"].received == pytest.approx(2 * 2 * 4 * N * 4 / 5), "around a ring, there and back"
-    assert copies["score teacher"].received == copies["reshard"].received == 0
-    assert split["reshard"].received == pytest.approx(2 * N * 4 / 5), "of which a fifth was there"
-    gathers = stage_work(setup((1, 5, 1), **{"rollout.mesh": MeshConfig(1, 5, 1)}), MODELS, "recovery", 2)
+    assert copies["score teacher"].received == 0
+    gathers = work_of((1, 5, 1), **{"rollout.mesh": MeshConfig(1, 5, 1)})
     assert gathers["decode"].received == pytest.approx(2 * weights * 4 / 5), "two turns"
 
 
 def test_each_teacher_scores_with_its_own_shape_and_frozen_parameters_cost_no_gradient():
     small = from_hf(SHAPES["tiny"])
-    work = stage_work(setup(), Models({"general": small, "specialised": MODEL}), "recovery", 2)
+    work = work_of(models=Models({"general": small, "specialised": MODEL}))
     assert work["score teacher"].flops == costs.forward_flops(small, 10, 0, 5, 2)
     part = costs.weights(MODEL, "mlp") / N
-    frozen = stage_work(setup(**{"optimizer.trained": "mlp"}), MODELS, "recovery", 2)
+    frozen = work_of(**{"optimizer.trained": "mlp"})
     assert frozen["gradient"].flops == pytest.approx((2 + part) * costs.forward_flops(MODEL, 8, 0, 5, 2))
     assert frozen["update"].read == pytest.approx(7 * 4 * N * part)
 
 
 def test_waves_of_answers():
     """300 tokens each: a ring of 256 slots, then of 512, or of the cap; the second wave finds the ring grown."""
-    assert costs.turns(64, 24, 300) == 3 * 300
-    assert costs.slots_read(64, 64, 10, 300, 1000) == 300 * 10 + 256 * 256 + 44 * 512
-    assert costs.slots_read(64, 32, 10, 300, 400) == 600 * 10 + 256 * 256 + 44 * 400 + 300 * 400
-    assert costs.slots_read(64, 64, 10, 256, 400) == 256 * 10 + 256 * 256, "the ring has not grown yet"
+    assert costs.slots_read(1, 10, 300, 1000) == 300 * 10 + 256 * 256 + 44 * 512
+    assert costs.slots_read(2, 10, 300, 400) == 600 * 10 + 256 * 256 + 44 * 400 + 300 * 400
+    assert costs.slots_read(1, 10, 256, 400) == 256 * 10 + 256 * 256, "the ring has not grown yet"
 
-    def refills(lanes):
+    def of(lanes):
         changes = {"rollout.batch_size": 64, "rollout.concurrency": lanes, "optimizer.micro_batch": 64}
-        return costs.refills(setup((2, 1, 4), TrainConfig("g", "s"), **changes), "recovery")
+        made = setup((2, 1, 4), TrainConfig("g", "s"), **changes)
+        return costs.waves_of(made, 64), *costs.refills(made, 64)
 
-    assert refills(32) == (8, 4), "an eighth of the lanes at a time"
-    assert refills(8) == (28, 2), "at least one a chip"
-    assert refills(0)[0] == 0
+    assert of(32) == (2, 8, 4), "an eighth of the lanes at a time"
+    assert of(24)[0] == 3 and of(8) == (8, 28, 2), "at least one a chip"
+    assert of(0)[:2] == (1, 0)
 
 
 def estimated(mesh=(1, 1, 1), models=MODELS, **changes):
@@ -129,51 +136,36 @@ def test_memory_follows_concurrency_and_the_rollouts_tensor():
     sixteen = {"rollout.batch_size": 20, "optimizer.micro_batch": 5}
     mesh = (1, 5, 1)
     all_at_once, waves = estimated(mesh, **sixteen), estimated(mesh, **sixteen, **{"rollout.concurrency": 10})
-    copy, cache = 2 * N, 80 * 4 * 5  # four lanes a chip, five slots of 80 bytes
-    assert all_at_once["reshard"] == copy and all_at_once["decode"] == copy + cache * 1.5, "one of two layers twice"
-    assert waves["decode"] == copy + cache / 2 * 1.5 and "refill" in waves and "refill" not in all_at_once
+    resident, copy, cache = N / 5 * (4 + 8 + 2 + 2), 2 * N, 80 * 4 * 5  # four lanes a chip, five slots of 80 bytes
+    assert all_at_once["decode"] == pytest.approx(resident + copy + cache * 1.5), "one of two layers twice"
+    assert waves["decode"] == pytest.approx(resident + copy + cache / 2 * 1.5)
+    assert "refill" in waves and "refill" not in all_at_once
     split = estimated(mesh, **sixteen, **{"rollout.mesh": MeshConfig(-1, 1, 5)})
-    assert split["reshard"] == copy / 5
-    assert split["decode"] == pytest.approx(copy / 5 + cache * 1.5), "all rows, a fifth of their heads"
-    assert all_at_once["update"] == 4 * N / 5
-    assert split["gradient"] == all_at_once["gradient"] and split["resident"] == all_at_once["resident"]
-    assert all_at_once["resident"] == pytest.approx(N / 5 * (4 + 8 + 2 + 2))
+    assert split["decode"] == pytest.approx(resident + copy / 5 + cache * 1.5), "all rows, a fifth of their heads"
+    assert all_at_once["update"] == pytest.approx(resident + 4 * N / 5)
+    assert split["gradient"] == all_at_once["gradient"]
 
 
 def test_what_is_frozen_has_no_moments_and_no_gradient():
     part = costs.weights(MODEL, "mlp")
     every, some = estimated(), estimated(**{"optimizer.trained": "mlp"})
-    assert every["resident"] - some["resident"] == 8 * (N - part)
-    assert every["gradient"] - some["gradient"] == every["update"] - some["update"] == 4 * (N - part)
+    assert every["decode"] - some["decode"] == 8 * (N - part), "moments"
+    assert every["gradient"] - some["gradient"] == every["update"] - some["update"] == 12 * (N - part)
     separate = estimated(**{"optimizer.trained": "mlp", "method.moments": "separate"})
-    assert separate["resident"] - some["resident"] == 8 * part
+    assert separate["decode"] - some["decode"] == 8 * part
 
 
-def test_all_teachers_lie_there_or_under_offload_the_one_that_scores():
+def test_all_teachers_are_there_or_under_offload_the_one_that_scores():
     large = from_hf(SHAPES["tiny"])
     three = Models({"general": MODEL, "specialised": MODEL, "law": large})
-    kept, waits = estimated(models=three), estimated(models=three, **{"compute.offload": "late"})
-    assert kept["resident"] == 4 * N + 8 * N + 2 * (2 * N + costs.weights(large))
-    assert waits["resident"] == 4 * N
-    assert waits["decode"] - kept["decode"] == 2 * costs.weights(large)
-    assert waits["update"] - kept["update"] == 8 * N and waits["gradient"] == kept["gradient"]
-
-
-def test_a_residual_stream_waits_from_the_answers_to_the_gradient():
-    trusted = {"rollout.student_logprobs": "sampler"}
-    plain, kept = estimated(**trusted), estimated(**trusted, **{"compute.remat": "rollout"})
-    stream = 10 * 5 * 3 * 40 * 2  # ten rows of five slots, what enters two layers and what leaves, bfloat16
-    for name in ("score", "gradient"):
-        assert kept[name] == pytest.approx(plain[name] + stream)
-    assert kept["decode"] == plain["decode"] + 1.5 * stream and kept["update"] == plain["update"]
-    done = stage_work(setup(**trusted, **{"compute.remat": "rollout"}), MODELS, "recovery", 2)["gradient"].done
-    assert done == 3 * costs.forward_flops(MODEL, 8, 0, 5, 2)
-
-
-def test_a_teachers_hidden_states_wait_where_an_objective_needs_them():
-    branches = {name: dataclasses.replace(of, objective="reverse_kl") for name, of in CONFIG.branches.items()}
-    plain, full = estimated(), estimated(branches=branches)
-    assert full["gradient"] == plain["gradient"] + 10 * 2 * 40 * 2, "of ten answers of two tokens, bfloat16"
+    kept, offloaded = estimated(models=three), estimated(models=three, **{"compute.offload": "late"})
+    ahead = estimated(models=three, **{"compute.offload": "ahead"})
+    teachers = 2 * (2 * N + costs.weights(large))
+    assert kept["update"] == 4 * N + 8 * N + teachers + 4 * N
+    assert kept["decode"] - offloaded["decode"] == 8 * N + teachers - 2 * costs.weights(large)
+    assert kept["update"] - offloaded["update"] == teachers
+    assert kept["gradient"] - offloaded["gradient"] == 8 * N + teachers
+    assert kept["gradient"] - ahead["gradient"] == teachers
 
 
 def test_a_mixed_step_learns_from_all_branches():
@@ -181,10 +173,19 @@ def test_a_mixed_step_learns_from_all_branches():
     assert schedule.phases(mixed.config) == {"mixed": 1.0}
     assert [costs.kept_rows(mixed, branch) for branch in ("recovery", "review")] == [5, 2]  # of 6 and 2
     learnt = costs.forward_flops(MODEL, 7, 0, 5, 2)
-    assert stage_work(mixed, MODELS, "mixed", 2)["gradient"].flops == pytest.approx(3 * learnt)
-    alternating = setup()
-    stages = {phase: stage_work(alternating, MODELS, phase, 2) for phase in ("recovery", "review")}
-    chip = CHIPS["v5e"]
-    seconds = [sum(w.seconds(chip, 1) for w in stages[phase].values()) for phase in ("recovery", "review")]
-    expected = 0.75 * seconds[0] + 0.25 * seconds[1]
-    assert costs.step_seconds(alternating, MODELS, 2, chip) == pytest.approx(expected)
+    assert step_work(mixed, MODELS, 2)["gradient"].flops == pytest.approx(3 * learnt)
+
+
+def test_an_alternating_step_is_the_mean_of_its_branches():
+    small, chip = from_hf(SHAPES["tiny"]), CHIPS["v5e"]
+    models = Models({"general": small, "specialised": MODEL})
+    work = step_work(setup(), models, 2)
+    flops = [costs.forward_flops(model, 10, 0, 5, 2) for model in (small, MODEL)]
+    assert work["score teacher"].flops == pytest.approx(0.75 * flops[0] + 0.25 * flops[1])
+    assert work["score student"].flops == pytest.approx(flops[1])
+    assert costs.step_seconds(setup(), models, 2, chip) == sum(w.seconds(chip, 1) for w in work.values())
+
+
+def test_a_residual_stream_spares_a_forward_pass():
+    work = work_of(**{"rollout.student_logprobs": "sampler", "compute.remat": "rollout"})
+    assert work["gradient"].done == 3 * costs.forward_flops(MODEL, 8, 0, 5, 2)

@@ -1,6 +1,8 @@
 """Loops and collectives of a hand-written module, counted by hand."""
 
-from camopd_jax.planning.hlo import Module, Traffic, gathered_stacks, whole_logits
+from unwanted import gathered_stacks, whole_logits
+
+from camopd_jax.planning.hlo import Module, Traffic
 
 TEXT = """HloModule jit_f, is_scheduled=true
 
