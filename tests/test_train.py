@@ -404,7 +404,7 @@ def spoil_tensors(folder):
         (spoil_tensors, "is cut short at tensor"),
         (lambda f: swap_tokens(f, "a", "b"), "tokenizers differ, first at token 'b'"),
         (lambda f: edit_json(f / "config.json", model_type="mamba"), "model_type 'mamba' is not supported"),
-        (lambda f: edit_json(f / "config.json", sparse_topk=8), "field sparse_topk = 8 is not supported"),
+        (lambda f: edit_json(f / "config.json", sparse_topk=8), "field sparse_topk = 8 is not known for llama"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is a pickle"),
         (lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),

@@ -53,7 +53,8 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
                 for file in (file for pattern in _COPIED for file in original.glob(pattern)):
                     shutil.copyfile(file, part / file.name)
                 (part / "README.md").write_text(model_card(out.parent.name, provenance))
-            hf.save(part, loaded.params, loaded.model.config, hf.read_config(original), hf.tensor_dtypes(original))
+            config = loaded.model.config
+            hf.save(part, loaded.params, config, hf.read_config(original), hf.tensor_dtypes(original, config))
     except OSError as error:
         raise UserError(
             f"{out}: cannot write ({error.strerror}); free disk space, then export with python -m camopd_jax.export"
