@@ -389,6 +389,39 @@ def test_a_workdir_of_another_run_and_another_teacher(whole, command, other, tmp
     )
 
 
+@pytest.fixture
+def spoilt_run(whole, tmp_path):
+    """A copy of a run, and its last checkpoint, to be spoilt."""
+    run = shutil.copytree(whole[0], tmp_path / "spoilt")
+    return run, run / "checkpoints" / str(STEPS)
+
+
+@pytest.mark.parametrize("part", ["ocdbt.process_0/d", "d"], ids=["arrays", "index"])
+def test_a_truncated_checkpoint_is_one_line(command, spoilt_run, tmp_path, part):
+    run, checkpoint = spoilt_run
+    for file in (checkpoint / "state" / part).iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    ended = command("export", f"--workdir={run}", f"--out={tmp_path / 'out'}", devices=8)
+    one_line(ended, f"{checkpoint}: this checkpoint cannot be read")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize(
+    ("item", "content", "says"),
+    [
+        ("provenance", "{}", "provenance: this file of the checkpoint is damaged (method is not there)"),
+        ("provenance", "[]", "provenance: this file of the checkpoint is damaged (method is not there)"),
+        ("positions", "{}", "positions: this file of the checkpoint is damaged (recovery is not there)"),
+    ],
+)
+def test_a_damaged_small_file_of_a_checkpoint(command, spoilt_run, item, content, says):
+    run, checkpoint = spoilt_run
+    (checkpoint / item / "metadata").write_text(content)
+    one_line(command("train", f"--workdir={run}", *SMALL), f"{checkpoint}/{says}", f"delete the folder {STEPS}")
+    if item == "provenance":
+        one_line(command("export", f"--workdir={run}", f"--out={run / 'out'}"), f"{checkpoint}/{says}")
+
+
 def spoil_vocab(folder):
     edit_json(folder / "config.json", vocab_size=60)
 

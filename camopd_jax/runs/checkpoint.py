@@ -1,7 +1,7 @@
 """The checkpoints of a work directory, by Orbax."""
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -104,6 +104,23 @@ class CheckpointStore:
         with self._read_errors(step):
             restored = self._manager.restore(step, args=items)
         return restored["state"], restored["positions"], restored["provenance"]
+
+    def check_complete(self, step: int, item: str, values: Any, names: Iterable[str]) -> None:
+        """Checks the values of an item that `restore` returned.
+
+        Args:
+          item: "positions" or "provenance".
+          names: of the values that have to be there.
+
+        Raises:
+          UserError: if one is not there: the file of the item is damaged.
+        """
+        lacking = [name for name in names if not isinstance(values, dict) or name not in values]
+        if lacking:
+            raise UserError(
+                f"{self._folder / str(step) / item}: this file of the checkpoint is damaged ({lacking[0]} is not "
+                f"there); delete the folder {step}, and the run goes on from the checkpoint before"
+            )
 
     def wait(self) -> None:
         """Returns when all checkpoints are on disk.

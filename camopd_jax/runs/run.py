@@ -83,6 +83,8 @@ class Run:
         last = self.checkpoints.latest()
         if last is not None:
             state, positions, provenance = self.checkpoints.restore(last, state)
+            self.checkpoints.check_complete(last, "provenance", provenance, self.provenance)
+            self.checkpoints.check_complete(last, "positions", positions, self.streams)
             self._check_provenance(provenance)
             for name, stream in self.streams.items():
                 stream.set_state(positions[name])
