@@ -29,8 +29,8 @@ _GENERATION = """
     decoder_start_token_id disable_compile diversity_penalty do_sample dola_layers early_stopping
     encoder_no_repeat_ngram_size encoder_repetition_penalty epsilon_cutoff eta_cutoff
     exponential_decay_length_penalty force_words_ids forced_bos_token_id forced_decoder_ids forced_eos_token_id
-    _from_model_config guidance_scale is_assistant length_penalty low_memory max_cache_len max_length
-    max_matching_ngram_size max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size
+    _from_model_config generation_kwargs guidance_scale is_assistant length_penalty low_memory max_cache_len
+    max_length max_matching_ngram_size max_new_tokens max_time min_length min_new_tokens min_p no_repeat_ngram_size
     num_assistant_tokens num_assistant_tokens_schedule num_beam_groups num_beams num_return_sequences output_logits
     output_scores penalty_alpha prefill_chunk_size prompt_lookup_num_tokens remove_invalid_values renormalize_logits
     repetition_penalty return_dict_in_generate return_legacy_cache sequence_bias speculation_type stop_strings

@@ -79,6 +79,11 @@ def test_one_file_is_read_where_an_index_lies_beside_it(folder, mesh):
     with pytest.warns(UserWarning, match=r"model.safetensors is read; .*index.json .*model-00001-of-00001.safetensors"):
         same_as_transformers(folder, mesh)
     np.testing.assert_array_equal(transformers_logits(folder), before)
+    index = folder / "model.safetensors.index.json"
+    sound = index.read_text()
+    index.write_text("{")  # which is not read
+    same_as_transformers(folder, mesh)
+    index.write_text(sound)
     (folder / "model.safetensors").unlink()
     same_as_transformers(folder, mesh)  # and the shards, where they are alone
     assert np.abs(transformers_logits(folder) - before).max() > 0.1
