@@ -12,8 +12,10 @@ from pathlib import Path
 import matplotlib
 import numpy as np
 from absl import app, flags
+from etils import epath
 
 from camopd_jax.analysis import study
+from camopd_jax.runtime.jsonl import read_rows
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
@@ -109,8 +111,7 @@ def gradients(folder: Path) -> plt.Figure:
 
 def over_steps(folder: Path, method: str, value) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Steps at which every seed has a value, its mean and its standard error over seeds."""
-    runs = [[json.loads(line) for line in file.read_text().splitlines()]
-            for file in sorted(folder.glob(f"{method}/*/seed-*/diagnostics.jsonl"))]  # fmt: skip
+    runs = [read_rows(file) for file in sorted(epath.Path(folder).glob(f"{method}/*/seed-*/diagnostics.jsonl"))]
     of_step = {rows[0]["step"]: [value(row) for row in rows] for rows in zip(*runs, strict=True)}
     of_step = {step: values for step, values in of_step.items() if None not in values}
     table = np.asarray(list(of_step.values()))

@@ -63,7 +63,7 @@ def compare(benchmark, loaded, model, config) -> dict:
     different = [i for i, (a, b) in enumerate(zip(ours, theirs, strict=True)) if a.ids != b]
     gaps = [logit_difference(model, prompts[i], ours[i].ids, theirs[i]) for i in different]
     texts = [loaded.tokenizer.decode(ids, skip_special_tokens=True) for ids in theirs]
-    scores = [[task.grade(text, row).value for text, row in zip(said, rows, strict=True)]
+    scores = [[task.grade(text, row).value for text, (row, _) in zip(said, rows, strict=True)]
               for said in ([answer.text for answer in ours], texts)]  # fmt: skip
     return {
         "benchmark": benchmark.name,
@@ -89,7 +89,9 @@ if __name__ == "__main__":
         folder = loading.find(cli.required("model", "HF_DIR"), "--model")
         loaded = loading.load(folder, make_mesh(), Compute(matmul="float32"), dtype="float32", context=2048)
         model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        sampled = [b for b in config.evaluation.benchmarks if not tasks.find(b, config.evaluation.judge).given]
+        sampled = [
+            b for b in config.evaluation.benchmarks if not tasks.find(b, config.evaluation.judge).grades_likelihood
+        ]
         found = [compare(benchmark, loaded, model, config) for benchmark in sampled]
         for line in found:
             print(json.dumps(line | {"device": jax.devices()[0].device_kind}))

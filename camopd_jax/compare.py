@@ -16,16 +16,16 @@ from absl import flags
 from rich.console import Console
 
 from camopd_jax.analysis import study
-from camopd_jax.config.methods import AGAINST, INTERPOLATION, QUICK
+from camopd_jax.config.methods import INTERPOLATION, METHOD_NAMES, QUICK, REFERENCE_METHODS
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.runs.grid import METHODS, compare
+from camopd_jax.runs.grid import compare
 from camopd_jax.runs.workers import default_workers
 from camopd_jax.runtime import cli
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the grid, created if needed.")
-    flags.DEFINE_list("methods", list(METHODS), f"Methods to compare, out of {', '.join(METHODS)}.")
+    flags.DEFINE_list("methods", list(METHOD_NAMES), f"Methods to compare, out of {', '.join(METHOD_NAMES)}.")
     flags.DEFINE_list(
         "rates",
         [],
@@ -41,8 +41,8 @@ if __name__ == "__main__":
         workdir, base = cli.required("workdir", "runs/sandbox"), read_config()
         methods = (*QUICK, INTERPOLATION) if values.quick else values.methods
         for method in methods:
-            if method not in METHODS:
-                raise UserError(f"--methods: {method} is not a method; give some of {', '.join(METHODS)}")
+            if method not in METHOD_NAMES:
+                raise UserError(f"--methods: {method} is not a method; give some of {', '.join(METHOD_NAMES)}")
         try:
             rates = [float(rate) for rate in values.rates]
         except ValueError:
@@ -53,7 +53,7 @@ if __name__ == "__main__":
         facts = compare(base, workdir, methods, rates, 2 if values.quick else values.seeds, workers)
         console = Console(highlight=False)
         notes = {method: f"{setting:g}" for method, setting in facts["settings"].items()}
-        console.print(study.methods_table(facts["outcomes"], facts["axes"], AGAINST, notes))
+        console.print(study.methods_table(facts["outcomes"], facts["axes"], REFERENCE_METHODS, notes))
         for folder, reason in facts["failed"].items():
             console.print(f"failed: {folder}: {reason}")
 

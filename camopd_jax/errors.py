@@ -2,7 +2,7 @@
 
 
 class UserError(Exception):
-    """A mistake in what the user gave us: a file, a field, a flag.
+    """A mistake in the user's input: a file, a field or a flag.
 
     The message is one line. It names the file or field and says what to give instead:
 

@@ -1,4 +1,4 @@
-"""Answers prompts with a model: reads JSON lines, and writes them with the answers added.
+"""Answers prompts with a model: reads rows, and writes them as JSON lines with the answers added.
 
     python -m camopd_jax.generate --model=HF_DIR --input=prompts.jsonl --output=answers.jsonl
     python -m camopd_jax.generate --model=HF_DIR --input=prompts.jsonl --output=answers.jsonl \\
@@ -22,7 +22,7 @@ from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "Hugging Face folder or hub name.")
-    flags.DEFINE_string("input", None, "JSONL file of prompts.")
+    flags.DEFINE_string("input", None, "File of prompts: JSON, CSV or parquet (docs/inputs.md).")
     flags.DEFINE_string("output", None, "JSONL file to write.")
     flags.DEFINE_integer("max_new_tokens", 256, "Longest answer in tokens.", lower_bound=1)
     flags.DEFINE_float("temperature", 0.0, "Sampling temperature; 0: greedy.", lower_bound=0.0)

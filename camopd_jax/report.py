@@ -20,4 +20,4 @@ if __name__ == "__main__":
         write_page(folders, flags.FLAGS.out)
         print(f"written: {flags.FLAGS.out}")
 
-    cli.run(main, "DIR", many=True)
+    cli.run(main, "DIR", repeated=True)

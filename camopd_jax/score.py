@@ -1,4 +1,4 @@
-"""Log-probabilities of given answers under a model: reads and writes JSON lines.
+"""Log-probabilities of given answers under a model: reads rows, and writes them as JSON lines.
 
     python -m camopd_jax.score --model=HF_DIR --input=answers.jsonl --output=scores.jsonl
 
@@ -16,7 +16,7 @@ from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
     flags.DEFINE_string("model", None, "Hugging Face folder or hub name.")
-    flags.DEFINE_string("input", None, "JSONL file of prompts with responses.")
+    flags.DEFINE_string("input", None, "File of prompts with responses: JSON, CSV or parquet (docs/inputs.md).")
     flags.DEFINE_string("output", None, "JSONL file to write.")
     flags.DEFINE_float("temperature", 1.0, "Logits are divided by this.", lower_bound=1e-6)
     flags.DEFINE_string("system", None, "System prompt for conversations without one.")

@@ -1,12 +1,12 @@
-"""The arrays that are passed through one step, and the letters of their axes.
+"""The arrays that one step passes on, and the letters of their axes.
 
 Axis letters, in names (`tokens_BT`) and comments (`int32[B, T]`) alike:
 
     B  sequences of a batch (rows)       L  layers
     P  prompt slots, right-padded        D  model width ("embed")
     T  response slots, right-padded      H  query heads
-    S  sequence slots (prompt then       G  key/value heads
-       response without a hole), or      K  head width
+    S  sequence slots (prompt, then      G  key/value heads
+       response without a gap), or       K  head width
        slots of a KV cache               F  feed-forward width
     V  vocabulary                        M  rows of one micro-batch
 
@@ -21,9 +21,9 @@ from flax import struct
 from jax.sharding import Mesh
 
 Params = Any  # a nested dict of arrays, see models/weights.py
-# The residual stream: what enters each layer, and what leaves the last; L + 1 arrays [B, S, D]. (): not kept
+# The residual stream: the input of each layer and the output of the last one; L + 1 arrays [B, S, D]. (): not stored
 Residuals = tuple[jax.Array, ...]
-Record = dict[str, jax.Array]  # what an objective keeps from the teacher for each token: arrays [B, T, ...] by name
+Record = dict[str, jax.Array]  # a teacher's values that an objective stores for each token: arrays [B, T, ...] by name
 
 
 class Prompts(struct.PyTreeNode):
@@ -34,38 +34,38 @@ class Prompts(struct.PyTreeNode):
 
 
 class PromptBatch(struct.PyTreeNode):
-    """One batch of a stream. The teacher may read the same request under another template."""
+    """One batch of a prompt stream. The teacher may get the same request in another chat template."""
 
-    student: Prompts  # what the student answers
-    teacher: Prompts  # the same request as the teacher reads it; often equal
-    index: jax.Array  # int32[B], the prompt's row in its source: names the row's random key
+    student: Prompts  # with the student's template
+    teacher: Prompts  # the same requests with the teacher's template; often equal
+    index: jax.Array  # int32[B], row number of each prompt in its source; part of the row's random key
 
 
 class Sequences(struct.PyTreeNode):
-    """Prompts with given answers: what a model scores, and learns from."""
+    """Prompts with given answers, which a model scores or is trained on."""
 
     prompts: Prompts
-    tokens: jax.Array  # int32[B, T], right-padded; the closing tokens of a turn are part of the answer
+    tokens: jax.Array  # int32[B, T], right-padded, with the tokens that end the turn
     lengths: jax.Array  # int32[B]
 
 
 class Rollout(struct.PyTreeNode):
-    """The student's own answers."""
+    """Answers that the student sampled."""
 
-    tokens: jax.Array  # int32[B, T], right-padded; a closing EOS is part of the answer
+    tokens: jax.Array  # int32[B, T], right-padded, with the final EOS if there is one
     lengths: jax.Array  # int32[B], 1..T
     log_probs: jax.Array  # float32[B, T], log pi(token) at temperature 1, unfiltered; 0 in padding
-    entropy: jax.Array  # float32[B], mean entropy in nats of the answer's distributions
-    stopped: jax.Array  # bool[B], True: ended by EOS; False: cut at the cap
-    residuals: Residuals = ()  # of the tokens but the last, in the slots of the cache that they were made with
+    entropy: jax.Array  # float32[B], entropy of the next-token distribution in nats, mean over the answer's tokens
+    stopped: jax.Array  # bool[B], True: ended with EOS; False: cut at the maximum length
+    residuals: Residuals = ()  # of all tokens except the last, in the slots of the rollout's KV cache
 
     def after(self, prompts: Prompts) -> Sequences:
-        """The answers behind their prompts."""
+        """The answers together with their prompts."""
         return Sequences(prompts, self.tokens, self.lengths)
 
 
 class LogProbs(struct.PyTreeNode):
-    """Log-probabilities of the sampled tokens under both models; 0 in padding."""
+    """Log-probabilities of the answers' tokens under student and teacher; 0 in padding."""
 
     student: jax.Array  # float32[B, T]
     teacher: jax.Array  # float32[B, T]
@@ -80,71 +80,70 @@ class Selection(struct.PyTreeNode):
     """Which answers are trained on (methods Eq 6-8)."""
 
     mass: jax.Array  # float32[B], the gap mass of each answer, >= 0
-    order: jax.Array  # int32[B], rows by falling gap mass, ties by row
+    order: jax.Array  # int32[B], rows in descending order of gap mass; equal ones by row number
     count: jax.Array  # int32[], the first `count` rows of `order` are trained on
     weights: jax.Array  # float32[B], 1 for a selected row, else 0
 
 
 class TeacherRecord(struct.PyTreeNode):
-    """What an objective keeps of the teacher until the gradient."""
+    """The teacher's values that an objective stores until the gradient is computed."""
 
-    tokens: Record = struct.field(default_factory=dict)  # at each token, beside the token's log-probability
-    head: Params = struct.field(default_factory=dict)  # its output head, where "hidden" states are among them
+    tokens: Record = struct.field(default_factory=dict)  # for each token, in addition to its log-probability
+    head: Params = struct.field(default_factory=dict)  # the teacher's output head, if `tokens` has "hidden" states
 
 
 class Batch(struct.PyTreeNode):
     """A branch's answers in one step, scored and ranked."""
 
-    prompts: Prompts  # as the student read them
-    index: jax.Array  # int32[B], the prompts' rows in their source
+    prompts: Prompts  # with the student's template
+    index: jax.Array  # int32[B], row number of each prompt in its source
     rollout: Rollout
     log_probs: LogProbs
     selection: Selection
     teacher: TeacherRecord = TeacherRecord()
 
     def after_gradient(self) -> "Batch":
-        """What is still needed once the gradient is there."""
+        """The batch without the arrays that only the gradient needs."""
         return self.replace(rollout=self.rollout.replace(residuals=()), teacher=TeacherRecord())
 
 
 class TrainState(struct.PyTreeNode):
-    """All that an update changes: what is trained, and what the optimizer remembers of it."""
+    """Everything that an update changes: the trained parameters and the optimizer's state."""
 
     step: jax.Array  # int32[], updates done or skipped
-    params: Params  # those that are trained; frozen ones are no part of it
-    moments: dict[str, Any]  # Adam state: {"shared": ...}, or one for each branch by its name
-    skipped: jax.Array  # int32[], non-finite updates skipped in a row
+    params: Params  # the trained parameters; frozen ones are not included
+    moments: dict[str, Any]  # Adam states: {"shared": ...}, or one for each branch by name
 
 
 class KVCache(struct.PyTreeNode):
-    """What is kept of earlier tokens. A slot whose position is `EMPTY` is attended by nobody."""
+    """Keys and values of earlier tokens. No query attends to a slot whose position is `EMPTY`."""
 
-    keys: tuple[jax.Array, ...]  # of each layer, [B, G, S, K]
-    values: tuple[jax.Array, ...]  # the same
+    keys: tuple[jax.Array, ...]  # for each layer, [B, G, S, K]
+    values: tuple[jax.Array, ...]  # for each layer, [B, G, S, K]
     positions: jax.Array  # int32[B, S], position of each slot's token in its row, or EMPTY
     residuals: Residuals = ()
 
 
-EMPTY = 2**30  # a position later than any token's: a causal mask shuts it out by itself
+EMPTY = 2**30  # later than the position of any token, so that the causal mask excludes the slot
 
 
 class LanguageModel(Protocol):
-    """What the steps ask of a model. Hashable: it is a static argument of every compiled function.
+    """The methods of a model that the steps use. Hashable: it is a static argument of every compiled function.
 
-    `models.transformer.Model` is the one implementation.
+    `models.transformer.Model` is the only implementation.
     """
 
     @property
     def mesh(self) -> Mesh | None:
-        """Where its arrays lie; None: one device."""
+        """The mesh of its arrays; None: one device."""
 
     @property
     def dtype(self) -> str:
-        """Of activations and matrix products."""
+        """The dtype of activations and matrix products."""
 
     @property
     def head_axes(self) -> dict[str, tuple[str | None, ...]]:
-        """Logical axes of the parameters that `logits` reads."""
+        """The logical axes of the parameters that `logits` reads."""
 
     def __hash__(self) -> int: ...
 
@@ -154,24 +153,27 @@ class LanguageModel(Protocol):
     def hidden(
         self, params: Params, tokens_BS: jax.Array, so_far: Params | None = None, residuals: Residuals = ()
     ) -> jax.Array:
-        """Final hidden states `[B, S, D]` of whole rows; causal, so right-padding changes nothing.
+        """Final hidden states `[B, S, D]` of complete rows. Attention is causal, so right-padding has no effect.
 
-        With `so_far`, a float32 gradient of `params["layers"]`, the derivative by `so_far` is that gradient with this
-        one added. Then `residuals` of these tokens under these parameters spare the forward pass.
+        Args:
+          so_far: a gradient like `params["layers"]`, float32. If given, the derivative with respect to `so_far` is
+            `so_far` plus the gradient of `params["layers"]`.
+          residuals: the residual stream of these tokens under these parameters, only together with `so_far`. The
+            layers are then not computed in the forward pass.
         """
 
     def for_decoding(self, params: Params) -> Params:
-        """Parameters as `prefill`, `decode` and `logits` take them: cast once, each layer's apart."""
+        """The parameters in the form for `prefill`, `decode` and `logits`: cast once, with the layers unstacked."""
 
     def layer_for_decoding(self, layers: Params, i: jax.Array | int) -> Params:
-        """Layer i of that, out of the parameters of all layers."""
+        """Layer i of `for_decoding`, from the stacked parameters of all layers."""
 
     def others_for_decoding(self, others: Params) -> Params:
-        """That of parameters that belong to no layer."""
+        """`for_decoding` of parameters that belong to no layer."""
 
     @property
     def decoding_shardings(self) -> Params | None:
-        """Where these lie, a tree like them; None: one device."""
+        """The shardings of the result of `for_decoding`, as a tree like it; None: one device."""
 
     def prefill(
         self, params: Params, tokens_BP: jax.Array, lengths_B: jax.Array, keep_residuals: bool = False
@@ -181,7 +183,7 @@ class LanguageModel(Protocol):
     def decode(
         self, params: Params, token_B: jax.Array, position_B: jax.Array, cache: KVCache, slot: jax.Array
     ) -> tuple[jax.Array, KVCache]:
-        """Hidden states `[B, D]` of one more token a row, and the cache with it written at `slot`."""
+        """Hidden states `[B, D]` of one more token per row, and the cache with this token written at `slot`."""
 
     def logits(self, params: Params, hidden: jax.Array) -> jax.Array:
-        """float32 logits `[..., V]` of hidden states `[..., D]`; of the parameters it reads those of `head_axes`."""
+        """float32 logits `[..., V]` of hidden states `[..., D]`; reads only the parameters in `head_axes`."""

@@ -1,4 +1,4 @@
-"""Configs, branches and whole runs of the loop on tiny random models."""
+"""Configs, branches and runs of the training loop with tiny random models."""
 
 import dataclasses
 import itertools
@@ -19,7 +19,7 @@ from camopd_jax.types import PromptBatch, Prompts
 
 
 def branch_configs(recovery=None, review=None):
-    """The paper's two branches, with other values in some fields."""
+    """The paper's two branches, with changes of some fields."""
     return {
         "recovery": BranchConfig(
             **{"prompts": Stream("g"), "teacher": "general", "scale": 2.0, "steps": 3, **(recovery or {})}
@@ -36,7 +36,7 @@ def train_config(recovery=None, review=None, **fields):
 
 
 class Prompter:
-    """An endless stream of random prompts; widths as given, over and over."""
+    """An endless stream of random prompts with the given widths in turn."""
 
     def __init__(self, seed, widths=(4, 8), rows=4, vocab=14, least=None):
         self.random, self.widths, self.served = np.random.default_rng(seed), itertools.cycle(widths), 0
@@ -51,7 +51,7 @@ class Prompter:
 
 
 class Watcher:
-    """Keeps every step's record, and can end a run."""
+    """An observer that stores every step's record and can end a run."""
 
     def __init__(self, milestones=(), last=None, end_at=None):
         self.records, self.calls, self.milestones, self.last, self.end_at = [], [], milestones, last, end_at
@@ -71,7 +71,7 @@ class Watcher:
 
 @dataclasses.dataclass
 class Run:
-    """A run that has not begun."""
+    """A run that has not started."""
 
     branches: dict
     programs: Programs
@@ -89,9 +89,9 @@ def make_run(config, model, student, teachers, prompters, eos_ids=(2,)):
 
     Args:
       model: of student and teachers, on a mesh.
-      student: parameters; they are copied.
-      teachers: parameters of each branch's teacher; copied where they are offloaded.
-      prompters: a stream of prompts for each branch.
+      student: parameters, which are copied.
+      teachers: parameters of each branch's teacher, which are copied if they are offloaded.
+      prompters: the prompt stream of each branch.
     """
     setup = resolve(config, devices=list(model.mesh.devices.flat))
     student = jax.tree.map(jnp.copy, student)

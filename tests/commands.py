@@ -1,7 +1,6 @@
-"""Runs a command of the package as a user would, without paying its imports each time.
+"""Runs commands of the package like a user, without repeating the imports.
 
-A fork server imports what the commands import; every command then runs in a fork of it, with flags,
-devices and exit code of its own.
+A fork server does the imports. Every command runs in a fork of it, with its own flags, devices and exit code.
 """
 
 import atexit
@@ -15,7 +14,7 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-# The same programs without LLVM's passes over them: most of a test's time is compilation, of what then runs once.
+# Skips LLVM's optimisation: most of a test's time is the compilation of programs that run once.
 QUICKLY_COMPILED = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
 )
@@ -32,7 +31,7 @@ class Ended:
 
 
 class Running:
-    """A command that was started; its output is in `out` and `err`."""
+    """A started command; its output is in `out` and `err`."""
 
     def __init__(self, folder: Path, module: str, *args: str, devices: int = 1, env: dict[str, str] | None = None):
         folder.mkdir(parents=True, exist_ok=True)
@@ -51,7 +50,7 @@ class Running:
         return Ended(self._process.exitcode, self.out.read_text(), self.err.read_text())
 
     def kill(self) -> None:
-        """Ends it, if it has not ended."""
+        """Kills it, if it has not ended."""
         self._process.kill()
         self._process.join()
 
@@ -59,7 +58,7 @@ class Running:
         os.kill(self._process.pid, number)
 
     def when(self, condition, number: signal.Signals, seconds: float = 240) -> Ended:
-        """Sends a signal as soon as `condition()` holds, and waits."""
+        """Sends a signal as soon as `condition()` is true, and waits for the end."""
         end = time.monotonic() + seconds
         while not condition():
             assert self._process.is_alive() and time.monotonic() < end, self.out.read_text() + self.err.read_text()
@@ -69,7 +68,7 @@ class Running:
 
 
 class Pair:
-    """A command that was started as two processes."""
+    """A command started as two processes."""
 
     def __init__(self, command, module, *args, of_each=((), ()), devices=4, **options):
         with socket.create_server(("", 0)) as free:

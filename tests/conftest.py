@@ -1,4 +1,4 @@
-"""Eight simulated devices, no hub, and JAX's strict modes for every test; a tiny transformer and a batch of answers."""
+"""Every test has eight simulated devices, no hub and JAX's strict modes. Fixtures: a tiny transformer and answers."""
 
 import itertools
 import os
@@ -27,7 +27,7 @@ VOCAB, ROWS, PROMPT, ANSWER = 14, 8, 5, 7
 
 @pytest.fixture(scope="session", autouse=True)
 def compiled_once(tmp_path_factory, worker_id):
-    """A program that several tests compile, of any module and worker, is compiled once and read from a file then."""
+    """A program that several tests need is compiled once for all modules and workers, and cached on disk."""
     base = tmp_path_factory.getbasetemp()
     folder = (base if worker_id == "master" else base.parent) / "compiled"
     jax.config.update("jax_compilation_cache_dir", str(folder))
@@ -37,7 +37,7 @@ def compiled_once(tmp_path_factory, worker_id):
 
 @pytest.fixture(scope="module", autouse=True)
 def programs_of_one_module():
-    """Compiled programs are freed after each module: thousands of them in one process exhaust its memory mappings."""
+    """Frees compiled programs after each module: thousands in one process exhaust its memory mappings."""
     yield
     jax.clear_caches()
 
@@ -59,7 +59,7 @@ def command(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def pair(command):
-    """pair(module, *args) -> a command started as two processes, neither of which outlives the tests."""
+    """pair(module, *args) -> a command started as two processes, which are killed after the test."""
     pairs = []
 
     def start(module: str, *args, **options) -> Pair:
@@ -83,7 +83,7 @@ def tiny():
 
 @pytest.fixture(scope="session")
 def batch():
-    """(prompts, rollout, scores) of eight rows of many lengths; padding is rubbish, not zero."""
+    """(prompts, rollout, scores) of eight rows of different lengths; padding has arbitrary values, not zero."""
     rng = np.random.default_rng(5)
     lengths = np.array([7, 3, 1, 5, 7, 2, 6, 4], np.int32)
     prompts = Prompts(

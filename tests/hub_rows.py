@@ -1,4 +1,4 @@
-"""One row of each public dataset that columns.py knows, with the columns it has on the Hugging Face hub."""
+"""One row of each dataset in columns.py, with the columns on the Hugging Face hub."""
 
 MEDMCQA = {
     "id": "e9",

@@ -1,17 +1,17 @@
-"""Rows of prompts for tests, and the JSON files that hold them."""
+"""Rows of prompts for tests, and functions for JSON files."""
 
 import json
 
 
-def ask(text, *more):
-    """A row whose conversation is one question, or alternates from there."""
+def chat_row(text, *more):
+    """A row with a conversation of one question, or of alternating turns that start with it."""
     roles = ("user", "assistant")
     return {"messages": [{"role": roles[i % 2], "content": t} for i, t in enumerate([text, *more])]}
 
 
 def read_lines(file):
     """The objects of a JSONL file, every line of it."""
-    return [json.loads(line) for line in file.read_text().splitlines()]
+    return [json.loads(line) for line in file.read_bytes().split(b"\n") if line]
 
 
 def write_lines(file, rows):
@@ -20,13 +20,13 @@ def write_lines(file, rows):
 
 
 def edit_json(file, **changes):
-    """Sets fields of a JSON file; None removes one."""
+    """Sets fields of a JSON file; None removes a field."""
     values = json.loads(file.read_text()) | changes
     file.write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
 
 
 def swap_tokens(folder, first, second):
-    """Gives two tokens of a folder's tokenizer each other's id."""
+    """Swaps the ids of two tokens of a folder's tokenizer."""
     file = folder / "tokenizer.json"
     tokenizer = json.loads(file.read_text())
     vocab = tokenizer["model"]["vocab"]

@@ -1,4 +1,4 @@
-"""The grid of methods, rates and seeds: what is done, what is not, and the whole of it as a command."""
+"""The grid of methods, learning rates and seeds: finished and unfinished cells, and the command."""
 
 import json
 import signal
@@ -29,7 +29,7 @@ def leave(workdir, cell, benchmarks=("a", "b"), step=4, config=None):
     write_lines(folder / "eval.jsonl", [{"model": "student", "step": step, "benchmark": name} for name in benchmarks])
 
 
-def test_a_run_of_the_grid_is_its_method_at_its_rate_and_seed():
+def test_the_config_of_a_cell():
     config = CELL.config(BASE)
     assert (config.seed, config.optimizer.learning_rate, config.method.schedule) == (3, 1e-4, "mixed")
     assert config.evaluation.every == 0, "compared at the end alone"
@@ -37,7 +37,7 @@ def test_a_run_of_the_grid_is_its_method_at_its_rate_and_seed():
     assert Cell(INTERPOLATION, 0.3, 0).config(BASE) == BASE
 
 
-def test_only_a_run_with_all_its_last_scores_is_finished(tmp_path):
+def test_a_cell_with_all_final_results_is_finished(tmp_path):
     assert not is_finished(CELL, BASE, str(tmp_path))
     leave(tmp_path, CELL, benchmarks=("a",))
     assert not is_finished(CELL, BASE, str(tmp_path))
@@ -47,7 +47,7 @@ def test_only_a_run_with_all_its_last_scores_is_finished(tmp_path):
     assert is_finished(CELL, BASE, str(tmp_path))
 
 
-def test_a_grid_of_another_config_is_refused_by_the_field(tmp_path):
+def test_the_error_for_another_config_names_the_field(tmp_path):
     leave(tmp_path, CELL, config=Cell("vanilla", 2e-4, 3).config(BASE))
     with pytest.raises(UserError, match=r"seed-3: made with another config\.optimizer\.learning_rate; give the old"):
         is_finished(CELL, BASE, str(tmp_path))
@@ -55,7 +55,7 @@ def test_a_grid_of_another_config_is_refused_by_the_field(tmp_path):
 
 def test_mistakes(command, tmp_path):
     config = f"--config={ROOT / 'configs/sandbox.py'}"
-    for flags, says in (
+    for flags, message in (
         ([config], "--workdir is missing"),
         ([config, f"--workdir={tmp_path}", "--methods=camopd,vanila"], "vanila is not a method; give some of"),
         ([config, f"--workdir={tmp_path}", "--rates=1e-4,fast"], "--rates=1e-4,fast: give numbers separated by commas"),
@@ -63,7 +63,7 @@ def test_mistakes(command, tmp_path):
           "--workers=1"], "config.evaluation.benchmarks is empty, so"),
     ):  # fmt: skip
         ended = command("compare", *flags)
-        assert (ended.code, ended.err.count("\n")) == (2, 1) and says in ended.err, ended.err
+        assert (ended.code, ended.err.count("\n")) == (2, 1) and message in ended.err, ended.err
 
 
 @pytest.mark.slow
@@ -79,8 +79,8 @@ def test_a_killed_grid_leaves_no_worker_behind(command, tmp_path):
 
 
 @pytest.mark.slow
-def test_a_small_grid_from_begin_to_end_and_again(command, tmp_path):
-    """Two methods, two rates, two seeds and the interpolation; a run whose scores are lost runs again, and no other."""
+def test_a_small_grid_twice(command, tmp_path):
+    """Two methods, two rates, two seeds and the interpolation; only a run whose results are lost runs again."""
     flags = [f"--config={ROOT / 'configs/sandbox.py'}", f"--workdir={tmp_path / 'w'}", "--config.steps=4",
              "--config.rollout.batch_size=16", "--methods=camopd,distillation,interpolation", "--rates=1e-4,4e-4",
              "--seeds=2"]  # fmt: skip

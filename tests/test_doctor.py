@@ -1,4 +1,4 @@
-"""What the doctor finds: nothing wrong with a config that runs, and everything at once with one that does not."""
+"""`doctor`: no findings for a valid config, and all errors of an invalid one at once."""
 
 import dataclasses
 import runpy
@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 import pytest
 from etils import epath
-from rows import ask, edit_json, swap_tokens, write_lines
+from rows import chat_row, edit_json, swap_tokens, write_lines
 
 from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.config.identity import changed
@@ -38,7 +38,7 @@ def here():
 
 @pytest.fixture
 def model(tmp_path):
-    """A copy of the specialised model, to break."""
+    """A copy of the specialised model that a test may damage."""
     return Path(shutil.copytree(QUICKSTART / "specialist", tmp_path / "model"))
 
 
@@ -46,7 +46,7 @@ def texts(findings, kind, about=""):
     return [one.text for one in findings if one.kind == kind and one.about.startswith(about)]
 
 
-def test_a_config_that_runs_has_nothing_wrong_or_odd(config, here, tmp_path):
+def test_a_valid_config_has_no_errors_or_warnings(config, here, tmp_path):
     findings, prompts = doctor.examine(config, str(tmp_path / "run"), here)
     assert texts(findings, "wrong") == texts(findings, "odd") == []
     assert "1600 prompts of 11 to 16 tokens" in texts(findings, "good", "recovery prompts")[0]
@@ -57,7 +57,7 @@ def test_a_config_that_runs_has_nothing_wrong_or_odd(config, here, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_all_that_is_wrong_is_told_in_one_go(command, tmp_path):
+def test_all_errors_are_reported_at_once(command, tmp_path):
     ended = command(
         "doctor", f"--config={ROOT / 'configs/quickstart.py'}", "--config.specialised_model=/no/model",
         "--config.mesh.fsdp=3", f"--workdir={tmp_path / 'run'}",
@@ -83,12 +83,12 @@ def test_tokenizers_that_differ(config, here, model):
     assert "their tokenizers differ" in texts(findings, "wrong", "models")[0]
 
 
-def test_two_models_that_are_one(config, here):
+def test_two_equal_models(config, here):
     findings, _ = doctor.examine(changed(config, {"general_model": str(QUICKSTART / "specialist")}), None, here)
     assert texts(findings, "wrong") == [] and "no lost ability to recover" in texts(findings, "odd", "models")[0]
 
 
-def test_an_end_of_turn_that_ends_no_answer(config, here, model):
+def test_an_end_of_turn_token_that_is_not_eos(config, here, model):
     for name in ("config.json", "generation_config.json"):
         if (model / name).exists():
             edit_json(model / name, eos_token_id=None)
@@ -97,15 +97,17 @@ def test_an_end_of_turn_that_ends_no_answer(config, here, model):
     assert "ends answers with '<|end|>', but generation stops only at ['a']" in texts(findings, "odd", "models")[-1]
 
 
-def test_answers_longer_than_the_model_was_made_for(config, here):
+def test_answers_longer_than_the_models_maximum(config, here):
     findings, _ = doctor.examine(changed(config, {"rollout.max_response_tokens": 10_000}), None, here)
     assert "but prompt and answer may have 10064 tokens" in texts(findings, "odd", "general model")[0]
 
 
-def test_prompts_that_are_few_long_or_asked_in_a_benchmark(config, here, tmp_path):
-    questions = [ask(f"sort {text}") | {"answer": text} for text in ("cab", "dcb", "zya")]
+def test_prompts_that_are_few_long_or_evaluation_questions(config, here, tmp_path):
+    questions = [chat_row(f"sort {text}") | {"answer": text} for text in ("cab", "dcb", "zya")]
     benchmark = write_lines(tmp_path / "benchmark.jsonl", questions)
-    prompts = write_lines(tmp_path / "prompts.jsonl", [*questions[:2], *(ask("sort " + 70 * "ab") for _ in range(3))])
+    prompts = write_lines(
+        tmp_path / "prompts.jsonl", [*questions[:2], *(chat_row("sort " + 70 * "ab") for _ in range(3))]
+    )
     changes = {
         "branches.recovery.prompts.source": str(prompts),
         "evaluation.benchmarks": [
@@ -118,7 +120,7 @@ def test_prompts_that_are_few_long_or_asked_in_a_benchmark(config, here, tmp_pat
     assert "on the domain axis" in texts(findings, "odd", "benchmarks")[0]
 
 
-def test_a_mesh_and_memory_that_do_not_do(config, here):
+def test_a_mesh_and_memory_that_do_not_fit(config, here):
     findings, _ = doctor.examine(changed(config, {"mesh.tensor": 8, "mesh.data": 1}), None, here)
     assert "does not divide the model's" in texts(findings, "wrong", "devices")[0]
     small = dataclasses.replace(here, hbm=2**20)
@@ -126,8 +128,8 @@ def test_a_mesh_and_memory_that_do_not_do(config, here):
     assert "config.compute.offload=late" in texts(findings, "wrong", "devices")[0]
 
 
-def test_the_least_memory_is_that_of_its_parts(config, here):
-    """What an update needs, and a gradient without its activations."""
+def test_the_minimum_memory_is_the_sum_of_its_parts(config, here):
+    """The memory of an update, and of a gradient without its activations."""
     model = from_hf(hf.read_config(QUICKSTART / "specialist"))
     n = sum(p.size for p in jax.tree.leaves(jax.eval_shape(Model(model).init, jax.random.key(0))))
 
@@ -144,7 +146,7 @@ def test_the_least_memory_is_that_of_its_parts(config, here):
 
 
 def test_three_branches_have_three_teachers(config, here, model):
-    """A third branch's own teacher is a model like the others, and its prompts are read with it."""
+    """The third branch's teacher is checked like the other models, and its prompts with this teacher's tokenizer."""
     third = dataclasses.asdict(config.branches["review"]) | {"teacher": str(model), "objective": "reverse_kl"}
     findings, prompts = doctor.examine(changed(config, {"branches.law": third}), None, here)
     assert texts(findings, "wrong") == []
@@ -158,16 +160,16 @@ def test_three_branches_have_three_teachers(config, here, model):
     assert texts(findings, "wrong")[0].startswith("config.branches.law.teacher: no folder /no/law")
 
 
-def test_what_does_not_go_together_on_a_machine(config, here):
-    """All that a run checks as it starts."""
-    for changes, says in [
+def test_settings_that_the_platform_does_not_support(config, here):
+    """All checks that a run does when it starts."""
+    for changes, message in [
         ({"compute.remat": "rollout", "compute.matmul": "bfloat16"}, "needs the sampler"),
         ({"branches.recovery.objective": "kl"}, "the objectives are"),
         ({"compute.attention": "fused"}, "only TPUs and NVIDIA GPUs"),
         ({"rollout.concurrency": 4}, "config.rollout.concurrency is 4"),
     ]:
         findings, _ = doctor.examine(changed(config, changes), None, here)
-        assert says in texts(findings, "wrong", "devices")[0]
+        assert message in texts(findings, "wrong", "devices")[0]
 
 
 def test_a_work_directory_of_another_run(config, here, tmp_path):

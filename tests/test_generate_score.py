@@ -1,5 +1,7 @@
-"""`generate` and `score` against transformers on torch, over every form of row."""
+"""`generate` and `score` against transformers on torch, for every form of row."""
 
+import csv
+import json
 from pathlib import Path
 
 import numpy as np
@@ -45,7 +47,7 @@ def run(command, name, folder, rows, *flags):
     return read_lines(out)
 
 
-def test_greedy_answers_are_those_of_transformers(command, tmp_path, torch_side):
+def test_greedy_answers_equal_transformers(command, tmp_path, torch_side):
     model, tokenizer = torch_side
     made = run(command, "generate", tmp_path, ROWS, "--max_new_tokens=12")
     for row, given in zip(made, ROWS, strict=True):
@@ -58,7 +60,7 @@ def test_greedy_answers_are_those_of_transformers(command, tmp_path, torch_side)
         np.testing.assert_allclose(row["logprobs"], torch_logprobs(model, prompt, theirs), atol=1e-4)
 
 
-def test_sampled_answers_follow_the_seed_and_tell_unfiltered_logprobs(command, tmp_path, torch_side):
+def test_sampled_answers_depend_on_the_seed_and_have_unfiltered_logprobs(command, tmp_path, torch_side):
     model, tokenizer = torch_side
     rows = [{"prompt": "qx 7?"}] * 5
     flags = ["--max_new_tokens=8", "--temperature=3", "--top_k=20"]
@@ -70,8 +72,23 @@ def test_sampled_answers_follow_the_seed_and_tell_unfiltered_logprobs(command, t
         np.testing.assert_allclose(row["logprobs"], expected, atol=1e-4)
 
 
+def test_rows_in_other_forms_are_answered_alike(command, tmp_path):
+    """Characters that some take for the end of a line, a JSON array, a table: as the same prompts in JSON lines."""
+    rows = [{"prompt": f"a{c}b{c}c", "note": c} for c in "\u2028\u2029\x85\x0b\x0c\x1c"]
+    said = [row["response_ids"] for row in run(command, "generate", tmp_path, rows, "--max_new_tokens=2")]
+    assert [{k: row[k] for k in ("prompt", "note")} for row in read_lines(tmp_path / "y.jsonl")] == rows
+    (tmp_path / "array.json").write_text("\ufeff" + json.dumps(rows, ensure_ascii=False))
+    with (tmp_path / "table.csv").open("w", newline="") as file:
+        csv.writer(file).writerows([("prompt", "note"), *(row.values() for row in rows)])
+    for name in ("array.json", "table.csv"):
+        flags = [f"--input={tmp_path / name}", f"--output={tmp_path / 'z.jsonl'}", "--max_new_tokens=2"]
+        ended = command("generate", f"--model={FOLDER}", *flags)
+        assert ended.code == 0 and ended.err == ""
+        assert [row["response_ids"] for row in read_lines(tmp_path / "z.jsonl")] == said, name
+
+
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
-def test_scores_are_those_of_transformers(command, tmp_path, torch_side, temperature):
+def test_scores_equal_transformers(command, tmp_path, torch_side, temperature):
     model, tokenizer = torch_side
     answers = [
         {"response": "dcba"},
@@ -90,7 +107,7 @@ def test_scores_are_those_of_transformers(command, tmp_path, torch_side, tempera
 
 
 @pytest.mark.parametrize(
-    "name, rows, says",
+    "name, rows, message",
     [
         (
             "score",
@@ -98,19 +115,24 @@ def test_scores_are_those_of_transformers(command, tmp_path, torch_side, tempera
             'x.jsonl:2: no "response" and no "response_ids"',
         ),
         ("generate", [{"prompt": "a"}, {"text": "a"}], "x.jsonl:2: no prompt"),
+        (
+            "generate",
+            [{"prompt": "a"}, {"prompt": "a", "note": "\ud83d"}],
+            "x.jsonl:2: '\\ud83d' is half of a surrogate",
+        ),
     ],
 )
-def test_bad_rows_leave_no_output(command, tmp_path, name, rows, says):
+def test_bad_rows_leave_no_output(command, tmp_path, name, rows, message):
     source, out = write_lines(tmp_path / "x.jsonl", rows), tmp_path / "y.jsonl"
     out.write_text("before")
     ended = command(name, f"--model={FOLDER}", f"--input={source}", f"--output={out}")
-    assert ended.code == 2 and says in ended.err and len(ended.err.strip().splitlines()) == 1
+    assert ended.code == 2 and message in ended.err and len(ended.err.strip().splitlines()) == 1
     assert out.read_text() == "before"
 
 
 def test_bad_flags(command, tmp_path):
     source = write_lines(tmp_path / "x.jsonl", ROWS)
-    for flags, says in [
+    for flags, message in [
         ([f"--input={source}", f"--output={tmp_path / 'y'}"], "--model is missing"),
         ([f"--model={FOLDER}", f"--output={tmp_path / 'y'}"], "--input is missing"),
         ([f"--model={FOLDER}", f"--input={source}"], "--output is missing"),
@@ -119,4 +141,4 @@ def test_bad_flags(command, tmp_path):
         ([f"--model={FOLDER}", f"--input={source}", f"--output={tmp_path / 'y'}", "--top_p=2"], "top_p"),
     ]:
         ended = command("generate", *flags)
-        assert ended.code == 2 and says in ended.err and len(ended.err.strip().splitlines()) == 1, ended.err
+        assert ended.code == 2 and message in ended.err and len(ended.err.strip().splitlines()) == 1, ended.err

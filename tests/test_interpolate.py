@@ -1,4 +1,4 @@
-"""Between two models: by hand, and what cannot be averaged."""
+"""Interpolation of two models: by hand, and models that cannot be averaged."""
 
 import json
 import shutil

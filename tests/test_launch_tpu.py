@@ -1,4 +1,4 @@
-"""launch_tpu.sh: what --dry-run prints, what it does with a scripted gcloud, and what on a worker."""
+"""launch_tpu.sh: --dry-run, behaviour with a scripted gcloud, and the part that runs on a worker."""
 
 import os
 import shlex
@@ -16,8 +16,9 @@ FLAGS = ["--name=t", "--zone=us-central2-b", "--type=v4-32"]
 RUN = ["--", "--config=configs/medqa.py", "--workdir=gs://b/run dir"]
 WHERE = ["t", "--zone=us-central2-b"]
 
-# Keeps every call. A file holds the answers to come, a line each: of `describe` to each kind, of `create`, and of the
-# command (`codes`) and the other `ssh` calls (`ssh`); without a line it goes well.
+# A gcloud that records every call. Files have the coming replies, one per line: of `describe` for each kind, of
+# `create`, and the exit codes of the command (`codes`) and of other `ssh` calls (`ssh`). Without a line, a call
+# succeeds.
 GCLOUD = """#!/usr/bin/env bash
 cd "$(dirname "$0")"
 printf '%s\\n' "${*//$'\\n'/ ; }" >> calls
@@ -49,7 +50,7 @@ class Ended:
         self.calls = [line.removeprefix("compute tpus ") for line in (folder / "calls").read_text().splitlines()]
 
     def verbs(self, *hidden):
-        """What was called; of queued resources as "queue VERB"."""
+        """The verbs of all calls; for queued resources "queue VERB"."""
         verbs = [_verb(call) for call in self.calls]
         return [verb for verb in verbs if verb not in hidden]
 
@@ -81,11 +82,11 @@ def cloud(tmp_path):
     return run
 
 
-# ------------------------------------------------------------------------------------ what is printed
+# ------------------------------------------------------------------------------------ printed commands
 
 
 def commands(printed):
-    """The printed commands as bash reads them."""
+    """The printed commands, split into words as by bash."""
     found = []
     for line in printed.splitlines():
         if line.startswith("+ "):
@@ -94,7 +95,7 @@ def commands(printed):
     return found
 
 
-def test_dry_run_prints_every_command_and_runs_none():
+def test_dry_run_only_prints_commands():
     ended = dry(*FLAGS, "--spot", "--delete", "--project=p", "--dry-run", *RUN)
     assert ended.returncode == 0, ended.stderr
     tpu = [c[4:] for c in commands(ended.stdout) if c[:4] == ["gcloud", "compute", "tpus", "tpu-vm"]]
@@ -128,7 +129,7 @@ def test_each_generation_has_its_image(kind, image):
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    "flags, message",
     [
         (FLAGS[1:] + RUN, "--name is missing"),
         (FLAGS[:2] + RUN, "--type is missing"),
@@ -139,9 +140,9 @@ def test_each_generation_has_its_image(kind, image):
         ([*FLAGS, "--env=NOT_SET_HERE", *RUN], "--env=NOT_SET_HERE: it is not set here"),
     ],
 )
-def test_mistakes(flags, says):
+def test_mistakes(flags, message):
     ended = dry(*flags)
-    assert ended.returncode == 2 and says in ended.stderr and len(ended.stderr.splitlines()) == 1
+    assert ended.returncode == 2 and message in ended.stderr and len(ended.stderr.splitlines()) == 1
 
 
 def test_help():
@@ -152,17 +153,17 @@ def test_help():
 # ---------------------------------------------------------------------------------- getting a TPU
 
 
-def test_a_new_tpu_is_made_installed_and_started(cloud):
+def test_a_new_tpu_is_created_and_started(cloud):
     ended = cloud(tpu=["NONE", "READY"])
     assert ended.code == 0 and ended.verbs() == ["describe", "create", "describe", *START]
 
 
-def test_a_tpu_that_is_there_is_taken_again(cloud):
+def test_an_existing_tpu_is_used(cloud):
     assert cloud(tpu=["CREATING", "READY"]).verbs("describe") == START
     assert cloud(tpu=["STOPPED", "READY"]).calls[1].split()[1] == "start"
 
 
-def test_without_capacity_it_is_asked_again_and_after_a_refusal_not(cloud):
+def test_retries_without_capacity_but_not_after_a_refusal(cloud):
     ended = cloud(tpu=["NONE", "NONE", "READY"], create=[NO_CAPACITY])
     assert ended.code == 0 and ended.verbs("describe") == ["create", "create", *START]
     for refusal in ("INVALID_ARGUMENT: accelerator type", '"code": 8, "message": "Quota limit exceeded"'):
@@ -171,14 +172,14 @@ def test_without_capacity_it_is_asked_again_and_after_a_refusal_not(cloud):
         assert ended.err.splitlines()[-1].startswith("error: gcloud cannot create t")
 
 
-def test_a_state_that_is_not_told_is_no_absence(cloud):
+def test_an_unknown_state_does_not_mean_absent(cloud):
     ended = cloud(tpu=["offline"])
     assert ended.code == 2 and ended.verbs() == ["describe"] and "no network" in ended.err
     ended = cloud(tpu=["READY", "offline", "offline", "READY", "READY"], codes=[1])
     assert ended.code == 0 and "create" not in ended.verbs()
 
 
-def test_it_waits_in_the_queue(cloud):
+def test_waits_in_the_queue(cloud):
     waiting = ["NONE", "CREATING", "ACCEPTED", "WAITING_FOR_RESOURCES", "WAITING_FOR_RESOURCES", "PROVISIONING"]
     ended = cloud("--queued", queue=[*waiting, "ACTIVE"], tpu=["READY"])
     assert ended.code == 0
@@ -186,7 +187,7 @@ def test_it_waits_in_the_queue(cloud):
     assert ended.out.count("t is WAITING_FOR_RESOURCES") == 1
 
 
-def test_a_failed_request_is_made_again_but_not_for_ever(cloud):
+def test_a_failed_request_is_repeated_a_few_times(cloud):
     failure = ["FAILED", "stockout"]
     ended = cloud("--queued", queue=[*failure, "NONE", *failure, "NONE", "ACTIVE"], tpu=["READY"])
     assert ended.code == 0
@@ -199,7 +200,7 @@ def test_a_failed_request_is_made_again_but_not_for_ever(cloud):
 # ----------------------------------------------------------------------- preemption and failures
 
 
-def test_after_preemption_it_is_made_anew_and_the_same_command_started(cloud):
+def test_after_preemption_a_new_tpu_runs_the_same_command(cloud):
     ended = cloud("--delete", tpu=["READY", "PREEMPTED", "PREEMPTED", "NONE", "READY"], codes=[1, 0])
     assert ended.code == 0
     assert ended.verbs("describe") == [*START, "delete", "create", *START, "delete"]
@@ -207,7 +208,7 @@ def test_after_preemption_it_is_made_anew_and_the_same_command_started(cloud):
     assert first == second
 
 
-def test_a_suspended_request_is_deleted_and_made_anew(cloud):
+def test_a_suspended_request_is_replaced(cloud):
     ended = cloud(
         "--queued", "--spot", "--delete",
         queue=["ACTIVE", "SUSPENDING", "SUSPENDING", "SUSPENDED", "NONE", "PROVISIONING", "ACTIVE"],
@@ -218,39 +219,39 @@ def test_a_suspended_request_is_deleted_and_made_anew(cloud):
     assert all("--force" in call for call in ended.calls if call.startswith("queued-resources delete"))
 
 
-def test_a_request_that_is_active_without_its_tpu_is_made_anew(cloud):
+def test_an_active_request_without_a_tpu_is_replaced(cloud):
     ended = cloud("--queued", queue=["ACTIVE", "NONE", "ACTIVE"], tpu=["NONE", "READY"])
     assert ended.verbs("queue describe", "describe") == ["queue delete", "queue create", *START]
 
 
-def test_preemption_amid_the_installation(cloud):
+def test_preemption_during_the_installation(cloud):
     ended = cloud(tpu=["READY", "PREEMPTED", "PREEMPTED", "NONE", "READY"], ssh=[0, 255])
     assert ended.code == 0
     assert ended.verbs("describe") == [*START[:3], "delete", "create", *START]
 
 
-def test_behind_a_lost_connection_the_run_is_followed_again(cloud):
+def test_a_run_is_followed_again_after_a_lost_connection(cloud):
     ended = cloud(tpu=["READY"] * 3, codes=[255, 0])
     assert ended.code == 0 and ended.verbs("describe") == [*START, "start"]
     first, second = (call for call in ended.calls if "--here=" in call)
     assert first == second
 
 
-def test_a_failure_is_tried_again_as_a_new_attempt(cloud):
+def test_a_failed_command_is_started_again(cloud):
     ended = cloud(tpu=["READY"] * 3, codes=[1, 0])
     assert ended.code == 0 and ended.verbs("describe") == [*START, "ssh stop", "start"]
     first, second = (call for call in ended.calls if "--here=" in call)
     assert first != second
 
 
-def test_a_mistake_is_not_tried_again(cloud):
+def test_a_users_mistake_is_not_retried(cloud):
     ended = cloud(tpu=["READY"] * 2, codes=[2])
     assert ended.code == 2 and ended.verbs("describe") == START
     assert "error: the command ended with exit code 2" in ended.err
     assert cloud("--delete", tpu=["READY"] * 2, codes=[2]).verbs()[-1] == "delete"
 
 
-def test_quick_failures_end_it_and_slow_ones_much_later(cloud):
+def test_limits_for_quick_and_slow_failures(cloud):
     ended = cloud(tpu=["READY"] * 9, codes=[1, 1, 134])
     assert ended.code == 134 and ended.verbs().count("start") == 3
     assert "error: exit code 134 on a TPU that is up, failure 3" in ended.err
@@ -259,7 +260,7 @@ def test_quick_failures_end_it_and_slow_ones_much_later(cloud):
     assert cloud(tpu=["READY"] * 99, codes=[1] * 99, LAUNCH_TPU_QUICK="0").verbs().count("start") == 10
 
 
-def test_the_workers_get_what_git_tracks_what_is_named_and_the_variables(cloud):
+def test_files_and_variables_that_workers_get(cloud):
     extra = SCRIPT.parent / "runs" / "of_the_launch_test.txt"
     extra.parent.mkdir(exist_ok=True)
     extra.write_text("mine")
@@ -280,7 +281,7 @@ def test_the_workers_get_what_git_tracks_what_is_named_and_the_variables(cloud):
 
 @pytest.fixture
 def worker(tmp_path):
-    """worker(program) lays out a worker whose python is that program; worker.start(attempt) is what ssh runs."""
+    """worker(program) makes a worker with this program as python; worker.start(attempt) runs what ssh would run."""
 
     class Worker:
         home = tmp_path
@@ -305,7 +306,7 @@ def worker(tmp_path):
     return Worker()
 
 
-def test_on_a_worker_the_command_runs_once_an_attempt(worker):
+def test_a_worker_runs_the_command_once_per_attempt(worker):
     worker('echo "$@" $CAMOPD_DISTRIBUTED $TOKEN; exit 7')
     (worker.home / "camopd_jax" / "launch.env").write_text("export TOKEN=secret\n")
     for attempt, starts in ((1, 1), (1, 1), (2, 2)):
@@ -314,7 +315,7 @@ def test_on_a_worker_the_command_runs_once_an_attempt(worker):
         assert process.returncode == 7 and worker.starts() == starts
 
 
-def test_a_run_outlives_its_connection_and_can_be_followed_again(worker):
+def test_a_run_survives_a_lost_connection(worker):
     worker("mkfifo gate; echo ready; read < gate; echo done; exit 3")
     lost = worker.start(1)
     assert lost.stdout.readline() == "ready\n"
@@ -326,8 +327,8 @@ def test_a_run_outlives_its_connection_and_can_be_followed_again(worker):
     assert again.communicate(timeout=20)[0] == "done\n" and again.returncode == 3 and worker.starts() == 1
 
 
-def test_a_run_that_is_asked_to_end_saves_and_is_not_taken_for_a_finished_one(worker):
-    """The command that precedes every start ends what still runs; the program, as ours, saves and ends with 0."""
+def test_a_stopped_run_is_not_taken_for_a_finished_one(worker):
+    """Before every start, a command ends a program that still runs; like ours, it saves and exits with 0."""
     worker("trap 'echo saved; exit 0' TERM; echo ready; while true; do sleep 0.05; done")
     run = worker.start(1)
     assert run.stdout.readline() == "ready\n"

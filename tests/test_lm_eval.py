@@ -1,4 +1,4 @@
-"""Our engine under lm_eval: likelihoods and answers against transformers on torch, and its command on a local task."""
+"""The model in lm_eval: likelihoods and answers against transformers on torch, and the command with a local task."""
 
 import json
 import os
@@ -10,7 +10,8 @@ import pytest
 import torch
 import transformers
 from lm_eval.api.instance import Instance
-from rows import ask, read_lines, write_lines
+from lm_eval.models.huggingface import HFLM
+from rows import chat_row, read_lines, write_lines
 
 from camopd_jax.evals.harness import CamopdLM
 
@@ -29,6 +30,12 @@ def theirs():
     return transformers.AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32)
 
 
+@pytest.fixture(scope="module")
+def hflm():
+    """lm_eval's own model, of transformers on torch."""
+    return HFLM(pretrained=str(FOLDER), device="cpu", dtype="float32", batch_size=8, max_length=48)
+
+
 def requests(kind, *args):
     return [Instance(request_type=kind, doc={}, arguments=a, idx=i) for i, a in enumerate(args)]
 
@@ -38,61 +45,58 @@ def torch_logprobs(model, ids):
         return torch.log_softmax(model(torch.tensor([ids])).logits[0], -1)
 
 
-def test_likelihoods_are_those_of_transformers(ours, theirs):
+def test_likelihoods_equal_transformers(ours, theirs):
     found = ours.loglikelihood(requests("loglikelihood", *PAIRS))
     for (context, continuation), (value, _) in zip(PAIRS, found, strict=True):
         before = ours.tok_encode(context.rstrip()) or [ours.prefix_token_id]
         ids = ours.tok_encode(context + continuation)
         ids = ids if context else [*before, *ids]
         logp = torch_logprobs(theirs, ids)
-        said = range(len(before), len(ids))
-        assert value == pytest.approx(sum(float(logp[i - 1, ids[i]]) for i in said), abs=1e-3)
+        positions = range(len(before), len(ids))
+        assert value == pytest.approx(sum(float(logp[i - 1, ids[i]]) for i in positions), abs=1e-3)
 
 
-def test_what_greedy_decoding_says_is_told(ours):
-    prompt = ours.apply_chat_template(ask("reverse: abcd")["messages"])
-    (said,) = ours.generate_until(requests("generate_until", (prompt, {"until": [], "max_gen_toks": 16})))
-    assert said == "dcba"
-    greedy, other = ours.loglikelihood(requests("loglikelihood", (prompt, said), (prompt, "dcab")))
+def test_greedy_continuations_are_recognised(ours):
+    prompt = ours.apply_chat_template(chat_row("reverse: abcd")["messages"])
+    (answer,) = ours.generate_until(requests("generate_until", (prompt, {"until": [], "max_gen_toks": 16})))
+    assert answer == "dcba"
+    greedy, other = ours.loglikelihood(requests("loglikelihood", (prompt, answer), (prompt, "dcab")))
     assert greedy[1] and not other[1] and greedy[0] > other[0]
 
 
-@pytest.mark.parametrize("length", [10, 47, 130])
-def test_a_rolling_likelihood_predicts_each_token_once(ours, theirs, length):
-    """In lm_eval's windows: one after the other, each begins on the token before; the last is whole."""
-    text = ("sort: the quick fox and a lazy dog, " * 5)[:length]
-    ids = ours.tok_encode(text)
-    (value,) = ours.loglikelihood_rolling(requests("loglikelihood_rolling", (text,)))
-    window, by_hand = ours.max_length - 1, 0.0
-    for i in range(len(ids)):
-        end = min((i // window + 1) * window, len(ids))
-        context = [ours.prefix_token_id, *ids[:i]] if i < window else ids[end - window - 1 : i]
-        by_hand += float(torch_logprobs(theirs, context)[-1, ids[i]])
-    assert value == pytest.approx(by_hand, abs=2e-3)
+TEXT = "sort: the quick fox and a lazy dog, " * 5
+
+
+def test_rolling_likelihoods_are_those_of_lm_evals_own_model(ours, hflm):
+    """Of texts that end before, at and after the windows, which are max_length tokens wide."""
+    asked = requests("loglikelihood_rolling", *((TEXT[:n],) for n in (0, 1, 10, 47, 48, 49, 96, 97, 130)))
+    assert ours.loglikelihood_rolling(asked) == pytest.approx(hflm.loglikelihood_rolling(asked), abs=2e-3)
+
+
+def test_a_long_context_loses_the_same_front_as_in_lm_evals_own_model(ours, hflm):
+    """The last token of a continuation is no input: 46 tokens of context fit beside 3 within a max_length of 48."""
+    asked = requests("loglikelihood", *((TEXT[:n], "cba") for n in (44, 45, 46, 47, 48, 100)))
+    found, expected = (zip(*model.loglikelihood(asked), strict=True) for model in (ours, hflm))
+    for values, of_hflm in zip(found, expected, strict=True):  # likelihoods, then whether they are greedy
+        assert values == pytest.approx(of_hflm, abs=1e-3)
 
 
 def test_answers_end_at_the_first_stop_string_and_keep_their_order(ours):
     prompts = [
-        ours.apply_chat_template(ask(text)["messages"]) for text in ("reverse: abcd", "sort: dcba", "reverse: bcda")
+        ours.apply_chat_template(chat_row(text)["messages"])
+        for text in ("reverse: abcd", "sort: dcba", "reverse: bcda")
     ]
     settings = ({"until": ["cb", "a"]}, {"until": "d", "max_gen_toks": 3}, {"max_new_tokens": 2})
-    said = ours.generate_until(requests("generate_until", *zip(prompts, settings, strict=True)))
-    assert said == ["d", "abc", "ad"]
+    answers = ours.generate_until(requests("generate_until", *zip(prompts, settings, strict=True)))
+    assert answers == ["d", "abc", "ad"]
 
 
-def test_sampled_answers_come_again_with_the_seed(ours):
-    prompt = ours.apply_chat_template(ask("hello")["messages"])
-    asked = requests(
+def test_sampled_answers_repeat_with_the_seed(ours):
+    prompt = ours.apply_chat_template(chat_row("hello")["messages"])
+    repeated = requests(
         "generate_until", (prompt, {"until": [], "do_sample": True, "temperature": 2.0, "max_gen_toks": 16})
     )
-    assert ours.generate_until(asked) == ours.generate_until(asked)
-
-
-def test_a_long_context_loses_its_front(ours):
-    tail = "reverse: abc"
-    long, short = "x" * 100 + tail, tail
-    both = ours.loglikelihood(requests("loglikelihood", (long, "cba"), (("x" * 100 + short)[-45:], "cba")))
-    assert both[0][0] == pytest.approx(both[1][0], abs=1e-4)
+    assert ours.generate_until(repeated) == ours.generate_until(repeated)
 
 
 TASK = """
@@ -109,7 +113,7 @@ metric_list:
 """
 
 
-def test_its_command_runs_a_task_that_needs_no_download(command, tmp_path):
+def test_the_command_runs_a_local_task(command, tmp_path):
     rows = [
         {"question": f"reverse: {text}", "answer": text[::-1], "choices": [text[::-1], text]}
         for text in ("abcd", "bca", "cdab")
@@ -157,7 +161,7 @@ def test_its_command_runs_a_task_that_needs_no_download(command, tmp_path):
     assert [row["filtered_resps"][0] for row in read_lines(samples)] == ["dcba", "acb", "badc"]
 
 
-def test_a_folder_that_is_not_there_gets_one_line(command):
+def test_a_missing_folder_is_one_line(command):
     ended = command("lm_eval", "--model", "camopd_jax", "--model_args", "path=/no/such", "--tasks", "arc_easy")
     assert ended.code == 2 and "--model_args path: no folder /no/such" in ended.err.splitlines()[-1]
 

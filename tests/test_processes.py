@@ -1,5 +1,6 @@
-"""Two processes of four simulated devices each, as two hosts would run: `train` on the quickstart's models, against one
-process of eight. No test hangs: every process is killed at its time limit.
+"""`train` with two processes of four simulated devices, like two hosts, against one process of eight devices.
+
+Every process has a time limit, so no test hangs.
 """
 
 import re
@@ -36,7 +37,7 @@ SPLIT = [
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A config file: the quickstart with two benchmarks of a few questions."""
+    """A config file: the quickstart's, with two benchmarks of a few questions."""
     file = tmp_path_factory.mktemp("config") / "few.py"
     file.write_text(
         "import importlib.util\n"
@@ -54,7 +55,7 @@ def config(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def two(pair, config, tmp_path_factory):
-    """A run of two processes, with evaluations and a report: (its work directory, how each ended)."""
+    """A run of two processes with evaluations and a report: (work directory, how each process ended)."""
     workdir = tmp_path_factory.mktemp("two") / "run"
     flags = [config, *SMALL[1:], *SPLIT, f"--config.steps={STEPS}", "--config.log.report=true"]
     ended = pair("train", f"--workdir={workdir}", *flags, "--config.evaluation.every=3").wait()
@@ -64,7 +65,7 @@ def two(pair, config, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def one(command, tmp_path_factory):
-    """The same steps in one process of eight devices: its work directory."""
+    """The work directory of the same run in one process of eight devices."""
     workdir = tmp_path_factory.mktemp("one") / "run"
     flags = [*SMALL, NO_BENCHMARKS, f"--config.steps={STEPS}"]
     ended = command("train", f"--workdir={workdir}", *flags, devices=8)
@@ -77,7 +78,7 @@ def weights(workdir):
 
 
 def same_run(workdir, other):
-    """Losses, selections and parameters, up to the order of sums."""
+    """Asserts equal losses, selections and parameters, up to rounding."""
     for name in ("metrics", "selection"):
         ours, theirs = (read_lines(w / f"{name}.jsonl") for w in (workdir, other))
         assert [row["step"] for row in ours] == [row["step"] for row in theirs]
@@ -99,7 +100,7 @@ def steps_seen(workdir, n):
 
 
 def last_line(process, seconds=10):
-    """The last line on stderr, which may come a moment after the process's end."""
+    """The last line on stderr, which may be printed shortly after the end of the process."""
     end = time.monotonic() + seconds
     while not (lines := process.err.read_text().strip().splitlines()) or not lines[-1].startswith("error: "):
         assert time.monotonic() < end, lines[-1:]
@@ -110,11 +111,11 @@ def last_line(process, seconds=10):
 # ------------------------------------------------------------------------------ a whole run
 
 
-def test_two_processes_give_what_one_gives(two, one):
+def test_two_processes_equal_one(two, one):
     same_run(two[0], one)
 
 
-def test_one_process_writes_and_prints(two):
+def test_only_process_0_writes_and_prints(two):
     workdir, (leader, other) = two
     assert {p.name for p in workdir.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "selection.jsonl", "eval.jsonl", "answers", "checkpoints",
@@ -124,9 +125,9 @@ def test_one_process_writes_and_prints(two):
     assert [row["step"] for row in read_lines(workdir / "selection.jsonl")] == list(range(STEPS))
     assert [row["step"] for row in read_lines(workdir / "samples.jsonl")] == sorted(2 * list(range(STEPS)))
     rows = [(r["model"], r["step"], r["benchmark"]) for r in read_lines(workdir / "eval.jsonl")]
-    asked = [(model, step, name) for model, step in (("general", 0), ("specialised", 0), ("student", STEPS))
+    evaluations = [(model, step, name) for model, step in (("general", 0), ("specialised", 0), ("student", STEPS))
              for name in ("covered", "domain")]  # fmt: skip
-    assert rows == [*asked, ("student", STEPS, "standing")]
+    assert rows == [*evaluations, ("student", STEPS, "standing")]
     for file in (workdir / "answers").glob("*/*.jsonl"):
         questions = [row["question"] for row in read_lines(file)]
         assert sorted(questions) == list(range(8)) and all("score" in row for row in read_lines(file)), file
@@ -136,7 +137,7 @@ def test_one_process_writes_and_prints(two):
         assert words in leader.out and words not in other.out
 
 
-def test_its_checkpoint_is_read_by_one_process_of_one_device(two, command, tmp_path):
+def test_a_checkpoint_of_two_processes_is_read_by_one(two, command, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(two[0], workdir, ignore=shutil.ignore_patterns("export"))
     ended = command("train", f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, f"--config.steps={STEPS}")
@@ -150,7 +151,7 @@ def test_its_checkpoint_is_read_by_one_process_of_one_device(two, command, tmp_p
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    "flags, message",
     [
         (
             ["--process_id=0"],
@@ -167,12 +168,12 @@ def test_its_checkpoint_is_read_by_one_process_of_one_device(two, command, tmp_p
         (["--coordinator_address=a:1", "--num_processes=x", "--process_id=0"], "num_processes"),
     ],
 )
-def test_flags_that_cannot_be(command, tmp_path, flags, says):
+def test_invalid_flags(command, tmp_path, flags, message):
     ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags)
-    assert ended.code == 2 and says in ended.err and len(ended.err.splitlines()) == 1, ended.err
+    assert ended.code == 2 and message in ended.err and len(ended.err.splitlines()) == 1, ended.err
 
 
-def test_a_port_that_is_taken(command, tmp_path):
+def test_a_port_in_use(command, tmp_path):
     with socket.create_server(("", 0)) as taken:
         address = f"127.0.0.1:{taken.getsockname()[1]}"
         flags = [f"--coordinator_address={address}", "--num_processes=2", "--process_id=0"]
@@ -180,7 +181,7 @@ def test_a_port_that_is_taken(command, tmp_path):
     assert ended.code == 2 and f"--coordinator_address={address}: process 0 cannot listen there" in ended.err
 
 
-def test_a_mistake_on_one_host_ends_all_with_its_reason(pair, tmp_path):
+def test_an_error_on_one_host_ends_all_processes(pair, tmp_path):
     of_each = [[f"--workdir={tmp_path / 'run'}"], [f"--workdir={tmp_path / 'run'}", "--config.seed=3"]]
     leader, other = pair("train", *SMALL, NO_BENCHMARKS, of_each=of_each).wait(90)
     reason = "its config differs from that of process 0 (config.seed); give the same command on every host"
@@ -188,11 +189,11 @@ def test_a_mistake_on_one_host_ends_all_with_its_reason(pair, tmp_path):
     assert f"error: process 1 cannot continue: {reason}" in leader.err and f"error: {reason}" in other.err
 
 
-# ------------------------------------------------------------------------------ signals and deaths
+# ------------------------------------------------------------------------------ signals and lost processes
 
 
 @pytest.mark.slow
-def test_sigterm_on_one_stops_all_and_other_numbers_of_processes_go_on(pair, command, tmp_path, one):
+def test_sigterm_stops_all_processes_and_one_or_two_resume(pair, command, tmp_path, one):
     workdir = tmp_path / "run"
     flags = [f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, "--config.checkpoints.every=50"]
     both = pair("train", *flags, *SPLIT, "--config.steps=50")
@@ -217,7 +218,7 @@ def test_sigterm_on_one_stops_all_and_other_numbers_of_processes_go_on(pair, com
 
 @pytest.mark.slow
 @pytest.mark.parametrize("victim", [0, 1])
-def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(pair, tmp_path, victim, one):
+def test_a_killed_process_ends_the_other_and_the_run_resumes(pair, tmp_path, victim, one):
     workdir = tmp_path / "run"
     flags = [f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, *SPLIT, "--config.steps=50"]
     both = pair("train", *flags)
@@ -232,7 +233,7 @@ def test_a_killed_process_ends_the_other_and_the_same_command_goes_on(pair, tmp_
 
 
 @pytest.mark.slow
-def test_a_process_that_hangs_is_held_to_be_dead_within_a_bound(pair, tmp_path):
+def test_a_hanging_process_is_detected_in_time(pair, tmp_path):
     workdir = tmp_path / "run"
     both = pair("train", f"--workdir={workdir}", *SMALL, NO_BENCHMARKS, "--config.steps=5000")
     hangs, left = both.processes[1], both.processes[0]
@@ -245,33 +246,33 @@ def test_a_process_that_hangs_is_held_to_be_dead_within_a_bound(pair, tmp_path):
     assert "another process of the run was lost" in last_line(left)
 
 
-# ------------------------------------------------------------------------------ the search on Cloud TPU
+# ------------------------------------------------------------------------------ detection on Cloud TPU
 
 
 @pytest.mark.parametrize(
-    "wish, error, says",
+    "setting, error, message",
     [
         ("", ValueError("coordinator_address should be defined."), None),  # a TPU host without a cluster: alone
         ("", ConnectionError("no metadata"), "the other processes cannot be found (no metadata); name them with"),
         ("1", ValueError("coordinator_address should be defined."), "the other processes cannot be found (coordinator"),
     ],
 )
-def test_a_search_that_fails(monkeypatch, wish, error, says):
+def test_failed_detection(monkeypatch, setting, error, message):
     def search(**_):
         raise error
 
-    monkeypatch.setenv("CAMOPD_DISTRIBUTED", wish)
+    monkeypatch.setenv("CAMOPD_DISTRIBUTED", setting)
     monkeypatch.setattr(cluster, "_on_cloud_tpu", lambda: True)
     monkeypatch.setattr(jax.distributed, "initialize", search)
-    if says:
-        with pytest.raises(UserError, match=re.escape(says)):
+    if message:
+        with pytest.raises(UserError, match=re.escape(message)):
             cluster.join(None)
     else:
         cluster.join(None)
     assert not termination.in_cluster()
 
 
-def test_no_search_where_there_is_no_tpu_and_where_it_is_turned_off(monkeypatch):
+def test_no_detection_without_a_tpu_or_if_turned_off(monkeypatch):
     monkeypatch.setattr(jax.distributed, "initialize", lambda **_: pytest.fail("it searched"))
     monkeypatch.delenv("CAMOPD_DISTRIBUTED", raising=False)
     cluster.join(None)

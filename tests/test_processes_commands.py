@@ -1,4 +1,4 @@
-"""Every other command that takes the flags of several processes: two of four devices write what one of eight writes."""
+"""Other commands with the flags for several processes: two processes of four devices write the same as one of eight."""
 
 import json
 import re
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from rows import ask, read_lines, write_lines
+from rows import chat_row, read_lines, write_lines
 from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
@@ -41,13 +41,13 @@ metric_list: [{{metric: exact_match}}]
 
 
 def generate(folder, out):
-    prompts = write_lines(folder / "prompts.jsonl", [ask(text) for text in TEXTS])
+    prompts = write_lines(folder / "prompts.jsonl", [chat_row(text) for text in TEXTS])
     return [f"--model={QUICKSTART / 'specialist'}", f"--input={prompts}", f"--output={out}/answers.jsonl",
             "--max_new_tokens=12", "--temperature=1", "--batch_size=8"]  # fmt: skip
 
 
 def score(folder, out):
-    rows = [ask(text) | {"response": text[::-1]} for text in TEXTS]
+    rows = [chat_row(text) | {"response": text[::-1]} for text in TEXTS]
     answers = write_lines(folder / "answers.jsonl", rows)
     return [
         f"--model={QUICKSTART / 'specialist'}",
@@ -58,7 +58,7 @@ def score(folder, out):
 
 
 def sft(folder, out):
-    rows = [ask(text, text[::-1]) for text in TEXTS]
+    rows = [chat_row(text, text[::-1]) for text in TEXTS]
     (folder / "sft.py").write_text(
         "from camopd_jax.config import SftConfig, default\n\n\ndef get_config():\n"
         f"    config = default(SftConfig)\n    config.model = {str(QUICKSTART / 'generalist')!r}\n"
@@ -96,7 +96,7 @@ def lm_eval(folder, out):
     "module, arguments",
     [(f.__name__, f) for f in (generate, score, sft, evaluate, analyze, interpolate, lm_eval)],
 )
-def test_two_processes_write_what_one_writes(command, pair, tmp_path, module, arguments):
+def test_two_processes_write_the_same_as_one(command, pair, tmp_path, module, arguments):
     (tmp_path / "one").mkdir()
     (tmp_path / "two").mkdir()
     env = {"HF_HOME": str(tmp_path / "hf"), "HF_DATASETS_OFFLINE": "1"}
@@ -120,7 +120,7 @@ def test_export_of_two_processes(command, pair, tmp_path):
 
 
 def same_files(one, two):
-    """The same files with the same contents, up to the order of sums and what tells of time and place."""
+    """Asserts equal files, except for rounding, times and paths."""
     files = {name_of(f, one): f for f in one.rglob("*") if f.is_file()}
     others = {name_of(f, two): f for f in two.rglob("*") if f.is_file()}
     kept = {name for name in files if "checkpoints" not in name and "tensorboard" not in name}
@@ -135,7 +135,7 @@ def same_files(one, two):
 
 
 def name_of(file, folder):
-    """A file's place in a folder, without the time in the names that lm_eval gives."""
+    """A file's path in a folder, without the time in lm_eval's file names."""
     name = str(file.relative_to(folder))
     return "results.json" if "results_" in name else "samples.jsonl" if "samples_" in name else name
 

@@ -1,4 +1,4 @@
-"""Supervised fine-tuning as a command: it learns, resumes to the same bits, and exports."""
+"""The command `sft`: it trains, resumes with identical bits, and exports."""
 
 import signal
 from pathlib import Path
@@ -39,7 +39,7 @@ def whole(tmp_path_factory, command):
     return folder / "run", flags
 
 
-def test_it_learns_the_form_of_the_answers(whole):
+def test_sft_learns_the_form_of_the_answers(whole):
     metrics, scores = read_lines(whole[0] / "metrics.jsonl"), read_lines(whole[0] / "eval.jsonl")
     assert [row["step"] for row in metrics] == list(range(6)) and {row["phase"] for row in metrics} == {"sft"}
     assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
@@ -61,11 +61,11 @@ def test_killed_and_started_again_gives_the_same_bits(whole, command, tmp_path):
         np.testing.assert_array_equal(ours[name], theirs[name])
 
 
-def test_a_field_that_the_rows_lack(whole, command, tmp_path):
+def test_a_field_that_the_rows_do_not_have(whole, command, tmp_path):
     ended = command("sft", f"--workdir={tmp_path / 'run'}", *whole[1], "--config.answer={nothing}")
     assert ended.code == 2 and "asks for the field 'nothing'" in ended.err
 
 
-def test_a_batch_that_micro_batches_do_not_divide(whole, command, tmp_path):
+def test_a_micro_batch_that_does_not_divide_the_batch(whole, command, tmp_path):
     ended = command("sft", f"--workdir={tmp_path / 'run'}", *whole[1], "--config.batch_size=12")
     assert ended.code == 2 and "config.optimizer.micro_batch is 8; give a divisor of batch_size = 12" in ended.err

@@ -1,12 +1,11 @@
-"""The shape of the package: folders import downward only, commands hold no library code."""
+"""The structure of the package: folders import only from lower layers, and commands contain no library code."""
 
 import ast
 from graphlib import TopologicalSorter
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[1] / "camopd_jax"
-GROUND = {"errors", "types", "__init__"}  # modules beside the commands, that every folder may import
-STRANGERS = {"models", "data", "method", "rollout"}  # what a compiled step takes as arguments
+COMMON = {"errors", "types", "__init__"}  # modules beside the commands that every folder may import
 
 
 def modules():
@@ -15,7 +14,7 @@ def modules():
 
 
 def part(parts):
-    """The folder of a module; a module beside the folders is a part of its own, and so is a command beside its data."""
+    """The folder of a module. Modules outside the folders and the command `data.recipe` are separate parts."""
     return "data.recipe" if parts == ("data", "recipe") else parts[0]
 
 
@@ -43,7 +42,7 @@ def test_folders_import_each_other_in_one_direction():
     assert len(order) > 15
 
 
-def test_imports_go_downward_in_the_picture_of_the_architecture():
+def test_imports_follow_the_layers_in_the_architecture():
     picture = (PACKAGE.parent / "docs" / "architecture.md").read_text().split("```")[1]
     rows = {name: i for i, line in enumerate(picture.splitlines()) for name in line[:18].split()}
     folders = {parts[0] for _, parts in modules() if len(parts) > 1}
@@ -54,12 +53,12 @@ def test_imports_go_downward_in_the_picture_of_the_architecture():
 
 
 def test_nothing_imports_a_command():
-    commands = {parts[0] for _, parts in modules() if len(parts) == 1} - GROUND
+    commands = {parts[0] for _, parts in modules() if len(parts) == 1} - COMMON
     for name, targets in graph().items():
         assert not targets & commands, f"{name} imports the command {targets & commands}"
 
 
-def test_files_stay_small_enough_to_hold_in_the_head():
+def test_files_are_small():
     for file, parts in modules():
-        limit = 110 if len(parts) == 1 and parts[0] not in GROUND else 450
+        limit = 110 if len(parts) == 1 and parts[0] not in COMMON else 450
         assert len(file.read_text().splitlines()) <= limit, file

@@ -1,4 +1,4 @@
-"""The main job as a command, on the quickstart's models: its files, kills in the middle, and its mistakes."""
+"""The command `train` with the quickstart's models: its files, kills and mistakes."""
 
 import shutil
 import signal
@@ -32,7 +32,7 @@ def checkpoints(workdir):
 
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory, command):
-    """A run that nobody disturbed: (its work directory, how it ended)."""
+    """An uninterrupted run: (work directory, how it ended)."""
     workdir = tmp_path_factory.mktemp("whole") / "run"
     ended = command("train", f"--workdir={workdir}", *SMALL, "--config.log.report=true")
     assert ended.code == 0, ended.err
@@ -46,11 +46,11 @@ def same_weights(workdir, other):
         np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
 
 
-def test_a_run_leaves_what_it_promises(whole):
+def test_the_files_of_a_run(whole):
     workdir, ended = whole
     assert {p.name for p in workdir.iterdir()} == {
-        "config.json", "metrics.jsonl", "samples.jsonl", "selection.jsonl", "checkpoints", "tensorboard", "export",
-        "report.html",
+        "config.json", "lock", "metrics.jsonl", "samples.jsonl", "selection.jsonl", "checkpoints", "tensorboard",
+        "export", "report.html",
     }  # fmt: skip
     metrics = read_lines(workdir / "metrics.jsonl")
     assert [m["step"] for m in metrics] == list(range(STEPS))
@@ -72,7 +72,7 @@ def test_a_run_leaves_what_it_promises(whole):
     )
 
 
-def test_samples_hold_the_gap_of_every_token(whole):
+def test_samples_have_the_gap_of_every_token(whole):
     samples = read_lines(whole[0] / "samples.jsonl")
     assert len(samples) == 2 * STEPS
     for row in samples:
@@ -83,7 +83,7 @@ def test_samples_hold_the_gap_of_every_token(whole):
         assert (row["tokens"][-1] == "<|end|>") == (row["finish_reason"] == "stop")
 
 
-def test_selection_tells_of_every_answer(whole):
+def test_selection_has_every_answer(whole):
     metrics, rows = (read_lines(whole[0] / f"{name}.jsonl") for name in ("metrics", "selection"))
     samples = read_lines(whole[0] / "samples.jsonl")
     assert len(rows) == STEPS
@@ -104,7 +104,7 @@ def test_selection_tells_of_every_answer(whole):
 
 
 @pytest.mark.slow
-def test_diagnostics_change_nothing_and_come_again_after_a_kill(whole, command, tmp_path):
+def test_diagnostics_do_not_change_the_run_and_resume_after_a_kill(whole, command, tmp_path):
     workdir, file = tmp_path / "run", tmp_path / "run" / "diagnostics.jsonl"
     flags = [*SMALL, "--config.diagnostics.every=4", "--config.diagnostics.rows=8"]
     seen = lambda: file.exists() and len(file.read_text().splitlines()) == 2  # noqa: E731
@@ -122,7 +122,7 @@ def test_diagnostics_change_nothing_and_come_again_after_a_kill(whole, command, 
     assert list(rows[1]["layers"]) == ["embedding", "final_norm", "layer 0", "layer 1", "layer 2"]
 
 
-def test_analyze_tells_of_a_run_s_gradients_and_selection(whole, command, tmp_path):
+def test_analyze_a_run(whole, command, tmp_path):
     out = tmp_path / "x.jsonl"
     ended = command("analyze", f"--checkpoint={whole[0]}", "--source_field=skill", f"--out={out}", *SMALL,
                     "--config.diagnostics.rows=8", "--config.diagnostics.sketch=255")  # fmt: skip
@@ -136,7 +136,7 @@ def test_analyze_tells_of_a_run_s_gradients_and_selection(whole, command, tmp_pa
         "Gradients of 8 answers a branch, after 8 steps",
         "The gradients of recovery and review against each other",
         "cosine",
-        "Rank correlation of an answer's score with",
+        "Rank correlation of an answer's gap mass with",
         "What was selected over the run",
     )
     for words in headings:
@@ -144,7 +144,7 @@ def test_analyze_tells_of_a_run_s_gradients_and_selection(whole, command, tmp_pa
     assert max(map(len, ended.out.splitlines())) <= 80
 
 
-def test_the_export_answers_the_same_in_transformers(whole, command, tmp_path):
+def test_the_export_gives_the_same_answers_in_transformers(whole, command, tmp_path):
     folder = whole[0] / "export"
     model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
@@ -212,7 +212,8 @@ def test_sigterm_saves_and_exits_cleanly(whole, command, tmp_path):
 def test_a_finished_run_started_again_changes_nothing(whole, command, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(whole[0], workdir)
-    assert command("train", f"--workdir={workdir}", *SMALL).code == 0
+    free = ["--config.optimizer.micro_batch=4", "--config.compute.remat=none", "--config.compute.offload=late"]
+    assert command("train", f"--workdir={workdir}", *SMALL, *free).code == 0
     same_weights(workdir, whole[0])
     assert (workdir / "metrics.jsonl").read_text() == (whole[0] / "metrics.jsonl").read_text()
 
@@ -238,7 +239,7 @@ def test_eight_devices_give_the_same_model(whole, command, tmp_path):
 
 
 def with_a_third_branch(folder, **law):
-    """A config file like the quickstart's, with one more branch."""
+    """A config file like the quickstart's with one more branch."""
     file = folder / "three.py"
     text = (ROOT / "configs/quickstart.py").read_text().replace("__file__", repr(str(ROOT / "configs/quickstart.py")))
     third = f"    config.branches.law = {law!r}\n    return config\n"
@@ -246,8 +247,8 @@ def with_a_third_branch(folder, **law):
     return [f"--config={file}", *SMALL[1:]]
 
 
-def test_two_domains_with_two_specialists(command, tmp_path):
-    """A third branch with its own teacher, killed in the middle, goes on to the same end; a report has all three."""
+def test_three_branches_with_two_specialists(command, tmp_path):
+    """A run with a third branch and teacher is killed and resumed with equal results; the report has all branches."""
     specialist = tmp_path / "lawyer"
     shutil.copytree(QUICKSTART / "specialist", specialist)
     tensors = load_file(specialist / "model.safetensors")
@@ -276,8 +277,8 @@ def test_two_domains_with_two_specialists(command, tmp_path):
     )
 
 
-def test_frozen_parameters_are_no_part_of_checkpoints_and_leave_as_they_came(command, tmp_path):
-    """Only the feed-forward blocks are trained, resumed and exported anew; all other tensors keep their bits."""
+def test_frozen_parameters_are_not_in_checkpoints_and_do_not_change(command, tmp_path):
+    """Only feed-forward blocks are trained, resumed and changed in the export; other tensors are unchanged."""
     workdir, flags = tmp_path / "run", [*SMALL, "--config.optimizer.trained=layers[.]mlp[.]"]
     assert command("train", f"--workdir={workdir}", *flags, "--config.steps=3").code == 0
     ended = command("train", f"--workdir={workdir}", *flags, "--config.steps=4")
@@ -311,7 +312,7 @@ def test_export_of_an_earlier_step(whole, command, tmp_path):
 
 @pytest.fixture
 def other(tmp_path):
-    """A copy of the specialist to spoil."""
+    """A copy of the specialised model that a test may damage."""
     shutil.copytree(QUICKSTART / "specialist", tmp_path / "other")
     return tmp_path / "other"
 
@@ -325,7 +326,7 @@ def one_line(ended, *parts):
 
 
 @pytest.mark.parametrize(
-    "flags, says",
+    "flags, message",
     [
         (["--config.stps=3"], "--config.stps is not a field of the config; did you mean steps?"),
         (["--config.steps=many"], "steps"),
@@ -354,18 +355,18 @@ def one_line(ended, *parts):
         (["steps=3"], "'steps=3' is not a flag"),
     ],
 )
-def test_mistakes_on_the_command_line(command, tmp_path, flags, says):
-    one_line(command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags), says)
+def test_mistakes_on_the_command_line(command, tmp_path, flags, message):
+    one_line(command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags), message)
     assert not (tmp_path / "run").exists()
 
 
-def test_no_config_and_no_workdir(command, tmp_path):
+def test_missing_config_and_workdir(command, tmp_path):
     one_line(command("train", f"--workdir={tmp_path / 'run'}"), "--config is missing")
     one_line(command("train", "--workdir=x", "--config=none.py"), "--config", "none.py")
     one_line(command("train", SMALL[0]), "--workdir is missing; for example --workdir=runs/quickstart")
 
 
-def test_a_batch_that_does_not_divide_by_the_mesh(command, tmp_path):
+def test_a_batch_that_the_mesh_does_not_divide(command, tmp_path):
     flags = ["--config.rollout.batch_size=20", "--config.optimizer.micro_batch=4"]
     ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags, devices=8)
     one_line(ended, "config.rollout.batch_size is 20, which is not a multiple of data x fsdp = 8 of config.mesh")
@@ -378,7 +379,7 @@ def test_a_workdir_of_another_run_and_another_teacher(whole, command, other, tmp
         "belongs to a run with another config (config.seed)",
     )
     assert (whole[0] / "config.json").read_bytes() == before
-    # The folder named by the config has other weights than those the run began with.
+    # The config's folder has other weights than those that the run started with.
     general = tmp_path / "general"
     shutil.copytree(QUICKSTART / "generalist", general)
     workdir, flags = tmp_path / "run", [*SMALL, f"--config.general_model={general}", "--config.steps=1"]
@@ -406,20 +407,13 @@ def test_a_truncated_checkpoint_is_one_line(command, spoilt_run, tmp_path, part)
     assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
 
 
-@pytest.mark.parametrize(
-    ("item", "content", "says"),
-    [
-        ("provenance", "{}", "provenance: this file of the checkpoint is damaged (method is not there)"),
-        ("provenance", "[]", "provenance: this file of the checkpoint is damaged (method is not there)"),
-        ("positions", "{}", "positions: this file of the checkpoint is damaged (recovery is not there)"),
-    ],
-)
-def test_a_damaged_small_file_of_a_checkpoint(command, spoilt_run, item, content, says):
+@pytest.mark.parametrize("item", ["provenance", "positions", "digests"])
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_a_damaged_small_file_of_a_checkpoint(command, spoilt_run, tmp_path, item, content):
     run, checkpoint = spoilt_run
     (checkpoint / item / "metadata").write_text(content)
-    one_line(command("train", f"--workdir={run}", *SMALL), f"{checkpoint}/{says}", f"delete the folder {STEPS}")
-    if item == "provenance":
-        one_line(command("export", f"--workdir={run}", f"--out={run / 'out'}"), f"{checkpoint}/{says}")
+    ended = command("export", f"--workdir={run}", f"--out={tmp_path / 'out'}")
+    one_line(ended, f"{checkpoint}: damaged on disk", "the run has checkpoints [3, 6, 8]: give another one")
 
 
 def spoil_vocab(folder):
@@ -431,7 +425,7 @@ def spoil_tensors(folder):
 
 
 @pytest.mark.parametrize(
-    "spoil, says",
+    "spoil, message",
     [
         (spoil_vocab, "has shape [52, 96], config.json asks for [60, 96]"),
         (spoil_tensors, "is cut short at tensor"),
@@ -444,17 +438,17 @@ def spoil_tensors(folder):
         (lambda f: edit_json(f / "tokenizer_config.json", chat_template=None), "no chat template"),
     ],
 )  # fmt: skip
-def test_checkpoints_that_cannot_be(command, other, tmp_path, spoil, says):
+def test_invalid_checkpoints(command, other, tmp_path, spoil, message):
     spoil(other)
     one_line(
         command("train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.specialised_model={other}"),
         str(other),
-        says,
+        message,
     )
     assert not (tmp_path / "run" / "checkpoints").exists()
 
 
-def test_padded_vocabularies_of_different_size_are_fine(command, other, tmp_path):
+def test_padded_vocabularies_may_differ_in_size(command, other, tmp_path):
     tensors = load_file(other / "model.safetensors")
     tensors["model.embed_tokens.weight"] = np.pad(tensors["model.embed_tokens.weight"], ((0, 12), (0, 0)))
     save_file(tensors, other / "model.safetensors", metadata={"format": "pt"})
@@ -466,7 +460,7 @@ def test_padded_vocabularies_of_different_size_are_fine(command, other, tmp_path
     assert load_file(tmp_path / "run/export/model.safetensors")["model.embed_tokens.weight"].shape == (64, 96)
 
 
-def test_other_ends_of_answers_are_told(command, other, tmp_path):
+def test_different_eos_is_a_warning(command, other, tmp_path):
     edit_json(other / "generation_config.json", eos_token_id=[5, 0])
     ended = command(
         "train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.specialised_model={other}", "--config.steps=1"
@@ -474,7 +468,7 @@ def test_other_ends_of_answers_are_told(command, other, tmp_path):
     assert ended.code == 0 and "warning: answers end with ['<|pad|>', '<|end|>']" in ended.out
 
 
-def test_a_bad_row_is_named_by_its_line(command, tmp_path):
+def test_the_error_for_a_bad_row_names_the_line(command, tmp_path):
     bad = tmp_path / "bad.jsonl"
     bad.write_text('{"prompt": "a"}\n{"text": "b"}\n')
     one_line(
@@ -483,16 +477,57 @@ def test_a_bad_row_is_named_by_its_line(command, tmp_path):
     )
 
 
-def test_steps_that_are_not_finite_end_the_run(command, other, tmp_path):
+def test_a_teacher_that_is_not_finite_is_named_before_the_first_step(command, other, tmp_path):
     tensors = load_file(other / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32("nan")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)  # finite, but no logit is
     teacher = tmp_path / "teacher"
     shutil.copytree(QUICKSTART / "generalist", teacher)
     save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})
-    flags = [f"--config.general_model={teacher}", "--config.max_skipped=2"]
+    ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.general_model={teacher}")
+    one_line(ended, f"config.general_model = {teacher}", "not finite")
+    assert not (tmp_path / "run/metrics.jsonl").exists()
+
+
+def test_steps_that_are_not_finite_end_the_run(command, tmp_path):
+    flags = ["--config.optimizer.learning_rate=1e38", "--config.max_skipped=2"]
     ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, *flags)
-    one_line(ended, "2 updates in a row", "not finite", "Checkpoints are kept")
-    assert [m["skipped"] for m in read_lines(tmp_path / "run/metrics.jsonl")] == [1, 2]
+    one_line(ended, "2 recovery updates in a row", "not finite", "Checkpoints are kept")
+    assert [m["skipped"] for m in read_lines(tmp_path / "run/metrics.jsonl")] == [0, 1, 2]
+
+
+def test_skipped_updates_are_counted_by_phase():
+    """A sound review between recoveries that are skipped does not begin their count anew."""
+    from camopd_jax.runs.run import Run
+
+    run = object.__new__(Run)
+    run._skipped = {}
+    phases = [("recovery", True), ("review", False), ("recovery", True), ("recovery", False), ("recovery", True)]
+    assert [run._count_skipped(*phase) for phase in phases] == [1, 0, 2, 0, 1]
+
+
+def test_a_run_goes_on_from_the_checkpoint_before_a_damaged_one(whole, command, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(whole[0], workdir)
+    shutil.rmtree(workdir / "checkpoints/8")
+    largest = max(
+        (f for f in (workdir / "checkpoints/6/state").rglob("*") if f.is_file()), key=lambda f: f.stat().st_size
+    )
+    data = bytearray(largest.read_bytes())
+    data[len(data) // 2] ^= 1
+    largest.write_bytes(data)
+    ended = command("train", f"--workdir={workdir}", *SMALL)
+    assert ended.code == 0 and "damaged_checkpoint_6" in ended.out and "continuing from step 3" in ended.out
+    same_weights(workdir, whole[0])
+
+
+def test_prompts_that_changed_between_two_starts(command, tmp_path):
+    rows = (QUICKSTART / "general_prompts.jsonl").read_text().splitlines(keepends=True)
+    prompts, workdir = tmp_path / "general.jsonl", tmp_path / "run"
+    prompts.write_text("".join(rows[:64]))
+    flags = [*SMALL, f"--workdir={workdir}", f"--config.branches.recovery.prompts.source={prompts}", "--config.steps=1"]
+    assert command("train", *flags).code == 0
+    prompts.write_text("".join(rows[1:65]))
+    one_line(command("train", *flags), f"{workdir}: its run began with other recovery prompts")
 
 
 def test_clip_rates_by_phase():

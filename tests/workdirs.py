@@ -1,10 +1,10 @@
-"""Work directories of runs and grids, small, as `train` and `compare` write them."""
+"""Small work directories of runs and grids, as `train` and `compare` write them."""
 
 import dataclasses
 import json
 
 from camopd_jax.config.identity import changed, to_json
-from camopd_jax.config.methods import CONTROLS
+from camopd_jax.config.methods import METHODS
 from camopd_jax.config.schema import Benchmark, BranchConfig, Evaluation, Stream, TrainConfig
 from camopd_jax.evals.results import summarise
 from camopd_jax.evals.task import Grade
@@ -17,10 +17,10 @@ HALF = {"sums": [1.0, 0.0] * 4, "logic": [1.0, 0.0] * 4, "drugs": EVERYTHING}
 
 
 def config(method="camopd", branches=None, **changes):
-    """A run's config; `changes` are of fields with . between blocks' names.
+    """A run's config; `changes` are fields with dotted names.
 
     Args:
-      branches: instead of the method's: names, and how many steps of a cycle each has.
+      branches: names and steps in a cycle, in place of the method's branches.
     """
     if branches:
         of = {name: BranchConfig(steps=steps) for name, steps in branches.items()}
@@ -28,7 +28,7 @@ def config(method="camopd", branches=None, **changes):
         of = TrainConfig("", "").branches
     of = {name: dataclasses.replace(branch, prompts=Stream(f"{name}.jsonl")) for name, branch in of.items()}
     base = TrainConfig("original", "specialist", of, steps=12, evaluation=Evaluation(benchmarks=BENCHMARKS))
-    controls = {} if branches else CONTROLS[method].changes
+    controls = {} if branches else METHODS[method].changes
     return changed(base, controls | changes)
 
 
@@ -37,9 +37,9 @@ def write_run(folder, method="camopd", *, steps=None, student=HALF, standings=()
     """Writes a run that has done `steps` steps (default: all) and returns its folder.
 
     Args:
-      student: scores of the finished model by benchmark; None: not evaluated.
-      standings: (step, recovery, retention) of evaluations between the steps.
-      branches: names of other branches than the method's, and how many steps of a cycle each has.
+      student: grades of the final model by benchmark; None: not evaluated.
+      standings: (step, recovery, retention) of evaluations during training.
+      branches: names and steps in a cycle, in place of the method's branches.
     """
     made = config(method, branches, **changes)
     cycle = [name for name, branch in made.branches.items() for _ in range(branch.steps)]
@@ -66,7 +66,7 @@ def write_run(folder, method="camopd", *, steps=None, student=HALF, standings=()
 
 
 def write_grid(folder, students, sweep=None):
-    """Writes a finished grid: `students` are the finished models' scores by method and seed."""
+    """Writes a finished grid; `students` has the grades of the final models by method and seed."""
     settings = dict.fromkeys(students, 0.0002)
     for method, of_seeds in students.items():
         for seed, student in of_seeds.items():

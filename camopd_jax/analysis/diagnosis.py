@@ -1,7 +1,7 @@
-"""What the gradients of a model in training look like, on a fixed set of prompts of each branch.
+"""Measures the gradients of a model in training on a fixed set of prompts of each branch.
 
-A diagnosis asks prompts of its own, with random keys of its own: the run is the same with and without it, and its rows
-are comparable over steps. `analysis.gradients` has the equations.
+A diagnosis has its own prompts and random keys. So it does not change the run, and its rows are comparable over steps.
+`analysis.gradients` has the equations.
 """
 
 from collections.abc import Iterator
@@ -20,19 +20,19 @@ from camopd_jax.method.statistics import answer_table
 from camopd_jax.runtime.mesh import global_rows, sharding
 from camopd_jax.types import Batch, TrainState
 
-PROMPT_SEED = 2**20  # of the order in which a diagnosis's prompts are drawn
-FIRST_DRAW = 2**30  # random keys from here on are no step's of a run
+PROMPT_SEED = 2**20  # seed for the selection of a diagnosis's prompts
+FIRST_DRAW = 2**30  # first draw of a diagnosis; the steps of a run have smaller ones
 
 Row = dict[str, Any]
 
 
 class Diagnosis:
-    """Compiled once; called with a step's state."""
+    """Compiles the measurement once; call it with the state of a step."""
 
     def __init__(self, setup: Setup, models: Models, teachers: dict[str, Teacher], programs: Programs):
         """
         Args:
-          teachers: of each branch, those of the run.
+          teachers: the run's teacher of each branch.
         """
         self._setup, self._programs = setup, programs
         config, mesh = setup.config, setup.mesh
@@ -55,7 +55,7 @@ class Diagnosis:
         )
 
     def __call__(self, step: int, state: TrainState) -> tuple[Row, dict[str, selection.AnswerTable]]:
-        """The row of diagnostics.jsonl for a model after `step` steps, and the tables of the answers it rests on."""
+        """The row of diagnostics.jsonl for a model after `step` steps, and the table of each branch's answers."""
         batches = {name: self._answers(i, name, step, state) for i, name in enumerate(self._branches)}
         config = self._setup.config
         key = jax.random.fold_in(jax.random.key(config.seed), FIRST_DRAW)
@@ -71,7 +71,7 @@ class Diagnosis:
         branch, programs, prompts = self._branches[name], self._programs, self._prompts[name]
         draw = np.int32(FIRST_DRAW + len(self._branches) * step + number)
         answers = programs.generate(branch, state, prompts, draw)
-        # A forward pass of the student's own: equal models have gaps of 0.
+        # With a forward pass of the student, the gaps are exactly 0 if both models are equal.
         log_probs, teacher = programs.score(branch, state, prompts, answers, forward=True)
         ranked = programs.select(branch, log_probs, answers, draw)
         answers = answers.replace(residuals=())
@@ -79,7 +79,7 @@ class Diagnosis:
 
 
 def figures(measured: dict[str, Any]) -> Row:
-    """Ratios of what `gradients.measure` returns, as JSON values; null where there is no gradient to divide by."""
+    """Ratios of the results of `gradients.measure`, as JSON values; null if a denominator is 0."""
     branches = {}
     for branch, of_set in measured["branches"].items():
         coherence = _by_set(of_set["sum"], of_set["lengths"])
@@ -107,17 +107,17 @@ def figures(measured: dict[str, Any]) -> Row:
 
 
 def _pair(measured: dict[str, Any], name: str) -> tuple[gradients.Named, ...]:
-    """By group: the product of a set's mean gradients in the first two branches, and the square of each."""
+    """By group: the inner product of a set's mean gradients in the first two branches, and their squared norms."""
     first_two = list(measured["squares"].values())[:2]
     return measured["products"][name], *(squares[name] for squares in first_two)
 
 
 def _by_set(numerator: np.ndarray, denominator: np.ndarray) -> dict[str, float | None]:
-    """The ratio for each set, and its mean over the lots."""
+    """The ratio for each set, and its mean over the random sets."""
     ratios = [_ratio(a, b) for a, b in zip(numerator, denominator, strict=True)]
-    lots = ratios[len(gradients.SETS) :]
-    known = [ratio for ratio in lots if ratio is not None]
-    mean = float(np.mean(known)) if len(known) == len(lots) else None
+    random = ratios[len(gradients.SETS) :]
+    known = [ratio for ratio in random if ratio is not None]
+    mean = float(np.mean(known)) if len(known) == len(random) else None
     return dict(zip(gradients.SETS, ratios, strict=False)) | {"random": mean}
 
 
@@ -126,7 +126,7 @@ def _gain(ours: float | None, theirs: float | None) -> float | None:
 
 
 def _by_layer(*groups: gradients.Named) -> Iterator[tuple[Any, ...]]:
-    """(name, value of each), with "layers" taken apart."""
+    """(name, value of each argument) for every group; "layers" has one entry for each layer."""
     for group in groups[0]:
         values = [np.atleast_1d(of[group]) for of in groups]
         for i, each in enumerate(zip(*values, strict=True)):

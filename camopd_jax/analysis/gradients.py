@@ -1,16 +1,16 @@
-"""Gradients of single answers: how far those of a set of answers agree, and how far two branches conflict.
+"""Gradients of single answers: coherence within a set of answers, and conflict between two branches.
 
-With `g_i` the gradient of answer i's own loss, the bracket of Eq 9:
+With `g_i` the gradient of the loss of answer i, the bracket of Eq 9:
 
     coherence   Coh(A) = |sum_A g_i| / sum_A |g_i| of a set A of answers       (arXiv 2605.27115, section 4.4)
-    GCG         (Coh(selected) - Coh(all)) / Coh(all): what the selection gains. Small sets are more coherent (n
-                orthogonal gradients: 1 / sqrt(n)), so the gain over random sets of the same size is given as well
-    signal      |sum_A g_i| / |A|: the norm of the gradient that an update on A follows
+    GCG         (Coh(selected) - Coh(all)) / Coh(all): the gain by selection. Smaller sets are more coherent (n
+                orthogonal gradients: 1 / sqrt(n)), so the gain over random sets of the same size is computed too
+    signal      |sum_A g_i| / |A|: the norm of the gradient of an update on A
     conflict    g . d and cos(g, d) of the first two branches' mean gradients; survives = |g + d| / (|g| + |d|), the
-                share of their norms that is left in a mixed step
+                share of their norms that remains in a mixed step
 
-Only the gradients of one micro-batch and one sum for each set are in memory at a time. With `sketch > 0` no sum is as
-large as the model: only a random projection of each matrix's gradient is kept.
+Only the gradients of one micro-batch and one sum for each set are in memory at a time. With `sketch > 0`, sums are
+smaller than the model: they consist of a random projection of each matrix's gradient.
 """
 
 from collections.abc import Callable
@@ -21,7 +21,7 @@ import jax.numpy as jnp
 
 from camopd_jax.config.schema import Diagnostics, TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.method.gradient import Lesson, Loss, weighted_loss
+from camopd_jax.method.gradient import Loss, LossInputs, weighted_loss
 from camopd_jax.method.select import random_subset
 from camopd_jax.method.weights import token_weights
 from camopd_jax.models import partition
@@ -29,36 +29,36 @@ from camopd_jax.runtime.buckets import Widths
 from camopd_jax.types import Batch, Params
 
 SETS = ("selected", "all")
-LOTS = 4  # random sets of as many answers as were selected: the baseline for a set of that size
-Named = dict[str, jax.Array]  # arrays by their parameter's name, as in "layers.attention.query.kernel"
+RANDOM_SETS = 4  # random sets of as many answers as were selected: the baseline for a set of that size
+Named = dict[str, jax.Array]  # arrays by parameter name, such as "layers.attention.query.kernel"
 
 
 def measure(
     params: Params, batches: dict[str, Batch], key: jax.Array, *, losses: dict[str, Loss], config: TrainConfig
 ) -> dict[str, Any]:
-    """Lengths and products of the gradients of the branches' answers under the same parameters.
+    """Norms and inner products of the gradients of the branches' answers under the same parameters.
 
     Args:
-      params: all of the model.
+      params: all parameters of the model.
       batches: of each branch.
-      key: of the lots and of the random projection.
-      losses: of each branch, on models without a mesh: each answer's gradient is its own program, and the compiler
-        spreads them as it likes.
+      key: for the random sets and the random projection.
+      losses: of each branch, with models without a mesh, so that the compiler chooses the sharding.
 
     Returns:
-      "branches", of each branch float32[2 + LOTS] with an entry for each of SETS, then for each lot: "sum", the length
-      of the set's summed gradient; "lengths", the sum of its answers' gradients' lengths; "count", its size.
-      "products", of each of SETS the inner products of the first two branches' mean gradients by group (`products`);
-      empty, where there is one branch. "squares", of each branch and set those with itself.
+      "branches": for each branch, arrays float32[2 + RANDOM_SETS] with an entry for each of SETS and each random set:
+      "sum", the norm of the sum of the set's gradients; "lengths", the sum of their norms; "count", the set's size.
+      "products": for each of SETS, the inner products of the first two branches' mean gradients by group (`products`);
+      empty if there is only one branch. "squares": for each branch and set, the squared norm of the mean gradient by
+      group.
     """
     means: dict[str, list[Named]] = {}
     result: dict[str, Any] = {"branches": {}, "squares": {}, "products": {}}
     for number, (branch, batch) in enumerate(batches.items()):
-        lots = jax.random.split(jax.random.fold_in(key, number), LOTS)
-        random = [random_subset(batch.selection, lot).weights for lot in lots]
+        keys = jax.random.split(jax.random.fold_in(key, number), RANDOM_SETS)
+        random = [random_subset(batch.selection, one).weights for one in keys]
         sets_AB = jnp.stack([batch.selection.weights, jnp.ones_like(random[0]), *random])
-        lesson = answer_lesson(batch, losses[branch], config, branch)
-        sums, lengths_B = set_gradients(losses[branch], params, lesson, batch.teacher.head, sets_AB, key, config)
+        inputs = answer_inputs(batch, losses[branch], config, branch)
+        sums, lengths_B = set_gradients(losses[branch], params, inputs, batch.teacher.head, sets_AB, key, config)
         counts = jnp.sum(sets_AB, axis=1)
         squares = jax.vmap(lambda one: total(products(one, one)))(sums)
         result["branches"][branch] = {"sum": jnp.sqrt(squares), "lengths": sets_AB @ lengths_B, "count": counts}
@@ -70,46 +70,46 @@ def measure(
     return result
 
 
-def answer_lesson(batch: Batch, loss: Loss, config: TrainConfig, branch: str) -> Lesson:
-    """All answers of a batch, each with the weights of its own loss: the bracket of Eq 9."""
+def answer_inputs(batch: Batch, loss: Loss, config: TrainConfig, branch: str) -> LossInputs:
+    """All answers of a batch, each with the weights of its own loss, the bracket of Eq 9."""
     selection = batch.selection
     alone = selection.replace(weights=jnp.ones_like(selection.weights), count=jnp.int32(1))
     scale = config.branches[branch].scale
     weights = token_weights(batch.replace(selection=alone), config.method, loss.objective, scale)
-    return Lesson(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens)
+    return LossInputs(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens)
 
 
 def set_gradients(
     loss: Loss,
     params: Params,
-    lesson: Lesson,
+    inputs: LossInputs,
     teacher_head: Params,
     sets_AB: jax.Array,
     key: jax.Array,
     config: TrainConfig,
 ) -> tuple[Named, jax.Array]:
-    """The summed gradient of each set of answers, and the length of every answer's gradient.
+    """The sum of the gradients of each set of answers, and the norm of every answer's gradient.
 
     Args:
-      sets_AB: float32[A, B], 1 where an answer is in a set.
+      sets_AB: float32[A, B], 1 if an answer is in a set.
 
     Returns:
-      {parameter: float32[A, ...]}, or the sums' projections float32[A, (L,) sketch]; and float32[B].
+      {parameter: float32[A, ...]}, or projections of the sums float32[A, (L,) sketch]; and float32[B].
     """
-    settings, sequences = config.diagnostics, lesson.sequences
+    settings, sequences = config.diagnostics, inputs.sequences
     trained = partition.trained(params, config.optimizer.trained)
-    chosen, rebuild = split(trained, settings)
+    chosen, rebuild = select_parameters(trained, settings)
     slots = sequences.prompts.tokens.shape[1], sequences.tokens.shape[1]
     widths = Widths(sum(slots), slots[1], config.compute.logits_chunk)
 
-    def of_answer(chosen: Named, answer: Lesson) -> jax.Array:
+    def of_answer(chosen: Named, answer: LossInputs) -> jax.Array:
         answer = jax.tree.map(lambda array: array[None], answer)
         return weighted_loss(loss, partition.merge(params, rebuild(chosen)), answer, teacher_head, widths)
 
     micro = settings.micro_batch
-    pieces = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), (lesson, sets_AB.T))
+    pieces = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), (inputs, sets_AB.T))
 
-    def add(sums: Named, piece: tuple[Lesson, jax.Array]) -> tuple[Named, jax.Array]:
+    def add(sums: Named, piece: tuple[LossInputs, jax.Array]) -> tuple[Named, jax.Array]:
         answers, member_MA = piece
         grads = jax.vmap(jax.grad(of_answer), in_axes=(None, 0))(chosen, answers)
         grads = {name: g.astype(jnp.float32) for name, g in grads.items()}
@@ -127,11 +127,11 @@ def set_gradients(
     return sums, lengths.reshape(-1)
 
 
-def split(params: Params, settings: Diagnostics) -> tuple[Named, Callable[[Named], Params]]:
-    """The parameters whose gradients are looked at, by name, and a function that puts them back among the others.
+def select_parameters(params: Params, settings: Diagnostics) -> tuple[Named, Callable[[Named], Params]]:
+    """The parameters to measure, by name, and a function that rebuilds the tree of all parameters from them.
 
     Raises:
-      UserError: if no name holds one of the words of `settings.parameters`.
+      UserError: if no parameter name contains one of the texts in `settings.parameters`.
     """
     leaves, structure = jax.tree_util.tree_flatten_with_path(params)
     names = [".".join(key.key for key in path) for path, _ in leaves]
@@ -151,17 +151,17 @@ def split(params: Params, settings: Diagnostics) -> tuple[Named, Callable[[Named
 
 
 def sketch(grads: Named, width: int, key: jax.Array) -> Named:
-    """A random projection of each matrix to `width` numbers: random signs, then folded (a count sketch).
+    """A random projection of each matrix to `width` numbers: multiply by random signs, then fold (a count sketch).
 
-    Products of projections are products of the gradients on average over the signs; for a projection of the whole, the
-    error of a squared length is about `sqrt(2 / width)` of it. A layer's matrices share their signs with the other
-    layers'; matrices of other names have signs of their own, so that errors do not add up.
+    The expected inner product of two projections is the inner product of the gradients. For one projection of all
+    parameters, the relative error of a squared norm would be about `sqrt(2 / width)`. A parameter's signs are the same
+    in all layers; different parameters have different signs, so that their errors are independent.
 
     Args:
       grads: float[M, ...] or, stacked, float[M, L, ...].
 
     Returns:
-      float[M, width] or float[M, L, width]; what is smaller than `width` stays as it is.
+      float[M, width] or float[M, L, width]; smaller matrices are returned flat but not projected.
     """
     found = {}
     for number, (name, g) in enumerate(sorted(grads.items())):
@@ -178,7 +178,7 @@ def sketch(grads: Named, width: int, key: jax.Array) -> Named:
 
 
 def products(a: Named, b: Named) -> Named:
-    """Inner products by group: "embedding", "head", "final_norm", and float32[L] of "layers"."""
+    """Inner products by group: scalars for "embedding", "head" and "final_norm", float32[L] for "layers"."""
     groups: Named = {}
     for name in a:
         axes = tuple(range(stacked(name), a[name].ndim))
@@ -188,7 +188,7 @@ def products(a: Named, b: Named) -> Named:
 
 
 def total(groups: Named) -> jax.Array:
-    """The inner product over all groups."""
+    """The sum of inner products over all groups."""
     return sum((jnp.sum(value) for value in groups.values()), start=jnp.float32(0))
 
 

@@ -1,7 +1,7 @@
-"""What the selection follows: how an answer's score correlates with its length, its difficulty and its prompt.
+"""Correlations of an answer's gap mass with its length, difficulty and prompt source, and statistics of the selection.
 
-A table is what `method.statistics.answer_table` returns for a batch of answers, as lists; selection.jsonl holds one for
-each step and branch. Scores fall while a model learns, so answers are ranked among those of their own batch.
+A table is the result of `method.statistics.answer_table` for a batch of answers, as lists. selection.jsonl has one for
+each step and branch. The gap mass decreases in training, so correlations are computed within a batch.
 """
 
 import itertools
@@ -12,30 +12,31 @@ from typing import Any
 import numpy as np
 from scipy import stats
 
-AnswerTable = dict[str, Any]  # {"index", "score", "selected", "length", ...: lists of one length}
-# An estimate and the ends of its 95 % confidence interval, None where a single observation gives no error
+AnswerTable = dict[str, Any]  # lists of equal length: {"index", "score" (the gap mass), "selected", "length", ...}
+# An estimate and the ends of its 95 % confidence interval, which are None for a single observation
 Interval = tuple[float, float | None, float | None]
 
 FEATURES = ("length", "truncated", "entropy", "student_loss", "teacher_loss")
-SOURCE = "source: "  # before a prompt source's name, among the features
+SOURCE = "source: "  # prefix of features that stand for a prompt source
 
 
-def correlation(scores: Sequence[float], feature: Sequence[float]) -> Interval | None:
-    """Spearman's rank correlation, with the interval of Bonett and Wright (2000); None where one side does not vary."""
-    if len(scores) < 4 or len(set(scores)) == 1 or len(set(feature)) == 1:
+def correlation(masses: Sequence[float], feature: Sequence[float]) -> Interval | None:
+    """Spearman's rank correlation with the interval of Bonett and Wright (2000); None if one argument is constant."""
+    if len(masses) < 4 or len(set(masses)) == 1 or len(set(feature)) == 1:
         return None
-    rho = float(stats.spearmanr(scores, feature).statistic)
+    rho = float(stats.spearmanr(masses, feature).statistic)
     if abs(rho) > 1 - 1e-12:
         return rho, rho, rho
-    half_width = stats.norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (len(scores) - 3))
+    half_width = stats.norm.ppf(0.975) * math.sqrt((1 + rho**2 / 2) / (len(masses) - 3))
     return rho, math.tanh(math.atanh(rho) - half_width), math.tanh(math.atanh(rho) + half_width)
 
 
 def correlations(table: AnswerTable, sources: Sequence[str] | None = None) -> dict[str, Interval]:
-    """Correlations of the score with each feature of the answers of one batch.
+    """Correlations of the gap mass with each feature of the answers of one batch.
 
     Args:
-      sources: where each prompt of the source file comes from; each then is a feature too, true of its answers.
+      sources: the source of each prompt in the prompt file. If given, "prompt is from this source" is a feature for
+        each source.
     """
     features = {name: table[name] for name in FEATURES}
     if sources is not None:
@@ -46,12 +47,12 @@ def correlations(table: AnswerTable, sources: Sequence[str] | None = None) -> di
 
 
 def over_steps(tables: Iterable[AnswerTable], sources: Sequence[str] | None = None) -> dict[str, Interval]:
-    """The mean over steps of each step's correlations, with a t interval over the steps."""
+    """The mean over steps of each step's correlations, with a t interval over steps."""
     return _means([correlations(table, sources) for table in tables], lambda interval: interval[0])
 
 
 def lengths(tables: Iterable[AnswerTable]) -> dict[str, Interval]:
-    """Mean lengths in tokens over steps: of the selected answers, of all, and their difference within a step."""
+    """Means over steps of the lengths in tokens: of the selected answers, of all answers, and the difference."""
     rows = []
     for table in tables:
         length, selected = np.asarray(table["length"]), np.asarray(table["selected"], bool)
@@ -62,7 +63,7 @@ def lengths(tables: Iterable[AnswerTable]) -> dict[str, Interval]:
 
 
 def rates_by_source(tables: Iterable[AnswerTable], sources: Sequence[str]) -> dict[str, Interval]:
-    """Share of each source's answers that were selected, with Wilson's interval."""
+    """The share of each source's answers that were selected, with Wilson's interval."""
     of_source: dict[str, list[bool]] = {}
     for table in tables:
         for index, selected in zip(table["index"], table["selected"], strict=True):
@@ -71,13 +72,13 @@ def rates_by_source(tables: Iterable[AnswerTable], sources: Sequence[str]) -> di
 
 
 def repeats(tables: Iterable[AnswerTable]) -> dict[str, Any]:
-    """How often the same prompts are selected over training.
+    """How often the same prompts are selected during training.
 
     Returns:
-      prompts: how many came. asked, selected: how often each came and was selected, on average. never, always: of the
-      prompts that came at least twice, the share never or always selected. again, anew: share selected of the answers
-      to prompts that were, or were not, selected the time before; None without any. Where the selection does not
-      depend on the prompt, the two are alike.
+      prompts: number of different prompts. asked, selected: how often a prompt was used and selected, on average.
+      never, always: shares of the prompts used at least twice that were never or always selected. again, anew: shares
+      of answers selected if the previous answer to the prompt was, or was not, selected; None if there are no such
+      answers. The two are similar if the selection does not depend on the prompt.
     """
     history: dict[int, list[bool]] = {}
     for table in tables:
@@ -107,7 +108,7 @@ def _mean(values: Iterable[float]) -> float | None:
 
 
 def _means(rows: Sequence[dict[str, Any]], value: Callable[[Any], float]) -> dict[str, Interval]:
-    """The mean of each key over the rows that have it, with a t interval; a single row has none."""
+    """The mean of each key over the rows that have it, with a t interval; None ends for a single row."""
     columns: dict[str, list[float]] = {}
     for row in rows:
         for name, entry in row.items():

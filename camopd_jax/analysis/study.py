@@ -1,7 +1,7 @@
-"""Many methods over many seeds: what each recovers and retains, and paired tests of their differences.
+"""Statistics of methods over seeds: recovery and retention, and paired tests of differences between methods.
 
-A run's outcome is a number for each benchmark: the recovery of a general one, the retention of a domain one
-(`evals.comparison`). Runs of one seed see the same prompts in the same order, so methods are compared seed by seed.
+A run's outcome is a number for each benchmark: recovery on a general one, retention on a domain one
+(`evals.comparison`). Runs with the same seed use the same prompts in the same order, so differences are paired by seed.
 """
 
 import math
@@ -17,24 +17,24 @@ from camopd_jax.evals.comparison import kept_share, recovered_share
 from camopd_jax.evals.results import Result, on_questions
 
 Shares = dict[str, float]  # by benchmark
-TUNING_SEED = 1000  # of the runs that choose a learning rate
-TUNING_EVERY = 4  # of the questions, one in so many chooses settings; results are of the others
+TUNING_SEED = 1000  # seed of the runs that choose a learning rate
+TUNING_EVERY = 4  # one in this many questions is used to choose settings; results are on the other questions
 
 
-def tuning(number: int) -> bool:
-    """Whether a question chooses settings instead of measuring results."""
+def is_tuning_question(number: int) -> bool:
+    """Whether a question is used to choose settings, not to measure results."""
     return number % TUNING_EVERY == 0
 
 
 def shares(models: Sequence[Sequence[Result]], for_tuning: bool) -> Shares:
-    """Recovery or retention of each benchmark, on the questions that choose settings or on the others.
+    """Recovery or retention on each benchmark, for the questions that choose settings or for the others.
 
     Args:
-      models: results of the general teacher, the specialised model and a student, benchmark by benchmark.
+      models: results of the general teacher, the specialised model and a student on the same benchmarks.
     """
     of_benchmark = {}
     for rows in zip(*models, strict=True):
-        chosen = [i for i in range(rows[0]["n"]) if tuning(i) == for_tuning]
+        chosen = [i for i in range(rows[0]["n"]) if is_tuning_question(i) == for_tuning]
         general, specialised, student = ([on_questions(row, chosen)] for row in rows)
         if rows[0]["axis"] == "general":
             share = recovered_share(general, specialised, student)
@@ -45,14 +45,14 @@ def shares(models: Sequence[Sequence[Result]], for_tuning: bool) -> Shares:
 
 
 def merit(of_run: Shares, axes: dict[str, str]) -> float:
-    """What settings are chosen by: the mean of mean recovery and mean retention."""
+    """The criterion for settings: the average of mean recovery and mean retention."""
     means = [np.mean([of_run[name] for name in axes if axes[name] == axis]) for axis in set(axes.values())]
     return float(np.mean(means))
 
 
 @dataclass(frozen=True)
 class Mean:
-    """Over seeds. `error` is the standard error; None of a single one."""
+    """A mean over n values, usually seeds. `error` is the standard error; None for a single value."""
 
     value: float
     error: float | None
@@ -67,7 +67,7 @@ def mean(values: Iterable[float]) -> Mean:
 
 @dataclass(frozen=True)
 class Difference:
-    """Of two methods on one benchmark, seed by seed. `p`: two-sided paired t-test; None where it says nothing."""
+    """The mean difference of two methods on a benchmark, paired by seed. `p`: two-sided t-test; None if error is 0."""
 
     value: float
     error: float
@@ -93,10 +93,10 @@ def half_width(error: float, n: int, level: float = 0.95) -> float:
 def methods_table(
     outcomes: dict[str, dict[int, Shares]], axes: dict[str, str], against: Sequence[str], notes: dict[str, str]
 ) -> Table:
-    """A row of each method: its recovery and retention in %, and the differences from the methods in `against`.
+    """A table with a row for each method: recovery and retention in %, and differences from the methods in `against`.
 
     Args:
-      outcomes: by method and seed. axes: of each benchmark. notes: of each method, as its setting.
+      outcomes: by method and seed. axes: of each benchmark. notes: of each method, for instance its setting.
     """
     view = Table(
         title="In %, ± one standard error over seeds: back, of the lost ability; kept, of the domain",
@@ -112,7 +112,7 @@ def methods_table(
     for name, axis in axes.items():
         view.add_column(f"{name}, {'back' if axis == 'general' else 'kept'}", justify="right")
     for method, of_seeds in outcomes.items():
-        if not of_seeds:  # all its runs failed
+        if not of_seeds:  # all runs of the method failed
             continue
         cells = []
         for name in axes:

@@ -1,4 +1,4 @@
-"""The figures of `analyze` as tables on the terminal."""
+"""Tables of the figures of `analyze` for the terminal."""
 
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
@@ -15,9 +15,9 @@ SHOWN_SOURCES = 12
 def diagnosis_tables(row: dict[str, Any]) -> Iterator[Table]:
     """The tables of one row of diagnostics.jsonl."""
     yield _coherence(row)
-    if row["conflict"]:  # a run of one branch has none
+    if row["conflict"]:  # empty if the run has one branch
         yield _conflict(row)
-    yield _correlations("Rank correlation of an answer's score with", row["correlations"])
+    yield _correlations("Rank correlation of an answer's gap mass with", row["correlations"])
     training = row.get("training")
     if training:
         steps = " and ".join(f"{figures['steps']} of {branch}" for branch, figures in training.items())
@@ -74,7 +74,7 @@ def _correlations(title: str, of_branch: dict[str, dict[str, Interval]]) -> Tabl
 
 
 def _training(training: dict[str, Any]) -> Table:
-    """Lengths and repeated prompts over a run, a column for each branch."""
+    """Lengths and repeated prompts over a run, with a column for each branch."""
     view = _view("What was selected over the run", ("", *training))
 
     def add(title: str, cell: Callable[[dict[str, Any]], str]) -> None:

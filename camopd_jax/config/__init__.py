@@ -1,6 +1,6 @@
-"""What a run is: frozen dataclasses, built from the `ConfigDict` that a config file returns.
+"""The configs of runs: frozen dataclasses, built from the `ConfigDict` that a config file returns.
 
-Config files need two names of it:
+Config files need two names from here:
 
     from camopd_jax.config import TrainConfig, default
 """

@@ -1,4 +1,4 @@
-"""Frozen dataclasses from ml_collections' ConfigDicts: complete defaults, checked types and limits, clear mistakes."""
+"""Converts ml_collections' ConfigDicts to frozen dataclasses, with defaults and checks of types and limits."""
 
 import dataclasses
 import difflib
@@ -23,7 +23,7 @@ _LIMITS = {
 
 
 def default(cls: type) -> ml_collections.ConfigDict:
-    """Every field of a config class at its default, for a config file to change.
+    """A ConfigDict with the default of every field of a config class, for a config file to change.
 
     config = default(TrainConfig)
     config.optimizer.learning_rate = 1e-6
@@ -43,7 +43,7 @@ def _default_value(field: dataclasses.Field[Any], hint: Any) -> Any:
 
 
 def _to_config(value: Any, hint: Any) -> Any:
-    """A default as a ConfigDict holds it. Fields that may be None stay open to None and to a value."""
+    """A default in the form for a ConfigDict. A field that may be None accepts both None and a value."""
     if dataclasses.is_dataclass(value):
         hints = typing.get_type_hints(type(value))
         return _config_dict({name: _to_config(part, hints[name]) for name, part in vars(value).items()})
@@ -55,7 +55,7 @@ def _to_config(value: Any, hint: Any) -> Any:
 
 
 def _config_dict(values: dict[str, Any]) -> ml_collections.ConfigDict:
-    return ml_collections.ConfigDict(values, sort_keys=False)  # the order of branches is theirs in a cycle
+    return ml_collections.ConfigDict(values, sort_keys=False)  # branches keep their order in a cycle
 
 
 def _is_table(hint: Any) -> bool:
@@ -77,13 +77,13 @@ def _required(field: dataclasses.Field[Any]) -> bool:
 def build(
     cls: type, values: Mapping[str, Any], where: str, moved: Mapping[str, str] = types.MappingProxyType({})
 ) -> Any:
-    """An instance of a config class from plain values.
+    """Builds an instance of a config class from plain values.
 
     Args:
-      moved: names of fields that there were once, and what they are now.
+      moved: the new name of each field of earlier versions.
 
     Raises:
-      UserError: naming the field, after `where`, for unknown, missing and ill-typed ones, and for numbers beyond their
+      UserError: naming the field, after `where`, for unknown and missing fields, wrong types and numbers beyond their
         limits.
     """
     fields = {f.name: f for f in dataclasses.fields(cls)}
@@ -98,7 +98,7 @@ def build(
 
 
 def unknown_field(where: str, name: str, fields: Iterable[str], moved: Mapping[str, str]) -> str:
-    """What to say of a field that there is not."""
+    """The error message for a field that does not exist."""
     fields = list(fields)
     if name in moved:
         return f"{where} is not a field any more; it is now config.{moved[name]}"
@@ -108,7 +108,7 @@ def unknown_field(where: str, name: str, fields: Iterable[str], moved: Mapping[s
 
 
 def _convert(hint: Any, value: Any, where: str, moved: Mapping[str, str]) -> Any:
-    """`value` as the type `hint`, or a UserError that names the field."""
+    """`value` converted to the type `hint`; raises a UserError that names the field."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if origin in (typing.Union, types.UnionType):
         return _convert_optional(args, value, where, moved)

@@ -14,16 +14,16 @@ def from_config_dict(cls: type, config: ml_collections.ConfigDict) -> Any:
     """Builds and checks a `TrainConfig` or `SftConfig`.
 
     Raises:
-      UserError: naming the field, for unknown, missing or ill-typed keys and for values that cannot be.
+      UserError: naming the field, for unknown or missing keys, wrong types and invalid values.
     """
     return checked(build(cls, config.to_dict(), "config", MOVED))
 
 
 def checked(config: Config) -> Config:
-    """The config, if its fields go together.
+    """Returns the config if its fields are consistent.
 
     Raises:
-      UserError: naming the field that does not.
+      UserError: naming the field that is not.
     """
     _check_evaluation(config.evaluation)
     if isinstance(config, TrainConfig):
@@ -31,6 +31,23 @@ def checked(config: Config) -> Config:
     else:
         _check_sft(config)
     return config
+
+
+def warnings(config: Config) -> list[str]:
+    """What is allowed in a config and hardly ever meant."""
+    if config.compute.params != "bfloat16":
+        return []
+    # A bfloat16 number w keeps its value when less than 2^-9 |w| is added. Adam's steps are about the learning rate.
+    moved = 2**9 * config.optimizer.learning_rate
+    if moved >= TYPICAL_WEIGHT:
+        return []
+    return [
+        f'config.compute.params is "bfloat16": steps of learning_rate {config.optimizer.learning_rate:.2g} change only '
+        f'weights below {moved:.2g}, larger ones round back to what they were; use "float32"'
+    ]
+
+
+TYPICAL_WEIGHT = 0.02  # the standard deviation that most models are initialised with
 
 
 def _need(holds: bool, name: str, value: Any, advice: str) -> None:
@@ -108,7 +125,7 @@ def _check_branches(config: TrainConfig) -> None:
     _need(method.moments == "shared", "method.moments", method.moments, 'a mixed step has one gradient; give "shared"')
 
 
-RESERVED = ("mixed", "sft", "diagnostics", "shared")  # names that rows of metrics.jsonl and moments have already
+RESERVED = ("mixed", "sft", "diagnostics", "shared")  # names with another meaning in metrics.jsonl or among moments
 
 
 def _check_branch(name: str, branch: BranchConfig) -> None:

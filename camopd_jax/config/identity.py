@@ -1,8 +1,9 @@
-"""A resolved config as runs keep it: its JSON, its fingerprint, what differs between two, and changes by field name."""
+"""Resolved configs as stored by runs: JSON, fingerprints, differences, and changes by field name."""
 
 import dataclasses
 import hashlib
 import json
+import typing
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,7 +11,7 @@ from etils import epath
 
 from camopd_jax.config.build import build
 from camopd_jax.config.consistency import checked
-from camopd_jax.config.schema import MOVED, Config, SftConfig, TrainConfig
+from camopd_jax.config.schema import MOVED, Config, MayChange, SftConfig, TrainConfig
 from camopd_jax.errors import UserError
 
 
@@ -24,18 +25,18 @@ _KINDS = {c.__name__: c for c in (TrainConfig, SftConfig)}
 
 def from_json(file: epath.Path) -> Config:
     """The config of a work directory, from its config.json."""
-    kind, values = stored(file)
+    kind, values = read_stored(file)
     try:
         return build(_KINDS[kind], values, "config", MOVED)
     except (ValueError, KeyError) as error:
         raise UserError(f"{file}: not the config.json of a run; give the --workdir of one") from error
 
 
-def stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
-    """The kind of a config.json and its values as they stand there: those of an older version have other fields.
+def read_stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
+    """The kind and the values of a config.json, unconverted: a file of an earlier version has other fields.
 
     Raises:
-      UserError: if it is not there, or not of a run.
+      UserError: if the file does not exist or is not the config of a run.
     """
     try:
         record = json.loads(file.read_text())
@@ -49,27 +50,41 @@ def stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
     return kind, values
 
 
-# Fields that may change between two starts of one run: they do not touch the mathematics.
-_FREE = ("steps", "mesh", "checkpoints", "log", "max_skipped", "evaluation", "diagnostics")
+def _free_fields(cls: type, prefix: str = "") -> set[str]:
+    """Names of the `Free` fields of a config class, as "optimizer.micro_batch"."""
+    names: set[str] = set()
+    for name, hint in typing.get_type_hints(cls, include_extras=True).items():
+        if any(isinstance(mark, MayChange) for mark in getattr(hint, "__metadata__", ())):
+            names.add(prefix + name)
+        elif dataclasses.is_dataclass(hint):
+            names |= _free_fields(typing.cast(type, hint), f"{prefix}{name}.")
+    return names
+
+
+_FREE = _free_fields(TrainConfig) | _free_fields(SftConfig)
 
 
 def fingerprint(config: Config) -> str:
-    """A hash of everything that decides what a run computes, save how long it goes on."""
-    kept = _deciding(to_json(config))
+    """A hash of all fields that determine what a run computes, except its number of steps."""
+    kept = _without_changeable(to_json(config))
     return hashlib.sha256(json.dumps([type(config).__name__, kept], sort_keys=True).encode()).hexdigest()[:16]
 
 
 def different_fields(before: dict[str, Any], after: dict[str, Any], every: bool = False) -> list[str]:
-    """Names of the fields that differ between two resolved configs: those that decide what a run computes, or every."""
+    """Names of the fields that differ between two resolved configs.
+
+    Args:
+      every: compare all fields; False: only those that determine what a run computes.
+    """
     if every:
         return _different(before, after, "config")
-    return _different(_deciding(before), _deciding(after), "config")
+    return _different(_without_changeable(before), _without_changeable(after), "config")
 
 
-def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
-    """What each of several resolved configs has in the fields that are not the same in all; None where it has none.
+def field_differences(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
+    """The fields that differ between several resolved configs, with the value in each config (None: no such field).
 
-    Fields are named like "branches.recovery.scale", and in order of their names.
+    Fields are named like "branches.recovery.scale" and sorted by name.
     """
     first, *others = configs
     names = sorted({name for other in others for name in _different(first, other, "config")})
@@ -77,17 +92,26 @@ def differing(configs: Sequence[dict[str, Any]]) -> dict[str, list[Any]]:
 
 
 def _value(values: Any, name: str) -> Any:
-    """Of a field named like "config.method.schedule"; None if there is none."""
+    """The value of a field named like "config.method.schedule"; None if there is none."""
     for part in name.split(".")[1:]:
         values = values.get(part) if isinstance(values, dict) else None
     return values
 
 
-def _deciding(values: dict[str, Any]) -> dict[str, Any]:
-    """A resolved config without its free fields. A learning rate that ends with the last step depends on `steps`."""
-    free = set(_FREE) - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
+def _without_changeable(values: dict[str, Any]) -> dict[str, Any]:
+    """A resolved config without its free fields. `steps` stays in it if the learning rate depends on it."""
+    free = _FREE - ({"steps"} if values["optimizer"]["schedule"] != "constant" else set())
     order = {"branch_order": list(values["branches"])} if "branches" in values else {}
-    return {name: value for name, value in values.items() if name not in free} | order
+    return _without(values, free) | order
+
+
+def _without(values: dict[str, Any], names: set[str], prefix: str = "") -> dict[str, Any]:
+    """A config's values without the fields of these names."""
+    return {
+        key: _without(value, names, f"{prefix}{key}.") if isinstance(value, dict) else value
+        for key, value in values.items()
+        if prefix + key not in names
+    }
 
 
 def _different(before: dict[str, Any], after: dict[str, Any], where: str) -> list[str]:
@@ -102,10 +126,10 @@ def _different(before: dict[str, Any], after: dict[str, Any], where: str) -> lis
 
 
 def changed(config: Config, changes: dict[str, Any]) -> Config:
-    """The config with other values in fields named like "branches.recovery.scale".
+    """The config with new values for fields named like "branches.recovery.scale".
 
     Raises:
-      UserError: for a field that there is not, and for values that cannot be.
+      UserError: for a field that does not exist, and for invalid values.
     """
     values = to_json(config)
     for name, value in changes.items():

@@ -7,8 +7,8 @@ from camopd_jax.config.schema import TrainConfig
 
 
 @dataclass(frozen=True)
-class Control:
-    """A method to compare: what it is, and the fields of a `TrainConfig` that make it."""
+class NamedMethod:
+    """A method to compare: a description, and the fields of a `TrainConfig` that differ from CaMOPD's."""
 
     about: str
     changes: dict[str, Any] = field(default_factory=dict)
@@ -29,83 +29,85 @@ _CROSS_ENTROPY = {"method.answers": "teacher", **_both("objective", "cross_entro
 _TEACHERS_ANSWERS = {**_CROSS_ENTROPY, **_EVERY_ANSWER, **_EQUAL_PULL}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 
-CONTROLS = {
-    "camopd": Control("CaMOPD as the paper has it: alternating 3:1, mass 0.8, pull 2 and 1"),
-    "vanilla": Control("vanilla MOPD: both streams in each step 1:1, every answer, equal pull", _VANILLA),
-    # ------------------------------------------------------------------ its parts, one at a time and left out
-    "mixed-3-1": Control("vanilla with prompts 3:1", {**_VANILLA, "branches.recovery.steps": 3}),
-    "alternating": Control("CaMOPD without selection", _EVERY_ANSWER),
-    "alternating-r1": Control("CaMOPD without selection, equal pull", {**_EVERY_ANSWER, **_EQUAL_PULL}),
-    "camopd-r1": Control("CaMOPD, equal pull", _EQUAL_PULL),
-    "selection": Control("vanilla with selection", {**_MIXED, **_EQUAL_PULL}),
-    "pull-2": Control("vanilla with pull 2 of recovery", {**_MIXED, **_EVERY_ANSWER}),
+METHODS = {
+    "camopd": NamedMethod("CaMOPD as the paper has it: alternating 3:1, mass 0.8, pull 2 and 1"),
+    "vanilla": NamedMethod("vanilla MOPD: both streams in each step 1:1, every answer, equal pull", _VANILLA),
+    # -------------------------------------------------- CaMOPD's parts: vanilla with one, CaMOPD without one
+    "mixed-3-1": NamedMethod("vanilla with prompts 3:1", {**_VANILLA, "branches.recovery.steps": 3}),
+    "alternating": NamedMethod("CaMOPD without selection", _EVERY_ANSWER),
+    "alternating-r1": NamedMethod("CaMOPD without selection, equal pull", {**_EVERY_ANSWER, **_EQUAL_PULL}),
+    "camopd-r1": NamedMethod("CaMOPD, equal pull", _EQUAL_PULL),
+    "selection": NamedMethod("vanilla with selection", {**_MIXED, **_EQUAL_PULL}),
+    "pull-2": NamedMethod("vanilla with pull 2 of recovery", {**_MIXED, **_EVERY_ANSWER}),
     # ------------------------------------------------------------------------------------ its settings
-    "camopd-1-1": Control("CaMOPD alternating 1:1", _ONE_TO_ONE),
-    "camopd-5-1": Control("CaMOPD alternating 5:1", {"branches.recovery.steps": 5}),
-    "mass-0.6": Control("CaMOPD with mass 0.6", _both("selection.mass", 0.6)),
+    "camopd-1-1": NamedMethod("CaMOPD alternating 1:1", _ONE_TO_ONE),
+    "camopd-5-1": NamedMethod("CaMOPD alternating 5:1", {"branches.recovery.steps": 5}),
+    "mass-0.6": NamedMethod("CaMOPD with mass 0.6", _both("selection.mass", 0.6)),
     # ------------------------------------------------------------------------- which answers are kept
-    "half": Control(
+    "half": NamedMethod(
         "CaMOPD keeping the half with the largest gaps",
         {**_both("selection.keep", "fraction"), **_both("selection.mass", 0.5)},
     ),
-    "random": Control("CaMOPD keeping as many answers as it does, drawn by lot", _both("selection.keep", "random")),
-    "scores-swapped": Control(
+    "random": NamedMethod("CaMOPD keeping as many answers, chosen at random", _both("selection.keep", "random")),
+    "scores-swapped": NamedMethod(
         "CaMOPD ranking recovery by positive gaps and review by absolute ones",
         {"branches.recovery.selection.by": "positive_gap", "branches.review.selection.by": "absolute_gap"},
     ),
     # --------------------------------------------------------------------------------- the optimizer
-    "moments": Control("CaMOPD with Adam moments for each branch", {"method.moments": "separate"}),
-    "no-clip": Control("CaMOPD without clipping of the gradient's norm", {"optimizer.clip_norm": None}),
-    "no-clip-r1": Control("CaMOPD without clipping, equal pull", {**_EQUAL_PULL, "optimizer.clip_norm": None}),
-    "vanilla-no-clip": Control("vanilla without clipping", {**_VANILLA, "optimizer.clip_norm": None}),
-    "pcgrad": Control("vanilla with PCGrad", {**_VANILLA, "method.conflict": "pcgrad"}),
+    "moments": NamedMethod("CaMOPD with Adam moments for each branch", {"method.moments": "separate"}),
+    "no-clip": NamedMethod("CaMOPD without clipping of the gradient's norm", {"optimizer.clip_norm": None}),
+    "no-clip-r1": NamedMethod("CaMOPD without clipping, equal pull", {**_EQUAL_PULL, "optimizer.clip_norm": None}),
+    "vanilla-no-clip": NamedMethod("vanilla without clipping", {**_VANILLA, "optimizer.clip_norm": None}),
+    "pcgrad": NamedMethod("vanilla with PCGrad", {**_VANILLA, "method.conflict": "pcgrad"}),
     # ------------------------------------------------------------------------------------ one teacher
-    "recovery-only": Control("recovery in every step", {"branches.recovery.steps": 1, "branches.review.steps": 0}),
-    "review-only": Control("review in every step", {"branches.recovery.steps": 0}),
-    "one-teacher": Control("vanilla with the original model teaching both streams",
-                           {**_VANILLA, "branches.review.teacher": "general"}),
+    "recovery-only": NamedMethod("recovery in every step", {"branches.recovery.steps": 1, "branches.review.steps": 0}),
+    "review-only": NamedMethod("review in every step", {"branches.recovery.steps": 0}),
+    "one-teacher": NamedMethod("vanilla with the original model teaching both streams",
+                               {**_VANILLA, "branches.review.teacher": "general"}),
     # -------------------------------------------------------------------------------- teachers' answers
-    "distillation": Control("cross-entropy on the original model's answers to general prompts",
-                            {**_TEACHERS_ANSWERS, "branches.recovery.steps": 1, "branches.review.steps": 0}),
-    "replay-50": Control("cross-entropy on teachers' answers, 50 % of them general", {**_TEACHERS_ANSWERS, **_MIXED}),
-    "replay-12": Control("cross-entropy on teachers' answers, 12.5 % of them general",
-                         {**_TEACHERS_ANSWERS, **_MIXED, "branches.review.steps": 7}),
+    "distillation": NamedMethod("cross-entropy on the original model's answers to general prompts",
+                                {**_TEACHERS_ANSWERS, "branches.recovery.steps": 1, "branches.review.steps": 0}),
+    "replay-50": NamedMethod("cross-entropy on teachers' answers, 50 % of them general",
+                             {**_TEACHERS_ANSWERS, **_MIXED}),
+    "replay-12": NamedMethod("cross-entropy on teachers' answers, 12.5 % of them general",
+                             {**_TEACHERS_ANSWERS, **_MIXED, "branches.review.steps": 7}),
 }  # fmt: skip
 
 QUICK = ("camopd", "vanilla", "alternating", "random", "recovery-only", "distillation")
 
-INTERPOLATION = "interpolation"  # of the two models' parameters; compared as a method, but not a run
-AGAINST = ("vanilla", "camopd")  # whom every method is compared with
+INTERPOLATION = "interpolation"  # of the two models' parameters: compared like a method, but needs no run
+METHOD_NAMES = (*METHODS, INTERPOLATION)
+REFERENCE_METHODS = ("vanilla", "camopd")  # every method is compared with these two
 
 
 def method_of(config: dict[str, Any]) -> str | None:
-    """The name of the method that a run's resolved config makes; None if it is none of these."""
+    """The name of the method in `METHODS` that a run's resolved config describes; None if there is none."""
     if "branches" not in config:
-        return None  # of an earlier version
+        return None  # a config of an earlier version
     actual = {"method": config["method"], "branches": _without_prompts(config["branches"])}
     clips = config["optimizer"].get("clip_norm") is not None
-    for name, control in CONTROLS.items():
-        if clips == ("optimizer.clip_norm" not in control.changes) and actual == _settings(control):
+    for name, method in METHODS.items():
+        if clips == ("optimizer.clip_norm" not in method.changes) and actual == _settings(method):
             return name
     return None
 
 
 def description(config: TrainConfig) -> str:
-    """What a model card says of a run's method."""
+    """The description of a run's method for a model card."""
     name = method_of(asdict(config))
     if name is not None:
-        return "CaMOPD (arXiv 2605.27115)" if name == "camopd" else CONTROLS[name].about
+        return "CaMOPD (arXiv 2605.27115)" if name == "camopd" else METHODS[name].about
     order = "in alternation" if config.method.schedule == "alternate" else "in every step"
     teachers = ", ".join(f"{name} ({branch.objective})" for name, branch in config.branches.items())
     answers = "on-policy distillation" if config.method.answers == "student" else "distillation on teachers' answers"
     return f"{answers} with the branches {teachers} {order}"
 
 
-def _settings(control: Control) -> dict[str, Any]:
-    """What a control makes of the method's and the branches' defaults."""
+def _settings(method: NamedMethod) -> dict[str, Any]:
+    """The defaults of the config's blocks `method` and `branches`, with the method's changes."""
     defaults = asdict(TrainConfig("", ""))
     settings = {"method": defaults["method"], "branches": _without_prompts(defaults["branches"])}
-    for name, value in control.changes.items():
+    for name, value in method.changes.items():
         block, *path, last = name.split(".")
         if block in settings:
             part = settings[block]

@@ -2,11 +2,12 @@
 
 `TrainConfig` is the config of the main job, `SftConfig` of supervised fine-tuning. Every field is documented here and
 nowhere else. The limits of a number are part of its type (`annotated_types`); a text after them explains a special
-value. Numbers must be finite. An unknown key is refused by name, with the nearest field as a hint.
+value. Numbers must be finite. An unknown key is refused by name, with the nearest field as a hint. `Free` fields may
+change when a run is started again on its work directory; in all others it must keep its values.
 """
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from annotated_types import Ge, Gt, Le, Lt
 
@@ -15,9 +16,17 @@ Seed = Annotated[int, Ge(0), Lt(2**31)]
 Share = Annotated[float, Gt(0), Le(1)]
 
 
+class MayChange:
+    """Marks the type of a field that changes no mathematics of a run, only its rounding, speed, memory or records."""
+
+
+T = TypeVar("T")
+Free = Annotated[T, MayChange()]
+
+
 @dataclass(frozen=True)
 class Template:
-    """How a conversation is rendered for a model."""
+    """How a conversation is converted to a model's text."""
 
     system: str | None = None  # system prompt added to conversations that have none
     options: dict[str, Any] = field(default_factory=dict)  # passed to the chat template
@@ -27,8 +36,8 @@ class Template:
 class Stream:
     """A set of prompts, and how student and teacher read them."""
 
-    # .jsonl or .parquet files, separated by commas; or the name of a `datasets` dataset, with configuration and
-    # revision if needed: "openai/gsm8k:main@cc7b047"
+    # .jsonl, .json, .csv or .parquet files, separated by commas; or the name of a `datasets` dataset, with
+    # configuration and revision if needed: "openai/gsm8k:main@cc7b047"
     source: str = ""
     split: str = "train"  # of a `datasets` dataset
     limit: Annotated[int, Gt(0), "None: all"] | None = None  # use only this many rows, the first ones
@@ -57,7 +66,7 @@ class Sampling:
 
     @staticmethod
     def of(settings: "Sampling") -> "Sampling":
-        """Only these four fields, of settings that have more: hashable, for compiled functions."""
+        """These four fields of a subclass's settings: a hashable static argument of compiled functions."""
         return Sampling(
             temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
         )
@@ -79,12 +88,12 @@ class RolloutConfig(Sampling):
     student_logprobs: Literal["auto", "forward", "sampler"] = "auto"
     # The mesh during sampling; tensor 0: the same as config.mesh.tensor. Weights sharded by fsdp would be gathered for
     # every token, so by default each group of tensor devices has a full copy
-    mesh: MeshConfig = MeshConfig(tensor=0)
+    mesh: Free[MeshConfig] = MeshConfig(tensor=0)
     # Answers in progress at a time; the other prompts wait, and each starts when an answer ends
-    concurrency: Annotated[int, Ge(0), "0: the whole batch"] = 0
-    shrinks: bool = False  # whether the batch is halved when half of its answers are complete
+    concurrency: Free[Annotated[int, Ge(0), "0: the whole batch"]] = 0
+    shrinks: Free[bool] = False  # whether the batch is halved when half of its answers are complete
     # Answers scored in one forward pass
-    score_batch: Annotated[int, Ge(0), "0: config.optimizer.micro_batch"] = 0
+    score_batch: Free[Annotated[int, Ge(0), "0: config.optimizer.micro_batch"]] = 0
 
 
 @dataclass(frozen=True)
@@ -158,7 +167,7 @@ class Optimizer:
     eps: Annotated[float, Gt(0)] = 1e-8
     weight_decay: Annotated[float, Ge(0)] = 0.0
     clip_norm: Annotated[float, Gt(0), "None: no clipping"] | None = 1.0  # global gradient norm
-    micro_batch: Count = 8  # sequences in one forward and backward
+    micro_batch: Free[Count] = 8  # sequences in one forward and backward
     # Which parameters are trained: "all", or a regular expression that is searched for in names such as
     # layers.attention.query.kernel. The others are frozen: they have no gradients and no moments and are not saved
     trained: str = "all"
@@ -174,16 +183,16 @@ class Compute:
     # What the backward pass recomputes. none: nothing; dots: all but matrix products; block: every layer; rollout:
     # every layer, from its input during sampling, so that no forward pass is needed. These inputs are kept from the
     # rollout to the gradient: 4 bytes x (layers + 1) x model width for every token of the batch
-    remat: Literal["none", "dots", "block", "rollout"] = "block"
+    remat: Free[Literal["none", "dots", "block", "rollout"]] = "block"
     # Attention over full rows (scoring, updates, prefill; decoding is always plain). fused: Pallas on TPU, cuDNN on
     # GPU, an error if neither supports the model; xla: plain; auto: fused if supported and rows are long enough
     attention: Literal["auto", "xla", "fused"] = "auto"
     # Keeps teachers (except while they score) and Adam's moments (except during the update) in host memory. ahead: each
     # is copied back during the stage before its use; late: moments only when the gradient is complete, so that they are
     # never in memory together with its activations, but their copy takes additional time
-    offload: Literal["off", "ahead", "late"] = "off"
+    offload: Free[Literal["off", "ahead", "late"]] = "off"
     # Tokens per chip whose logits exist at a time
-    logits_chunk: Annotated[int, Ge(0), "0: as many as 256 MiB hold"] = 0
+    logits_chunk: Free[Annotated[int, Ge(0), "0: as many as 256 MiB hold"]] = 0
 
     @property
     def offloads(self) -> bool:
@@ -273,18 +282,18 @@ class TrainConfig:
     general_model: str  # Hugging Face folder or hub name of the original model
     specialised_model: str  # the same for the specialised model; the student starts as a copy of it
     branches: dict[str, BranchConfig] = field(default_factory=_paper)  # by name, in the order of a cycle
-    steps: Count = 120
+    steps: Free[Count] = 120  # where the learning rate is constant
     seed: Seed = 0
     rollout: RolloutConfig = RolloutConfig()
     method: Method = Method()
     optimizer: Optimizer = Optimizer()
     compute: Compute = Compute()
-    mesh: MeshConfig = MeshConfig()
-    checkpoints: Checkpoints = Checkpoints()
-    evaluation: Evaluation = Evaluation()
-    diagnostics: Diagnostics = Diagnostics()
-    log: Log = Log()
-    max_skipped: Count = 5  # stop after this many non-finite updates in a row
+    mesh: Free[MeshConfig] = MeshConfig()
+    checkpoints: Free[Checkpoints] = Checkpoints()
+    evaluation: Free[Evaluation] = Evaluation()
+    diagnostics: Free[Diagnostics] = Diagnostics()
+    log: Free[Log] = Log()
+    max_skipped: Free[Count] = 5  # stop after this many non-finite updates in a row
 
 
 @dataclass(frozen=True)
@@ -294,18 +303,18 @@ class SftConfig:
     model: str  # Hugging Face folder or hub name
     data: Stream  # rows with "messages"; a row whose last turn is not the assistant's gets `answer` as answer
     answer: str = "{answer}"  # with row fields in braces
-    steps: Count = 100
+    steps: Free[Count] = 100  # as in TrainConfig
     seed: Seed = 0
     batch_size: Count = 32
     max_tokens: Count = 512  # prompt and answer together; longer rows are dropped and counted
     smallest_bucket: Count = 64
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
     compute: Compute = Compute()
-    mesh: MeshConfig = MeshConfig()
-    checkpoints: Checkpoints = Checkpoints()
-    evaluation: Evaluation = Evaluation()
-    log: Log = Log()
-    max_skipped: Count = 5
+    mesh: Free[MeshConfig] = MeshConfig()
+    checkpoints: Free[Checkpoints] = Checkpoints()
+    evaluation: Free[Evaluation] = Evaluation()
+    log: Free[Log] = Log()
+    max_skipped: Free[Count] = 5
 
 
 Config = TrainConfig | SftConfig

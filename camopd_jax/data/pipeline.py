@@ -1,11 +1,13 @@
-"""Streams of batches, by grain: shuffled anew each epoch, the same on any number of processes.
+"""Streams of batches, by grain: shuffled in each epoch, the same for any number of processes.
 
-Every process walks the same global order of batches and makes only its own rows of each, so that a stream's position
-is one number that any number of processes can continue from.
+Every process iterates over the same global order of batches and makes only its own rows. So a stream's position is one
+number, and a run can be resumed with another number of processes.
 """
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import astuple, dataclass
 from typing import Any, Generic, TypeVar
 
 import grain
@@ -18,7 +20,9 @@ from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.types import PromptBatch, Prompts, Sequences
 
-Batch = TypeVar("Batch")
+FIRST = 16  # rows of a stream that are kept as examples
+
+BatchT = TypeVar("BatchT")
 
 
 def pad(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
@@ -30,37 +34,45 @@ def pad(rows: Sequence[Sequence[int]], width: int) -> np.ndarray:
 
 
 def pad_prompts(rows: Sequence[Sequence[int]], width: int) -> Prompts:
-    """Token lists as right-padded host arrays of this width in tokens."""
+    """Right-padded host arrays of token lists; `width` in tokens."""
     lengths = np.asarray([len(row) for row in rows], np.int32)
-    return Prompts(pad(rows, width), lengths)  # type: ignore[arg-type]  # host arrays: `global_rows` puts them on a mesh
+    return Prompts(pad(rows, width), lengths)  # type: ignore[arg-type]  # host arrays, for `global_rows`
 
 
-class BatchStream(Generic[Batch]):
+class BatchStream(Generic[BatchT]):
     """An endless iterator of batches, whose position can be saved and restored."""
 
-    def __init__(self, rows: int, batch_size: int, seed: int, make: Callable[[np.ndarray], Batch]):
-        """Shuffles `rows` row numbers by `seed` in every epoch.
+    def __init__(self, rows: int, batch_size: int, seed: int, make: Callable[[np.ndarray], BatchT]):
+        """Shuffles `rows` row numbers with `seed` in every epoch.
 
         Args:
-          make: a batch from int[batch_size], the row numbers of the global batch.
+          make: makes a batch from the row numbers of the global batch, int[batch_size].
         """
         order = grain.MapDataset.range(rows).seed(seed).shuffle().repeat(None)
         batches = order.batch(batch_size).map(lambda numbers: make(np.asarray(numbers)))
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
-    def __iter__(self) -> "BatchStream[Batch]":
+    def __iter__(self) -> "BatchStream[BatchT]":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> BatchT:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """The position, as plain JSON values."""
+        """The position as JSON values."""
         return self._iterator.get_state()
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continues from a position that `get_state` gave."""
+        """Continues from a result of `get_state`."""
         self._iterator.set_state(state)
+
+
+def _digest(rows: Iterable[Any]) -> str:
+    """Of tokenised rows in their order: it names what a stream serves."""
+    digest = hashlib.sha256()
+    for row in rows:
+        digest.update(json.dumps(row).encode())
+    return digest.hexdigest()[:16]
 
 
 # ---------------------------------------------------------------------------------------- prompts
@@ -68,18 +80,18 @@ class BatchStream(Generic[Batch]):
 
 @dataclass(frozen=True)
 class TokenisedPrompt:
-    """A prompt as both models read it."""
+    """The tokens of a prompt for both models."""
 
-    index: int  # its row in the source
+    index: int  # row number in the source
     student: list[int]
     teacher: list[int]
 
 
 class PromptStream(BatchStream[PromptBatch]):
-    """`PromptBatch`es of a stream of prompts, with this process's rows.
+    """A stream of `PromptBatch`es with this process's rows.
 
-    `counts` says how many prompts were kept, dropped and truncated; `lengths`, int[kept], how many tokens the student
-    reads of each.
+    `counts` has the numbers of kept, dropped and truncated prompts. `lengths`, int[kept], has the prompts' lengths in
+    tokens with the student's template. `digest` identifies the rows, `first` has a few of the prompts.
     """
 
     def __init__(
@@ -94,24 +106,26 @@ class PromptStream(BatchStream[PromptBatch]):
         """Reads and tokenises every prompt.
 
         Args:
-          rollout: its `batch_size`, `max_prompt_tokens` and `smallest_bucket` are read.
-          seed: of the order of the prompts.
+          rollout: gives `batch_size`, `max_prompt_tokens` and `smallest_bucket`.
+          seed: for the order of the prompts.
           own_rows: numbers of the rows of a global batch that this process makes.
           field: the config field of the stream, for error messages.
 
         Raises:
-          UserError: for malformed rows, and if no prompt fits the cap.
+          UserError: for malformed rows, and if all prompts are too long.
         """
         cap = rollout.max_prompt_tokens
         prompts, self.counts = tokenise(stream, tokenizers, cap, field)
         self.lengths = np.asarray([len(prompt.student) for prompt in prompts])
+        self.digest = _digest(astuple(prompt) for prompt in prompts)
+        self.first = prompts[:FIRST]
 
         def make(numbers: np.ndarray) -> PromptBatch:
             batch = [prompts[i] for i in numbers]
             own = [batch[i] for i in own_rows]
 
             def padded(side: str) -> Prompts:
-                longest = max(len(getattr(prompt, side)) for prompt in batch)  # of the global batch: one width for all
+                longest = max(len(getattr(prompt, side)) for prompt in batch)  # the width is the same on all processes
                 width = min(cap, bucket(longest, rollout.smallest_bucket))
                 return pad_prompts([getattr(prompt, side) for prompt in own], width)
 
@@ -124,23 +138,25 @@ class PromptStream(BatchStream[PromptBatch]):
 def tokenise(
     stream: Stream, tokenizers: Tokenizers, cap: int, field: str
 ) -> tuple[list[TokenisedPrompt], dict[str, int]]:
-    """The prompts of a stream, and how many were "kept", "dropped" and "truncated".
+    """The prompts of a stream, and the numbers of "kept", "dropped" and "truncated" ones.
 
     Args:
-      cap: the longest prompt in tokens, as either model reads it.
+      cap: maximum length of a prompt in tokens, for both templates.
       field: the config field of the stream, for error messages.
 
     Raises:
-      UserError: for malformed rows, and if no prompt fits the cap.
+      UserError: for malformed rows, and if all prompts are too long.
     """
     student, teacher = tokenizers.student, tokenizers.teacher
     teacher_template = stream.teacher_template or stream.template
     same = student.chat_template == teacher.chat_template and teacher_template == stream.template
     counts = {"kept": 0, "dropped": 0, "truncated": 0}
     prompts = []
-    for index, row in enumerate(sources.read(stream.source, stream.split, stream.limit, f"{field}.source")):
-        of_student = templates.prompt_ids(student, row, stream.template)
-        of_teacher = of_student if same else templates.prompt_ids(teacher, row, teacher_template)
+    rows = sources.read_located(stream.source, stream.split, stream.limit, f"{field}.source")
+    for index, (row, where) in enumerate(rows):
+        with sources.naming(where):
+            of_student = templates.prompt_ids(student, row, stream.template)
+            of_teacher = of_student if same else templates.prompt_ids(teacher, row, teacher_template)
         too_long = max(len(of_student), len(of_teacher)) > cap
         if too_long and stream.too_long == "drop":
             counts["dropped"] += 1
@@ -160,9 +176,10 @@ def tokenise(
 
 
 class SftStream(BatchStream[Sequences]):
-    """`Sequences`es of conversations to learn from, with this process's rows.
+    """A stream of `Sequences` for supervised fine-tuning, with this process's rows.
 
-    `counts` says how many conversations were kept and dropped.
+    `counts` has the numbers of kept and dropped conversations. `digest` identifies the rows, `first` has the token ids
+    of a few of them.
     """
 
     def __init__(self, config: SftConfig, tokenizer: Tokenizer, own_rows: Sequence[int] | np.ndarray):
@@ -172,9 +189,11 @@ class SftStream(BatchStream[Sequences]):
           own_rows: numbers of the rows of a global batch that this process makes.
 
         Raises:
-          UserError: for malformed rows, and if no conversation fits the cap.
+          UserError: for malformed rows, and if all conversations are too long.
         """
         pairs, self.counts = _conversations(config, tokenizer)
+        self.digest = _digest(pairs)
+        self.first = [[*prompt, *answer] for prompt, answer in pairs[:FIRST]]
 
         def make(numbers: np.ndarray) -> Sequences:
             batch = [pairs[i] for i in numbers]
@@ -190,16 +209,16 @@ class SftStream(BatchStream[Sequences]):
 
 
 def _conversations(config: SftConfig, tokenizer: Tokenizer) -> tuple[list[tuple[list[int], list[int]]], dict[str, int]]:
-    """The token ids of each prompt and its answer, and how many conversations were "kept" and "dropped"."""
+    """The token ids of each prompt and its answer, and the numbers of "kept" and "dropped" conversations."""
     data = config.data
     pairs = []
-    rows = sources.read(data.source, data.split, data.limit, "config.data.source")
-    for number, row in enumerate(rows, 1):
-        where = f"{data.source} row {number}"
+    rows = sources.read_located(data.source, data.split, data.limit, "config.data.source")
+    for row, where in rows:
         if "messages" not in row:
             raise UserError(f'{where}: no "messages" to learn from; give a conversation in every row')
         answer = "" if row["messages"][-1]["role"] == "assistant" else templates.fill(config.answer, row, where)
-        prompt_ids, answer_ids = templates.answer_ids(tokenizer, row, answer, data.template)
+        with sources.naming(where):
+            prompt_ids, answer_ids = templates.answer_ids(tokenizer, row, answer, data.template)
         if len(prompt_ids) + len(answer_ids) <= config.max_tokens:
             pairs.append((prompt_ids, answer_ids))
     if not pairs:

@@ -1,7 +1,6 @@
-"""Builds a recipe's set of prompts: chooses rows of its datasets, and writes them with a manifest of their origin.
+"""Builds a recipe's prompt set: selects rows of its datasets, and writes them with a manifest of their origin.
 
-No prompt is among the questions of an evaluation, and no prompt comes twice. The same recipe, seed and revisions give
-the same files.
+A prompt set has no evaluation questions and no duplicates. The same recipe, seed and revisions give the same files.
 """
 
 import hashlib
@@ -17,84 +16,88 @@ from typing import Any
 from camopd_jax import __version__
 from camopd_jax.data import sources
 from camopd_jax.data.columns import Row
+from camopd_jax.data.files import KINDS, RawRow
 from camopd_jax.data.questions import normalised, question_keys
 from camopd_jax.data.recipes import Part, Recipe
-from camopd_jax.data.sources import RawRow
 from camopd_jax.data.templates import Messages
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.jsonl import atomic_file, write_rows
 
 Manifest = dict[str, Any]
 
-# ----------------------------------------------------------------------------------- choosing rows
+# ----------------------------------------------------------------------------------- selecting rows
 
 
 @dataclass
 class Excluded:
-    """What must not become a prompt."""
+    """Texts that must not become prompts."""
 
-    questions: set[str]  # keys of the evaluations' questions
-    prompts: set[bytes] = field(default_factory=set)  # digests of the prompts of earlier rows
+    questions: set[str]  # keys of the evaluation questions
+    prompts: set[bytes] = field(default_factory=set)  # digests of the prompts so far
 
 
 @dataclass
-class Chosen:
-    """A part's prompts, and what became of the rows that were read."""
+class SelectedPrompts:
+    """The selected prompts of a part, and counts of the rows that were read."""
 
-    prompts: dict[int, Row] = field(default_factory=dict)  # by the row's number in its source, rising
+    prompts: dict[int, Row] = field(default_factory=dict)  # by row number in the source, ascending
     read: int = 0
     dropped: Counter[str] = field(default_factory=Counter)  # rows by reason
+    malformed: str | None = None  # the first malformed row's file and line, and what is wrong with it
 
 
-def choose(part: Part, rows: Iterable[RawRow], excluded: Excluded, seed: int) -> Chosen:
-    """Chooses a part's prompts: those of the highest rank, or a random sample.
+def select_prompts(part: Part, rows: Iterable[RawRow], excluded: Excluded, seed: int) -> SelectedPrompts:
+    """Selects the prompts of a part: those with the highest rank, or a random sample.
 
     Args:
       rows: of the part's source, unchecked.
-      excluded: this part's usable prompts are added to it.
-      seed: of the random sample.
+      excluded: the part's usable prompts are added to it.
+      seed: for the random sample.
     """
-    chosen = Chosen()
-    usable = _usable(part, rows, excluded, chosen)
+    selected = SelectedPrompts()
+    usable = _usable(part, rows, excluded, selected)
     limit = part.window * part.rows if part.window else None
-    best: list[tuple[tuple[int, int], Row]] = []  # a heap of ((rank, -number), prompt); its least is dropped first
+    best: list[tuple[tuple[int, int], Row]] = []  # a heap of ((rank, -number), prompt)
     for number, row, messages in itertools.islice(usable, limit):
         rank = part.rank(row) if part.rank else _random_rank(seed, part.name, number)
         prompt: Row = {"id": f"{part.name}-{number}", "source": part.name, "messages": messages}
         prompt |= {"licence": row["license"]} if isinstance(row.get("license"), str) else {}
+        prompt |= {"tools": row["tools"]} if "tools" in row else {}
         heapq.heappush(best, ((rank, -number), prompt))
         if len(best) > part.rows:
             heapq.heappop(best)
-            chosen.dropped["not chosen"] += 1
-    chosen.prompts = dict(sorted((-negative, prompt) for (_, negative), prompt in best))
-    return chosen
+            selected.dropped["not chosen"] += 1
+    selected.prompts = dict(sorted((-negative, prompt) for (_, negative), prompt in best))
+    return selected
 
 
 def _usable(
-    part: Part, rows: Iterable[RawRow], excluded: Excluded, chosen: Chosen
+    part: Part, rows: Iterable[RawRow], excluded: Excluded, selected: SelectedPrompts
 ) -> Iterator[tuple[int, Row, Messages]]:
-    """The number, row and prompt of each row that may be chosen; counts all rows in `chosen`."""
+    """Number, row and prompt of each row that can be selected. Counts all rows in `selected`."""
     for number, (raw, where) in enumerate(rows):
-        chosen.read += 1
+        selected.read += 1
         try:
             row = sources.checked(raw, where)
-        except UserError:
-            chosen.dropped["malformed"] += 1
+            with sources.naming(where):
+                messages = part.prompt(row)
+        except UserError as error:
+            selected.dropped["malformed"] += 1
+            selected.malformed = selected.malformed or str(error)
             continue
-        messages = part.prompt(row)
         if messages is None:
-            chosen.dropped["no request"] += 1
+            selected.dropped["no request"] += 1
         elif not excluded.questions.isdisjoint(question_keys(row)):
-            chosen.dropped["an evaluation question"] += 1
+            selected.dropped["an evaluation question"] += 1
         elif (digest := _digest(normalised(" ".join(m["content"] for m in messages)))) in excluded.prompts:
-            chosen.dropped["a duplicate"] += 1
+            selected.dropped["a duplicate"] += 1
         else:
             excluded.prompts.add(digest)
             yield number, row, messages
 
 
 def _random_rank(seed: int, part: str, number: int) -> int:
-    """Of a row, from its number alone: a sample does not depend on the other rows."""
+    """The random rank of a row depends only on its number, so a sample does not depend on the other rows."""
     return int.from_bytes(_digest(f"{seed}:{part}:{number}"))
 
 
@@ -110,14 +113,14 @@ def build(recipe: Recipe, name: str, out: Path, evaluations: Sequence[tuple[str,
 
     Args:
       name: of the recipe, for the manifest.
-      evaluations: (source, split) of the questions that must not be among the prompts.
-      seed: of the random samples.
+      evaluations: (source, split) of the evaluation questions.
+      seed: for the random samples.
 
     Returns:
-      The manifest: source, revision and licence of every part, its rows, and those that were dropped and why.
+      The manifest: source, revision and licence of every part, and the numbers of selected and dropped rows.
 
     Raises:
-      UserError: for a source that cannot be read, and if no row is a prompt.
+      UserError: for a source that cannot be read, and if no row has a prompt.
     """
     excluded, evaluation_facts = exclude(evaluations)
     prompts: list[Row] = []
@@ -126,13 +129,14 @@ def build(recipe: Recipe, name: str, out: Path, evaluations: Sequence[tuple[str,
     for part in recipe.parts:
         source, origin_facts = origin(part.source, f"--source={part.name}")
         rows = sources.stream(source, part.split, f"--source={part.name}")
-        chosen = choose(part, rows, excluded, seed)
-        prompts += chosen.prompts.values()
-        rest.append(_conversations_left(part, source, excluded.questions, chosen.prompts.keys()))
-        parts.append(_part_facts(part, origin_facts, chosen))
+        selected = select_prompts(part, rows, excluded, seed)
+        prompts += selected.prompts.values()
+        rest.append(_conversations_left(part, source, excluded.questions, selected.prompts.keys()))
+        parts.append(_part_facts(part, origin_facts, selected))
     if not prompts:
+        first = next((f"; first {part['first_malformed']}" for part in parts if "first_malformed" in part), "")
         raise UserError(
-            f"{name}: no row of its sources contains a prompt; camopd_jax/data/columns.py lists the known columns"
+            f"{name}: no row of its sources contains a prompt; docs/inputs.md describes the forms of rows{first}"
         )
     out.mkdir(parents=True, exist_ok=True)
     write_rows(out / recipe.file, prompts)
@@ -153,10 +157,10 @@ def build(recipe: Recipe, name: str, out: Path, evaluations: Sequence[tuple[str,
 
 
 def exclude(evaluations: Sequence[tuple[str, str]]) -> tuple[Excluded, list[dict[str, Any]]]:
-    """The questions of all evaluations, and the facts on each for the manifest.
+    """The questions of all evaluations, and the manifest's entry for each evaluation.
 
     Args:
-      evaluations: source and split of each.
+      evaluations: source and split of each evaluation.
     """
     keys: set[str] = set()
     facts = []
@@ -169,7 +173,7 @@ def exclude(evaluations: Sequence[tuple[str, str]]) -> tuple[Excluded, list[dict
 
 
 def origin(source: str, field: str) -> tuple[str, dict[str, Any]]:
-    """The source to read, at a fixed revision, and its "source", "revision" and "licence" for the manifest.
+    """The source with a fixed revision, and its "source", "revision" and "licence" for the manifest.
 
     Args:
       field: the flag that names the source, for error messages.
@@ -177,45 +181,46 @@ def origin(source: str, field: str) -> tuple[str, dict[str, Any]]:
     Raises:
       UserError: if there is no such file or dataset.
     """
-    if not all(sources.is_file(name) for name in source.split(",")):
+    if not all(map(sources.is_file, sources.names(source))):
         pinned, licence = sources.pinned(source, field)
         name, revision = pinned.split("@")
         return pinned, {"source": name, "revision": revision, "licence": licence}
     digest = hashlib.sha256()
-    for name in source.split(","):
+    for name in sources.names(source):
         try:
-            with Path(name.strip()).expanduser().open("rb") as stream:
+            with Path(name).expanduser().open("rb") as stream:
                 hashlib.file_digest(stream, lambda: digest)
         except OSError as error:
-            raise UserError(
-                f"{field}: cannot read {name} ({error.strerror}); give a .jsonl or .parquet file"
-            ) from error
+            raise UserError(f"{field}: cannot read {name} ({error.strerror}); give {KINDS}") from error
     return source, {"source": source, "revision": f"sha256:{digest.hexdigest()}", "licence": None}
 
 
-def _part_facts(part: Part, origin_facts: dict[str, Any], chosen: Chosen) -> dict[str, Any]:
+def _part_facts(part: Part, origin_facts: dict[str, Any], selected: SelectedPrompts) -> dict[str, Any]:
     facts = {
         "part": part.name,
         **origin_facts,
         "split": part.split,
         "asked": part.rows,
-        "kept": len(chosen.prompts),
-        "read": chosen.read,
-        "dropped": dict(sorted(chosen.dropped.items())),
+        "kept": len(selected.prompts),
+        "read": selected.read,
+        "dropped": dict(sorted(selected.dropped.items())),
     }
-    licences = Counter(row["licence"] for row in chosen.prompts.values() if "licence" in row)
+    facts |= {"first_malformed": selected.malformed} if selected.malformed else {}
+    licences = Counter(row["licence"] for row in selected.prompts.values() if "licence" in row)
     return facts | ({"licences": dict(licences.most_common())} if licences else {})
 
 
-def _conversations_left(part: Part, source: str, evaluated: set[str], chosen: Collection[int]) -> Iterator[Row]:
-    """The conversations that were not chosen, with their last turn."""
+def _conversations_left(part: Part, source: str, evaluated: set[str], selected: Collection[int]) -> Iterator[Row]:
+    """The conversations that were not selected, including their last turn."""
     for number, (raw, where) in enumerate(sources.stream(source, part.split, part.name)):
         try:
             row = sources.checked(raw, where)
+            is_left = number not in selected and part.prompt(row) is not None
         except UserError:
             continue
-        if number not in chosen and part.prompt(row) is not None and evaluated.isdisjoint(question_keys(row)):
-            yield {"id": f"{part.name}-{number}", "source": part.name, "messages": row["messages"]}
+        if is_left and evaluated.isdisjoint(question_keys(row)):
+            tools = {"tools": row["tools"]} if "tools" in row else {}
+            yield {"id": f"{part.name}-{number}", "source": part.name, "messages": row["messages"], **tools}
 
 
 def _sha256(file: Path) -> str:
@@ -224,12 +229,14 @@ def _sha256(file: Path) -> str:
 
 
 def summary(manifest: Manifest, out: Path) -> str:
-    """What the command prints: a line on each part, then what was removed and the folder."""
+    """The output of the command: a line for each part, then the number of removed questions and the folder."""
     lines = []
     for part in manifest["parts"]:
         fewer = f", {part['asked'] - part['kept']} fewer than asked" if part["kept"] < part["asked"] else ""
         dropped = ", ".join(f"{count} {reason}" for reason, count in part["dropped"].items())
         reasons = f" (not: {dropped})" if dropped else ""
         lines.append(f"{part['part']}: {part['kept']} of {part['read']} rows{fewer}{reasons}")
+        if "first_malformed" in part:
+            lines.append(f"  malformed, first {part['first_malformed']}")
     lines.append(f"{manifest['removed_as_evaluation']} evaluation questions removed; written: {out}")
     return "\n".join(lines)

@@ -1,14 +1,14 @@
-"""When two rows ask the same question: prompts to train on must not hold the questions of an evaluation."""
+"""Detects whether two rows have the same question, so that no evaluation question is used for training."""
 
 import re
 
 from camopd_jax.data.columns import Row
 
-SHORT = 8  # words; a shorter question without its options may be another question with other options
+SHORT = 8  # words; a shorter question without its options may match a different question
 
 
 def normalised(text: str) -> str:
-    """A text's words and numbers in lower case, which two copies of a question have in common.
+    """The words and numbers of a text in lower case, which are the same in two copies of a question.
 
     >>> normalised("What is 2 + 2?  (Hint: EVEN)")
     'what is 2 2 hint even'
@@ -17,7 +17,7 @@ def normalised(text: str) -> str:
 
 
 def question_keys(row: Row) -> set[str]:
-    """Two rows with a key in common ask the same question: all its words, or those before its options.
+    """Keys of a row's question: all its words, and the words before the options. Equal keys mean the same question.
 
     A row without text has the key "".
     """

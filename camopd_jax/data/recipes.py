@@ -1,14 +1,14 @@
 """The prompt sets of the CaMOPD paper (arXiv 2605.27115, Appendix A): their datasets and the form of their prompts.
 
-A recipe is a list of parts; a part takes `rows` prompts of one dataset. Which ones the paper took is not published:
-here they are a seeded sample or, of role-play, the conversations with most turns, as in the paper.
+A recipe is a list of parts, and a part has `rows` prompts of one dataset. The paper does not say which rows it used.
+Here they are a seeded sample; for role-play they are the conversations with the most turns, as in the paper.
 """
 
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
-from camopd_jax.data.columns import LETTERS, Row
+from camopd_jax.data.columns import Row, lettered
 from camopd_jax.data.templates import Messages
 from camopd_jax.errors import UserError
 
@@ -18,28 +18,28 @@ class Part:
     """The prompts that a recipe takes from one dataset."""
 
     name: str
-    source: str  # as of a Stream
+    source: str  # as in `Stream`
     rows: int  # prompts
-    prompt: Callable[[Row], Messages | None]  # a row's prompt; None: it has none
+    prompt: Callable[[Row], Messages | None]  # the prompt of a row; None: the row has none
     split: str = "train"
-    # The part reads rows until `window` times `rows` are usable, so that a large dataset is not read to its end;
-    # None: all rows
+    # Reading stops after `window` times `rows` usable rows, so that a large dataset is not read completely; None: read
+    # all rows
     window: int | None = None
-    rank: Callable[[Row], int] | None = None  # the rows of the highest rank are taken; None: a random sample
+    rank: Callable[[Row], int] | None = None  # the rows with the highest rank are selected; None: a random sample
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """A set of prompts, and the file names it is written to."""
+    """A prompt set, and the names of its files."""
 
     file: str
     parts: tuple[Part, ...]
-    # File of the conversations that were not taken, with their last turn, to fine-tune a specialised model on
+    # File of the conversations that were not selected, with their last turn, for fine-tuning a specialised model
     rest: str | None = None
 
 
 def resized(recipe: Recipe, rows: int | None) -> Recipe:
-    """The recipe with `rows` prompts in all, in the same proportions (largest remainders); None: as it is."""
+    """The recipe with `rows` prompts in total, in the same proportions (largest remainders); None: unchanged."""
     if rows is None:
         return recipe
     total = sum(part.rows for part in recipe.parts)
@@ -58,7 +58,7 @@ def with_sources(recipe: Recipe, sources: Sequence[str]) -> Recipe:
       sources: values of --source, each "PART=SOURCE".
 
     Raises:
-      UserError: for a value of another form, and if a part has no source.
+      UserError: for a value in another form, and if a part has no source.
     """
     by_part = {}
     for text in sources:
@@ -88,11 +88,10 @@ _OPEN = (
 
 
 def medical(row: Row) -> Messages | None:
-    """The paper's prompt for a question with options, or for an open one."""
+    """The paper's prompt for a question with or without options."""
     options = row.get("options")
-    if options and isinstance(options, list):
-        listed = " ".join(f"{letter}. {text}" for letter, text in zip(LETTERS, options, strict=False))
-        text = f"{row['question']} {listed} {_CHOICE}"
+    if options and isinstance(options, list) and "question" in row:
+        text = f"{row['question']} {lettered(options, ' ')} {_CHOICE}"
     else:
         messages = request(row)
         if messages is None:
@@ -103,25 +102,28 @@ def medical(row: Row) -> Messages | None:
 
 
 def has_options(text: str) -> bool:
-    """Whether a question ends on lines of options: at least A and B."""
+    """Whether a question has lines of options, at least A and B."""
     return re.search(r"^\s*\(?A[.):].*\n\s*\(?B[.):]", text, re.MULTILINE) is not None
 
 
 # ---------------------------------------------------------------------------------- conversations
 
 
+_FIELDS = ("role", "content", "tool_calls", "tool_call_id", "name")  # of a message, that chat templates read
+
+
 def request(row: Row) -> Messages | None:
-    """A conversation up to its last request; None if it has none."""
+    """A conversation up to the user's last turn; None if there is none."""
     if "messages" not in row:
         return [{"role": "user", "content": row["prompt"]}] if row.get("prompt") else None
-    messages = [{"role": m["role"], "content": m["content"]} for m in row["messages"]]
+    messages = [{name: m[name] for name in _FIELDS if name in m} for m in row["messages"]]
     while messages and messages[-1]["role"] != "user":
         messages.pop()
     return messages if messages and messages[-1]["content"].strip() else None
 
 
 def all_but_the_last_turn(row: Row) -> Messages | None:
-    """The first n - 1 turns of a conversation of n turns; None if the last is no reply."""
+    """The first n - 1 turns of a conversation of n turns; None if the last turn is not a reply."""
     messages = row.get("messages") or []
     return request(row) if len(messages) > 1 and [m["role"] for m in messages[-2:]] == ["user", "assistant"] else None
 

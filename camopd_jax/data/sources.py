@@ -1,108 +1,102 @@
-"""Rows of prompts from JSONL or parquet files, or from a dataset of the Hugging Face hub.
+"""Checked rows of prompts from files, or from a dataset of the Hugging Face hub.
 
 A row is a dict with one of "messages" ([{"role", "content"}, ...]), "prompt" (text) and "prompt_ids" ([int, ...]);
-commonly "answer", "response" or "response_ids"; its other fields are kept. Rows of a dataset that columns.py knows
-become such rows.
+commonly "answer", "response" or "response_ids"; its other fields are kept. Rows in the other forms that columns.py and
+messages.py know become such rows.
 """
 
+import contextlib
 import itertools
-import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from camopd_jax.data import columns
+from camopd_jax.data import columns, files
 from camopd_jax.data.columns import Row
+from camopd_jax.data.files import KINDS, RawRow
 from camopd_jax.errors import UserError
 
-_FILES = (".jsonl", ".json", ".parquet")
+LocatedRow = tuple[Row, str]  # a checked row, and its file and line
 
-RawRow = tuple[Any, str]  # a row before `checked`, and its file and line, for error messages
+_LEVELS = 100  # of lists and objects inside each other, which Python's own limit leaves room for
+_LARGEST_ID = 2**31 - 1
 
 
 def read(source: str, split: str = "train", limit: int | None = None, field: str = "source") -> list[Row]:
     """The checked rows of a source.
 
     Args:
-      source: .jsonl or .parquet file, several with commas between them; else the name of a dataset, with its
-        configuration behind a colon and its revision behind an at sign if wanted ("openai/gsm8k:main@cc7b047").
+      source: a file, several with commas between them; else the name of a dataset, with its configuration behind a
+        colon and its revision behind an at sign if wanted ("openai/gsm8k:main@cc7b047").
       split: of a dataset.
-      limit: only the first rows; a dataset is then not downloaded completely.
+      limit: read only this many rows, the first ones; a dataset is then not downloaded completely.
       field: the flag or config field that names the source, for error messages.
 
     Raises:
       UserError: naming the file and line of a malformed row, or the field of a source that does not exist.
     """
+    return [row for row, _ in read_located(source, split, limit, field)]
+
+
+def read_located(
+    source: str, split: str = "train", limit: int | None = None, field: str = "source"
+) -> list[LocatedRow]:
+    """As `read`, each row with its file and line, or its number in a dataset, parquet file or JSON array."""
     rows = stream(source, split, field, download=limit is None)
-    return [checked(row, where) for row, where in itertools.islice(rows, limit)]
+    return [(checked(row, where), where) for row, where in itertools.islice(rows, limit)]
 
 
-def read_jsonl(path: str | Path) -> list[Row]:
-    """The checked rows of the JSONL file that --input names; blank lines are skipped."""
-    return [checked(row, where) for row, where in _jsonl(_existing(path, "--input"))]
+def read_file(path: str | Path, field: str) -> list[LocatedRow]:
+    """As `read_located`, of one file with any name."""
+    return [(checked(row, where), where) for row, where in files.rows(path, field)]
+
+
+@contextlib.contextmanager
+def naming(where: str) -> Iterator[None]:
+    """Puts a row's file and line before the message of a UserError."""
+    try:
+        yield
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def stream(source: str, split: str, field: str, download: bool = False) -> Iterator[RawRow]:
     """The rows of a source one by one, unchecked.
 
     Args:
-      download: whether a dataset is downloaded before its first row, and kept for the next time.
+      download: whether to download a dataset completely before the first row, into the local cache.
     """
-    for name in (part.strip() for part in source.split(",")):
-        if name.endswith(".parquet"):
-            yield from _parquet(_existing(name, field))
-        elif name.endswith(_FILES):
-            yield from _jsonl(_existing(name, field))
+    for name in names(source):
+        if is_file(name):
+            yield from files.rows(name, field)
         else:
-            rows = _load_dataset(name, split, field, streaming=not download)
-            yield from ((row, f"{name}[{split}] row {i}") for i, row in enumerate(rows))
+            yield from _dataset(name, split, field, download)
 
 
-def is_file(source: str) -> bool:
-    """Whether a source is a file; else it is a dataset of the hub."""
-    return source.endswith(_FILES)
+def names(source: str) -> list[str]:
+    """The files or datasets of a source."""
+    return [name.strip() for name in source.split(",")]
 
 
-def _existing(path: str | Path, field: str) -> Path:
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{field}: no file {path}; give a .jsonl or .parquet file")
-    return path
-
-
-def _jsonl(path: Path) -> Iterator[RawRow]:
-    empty = True
-    with path.open(encoding="utf-8") as file:
-        try:
-            for number, line in enumerate(file, 1):
-                if line.strip():
-                    yield _parsed(line, f"{path}:{number}"), f"{path}:{number}"
-                    empty = False
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text ({error.reason}); save it as UTF-8") from error
-    if empty:
-        raise UserError(f"{path}: no rows; give at least one")
-
-
-def _parsed(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except ValueError as error:
-        raise UserError(f"{where}: not JSON ({error}); every line must be one JSON object") from error
-
-
-def _parquet(path: Path) -> Iterator[RawRow]:
-    import pyarrow.parquet  # slow to import, and only needed here
-
-    try:
-        batches = pyarrow.parquet.ParquetFile(path).iter_batches(1024)
-        rows = (row for batch in batches for row in batch.to_pylist())
-        yield from ((row, f"{path} row {i}") for i, row in enumerate(rows))
-    except (pyarrow.ArrowInvalid, OSError) as error:
-        raise UserError(f"{path}: not a parquet file; write it again") from error
+def is_file(name: str) -> bool:
+    """Whether a name is that of a file; else it is a dataset of the hub."""
+    return name.endswith(files.SUFFIXES)
 
 
 # ---------------------------------------------------------------------------------------- the hub
+
+
+def _dataset(name: str, split: str, field: str, download: bool) -> Iterator[RawRow]:
+    where = f"{name}[{split}] row"
+    number = -1
+    try:
+        for number, row in enumerate(_load_dataset(name, split, field, streaming=not download)):
+            yield row, f"{where} {number}"
+    except UserError:
+        raise
+    except Exception as error:  # the hub's client, pyarrow and decoders of a column raise their own
+        raise UserError(f"{where} {number + 1}: cannot be read ({type(error).__name__}: {error}); try again") from error
 
 
 def _load_dataset(name: str, split: str, field: str, streaming: bool) -> Any:
@@ -115,12 +109,12 @@ def _load_dataset(name: str, split: str, field: str, streaming: bool) -> Any:
     except Exception as error:  # the hub's client raises its own, requests' and OS errors
         raise UserError(
             f"{field}: no dataset {name!r} with split {split!r} ({type(error).__name__}); check the name, or "
-            "give a .jsonl or .parquet file"
+            f"give {KINDS}"
         ) from error
 
 
 def pinned(name: str, field: str) -> tuple[str, str | None]:
-    """A dataset's name with its current revision behind an at sign, and the licence that its card states.
+    """A dataset's name with its current revision after "@", and the licence in its dataset card.
 
     Raises:
       UserError: if the hub has no such dataset.
@@ -132,8 +126,7 @@ def pinned(name: str, field: str) -> tuple[str, str | None]:
         info = HfApi().dataset_info(path, revision=revision)
     except Exception as error:
         raise UserError(
-            f"{field}: no dataset {path!r} on the hub ({type(error).__name__}); check the name, or give a .jsonl or "
-            ".parquet file"
+            f"{field}: no dataset {path!r} on the hub ({type(error).__name__}); check the name, or give {KINDS}"
         ) from error
     licence = info.card_data.get("license") if info.card_data else None
     return f"{path}{':' + configuration if configuration else ''}@{info.sha}", licence
@@ -150,7 +143,9 @@ def _parts(name: str) -> tuple[str, str | None, str | None]:
 
 
 def checked(row: Any, where: str) -> Row:
-    """The row, normalised by columns.py, with a prompt and fields of the right types.
+    """Converts a row with columns.py, and checks that it has a prompt and fields of the right types.
+
+    Null fields are left out, and so are numbers that are not finite, which JSON lacks.
 
     Args:
       where: the row's file and line, for error messages.
@@ -158,32 +153,54 @@ def checked(row: Any, where: str) -> Row:
     Raises:
       UserError: for a row that is malformed or has no prompt.
     """
-    if not isinstance(row, dict):
-        raise UserError(f"{where}: a row must be a JSON object, this is {type(row).__name__}")
-    row = columns.normalise({name: value for name, value in row.items() if value is not None})  # parquet's empty cells
+    with naming(where):
+        if not isinstance(row, dict):
+            raise UserError(f"a row must be a JSON object, this is {type(row).__name__}")
+        _check_values(row, _LEVELS)
+        row = columns.normalise({name: value for name, value in row.items() if not _is_null(value)})
+        _check_prompt(row)
+        if "response_ids" in row:
+            _check_ids(row["response_ids"], "response_ids")
+        if not isinstance(row.get("response", ""), str):
+            raise UserError('"response" must be text')
+        return row
+
+
+def _is_null(value: Any) -> bool:
+    return value is None or (isinstance(value, float) and not math.isfinite(value))
+
+
+def _check_values(value: Any, levels: int) -> None:
+    """Finds what could be read, but not written again, or not tokenised."""
+    if isinstance(value, str):
+        try:
+            value.encode()
+        except UnicodeEncodeError as error:
+            raise UserError(
+                f"{value[error.start]!r} is half of a surrogate pair, which is no character; remove it or add the other"
+            ) from error
+    elif isinstance(value, dict | list):
+        if not levels:
+            raise UserError(f"lists and objects are nested more than {_LEVELS} deep; flatten them")
+        for inner in itertools.chain(value, value.values()) if isinstance(value, dict) else value:
+            _check_values(inner, levels - 1)
+
+
+def _check_prompt(row: Row) -> None:
     if "messages" in row:
-        _check_messages(row["messages"], where)
-    elif "prompt_ids" in row:
-        _check_ids(row["prompt_ids"], "prompt_ids", where)
+        return  # `normalise` has checked them
+    if not row.keys() & {"prompt", "prompt_ids"}:
+        fields = ", ".join(list(row)[:8]) or "none"
+        raise UserError(f'no prompt; give "messages", "prompt" or "prompt_ids" (the row has the fields {fields})')
+    if "prompt" in row:
+        if not isinstance(row["prompt"], str) or not row["prompt"]:
+            raise UserError('no prompt; "prompt" must be text or a list of messages, and not empty')
+    else:
+        _check_ids(row["prompt_ids"], "prompt_ids")
         if not row["prompt_ids"]:
-            raise UserError(f'{where}: "prompt_ids" is empty; a prompt needs at least one token')
-    elif not isinstance(row.get("prompt"), str) or not row["prompt"]:
-        raise UserError(f'{where}: no prompt; give "messages", "prompt" or "prompt_ids"')
-    if "response_ids" in row:
-        _check_ids(row["response_ids"], "response_ids", where)
-    if not isinstance(row.get("response", ""), str):
-        raise UserError(f'{where}: "response" must be text')
-    return row
+            raise UserError('"prompt_ids" is empty; a prompt needs at least one token')
 
 
-def _check_messages(messages: Any, where: str) -> None:
-    if not isinstance(messages, list) or not messages:
-        raise UserError(f'{where}: "messages" must be a list of at least one message')
-    for message in messages:
-        if not isinstance(message, dict) or not all(isinstance(message.get(k), str) for k in ("role", "content")):
-            raise UserError(f'{where}: every message needs a text "role" and a text "content"')
-
-
-def _check_ids(ids: Any, name: str, where: str) -> None:
-    if not isinstance(ids, list) or not all(isinstance(i, int) and i >= 0 for i in ids):
-        raise UserError(f'{where}: "{name}" must be a list of token ids')
+def _check_ids(ids: Any, name: str) -> None:
+    if not isinstance(ids, list) or not all(type(i) is int and 0 <= i <= _LARGEST_ID for i in ids):
+        raise UserError(f'"{name}" must be a list of token ids')

@@ -1,7 +1,8 @@
-"""Tokenizers and chat templates: the tokens in which a model reads a request, and those of an answer to learn."""
+"""Tokenizers and chat templates: the tokens of prompts, and of answers to train on."""
 
 import json
 import os
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
@@ -19,7 +20,7 @@ Messages = list[dict[str, str]]  # [{"role": ..., "content": ...}, ...]
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """Those of a student and its teacher. Their vocabularies are the same, their chat templates may differ."""
+    """The tokenizers of a student and its teacher: the same vocabulary, but the chat templates may differ."""
 
     student: Tokenizer
     teacher: Tokenizer
@@ -29,18 +30,21 @@ class Tokenizers:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """The tokenizer of a Hugging Face folder; code that comes with a checkpoint is never run.
+    """Loads the tokenizer of a Hugging Face folder; code in a checkpoint is never run.
 
     Raises:
-      UserError: if the folder has none, or one that cannot be read.
+      UserError: if the folder has no tokenizer, or one that cannot be read.
     """
-    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # it warns where torch is missing
+    os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides the warning that torch is missing
     from transformers import AutoTokenizer  # slow to import
 
     if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
         raise UserError(f"{folder}: no tokenizer.json; copy the original model's tokenizer files into this folder")
     try:
-        return AutoTokenizer.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        # Without a length of its own, at which it would only warn: prompts are measured against the run's cap
+        return AutoTokenizer.from_pretrained(
+            str(folder), trust_remote_code=False, local_files_only=True, model_max_length=sys.maxsize
+        )
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise UserError(
             f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); copy the original "
@@ -49,7 +53,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """Every token that ends an answer, by generation_config.json, config.json and the tokenizer."""
+    """All tokens that end an answer, from generation_config.json, config.json and the tokenizer."""
     ids: set[int] = set()
     for name in ("generation_config.json", "config.json"):
         if (folder / name).exists():
@@ -67,7 +71,7 @@ def check_same_tokenizer(student: Path, teacher: Path) -> str | None:
       A warning, if the two models end their answers with different tokens; else None.
 
     Raises:
-      UserError: unless both give every token the same id.
+      UserError: unless every token has the same id in both.
     """
     of_student, of_teacher = load_tokenizer(student), load_tokenizer(teacher)
     a, b = of_student.get_vocab(), of_teacher.get_vocab()
@@ -93,12 +97,12 @@ def check_same_tokenizer(student: Path, teacher: Path) -> str | None:
 def prompt_ids(tokenizer: Tokenizer, row: Row, template: Template) -> list[int]:
     """The tokens of a row's prompt.
 
-    "messages" go through the chat template, with the generation prompt and the template's options; its system prompt
-    is set before a conversation that has none. "prompt" is tokenised as the tokenizer does by default, "prompt_ids"
-    are taken as they are.
+    "messages" are rendered by the chat template with the generation prompt and the template's options; a conversation
+    without system prompt gets the template's. "prompt" is tokenised with the tokenizer's defaults, and "prompt_ids" are
+    used unchanged.
 
     Raises:
-      UserError: if the tokenizer has no chat template, or one that refuses the conversation.
+      UserError: if the tokenizer has no chat template, or if the template fails for the conversation.
     """
     if "messages" in row:
         return _render(tokenizer, _with_system(_request(row["messages"]), template), template, open_answer=True)
@@ -108,17 +112,17 @@ def prompt_ids(tokenizer: Tokenizer, row: Row, template: Template) -> list[int]:
 
 
 def fill(answer: str, row: Row, where: str) -> str:
-    """An answer whose fields in braces are replaced by the row's.
+    """Replaces the fields in braces in an answer by the row's values.
 
     Args:
       where: the row's file and number, for error messages.
 
     Raises:
-      UserError: naming the field that the row lacks.
+      UserError: naming a field that the row does not have.
     """
     try:
         return answer.format_map(row)
-    except (KeyError, IndexError, ValueError) as error:
+    except (AttributeError, KeyError, IndexError, TypeError, ValueError) as error:
         raise UserError(
             f"{where}: the answer {answer!r} asks for the field {error}, which the row lacks; add it, or change "
             "the config's answer"
@@ -126,10 +130,10 @@ def fill(answer: str, row: Row, where: str) -> str:
 
 
 def answer_ids(tokenizer: Tokenizer, row: Row, answer: str, template: Template) -> tuple[list[int], list[int]]:
-    """Prompt and answer of a row to learn from: the answer is what the template writes after the prompt.
+    """The tokens of a row's prompt and of its answer, which are the tokens that the template writes after the prompt.
 
-    The answer is the row's last assistant turn, else `answer`. It ends with the template's closing tokens up to the
-    last special one, which tells the model to stop.
+    The answer is the row's last assistant turn, or else `answer`. It ends with the template's last special token, which
+    ends an answer when the model samples it.
 
     Raises:
       UserError: if the rendered conversation does not begin with the rendered prompt.
@@ -147,7 +151,7 @@ def answer_ids(tokenizer: Tokenizer, row: Row, answer: str, template: Template) 
     response = conversation[len(prompt) :]
     special = set(tokenizer.all_special_ids)
     while len(response) > 1 and response[-1] not in special and any(i in special for i in response):
-        response.pop()  # a line break after the end of a turn: the model has stopped before it
+        response.pop()  # for instance a line break after the end of the turn
     return prompt, response
 
 

@@ -1,7 +1,7 @@
-"""The answers of one model to one benchmark in a JSONL file, so that no answer and no paid grade is computed twice.
+"""Stores the answers of one model to one benchmark in a JSONL file, so that no answer or paid grade is computed twice.
 
-A row has "key" (of its prompt's tokens and the way it was sampled), "question", "sample", "response", "length",
-"stopped" and, once graded, "score", "marked", "parts" and "grader".
+A row has "key" (a hash of the prompt's tokens and the sampling settings), "question", "sample", "response", "length",
+"stopped" and, after grading, "score", "marked", "parts" and "grader".
 """
 
 import hashlib
@@ -15,19 +15,20 @@ from camopd_jax.evals.task import Grade
 from camopd_jax.runtime.distributed import broadcast, is_primary
 from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
 
+_FIELDS = {"key", "response", "length", "stopped"}  # that every answer has
 AnswerRow = dict[str, Any]
-Save = Callable[[dict[int, AnswerRow]], None]  # takes new rows by the number of their key
+Save = Callable[[dict[int, AnswerRow]], None]  # saves new rows, by the index of their key
 
 
 def answer_key(*parts: Any) -> str:
-    """16 hexadecimal digits of JSON values that identify an answer."""
+    """A hash (16 hexadecimal digits) of JSON values that identify an answer."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
 
 class AnswerFile:
-    """A file of answers, written as they come: work that was killed continues with what is missing.
+    """A file of answers, written after each batch: an interrupted evaluation continues with the missing answers.
 
-    Of several processes the first one reads and writes the file; all compute.
+    Only process 0 reads and writes the file; all processes compute.
     """
 
     def __init__(self, path: epath.Path):
@@ -39,19 +40,19 @@ class AnswerFile:
         compute: Callable[[list[int], Save], None],
         progress: Callable[[int], None],
     ) -> list[AnswerRow]:
-        """The rows of these keys, those that the file lacks computed now. On the other processes: no rows.
+        """The rows of these keys; computes those that the file does not have. Processes other than 0 return no rows.
 
         Args:
-          compute: called with the numbers of the missing keys and a function that saves new rows by number; a row needs
-            neither its "key" nor its "question".
-          progress: called with the number of rows done, after each save.
+          compute: called with the indices of the missing keys and a function that saves new rows by index, which adds
+            "key" and "question" to them.
+          progress: called with the number of finished rows, after each save.
         """
         rows: dict[str, AnswerRow] = {}
 
         def missing_numbers() -> list[int]:
-            rows.update({row["key"]: row for row in read_rows(self.path)})
+            rows.update({row["key"]: row for row in read_rows(self.path) if row.keys() >= _FIELDS})
             if rows:
-                write_rows(self.path, rows.values())  # drops a last line that was cut by a kill
+                write_rows(self.path, rows.values())  # drops lines that are cut or damaged: those are computed again
             return [i for i, key in enumerate(keys) if key not in rows]
 
         missing = broadcast(missing_numbers)
@@ -71,7 +72,7 @@ class AnswerFile:
         return [rows[key] for key in keys] if is_primary() else []
 
     def save_grades(self, answers: Sequence[AnswerRow], grades: Sequence[Grade], grader: str) -> None:
-        """Writes each answer's grade, and who gave it, into the answer's row."""
+        """Writes each answer's grade, and the name of the grader, into the answer's row."""
         by_key = {
             answer["key"]: {"score": grade.value, "marked": grade.marked, "parts": grade.parts, "grader": grader}
             for answer, grade in zip(answers, grades, strict=True)

@@ -1,7 +1,7 @@
-"""A student's results beside those of the general and the specialised model, and which checkpoint is best.
+"""Compares a student's results with those of the general and the specialised model, and ranks checkpoints.
 
-`recovered_share` says how much of the general ability that the specialised model had lost is back, `kept_share` how
-much of the domain ability is kept. All models answered the same questions.
+`recovered_share` is the share of the lost general ability that the student has recovered, and `kept_share` is the share
+of the domain ability that it has kept. All models must have answered the same questions.
 """
 
 from collections.abc import Callable, Sequence
@@ -24,10 +24,10 @@ class Ratio:
 def recovered_share(
     general: Sequence[Result], specialised: Sequence[Result], student: Sequence[Result]
 ) -> Ratio | None:
-    """`(student - specialised) / (general - specialised)` of mean accuracies; None if nothing was lost.
+    """`(student - specialised) / (general - specialised)` of mean accuracies; None if the denominator is 0.
 
-    The error is that of the ratio, linearised (delta method) and paired by question: of
-    `student - specialised - share * (general - specialised)`.
+    The standard error is linearised (delta method) and paired by question: it is the standard error of the mean of
+    `student - specialised - share * (general - specialised)`, divided by the denominator.
     """
     g, p, s = (_mean_accuracy(results) for results in (general, specialised, student))
     if not student or g == p:
@@ -41,7 +41,7 @@ def recovered_share(
 
 
 def kept_share(specialised: Sequence[Result], student: Sequence[Result]) -> Ratio | None:
-    """`student / specialised` of mean accuracies, its error paired by question; None if there was nothing to keep."""
+    """`student / specialised` of mean accuracies, with its error paired by question; None if `specialised` is 0."""
     p, s = _mean_accuracy(specialised), _mean_accuracy(student)
     if not student or p == 0:
         return None
@@ -66,7 +66,7 @@ def _error(residuals: Sequence[np.ndarray]) -> float:
 def comparison(
     general: Sequence[Result], specialised: Sequence[Result], student: Sequence[Result]
 ) -> dict[str, dict[str, list[float]]]:
-    """Both shares of every benchmark and of each axis's mean, as far as they are defined.
+    """Both shares for every benchmark and for the mean of each axis, if they are defined.
 
     Returns:
       {"recovery": {benchmark or "mean": [value, standard error]}, "retention": the same}, as eval.jsonl has them.
@@ -80,7 +80,7 @@ def comparison(
 
 
 def _by_benchmark(share: Callable[..., Ratio | None], models: Sequence[Sequence[Result]]) -> dict[str, list[float]]:
-    """`share` of the models' results on each benchmark, and on all of them as "mean"."""
+    """`share` of the models' results on each benchmark, and on all benchmarks as "mean"."""
     ratios = {result["benchmark"]: share(*([model[i]] for model in models)) for i, result in enumerate(models[-1])}
     ratios["mean"] = share(*models)
     return {name: [ratio.value, ratio.error] for name, ratio in ratios.items() if ratio is not None}
@@ -91,17 +91,17 @@ def _by_benchmark(share: Callable[..., Ratio | None], models: Sequence[Sequence[
 
 @dataclass(frozen=True, order=True)
 class Rank:
-    """How good a checkpoint is. Ranks compare: the better is greater."""
+    """The rank of a checkpoint; the better of two checkpoints has the greater rank."""
 
-    keeps_domain: bool  # whether its kept share is at least 1 less one standard error
+    keeps_domain: bool  # whether its kept share is at least 1 minus one standard error
     value: float  # its recovered share if it keeps the domain, else its kept share
 
 
 def rank_student(general: Sequence[Result], specialised: Sequence[Result], student: Sequence[Result]) -> Rank | None:
-    """A student's rank: the highest recovered share is best, among those that keep the domain.
+    """A student's rank: students that keep the domain rank first, by recovered share; the others by kept share.
 
-    Without a domain benchmark every student keeps it; without a general one, or where nothing was lost, the kept share
-    decides. None without benchmarks.
+    Without domain benchmarks, every student keeps the domain. Without general benchmarks, or if no ability was lost,
+    the rank is by kept share. Without any benchmarks, the rank is None.
     """
     recovered = recovered_share(*(on_axis(results, "general") for results in (general, specialised, student)))
     kept = kept_share(*(on_axis(results, "domain") for results in (specialised, student)))
@@ -111,17 +111,17 @@ def rank_student(general: Sequence[Result], specialised: Sequence[Result], stude
 
 
 def out_of_patience(ranks: Sequence[Rank], patience: int) -> bool:
-    """Whether none of the last `patience` ranks is better than all before them; 0: never."""
+    """Whether none of the last `patience` ranks is better than all earlier ones; patience 0: never."""
     if not 0 < patience < len(ranks):
         return False
     return max(ranks[-patience:]) <= max(ranks[:-patience])
 
 
 def rank_row(step: int, rank: Rank, shares: dict[str, Any]) -> Result:
-    """The row of eval.jsonl that says how good a checkpoint is.
+    """The row of eval.jsonl with a checkpoint's rank.
 
     Args:
-      shares: further fields of the row, as `comparison` makes them.
+      shares: more fields of the row, from `comparison`.
     """
     return {
         "step": step,
@@ -134,10 +134,10 @@ def rank_row(step: int, rank: Rank, shares: dict[str, Any]) -> Result:
 
 
 def ranks(rows: Sequence[Result]) -> dict[int, Rank]:
-    """The ranks of a run's checkpoints, by step, from the rows of its eval.jsonl."""
+    """The ranks of a run's checkpoints by step, from the rows of its eval.jsonl."""
     return {row["step"]: rank_of(row) for row in rows if row["benchmark"] == "standing"}
 
 
 def rank_of(row: Result) -> Rank:
-    """The rank that a row made by `rank_row` holds."""
+    """The inverse of `rank_row`."""
     return Rank(row["keeps"], row["merit"])

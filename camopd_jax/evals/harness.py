@@ -1,4 +1,4 @@
-"""EleutherAI's lm_eval with a model named camopd_jax."""
+"""Registers a model named camopd_jax with EleutherAI's lm_eval."""
 
 import os
 import sys
@@ -33,7 +33,7 @@ DTYPES = ("auto", "float32", "bfloat16")
 
 @register_model("camopd_jax")
 class CamopdLM(TemplateLM):
-    """A Hugging Face folder under lm_eval."""
+    """Runs lm_eval's requests on a Hugging Face checkpoint."""
 
     def __init__(
         self,
@@ -52,12 +52,14 @@ class CamopdLM(TemplateLM):
 
         Args:
           path: Hugging Face folder or hub name.
-          batch_size: rows of a batch; data x fsdp has to divide it.
-          max_length: of prompt and answer in tokens; longer ones lose their front. Default: the model's, at most 4,096.
-          max_gen_toks: of an answer, where the task gives no number; at most half of max_length.
+          batch_size: rows of a batch; data x fsdp must divide it.
+          max_length: of prompt and answer in tokens; longer prompts are cut at the start. The last token of a scored
+            text is not an input and not counted, as in the models of lm_eval. Default: the maximum of the model, at
+            most 4,096.
+          max_gen_toks: maximum length of an answer if the task gives none; at most half of max_length.
           dtype: of parameters and matrix products: auto, float32 or bfloat16.
-          data, fsdp, tensor: devices along each axis of the mesh.
-          seed: of sampled answers.
+          data, fsdp, tensor: devices along each mesh axis.
+          seed: for sampled answers.
 
         Raises:
           UserError: for a model that cannot be read, and for sizes that do not fit the devices.
@@ -79,7 +81,7 @@ class CamopdLM(TemplateLM):
 
     @property
     def tokenizer_name(self) -> str:
-        """Under which lm_eval keeps answers that depend on the tokenizer."""
+        """The name under which lm_eval caches results that depend on the tokenizer."""
         return str(self.loaded.folder)
 
     @property
@@ -89,7 +91,7 @@ class CamopdLM(TemplateLM):
 
     @property
     def prefix_token_id(self) -> int:
-        """The token before the first of a text."""
+        """The token before the first token of a text."""
         bos = self.tokenizer.bos_token_id
         return self.eot_token_id if bos is None else bos
 
@@ -97,7 +99,7 @@ class CamopdLM(TemplateLM):
         """Token ids of a text.
 
         Args:
-          add_special_tokens: None: with special tokens, unless the text begins with the first of them.
+          add_special_tokens: None: add special tokens, unless the text starts with the BOS token.
         """
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
@@ -105,7 +107,7 @@ class CamopdLM(TemplateLM):
         return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
 
     def apply_chat_template(self, chat_history: Messages, add_generation_prompt: bool = True) -> str:
-        """A conversation as the chat template writes it."""
+        """A conversation rendered by the chat template."""
         if not self.tokenizer.chat_template:
             raise UserError(
                 f"{self.loaded.folder}: its tokenizer has no chat template; leave --apply_chat_template out"
@@ -122,7 +124,11 @@ class CamopdLM(TemplateLM):
     def _loglikelihood_tokens(
         self, requests: list[tuple[tuple[str, str] | None, list[int], list[int]]], **_: Any
     ) -> list[tuple[float, bool]]:
-        """The log-likelihood of each (texts, context ids, continuation ids), and whether it is the greedy answer."""
+        """The log-likelihood of each continuation, and whether it is the greedy one.
+
+        Args:
+          requests: (texts, context ids, continuation ids) of each.
+        """
         log_probs = self._score([(context, continuation) for _, context, continuation in requests])
         results = [(float(row[:, 0].sum()), bool(np.all(row[:, 0] >= row[:, 1]))) for row in log_probs]
         for request, result in zip(requests, results, strict=True):
@@ -131,12 +137,12 @@ class CamopdLM(TemplateLM):
         return results
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
-        """The log-likelihood of each text, in windows of `max_length` if it is longer."""
+        """The log-likelihood of each text; a long text is split into windows of `max_length`."""
         windows, owners = [], []
         for i, request in enumerate(requests):
             (text,) = request.args
             ids = self.tok_encode(text)
-            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length - 1, 1):
+            for window in get_rolling_token_windows(ids, self.prefix_token_id, self.max_length, 1):
                 windows.append(make_disjoint_window(window))
                 owners.append(i)
         sums = [0.0] * len(requests)
@@ -147,18 +153,18 @@ class CamopdLM(TemplateLM):
         return sums
 
     def _score(self, pairs: Sequence[tuple[list[int], list[int]]]) -> list[np.ndarray]:
-        """float32[n, 2] of (context, continuation) pairs: the log-probability of each of the continuation's n tokens,
-        and that of the likeliest token at its position. A pair that is too long loses its front.
+        """For each (context, continuation), float32[n, 2]: the log-probabilities of the continuation's n tokens, and of
+        the most likely token at each position. Contexts that are too long are cut at the start.
         """
-        contexts = [context[-max(1, self.max_length - len(after)) :] for context, after in pairs]
+        contexts = [context[-max(1, self.max_length + 1 - len(after)) :] for context, after in pairs]
         continuations = [after for _, after in pairs]
         return score_responses(self.loaded, contexts, continuations, batch_size=self.batch_size, with_top=True)
 
     # ------------------------------------------------------------------------------------ answers
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
-        """An answer to each prompt, cut at the first of its stop strings."""
-        groups: dict[tuple[int, Sampling], list[int]] = defaultdict(list)  # requests that are sampled alike
+        """An answer to each prompt, cut at the first stop string."""
+        groups: dict[tuple[int, Sampling], list[int]] = defaultdict(list)  # requests with the same settings
         stops = []
         end_of_text = self.tokenizer.decode([self.eot_token_id])
         for i, request in enumerate(requests):
@@ -184,7 +190,7 @@ class CamopdLM(TemplateLM):
 
 
 def _sampling(settings: Mapping[str, Any]) -> Sampling:
-    """How lm_eval's settings of a request have its answer sampled."""
+    """Converts lm_eval's settings of a request."""
     return Sampling(
         temperature=settings["temperature"] if settings["do_sample"] else 0.0,
         top_k=int(settings.get("top_k") or 0),
@@ -199,12 +205,12 @@ def _until(text: str, stops: list[str]) -> str:
 
 
 def join_processes() -> None:
-    """Reads the flags of several processes, joins the processes and leaves the other flags to lm_eval.
+    """Reads the flags for several processes, connects the processes, and leaves all other flags to lm_eval.
 
-    The processes work as one. lm_eval reports from the process whose LOCAL_RANK is 0.
+    lm_eval reports only from the process whose LOCAL_RANK is 0.
 
     Raises:
-      UserError: for flags that are incomplete or no numbers.
+      UserError: for flags that are incomplete or not numbers.
     """
     own = flags.FlagValues()
     own.set_gnu_getopt()

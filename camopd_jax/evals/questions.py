@@ -1,47 +1,58 @@
-"""The questions of a benchmark, and the tokens in which a model reads them."""
+"""Reads the questions of a benchmark and converts them to tokens."""
 
 from collections.abc import Sequence
 
 from camopd_jax.config.schema import Benchmark
 from camopd_jax.data import sources, templates
+from camopd_jax.data.sources import LocatedRow
 from camopd_jax.data.templates import Tokenizer
 from camopd_jax.errors import UserError
 from camopd_jax.evals.task import Row, Task
 
 
-def read_questions(benchmark: Benchmark, task: Task, limit: int | None = None) -> list[Row]:
-    """The rows of a benchmark, each with the fields that its task needs.
+def read_questions(benchmark: Benchmark, task: Task, limit: int | None = None) -> list[LocatedRow]:
+    """The rows of a benchmark with file and line, each with the fields that its task needs.
 
     Args:
-      limit: only the first rows.
+      limit: read only this many rows, the first ones.
 
     Raises:
-      UserError: for a benchmark without questions, and for a row without a field that its task needs.
+      UserError: for a benchmark without questions, and for a row without a field that its task needs, or with one that
+        cannot be graded against.
     """
     where = f"config.evaluation.benchmarks {benchmark.name}"
     source, split = benchmark.source or task.dataset, benchmark.split or task.split
     if not source:
         raise UserError(f"{where}: task {benchmark.task} has no dataset of its own; give its source")
     limits = [n for n in (limit, benchmark.limit) if n is not None]
-    rows = sources.read(source, split, min(limits, default=None), f"{where}.source")
-    for i, row in enumerate(rows, 1):
-        missing = [name for name in task.needs if name not in row]
-        if missing:
-            raise UserError(
-                f'{source} row {i}: no "{missing[0]}" to grade against, which task {benchmark.task} needs; add it to '
-                "every row"
-            )
+    rows = sources.read_located(source, split, min(limits, default=None), f"{where}.source")
+    for row, place in rows:
+        with sources.naming(place):
+            _check(row, benchmark, task)
+        if task.grades_likelihood:
+            templates.fill(benchmark.answer, row, place)
     return rows
 
 
-def prompts(benchmark: Benchmark, task: Task, tokenizer: Tokenizer, rows: Sequence[Row]) -> list[list[int]]:
+def _check(row: Row, benchmark: Benchmark, task: Task) -> None:
+    missing = [name for name in task.needs if name not in row]
+    if missing:
+        raise UserError(f'no "{missing[0]}" to grade against, which task {benchmark.task} needs; add it to every row')
+    task.check_row(row)
+
+
+def prompts(benchmark: Benchmark, task: Task, tokenizer: Tokenizer, rows: Sequence[LocatedRow]) -> list[list[int]]:
     """The token ids of each question, with the benchmark's instruction or else its task's."""
     instruction = task.instruction if benchmark.instruction is None else benchmark.instruction
-    return [templates.prompt_ids(tokenizer, with_instruction(row, instruction), benchmark.template) for row in rows]
+    tokens = []
+    for row, where in rows:
+        with sources.naming(where):
+            tokens.append(templates.prompt_ids(tokenizer, with_instruction(row, instruction), benchmark.template))
+    return tokens
 
 
 def with_instruction(row: Row, instruction: str) -> Row:
-    """A copy of the row with an instruction behind its last request.
+    """A copy of the row with an instruction after its last request.
 
     >>> with_instruction({"prompt": "2 + 2?"}, "Be brief.")
     {'prompt': '2 + 2?\\n\\nBe brief.'}

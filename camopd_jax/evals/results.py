@@ -1,4 +1,4 @@
-"""A model's result on a benchmark: a row of eval.jsonl."""
+"""A model's result on a benchmark, which is a row of eval.jsonl."""
 
 import math
 from collections.abc import Sequence
@@ -20,18 +20,18 @@ def summarise(
 
     Args:
       grades: for each question, the grades of its answers.
-      lengths: tokens of each answer, of all questions.
-      stopped: whether each answer ended by itself, of all questions.
+      lengths: tokens of each answer to all questions.
+      stopped: whether each answer to all questions ended with EOS.
 
     Returns:
       A row of eval.jsonl:
-        benchmark, task, axis: of the config.
+        benchmark, task, axis: from the config.
         accuracy: mean over questions of the mean grade of a question's answers (mean@n), in [0, 1].
-        standard_error: of that mean, over questions.
-        scores: the mean grade of each question. n: questions. samples: answers to each question.
-        unmarked, truncated: fractions of the answers: without the form asked for, and cut at the cap.
-        length_mean: tokens of an answer. parts: further fractions by name, pooled over answers.
-        temperature, top_k, top_p, min_p, max_response_tokens: how the answers were sampled.
+        standard_error: of accuracy, over questions.
+        scores: the mean grade of each question. n: number of questions. samples: answers per question.
+        unmarked, truncated: fractions of the answers without the required form, and cut at the maximum length.
+        length_mean: tokens per answer. parts: additional fractions by name, pooled over answers.
+        temperature, top_k, top_p, min_p, max_response_tokens: the sampling settings.
     """
     answers = [grade for of_question in grades for grade in of_question]
     settings = ("samples", "temperature", "top_k", "top_p", "min_p", "max_response_tokens")
@@ -49,14 +49,14 @@ def summarise(
 
 
 def _accuracy(values: Sequence[float]) -> Result:
-    """The fields of a result that follow from the value of each question."""
+    """The fields of a result that are computed from the value of each question."""
     n = len(values)
     error = float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
     return {"accuracy": sum(values) / n, "standard_error": error, "n": n, "scores": list(values)}
 
 
 def _pooled_parts(grades: Sequence[Grade]) -> dict[str, float]:
-    """The fraction of each part that is right, pooled over the answers that have it."""
+    """The fraction of right counts for each part, pooled over the answers that have the part."""
     fractions = {}
     for name in sorted({name for grade in grades for name in grade.parts}):
         counts = [grade.parts[name] for grade in grades if name in grade.parts]
@@ -65,17 +65,17 @@ def _pooled_parts(grades: Sequence[Grade]) -> dict[str, float]:
 
 
 def on_questions(result: Result, questions: Sequence[int]) -> Result:
-    """The accuracy on these questions alone. The other figures stay those of all questions."""
+    """The result with the accuracy on only these questions. The other fields are unchanged."""
     return result | _accuracy([result["scores"][i] for i in questions])
 
 
 def on_axis(results: Sequence[Result], axis: str) -> list[Result]:
-    """The results on an axis's benchmarks."""
+    """The results on the benchmarks of an axis."""
     return [result for result in results if result["axis"] == axis]
 
 
 def axis_mean(results: Sequence[Result], axis: str) -> tuple[float, float] | None:
-    """Mean accuracy over an axis's benchmarks, and its standard error; None if the axis has no benchmark."""
+    """Mean accuracy over the benchmarks of an axis, and its standard error; None if the axis has no benchmark."""
     part = on_axis(results, axis)
     return mean_accuracy(part) if part else None
 

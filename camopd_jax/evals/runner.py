@@ -1,8 +1,8 @@
-"""Benchmarks on a model in memory: the model answers, every answer is kept, and the answers are graded.
+"""Runs benchmarks on a loaded model: samples answers, stores and grades them.
 
-Answers lie in `FOLDER/MODEL/BENCHMARK.jsonl`, one a line, written as they come: an evaluation that was killed continues
-with the open questions, and a model answers each question once. A row belongs to its prompt's tokens and the way it was
-sampled: another prompt, or another way of sampling, gets an answer of its own.
+Answers are in `FOLDER/MODEL/BENCHMARK.jsonl`, one per line, written after each batch. An interrupted evaluation
+continues with the missing answers, and no answer is computed twice. An answer is identified by its prompt's tokens and
+the sampling settings; if one of them changes, a new answer is computed.
 """
 
 import hashlib
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from etils import epath
 
 from camopd_jax.config.schema import Benchmark, Evaluation, Sampling
-from camopd_jax.data import templates
+from camopd_jax.data import sources, templates
+from camopd_jax.data.sources import LocatedRow
 from camopd_jax.evals import comparison, tasks
 from camopd_jax.evals.answer_file import AnswerFile, AnswerRow, Save, answer_key
 from camopd_jax.evals.questions import prompts, read_questions
@@ -29,11 +30,11 @@ from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.metrics import MetricsWriter
 
 Progress = Callable[[str], None]  # shows a line of text
-GRADED_AT_ONCE = 64  # answers, between two writes of grades that cost
+GRADED_AT_ONCE = 64  # answers whose paid grades are written to the file together
 
 
 def check(evaluation: Evaluation) -> None:
-    """Finds, before a run, the mistakes that grading would find after it.
+    """Checks before a run that the benchmarks can be graded.
 
     Raises:
       UserError: for an unknown task, a missing package or setting, and questions that cannot be read or graded.
@@ -44,23 +45,29 @@ def check(evaluation: Evaluation) -> None:
         read_questions(benchmark, task, limit=1)
 
 
+def notices(evaluation: Evaluation) -> list[str]:
+    """The lines that are to be printed at the start of an evaluation."""
+    found = [tasks.find(benchmark, evaluation.judge).notice() for benchmark in evaluation.benchmarks]
+    return [line for line in dict.fromkeys(found) if line]
+
+
 def model_key(loaded: Loaded) -> str:
-    """Identifies a checkpoint's answers: by its files and the precision it runs at."""
+    """The key of a checkpoint's answers, from its files and its compute dtype."""
     return f"{loaded.folder.name}-{hf.fingerprint(loaded.folder)}-{loaded.model.dtype}"
 
 
 def run_key(config_fingerprint: str, step: int) -> str:
-    """Identifies the answers of a run's checkpoint."""
+    """The key of the answers of a run's checkpoint."""
     return f"{config_fingerprint}-{step:06d}"
 
 
 def read_ranks(workdir: epath.Path) -> dict[int, comparison.Rank]:
-    """The ranks of a work directory's checkpoints, by step."""
+    """The ranks of a work directory's checkpoints by step."""
     return comparison.ranks(read_rows(workdir / "eval.jsonl"))
 
 
 def broadcast_ranks(workdir: epath.Path) -> dict[int, comparison.Rank]:
-    """`read_ranks` of the first process, on every process."""
+    """The result of `read_ranks` on process 0, on every process."""
     return comparison.ranks(broadcast(lambda: read_rows(workdir / "eval.jsonl")))
 
 
@@ -69,7 +76,7 @@ class Evaluator:
     """Runs a config's benchmarks on models, and writes the results to eval.jsonl."""
 
     evaluation: Evaluation
-    workdir: epath.Path  # its folder `answers` keeps the answers, unless the config names another
+    workdir: epath.Path  # answers are stored in its folder `answers`, unless the config names another
     writer: MetricsWriter
     display: Display
 
@@ -80,9 +87,9 @@ class Evaluator:
 
         Args:
           name: of the model in eval.jsonl.
-          step: of the run, if the model is a checkpoint of one.
-          key: identifies the model's answers; None: `model_key`.
-          limit: only the first questions of each benchmark.
+          step: of the checkpoint, if the model is a checkpoint of a run.
+          key: of the model's answers; None: `model_key`.
+          limit: use only this many questions of each benchmark, the first ones.
         """
         if not self.evaluation.benchmarks:
             return []
@@ -94,7 +101,7 @@ class Evaluator:
             row = {"model": name, "step": step, "checkpoint": key} | result
             self.writer.add_evaluation(row, "accuracy", result["accuracy"])
             accuracy = f"{100 * result['accuracy']:.1f} ± {100 * result['standard_error']:.1f} %"
-            self.display.say(f"{name}{f' at step {step}' if step else ''}: {benchmark.name} {accuracy}")
+            self.display.print(f"{name}{f' at step {step}' if step else ''}: {benchmark.name} {accuracy}")
             results.append(result)
         return results
 
@@ -111,14 +118,14 @@ def run_benchmark(
 
     Args:
       folder: of the model's answers.
-      limit: only the first questions.
+      limit: use only this many questions, the first ones.
     """
     task = tasks.find(benchmark, evaluation.judge)
     rows = read_questions(benchmark, task, limit)
     file = AnswerFile(folder / f"{benchmark.name}.jsonl")
     job = _Job(benchmark, task, evaluation, loaded, file, progress)
-    answers = job.likelihoods(rows) if task.given else job.answers(rows)
-    return broadcast(lambda: job.result(answers, rows))
+    answers = job.likelihoods(rows) if task.grades_likelihood else job.answers(rows)
+    return broadcast(lambda: job.result(answers, [row for row, _ in rows]))
 
 
 @dataclass(frozen=True)
@@ -132,20 +139,20 @@ class _Job:
     file: AnswerFile
     progress: Progress
 
-    def answers(self, rows: Sequence[Row]) -> list[AnswerRow]:
+    def answers(self, rows: Sequence[LocatedRow]) -> list[AnswerRow]:
         """The model's answers to all questions: the first sample of each, then the second of each, ..."""
         tokens = prompts(self.benchmark, self.task, self.loaded.tokenizer, rows)
         return [row for sample in range(self.benchmark.samples) for row in self._sample(tokens, sample)]
 
     def _sample(self, tokens: Sequence[Sequence[int]], sample: int) -> list[AnswerRow]:
-        """One answer to each prompt."""
+        """One answer to each prompt; `sample` is its number."""
         benchmark, evaluation = self.benchmark, self.evaluation
         sampling = Sampling.of(benchmark)
         sampled = sampling.temperature > 0
         way = [repr(sampling), benchmark.max_response_tokens, self.loaded.eos_ids, sample]
         way += [evaluation.seed] if sampled else []
         keys = [answer_key(list(prompt), way) for prompt in tokens]
-        if sampled:  # two questions with the same words have answers of their own
+        if sampled:  # equal questions get different answers
             keys = [f"{key}-{i}" for i, key in enumerate(keys)]
 
         def compute(missing: list[int], save: Save) -> None:
@@ -172,14 +179,14 @@ class _Job:
             keys, compute, lambda done: self.progress(f"{title}: {done} of {len(keys)} questions")
         )
 
-    def likelihoods(self, rows: Sequence[Row]) -> list[AnswerRow]:
+    def likelihoods(self, rows: Sequence[LocatedRow]) -> list[AnswerRow]:
         """The mean log-probability of each row's given answer, as the text of an answer."""
         benchmark, batch_size = self.benchmark, self.evaluation.batch_size
         pairs = []
-        for number, row in enumerate(rows, 1):
-            where = f"config.evaluation.benchmarks {benchmark.name} row {number}"
+        for row, where in rows:
             text = templates.fill(benchmark.answer, row, where)
-            prompt, response = templates.answer_ids(self.loaded.tokenizer, row, text, benchmark.template)
+            with sources.naming(where):
+                prompt, response = templates.answer_ids(self.loaded.tokenizer, row, text, benchmark.template)
             pairs.append((prompt, response[: benchmark.max_response_tokens]))
         keys = [answer_key(prompt, response) for prompt, response in pairs]
 
@@ -200,16 +207,16 @@ class _Job:
         )
 
     def result(self, answers: Sequence[AnswerRow], rows: Sequence[Row]) -> Result:
-        """The result of all answers to the questions `rows`, graded."""
+        """Grades the answers to the questions `rows`; returns the result."""
         grades = self._grade(answers, rows)
         by_question = [grades[i :: len(rows)] for i in range(len(rows))]
         lengths, stopped = ([row[name] for row in answers] for name in ("length", "stopped"))
-        # Identifies the questions and the way they were sampled: only results with the same "asked" are compared.
+        # A hash of the questions and sampling settings. Only results with the same "asked" are compared.
         identity = hashlib.sha256("".join(row["key"] for row in answers).encode()).hexdigest()[:16]
         return {"asked": identity} | summarise(self.benchmark, by_question, lengths, stopped)
 
     def _grade(self, answers: Sequence[AnswerRow], rows: Sequence[Row]) -> list[Grade]:
-        """The grade of each answer, which its file keeps. A grade that cost is not computed again."""
+        """Grades each answer and stores the grades in the file. A paid grade in the file is reused."""
 
         def grade(number: int) -> Grade:
             row = answers[number]

@@ -1,4 +1,4 @@
-"""Results as tables for the terminal."""
+"""Tables of results for the terminal."""
 
 from collections.abc import Mapping, Sequence
 
@@ -15,13 +15,13 @@ TITLES = {"general": "general teacher", "student": "recovered"}
 
 
 def accuracies(models: Mapping[str, Sequence[Result]]) -> Table:
-    """Accuracy in % of models side by side: each benchmark, then the mean of each axis.
+    """Accuracy in % of each model, for each benchmark and as the mean of each axis.
 
-    Where the models "general" and "specialised" are among them, every other model is followed by how much of the lost
-    general ability it got back (general benchmarks), or how much of the domain it kept (domain benchmarks).
+    If the models "general" and "specialised" are included, every other model has a second column: its recovered share
+    of the lost general ability (general benchmarks), or its kept share of the domain ability (domain benchmarks).
 
     Args:
-      models: results of each on the same benchmarks, by the model's name.
+      models: results on the same benchmarks, by the model's name.
     """
     students = [name for name in models if name not in TEACHERS] if models.keys() >= set(TEACHERS) else []
     table = Table(
@@ -48,7 +48,7 @@ def accuracies(models: Mapping[str, Sequence[Result]]) -> Table:
 
 
 def _cells(axis: str, models: Mapping[str, Sequence[Result]], students: Sequence[str]) -> list[str]:
-    """A row of the table: each model's mean accuracy on these benchmarks, a student's followed by its share."""
+    """A row of the table: each model's mean accuracy on these benchmarks, and after a student's its share."""
     cells = []
     for name, results in models.items():
         mean, error = mean_accuracy(results)
@@ -62,7 +62,7 @@ def _cells(axis: str, models: Mapping[str, Sequence[Result]], students: Sequence
 
 
 def details(models: Mapping[str, Sequence[Result]]) -> Table:
-    """How each benchmark's answers were sampled, and below it the length and form of each model's answers."""
+    """The sampling settings of each benchmark, followed by length and form of each model's answers."""
     table = Table(
         title="Answers: mean number of tokens; in %: cut at the cap, without the required form",
         title_justify="left",
@@ -84,7 +84,7 @@ def details(models: Mapping[str, Sequence[Result]]) -> Table:
 
 def _sampling(result: Result) -> str:
     task = tasks.TASKS.get(result["task"])
-    if isinstance(task, Task) and task.given:
+    if isinstance(task, Task) and task.grades_likelihood:
         return "given answers"
     if result["temperature"] == 0:
         return "greedy"

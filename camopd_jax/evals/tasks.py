@@ -1,6 +1,6 @@
-"""The benchmarks by name: what `task` of a config's benchmark may be.
+"""The tasks by name, as in the config field `task` of a benchmark.
 
-A new benchmark is a file of graders/ and one line of this table.
+A new task needs a file in graders/ and a line in this table.
 """
 
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.evals.graders import choice, exact, gsm8k, ifeval, judge, likelihood, mbpp, zebra
 from camopd_jax.evals.task import Task
 
-TASKS: dict[str, Task | Callable[[Judge], Task]] = {  # a function where a language model grades
+TASKS: dict[str, Task | Callable[[Judge], Task]] = {  # a function if a language model grades
     "exact": exact.TASK,
     "likelihood": likelihood.TASK,
     "choice": choice.CHOICE,
@@ -28,13 +28,13 @@ TASKS: dict[str, Task | Callable[[Judge], Task]] = {  # a function where a langu
 
 
 def find(benchmark: Benchmark, judged_by: Judge) -> Task:
-    """The rules of a config's benchmark.
+    """The task of a config's benchmark.
 
     Args:
-      judged_by: the language model that grades, where the benchmark has one grade.
+      judged_by: the language model that grades, for tasks that need one.
 
     Raises:
-      UserError: if no benchmark has the name that `benchmark.task` gives.
+      UserError: if `benchmark.task` is not the name of a task.
     """
     if benchmark.task not in TASKS:
         raise UserError(
@@ -46,6 +46,6 @@ def find(benchmark: Benchmark, judged_by: Judge) -> Task:
 
 
 def datasets() -> list[tuple[str, str]]:
-    """The benchmarks' own datasets, each with the split that holds its questions."""
+    """The tasks' own datasets, each with the split of its questions."""
     tasks = [task for task in TASKS.values() if isinstance(task, Task)]
     return [(task.dataset, task.split) for task in tasks if task.dataset]

@@ -1,4 +1,4 @@
-"""Answers of a checkpoint in memory to any number of prompts, by the rollout's own sampler."""
+"""Answers of a loaded checkpoint to any number of prompts, with the sampler of the training rollout."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -22,12 +22,12 @@ _keys = jax.jit(row_keys, static_argnums=0)
 
 @dataclass(frozen=True)
 class Answer:
-    """One answer. `ids` and `log_probs` (nats, temperature 1) have an entry for a closing EOS too."""
+    """One answer. `ids` and `log_probs` (nats, temperature 1) include a final EOS."""
 
     ids: list[int]
     log_probs: list[float]
     text: str  # decoded, without special tokens
-    stopped: bool  # True: ended by EOS; False: cut at the cap
+    stopped: bool  # True: ended with EOS; False: cut at the maximum length
 
 
 def answer(
@@ -45,13 +45,13 @@ def answer(
 ) -> list[Answer]:
     """Answers prompts; returns the answers in the prompts' order.
 
-    A row samples with the random key of (seed, draw, its row number), whatever batch it is in.
+    The random key of a row depends only on seed, draw and its row number, not on the batch.
 
     Args:
-      prompts: token ids of each.
-      max_new: the longest answer in tokens.
-      batch_size: prompts answered at one time; the mesh's data x fsdp divides it.
-      draw: numbers the answers, where the same prompts are answered several times.
+      prompts: token ids of each prompt.
+      max_new: maximum length of an answer in tokens.
+      batch_size: prompts answered at a time; data x fsdp of the mesh must divide it.
+      draw: the number of the sample, if the same prompts are answered several times.
       rows: the row number of each prompt; None: 0, 1, 2, ...
       smallest_bucket: batches are padded to this times a power of two.
       on_batch: called with {row number: answer} after each batch; the shortest prompts come first.

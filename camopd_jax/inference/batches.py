@@ -11,10 +11,10 @@ from camopd_jax.types import Prompts
 
 
 def global_batch(mesh: Mesh, ids: Sequence[Sequence[int]], smallest_bucket: int) -> Prompts:
-    """Token lists, known to every process, as one right-padded batch over the mesh.
+    """Puts token lists, which every process has, on the mesh as one right-padded batch.
 
     Args:
-      ids: the tokens of each row; the mesh's data x fsdp divides their number.
+      ids: the tokens of each row; data x fsdp of the mesh must divide the number of rows.
       smallest_bucket: the width in tokens is this times a power of two.
     """
     width = bucket(max(len(row) for row in ids), smallest_bucket)

@@ -1,4 +1,4 @@
-"""JSONL files of prompts answered, or of given answers scored, by a checkpoint."""
+"""Answers the prompts, or scores the given answers, of a JSONL file with a checkpoint."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -7,6 +7,7 @@ from typing import Literal
 from camopd_jax.config.schema import Compute, Sampling, Template
 from camopd_jax.data import sources, templates
 from camopd_jax.data.columns import Row
+from camopd_jax.data.sources import LocatedRow
 from camopd_jax.data.templates import Tokenizer
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
@@ -20,28 +21,28 @@ from camopd_jax.runtime.mesh import check_rows, make_mesh
 
 @dataclass(frozen=True)
 class FileJob:
-    """A file of rows and the checkpoint that answers or scores them, as the flags of the same names give them."""
+    """The values of the flags that `generate` and `score` share."""
 
     model: str  # Hugging Face folder or hub name
-    input: str  # JSONL file of rows with a prompt
+    input: str  # file of rows with a prompt: JSON, or by its name CSV or parquet
     output: str  # JSONL file to write
-    system: str | None  # system prompt of conversations without one
-    batch_size: int  # rows at one time
+    system: str | None  # system prompt added to conversations that have none
+    batch_size: int  # rows computed at a time
     dtype: Literal["auto", "float32", "bfloat16"]  # of weights and matrix products
 
 
 def answer_file(job: FileJob, sampling: Sampling, max_new_tokens: int, seed: int) -> None:
-    """Writes the job's rows with an answer to each: "response", "response_ids", "logprobs" and "finish_reason".
+    """Adds an answer to each row: "response", "response_ids", "logprobs" and "finish_reason". Writes the rows.
 
     Args:
-      max_new_tokens: the longest answer.
-      seed: of the sampling; an answer depends on it, the row's number and its prompt alone.
+      max_new_tokens: maximum length of an answer.
+      seed: for sampling; an answer depends only on it, the row number and the prompt.
 
     Raises:
       UserError: for a model or rows that cannot be read, and an output that cannot be written.
     """
     rows, tokenizer = _read(job)
-    prompts = [templates.prompt_ids(tokenizer, row, Template(system=job.system)) for row in rows]
+    prompts = _prompts(job, tokenizer, rows)
     loaded = _load(job, max(map(len, prompts)) + max_new_tokens)
     answers = answer(loaded, prompts, max_new=max_new_tokens, batch_size=job.batch_size, sampling=sampling, seed=seed)
     _write(
@@ -54,13 +55,13 @@ def answer_file(job: FileJob, sampling: Sampling, max_new_tokens: int, seed: int
                 "logprobs": given.log_probs,
                 "finish_reason": "stop" if given.stopped else "length",
             }
-            for row, given in zip(rows, answers, strict=True)
+            for (row, _), given in zip(rows, answers, strict=True)
         ),
     )
 
 
 def score_file(job: FileJob, temperature: float) -> None:
-    """Writes the job's rows with "response", "response_ids" and "logprobs" of each row's response.
+    """Adds "response", "response_ids" and "logprobs" of the given response to each row. Writes the rows.
 
     Args:
       temperature: logits are divided by this.
@@ -69,8 +70,8 @@ def score_file(job: FileJob, temperature: float) -> None:
       UserError: for a model or rows that cannot be read, and an output that cannot be written.
     """
     rows, tokenizer = _read(job)
-    prompts = [templates.prompt_ids(tokenizer, row, Template(system=job.system)) for row in rows]
-    responses = [_response_ids(tokenizer, row, f"{job.input}:{i}") for i, row in enumerate(rows, 1)]
+    prompts = _prompts(job, tokenizer, rows)
+    responses = [_response_ids(tokenizer, row, where) for row, where in rows]
     loaded = _load(job, max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)))
     log_probs = score_responses(loaded, prompts, responses, batch_size=job.batch_size, temperature=temperature)
     _write(
@@ -82,20 +83,28 @@ def score_file(job: FileJob, temperature: float) -> None:
                 "response_ids": list(ids),
                 "logprobs": values.tolist(),
             }
-            for row, ids, values in zip(rows, responses, log_probs, strict=True)
+            for (row, _), ids, values in zip(rows, responses, log_probs, strict=True)
         ),
     )
 
 
-def _read(job: FileJob) -> tuple[list[Row], Tokenizer]:
+def _read(job: FileJob) -> tuple[list[LocatedRow], Tokenizer]:
     """The rows, and the tokenizer of the model."""
     check_rows(make_mesh(), "--batch_size", job.batch_size)
-    rows = sources.read_jsonl(job.input)
+    rows = sources.read_file(job.input, "--input")
     return rows, templates.load_tokenizer(loading.find(job.model, "--model"))
 
 
+def _prompts(job: FileJob, tokenizer: Tokenizer, rows: list[LocatedRow]) -> list[list[int]]:
+    prompts = []
+    for row, where in rows:
+        with sources.naming(where):
+            prompts.append(templates.prompt_ids(tokenizer, row, Template(system=job.system)))
+    return prompts
+
+
 def _load(job: FileJob, context: int) -> Loaded:
-    """The model, for sequences of up to `context` tokens."""
+    """Loads the model for sequences of up to `context` tokens."""
     compute = Compute(teacher=job.dtype, matmul=job.dtype)
     folder = loading.find(job.model, "--model")
     return loading.load(folder, make_mesh(), compute, dtype=loading.teacher_dtype(compute), context=context)

@@ -1,4 +1,4 @@
-"""A Hugging Face checkpoint: where it lies, at which precision it runs, and the checkpoint in memory."""
+"""Finds and loads a Hugging Face checkpoint, and resolves its dtypes."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -18,22 +18,22 @@ from camopd_jax.models.partition import merge
 from camopd_jax.models.transformer import Model
 from camopd_jax.types import Params
 
-CHECKPOINT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # the files of a checkpoint that are read
+CHECKPOINT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # the files of a checkpoint to download
 
 
 @dataclass(frozen=True)
 class Loaded:
-    """A checkpoint in memory."""
+    """A loaded checkpoint."""
 
     folder: Path
     mesh: Mesh
     model: Model
     params: Params
-    tokenizer: Any  # of transformers
+    tokenizer: Any  # a tokenizer of transformers
     eos_ids: tuple[int, ...]  # every token that ends an answer
 
     def with_params(self, params: Params) -> "Loaded":
-        """The same model with other weights, all or a part of them, as the student has them in training."""
+        """The same model with these parameters in place of its own; the others, such as frozen ones, stay."""
         return dataclasses.replace(self, params=merge(self.params, params))
 
 
@@ -78,7 +78,7 @@ def matmul_dtype(compute: Compute, platform: str | None = None) -> str:
     """The dtype of matrix products: "auto" is float32 on CPUs and bfloat16 elsewhere.
 
     Args:
-      platform: "cpu", "gpu" or "tpu"; None: the one this process runs on.
+      platform: "cpu", "gpu" or "tpu"; None: the platform of this process.
     """
     if compute.matmul != "auto":
         return compute.matmul
@@ -86,22 +86,22 @@ def matmul_dtype(compute: Compute, platform: str | None = None) -> str:
 
 
 def teacher_dtype(compute: Compute, platform: str | None = None) -> str:
-    """The dtype of a teacher's weights: "auto" is that of matrix products."""
+    """The dtype of a teacher's weights: "auto" is the dtype of matrix products."""
     return compute.teacher if compute.teacher != "auto" else matmul_dtype(compute, platform)
 
 
 def load(
     folder: Path, mesh: Mesh, compute: Compute, *, dtype: str, context: int, output_vocab_size: int | None = None
 ) -> Loaded:
-    """Reads a checkpoint onto the mesh.
+    """Loads a checkpoint onto the mesh.
 
     Args:
       dtype: of the parameters.
       context: the longest sequence of the run in tokens, prompt and answer.
-      output_vocab_size: logits are cut to it, where student and teacher pad their vocabularies differently.
+      output_vocab_size: logits are cut to this size, for models whose vocabularies are padded differently.
 
     Raises:
-      UserError: naming the file, for a checkpoint that is incomplete or of an unknown architecture.
+      UserError: naming the file, for a checkpoint that is incomplete or has an unknown architecture.
     """
     config = model_config(folder, context)
     if output_vocab_size is not None:
@@ -113,5 +113,5 @@ def load(
 
 
 def model_config(folder: Path, context: int | None = None) -> ModelConfig:
-    """The architecture that a folder's config.json names, for sequences of up to `context` tokens (None: any)."""
+    """Reads the architecture from a folder's config.json, for sequences of up to `context` tokens (None: any)."""
     return from_hf(hf.read_config(folder), context=context, where=str(folder / "config.json"))

@@ -1,4 +1,4 @@
-"""Log-probabilities of given responses under a checkpoint in memory, by the teachers' own scoring."""
+"""Log-probabilities of given responses under a loaded checkpoint, computed as for the teachers in training."""
 
 from collections.abc import Sequence
 
@@ -26,16 +26,16 @@ def score_responses(
     """Log-probabilities (nats, float32) of the tokens of each response, in the responses' order.
 
     Args:
-      prompts, responses: token ids of each.
-      batch_size: rows scored at one time; the mesh's data x fsdp divides it.
+      prompts, responses: token ids of each one.
+      batch_size: rows scored at a time; data x fsdp of the mesh must divide it.
       temperature: logits are divided by this.
-      chunk: tokens whose logits exist at one time.
+      chunk: tokens per chip whose logits exist at a time.
       smallest_bucket: batches are padded to this times a power of two.
-      with_top: whether to give the likeliest token's log-probability too.
+      with_top: whether to return the log-probability of the most likely token too.
 
     Returns:
-      float32[T] for a response of T tokens; with `with_top` float32[T, 2]: the token's own, and that of the likeliest
-      token at its position.
+      float32[T] for a response of T tokens; with `with_top` float32[T, 2]: the log-probabilities of the token and of
+      the most likely token at its position.
     """
     results: dict[int, np.ndarray] = {}
     reading = LogProb(temperature, best=with_top)

@@ -1,4 +1,4 @@
-"""The models of a run, and the branches that they teach."""
+"""The models of a run, and its branches."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -11,6 +11,7 @@ from camopd_jax.data.pipeline import PromptStream
 from camopd_jax.data.templates import Tokenizers
 from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
+from camopd_jax.inference.model_check import check_log_probs
 from camopd_jax.method.objectives import Objective
 from camopd_jax.method.setup import Setup, check_model
 from camopd_jax.models import hf
@@ -20,7 +21,7 @@ from camopd_jax.types import LanguageModel, Params
 
 
 class Teacher:
-    """A frozen model. Once it is offloaded, its parameters are on the devices between `fetch` and `release` alone."""
+    """A frozen model. If it is offloaded, its parameters are on the devices only between `fetch` and `release`."""
 
     def __init__(self, model: LanguageModel, params: Params):
         self.model = model
@@ -28,46 +29,46 @@ class Teacher:
         self._offloaded: Offloaded | None = None
 
     def offload(self) -> None:
-        """Moves the parameters to host memory, if they are not there yet."""
+        """Moves the parameters to host memory, unless they are there."""
         if self._offloaded is None:
             self._offloaded, self._params = Offloaded(self._params), None
 
     def fetch(self) -> Params:
-        """The parameters on the devices. A copy that has to be made goes on while other work is asked for."""
+        """The parameters on the devices. Returns at once; a copy from the host runs in the background."""
         return self._params if self._offloaded is None else self._offloaded.fetch()
 
     def release(self) -> None:
-        """Gives up the parameters' place on the devices, if they are offloaded."""
+        """Frees the parameters' memory on the devices, if they are offloaded."""
         if self._offloaded is not None:
             self._offloaded.release()
 
 
 @dataclass(frozen=True)
 class Branch:
-    """What a branch has for itself."""
+    """The prompts, teacher and objective of a branch."""
 
     name: str
-    prompts: PromptStream  # of the host
+    prompts: PromptStream  # this process's rows of each batch
     teacher: Teacher
     objective: Objective
 
 
 @dataclass(frozen=True)
 class Models:
-    """A run's models. The student starts as a copy of the specialised one."""
+    """The models of a run. The student starts as a copy of the specialised model."""
 
     general: Loaded
     specialised: Loaded
     student: Loaded
-    others: dict[str, Loaded]  # further teachers, as branches name them
-    warnings: tuple[str, ...]  # on their tokenizers
+    others: dict[str, Loaded]  # further teachers, by their names in the branches
+    warnings: tuple[str, ...]  # about the tokenizers
 
     def teacher(self, name: str) -> Loaded:
-        """The model that a branch's `teacher` names."""
+        """The model with the name in a branch's field `teacher`."""
         return {"general": self.general, "specialised": self.specialised, **self.others}[name]
 
     def provenance(self, config: TrainConfig) -> dict[str, str]:
-        """Where the models come from, for checkpoints and model cards."""
+        """Names and fingerprints of the models, for checkpoints and model cards."""
         facts = {
             "general_model": config.general_model,
             "general_fingerprint": hf.fingerprint(self.general.folder),
@@ -81,7 +82,7 @@ class Models:
 
 
 def teacher_names(config: TrainConfig) -> dict[str, str]:
-    """Of each model that teaches or that the student starts as: the field that names it, by what branches call it."""
+    """The models to load: {name in the branches: config field that gives it}. The student starts as "specialised"."""
     names = {"general": "config.general_model", "specialised": "config.specialised_model"}
     for branch, of in config.branches.items():
         names.setdefault(of.teacher, f"config.branches.{branch}.teacher")
@@ -89,26 +90,25 @@ def teacher_names(config: TrainConfig) -> dict[str, str]:
 
 
 def find_models(config: TrainConfig) -> dict[str, Path]:
-    """The folders of `teacher_names`.
+    """The folder of each model in `teacher_names`.
 
     Raises:
-      UserError: for one that is not there.
+      UserError: if a model does not exist.
     """
     return {name: find_model(config, name, field) for name, field in teacher_names(config).items()}
 
 
 def find_model(config: TrainConfig, name: str, field: str, files: Sequence[str] = loading.CHECKPOINT) -> Path:
-    """The folder of one of `teacher_names`, with these files."""
+    """The folder of one model in `teacher_names`; from the hub, only these files are downloaded."""
     own = {"general": config.general_model, "specialised": config.specialised_model}
     return loading.find(own.get(name, name), field, files)
 
 
 def load_models(setup: Setup) -> Models:
-    """Reads the models onto the mesh.
+    """Loads the models onto the mesh.
 
     Raises:
-      UserError: for checkpoints that are not there or broken, for tokenizers that differ, and for models that the mesh
-        does not divide.
+      UserError: for missing or damaged checkpoints, different tokenizers, and models that the mesh does not divide.
     """
     config = setup.config
     folders = find_models(config)
@@ -135,8 +135,27 @@ def load_models(setup: Setup) -> Models:
     )
 
 
+def check_models(setup: Setup, models: Models, branches: dict[str, Branch]) -> None:
+    """Checks every model on prompts that it will read.
+
+    Raises:
+      UserError: naming the model whose log-probabilities are not finite, or depend on other rows of their batch.
+    """
+    config = setup.config
+    own = {"general": config.general_model, "specialised": config.specialised_model}
+    for name, field in teacher_names(config).items():
+        taught = [
+            prompt.teacher
+            for key, branch in branches.items()
+            if config.branches[key].teacher == name
+            for prompt in branch.prompts.first
+        ]
+        student = [prompt.student for branch in branches.values() for prompt in branch.prompts.first]
+        check_log_probs(models.teacher(name), f"{field} = {own.get(name, name)}", taught or student)
+
+
 def make_teachers(config: TrainConfig, models: Models) -> dict[str, Teacher]:
-    """Of each branch its teacher; branches that name the same model share one."""
+    """The teacher of each branch. Branches with the same model share one `Teacher`."""
     by_name = {branch.teacher: models.teacher(branch.teacher) for branch in config.branches.values()}
     teachers = {name: Teacher(loaded.model, loaded.params) for name, loaded in by_name.items()}
     return {name: teachers[branch.teacher] for name, branch in config.branches.items()}
@@ -148,8 +167,8 @@ def make_branches(
     """The branches of a config, in its order.
 
     Args:
-      rows: prompts of each branch's batch.
-      seed: of the order of the prompts.
+      rows: batch size of each branch.
+      seed: for the order of the prompts.
     """
     config = setup.config
 

@@ -1,7 +1,7 @@
-"""The gradient of a batch's loss, a few rows of like length at a time.
+"""The gradient of a batch's loss, accumulated over micro-batches of rows of similar length.
 
-`add_gradient` is the pure function; `Learner` is the host's loop over it. The gradient of the layers is added where the
-sum so far lies (`models/stack.py`); the tree of the sum says which parameters are trained.
+`add_gradient` is the pure function, and `GradientAccumulator` is the host's loop over it. The layers' gradient
+is added to the sum in place (`models/stack.py`). The tree structure of the sum determines which parameters are trained.
 """
 
 import itertools
@@ -28,34 +28,34 @@ class Gradient(struct.PyTreeNode):
     """A loss summed over answers, and its gradient."""
 
     loss: jax.Array  # float32[]
-    of: Params  # float32, like the trained parameters
+    of: Params  # float32, a tree like the trained parameters
 
 
-class Lesson(struct.PyTreeNode):
-    """Answers to learn from. The weights hold every normalisation over the whole batch: how it is cut into
-    micro-batches, or spread over devices, changes nothing.
+class LossInputs(struct.PyTreeNode):
+    """The inputs of a batch's loss. The weights include all normalisation over the batch, so the result does not depend
+    on micro-batches or the mesh.
     """
 
     sequences: Sequences
-    weights: jax.Array  # float32[B, T], constants on the loss of each token
-    record: Record = struct.field(default_factory=dict)  # of the teacher, what the objective keeps
-    residuals: Residuals = ()  # of the tokens under the parameters, as a rollout kept them; (): there is a forward pass
+    weights: jax.Array  # float32[B, T], constant factors on the loss of each token
+    record: Record = struct.field(default_factory=dict)  # the teacher's values that the objective needs
+    residuals: Residuals = ()  # residual stream from the rollout, under the same parameters; (): do a forward pass
 
 
-class Rows(struct.PyTreeNode):
-    """Micro-batches of one width."""
+class MicroBatchRows(struct.PyTreeNode):
+    """Row numbers of K micro-batches of the same width."""
 
-    rows: jax.Array | np.ndarray  # int32[K, M], of the batch; one beyond the last stands for no row
-    count: jax.Array | np.int32  # int32[], the first `count` of the K are taken; of K = 1 that one
+    rows: jax.Array | np.ndarray  # int32[K, M], row numbers in the batch; B: no row
+    count: jax.Array | np.int32  # int32[], only the first `count` micro-batches are computed; 1 if K = 1
 
 
 @dataclass(frozen=True)
 class Loss:
-    """What is differentiated: static."""
+    """The static part of the function to differentiate."""
 
     model: LanguageModel
     objective: Objective
-    teacher: LanguageModel | None = None  # where the objective asks for the teacher's logits
+    teacher: LanguageModel | None = None  # if the objective needs the teacher's logits
 
 
 def zero_gradient(params: Params) -> Gradient:
@@ -65,7 +65,7 @@ def zero_gradient(params: Params) -> Gradient:
 def weighted_loss(
     loss: Loss,
     params: Params,
-    lesson: Lesson,
+    inputs: LossInputs,
     teacher_head: Params,
     widths: Widths,
     layers_so_far: Params | None = None,
@@ -73,40 +73,40 @@ def weighted_loss(
     """`sum weight loss` over the tokens of all rows, float32[].
 
     Args:
-      teacher_head: the teacher's parameters of its output head, where `loss` has a teacher.
-      layers_so_far: as of `LanguageModel.hidden`: then the derivative by it is it and the layers' gradient.
+      teacher_head: parameters of the teacher's output head, if `loss` has a teacher.
+      layers_so_far: `so_far` of `LanguageModel.hidden`.
     """
-    sequences, cut = lesson.sequences, widths.answer_slots
+    sequences, cut = inputs.sequences, widths.answer_slots
     sequences = sequences.replace(tokens=sequences.tokens[:, :cut])
-    hidden = predicting_states(loss.model, params, sequences, widths.slots, layers_so_far, lesson.residuals)
-    targets = {name: array[:, :cut] for name, array in lesson.record.items()} | {"tokens": sequences.tokens}
+    hidden = predicting_states(loss.model, params, sequences, widths.slots, layers_so_far, inputs.residuals)
+    targets = {name: array[:, :cut] for name, array in inputs.record.items()} | {"tokens": sequences.tokens}
     function = TokenFunction(loss.model, loss.objective.loss, loss.teacher)
     losses = map_tokens(function, params, hidden, targets, widths.chunk, teacher_head)
     losses = jnp.where(length_mask(sequences.lengths, cut), losses, 0)
-    return jnp.sum(lesson.weights[:, :cut] * losses)
+    return jnp.sum(inputs.weights[:, :cut] * losses)
 
 
 def add_gradient(
     loss: Loss,
     params: Params,
     so_far: Gradient,
-    lesson: Lesson,
+    inputs: LossInputs,
     teacher_head: Params,
-    micro_batches: Rows,
+    micro_batches: MicroBatchRows,
     *,
     widths: Widths,
 ) -> Gradient:
-    """`so_far` and, of these rows, `weighted_loss` and its gradient.
+    """Adds `weighted_loss` of these rows and its gradient to `so_far`.
 
     Args:
-      params: all of the model.
-      so_far: its tree has the trained parameters.
+      params: all parameters of the model.
+      so_far: the sum over earlier micro-batches; its tree has only the trained parameters.
     """
-    batch_rows = len(lesson.sequences.lengths)
+    batch_rows = len(inputs.sequences.lengths)
     others = subset(params, {name: tree for name, tree in so_far.of.items() if name != "layers"})
 
     def of_rows(others: Params, layers_so_far: Params, rows_M: jax.Array) -> jax.Array:
-        part = take_rows(lesson, rows_M, loss.model.mesh)
+        part = take_rows(inputs, rows_M, loss.model.mesh)
         part = part.replace(weights=jnp.where((rows_M < batch_rows)[:, None], part.weights, 0))
         return weighted_loss(loss, merge(params, others), part, teacher_head, widths, layers_so_far)
 
@@ -124,20 +124,20 @@ def add_gradient(
     return jax.lax.fori_loop(0, micro_batches.count, add, so_far)
 
 
-class Learner:
-    """The compiled parts of a gradient.
+class GradientAccumulator:
+    """The compiled functions that accumulate a gradient.
 
-    On a CPU micro-batches of like widths are one call: every call gets its memory from the system page by page, a
-    twentieth of a gradient's time. Accelerators pool theirs, and there a loop would keep what is the same in each turn
-    (parameters cast) beside all else.
+    On a CPU, micro-batches of the same width are computed in one call with a loop inside: memory is allocated by the
+    system for each call, which takes a twentieth of the gradient's time. On accelerators each micro-batch is one call:
+    their memory is pooled, and a loop would keep the cast parameters in memory.
     """
 
     def __init__(self, loss: Loss, shardings: Params | None, chunk: int, in_one_call: bool | None = None):
         """
         Args:
           shardings: of the trained parameters; None: one device.
-          chunk: tokens of a chip whose logits may exist at one time.
-          in_one_call: whether micro-batches of like widths are; None: on a CPU.
+          chunk: tokens per chip whose logits exist at a time.
+          in_one_call: whether micro-batches of the same width are computed in one call; None: only on a CPU.
         """
         mesh = loss.model.mesh
         self.loss, self._chunk = loss, chunk
@@ -153,38 +153,38 @@ class Learner:
         self,
         params: Params,
         trained: Params,
-        lesson: Lesson,
+        inputs: LossInputs,
         parts: Iterable[MicroBatch],
         teacher_head: Params | None = None,
     ) -> Gradient:
         """`add_gradient` over all micro-batches.
 
         Args:
-          params: all of the model. trained: those that are differentiated, a part of them.
+          params: all parameters of the model. trained: the subset to differentiate.
         """
         trim_heap(self.loss.model.mesh)
         gradient = self.begin(trained)
-        batch = len(lesson.sequences.lengths)
+        batch = len(inputs.sequences.lengths)
         for part, rows in self.calls(parts, batch):
             widths = part.widths(self._chunk)
-            gradient = self.add(self.loss, params, gradient, lesson, teacher_head or {}, rows, widths=widths)
+            gradient = self.add(self.loss, params, gradient, inputs, teacher_head or {}, rows, widths=widths)
         return gradient
 
-    def calls(self, parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, Rows]]:
-        """The micro-batches of a batch of so many rows, as `add` takes them: of each call the widest, and its rows."""
+    def calls(self, parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, MicroBatchRows]]:
+        """The calls of `add`: for each, a micro-batch with its widths, and the rows. `batch`: number of rows."""
         if self._in_one_call:
-            return alike(parts, batch)
-        return ((part, Rows(part.rows[None], np.int32(1))) for part in parts)
+            return join_micro_batches(parts, batch)
+        return ((part, MicroBatchRows(part.rows[None], np.int32(1))) for part in parts)
 
 
-def alike(parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, Rows]]:
-    """Neighbours of one size and of one width: the first, and the rows of all.
+def join_micro_batches(parts: Iterable[MicroBatch], batch: int) -> Iterator[tuple[MicroBatch, MicroBatchRows]]:
+    """Joins consecutive micro-batches of the same size and width: yields the first one, and the rows of all.
 
-    K is what a whole batch would make, however many there are: a program compiles once for each width.
+    K is always the number that a complete batch would have, so that a program compiles only once for each width.
     """
     for _, group in itertools.groupby(parts, key=lambda p: (p.slots, p.answer_slots, len(p.rows))):
         neighbours = list(group)
         rows = np.stack([part.rows for part in neighbours])
         missing = -(-batch // rows.shape[1]) - len(neighbours)
         padded = np.pad(rows, ((0, missing), (0, 0)), constant_values=batch)
-        yield neighbours[0], Rows(padded, np.int32(len(neighbours)))
+        yield neighbours[0], MicroBatchRows(padded, np.int32(len(neighbours)))

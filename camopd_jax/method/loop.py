@@ -1,20 +1,20 @@
-"""The loop of CaMOPD (arXiv 2605.27115, Algorithm 1).
+"""The training loop of CaMOPD (arXiv 2605.27115, Algorithm 1).
 
-The life of one step:
+Each step does the following:
 
-    1. branch    recovery, recovery, recovery, review, ...: only one acts                    (Eq 5)
-    2. prompts   the next batch of that branch's own stream
-    3. rollout   the student answers, by sampling from itself
-    4. score     student and the branch's one teacher: log-probabilities of those answers    (Eq 1)
-    5. select    the smallest set of answers that holds 80 % of the gap mass                 (Eq 6-8)
-    6. gradient  of the branch's objective, over the selected answers alone                  (Eq 9)
-    7. update    one AdamW step, `recovery_update` or `review_update`: each compiled for itself
+    1. branch    choose one branch: recovery, recovery, recovery, review, recovery, ...        (Eq 5)
+    2. prompts   read the next batch from this branch's prompt stream
+    3. rollout   the student samples one answer to each prompt
+    4. score     the student and the branch's teacher compute log-probabilities of the answers (Eq 1)
+    5. select    keep the smallest set of answers that has 80 % of the gap mass                (Eq 6-8)
+    6. gradient  compute the gradient of the branch's objective on the selected answers        (Eq 9)
+    7. update    do one AdamW step along this gradient: `recovery_update` or `review_update`
 
-Recovery: general prompts, the original model teaches. Review: domain prompts, the specialised model's frozen copy
-teaches. The two never share a gradient, save under `config.method.schedule = "mixed"`, the control: there all branches
-go through 2 to 6, and one update takes all gradients.
+The recovery branch has general prompts, and its teacher is the original model. The review branch has domain prompts,
+and its teacher is a frozen copy of the specialised model. A step uses only one branch's gradient. The exception, for
+comparison, is `config.method.schedule = "mixed"`: lines 2 to 6 run for every branch, and one update uses all gradients.
 
-What is compiled, timed and offloaded is in `programs`, what is checked and written in `recorder`.
+`programs` compiles, times and offloads the functions used here; `recorder` checks and writes the results.
 """
 
 from camopd_jax.method import schedule
@@ -29,7 +29,7 @@ def run(branches: dict[str, Branch], programs: Programs, state: TrainState, reco
     config = programs.setup.config
     for step in range(int(state.step), config.steps):
         batches = {}
-        for name in schedule.acting(config, step):
+        for name in schedule.active_branches(config, step):
             batches[name] = collect(branches[name], programs, state, step, recorder)
         gradients, batches = programs.gradients(branches, state, batches)
         state, metrics = programs.update(state, gradients, batches)
@@ -39,10 +39,10 @@ def run(branches: dict[str, Branch], programs: Programs, state: TrainState, reco
 
 
 def collect(branch: Branch, programs: Programs, state: TrainState, step: int, recorder: Recorder) -> Batch:
-    """A branch's answers in one step, scored and ranked."""
-    draw = schedule.draw(programs.setup.config, step, branch.name)
+    """Samples, scores and selects one batch of a branch's answers (lines 2 to 5)."""
+    draw = schedule.draw_number(programs.setup.config, step, branch.name)
     prompts = programs.next_prompts(branch)
     answers = programs.generate(branch, state, prompts, draw, meanwhile=recorder.log_last)
-    log_probs, teacher = programs.score(branch, state, prompts, answers, programs.compares(step))
+    log_probs, teacher = programs.score(branch, state, prompts, answers, programs.needs_student_forward(step))
     selection = programs.select(branch, log_probs, answers, draw)
     return Batch(prompts.student, prompts.index, answers, log_probs, selection, teacher)

@@ -1,4 +1,4 @@
-"""The compiled functions of a step, and what surrounds each call: the mesh it runs on, its time, arrays that wait."""
+"""The compiled functions of a step. Each call also chooses the mesh, measures the time and moves offloaded arrays."""
 
 from collections.abc import Callable
 from functools import partial
@@ -12,7 +12,7 @@ from camopd_jax.config.schema import Sampling
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import Branch
-from camopd_jax.method.gradient import Gradient, Learner, Lesson, Loss
+from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, LossInputs
 from camopd_jax.method.objectives import TeacherReading
 from camopd_jax.method.select import select
 from camopd_jax.method.setup import Setup
@@ -26,7 +26,7 @@ from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.rollout.score import LOG_PROB, Reading, micro_batches, score_batch
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import gather, global_rows, sharding
-from camopd_jax.runtime.offload import Waiting
+from camopd_jax.runtime.offload import OffloadSlot
 from camopd_jax.runtime.timing import Stages
 from camopd_jax.types import (
     Batch,
@@ -42,13 +42,14 @@ from camopd_jax.types import (
     TrainState,
 )
 
-COMPARE_EVERY = 16  # steps, where the sampler's log-probabilities are taken for the student's
+# If the student's log-probabilities are those from sampling: steps between two comparisons with a forward pass
+COMPARE_EVERY = 16
 
 
 class Programs:
-    """All that a run compiles: each function once per shape bucket, over the whole run.
+    """All compiled functions of a run. Each one compiles once per shape bucket.
 
-    Of the student's parameters only those that are trained are taken from a state; the frozen ones are kept here.
+    The trained parameters are read from a `TrainState`; the frozen ones are stored here.
     """
 
     def __init__(
@@ -60,15 +61,15 @@ class Programs:
         state: TrainState,
         teachers: dict[str, LanguageModel],
     ):
-        """Jits the functions; the state keeps its sharding and is donated to each update.
+        """Jits the functions. Each update keeps the sharding of the state and donates its arrays.
 
         Args:
-          model, params: of the student. Of parameters and state, shapes with shardings are enough for compiling.
-          teachers: the model that teaches each branch.
+          model, params: of the student. If functions are only compiled, params and state may be shapes with shardings.
+          teachers: the teacher of each branch.
         """
         config = setup.config
         self.setup, self.model, self.stages = setup, model, Stages()
-        self._params, self._moments = params, Waiting()
+        self._params, self._moments = params, OffloadSlot()
         self.decode = Decode(
             Sampling.of(config.rollout),
             eos_ids,
@@ -84,10 +85,10 @@ class Programs:
             everywhere: Any = sharding(model.mesh)
             selection = Selection(mass=rows, order=everywhere, count=everywhere, weights=rows)
         shardings = jax.tree.map(lambda x: x.sharding, state)
-        kept = (shardings, shardings.step)  # metrics, as the step's number, are complete on every device
+        kept = (shardings, shardings.step)  # metrics are replicated, like the step's number
         self.keys = jax.jit(partial(row_keys, config.seed), out_shardings=rows)
         self.move_answers = jax.jit(lambda answers: answers, out_shardings=rows)
-        self.selecting, self.weighing, self.learners = {}, {}, {}
+        self.selecting, self.weighing, self.accumulators = {}, {}, {}
         for name, branch in config.branches.items():
             objective = setup.objectives[name]
             rule = partial(_select, seed=config.seed, rule=branch.selection)
@@ -95,7 +96,7 @@ class Programs:
             loss = Loss(model, objective, teachers[name] if objective.teacher_logits else None)
             self.selecting[name] = jax.jit(rule, out_shardings=selection)
             self.weighing[name] = jax.jit(weigh, out_shardings=rows)
-            self.learners[name] = Learner(loss, shardings.params, config.compute.logits_chunk)
+            self.accumulators[name] = GradientAccumulator(loss, shardings.params, config.compute.logits_chunk)
         self.updates = {
             phase: jax.jit(update, donate_argnums=0, out_shardings=kept) for phase, update in _updates(setup).items()
         }
@@ -104,14 +105,14 @@ class Programs:
         """All parameters of the student."""
         return merge(self._params, state.params)
 
-    def compares(self, step: int) -> bool:
-        """Whether the student's answers get a forward pass of their own in this step, beside the sampler's word."""
+    def needs_student_forward(self, step: int) -> bool:
+        """Whether the student scores its answers in a forward pass in this step."""
         return not self.setup.trusts_sampler or step % COMPARE_EVERY == 0
 
     # ------------------------------------------------------------------------------- a branch's answers
 
     def next_prompts(self, branch: Branch) -> PromptBatch:
-        """The next batch of the branch's own stream, on the mesh."""
+        """The next batch of the branch's prompt stream, on the mesh."""
         with self.stages("other"):
             return global_rows(self.setup.mesh, next(branch.prompts), self.setup.rows[branch.name])
 
@@ -123,17 +124,16 @@ class Programs:
         draw: np.int32,
         meanwhile: Callable[[], None] | None = None,
     ) -> Rollout:
-        """The student's answers to a batch of a branch's prompts; under a control, the branch's teacher's.
+        """Answers to a batch of prompts, by the student or (`config.method.answers`) by the branch's teacher.
 
-        The weights go, cast once, to where the devices answer from; the answers come back to where they are learnt
-        from.
+        The weights are cast once and moved to the rollout mesh; the answers are moved back to the training mesh.
 
         Args:
-          draw: names the random keys.
-          meanwhile: called once, while the devices answer.
+          draw: a number from which the random keys are derived.
+          meanwhile: called once, while the devices sample.
         """
         if self.setup.config.compute.offloads:
-            self._moments.park(state.moments)
+            self._moments.put(state.moments)
         teacher_params = branch.teacher.fetch()
         with self.stages("rollout"):
             model, params, tokens = self.model, self.params(state), prompts.student
@@ -151,10 +151,10 @@ class Programs:
     def score(
         self, branch: Branch, state: TrainState, prompts: PromptBatch, answers: Rollout, forward: bool
     ) -> tuple[LogProbs, TeacherRecord]:
-        """Log-probabilities of the answers under both models, and what the branch's objective keeps of the teacher.
+        """The answers' log-probabilities under both models, and the teacher's values that the objective needs.
 
-        The student's were computed when it sampled: where they are trusted, only `forward` asks for a pass of their
-        own.
+        Args:
+          forward: whether the student does a forward pass; False: its log-probabilities are those from sampling.
         """
         with self.stages("score"):
             teacher, objective = branch.teacher, branch.objective
@@ -174,12 +174,12 @@ class Programs:
             return log_probs, TeacherRecord(record, head)
 
     def select(self, branch: Branch, log_probs: LogProbs, answers: Rollout, draw: np.int32) -> Selection:
-        """Which of the answers the update learns from."""
+        """Selects the answers that the update trains on."""
         with self.stages("select"):
             return jax.block_until_ready(self.selecting[branch.name](log_probs, answers.lengths, draw))
 
     def forward(self, model: LanguageModel, params: Params, sequences: Sequences, reading: Reading) -> Record:
-        """What is read of a model at each token of given answers, a micro-batch at a time."""
+        """`reading` of a model's logits at each token of given answers, computed one micro-batch at a time."""
         config = self.setup.config
         parts = micro_batches(model.mesh, sequences, self.setup.score_batch, config.rollout.smallest_bucket)
         return score_batch(model, params, sequences, parts, config.compute.logits_chunk, reading)
@@ -189,7 +189,7 @@ class Programs:
     def gradients(
         self, branches: dict[str, Branch], state: TrainState, batches: dict[str, Batch]
     ) -> tuple[dict[str, Gradient], dict[str, Batch]]:
-        """The gradient of each batch, and the batches without what it alone needed."""
+        """The gradient of each batch, and the batches without the arrays that only the gradient needs."""
         with self.stages("update"):
             if self.setup.config.compute.offload == "ahead":
                 self._moments.fetch()
@@ -201,7 +201,7 @@ class Programs:
     def update(
         self, state: TrainState, gradients: dict[str, Gradient], batches: dict[str, Batch]
     ) -> tuple[TrainState, Metrics]:
-        """One step of the optimizer along the gradients."""
+        """One step of the optimizer with the gradients."""
         with self.stages("update"):
             if self.setup.config.compute.offloads:
                 state = state.replace(moments=self._moments.take())
@@ -211,18 +211,18 @@ class Programs:
             return jax.block_until_ready(self.updates[name](state, gradients[name], batches[name]))
 
     def _gradient(self, name: str, state: TrainState, batch: Batch) -> Gradient:
-        """Of Eq 9, over the selected answers of a branch: its cost follows what was selected."""
+        """The gradient of Eq 9. Only the selected answers are computed, so it takes less time if fewer are selected."""
         order, count = gather((batch.selection.order, batch.selection.count))
         config, sequences = self.setup.config, batch.rollout.after(batch.prompts)
         size, smallest = config.optimizer.micro_batch, config.rollout.smallest_bucket
         parts = micro_batches(self.model.mesh, sequences, size, smallest, order[:count])
         weights = self.weighing[name](batch.after_gradient())
-        lesson = Lesson(sequences, weights, batch.teacher.tokens, batch.rollout.residuals)
-        return self.learners[name](self.params(state), state.params, lesson, parts, batch.teacher.head)
+        inputs = LossInputs(sequences, weights, batch.teacher.tokens, batch.rollout.residuals)
+        return self.accumulators[name](self.params(state), state.params, inputs, parts, batch.teacher.head)
 
 
 def student_programs(setup: Setup, student: Loaded, state: TrainState, branches: dict[str, Branch]) -> Programs:
-    """The programs of a run; from here on, teachers wait on the host where the config offloads."""
+    """The programs of a run. Also moves the teachers to host memory if the config says so."""
     if setup.config.compute.offloads:
         for branch in branches.values():
             branch.teacher.offload()
@@ -235,7 +235,7 @@ def _select(log_probs: LogProbs, lengths: jax.Array, draw: jax.Array, *, seed: i
 
 
 def _updates(setup: Setup) -> dict[str, Callable[..., tuple[TrainState, Metrics]]]:
-    """The update of each phase, named as profiles show it: `recovery_update`, `review_update`, ..."""
+    """The update of each phase, with names for profiles: `recovery_update`, `review_update`, ..."""
     config = setup.config
     if config.method.schedule == schedule.MIXED:
         return {schedule.MIXED: partial(mixed_update, config=config)}
@@ -248,6 +248,6 @@ def _updates(setup: Setup) -> dict[str, Callable[..., tuple[TrainState, Metrics]
 
 
 def _cut_to_bucket(answers: Rollout, smallest_bucket: int) -> Rollout:
-    """Drops padding slots beyond the longest answer, to a bucket's width: what follows costs less."""
+    """Cuts the padding to the smallest bucket that holds the longest answer; later stages then compute less."""
     width = min(answers.tokens.shape[1], bucket(int(jnp.max(answers.lengths)), smallest_bucket))
     return answers.replace(tokens=answers.tokens[:, :width], log_probs=answers.log_probs[:, :width])

@@ -1,4 +1,4 @@
-"""What the host does beside the steps: it checks them, and hands them to an observer while the devices work on."""
+"""Checks the metrics of each step, and passes them to an observer while the devices compute the next step."""
 
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -10,45 +10,46 @@ from camopd_jax.method import schedule
 from camopd_jax.method.programs import Programs
 from camopd_jax.types import Batch, TrainState
 
-LARGEST_SAMPLER_GAP = 1e-3  # nats per token that a trusted sampler may be off a forward pass
+# Nats per token: limit on the difference between log-probabilities from sampling and from a forward pass
+LARGEST_SAMPLER_GAP = 1e-3
 
 
 @dataclass(frozen=True)
 class StepRecord:
-    """A finished step. Arrays are global and still on the devices."""
+    """The results of a step. Arrays are global and on the devices."""
 
     step: int
     phase: str
-    batches: dict[str, Batch]  # of each acting branch
-    metrics: dict[str, Any]  # scalars, and the table of answers; in a mixed step, a branch's own under its name
+    batches: dict[str, Batch]  # of each branch that the step trains
+    metrics: dict[str, Any]  # scalars, and the table of answers; in a mixed step also each branch's, under its name
     seconds: dict[str, float]  # by stage
 
 
 class Observer(Protocol):
-    """Writes metrics and samples, saves and evaluates."""
+    """Writes metrics and samples, saves checkpoints and evaluates."""
 
     def log(self, record: StepRecord) -> None:
-        """Light work: metrics and samples. Called for step n-1 while the devices roll out step n."""
+        """Writes metrics and samples. Called for step n-1 during the rollout of step n."""
 
     def pauses_after(self, steps_done: int) -> bool:
-        """Whether `pause` is called between this step and the next."""
+        """Whether `pause` must be called after this many steps."""
 
     def pause(self, steps_done: int, state: TrainState) -> bool:
-        """Checkpoints and evaluations, after `log` of every step so far. True ends the run here."""
+        """Saves and evaluates; called after `log` of all steps so far. Returns whether the run ends here."""
 
 
 class Recorder:
-    """Checks every step and passes it on, once."""
+    """Checks each step and passes it to the observer once."""
 
     def __init__(self, programs: Programs, observer: Observer):
         self._programs, self._observer = programs, observer
         self._last: StepRecord | None = None
 
     def record(self, step: int, batches: dict[str, Batch], metrics: dict[str, Any], state: TrainState) -> bool:
-        """Takes a finished step. Returns whether the run ends here.
+        """Checks a step and stores it for the observer. Returns whether the run ends here.
 
         Raises:
-          UserError: if the sampler is trusted, and off.
+          UserError: if log-probabilities from sampling are used and differ too much from a forward pass.
         """
         config = self._programs.setup.config
         for name in batches:
@@ -61,16 +62,16 @@ class Recorder:
         return self._observer.pause(step + 1, state)
 
     def log_last(self) -> None:
-        """Hands the last step to the observer, if that has not been done."""
+        """Passes the last step to the observer, unless that has been done."""
         if self._last is not None:
             with self._programs.stages("other"):
                 self._observer.log(self._last)
             self._last = None
 
     def _check_sampler(self, step: int, metrics: dict[str, jax.Array]) -> None:
-        """Leaves out a sampler gap that compares nothing."""
+        """Checks the sampler gap, or removes it from the metrics if the student did no forward pass."""
         programs = self._programs
-        if not programs.compares(step) or programs.setup.config.method.answers == "teacher":
+        if not programs.needs_student_forward(step) or programs.setup.config.method.answers == "teacher":
             del metrics["sampler_gap"]
         elif programs.setup.trusts_sampler and metrics["sampler_gap"] > LARGEST_SAMPLER_GAP:
             raise UserError(

@@ -1,4 +1,4 @@
-"""Which answers carry the signal: the smallest set that holds a share of the gap mass (Eq 6-8)."""
+"""Selects the answers to train on: the smallest set that has a given share of the gap mass (Eq 6-8)."""
 
 import math
 
@@ -24,10 +24,10 @@ GAP_MASS = {"absolute_gap": absolute_gap, "positive_gap": positive_gap}
 
 
 def select(log_probs: LogProbs, lengths_B: jax.Array, key: jax.Array, rule: SelectionConfig) -> Selection:
-    """The answers of a branch's batch that hold the share `rule.mass` of its gap mass, or a control's choice.
+    """Selects answers of a branch's batch as `rule` says.
 
     Args:
-      key: for the draw of `rule.keep == "random"`.
+      key: for the random choice of `rule.keep == "random"`.
     """
     mass_B = GAP_MASS[rule.by](log_probs.gap, lengths_B)
     if rule.keep == "fraction":
@@ -37,11 +37,10 @@ def select(log_probs: LogProbs, lengths_B: jax.Array, key: jax.Array, rule: Sele
 
 
 def smallest_mass(mass_B: jax.Array, share: float) -> Selection:
-    """Eq 8: rows by falling gap mass s; `k = min{k : sum_{j<=k} s_(j) / sum_j s_(j) >= share}`; the first k.
+    """Eq 8: sort rows by descending gap mass s; `k = min{k : sum_{j<=k} s_(j) / sum_j s_(j) >= share}`; keep k rows.
 
-    Row number k is kept when the rows before it hold less than the share. Where every mass is 0, as in a review before
-    any recovery, all rows are kept. A mass that is not finite counts as 0 here, and its row is ranked last; the update
-    then skips the step.
+    If every gap mass is 0, as in a review step before any recovery step, all rows are kept. A gap mass that is not
+    finite counts as 0, so that its row comes last; the update then skips the step.
 
     >>> smallest_mass(jnp.array([1.0, 6.0, 0.0, 3.0]), 0.8).weights
     Array([0., 1., 0., 1.], dtype=float32)
@@ -49,20 +48,20 @@ def smallest_mass(mass_B: jax.Array, share: float) -> Selection:
     finite_B = jnp.where(jnp.isfinite(mass_B), mass_B, 0)
     order_B = _by_falling_mass(finite_B)
     sums_B = jnp.cumsum(finite_B[order_B])
-    # The last sum is the total, so that a share of 1 ends exactly where the mass does.
+    # The last cumulative sum is used as the total, so that rounding cannot change the result for a share of 1.
     reached_B = sums_B >= share * sums_B[-1]
     count = jnp.where(sums_B[-1] > 0, jnp.argmax(reached_B) + 1, len(mass_B)).astype(jnp.int32)
     return _first(mass_B, order_B, count)
 
 
 def largest_fraction(mass_B: jax.Array, fraction: float) -> Selection:
-    """The control of a fixed number: the `ceil(fraction B)` rows of the largest gap mass."""
+    """For comparison: a fixed number of rows, the `ceil(fraction B)` rows with the largest gap mass."""
     count = jnp.int32(math.ceil(round(fraction * mass_B.shape[0], 6)))
     return _first(mass_B, _by_falling_mass(jnp.where(jnp.isfinite(mass_B), mass_B, 0)), count)
 
 
 def random_subset(selection: Selection, key: jax.Array) -> Selection:
-    """The control of equal size: as many rows as were selected, drawn by lot."""
+    """For comparison: the same number of rows as `selection` has, chosen at random."""
     order_B = jax.random.permutation(key, len(selection.mass)).astype(jnp.int32)
     return _first(selection.mass, order_B, selection.count)
 
@@ -72,7 +71,7 @@ def _by_falling_mass(mass_B: jax.Array) -> jax.Array:
 
 
 def _first(mass_B: jax.Array, order_B: jax.Array, count: jax.Array) -> Selection:
-    """The first `count` rows of an order."""
+    """Selects the first `count` rows of an order."""
     kept = (jnp.arange(len(mass_B)) < count).astype(jnp.float32)
     weights_B = jnp.zeros(mass_B.shape, jnp.float32).at[order_B].set(kept)
     return Selection(mass=mass_B, order=order_B, count=count, weights=weights_B)

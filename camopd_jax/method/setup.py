@@ -1,5 +1,6 @@
-"""Where config, mesh and platform meet. What follows from the three is computed once, in `Setup`, and every check of a
-config against a mesh, a model or a platform is here: `train`, `doctor` and `plan` call the same.
+"""Derives the settings of a run from config, mesh and platform, and checks a config against mesh, model and platform.
+
+`train`, `doctor` and `plan` use the same functions.
 """
 
 from dataclasses import dataclass
@@ -22,17 +23,17 @@ from camopd_jax.runtime.mesh import check_rows, mesh_of, platform, reshape_mesh
 
 @dataclass(frozen=True)
 class Setup:
-    """A run's config with all that follows from it and its devices."""
+    """A run's config, and everything that is derived from it and the devices."""
 
     config: TrainConfig
-    mesh: Mesh  # while the student learns
-    rollout_mesh: Mesh  # the same devices while they answer
+    mesh: Mesh  # for everything except sampling
+    rollout_mesh: Mesh  # the same devices, for sampling
     dtype: str  # of activations and matrix products
     teacher_dtype: str  # of the teachers' weights
-    rows: dict[str, int]  # prompts of each branch in a step in which it acts
-    score_batch: int  # answers in one forward pass that scores them
+    rows: dict[str, int]  # prompts of each branch in a step that trains it
+    score_batch: int  # answers scored in one forward pass
     objectives: dict[str, Objective]  # of each branch
-    trusts_sampler: bool  # whether the sampler's log-probabilities spare the student a forward pass
+    trusts_sampler: bool  # whether log-probabilities from sampling replace the student's forward pass
 
     @property
     def keep_residuals(self) -> bool:
@@ -46,17 +47,17 @@ class Setup:
 
     @property
     def prompt_slots(self) -> int:
-        """Slots of the longest prompt."""
+        """Padded length of the longest prompt."""
         rollout = self.config.rollout
         return min(rollout.max_prompt_tokens, bucket(rollout.max_prompt_tokens, rollout.smallest_bucket))
 
 
 def resolve(config: TrainConfig, devices: Any = None) -> Setup:
-    """The set-up of a run on these devices; None: on all of this process's runtime.
+    """The setup of a run on these devices; None: all devices of JAX.
 
     Raises:
-      UserError: naming the field, for a mesh that the devices do not make, for batches that it does not divide, and for
-        fields that do not go together on this platform.
+      UserError: naming the field, for a mesh that does not match the number of devices, for batches that the mesh does
+        not divide, and for fields that exclude each other on this platform.
     """
     mesh = mesh_of(config.mesh, devices)
     wanted = config.rollout.mesh
@@ -79,7 +80,7 @@ def resolve(config: TrainConfig, devices: Any = None) -> Setup:
 
 
 def check_model(config: ModelConfig, mesh: Mesh, compute: Compute, dtype: str) -> None:
-    """Raises UserError unless the mesh divides a model and its platform has what the config asks of it."""
+    """Raises UserError unless the mesh divides the model's dimensions and the platform supports its attention."""
     shardings(config, mesh)
     if compute.attention == "fused":
         fused.check(config, mesh, dtype)
@@ -96,7 +97,7 @@ def check_diagnostics(config: TrainConfig, mesh: Mesh) -> None:
 
 
 def resolve_fine_tuning(config: SftConfig) -> Mesh:
-    """The mesh of a supervised fine-tuning.
+    """The mesh of a run of supervised fine-tuning.
 
     Raises:
       UserError: as `resolve`.
@@ -109,7 +110,7 @@ def resolve_fine_tuning(config: SftConfig) -> Mesh:
 
 
 def check_remat(config: TrainConfig, dtype: str) -> None:
-    """Raises UserError for a gradient that begins with the rollout, where the sampler is not trusted."""
+    """Raises UserError for remat "rollout" if the student's log-probabilities are not those from sampling."""
     if config.compute.remat == "rollout" and not _trusts_sampler(config, dtype):
         raise UserError(
             "config.compute.remat is 'rollout', which needs the sampler's log-probabilities, but in "

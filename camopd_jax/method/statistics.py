@@ -9,7 +9,7 @@ from camopd_jax.types import Batch
 
 
 def step_statistics(batch: Batch) -> dict[str, jax.Array]:
-    """Scalars of one batch. Means "of tokens" are over the whole batch's tokens, selected or not."""
+    """Scalars of one batch. Means over tokens include the answers that were not selected."""
     rollout, log_probs, selection = batch.rollout, batch.log_probs, batch.selection
     gap_BT = log_probs.gap
     lengths_B = rollout.lengths.astype(jnp.float32)
@@ -31,7 +31,7 @@ def step_statistics(batch: Batch) -> dict[str, jax.Array]:
 
 
 def answer_table(batch: Batch) -> dict[str, jax.Array]:
-    """What is known of each answer of a batch, `[B]` each: a line of selection.jsonl. Losses: nats per token."""
+    """Columns of shape `[B]` for a line of selection.jsonl. "score" is the gap mass; losses are in nats per token."""
     rollout, log_probs, selection = batch.rollout, batch.log_probs, batch.selection
     return {
         "index": batch.index,
@@ -46,7 +46,7 @@ def answer_table(batch: Batch) -> dict[str, jax.Array]:
 
 
 def repetition(tokens_BT: np.ndarray, lengths_B: np.ndarray, n: int = 4) -> float:
-    """Share of an answer's n-grams that stood in it before, mean over the answers that have one. On the host.
+    """Share of an answer's n-grams that occurred earlier in it, mean over the answers with an n-gram. Runs on the host.
 
     >>> repetition(np.array([[1, 2, 3, 4, 1, 2, 3, 4]]), np.array([8]))
     0.2

@@ -1,5 +1,7 @@
-"""One step of the optimizer. `recovery_update` and `review_update` are `branch_update` compiled for each branch alone:
-their gradients never meet. `mixed_update` is the control in which branches share a step.
+"""One step of the optimizer.
+
+`branch_update` uses the gradient of one branch; compiled for each branch, it is `recovery_update` and `review_update`.
+`mixed_update`, for comparison, uses the gradients of all branches.
 """
 
 import itertools
@@ -15,7 +17,7 @@ from camopd_jax.method.gradient import Gradient
 from camopd_jax.method.statistics import answer_table, step_statistics
 from camopd_jax.types import Batch, Params, Sequences, TrainState
 
-Metrics = dict[str, Any]  # scalars by name, and the table of answers; of a mixed step also each branch's own
+Metrics = dict[str, Any]  # scalars by name, and the table of answers; for a mixed step also each branch's
 
 
 def branch_update(
@@ -23,16 +25,16 @@ def branch_update(
 ) -> tuple[TrainState, Metrics]:
     """One step of a branch toward its teacher (Eq 9)."""
     moments = "shared" if config.method.moments == "shared" else branch
-    state, stats = _take_step(state, gradient, _rankable(batch), moments, config)
+    state, stats = _take_step(state, gradient, _finite_gap_mass(batch), moments, config)
     return state, {"loss": gradient.loss, "answers": answer_table(batch)} | step_statistics(batch) | stats
 
 
 def mixed_update(
     state: TrainState, gradients: dict[str, Gradient], batches: dict[str, Batch], *, config: TrainConfig
 ) -> tuple[TrainState, Metrics]:
-    """One step along all branches' gradients at once (Eq 3), each weighted by its share of the step's prompts.
+    """One step along the sum of all branches' gradients (Eq 3), each weighted by its share of the step's prompts.
 
-    The control that alternation is measured against. Metrics of each branch stand under its name.
+    Alternating branches are compared with this. The metrics of each branch are under its name.
     """
     rows = {name: batch.index.shape[0] for name, batch in batches.items()}
     share = {name: n / sum(rows.values()) for name, n in rows.items()}
@@ -41,8 +43,8 @@ def mixed_update(
     if config.method.conflict == "pcgrad":
         weighted = pcgrad(weighted)
     total = Gradient(loss, jax.tree.map(lambda first, *rest: sum(rest, start=first), *weighted))
-    sound = jnp.all(jnp.stack([_rankable(batch) for batch in batches.values()]))
-    state, stats = _take_step(state, total, sound, "shared", config)
+    finite = jnp.all(jnp.stack([_finite_gap_mass(batch) for batch in batches.values()]))
+    state, stats = _take_step(state, total, finite, "shared", config)
     of_branches: dict[str, Metrics] = {
         name: {"loss": gradients[name].loss, "answers": answer_table(batch)} | step_statistics(batch)
         for name, batch in batches.items()
@@ -54,9 +56,9 @@ def mixed_update(
 
 
 def pcgrad(gradients: list[Params]) -> list[Params]:
-    """Gradients, each without its part against the others (arXiv 2001.06782, Algorithm 1, in one fixed order).
+    """Removes from each gradient the components that oppose the others (arXiv 2001.06782, Algorithm 1, fixed order).
 
-    Where `g . d < 0` for another gradient d, as it was given: `g <- g - (g . d / |d|^2) d`.
+    If `g . d < 0` for another gradient d before its own projection: `g <- g - (g . d / |d|^2) d`.
     """
     projected = list(gradients)
     for i, j in itertools.permutations(range(len(gradients)), 2):
@@ -76,20 +78,19 @@ def sft_update(
     return state, {"loss": gradient.loss} | counts | stats
 
 
-def _rankable(batch: Batch) -> jax.Array:
-    """Whether every answer could be ranked: one that could not spoils the selection."""
+def _finite_gap_mass(batch: Batch) -> jax.Array:
+    """Whether every gap mass is finite; if one is not, the selection is not valid."""
     return jnp.all(jnp.isfinite(batch.selection.mass))
 
 
 def _take_step(
-    state: TrainState, gradient: Gradient, sound: jax.Array, moments: str, config: TrainConfig | SftConfig
+    state: TrainState, gradient: Gradient, finite: jax.Array, moments: str, config: TrainConfig | SftConfig
 ) -> tuple[TrainState, Metrics]:
-    """AdamW where loss and gradient are finite; else parameters and moments stay and the skip is counted."""
+    """One AdamW step if loss and gradient are finite; else the step is skipped and counted."""
     rate = optimizer.learning_rate(config.optimizer, config.steps, state.step)
-    sound &= jnp.isfinite(gradient.loss)
+    finite &= jnp.isfinite(gradient.loss)
     params, adam, stats = optimizer.apply(
-        state.params, state.moments[moments], gradient.of, rate, config.optimizer, sound
+        state.params, state.moments[moments], gradient.of, rate, config.optimizer, finite
     )
-    skipped = jnp.where(stats.pop("sound"), 0, state.skipped + 1)
-    state = TrainState(state.step + 1, params, state.moments | {moments: adam}, skipped)
-    return state, stats | {"skipped": skipped}
+    skipped = 1 - stats.pop("finite").astype(jnp.int32)
+    return TrainState(state.step + 1, params, state.moments | {moments: adam}), stats | {"skipped": skipped}

@@ -1,9 +1,10 @@
-"""The constant weight of each token's loss: all of Eq 9 but the objective.
+"""The constant weight of each token's loss: all factors of Eq 9 except the objective's loss.
 
     L = 1/|S| sum_{i in S} 1/T_i sum_t w_t r c_t loss_t
 
-with |S| the selected answers, T_i the length of answer i, w_t the importance of a token, r the branch's scale, c_t the
-objective's coefficient (of the sampled-token objective the advantage A_t) and loss_t the objective's loss.
+with |S| the number of selected answers, T_i the length of answer i, w_t the importance weight of a token, r the
+branch's scale, c_t the objective's coefficient (for the sampled-token objective, the advantage A_t) and loss_t the
+objective's loss.
 """
 
 import jax
@@ -16,7 +17,7 @@ from camopd_jax.types import Batch, LogProbs, Rollout
 
 
 def importance(log_probs: LogProbs, rollout: Rollout, gate: tuple[float, float] | None) -> jax.Array:
-    """`w_t = pi_theta(y_t) / mu(y_t)` where it lies inside the gate, else 0 (MiMo-V2-Flash Eq 8); no gate: 1."""
+    """`w_t = pi_theta(y_t) / mu(y_t)` if it is within the gate, else 0 (MiMo-V2-Flash Eq 8); gate None: 1."""
     if gate is None:
         return jnp.ones_like(log_probs.student)
     ratio_BT = jnp.exp(log_probs.student - rollout.log_probs)
@@ -26,8 +27,8 @@ def importance(log_probs: LogProbs, rollout: Rollout, gate: tuple[float, float] 
 def token_weights(batch: Batch, method: Method, objective: Objective, scale: float) -> jax.Array:
     """The weight of each token's loss, float32[B, T]; 0 outside the selected answers.
 
-    With `method.normalise == "token"` the sum over all selected tokens is divided by their number, in the place of the
-    two means.
+    With `method.normalise == "token"`, the sum over all selected tokens is divided by their number, instead of the two
+    means.
     """
     rollout, selection = batch.rollout, batch.selection
     pull_BT = scale * objective.coefficient(batch.log_probs, method.advantage_clip)
@@ -41,5 +42,5 @@ def token_weights(batch: Batch, method: Method, objective: Objective, scale: flo
 
 
 def cross_entropy_weights(lengths_B: jax.Array, slots: int) -> jax.Array:
-    """Of supervised fine-tuning: the mean over the batch's answer tokens."""
+    """The weights of supervised fine-tuning: the loss is the mean over the batch's answer tokens."""
     return length_mask(lengths_B, slots) / jnp.sum(lengths_B).astype(jnp.float32)

@@ -1,4 +1,4 @@
-"""Attention, in one function: plainly, or by a platform's fused kernel (fused.py)."""
+"""Attention in one function: plain matrix products, or the platform's fused kernel (fused.py)."""
 
 from collections.abc import Callable
 
@@ -11,9 +11,9 @@ from camopd_jax.models.config import AttentionSpec
 from camopd_jax.runtime.mesh import batch_shards, platform
 from camopd_jax.types import EMPTY
 
-# Scores of at most this many query-key pairs (all rows and heads of one chip) exist at one time.
+# At most this many attention scores (query-key pairs of all rows and heads of one chip) exist at a time.
 _MAX_SCORES = 2**26
-_HALVED_FROM = 128  # queries of a row, from which on two products cost a CPU less than one twice as large
+_HALVED_FROM = 128  # queries per row: from here on, a CPU is faster with `_attend_by_halves`
 
 
 def attend(
@@ -27,24 +27,24 @@ def attend(
 ) -> jax.Array:
     """Softmax attention of grouped heads, `[B, S, H, K]`.
 
-    A query sees the keys at its own and earlier positions, at most a window of them. Positions are all
-    the mask there is: an EMPTY slot lies later than any query.
+    A query attends to keys at its own and earlier positions, within the window. The mask is computed only from
+    positions; an EMPTY slot has a position later than any query's.
 
     Args:
       query: [B, S, H, K].
-      key, value: [B, G, S', K], heads first as a cache holds them: no step of decoding transposes it. G divides H.
+      key, value: [B, G, S', K], heads first as in a cache, so that decoding needs no transpose. G divides H.
       query_positions: int32[B or 1, S].
-      key_positions: int32[B or 1, S']; None: rows attend to themselves, and slot i is position i.
-      window_index: which of `spec.windows` holds here, a number or int32[].
+      key_positions: int32[B or 1, S']; None: each row attends to itself, and slot i has position i.
+      window_index: index in `spec.windows`, an int or int32[].
 
     Raises:
-      ValueError: for the implementation "fused" and rows that the mesh does not divide.
+      ValueError: for the implementation "fused" if the mesh does not divide the rows.
     """
     if key_positions is None and _takes_kernel(query, spec):
         return fused.attend_rows(query, key, value, spec, window_index)
     window = _window(spec.windows, window_index)
     batch, length, heads, _ = query.shape
-    queries = max(1, _MAX_SCORES // (_local_heads(batch, heads, spec.mesh) * key.shape[2]))  # of a row, at one time
+    queries = max(1, _MAX_SCORES // (_local_heads(batch, heads, spec.mesh) * key.shape[2]))  # per row, at a time
     if key_positions is None and _HALVED_FROM <= length <= queries and platform(spec.mesh) == "cpu":
         return _attend_by_halves(query, key, value, query_positions, window, spec)
     key_positions = query_positions if key_positions is None else key_positions
@@ -56,7 +56,7 @@ def attend(
 
 
 def _takes_kernel(query: jax.Array, spec: AttentionSpec) -> bool:
-    """Whether whole rows `[B, S, H, K]` go through the fused kernel."""
+    """Whether the fused kernel computes the attention of complete rows `[B, S, H, K]`."""
     rows, length, shards = query.shape[0], query.shape[1], batch_shards(spec.mesh)
     if spec.implementation == "fused" and rows % shards:
         raise ValueError(f"fused attention: {rows} rows do not divide by data x fsdp = {shards} of the mesh")
@@ -65,7 +65,7 @@ def _takes_kernel(query: jax.Array, spec: AttentionSpec) -> bool:
 
 
 def _window(windows: tuple[int | None, ...], index: jax.Array | int) -> jax.Array | int | None:
-    """The window that holds; None where no layer has one."""
+    """The attention window with this index; None if no layer has one."""
     if len(windows) == 1 or isinstance(index, int):
         return windows[index if isinstance(index, int) else 0]
     return jnp.asarray([EMPTY if w is None else w for w in windows], jnp.int32)[index] if any(windows) else None
@@ -74,7 +74,7 @@ def _window(windows: tuple[int | None, ...], index: jax.Array | int) -> jax.Arra
 def _in_chunks(
     block: Callable[[jax.Array, jax.Array], jax.Array], query: jax.Array, query_positions: jax.Array, size: int
 ) -> jax.Array:
-    """`block` of so many queries of each row at one time; every chunk is computed again in the backward pass."""
+    """Applies `block` to `size` queries of each row at a time; the backward pass recomputes every chunk."""
     batch, length, heads, width = query.shape
     chunks = -(-length // size)
     padding = chunks * size - length
@@ -87,7 +87,7 @@ def _in_chunks(
 
 
 def _local_heads(batch: int, heads: int, mesh: Mesh | None) -> int:
-    """Rows times heads that one chip holds."""
+    """Rows times heads on one chip."""
     if mesh is None:
         return batch * heads
     return -(-batch // batch_shards(mesh)) * (heads // mesh.shape["tensor"])
@@ -101,7 +101,7 @@ def _attend_by_halves(
     window: jax.Array | int | None,
     spec: AttentionSpec,
 ) -> jax.Array:
-    """`_attend` of rows to themselves: the first half of the queries need not meet the second half of the keys."""
+    """`_attend` of rows to themselves, without products of the first half of queries and the second half of keys."""
     half = query.shape[1] // 2
     early, late = positions[:, :half], positions[:, half:]
     first = _attend(query[:, :half], key[:, :, :half], value[:, :, :half], early, early, window, spec)
@@ -127,8 +127,8 @@ def _attend(
     seen = key_positions[:, None, :] <= query_positions[:, :, None]
     if window is not None:
         seen &= key_positions[:, None, :] > query_positions[:, :, None] - window
-    # A finite floor: a query that sees nothing (padding) gets a mean, not NaN.
+    # A finite minimum: a query without visible keys (padding) gets the mean of all values, not NaN.
     scores = jnp.where(seen[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    out = jnp.einsum("bgrst,bgtk->bgrsk", weights, value)  # batch axes in front: ten times faster on a CPU
+    out = jnp.einsum("bgrst,bgtk->bgrsk", weights, value)  # batch axes first: ten times faster on a CPU
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)

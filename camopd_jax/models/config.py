@@ -1,6 +1,6 @@
-"""What a decoder-only transformer is, read from a Hugging Face `config.json`.
+"""The properties of a decoder-only transformer, read from a Hugging Face `config.json`.
 
-Architectures are described by their properties, never by name: whoever reads the layers meets no family.
+The layers depend only on these properties, never on the name of a model family.
 """
 
 import dataclasses
@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.errors import UserError
 from camopd_jax.models import fields as limits
-from camopd_jax.models.families import FAMILIES, Family, Fields
+from camopd_jax.models.families import FAMILIES, Family, Fields, QKNorm
 
 Activation = Literal["silu", "gelu_tanh"]
 Implementation = Literal["auto", "xla", "fused"]
@@ -24,7 +24,7 @@ class Rope:
     theta: float
     scaling: Literal["default", "linear", "llama3"] = "default"
     factor: float = 1.0
-    low_freq_factor: float = 1.0  # llama3 only, as the next two
+    low_freq_factor: float = 1.0  # this and the next two only for llama3
     high_freq_factor: float = 4.0
     original_context: int = 8192
 
@@ -44,21 +44,24 @@ class ModelConfig:
     tied_head: bool
     activation: Activation
     ropes: tuple[Rope, ...]
-    layer_rope: tuple[int, ...]  # which of `ropes` a layer uses
-    windows: tuple[int | None, ...]  # how many positions a layer sees, the token's own included; None: all
+    layer_rope: tuple[int, ...]  # for each layer, an index in `ropes`
+    windows: tuple[int | None, ...]  # for each layer, the attention window in positions, the token's own included
     query_scale: float  # factor on q.k
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
-    qk_norm: bool = False
-    post_norms: bool = False  # norms after attention and feed-forward too
+    qk_norm: QKNorm | None = None
+    pre_norms: bool = True  # whether norms precede attention and feed-forward
+    post_norms: bool = False  # whether norms follow attention and feed-forward
     norm_offset: float = 0.0  # added to a norm's weight
     embed_scale: float = 1.0
+    residual_scale: float = 1.0  # of what attention and feed-forward add to the residual stream
+    logits_divisor: float = 1.0  # before the final soft cap
     attention_softcap: float | None = None
     final_softcap: float | None = None
     initializer_range: float = 0.02
     output_vocab_size: int | None = None  # logits are cut to this; None: vocab_size
-    module_names: tuple[tuple[str, str], ...] = ()  # what Hugging Face names otherwise than `weights.MODULE_NAMES`
+    module_names: tuple[tuple[str, str], ...] = ()  # Hugging Face names that differ from `weights.MODULE_NAMES`
 
     @property
     def distinct_windows(self) -> tuple[int | None, ...]:
@@ -67,21 +70,21 @@ class ModelConfig:
 
     @property
     def layer_window(self) -> tuple[int, ...]:
-        """Which of `distinct_windows` a layer uses."""
+        """For each layer, an index in `distinct_windows`."""
         return tuple(self.distinct_windows.index(window) for window in self.windows)
 
 
 @dataclass(frozen=True)
 class AttentionSpec:
-    """What the attention of a model's layers has in common."""
+    """The settings of attention that all layers of a model share."""
 
-    windows: tuple[int | None, ...]  # the different windows of the layers, None where a layer sees everything
+    windows: tuple[int | None, ...]  # the different windows of the layers; None: no window
     scale: float  # factor on q.k, before `softcap * tanh(scores / softcap)`
     softcap: float | None = None
-    # Of whole rows. "fused": the platform's kernel; "auto": the kernel where the rows are long enough for it and divide
-    # over the mesh; "xla": plain products, as always over a cache.
+    # For complete rows. "fused": the platform's kernel; "auto": the kernel if rows are long enough and divide over the
+    # mesh; "xla": plain matrix products. Attention over a cache is always plain.
     implementation: Implementation = "xla"
-    mesh: Mesh | None = None  # what rows and heads are split over; None: one device
+    mesh: Mesh | None = None  # rows and heads are split over it; None: one device
 
 
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
@@ -89,19 +92,19 @@ _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
 
 def from_hf(config: Fields, *, context: int | None = None, where: str = "config.json") -> ModelConfig:
-    """Reads a config.json, as transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`) writes it.
+    """Reads a config.json of transformers 4 (`rope_theta`, `rope_scaling`) or 5 (`rope_parameters`).
 
     Args:
-      context: the longest sequence of the run, in tokens. "dynamic" RoPE scaling depends on it: it is
-        resolved once, so that a row never depends on its neighbours. Other kinds do not.
-      where: how errors name the file.
+      context: the longest sequence of the run in tokens. Only "dynamic" RoPE scaling depends on it: the scaling is
+        computed once for this length, so that a row's result does not depend on the other rows.
+      where: the file's name in error messages.
 
     Raises:
-      UserError: for an unknown architecture, and for any field that would change the maths unread.
+      UserError: for an unknown architecture, and for an unknown field that may change the output.
     """
-    fields, family = _understood(config, where)
-    heads = fields["num_attention_heads"]
-    head_dim = fields["head_dim"] or fields["hidden_size"] // heads
+    fields, family = _checked_fields(config, where)
+    width, heads = fields["hidden_size"], fields["num_attention_heads"]
+    head_dim = fields["head_dim"] or width // heads
     activation = fields[family.activation_field]
     if activation not in _ACTIVATIONS:
         raise UserError(f"{where}: activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
@@ -113,7 +116,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     bias = fields["attention_bias"]
     return ModelConfig(
         vocab_size=fields["vocab_size"],
-        hidden_size=fields["hidden_size"],
+        hidden_size=width,
         intermediate_size=fields["intermediate_size"],
         num_layers=fields["num_hidden_layers"],
         num_heads=heads,
@@ -125,14 +128,17 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         ropes=ropes,
         layer_rope=tuple(ropes.index(rope_of_type[t]) for t in types),
         windows=tuple(fields["sliding_window"] if t == "sliding_attention" else None for t in types),
-        query_scale=fields.get("query_pre_attn_scalar", head_dim) ** -0.5,
+        query_scale=fields.get("attention_multiplier", fields.get("query_pre_attn_scalar", head_dim) ** -0.5),
         qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=bias if family.output_bias is None else family.output_bias,
         mlp_bias=fields["mlp_bias"],
         qk_norm=family.qk_norm,
+        pre_norms=family.pre_norms,
         post_norms=family.post_norms,
         norm_offset=family.norm_offset,
-        embed_scale=fields["hidden_size"] ** 0.5 if family.scales_embedding else 1.0,
+        embed_scale=width**0.5 if family.scales_embedding else fields.get("embedding_multiplier", 1.0),
+        residual_scale=fields.get("residual_multiplier", 1.0),
+        logits_divisor=fields.get("logits_scaling", 1.0),
         attention_softcap=fields.get("attn_logit_softcapping"),
         final_softcap=fields.get("final_logit_softcapping"),
         initializer_range=fields["initializer_range"],
@@ -140,8 +146,8 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     )
 
 
-def _understood(config: Fields, where: str) -> tuple[Fields, Family]:
-    """The fields of a config.json with its family's defaults, and the family.
+def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
+    """Checks the fields of a config.json; returns them with the defaults of its family, and the family.
 
     Raises:
       UserError: as `from_hf`.
@@ -157,7 +163,7 @@ def _understood(config: Fields, where: str) -> tuple[Fields, Family]:
                 f"{where}: field {field} = {value!r} is not known for {name}; if it does not change the model's "
                 "output, delete it from the file, else this model is not supported"
             )
-    fields = {**family.defaults, **config}
+    fields = {**family.defaults, **{field: value for field, value in config.items() if field in known}}
     limits.check(fields, family.defaults, where)
     return fields, family
 
@@ -191,29 +197,29 @@ def _ropes(
 
 def _rope(fields: Fields, head_dim: int, max_positions: int, context: int | None, where: str) -> Rope:
     scaling = fields.get("rope_type", fields.get("type", "default"))
-    understood: dict[str, set[str]] = {
+    supported: dict[str, set[str]] = {
         "default": set(),
         "linear": {"factor"},
         "dynamic": {"factor"},
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     }
-    if not isinstance(scaling, str) or scaling not in understood:
-        raise UserError(f"{where}: RoPE scaling {scaling!r} is not supported; supported are {', '.join(understood)}")
+    if not isinstance(scaling, str) or scaling not in supported:
+        raise UserError(f"{where}: RoPE scaling {scaling!r} is not supported; supported are {', '.join(supported)}")
     limits.NUMBER.check(fields.get("rope_theta"), "rope_theta", where)
     for name, value in fields.items():
-        if name not in understood[scaling] | {"rope_type", "type", "rope_theta"} and value not in (None, 1.0):
+        if name not in supported[scaling] | {"rope_type", "type", "rope_theta"} and value not in (None, 1.0):
             raise UserError(f"{where}: RoPE field {name} = {value!r} is not supported for scaling {scaling!r}")
-    missing = [name for name in sorted(understood[scaling]) if fields.get(name) is None]
+    missing = [name for name in sorted(supported[scaling]) if fields.get(name) is None]
     if missing:
         raise UserError(f"{where}: RoPE scaling {scaling!r} needs the field {missing[0]}")
-    for name in sorted(understood[scaling]):
+    for name in sorted(supported[scaling]):
         kind = limits.COUNT if name == "original_max_position_embeddings" else limits.NUMBER
         kind.check(fields[name], name, where)
     rope = Rope(theta=float(fields["rope_theta"]))
     if scaling == "linear":
         return dataclasses.replace(rope, scaling="linear", factor=float(fields["factor"]))
     if scaling == "dynamic":
-        # NTK-aware scaling (transformers' "dynamic"), at the one length the run is planned for.
+        # NTK-aware scaling ("dynamic" in transformers), for the fixed length `context`.
         stretch = max(context or 0, max_positions) / max_positions
         growth = float(fields["factor"]) * stretch - (float(fields["factor"]) - 1)
         return dataclasses.replace(rope, theta=rope.theta * growth ** (head_dim / (head_dim - 2)))

@@ -1,4 +1,4 @@
-"""The tensors of a Hugging Face folder: where they lie on disk, from the headers of its safetensors files alone."""
+"""Finds the tensors of a Hugging Face folder in its safetensors files. Only the headers are read."""
 
 import json
 from dataclasses import dataclass
@@ -18,7 +18,7 @@ SINGLE = "model.safetensors"
 
 @dataclass(frozen=True)
 class Tensor:
-    """Where a tensor lies on disk."""
+    """The location of a tensor on disk."""
 
     file: Path
     dtype: np.dtype
@@ -26,18 +26,18 @@ class Tensor:
     offset: int  # bytes from the start of the file
 
     def map(self) -> np.ndarray:
-        """The tensor, read from disk only where it is looked at."""
+        """The tensor as a memory map: only the parts that are used are read from disk."""
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
 def tensors(folder: Path) -> dict[str, Tensor]:
-    """Every tensor of a folder by name, from the headers alone. Rotary tables of old checkpoints are left out.
+    """All tensors of a folder by name, read from the file headers. Rotary tables of old checkpoints are left out.
 
-    As in transformers, one file for all is preferred to an index of several.
+    As in transformers, a single file takes precedence over an index of several files.
 
     Raises:
-      UserError: if there are no safetensors (pickles are refused), a file is missing, cut short or
-        broken, or the index names a file outside the folder.
+      UserError: if there are no safetensors (pickles are refused), if a file is missing, truncated or damaged, or if
+        the index names a file outside the folder.
     """
     if (folder / SINGLE).exists():
         on_disk = _header(folder / SINGLE)
@@ -54,7 +54,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
 
 
 def stale_index(folder: Path) -> str | None:
-    """A warning, if a folder has both one file for all tensors and an index of other files, which is not read."""
+    """A warning, if a folder has a single file and an index of other files, which is not read; else None."""
     if not (folder / SINGLE).exists() or not (folder / INDEX).exists():
         return None
     try:
@@ -67,7 +67,7 @@ def stale_index(folder: Path) -> str | None:
 
 
 def _indexed(folder: Path) -> dict[str, Tensor]:
-    """The tensors of the files that an index names."""
+    """All tensors of the files that the index names."""
     index, on_disk = folder / INDEX, dict[str, Tensor]()
     weight_map = _weight_map(index)
     for name in sorted(set(weight_map.values())):
@@ -84,7 +84,7 @@ def _indexed(folder: Path) -> dict[str, Tensor]:
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Which file an index names for each tensor."""
+    """The file name of each tensor, as the index has it."""
     weight_map = read_json(index).get("weight_map")
     if not isinstance(weight_map, dict):
         raise UserError(f"{index}: field weight_map is missing; fetch the checkpoint again")
@@ -114,7 +114,7 @@ def _header(file: Path) -> dict[str, Tensor]:
 
 
 def _entry(file: Path, name: str, entry: dict[str, Any], data: int, size: int) -> Tensor:
-    """One tensor of a header; `data` is where the file's tensors begin, `size` where it ends, in bytes."""
+    """One tensor of a header. `data`: offset of the first tensor in the file; `size`: of the file; both in bytes."""
     start, stop = entry["data_offsets"]
     if entry["dtype"] not in _DTYPES:
         raise UserError(
@@ -130,10 +130,10 @@ def _entry(file: Path, name: str, entry: dict[str, Any], data: int, size: int) -
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object in a JSON file.
+    """Reads a JSON object from a file.
 
     Raises:
-      UserError: if the file is missing or holds something else.
+      UserError: if the file is missing or has other contents.
     """
     try:
         value = json.loads(path.read_text(encoding="utf-8"))

@@ -1,38 +1,40 @@
-"""The model families that are understood: one row each.
+"""The supported model families, one row each.
 
-A row says what a `config.json` leaves out: the defaults that transformers takes where a field is missing, and what the
-architecture itself fixes. `config.from_hf` turns a row and a `config.json` into the properties of a `ModelConfig`; no
-other module knows families. A family with the same layers needs one row.
+A row has the information that is not in `config.json`: the defaults of transformers for missing fields, and the fixed
+properties of the architecture. `config.from_hf` combines a row and a `config.json` into a `ModelConfig`; no other
+module depends on families.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 Fields = Mapping[str, Any]  # of a config.json
+QKNorm = Literal["head", "projection"]  # queries and keys are normalised over each head, or over all heads together
 
 
 @dataclass(frozen=True)
 class Family:
-    """What sets one architecture apart from another with the same layers."""
+    """The properties of a model family that its config.json does not have."""
 
-    defaults: Fields  # what transformers takes for a missing field; a field without one is refused
-    # Whether layer i has a window, where config.json has no layer_types.
+    defaults: Fields  # the defaults of transformers; a field of config.json without a default is refused
+    # Whether layer i has an attention window, if config.json has no layer_types
     slides: Callable[[int, Fields], bool] = lambda i, fields: False
     activation_field: str = "hidden_act"
-    qkv_bias: bool | None = None  # None: as attention_bias says
-    output_bias: bool | None = None  # of the attention's output projection; None: as attention_bias says
-    qk_norm: bool = False
-    post_norms: bool = False  # norms after attention and feed-forward too
+    qkv_bias: bool | None = None  # None: the value of attention_bias
+    output_bias: bool | None = None  # of the attention's output projection; None: the value of attention_bias
+    qk_norm: QKNorm | None = None
+    pre_norms: bool = True  # whether norms precede attention and feed-forward
+    post_norms: bool = False  # whether norms follow attention and feed-forward
     norm_offset: float = 0.0  # added to a norm's weight
-    scales_embedding: bool = False  # by the square root of the model's width
-    local_rope_field: str | None = None  # the RoPE base of layers with a window, where it is their own
-    # Modules that Hugging Face names otherwise than `weights.MODULE_NAMES`.
+    scales_embedding: bool = False  # whether embeddings are multiplied by the square root of the model width
+    local_rope_field: str | None = None  # field with the RoPE base of layers with a window, if it is different
+    # Hugging Face names of modules that differ from `weights.MODULE_NAMES`
     module_names: Mapping[str, str] = field(default_factory=dict)
 
 
 def _like(base: Family, defaults: Fields, **properties: Any) -> Family:
-    """Another family: `base` with these defaults beside its own, and these properties instead of its own."""
+    """A family like `base`, with additional defaults and changed properties."""
     return replace(base, defaults={**base.defaults, **defaults}, **properties)
 
 
@@ -92,7 +94,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
         slides=lambda i, fields: True,
     ),
     "qwen2": _like(_QWEN, {}, qkv_bias=True, output_bias=False),
-    "qwen3": _like(_QWEN, {"head_dim": 128}, qk_norm=True),
+    "qwen3": _like(_QWEN, {"head_dim": 128}, qk_norm="head"),
     "gemma2": _GEMMA,
     "gemma3_text": _like(
         _GEMMA,
@@ -105,7 +107,17 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
             "max_position_embeddings": 131_072,
         },
         slides=lambda i, fields: (i + 1) % fields["sliding_window_pattern"] != 0,
-        qk_norm=True,
+        qk_norm="head",
         local_rope_field="rope_local_base_freq",
     ),
+    "granite": _like(
+        _LLAMA,
+        {
+            "embedding_multiplier": 1.0,
+            "attention_multiplier": 1.0,
+            "residual_multiplier": 1.0,
+            "logits_scaling": 1.0,
+        },
+    ),
+    "olmo2": _like(_LLAMA, {"rms_norm_eps": 1e-5}, qk_norm="projection", pre_norms=False, post_norms=True),
 }

@@ -1,4 +1,4 @@
-"""The fields of a `config.json`: which change no number here, and the limits of those that do."""
+"""Limits of the fields of a `config.json`, and the fields without effect on the output."""
 
 import sys
 from collections.abc import Callable
@@ -10,7 +10,7 @@ from camopd_jax.models.families import Fields
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 
-# Names, special tokens, regularisers of training, caches, what files hold.
+# Names, special tokens, regularisation in training, caches, file formats
 _RECORDS = """
     architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id
     sep_token_id attention_dropout hidden_dropout pretraining_tp name_or_path _name_or_path id2label label2id
@@ -21,8 +21,8 @@ _RECORDS = """
     use_bfloat16 tf_legacy_loss finetuning_task prefix cross_attention_hidden_size tie_encoder_decoder
     tie_last_hidden_states
 """
-# Of transformers' GenerationConfig, which models saved in their config.json. A test compares them with the installed
-# version; they are written out, because a field of a later version might change a model's output.
+# Fields of GenerationConfig, which earlier versions of transformers save in config.json. A test compares them with the
+# installed version. They are not read from it, since a field of a later version may change a model's output.
 _GENERATION = """
     assistant_confidence_threshold assistant_early_exit assistant_ensemble_weight assistant_lookbehind bad_words_ids
     begin_suppress_tokens cache_config cache_implementation compile_config constraints continuous_batching_config
@@ -42,13 +42,13 @@ HARMLESS = frozenset((_RECORDS + _GENERATION).split())
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of value."""
+    """A kind of values."""
 
     name: str
     holds: Callable[[Any], bool]
 
     def check(self, value: Any, field: str, where: str) -> None:
-        """Raises UserError, which names the field after `where`, for a value of another kind."""
+        """Raises UserError for a value of another kind; the message begins with `where` and names the field."""
         if not self.holds(value):
             raise UserError(f"{where}: field {field} is {value!r}; give {self.name}")
 
@@ -76,12 +76,12 @@ _TOKENS = Kind("an integer or a list of them", lambda v: all(map(_is_integer, v 
 _ANY = Kind("anything", lambda value: True)
 
 _OF_DEFAULT = {bool: _FLAG, int: COUNT, float: NUMBER, str: _TEXT.or_null()}
-_KINDS = {  # of fields whose default does not show their kind
+_KINDS = {  # of fields whose kind is not the type of their default
     **dict.fromkeys(REQUIRED, COUNT),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), COUNT.or_null()),
     **dict.fromkeys(("attn_logit_softcapping", "final_logit_softcapping"), NUMBER.or_null()),
     **dict.fromkeys(("rope_scaling", "rope_parameters"), _BLOCK.or_null()),
-    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), _ANY),  # checked where they are used
+    **dict.fromkeys(("rope_theta", "rope_local_base_freq"), _ANY),  # checked in `config._rope`
     "query_pre_attn_scalar": NUMBER,
     "max_window_layers": _INDEX,
     "initializer_range": _NOT_NEGATIVE,
@@ -91,15 +91,15 @@ _KINDS = {  # of fields whose default does not show their kind
 
 
 def check(fields: Fields, defaults: Fields, where: str) -> None:
-    """Checks every field by itself, and the numbers of heads.
+    """Checks each field, and that head sizes fit together.
 
     Args:
-      fields: of a config.json, with its family's defaults.
-      defaults: of the family; the type of a field's default is that of its values, unless `_KINDS` has the field.
-      where: how errors name the file.
+      fields: of a config.json, with the defaults of its family.
+      defaults: of the family; their types determine the kinds of fields that `_KINDS` does not have.
+      where: the file's name in error messages.
 
     Raises:
-      UserError: naming the field and its value.
+      UserError: with the field and its value.
     """
     for field in REQUIRED:
         COUNT.check(fields.get(field), field, where)

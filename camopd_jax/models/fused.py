@@ -1,6 +1,6 @@
-"""Fused causal attention over whole rows: a Pallas kernel on TPU, cuDNN on NVIDIA GPUs.
+"""Fused causal attention over complete rows: a Pallas kernel on TPU, cuDNN on NVIDIA GPUs.
 
-Every device takes its own rows and heads; nothing crosses devices.
+Every device computes its own rows and heads, without communication.
 """
 
 import re
@@ -17,21 +17,21 @@ from camopd_jax.models.config import AttentionSpec, ModelConfig
 from camopd_jax.runtime.mesh import platform
 from camopd_jax.runtime.mesh import spec as axes_spec
 
-SHORTEST = 128  # slots: fewer are one block of the TPU's kernel, and the plain form's scores are small
-_BLOCKS = (512, 256, 128)  # queries, and keys, that the TPU's kernel takes at one time
-_RESIDUAL_BYTES = 2**28  # the TPU's kernel writes its log-sums 128 times each: rows at a time are limited by them
+SHORTEST = 128  # slots; fewer fit one block of the TPU kernel, and plain attention needs little memory for them
+_BLOCKS = (512, 256, 128)  # block sizes of the TPU kernel, for queries and keys
+_RESIDUAL_BYTES = 2**28  # the TPU kernel stores each log-sum 128 times; this limits the rows computed at a time
 
 Kernel = Callable[..., jax.Array]
 
 
-def why_not(config: ModelConfig, mesh: Mesh | None, dtype: str) -> str | None:
-    """Why no fused kernel takes a model's attention on a mesh; None where one does.
+def unsupported_reason(config: ModelConfig, mesh: Mesh | None, dtype: str) -> str | None:
+    """The reason why no fused kernel supports a model on a mesh; None if one does.
 
     Args:
       dtype: of the matrix products.
 
     Returns:
-      One clause for an error, without a full stop.
+      One clause for an error message, without a full stop.
     """
     target = platform(mesh)
     if mesh is None or target not in ("tpu", "gpu"):
@@ -55,14 +55,14 @@ def why_not(config: ModelConfig, mesh: Mesh | None, dtype: str) -> str | None:
 def attend_rows(
     query: jax.Array, key: jax.Array, value: jax.Array, spec: AttentionSpec, window_index: jax.Array | int = 0
 ) -> jax.Array:
-    """Causal softmax attention of rows `[B, S, H, K]` with themselves; see `attention.attend` for the arguments.
+    """Causal softmax attention of rows `[B, S, H, K]` to themselves; see `attention.attend` for the arguments.
 
-    B divides over the mesh's batch axes, H and G over its tensor axis.
+    The mesh's batch axes must divide B, and its tensor axis H and G.
     """
     assert spec.mesh is not None, "a kernel is chosen by the devices of a mesh"
     interpret = spec.mesh.devices.flat[0].platform == "cpu"
     kernel: Kernel = cudnn if platform(spec.mesh) == "gpu" else partial(splash, interpret=interpret)
-    # A window of all slots is none; a kernel's window is part of its program.
+    # A window of all slots is the same as no window. Each window needs its own kernel.
     windows = tuple(None if w is None or w >= query.shape[1] else w for w in spec.windows)
     distinct = tuple(dict.fromkeys(windows))
     kernels = [partial(kernel, window=w, scale=spec.scale, softcap=spec.softcap) for w in distinct]
@@ -84,7 +84,7 @@ def attend_rows(
 def cudnn(
     query: jax.Array, key: jax.Array, value: jax.Array, *, window: int | None, scale: float, softcap: float | None
 ) -> jax.Array:
-    """One GPU's rows and heads, by cuDNN."""
+    """Attention of one GPU's rows and heads, by cuDNN."""
     assert softcap is None
     return jax.nn.dot_product_attention(
         query,
@@ -107,11 +107,11 @@ def splash(
     softcap: float | None,
     interpret: bool = False,
 ) -> jax.Array:
-    """One TPU's rows and heads, by the Pallas kernel that comes with JAX; a CPU interprets it."""
+    """Attention of one TPU's rows and heads, by the Pallas kernel of JAX; on a CPU the kernel is interpreted."""
     batch, slots, heads, width = query.shape
     block, padded = blocks(slots)
     query = (query.astype(jnp.float32) * scale).astype(query.dtype).swapaxes(1, 2)
-    # Slots behind a row's end: no query before them sees their keys.
+    # Causal attention ignores the keys of padding slots, because they come after all real queries.
     query, key, value = (jnp.pad(x, ((0, 0), (0, 0), (0, padded - slots), (0, 0))) for x in (query, key, value))
     kernel = _splash_kernel(padded, heads, block, window, softcap, interpret)
     rows = max(1, _RESIDUAL_BYTES // (heads * padded * 128 * 4))
@@ -124,19 +124,19 @@ def splash(
 
 
 def check(config: ModelConfig, mesh: Mesh | None, dtype: str) -> None:
-    """Raises UserError where a model that asks for a fused kernel has none."""
-    if why := why_not(config, mesh, dtype):
+    """Raises UserError if no fused kernel supports a model."""
+    if why := unsupported_reason(config, mesh, dtype):
         raise UserError(f"config.compute.attention is 'fused'; {why}; give auto or xla")
 
 
 def blocks(slots: int) -> tuple[int, int]:
-    """(block, slots padded to full blocks): the largest block that adds at most an eighth."""
+    """(block size, slots padded to a multiple of it), for the largest block size that adds at most an eighth."""
     sizes = [(block, -(-slots // block) * block) for block in _BLOCKS]
     return next((one for one in sizes if one[1] * 8 <= slots * 9), sizes[-1])
 
 
 def pairs(slots: int, window: int | None) -> int:
-    """Query-key pairs of one row and head."""
+    """Number of query-key pairs of one row and head."""
     seen = slots if window is None else min(window, slots)
     return seen * (seen + 1) // 2 + (slots - seen) * seen
 
@@ -170,4 +170,4 @@ def _splash_kernel(
             attn_logits_soft_cap=softcap,
             interpret=interpret,
         )
-        return jax.tree.map(np.asarray, kernel)  # no device's arrays: the program may be for others
+        return jax.tree.map(np.asarray, kernel)  # host arrays: the program may be compiled for other devices

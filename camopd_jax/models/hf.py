@@ -1,4 +1,4 @@
-"""Hugging Face folders: safetensors straight onto the mesh, and back."""
+"""Reads the safetensors of Hugging Face folders directly onto the mesh, and writes such folders."""
 
 import hashlib
 import json
@@ -17,17 +17,17 @@ from camopd_jax.errors import UserError
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.disk import INDEX, SINGLE, Tensor, read_json, stale_index, tensors
 from camopd_jax.models.names import EMBEDDING, HEAD, check_names, standard_names
-from camopd_jax.models.weights import Row, check_rows_cover, leaf_of, shardings, table, tree_of
+from camopd_jax.models.weights import WeightRow, check_rows_cover, leaf_of, shardings, table, tree_of
 from camopd_jax.types import Params
 
 # --------------------------------------------------------------------------------------- reading
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """config.json of a folder, or a file like it.
+    """Reads config.json in a folder, or the given file.
 
     Raises:
-      UserError: if it is missing, no JSON, or asks for remote code, and for a folder that holds a PEFT adapter.
+      UserError: if it is missing, is not JSON, or needs code from the checkpoint; if the folder has a PEFT adapter.
     """
     file = folder if folder.is_file() else folder / "config.json"
     if (adapter := folder / "adapter_config.json").exists():
@@ -46,12 +46,12 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
-    """Reads the parameters onto the mesh, each device's piece straight from disk.
+    """Reads the parameters onto the mesh, each shard directly from disk.
 
-    The host holds one piece of one stacked parameter at a time.
+    The host has one shard of one stacked parameter in memory at a time.
 
     Raises:
-      UserError: for all that `matching` refuses, and for a value that is not finite, naming its tensor.
+      UserError: as `matching`; for a value that is not finite, with the name of its tensor.
     """
     if warning := stale_index(folder):
         warnings.warn(warning, stacklevel=2)
@@ -60,18 +60,18 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     leaves = {}
     for row in table(config):
         stored = [(name, on_disk[name]) for name in row.names(config.num_layers)]
-        piece = partial(_piece, stored, row, dtype)
-        leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), piece)
-        leaves[row.path] = jax.block_until_ready(leaf)  # else the next piece is read while this one is still held
+        shard = partial(_shard, stored, row, dtype)
+        leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), shard)
+        leaves[row.path] = jax.block_until_ready(leaf)  # else this shard is in host memory while the next is read
     return tree_of(leaves)
 
 
-def _piece(stored: list[tuple[str, Tensor]], row: Row, dtype: str, index: tuple[slice, ...] | None) -> np.ndarray:
-    """What one device holds of a parameter, read from the tensors that make it.
+def _shard(stored: list[tuple[str, Tensor]], row: WeightRow, dtype: str, index: tuple[slice, ...] | None) -> np.ndarray:
+    """One device's shard of a parameter, read from the tensors that it consists of.
 
     Args:
       stored: these tensors, with their names.
-      index: of the piece; None, which JAX's own type admits, does not occur.
+      index: of the shard. JAX's type allows None, but it does not occur.
 
     Raises:
       UserError: for a value that is not finite.
@@ -88,10 +88,10 @@ def _piece(stored: list[tuple[str, Tensor]], row: Row, dtype: str, index: tuple[
 
 
 def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a folder, which are those of a model of this config, by their standard names.
+    """The tensors of a folder by standard name, checked against a model config.
 
     Raises:
-      UserError: for missing, extra or misshaped tensors, and for all `tensors` refuses.
+      UserError: for missing or additional tensors and wrong shapes, and as `tensors`.
     """
     shapes = {name: row.hf_shape for row in table(config) for name in row.names(config.num_layers)}
     on_disk = standard_names(tensors(folder), shapes, config.tied_head, folder)
@@ -109,15 +109,15 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def tensor_dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
-    """The dtype of every tensor of a folder, which is `matching`, by its standard name."""
+    """The dtype of every tensor of a folder by standard name; raises as `matching`."""
     return {name: tensor.dtype for name, tensor in matching(folder, config).items()}
 
 
 def fingerprint(folder: Path) -> str:
     """A hash of config.json and of every tensor's name, type, shape and first, middle and last 4 KiB.
 
-    Cheap on any size of model. Two checkpoints of one training run differ in every tensor, so they
-    differ here; a few changed numbers in the middle of a tensor may pass unseen.
+    It takes little time for any model size. Checkpoints of one training run differ in every tensor, so their hashes
+    differ. A few changed values in the middle of a tensor may not change the hash.
     """
     digest = hashlib.sha256(json.dumps(read_config(folder), sort_keys=True).encode())
     for name, tensor in sorted(tensors(folder).items()):
@@ -129,7 +129,7 @@ def fingerprint(folder: Path) -> str:
 
 
 def _check_tied(on_disk: dict[str, Tensor], folder: Path) -> None:
-    """Raises UserError if a head that config.json ties to the embedding differs from it."""
+    """Raises UserError if the head differs from the embedding, though config.json says they are tied."""
     head, embedding = on_disk[HEAD], on_disk[EMBEDDING]
     if head.dtype != embedding.dtype or not np.array_equal(head.map().view(np.uint8), embedding.map().view(np.uint8)):
         raise UserError(
@@ -149,12 +149,12 @@ def save(
     dtypes: dict[str, np.dtype],
     max_shard_bytes: int = 4 * 2**30,
 ) -> None:
-    """Writes config.json and sharded safetensors. Every process takes part; the first one writes.
+    """Writes config.json and sharded safetensors. Every process must call it; process 0 writes.
 
     Args:
-      hf_config: the config.json to write.
-      dtypes: of the tensors, by Hugging Face name: those of the checkpoint that training started from.
-      max_shard_bytes: files stay below this, and so does the host's memory.
+      hf_config: the contents of config.json.
+      dtypes: of the tensors, by Hugging Face name: as in the checkpoint that training started from.
+      max_shard_bytes: maximum size of a file, which also limits the host memory needed.
     """
     check_rows_cover(params, config)
     files = _Files(folder, max_shard_bytes)
@@ -171,12 +171,12 @@ def save(
 
 
 class _Files:
-    """The safetensors files of a folder in the making: tensors join one until it is full."""
+    """Writes the safetensors files of a folder: tensors are added to a file until it is full."""
 
     def __init__(self, folder: Path, max_bytes: int):
         self._folder, self._max_bytes = folder, max_bytes
         self._writes = jax.process_index() == 0
-        self._names: list[list[str]] = []  # of the tensors of each file that is full
+        self._names: list[list[str]] = []  # names of the tensors in each written file
         self._pending: dict[str, np.ndarray] = {}
         self._total = 0
 
@@ -187,7 +187,7 @@ class _Files:
         self._total += tensor.nbytes
 
     def close(self, hf_config: dict[str, Any]) -> None:
-        """Writes what is pending and config.json, and gives the files the names that Hugging Face expects."""
+        """Writes the last file and config.json, and renames the files as Hugging Face expects."""
         self._flush()
         if not self._writes:
             return
@@ -209,6 +209,6 @@ class _Files:
             file.touch()
             mode = file.stat().st_mode
             save_file(self._pending, file, metadata={"format": "pt"})
-            file.chmod(mode)  # safetensors keeps a file to its owner
+            file.chmod(mode)  # safetensors creates files that only the owner can read
         self._names.append(list(self._pending))
         self._pending.clear()

@@ -1,6 +1,6 @@
 """The parts of a decoder layer, as stateless Linen modules.
 
-Parameters are cast to the compute dtype where they are used; norms, rotations and softmax are float32.
+Parameters are cast to the compute dtype when they are used; norms, rotations and softmax are computed in float32.
 """
 
 from collections.abc import Callable
@@ -24,59 +24,63 @@ ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
 
 
 class Positions(struct.PyTreeNode):
-    """Where the tokens of a call stand in their rows: the same for every layer."""
+    """Positions of the tokens in their rows, the same for every layer."""
 
     tokens: jax.Array  # int32[B or 1, S]
-    rotation: tuple[jax.Array, jax.Array]  # cosines and sines of every RoPE of the model, float32[R, B or 1, S, K / 2]
+    rotation: tuple[jax.Array, jax.Array]  # cosines and sines of the model's R RoPEs, float32[R, B or 1, S, K / 2]
 
 
 class LayerKind(struct.PyTreeNode):
-    """What tells one layer from another beside its parameters. Numbers, or arrays in a scan over layers."""
+    """The differences between layers other than parameters: ints, or arrays in a scan over layers."""
 
-    rope: jax.Array | int  # which of the model's RoPEs
-    window: jax.Array | int  # which of its attention windows
+    rope: jax.Array | int  # index of the RoPE
+    window: jax.Array | int  # index of the attention window
 
 
 class LayerCache(struct.PyTreeNode):
-    """Keys and values of earlier tokens of a layer, which the tokens of a call join."""
+    """Keys and values of earlier tokens in one layer. A call adds those of its tokens."""
 
     keys: jax.Array  # [B, G, S', K]
     values: jax.Array  # [B, G, S', K]
-    positions: jax.Array  # int32[B, S'], of each slot's token, the new ones included; EMPTY where there is none
-    slot: jax.Array  # int32[], that the first new token takes
+    positions: jax.Array  # int32[B, S'], of each slot's token, including the new ones; EMPTY: no token
+    slot: jax.Array  # int32[], the slot of the first new token
 
 
 KeysValues = tuple[jax.Array, jax.Array]  # [B, G, S', K] each
 
 
 class RMSNorm(nn.Module):
-    """`rms_norm` with its weight."""
+    """`rms_norm` with a trained weight."""
 
     eps: float
     offset: float
+    axes: int = 1  # the last so many, which are normalised together
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
         initial = nn.initializers.constant(1.0 - self.offset)
-        return rms_norm(x, self.param("scale", initial, (x.shape[-1],)), self.eps, self.offset)
+        return rms_norm(x, self.param("scale", initial, x.shape[-self.axes :]), self.eps, self.offset)
 
 
 def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
-    """`x / rms(x) * (offset + scale)` over the last axis, in float32. https://arxiv.org/abs/1910.07467, Eq 4."""
+    """`x / rms(x) * (offset + scale)` in float32, over as many last axes as `scale` has.
+
+    https://arxiv.org/abs/1910.07467, Eq 4.
+    """
     y = x.astype(jnp.float32)
-    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=-1, keepdims=True) + eps)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=range(-scale.ndim, 0), keepdims=True) + eps)
     return (y * jnp.broadcast_to(offset + scale.astype(jnp.float32), y.shape)).astype(x.dtype)
 
 
-_Operands = tuple[jax.Array, jax.Array]  # of a product, or their gradients
+_Operands = tuple[jax.Array, jax.Array]  # the operands of a product, or their gradients
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
 def multiply(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`einsum(equation, x, kernel)`; for the kernel's gradient `x` is the left operand.
+    """`einsum(equation, x, kernel)`, with `x` as the left operand of the product for the kernel's gradient.
 
-    XLA transposes the left operand of that product together with all the arithmetic before it, which for
-    the gradient of an activation costs more than the product: on 2 CPU cores an update takes a fifth longer.
+    XLA fuses the transpose of a left operand with the operations that compute it. JAX's own order has the gradient of
+    an activation there, which takes longer than the product: on 2 CPU cores, an update would take a fifth longer.
     """
     return jnp.einsum(equation, x, kernel)
 
@@ -115,19 +119,17 @@ class Linear(nn.Module):
 
 
 class Attention(nn.Module):
-    """Grouped-query attention with rotary positions, over the tokens given or over a cache that they join."""
+    """Grouped-query attention with rotary positions, over the given tokens or over a cache with these tokens added."""
 
     config: ModelConfig
     mesh: Mesh | None
-    implementation: Implementation  # of attention over whole rows
+    implementation: Implementation  # of attention over complete rows
 
     @nn.compact
     def __call__(
         self, x_BSD: jax.Array, positions: Positions, kind: LayerKind, cache: LayerCache | None = None
     ) -> tuple[jax.Array, KeysValues]:
-        """The output `[B, S, D]`, and the keys and values that were attended to: of the cache with these tokens in it,
-        or of these tokens alone.
-        """
+        """The output `[B, S, D]`, and the keys and values: of the cache with these tokens, or only of these tokens."""
         c = self.config
         std = c.initializer_range
 
@@ -140,9 +142,10 @@ class Attention(nn.Module):
         query = project("query", c.num_heads, "heads")
         key = project("key", c.num_kv_heads, "kv_heads")
         value = project("value", c.num_kv_heads, "kv_heads")
-        if c.qk_norm:
-            query = RMSNorm(c.norm_eps, c.norm_offset, name="query_norm")(query)
-            key = RMSNorm(c.norm_eps, c.norm_offset, name="key_norm")(key)
+        if c.qk_norm is not None:
+            axes = 1 if c.qk_norm == "head" else 2
+            query = RMSNorm(c.norm_eps, c.norm_offset, axes, name="query_norm")(query)
+            key = RMSNorm(c.norm_eps, c.norm_offset, axes, name="key_norm")(key)
         cos, sin = (table[kind.rope] for table in positions.rotation)
         query, key = rotate(query, cos, sin), rotate(key, cos, sin)
 
@@ -177,11 +180,13 @@ class FeedForward(nn.Module):
 
 
 class Block(nn.Module):
-    """One decoder layer: attention and feed-forward, each on normalised inputs and added to the residual stream."""
+    """One decoder layer: attention and feed-forward, each with norms before or after it and added to the residual
+    stream.
+    """
 
     config: ModelConfig
     mesh: Mesh | None = None
-    implementation: Implementation = "xla"  # of attention over whole rows
+    implementation: Implementation = "xla"  # of attention over complete rows
 
     @nn.compact
     def __call__(
@@ -193,22 +198,30 @@ class Block(nn.Module):
         def norm(name: str, x: jax.Array) -> jax.Array:
             return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
 
-        def gathered(x: jax.Array) -> jax.Array:
-            return constrain(x, self.mesh, *ACTIVATION)
+        def entering(x: jax.Array, pre_norm: str) -> jax.Array:
+            return constrain(norm(pre_norm, x) if c.pre_norms else x, self.mesh, *ACTIVATION)
 
         def split(x: jax.Array) -> jax.Array:
             return constrain_even(x, self.mesh, *RESIDUAL)
 
+        def added(x: jax.Array, y: jax.Array, post_norm: str) -> jax.Array:
+            y = split(y)
+            return split(x + scaled(norm(post_norm, y) if c.post_norms else y, c.residual_scale))
+
         attention = Attention(c, self.mesh, self.implementation, name="attention")
-        y, keys_values = attention(gathered(norm("attention_norm", x_BSD)), positions, kind, cache)
-        y = split(y)
-        x_BSD = split(x_BSD + (norm("post_attention_norm", y) if c.post_norms else y))
-        y = split(FeedForward(c, self.mesh, name="mlp")(gathered(norm("mlp_norm", x_BSD))))
-        return split(x_BSD + (norm("post_mlp_norm", y) if c.post_norms else y)), keys_values
+        y, keys_values = attention(entering(x_BSD, "attention_norm"), positions, kind, cache)
+        x_BSD = added(x_BSD, y, "post_attention_norm")
+        y = FeedForward(c, self.mesh, name="mlp")(entering(x_BSD, "mlp_norm"))
+        return added(x_BSD, y, "post_mlp_norm"), keys_values
+
+
+def scaled(x: jax.Array, factor: float) -> jax.Array:
+    """`x * factor`, rounded once: in bfloat16 a factor such as 0.22 would be rounded first."""
+    return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
 def rotate(x_BSHK: jax.Array, cos_BSK: jax.Array, sin_BSK: jax.Array) -> jax.Array:
-    """Turns the pairs (i, i + K/2) of each head by their angles."""
+    """Rotates the pairs (i, i + K/2) of each head by their angles."""
     first, second = jnp.split(x_BSHK.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos_BSK[:, :, None, :], sin_BSK[:, :, None, :]
     return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSHK.dtype)
@@ -222,7 +235,7 @@ def rotation(ropes: tuple[Rope, ...], head_dim: int, positions_BS: jax.Array) ->
 
 
 def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position of each pair, float[K / 2]. llama3: Llama 3.1's smooth stretch of the long waves."""
+    """Radians per position of each pair, float[K / 2]. llama3: the frequency scaling of Llama 3.1."""
     frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
     if rope.scaling == "linear":
         return frequencies / rope.factor

@@ -1,4 +1,4 @@
-"""Names of the tensors in a checkpoint's files: those that transformers accepts beside the standard ones."""
+"""Maps the tensor names of a checkpoint to the standard names, as far as transformers does."""
 
 from collections.abc import Collection, Mapping
 from pathlib import Path
@@ -12,7 +12,7 @@ T = TypeVar("T")
 HEAD, EMBEDDING = (f"{MODULE_NAMES[name]}.weight" for name in ("head", "embedding"))
 _BASE = "model."  # before the names of all tensors but the head's
 
-# Prefixes that programs write before all names, and how to save a model without them.
+# Prefixes that programs add to all names, and how to save a model without them
 _WRAPPERS = {
     "module.": "save the `module` of the DistributedDataParallel model",
     "_orig_mod.": "save the `_orig_mod` of the compiled model",
@@ -22,17 +22,17 @@ _WRAPPERS = {
 
 
 def standard_names(tensors: Mapping[str, T], wanted: Collection[str], tied: bool, folder: Path) -> dict[str, T]:
-    """The tensors by their standard names.
+    """Returns the tensors by standard name.
 
-    As in transformers, names may lack "model." (AutoModel saves a model without its head), and of a head that is tied
-    to the embedding either of the two may be in the file (safetensors' save_model keeps one).
+    As in transformers, "model." may be missing from the names (AutoModel saves a model without its head), and a file
+    may have the head instead of the embedding if they are tied (safetensors' save_model keeps one of them).
 
     Args:
       wanted: the standard names of the model's tensors.
-      tied: whether the head is the embedding.
+      tied: whether head and embedding are the same tensor.
 
     Raises:
-      UserError: if a tensor is there under two names.
+      UserError: if a tensor has two names.
     """
     named: dict[str, T] = {}
     for name, tensor in tensors.items():
@@ -70,7 +70,7 @@ def check_names(found: Collection[str], wanted: Collection[str], folder: Path) -
 
 
 def _prefix(missing: str, extra: Collection[str]) -> str | None:
-    """What stands before the name of a missing tensor in the files, if it is there under a longer name."""
+    """The prefix of the missing tensor's name in the file, if the file has it with one; else None."""
     for ending in (missing, missing.removeprefix(_BASE)):
         for name in extra:
             if name.endswith(f".{ending}"):

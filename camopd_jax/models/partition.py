@@ -1,7 +1,7 @@
-"""Which parameters are trained. A run's state holds those alone; the others are frozen, and lie in its student.
+"""Splits parameters into trained and frozen ones.
 
-All that follows a state (gradient, moments, checkpoints, shardings, plans) follows the split by itself: a tree of
-trained parameters is the tree of all without the leaves, and the empty branches, of the frozen ones.
+The tree of trained parameters is the tree of all parameters without the frozen leaves and without empty subtrees. A
+run's state, gradient, moments and checkpoints have only this tree.
 """
 
 import re
@@ -15,7 +15,7 @@ ALL = "all"
 
 
 def trained(params: Params, rule: str) -> Params:
-    """The trained part of a tree of parameters, or of a tree like them.
+    """The trained parameters of a tree of parameters, or the same leaves of a tree like it.
 
     Args:
       rule: "all", or a regular expression that is searched for in names such as layers.attention.query.kernel.
@@ -48,12 +48,12 @@ def _matching(tree: Params, pattern: re.Pattern[str], prefix: str) -> Params:
 
 
 def subset(tree: Params, like: Params) -> Params:
-    """The leaves of a tree that another has too."""
+    """The leaves of `tree` that are also in `like`."""
     return {name: subset(tree[name], node) if isinstance(node, dict) else tree[name] for name, node in like.items()}
 
 
 def merge(tree: Params, part: Params) -> Params:
-    """A tree with the leaves of a part of it in the place of its own."""
+    """`tree` with its leaves replaced by those of `part`, which may have fewer leaves."""
     if not isinstance(part, dict):
         return part
     return {name: merge(node, part[name]) if name in part else node for name, node in tree.items()}

@@ -1,9 +1,9 @@
-"""Runs the layers of a model one after the other, and adds their gradient to an earlier one in place.
+"""Runs the layers of a model by a scan, and adds their gradient to an earlier gradient in place.
 
-Differentiated by its parameters, a scan over layers returns a gradient as large as they are, which is then added to the
-sum over earlier micro-batches: both lie in memory. Here that sum travels backward through the layers beside the
-gradient of the activations, and each layer's gradient is added to its entry as soon as it is known. What the layers
-keep for their backward pass is left to JAX: to `jax.lax.scan`, and to `jax.checkpoint` where a layer is wrapped in it.
+The usual gradient of a scan over layers is an array as large as the parameters, which is then added to the sum over
+earlier micro-batches; both are in memory at the same time. Here the sum is passed backward through the layers, and each
+layer's gradient is added to its entry as soon as it is computed. `jax.lax.scan` and `jax.checkpoint` determine as usual
+what is stored for the backward pass.
 """
 
 from collections.abc import Callable
@@ -17,7 +17,7 @@ from camopd_jax.models.layers import LayerKind, Positions
 from camopd_jax.models.partition import subset
 from camopd_jax.types import Params, Residuals
 
-# (parameters of one layer, x [B, S, D], where the tokens stand, the layer's kind) -> x [B, S, D]
+# (parameters of one layer, x [B, S, D], positions, kind of the layer) -> x [B, S, D]
 LayerFunction = Callable[[Params, jax.Array, Positions, LayerKind], jax.Array]
 
 
@@ -30,18 +30,18 @@ def run_layers(
     so_far: Params | None = None,
     residuals: Residuals = (),
 ) -> jax.Array:
-    """`x` through all layers, by one scan: one layer is compiled, whatever the depth.
+    """Applies all layers to `x` by one scan, so that only one layer is compiled.
 
     Args:
-      layer: computes one layer; wrapped in `jax.checkpoint`, the policy says what is kept for the backward pass.
+      layer: computes one layer; the policy of `jax.checkpoint` around it sets what is stored for the backward pass.
       layers: parameters, [L, ...] each.
       x: [B, S, D].
-      positions: where the tokens stand, the same for every layer.
-      kinds: of each layer, [L] each.
-      so_far: a gradient like `layers`, or like a part of them, float32. Differentiate by it and never by `layers`: what
-        comes back is `so_far` plus the gradient of that part.
-      residuals: what enters each layer and what leaves the last, L + 1 arrays [B, S, D], where they are known: there is
-        no forward pass then, and the backward pass computes each layer again from what enters it.
+      positions: of the tokens, the same for every layer.
+      kinds: of the layers, [L] each.
+      so_far: a gradient like `layers` or a subset of them, float32. Differentiate with respect to it, never to
+        `layers`: the result is `so_far` plus the gradient of this subset.
+      residuals: the input of each layer and the output of the last one, L + 1 arrays [B, S, D], if they are known. The
+        forward pass then computes no layer, and the backward pass recomputes each layer from its input.
 
     Returns:
       [B, S, D].
@@ -64,7 +64,7 @@ def run_layers(
 
 @jax.custom_vjp
 def _collect(params: Params, total: Params, i: jax.Array) -> tuple[Params, Params]:
-    """A layer's parameters and the total as they are; backward, their gradient is added to entry `i` of the total."""
+    """Forward: identity. Backward: adds the gradient of the layer's parameters to entry `i` of the total."""
     return params, total
 
 
@@ -89,11 +89,11 @@ _collect.defvjp(_collect_forward, _collect_backward)
 def _backward_only(
     layer: LayerFunction, params: Params, x: jax.Array, known_x: jax.Array, positions: Positions, kind: LayerKind
 ) -> jax.Array:
-    """A layer whose input is known from elsewhere: forward it does nothing, backward it is `layer` at that input."""
+    """Forward: identity on `x`. Backward: the derivative of `layer` at the known input."""
     return x
 
 
-_Known = tuple[Params, jax.Array, Positions, LayerKind]  # what a layer is computed from
+_Known = tuple[Params, jax.Array, Positions, LayerKind]  # the arguments of `layer`
 
 
 def _backward_only_forward(
@@ -115,7 +115,7 @@ _backward_only.defvjp(_backward_only_forward, _backward_only_backward)
 
 @jax.custom_vjp
 def _finish(value: jax.Array, x: jax.Array, total: Params | None, so_far: Params | None) -> jax.Array:
-    """`value`; backward, its gradient is that of `x`, and the total begins as `so_far`."""
+    """Forward: returns `value`. Backward: `x` gets the gradient of `value`, and the total starts as `so_far`."""
     return value
 
 

@@ -1,4 +1,4 @@
-"""The decoder-only transformer, and `Model`: the face of it that the compiled steps see."""
+"""The decoder-only transformer: `Model` implements the methods that the compiled steps use."""
 
 import dataclasses
 from collections.abc import Sequence
@@ -22,21 +22,21 @@ REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveab
 
 @dataclass(frozen=True)
 class Model:
-    """A transformer on a mesh, at a precision: implements `types.LanguageModel`.
+    """A transformer on a mesh with a compute dtype; implements `types.LanguageModel`.
 
-    Whole rows go through one scan over the layers (`stack.run_layers`). Prefill and decoding go through the layers one
-    by one, each with parameters and a cache of its own: a scan would copy every layer's weights and cache out of their
-    stacks, at every token of an answer. Both call the same `Block`.
+    Complete rows use one scan over the layers (`stack.run_layers`). Prefill and decoding use a Python loop over the
+    layers, with unstacked parameters and caches: a scan would copy every layer's weights and cache from the stacked
+    arrays for every token. Both call the same `Block`.
     """
 
     config: ModelConfig
     mesh: Mesh | None = None
     dtype: str = "float32"  # of activations and matrix products
-    remat: str = "block"  # what the backward pass computes again: `config.Compute.remat`
-    attention: Implementation = "auto"  # of whole rows; over a cache, and without a mesh, it is plain
+    remat: str = "block"  # what the backward pass recomputes: `config.Compute.remat`
+    attention: Implementation = "auto"  # for complete rows; it is always plain over a cache and without a mesh
 
     def __post_init__(self) -> None:
-        """Raises UserError where a fused kernel is asked for and there is none."""
+        """Raises UserError if attention is "fused" and no fused kernel supports the model."""
         if self.attention == "fused" and self.mesh is not None:
             fused.check(self.config, self.mesh, self.dtype)
 
@@ -47,7 +47,7 @@ class Model:
     def on(self, mesh: Mesh | None) -> "Model":
         return dataclasses.replace(self, mesh=mesh)
 
-    # ------------------------------------------------------------------------------ whole rows
+    # ------------------------------------------------------------------------------ complete rows
 
     def hidden(
         self, params: Params, tokens_BS: jax.Array, so_far: Params | None = None, residuals: Residuals = ()
@@ -68,7 +68,7 @@ class Model:
         return constrain(self._final_norm(params, x), self.mesh, *ACTIVATION)
 
     def _layer_function(self) -> LayerFunction:
-        """`Block` as a function, which says what it keeps for its backward pass."""
+        """`Block` as a function, wrapped in `jax.checkpoint` as `remat` says."""
         block = self._block
 
         def layer(params: Params, x: jax.Array, positions: Positions, kind: LayerKind) -> jax.Array:
@@ -80,7 +80,7 @@ class Model:
 
     @property
     def _block(self) -> Block:
-        plain = fused.why_not(self.config, self.mesh, self.dtype) is not None
+        plain = fused.unsupported_reason(self.config, self.mesh, self.dtype) is not None
         return Block(self.config, self.mesh, "xla" if plain else self.attention)
 
     def _positions(self, positions_BS: jax.Array) -> Positions:
@@ -89,13 +89,13 @@ class Model:
     def _embed(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
         x = jnp.take(params["embedding"], tokens_BS, axis=0).astype(self.dtype)
         if self.config.embed_scale != 1.0:
-            x *= jnp.asarray(self.config.embed_scale, self.dtype)
+            x *= jnp.asarray(self.config.embed_scale, self.dtype)  # rounded first, as Gemma's is
         return constrain_even(x, self.mesh, *RESIDUAL)
 
     def _final_norm(self, params: Params, x_BSD: jax.Array) -> jax.Array:
         return rms_norm(x_BSD, params["final_norm"]["scale"], self.config.norm_eps, self.config.norm_offset)
 
-    # ------------------------------------------------------------------------------ one token after the other
+    # ------------------------------------------------------------------------------ prefill and decoding
 
     def for_decoding(self, params: Params) -> Params:
         others = {name: p for name, p in params.items() if name != "layers"}
@@ -109,7 +109,7 @@ class Model:
 
     def others_for_decoding(self, others: Params) -> Params:
         def cast(path: tuple[jax.tree_util.DictKey, ...], p: jax.Array) -> jax.Array:
-            return p if path[-1].key == "scale" else p.astype(self.dtype)  # norms stay as they are: they act in float32
+            return p if path[-1].key == "scale" else p.astype(self.dtype)  # norms are computed in float32
 
         return jax.tree_util.tree_map_with_path(cast, others)
 
@@ -145,7 +145,7 @@ class Model:
         hidden, stream, keys, values = self._layer_by_layer(params, token_B[:, None], position_B1, caches)
         residuals = tuple(
             jax.lax.dynamic_update_slice(kept, new, (0, slot, 0))
-            for kept, new in zip(cache.residuals, stream, strict=False)  # a cache keeps all of it, or nothing
+            for kept, new in zip(cache.residuals, stream, strict=False)  # cache.residuals may be empty
         )
         return hidden[:, 0], KVCache(keys, values, positions, residuals)
 
@@ -156,7 +156,7 @@ class Model:
         positions_BS: jax.Array,
         caches: Sequence[LayerCache] | None = None,
     ) -> tuple[jax.Array, Residuals, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """Hidden states `[B, S, D]`, the residual stream, and the keys and the values of each layer."""
+        """Hidden states `[B, S, D]`, the residual stream, and keys and values of each layer."""
         c, block = self.config, self._block
         positions = self._positions(positions_BS)
         x = self._embed(params, tokens_BS)
@@ -184,11 +184,13 @@ class Model:
         else:
             kernel, equation = params["head"][:, :vocab], "...d,dv->...v"
         logits = jnp.einsum(equation, hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        if c.logits_divisor != 1.0:
+            logits /= c.logits_divisor
         return logits if c.final_softcap is None else c.final_softcap * jnp.tanh(logits / c.final_softcap)
 
 
 class _Parameters(nn.Module):
-    """Draws the parameters: `nn.scan` gives each layer of a stack random keys of its own."""
+    """Initialises the parameters; `nn.scan` gives each layer its own random key."""
 
     config: ModelConfig
 

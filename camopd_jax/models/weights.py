@@ -1,7 +1,6 @@
-"""One row for each parameter: its path, what Hugging Face calls its tensors, how it lies on the mesh.
+"""A table of the parameters: path, names of the Hugging Face tensors, and logical axes.
 
-The table drives shardings, import and export. A parameter without a row raises, and so does a tensor without a
-parameter.
+The table defines shardings, import and export. A parameter without a row and a tensor without a parameter are errors.
 """
 
 import math
@@ -20,7 +19,7 @@ from camopd_jax.types import Params
 
 Path = tuple[str, ...]  # of a parameter in the tree
 
-# What Hugging Face calls the modules of a layer (below "model.layers.N.") and those around the layers.
+# Hugging Face names of the modules of a layer (after "model.layers.N.") and of the modules outside the layers.
 MODULE_NAMES = {
     "embedding": "model.embed_tokens",
     "head": "lm_head",
@@ -42,19 +41,19 @@ MODULE_NAMES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class WeightRow:
     """One parameter: the Hugging Face tensor, viewed as `split` and transposed by `order`.
 
-    >>> row = Row(("layers", "attention", "query", "kernel"), "model.layers.{}.self_attn.q_proj.weight",
+    >>> row = WeightRow(("layers", "attention", "query", "kernel"), "model.layers.{}.self_attn.q_proj.weight",
     ...           ("layers", "embed", "heads", "head_dim"), split=(9, 64, 576), order=(2, 0, 1), hf_shape=(576, 576))
     >>> row.shape(layers=30), row.names(layers=2)[1]
     ((30, 576, 9, 64), 'model.layers.1.self_attn.q_proj.weight')
     """
 
     path: Path
-    hf_name: str  # with {} for the layer, where the parameter is stacked
-    axes: tuple[str | None, ...]  # logical axes of the parameter, "layers" first where it is stacked
-    split: tuple[int, ...]  # the tensor's dimensions, with heads and head width apart
+    hf_name: str  # with {} for the layer number, if the parameter is stacked
+    axes: tuple[str | None, ...]  # logical axes of the parameter, "layers" first if it is stacked
+    split: tuple[int, ...]  # the tensor's dimensions, with heads and head width as two dimensions
     order: tuple[int, ...]
     hf_shape: tuple[int, ...]
 
@@ -63,16 +62,16 @@ class Row:
         return "{}" in self.hf_name
 
     def shape(self, layers: int) -> tuple[int, ...]:
-        """Of the parameter in a model of so many layers."""
+        """The shape of the parameter in a model with this number of layers."""
         shape = tuple(self.split[i] for i in self.order)
         return (layers, *shape) if self.stacked else shape
 
     def names(self, layers: int) -> list[str]:
-        """The tensors that make the parameter: of every layer, or one alone."""
+        """Names of the Hugging Face tensors of the parameter: one for each layer, or only one."""
         return [self.hf_name.format(i) for i in range(layers if self.stacked else 1)]
 
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
-        """A view of one layer's Hugging Face tensor as the parameter; nothing is read or copied."""
+        """A view of a Hugging Face tensor with the parameter's shape; nothing is read or copied."""
         return tensor.reshape(self.split).transpose(self.order)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
@@ -80,17 +79,17 @@ class Row:
         return array.transpose(np.argsort(self.order)).reshape(self.hf_shape)
 
 
-def table(c: ModelConfig) -> tuple[Row, ...]:
-    """The parameters of a model."""
+def table(c: ModelConfig) -> tuple[WeightRow, ...]:
+    """The rows of all parameters of a model."""
     return tuple(_rows(c))
 
 
-def _rows(c: ModelConfig) -> Iterator[Row]:
+def _rows(c: ModelConfig) -> Iterator[WeightRow]:
     d, f, k, v = c.hidden_size, c.intermediate_size, c.head_dim, c.vocab_size
     names = MODULE_NAMES | dict(c.module_names)
 
-    def top(path: Path, axes: tuple[str | None, ...], split: tuple[int, ...], order: tuple[int, ...]) -> Row:
-        return Row(path, f"{names[path[0]]}.weight", axes, split, order, split)
+    def top(path: Path, axes: tuple[str | None, ...], split: tuple[int, ...], order: tuple[int, ...]) -> WeightRow:
+        return WeightRow(path, f"{names[path[0]]}.weight", axes, split, order, split)
 
     def layer(
         module: str,
@@ -99,9 +98,11 @@ def _rows(c: ModelConfig) -> Iterator[Row]:
         split: tuple[int, ...],
         order: tuple[int, ...] = (0,),
         hf_shape: tuple[int, ...] | None = None,
-    ) -> Row:
+    ) -> WeightRow:
         hf_name = f"model.layers.{{}}.{names[module]}.{'bias' if leaf == 'bias' else 'weight'}"
-        return Row(("layers", *module.split("."), leaf), hf_name, ("layers", *axes), split, order, hf_shape or split)
+        return WeightRow(
+            ("layers", *module.split("."), leaf), hf_name, ("layers", *axes), split, order, hf_shape or split
+        )
 
     yield top(("embedding",), ("vocab", "embed"), (v, d), (0, 1))
     if not c.tied_head:
@@ -109,21 +110,23 @@ def _rows(c: ModelConfig) -> Iterator[Row]:
     yield top(("final_norm", "scale"), (None,), (d,), (0,))
 
     for norm in ("attention_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm"):
-        if c.post_norms or not norm.startswith("post_"):
+        if c.post_norms if norm.startswith("post_") else c.pre_norms:
             yield layer(norm, "scale", (None,), (d,))
 
     projections = {
         "query": (c.num_heads, "heads", c.qk_norm),
         "key": (c.num_kv_heads, "kv_heads", c.qk_norm),
-        "value": (c.num_kv_heads, "kv_heads", False),
+        "value": (c.num_kv_heads, "kv_heads", None),
     }
-    for name, (heads, axis, has_norm) in projections.items():
+    for name, (heads, axis, normed) in projections.items():
         module, shape = f"attention.{name}", (heads * k, d)
         yield layer(module, "kernel", ("embed", axis, "head_dim"), (heads, k, d), (2, 0, 1), shape)
         if c.qkv_bias:
             yield layer(module, "bias", (axis, "head_dim"), (heads, k), (0, 1), (heads * k,))
-        if has_norm:
+        if normed == "head":
             yield layer(f"{module}_norm", "scale", (None,), (k,))
+        elif normed == "projection":
+            yield layer(f"{module}_norm", "scale", (axis, "head_dim"), (heads, k), (0, 1), (heads * k,))
     heads_split, shape = (d, c.num_heads, k), (d, c.num_heads * k)
     yield layer("attention.output", "kernel", ("heads", "head_dim", "embed"), heads_split, (1, 2, 0), shape)
     if c.output_bias:
@@ -140,9 +143,9 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
     """The sharding of every parameter, as a tree like the parameters.
 
     Raises:
-      UserError: if a dimension does not divide over its mesh axis, with the sizes that do.
+      UserError: if a mesh axis does not divide a dimension, with the sizes that do.
     """
-    sizes: dict[str, dict[str, int]] = {}  # mesh axis -> the logical axes that it splits -> how long they are
+    sizes: dict[str, dict[str, int]] = {}  # mesh axis -> logical axes that it splits -> their sizes
     for row in table(c):
         for axis, size in zip(row.axes, row.shape(c.num_layers), strict=True):
             rule = RULES[axis] if axis is not None else None
@@ -161,7 +164,7 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
 
 
 def decoding_shardings(c: ModelConfig, mesh: Mesh) -> Params:
-    """`shardings` of parameters for decoding: of each layer apart, in a tuple."""
+    """`shardings` of the parameters for decoding, where "layers" is a tuple with one tree for each layer."""
     tree = shardings(c, mesh)
     layer = jax.tree.map(lambda stacked: NamedSharding(mesh, PartitionSpec(*stacked.spec[1:])), tree["layers"])
     return tree | {"layers": (layer,) * c.num_layers}
@@ -179,14 +182,14 @@ def tree_of(leaves: Mapping[Path, Any]) -> Params:
 
 
 def leaf_of(tree: Params, path: Path) -> Any:
-    """The leaf at a path; raises KeyError where there is none."""
+    """The leaf at a path; raises KeyError if there is none."""
     for name in path:
         tree = tree[name]
     return tree
 
 
 def check_rows_cover(params: Params, c: ModelConfig) -> None:
-    """Raises KeyError if a parameter has no row or a row no parameter."""
+    """Raises KeyError if a parameter has no row or a row has no parameter."""
     paths = {tuple(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params)}
     odd = paths ^ {row.path for row in table(c)}
     if odd:

@@ -10,6 +10,7 @@ import numpy as np
 from etils import epath
 from rich.table import Table
 
+from camopd_jax.config.consistency import warnings
 from camopd_jax.config.schema import Benchmark, Stream, Template, TrainConfig
 from camopd_jax.data import sources, templates
 from camopd_jax.data.pipeline import PromptStream
@@ -64,6 +65,7 @@ def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[
         look.at("models", look.tokenizers)
         for branch in config.branches:
             look.at(f"{branch} prompts", look.prompts, branch)
+    look.findings += [Finding("config", "odd", text) for text in warnings(config)]
     look.at("devices", look.devices, where, complete)
     if workdir and complete:
         look.at("workdir", look.workdir, workdir)
@@ -150,7 +152,7 @@ class Examination:
         rows = schedule.batch_rows(config)[branch]
         prompts = PromptStream(of.prompts, config.rollout, tokenizers, config.seed, range(rows), name)
         kept, dropped, truncated = (prompts.counts[count] for count in ("kept", "dropped", "truncated"))
-        acts = sum(branch in schedule.acting(config, step) for step in range(config.steps))
+        acts = sum(branch in schedule.active_branches(config, step) for step in range(config.steps))
         low, middle, high = (int(np.quantile(prompts.lengths, q)) for q in (0, 0.5, 1))
         steps = f"{acts} steps of {rows} use each {acts * rows / kept:.3g} times"
         self.good(about, f"{kept} prompts of {low} to {high} tokens, median {middle}; {steps}")
@@ -184,7 +186,9 @@ class Examination:
         task.check()
         rows = read_questions(benchmark, task)
         self.good(about, f"{len(rows)} questions on the {benchmark.axis} axis")
-        self.questions[benchmark.name] = list(map(_keys, rows))
+        if line := task.notice():
+            self.good(about, line)
+        self.questions[benchmark.name] = [_keys(row) for row, _ in rows]
 
     def axes(self, about: str) -> None:
         measured = {benchmark.axis for benchmark in self.config.evaluation.benchmarks}

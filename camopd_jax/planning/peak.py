@@ -30,7 +30,7 @@ def residents(plan: Plan, programs: Sequence[Program], reports: Sequence[Report]
     if config.compute.offloads:
         phases = schedule.phases(config)
         waiting = {of.teacher for name, of in config.branches.items() if name in phases or schedule.MIXED in phases}
-    optimizer = () if config.compute.offloads else (state.moments, state.step, state.skipped)
+    optimizer = () if config.compute.offloads else (state.moments, state.step)
     teachers = {name: chip_bytes(() if name in waiting else params) for name, (_, params) in plan.teachers.items()}
     batches = (program.args[-1] for program in programs if program.name.startswith("update"))
     return {

@@ -16,7 +16,7 @@ import numpy as np
 
 from camopd_jax.method import programs as method
 from camopd_jax.method import schedule
-from camopd_jax.method.gradient import Gradient, Lesson
+from camopd_jax.method.gradient import Gradient, LossInputs
 from camopd_jax.method.objectives import TeacherReading
 from camopd_jax.planning.arrays import Plan, chip_bytes, rows
 from camopd_jax.planning.costs import kept_rows, lanes_of, refills, turns
@@ -188,7 +188,7 @@ class _Step:
         answers = compiled.collect.eval_shape(None, full, rows=setup.rows[name])
         return self.run.move_answers.eval_shape(answers.replace(residuals=full.cache.residuals))
 
-    def grow(self, compiled: generate.Programs, begun: Decoding, of: str, holds: Held) -> Decoding:
+    def grow(self, compiled: generate.RolloutPrograms, begun: Decoding, of: str, holds: Held) -> Decoding:
         """The cache up to the answers' cap, an array at a time: the widest as the last, when all others have grown."""
         *_, before, last = 0, *generate.rings(self.run.decode.max_new)
         slots = self.setup.prompt_slots
@@ -233,12 +233,12 @@ class _Step:
         return self.note(Program(name, scoring(self.setup.mesh), args, options, holds, runs=len(parts))).returns()
 
     def gradient(self, name: str, batch: Batch, holds: Held) -> Gradient:
-        """`method.gradient.Learner`, over as many answers as can be selected."""
-        learner, total = self.run.learners[name], self.setup.rows[name]
+        """`method.gradient.GradientAccumulator`, over as many answers as can be selected."""
+        learner, total = self.run.accumulators[name], self.setup.rows[name]
         parts = self.micro_batches(total, kept_rows(self.setup, name), self.config.optimizer.micro_batch)
         (part, first), *others = learner.calls(parts, total)
         weights = self.run.weighing[name].eval_shape(batch.after_gradient())
-        lesson = Lesson(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens, batch.rollout.residuals)
+        lesson = LossInputs(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens, batch.rollout.residuals)
         so_far = learner.begin.eval_shape(self.p.state.params)
         numbers = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), first)
         args = (learner.loss, self.p.params, so_far, lesson, batch.teacher.head, numbers)

@@ -1,17 +1,17 @@
-"""Answers of the student early and late in a run, side by side."""
+"""Answers of the student early and late in a run."""
 
 from collections.abc import Sequence
 
-from camopd_jax.reporting.runs import Record
+from camopd_jax.reporting.runs import FileRow
 from camopd_jax.reporting.styles import Styles
 
-LIMITS = (0.05, 0.25, 1.0, 3.0)  # nats, from which a token's tint is stronger
-SHOWN = 2  # pairs of each branch
-AnswerPair = tuple[str, str, Record, Record]  # group, branch, an early and a late row of samples.jsonl
+LIMITS = (0.05, 0.25, 1.0, 3.0)  # gaps in nats from which a token's colour is stronger
+SHOWN = 2  # pairs of answers for each branch
+AnswerPair = tuple[str, str, FileRow, FileRow]  # group, branch, an early and a late row of samples.jsonl
 
 
 def answer_pairs(styles: Styles) -> list[AnswerPair]:
-    """Of each lead group's first run, and each branch."""
+    """Pairs for each branch, from the first run of each lead group."""
     return [
         (group.name, branch, *pair)
         for group in styles.leads
@@ -20,8 +20,8 @@ def answer_pairs(styles: Styles) -> list[AnswerPair]:
     ]
 
 
-def early_and_late(rows: Sequence[Record]) -> list[tuple[Record, Record]]:
-    """Answers to one prompt that came again; else those of the first and the last quarter with the largest gaps."""
+def early_and_late(rows: Sequence[FileRow]) -> list[tuple[FileRow, FileRow]]:
+    """Pairs of rows from the first and the last quarter: of the same prompt, else those with the largest gaps."""
     if not rows or rows[0]["step"] == rows[-1]["step"]:
         return []
     first, last = rows[0]["step"], rows[-1]["step"]
@@ -30,19 +30,19 @@ def early_and_late(rows: Sequence[Record]) -> list[tuple[Record, Record]]:
     again = {row["prompt"]: row for row in late}
     early, late = (sorted(part, key=_mean_size, reverse=True) for part in (early, late))
     same = [(row, again[row["prompt"]]) for row in early if row["prompt"] in again]
-    by_prompt: dict[str, tuple[Record, Record]] = {}
+    by_prompt: dict[str, tuple[FileRow, FileRow]] = {}
     for pair in [*same, *zip(early, late, strict=False)]:
         by_prompt.setdefault(pair[0]["prompt"], pair)
     return list(by_prompt.values())[:SHOWN]
 
 
-def _mean_size(row: Record) -> float:
-    """Mean size of an answer's gaps."""
+def _mean_size(row: FileRow) -> float:
+    """The mean absolute gap of an answer."""
     sizes = [abs(gap) for gap in row["gaps"] if gap is not None]
     return sum(sizes) / max(1, len(sizes))
 
 
-def tint(gap: float | None) -> str:
-    """`more-N` where the teacher finds a token more likely than the student does, `less-N` for less; "" near 0."""
+def gap_class(gap: float | None) -> str:
+    """A CSS class: `more-N` if a token is more likely for the teacher, `less-N` if it is less likely; "" near 0."""
     level = sum(abs(gap or 0.0) >= limit for limit in LIMITS)
     return f"{'more' if gap and gap > 0 else 'less'}-{level}" if level else ""

@@ -1,4 +1,4 @@
-"""Figures over the steps of runs, in bins, averaged over seeds."""
+"""Curves over the steps of runs, averaged over bins of steps and over seeds."""
 
 import math
 from collections.abc import Callable, Iterable, Sequence
@@ -8,39 +8,39 @@ from typing import Any
 import numpy as np
 
 from camopd_jax.analysis import study
-from camopd_jax.reporting.runs import LoadedRun, Record
+from camopd_jax.reporting.runs import FileRow, LoadedRun
 
-BINS = 60  # points of a line at most: what a small figure can show
-RATE_BINS = 12  # of what is yes or no in a step, or rare: rates need many steps
+BINS = 60  # maximum number of points of a line
+RATE_BINS = 12  # the same for rates of rare events, which need more steps per point
 Points = list[tuple[float, float]]  # step, value
 
 
 @dataclass(frozen=True)
 class Curve:
-    """A line and, where it has one, the standard error of each of its points."""
+    """The points of a line, with the standard error of each point if there is one."""
 
     steps: list[float]
     values: list[float]
     errors: list[float | None]
 
 
-def points(rows: Iterable[Record], path: Sequence[str]) -> Points:
-    """What rows hold under a path of names, without those where it is missing or was not finite (null)."""
+def points(rows: Iterable[FileRow], path: Sequence[str]) -> Points:
+    """The values of rows at a path of keys; rows without a finite value are left out."""
     values: Points = []
     for row in rows:
         value: Any = row
         for name in path:
             value = value.get(name) if isinstance(value, dict) else None
-        value = value[0] if isinstance(value, list) and value else value  # of an estimate with its interval
+        value = value[0] if isinstance(value, list) and value else value  # a list is an estimate and its interval
         if isinstance(value, int | float) and math.isfinite(value):
             values.append((row["step"], float(value)))
     return values
 
 
 def average(of_runs: Sequence[Points], at_most: int = BINS) -> Curve:
-    """Means over bins of steps within each run, then over runs, with the standard error over runs.
+    """Means over bins of steps in each run, then over runs, with the standard error over runs.
 
-    A bin holds one step while there are no more than `at_most` of them.
+    A bin has one step if there are at most `at_most` steps.
     """
     steps = sorted({step for points in of_runs for step, _ in points})
     width = max(1, math.ceil(len(steps) / at_most))
@@ -56,16 +56,16 @@ def average(of_runs: Sequence[Points], at_most: int = BINS) -> Curve:
     return Curve(centres, [mean.value for mean in over_runs], [mean.error for mean in over_runs])
 
 
-Rows = Callable[[LoadedRun], Iterable[Record]]
+Rows = Callable[[LoadedRun], Iterable[FileRow]]
 
 
 def average_curve(runs: Sequence[LoadedRun], rows: Rows, path: Sequence[str], at_most: int = BINS) -> Curve:
-    """The average over runs of what some of their rows hold under a path."""
+    """The average over runs of the values at a path of keys in some of their rows."""
     return average([of_run for run in runs if (of_run := points(rows(run), path))], at_most)
 
 
 def standing_curve(runs: Sequence[LoadedRun], measure: str, benchmark: str) -> Curve:
-    """Recovery or retention between the steps: of one run with its error over questions, else the mean over runs."""
+    """Recovery or retention during training: of one run with its error over questions, else the mean over runs."""
     of_runs = [[row for row in run.standings if benchmark in row.get(measure, {})] for run in runs]
     of_runs = [rows for rows in of_runs if rows]
     if len(of_runs) == 1:

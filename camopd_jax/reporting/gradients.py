@@ -1,4 +1,4 @@
-"""Figures of the gradients, from diagnostics.jsonl: do the answers of a batch agree, and do the branches."""
+"""Figures of the gradients from diagnostics.jsonl: coherence within a batch, and conflict between branches."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -11,31 +11,31 @@ from camopd_jax.reporting.sections import Panel
 from camopd_jax.reporting.styles import GROUP_COLOURS, Styles
 
 ABOUT = (
-    "Coherence: length of the sum of the answers' gradients over the sum of their lengths; 1 where all point in one "
-    "direction. Small sets are coherent because they are small, so the gain in coherence by selection is given over "
-    "all answers (GCG) and over as many drawn at random. Signal: length of the mean gradient, which an update follows. "
-    "Conflict: the cosine between the branches' gradients; below 0 they oppose each other."
+    "Coherence: norm of the sum of the answers' gradients divided by the sum of their norms; 1 if all have the same "
+    "direction. Smaller sets have a higher coherence, so the gain by selection is shown relative to all answers (GCG) "
+    "and relative to random sets of the same size. Signal: norm of the mean gradient, which the update uses. Conflict: "
+    "cosine between the branches' gradients; below 0 they oppose each other."
 )
-# By the name that the paths of its figures contain: title, unit, options of the plot.
+# Title, unit and plot options, by a key in the path of the values.
 FIGURES: dict[str, tuple[str, str, dict[str, Any]]] = {
     "coherence": ("Coherence", "coherence", {"percent": True}),
-    "gcg": ("Gain in coherence by selection", "over all answers", {"percent": True, "reference": 0}),
-    "gcg_random": ("Gain over as many drawn at random", "over other sets", {"percent": True, "reference": 0}),
+    "gcg": ("Gain in coherence by selection", "relative to all answers", {"percent": True, "reference": 0}),
+    "gcg_random": ("Gain over random answers", "relative to random sets", {"percent": True, "reference": 0}),
     "signal": ("Signal", "|mean gradient|", {"from_zero": True}),
     "cosine": ("Conflict of the branches", "cosine", {"reference": 0}),
-    "survives": ("What is left of both gradients in their sum", "|g + d| / (|g| + |d|)", {}),
+    "survives": ("Share of both gradients that remains in their sum", "|g + d| / (|g| + |d|)", {}),
 }
-HEAT_MAPS = {  # by the block that holds their figures: title, note
-    "layers": ("Conflict, layer by layer", "Cosine of the gradients of the first two branches."),
-    "correlations": ("What the scores correlate with", "Rank correlation of an answer's score with its other figures."),
+HEAT_MAPS = {  # title and note, by the first key in the path of the values
+    "layers": ("Conflict by layer", "Cosine of the gradients of the first two branches."),
+    "correlations": ("Correlations of the gap mass", "Rank correlation of an answer's gap mass with other values."),
 }
-DASHES = {"selected": "solid", "all": "dash", "random": "dot"}  # of the sets of answers that were measured
-NOTE = "Solid: selected answers; dashed: all; dotted: as many drawn at random."
-Path = tuple[str, ...]  # names of blocks within blocks
+DASHES = {"selected": "solid", "all": "dash", "random": "dot"}  # line styles of the sets of answers
+NOTE = "Solid: selected answers; dashed: all answers; dotted: random answers, as many as were selected."
+Path = tuple[str, ...]  # keys of nested objects
 
 
 def panels(styles: Styles) -> list[Panel]:
-    """Coherence, gain and conflict over the steps, of each lead group that measured them."""
+    """Panels of coherence, gain and conflict over steps, for each lead group with diagnostics."""
     shown = []
     for group in styles.leads:
         of_path, suffix = _curves(group), f": {group.name}" if len(styles.groups) > 1 else ""
@@ -61,7 +61,7 @@ def panels(styles: Styles) -> list[Panel]:
 
 
 def _curves(group: Group) -> dict[Path, Curve]:
-    """Every figure of the group's diagnostics over the steps, by its path."""
+    """Curves of all values in the group's diagnostics, by path."""
 
     def paths(block: Any, path: Path = ()) -> Iterator[Path]:
         if isinstance(block, dict):

@@ -1,4 +1,4 @@
-"""Plotly figures of the page: lines over steps, stacked bars, heat maps, recovery against retention."""
+"""Plotly figures: lines over steps, stacked bars, heat maps, recovery against retention."""
 
 import html
 from collections.abc import Sequence
@@ -11,8 +11,8 @@ from camopd_jax.reporting.curves import Curve
 from camopd_jax.reporting.runs import Column, Group
 from camopd_jax.reporting.styles import DIVERGING, MUTED, STAGES
 
-FEW = 12  # points of a line that are marked each
-HEIGHT, ROW = 270, 22  # pixels: of a figure, and of one row of a figure with rows
+FEW = 12  # maximum number of points of a line with markers
+HEIGHT, ROW = 270, 22  # height in pixels of a figure, and of one row in a figure with rows
 PERCENT = {"tickformat": ".3~%", "hoverformat": ".1%"}
 NUMBER = {"hoverformat": ".4~g"}
 REFERENCE = {"line": {"color": MUTED, "width": 1, "dash": "dash"}, "layer": "below"}
@@ -20,7 +20,7 @@ REFERENCE = {"line": {"color": MUTED, "width": 1, "dash": "dash"}, "layer": "bel
 
 @dataclass(frozen=True)
 class Line:
-    """A curve and how it is drawn. Those in MUTED lie below the others and, like dashed ones, are in no legend."""
+    """A curve with its style. Lines in MUTED are below the others. They and dashed lines are not in the legend."""
 
     name: str
     colour: str
@@ -31,11 +31,11 @@ class Line:
 def lines(
     drawn: Sequence[Line], unit: str, percent: bool = False, from_zero: bool = False, reference: float | None = None
 ) -> go.Figure:
-    """Lines over steps, each with a band of one standard error on either side where its points have errors.
+    """Lines over steps, each with a band of ± one standard error if its points have errors.
 
     Args:
-      unit: of the values. percent: whether they are shown in per cent. from_zero: whether the axis includes zero.
-      reference: where a dashed line is drawn across.
+      unit: of the values. percent: show them in %. from_zero: the axis includes zero.
+      reference: the value of a horizontal dashed line.
     """
     traces = []
     for line in sorted(drawn, key=lambda line: line.colour != MUTED):
@@ -52,7 +52,7 @@ def lines(
 
 
 def _band(line: Line) -> go.Scatter:
-    """The area within one standard error of a line, where it has errors."""
+    """The area within one standard error of a line, if its points have errors."""
     curve = line.curve
     points = [(x, y, e) for x, y, e in zip(curve.steps, curve.values, curve.errors, strict=True) if e is not None]
     outline = [(x, y + e) for x, y, e in points] + [(x, y - e) for x, y, e in points[::-1]]
@@ -62,7 +62,7 @@ def _band(line: Line) -> go.Scatter:
 
 
 def stages(rows: dict[str, dict[str, float]]) -> go.Figure:
-    """A bar for each row: seconds of a step, stage by stage."""
+    """A stacked bar for each row: seconds of a step by stage."""
     names = [html.escape(f"{name}, {sum(seconds.values()):.3g} s") for name, seconds in rows.items()]
     traces = [
         go.Bar(x=[row[stage] for row in rows.values()], y=names, name=stage, orientation="h", marker={"color": colour})
@@ -73,7 +73,7 @@ def stages(rows: dict[str, dict[str, float]]) -> go.Figure:
 
 
 def heat_map(steps: Sequence[float], names: Sequence[str], values: Sequence[Sequence[float | None]]) -> go.Figure:
-    """A cell for each name and step, coloured by how far its value is from zero. Values: [names, steps]."""
+    """A cell for each name and step, coloured by sign and size of its value. Values: [names, steps]."""
     look = {"zmid": 0, "colorscale": DIVERGING, "xgap": 1, "ygap": 1, "colorbar": {"thickness": 10}}
     trace = go.Heatmap(x=[f"{step:g}" for step in steps], y=names, z=values, hoverongaps=False, **look)
     return _figure([trace], "step", "", len(names)).update_xaxes(type="category", nticks=8, showgrid=False)
@@ -82,10 +82,10 @@ def heat_map(steps: Sequence[float], names: Sequence[str], values: Sequence[Sequ
 def pareto(
     groups: Sequence[Group], interpolation: Sequence[Group], columns: Sequence[Column], colours: dict[str, str]
 ) -> go.Figure:
-    """Recovery against retention with error bars of one standard error, and the path between the two models.
+    """Recovery against retention with error bars of one standard error, and the interpolations of the two models.
 
     Args:
-      columns: of recovery and of retention. colours: of the groups, by name.
+      columns: of recovery and of retention. colours: of the groups by name.
     """
     hollow = {"color": MUTED, "size": 10, "symbol": "circle-open"}
     traces = [go.Scatter(x=[0], y=[1], name="the specialised model", mode="markers", marker=hollow)]
@@ -109,12 +109,12 @@ def pareto(
 
 
 def _names(name: str, colour: str, in_legend: bool = True) -> dict[str, Any]:
-    """A trace's name, which Plotly must not read for tags; its legend's entry hides all traces of its colour."""
+    """Name and legend of a trace, escaped for Plotly. A legend entry controls all traces of the same colour."""
     return {"name": html.escape(name), "legendgroup": colour, "showlegend": in_legend and colour != MUTED}
 
 
 def _figure(traces: Sequence[Any], x: str, y: str, rows: int = 0, **layout: Any) -> go.Figure:
-    """A figure whose template the page sets, by its theme. `rows`: names along the vertical axis, the first on top."""
+    """A figure; the page sets its template. `rows`: number of names along the vertical axis, the first one on top."""
     axes = {"xaxis": {"title": {"text": x}}, "yaxis": {"title": {"text": y}}}
     plot = go.Figure(traces, {"template": {}, "height": max(HEIGHT, 90 + ROW * rows), **axes, **layout})
     return plot.update_yaxes(autorange="reversed", showgrid=False) if rows else plot

@@ -1,4 +1,4 @@
-"""What a report is made of: runs, and the groups of them that are one line of its figures."""
+"""The data of a report: runs, and groups of runs that are one line in its figures."""
 
 import functools
 from collections.abc import Iterator
@@ -9,31 +9,31 @@ from etils import epath
 
 from camopd_jax.analysis import study
 from camopd_jax.analysis.study import Mean
-from camopd_jax.config.methods import CONTROLS
+from camopd_jax.config.methods import METHODS
 from camopd_jax.evals.comparison import comparison, rank_of
 from camopd_jax.evals.results import Result, on_questions
 
-Record = dict[str, Any]  # one line of a run's files
-Models = tuple[list[Result], list[Result], list[Result]]  # of general teacher, specialised teacher and student
-Column = tuple[str, str]  # "recovery" or "retention"; benchmark or "mean"
-TEACHERS = ("general", "specialised")  # in eval.jsonl; every other model there is a student
+FileRow = dict[str, Any]  # one row of a run's files
+ModelResults = tuple[list[Result], list[Result], list[Result]]  # of general teacher, specialised teacher and student
+Column = tuple[str, str]  # ("recovery" or "retention", benchmark or "mean")
+TEACHERS = ("general", "specialised")  # names in eval.jsonl; every other model there is a student
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's work directory. Lists are empty where it has no such file."""
+    """The contents of a run's work directory. A list is empty if its file does not exist."""
 
     config: dict[str, Any]
-    metrics: list[Record]
-    scores: list[Record]  # quantiles of the answers' scores, by step and branch
-    samples: list[Record]
-    evaluations: list[Record]
-    diagnostics: list[Record]
+    metrics: list[FileRow]
+    gap_masses: list[FileRow]  # quantiles of the answers' gap mass, for each step and branch
+    samples: list[FileRow]
+    evaluations: list[FileRow]
+    diagnostics: list[FileRow]
     exported: bool
 
     @property
     def steps(self) -> int:
-        """Steps done."""
+        """Number of steps done."""
         return self.metrics[-1]["step"] + 1 if self.metrics else 0
 
     @property
@@ -42,31 +42,31 @@ class LoadedRun:
 
     @functools.cached_property
     def parts(self) -> list[str]:
-        """Names of the branches, those of the config first, then of other kinds of steps, as "mixed" or "sft"."""
+        """Names of the branches, those of the config first, then other phases such as "mixed" or "sft"."""
         names = dict.fromkeys(self.config.get("branches") or ())
-        names |= dict.fromkeys(row["phase"] for row in (*self.samples, *self.scores))
+        names |= dict.fromkeys(row["phase"] for row in (*self.samples, *self.gap_masses))
         for row in self.metrics:
             names |= {name: None for name, block in row.items() if isinstance(block, dict) and "gap_mean" in block}
         return list(names | dict.fromkeys(row["phase"] for row in self.metrics))
 
-    def rows_of(self, part: str) -> Iterator[Record]:
-        """Figures of a branch or of a kind of step: its own steps, and its blocks in mixed ones."""
-        for row in (*self.metrics, *self.scores):
+    def rows_of(self, part: str) -> Iterator[FileRow]:
+        """The metrics of a branch or phase: rows of its steps, and its objects in rows of mixed steps."""
+        for row in (*self.metrics, *self.gap_masses):
             if row["phase"] == part:
                 yield row
             elif isinstance(row.get(part), dict):
                 yield row[part] | {"step": row["step"]}
 
     @property
-    def standings(self) -> list[Record]:
-        """Rows with recovery and retention between the steps."""
+    def standings(self) -> list[FileRow]:
+        """The rows with recovery and retention during training."""
         return [row for row in self.evaluations if row["benchmark"] == "standing"]
 
     @functools.cached_property
-    def final(self) -> tuple[int, Models] | None:
-        """Step and results, each benchmark's on the same questions, of the model that was exported or evaluated last.
+    def final(self) -> tuple[int, ModelResults] | None:
+        """Step and results of the model that was exported or evaluated last.
 
-        None where not every benchmark has been answered by the student and both teachers.
+        All results of a benchmark are on the same questions. None if a result of the student or a teacher is missing.
         """
         names = [benchmark["name"] for benchmark in self.config["evaluation"]["benchmarks"]]
         teachers: dict[tuple[str, str], Result] = {}
@@ -93,13 +93,13 @@ class LoadedRun:
 
 @dataclass(frozen=True)
 class Group:
-    """What is one line of a figure: a run alone, or a grid's runs of one method at one setting, by seed."""
+    """One line of a figure: a single run, or a grid's runs of one method with one setting, by seed."""
 
     name: str
-    method: str | None  # of config/methods.py
-    grid: str  # its folder; "" of a run alone
+    method: str | None  # a name in config/methods.py
+    grid: str  # the grid's folder; "": a single run
     runs: dict[int, LoadedRun]
-    setting: float | None = None  # a learning rate; of the interpolation, the original model's weight
+    setting: float | None = None  # the learning rate; for the interpolation, the original model's weight
 
     @property
     def run(self) -> LoadedRun:
@@ -107,34 +107,34 @@ class Group:
 
     @property
     def distinct(self) -> list[LoadedRun]:
-        """Its runs, each once: the interpolation is the same model whatever the seed."""
+        """The runs without duplicates; the interpolation has the same run for all seeds."""
         return list({id(run): run for run in self.runs.values()}.values())
 
     @property
     def about(self) -> str:
-        """What its method is."""
-        return CONTROLS[self.method].about if self.method in CONTROLS else ""
+        """The description of the method."""
+        return METHODS[self.method].about if self.method in METHODS else ""
 
     @functools.cached_property
-    def results(self) -> dict[int, Models]:
-        """By seed, the final results. Those of a grid leave out the questions that chose its settings."""
+    def results(self) -> dict[int, ModelResults]:
+        """The final results by seed. Results of a grid exclude the questions for tuning."""
         finals = {seed: run.final[1] for seed, run in self.runs.items() if run.final}
         return {seed: _without_tuning(models) for seed, models in finals.items()} if self.grid else finals
 
     @property
-    def single(self) -> Models | None:
-        """The results, where only one model has any."""
+    def single(self) -> ModelResults | None:
+        """The results, if only one model has results."""
         evaluated = [run for run in self.distinct if run.final]
         return next(iter(self.results.values())) if len(evaluated) == 1 else None
 
     def values(self, column: Column) -> dict[int, tuple[float, float]]:
-        """By seed, the recovery or retention and its standard error over questions."""
+        """Recovery or retention by seed, with its standard error over questions."""
         measure, name = column
         by_seed = {seed: comparison(*models)[measure].get(name) for seed, models in self.results.items()}
         return {seed: (value[0], value[1]) for seed, value in by_seed.items() if value}
 
     def estimate(self, column: Column) -> Mean | None:
-        """The mean over seeds, or the single model's value with its error over questions; None where there is none."""
+        """The mean over seeds, or a single model's value with its error over questions; None if there is no value."""
         values = self.values(column)
         if not values:
             return None
@@ -144,20 +144,21 @@ class Group:
         return study.mean(value for value, _ in values.values())
 
 
-def _without_tuning(models: Models) -> Models:
+def _without_tuning(models: ModelResults) -> ModelResults:
     general, specialised, student = (
-        [on_questions(row, [i for i in range(row["n"]) if not study.tuning(i)]) for row in rows] for rows in models
+        [on_questions(row, [i for i in range(row["n"]) if not study.is_tuning_question(i)]) for row in rows]
+        for rows in models
     )
     return general, specialised, student
 
 
 @dataclass(frozen=True)
-class Source:
-    """What one of the given directories holds."""
+class Directory:
+    """The contents of a directory given to `report`."""
 
     folder: epath.Path
-    state: str  # what it is and how far it has come, in words
+    state: str  # kind and progress, as text
     groups: list[Group]
-    study: dict[str, Any] = field(default_factory=dict)  # of a finished grid
-    merits: dict[str, dict[str, float]] = field(default_factory=dict)  # by method and learning rate
+    study: dict[str, Any] = field(default_factory=dict)  # study.json of a finished grid
+    merits: dict[str, dict[str, float]] = field(default_factory=dict)  # by method and setting
     interpolation: list[Group] = field(default_factory=list)  # of a grid, by the original model's weight

@@ -1,4 +1,4 @@
-"""What the page is built of, and its figures over the steps of runs."""
+"""The sections and panels of the page, and its figures over steps."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -19,7 +19,7 @@ from camopd_jax.reporting.tables import PageTable
 
 @dataclass(frozen=True)
 class Panel:
-    """A figure with its title and a note on how to read it."""
+    """A figure with its title and an explanation."""
 
     title: str
     plot: go.Figure
@@ -28,7 +28,7 @@ class Panel:
 
 @dataclass(frozen=True)
 class Section:
-    """A part of the page; it is left out where it has nothing to show."""
+    """A section of the page; a section without content is left out."""
 
     title: str
     about: str = ""
@@ -39,7 +39,7 @@ class Section:
 
 @dataclass(frozen=True)
 class Metric:
-    """A figure of metrics.jsonl, of each branch or kind of step that has it."""
+    """A value in metrics.jsonl, to be drawn for each branch or phase."""
 
     key: str
     title: str
@@ -50,44 +50,44 @@ class Metric:
 
 
 SELECTION = (
-    Metric("selected_fraction", "Answers that were selected", "of the answers", percent=True),
+    Metric("selected_fraction", "Share of answers selected", "of all answers", percent=True),
     Metric("selected_mass", "Gap mass of the selected answers", "of all gap mass", percent=True, from_zero=False),
     Metric("selected_length_mean", "Length of the selected answers", "tokens"),
 )
 GAPS = (
     Metric("gap_mean", "Gap: log teacher - log student", "nats per token", from_zero=False),
-    Metric("gap_abs_mean", "Size of the gap", "nats per token"),
-    Metric("score_median", "Scores of the answers: median", "nats per token"),
-    Metric("score_top", "Scores of the answers: 90th percentile", "nats per token"),
+    Metric("gap_abs_mean", "Absolute gap", "nats per token"),
+    Metric("gap_mass_median", "Gap mass of the answers: median", "nats per token"),
+    Metric("gap_mass_top", "Gap mass of the answers: 90th percentile", "nats per token"),
 )
 ANSWERS = (
     Metric("length_mean", "Length of the answers", "tokens"),
-    Metric("truncated_fraction", "Answers cut at the longest length", "of the answers", True, bins=curves.RATE_BINS),
+    Metric("truncated_fraction", "Answers cut at the maximum length", "of all answers", True, bins=curves.RATE_BINS),
     Metric("entropy", "Entropy of the student", "nats per token"),
-    Metric("repetition", "Repetition in the answers", "of all runs of 4 tokens", True, bins=curves.RATE_BINS),
+    Metric("repetition", "Repetition in the answers", "of all 4-grams of tokens", True, bins=curves.RATE_BINS),
 )
 OPTIMISATION = (
     Metric("loss", "Loss", "nats", from_zero=False),
-    Metric("grad_norm", "Gradient before clipping", "norm"),
-    Metric("grad_clipped", "Gradients that were clipped", "of the steps", True, bins=curves.RATE_BINS),
+    Metric("grad_norm", "Gradient norm before clipping", "norm"),
+    Metric("grad_clipped", "Share of gradients clipped", "of all steps", True, bins=curves.RATE_BINS),
 )
 SPEED = (Metric("tokens_per_second", "Answer tokens per second", "tokens per second"),)
 
 
 def over_steps(styles: Styles) -> list[Panel]:
-    """Recovery and retention between the steps, by benchmark and as the axes' means."""
+    """Panels of recovery and retention during training, for each benchmark and the mean of each axis."""
     panels = []
     for measure, name in columns(styles.groups):
-        unit, start = ("of what was lost", 0) if measure == "recovery" else ("of what was there", 1)
+        unit, start = ("of the lost ability", 0) if measure == "recovery" else ("of the domain ability", 1)
         if drawn := _lines(styles, curves.standing_curve, measure, name):
-            title = f"{measure.capitalize()}: {'mean of its benchmarks' if name == 'mean' else name}"
+            title = f"{measure.capitalize()}: {'mean over benchmarks' if name == 'mean' else name}"
             plot = plots.lines(drawn, unit, percent=True, reference=start)
             panels.append(Panel(title, plot.update_layout(showlegend=len(styles.groups) > 1)))
     return panels
 
 
 def metric_panels(metrics: Sequence[Metric], styles: Styles) -> list[Panel]:
-    """Of several groups, a figure for each branch or kind of step; of a lone group, one with a line for each."""
+    """Panels of metrics: for several groups, one per branch or phase; for one group, one with a line for each."""
     panels = []
     for metric in metrics:
         options = metric.unit, metric.percent, metric.from_zero
@@ -103,13 +103,13 @@ def metric_panels(metrics: Sequence[Metric], styles: Styles) -> list[Panel]:
 
 
 def _lines(styles: Styles, curve: Callable[..., Curve], *arguments: Any) -> list[Line]:
-    """A line of each group that has any points in `curve(runs, *arguments)`."""
+    """A line for each group with points in `curve(runs, *arguments)`."""
     of_groups = [(group.name, curve(group.distinct, *arguments)) for group in styles.groups]
     return [Line(name, styles.colours[name], line) for name, line in of_groups if line.steps]
 
 
 def step_times(styles: Styles) -> list[Panel]:
-    """Seconds of a step by stage, of the leads' branches or kinds of steps."""
+    """A panel of the seconds of a step by stage, for the branches or phases of the lead groups."""
     rows = {}
     for group, part in itertools.product(styles.leads, styles.parts):
         of_part = [row for run in group.distinct for row in run.rows_of(part)]
@@ -117,5 +117,5 @@ def step_times(styles: Styles) -> list[Panel]:
         if any(seconds.values()):
             name = f"{group.name}: {part}" if len(styles.groups) > 1 else part
             rows[name] = {stage: float(np.median(of_stage or [0])) for stage, of_stage in seconds.items()}
-    note = "Medians over steps: compiling hardly counts."
-    return [Panel("Time of a step, by stage", plots.stages(rows), note)] if rows else []
+    note = "Medians over steps, which exclude nearly all compilation."
+    return [Panel("Time of a step by stage", plots.stages(rows), note)] if rows else []

@@ -1,20 +1,20 @@
-"""Every colour of the page, the looks of its figures on both themes, and which group is drawn in which colour."""
+"""The colours of the page, its two themes, and the assignment of colours to groups and branches."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 import plotly.graph_objects as go
 
-from camopd_jax.config.methods import AGAINST
+from camopd_jax.config.methods import REFERENCE_METHODS
 from camopd_jax.reporting.runs import Group
 
-# Lines and marks are of medium lightness, to be read on white and on black alike; the rest follows the theme.
+# Lines and markers have medium lightness, readable on white and on black; other colours depend on the theme.
 COMPARED_COLOURS = {"camopd": "#3f8f29", "vanilla": "#d6498f"}  # the same on every page
 GROUP_COLOURS = ("#7a6ef2", "#a8860f", "#1f9fb5", "#b0563f")
-PART_COLOURS = ("#2f7de0", "#d9701c", "#17a07a", "#a35bd1", "#b8860b", "#d1495b")  # of branches, and other steps
+PART_COLOURS = ("#2f7de0", "#d9701c", "#17a07a", "#a35bd1", "#b8860b", "#d1495b")  # of branches and other phases
 MUTED = "#8a939e"
 STAGES = {"rollout": "#5b7aa8", "score": "#8aa7cf", "select": "#c9a227", "update": "#c46f4a", "other": "#9aa2ac"}
-LESS, MORE = "#c47828", "#3f938a"  # less and more likely: tints of tokens, and the ends of the diverging scale
+LESS, MORE = "#c47828", "#3f938a"  # for tokens less and more likely, and the ends of the diverging scale
 DIVERGING = [[0, LESS], [0.5, "rgba(128, 128, 128, 0.12)"], [1, MORE]]
 THEMES = {
     "light": {"surface": "#ffffff", "raised": "#f5f6f8", "ink": "#1b1f24", "soft": "#5a626c", "grid": "#e3e6ea"},
@@ -23,7 +23,7 @@ THEMES = {
 
 
 def template(theme: dict[str, str]) -> go.layout.Template:
-    """Plotly's settings for all figures on one theme."""
+    """Plotly's settings of all figures in a theme."""
     axis = {"gridcolor": theme["grid"], "linecolor": theme["soft"], "zeroline": False, "automargin": True}
     layout = {
         "font": {"color": theme["soft"], "size": 12, "family": "system-ui, sans-serif"},
@@ -42,7 +42,7 @@ def template(theme: dict[str, str]) -> go.layout.Template:
 
 @dataclass(frozen=True)
 class Styles:
-    """All groups in the order in which legends name them, and the colours of groups and of parts of runs."""
+    """All groups in the order of the legends, and the colours of groups and of the parts of runs (branches, phases)."""
 
     groups: list[Group]
     colours: dict[str, str]
@@ -50,13 +50,13 @@ class Styles:
 
     @property
     def leads(self) -> list[Group]:
-        """The few groups that have figures of their own, where a figure holds only one."""
+        """The first groups, which have separate figures if a figure can show only one group."""
         return self.groups[:3]
 
 
-def choose_styles(groups: Sequence[Group]) -> Styles:
-    """CaMOPD and vanilla come first, then the others; those that are more than the colours are grey."""
-    ordered = sorted(groups, key=lambda group: group.method not in AGAINST)
+def assign_styles(groups: Sequence[Group]) -> Styles:
+    """Orders groups with CaMOPD and vanilla first, and assigns colours; groups without a free colour are grey."""
+    ordered = sorted(groups, key=lambda group: group.method not in REFERENCE_METHODS)
     colours: dict[str, str] = {}
     free = list(GROUP_COLOURS)
     for group in ordered:

@@ -1,4 +1,4 @@
-"""The page's tables: results, differences, the sweep, the runs and how their configs differ."""
+"""The tables of the page: results, differences, tuning, runs, and differences of their configs."""
 
 import json
 from collections.abc import Sequence
@@ -8,9 +8,9 @@ from markupsafe import Markup
 
 from camopd_jax.analysis import study
 from camopd_jax.analysis.study import Mean
-from camopd_jax.config.identity import differing
+from camopd_jax.config.identity import field_differences
 from camopd_jax.reporting.results import columns, difference, reference
-from camopd_jax.reporting.runs import Group, Source
+from camopd_jax.reporting.runs import Directory, Group
 
 TITLES = {"recovery": "back", "retention": "kept"}
 EMPTY = "\u2013"  # a dash
@@ -18,7 +18,7 @@ EMPTY = "\u2013"  # a dash
 
 @dataclass(frozen=True)
 class PageTable:
-    """Rows begin with their name, or with the group that they are of. `words`: cells are texts, not numbers."""
+    """A table. The first cell of a row is a name or a group. `words`: cells are text, not numbers."""
 
     caption: str
     head: list[str]
@@ -27,7 +27,7 @@ class PageTable:
 
 
 def results(groups: Sequence[Group]) -> PageTable:
-    """Every group's recovery and retention in per cent, with their standard errors."""
+    """Recovery and retention of every group in %, with standard errors."""
     shown = columns(groups)
     rows: list[list[Group | str]] = []
     heads = [f"{TITLES[measure]}: {benchmark}" for measure, benchmark in shown]
@@ -35,7 +35,7 @@ def results(groups: Sequence[Group]) -> PageTable:
         questions = sum(row["n"] for row in group.single[-1]) if group.single else 0
         over = f"{questions} questions" if questions else f"{len(group.results)} seeds"
         tokens = [sum(row.get("response_tokens") or 0 for row in run.metrics) for run in group.distinct if run.metrics]
-        # What a grid chose: a learning rate, or the interpolation's weight. Of a run alone, its learning rate.
+        # For a grid, the setting it chose: a learning rate or the interpolation's weight. Else the learning rate.
         setting = group.run.config["optimizer"]["learning_rate"] if group.setting is None else group.setting
         step = max(run.final[0] for run in group.distinct if run.final)
         about = [f"{setting:g}", str(step), over, f"{sum(tokens) / len(tokens):,.0f}" if tokens else EMPTY]
@@ -43,14 +43,14 @@ def results(groups: Sequence[Group]) -> PageTable:
         cells = [f"{100 * each.value:.1f} ± {100 * (each.error or 0):.1f}" if each else EMPTY for each in estimates]
         rows.append([group, *about, *cells])
     caption = (
-        "In %, ± one standard error. Back: how much of the lost general ability has returned. Kept: how much of the "
-        "domain's ability is still there. Tokens: of one run's answers."
+        "In %, ± one standard error. Back: recovered share of the lost general ability. Kept: share of the domain "
+        "ability that is kept. Tokens sampled: in the answers of one run."
     )
     return PageTable(caption, ["", "rate", "step", "error over", "tokens sampled", *heads], rows)
 
 
 def differences(groups: Sequence[Group], method: str) -> PageTable | None:
-    """How far every group is from one method; None where none can be compared."""
+    """Differences of every group from one method; None if no group can be compared."""
     shown = columns(groups)
     rows: list[list[Group | str]] = []
     heads = [f"{TITLES[measure]}: {benchmark}" for measure, benchmark in shown]
@@ -61,30 +61,31 @@ def differences(groups: Sequence[Group], method: str) -> PageTable | None:
             count = next((f"{pair.n} {over}" for pair in pairs if pair), EMPTY)
             rows.append([group, count, *(_interval(pair) if pair else EMPTY for pair in pairs)])
     caption = (
-        f"Difference from {method}: percentage points, with 95 % confidence intervals (Student's t, paired; not "
-        "corrected for the number of comparisons). Bold: the interval excludes zero."
+        f"Difference from {method} in percentage points, with 95 % confidence intervals (Student's t, paired; not "
+        "corrected for the number of comparisons). Bold: the interval does not include zero."
     )
     table = PageTable(caption, ["", "paired over", *heads], rows)
     return table if any(cell != EMPTY for row in rows for cell in row[1:]) else None
 
 
-def sweep(source: Source) -> PageTable | None:
-    """The merits by which a grid chose each method's learning rate, and the interpolation's weight."""
+def sweep(directory: Directory) -> PageTable | None:
+    """The merit of each setting that a grid tried."""
     rows = []
-    for method, merits in source.merits.items():
+    for method, merits in directory.merits.items():
         best = max(merits.values(), default=None)
         in_order = sorted(merits.items(), key=lambda pair: float(pair[0]))
         rows.append([method, *(_bold(f"{setting}: {100 * merit:.1f}", merit == best) for setting, merit in in_order)])
     caption = (
-        f"{source.folder.name}: each learning rate that was tried, and weight of the original model in the "
-        "interpolation, with its mean of recovery and retention in % on the questions that choose, of one run. "
-        f"Bold: the best{'' if source.study else ' so far'}."
+        f"{directory.folder.name}: choice of settings. Each cell has a learning rate (for the interpolation, the "
+        "original model's weight) and the average of recovery and retention in % of one run, on the questions for "
+        "tuning. "
+        f"Bold: the best{'' if directory.study else ' so far'}."
     )
     return PageTable(caption, [], rows) if rows else None
 
 
 def runs(groups: Sequence[Group]) -> PageTable:
-    """What each group is and how far it has come."""
+    """Method, models, progress and state of each group."""
     rows: list[list[Group | str]] = []
     for group in groups:
         of_group, config = group.distinct, group.run.config
@@ -95,12 +96,12 @@ def runs(groups: Sequence[Group]) -> PageTable:
         state = "ended" if all(run.ended for run in of_group) else "in progress"
         rows.append([group, method, " → ".join(filter(None, models)), steps, seeds, state])
     head = ["", "method", "models", "steps", "seeds", "state"]
-    return PageTable("The runs of this page. Steps: of the run that is least far.", head, rows, words=True)
+    return PageTable("The runs of this page. Steps: the minimum over the runs of a row.", head, rows, words=True)
 
 
 def configs(groups: Sequence[Group]) -> PageTable | None:
-    """The fields in which the groups' configs differ; of a group, its first run's."""
-    fields = differing([group.run.config for group in groups]) if groups else {}
+    """The config fields that differ between groups; each group is represented by its first run."""
+    fields = field_differences([group.run.config for group in groups]) if groups else {}
     text = {
         name: [value if isinstance(value, str) else json.dumps(value, ensure_ascii=False) for value in values]
         for name, values in fields.items()
@@ -108,18 +109,18 @@ def configs(groups: Sequence[Group]) -> PageTable | None:
     rows: list[list[Group | str]] = [
         [group, *(_bold(of[i], of[i] != of[0]) for of in text.values())] for i, group in enumerate(groups)
     ]
-    caption = "Fields of the configs that are not the same in all. Bold: other than in the first row."
+    caption = "Config fields that differ between rows. Bold: different from the first row."
     return PageTable(caption, ["", *fields], rows, words=True) if fields else None
 
 
-def failed(sources: Sequence[Source]) -> PageTable | None:
-    """The runs of finished grids that failed, and why."""
-    rows = [list(item) for source in sources for item in source.study.get("failed", {}).items()]
+def failed(directories: Sequence[Directory]) -> PageTable | None:
+    """The failed runs of finished grids, with reasons."""
+    rows = [list(item) for directory in directories for item in directory.study.get("failed", {}).items()]
     return PageTable("Runs that failed.", ["run", "reason"], rows, words=True) if rows else None
 
 
 def _interval(pair: Mean) -> str:
-    """In bold where it excludes zero; without width it says nothing, as two equal differences measure no spread."""
+    """A difference with its interval, bold if the interval excludes zero; an interval without width is never bold."""
     half = study.half_width(pair.error or 0, pair.n)
     text = f"{100 * pair.value:+.1f} ({100 * (pair.value - half):+.1f} to {100 * (pair.value + half):+.1f})"
     return _bold(text, 0 < half < abs(pair.value))

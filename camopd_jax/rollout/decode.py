@@ -1,13 +1,13 @@
-"""The compiled parts of a rollout; `rollout.generate` calls them. The batch's rows are answered in N lanes.
+"""The compiled functions of a rollout, which `rollout.generate` calls. N lanes answer the rows of a batch.
 
-    begin       prefill, and the first token of each answer
-    advance     one token a turn, for as long as the cache and enough unfinished answers last
-    grow, keep  an array of the state with more slots; with fewer lanes
-    join        new prompts take the lanes of finished answers
-    collect     answers out of their lanes, back in the order of the batch; put_rows the residual stream
+    begin       prefill, and sample the first token of each answer
+    advance     sample further tokens until the cache is full or enough answers are finished
+    grow, keep  enlarge an array of the state to more slots; reduce it to some of the lanes
+    join        put new prompts into the lanes of finished answers
+    collect     copy the answers from the lanes to the rows of the batch; put_rows: the same for the residual stream
 
-Token t of a row is drawn with `fold_in(key, t)`, the key being the row's own: an answer depends on its own prompt and
-key, and neither on its lane nor on what else is being answered.
+Token t of a row is sampled with `fold_in(key, t)` from the row's own key. So an answer depends only on its prompt and
+key, not on its lane or on the other answers.
 """
 
 from typing import Any
@@ -26,24 +26,24 @@ from camopd_jax.types import EMPTY, KVCache, LanguageModel, Params, Prompts, Rol
 class Decoding(struct.PyTreeNode):
     """Answers in progress, in N lanes. A lane holds one row of the batch at a time.
 
-    The cache's slots behind the prompts are a ring: all lanes write the same slot in a turn, and none is written again
-    while an answer that needs it goes on.
+    The cache's slots after the prompts are a ring buffer. In each turn, all lanes write the same slot. A slot is not
+    written again while an unfinished answer needs it.
     """
 
-    row: jax.Array  # int32[N], of the batch; its number of rows stands for no row
+    row: jax.Array  # int32[N], row number in the batch; the number of rows means: no row
     prompt_lengths: jax.Array  # int32[N]
     keys: jax.Array  # random key [N]
-    tokens: jax.Array  # int32[N, T]; the last drawn is not in the cache yet
+    tokens: jax.Array  # int32[N, T]; the last sampled token is not in the cache yet
     log_probs: jax.Array  # float32[N, T]
-    entropy: jax.Array  # float32[N], sum over the answer so far
+    entropy: jax.Array  # float32[N], sum over the tokens so far
     lengths: jax.Array  # int32[N]
     stopped: jax.Array  # bool[N]
-    cache: KVCache  # P slots of prompts, then the ring
-    slot: jax.Array  # int32[], of the ring, that is written next
+    cache: KVCache  # P slots for prompts, then the ring
+    slot: jax.Array  # int32[], the slot of the ring that is written next
 
     @property
     def running(self) -> jax.Array:
-        """bool[N], the answers that go on."""
+        """bool[N], True for unfinished answers."""
         return ~self.stopped & (self.lengths < self.tokens.shape[1])
 
 
@@ -51,7 +51,7 @@ def shardings(mesh: Mesh | None) -> Decoding | None:
     """The shardings of a state's arrays."""
     if mesh is None:
         return None
-    rows: Any = sharding(mesh, "batch")  # Any: where the type says an array
+    rows: Any = sharding(mesh, "batch")  # Any: the dataclass has arrays here
     cache: Any = sharding(mesh, "batch", "kv_heads", "sequence", "head_dim")
     slot: Any = sharding(mesh)
     return Decoding(**dict.fromkeys(_OF_LANES, rows), cache=KVCache(cache, cache, rows, rows), slot=slot)
@@ -72,14 +72,14 @@ def begin(
     max_new: int,
     keep_residuals: bool = False,
 ) -> Decoding:
-    """Reads the prompts of these rows and draws the first token of each answer. The ring has no slots yet.
+    """Prefills the prompts of these rows and samples the first token of each answer. The ring has no slots yet.
 
     Args:
-      params: as `model.for_decoding` makes them.
+      params: the result of `model.for_decoding`.
       keys_B: a random key for each row of the batch (`sampling.row_keys`).
-      rows_N: which rows; beyond the last: none.
-      eos_ids: tokens that end an answer; without any, every answer has `max_new` tokens.
-      keep_residuals: whether the cache keeps the residual stream of all its tokens.
+      rows_N: row numbers; B means no row.
+      eos_ids: tokens that end an answer; if there are none, every answer has `max_new` tokens.
+      keep_residuals: whether the cache stores the residual stream of all its tokens.
     """
     own, keys = take_rows((prompts, keys_B), rows_N, model.mesh)
     lanes = len(rows_N)
@@ -111,10 +111,10 @@ def advance(
     sampling: Sampling,
     eos_ids: tuple[int, ...],
 ) -> tuple[Decoding, dict[str, jax.Array]]:
-    """One token a turn, while more than `enough` answers go on and the longest of them fits the ring.
+    """Samples one token per turn while more than `enough` answers are unfinished and the longest of them fits the ring.
 
     Returns:
-      The state, and what the host decides by: {"running": bool[N], "longest": int32[], of those that go on}.
+      The state, and the values that the host needs: {"running": bool[N], "longest": int32[], of unfinished answers}.
     """
 
     ring = state.cache.positions.shape[1] - prompt_slots
@@ -145,7 +145,7 @@ def _draw(
     sampling: Sampling,
     eos_ids: tuple[int, ...],
 ) -> Decoding:
-    """Draws the next token of every answer that goes on."""
+    """Samples the next token of every unfinished answer."""
     running_N, t_N = state.running, state.lengths
     logits_NV = model.logits(params, hidden_ND)
     token_N = sample(logits_NV, jax.vmap(jax.random.fold_in)(state.keys, t_N), sampling)
@@ -153,7 +153,7 @@ def _draw(
     logp_N = jnp.take_along_axis(logp_NV, token_N[:, None], axis=1)[:, 0]
     entropy_N = -jnp.sum(jnp.where(logp_NV > -jnp.inf, jnp.exp(logp_NV) * logp_NV, 0), axis=-1)
     ended_N = jnp.isin(token_N, jnp.asarray(eos_ids, jnp.int32))
-    slot_N = jnp.arange(len(t_N)), jnp.where(running_N, t_N, state.tokens.shape[1])  # beyond the last: not written
+    slot_N = jnp.arange(len(t_N)), jnp.where(running_N, t_N, state.tokens.shape[1])  # T: dropped by mode="drop"
     return state.replace(
         tokens=state.tokens.at[slot_N].set(token_N, mode="drop"),
         log_probs=state.log_probs.at[slot_N].set(logp_N, mode="drop"),
@@ -163,15 +163,15 @@ def _draw(
     )
 
 
-# ------------------------------------------------------------------- the cache, an array at a time
+# ------------------------------------------------------------------- the cache, one array at a time
 
 
 def grow(array: jax.Array, slot: jax.Array, *, prompt_slots: int, slots: int) -> jax.Array:
-    """A cache's array with its ring unrolled, oldest slot first, and empty slots behind it: `slots` in all.
+    """Enlarges an array of a cache to `slots` slots: the ring starts at its oldest slot, and empty slots follow it.
 
     Args:
-      array: [N, G, S, K] of keys or values, [N, S, D] of the residual stream, or int32[N, S] of positions.
-      slot: of the ring, that would be written next: the oldest.
+      array: keys or values [N, G, S, K], the residual stream [N, S, D], or positions int32[N, S].
+      slot: the slot of the ring that would be written next, which is the oldest.
     """
     axis = 2 if array.ndim == 4 else 1
     prompt, ring = jnp.split(array, [prompt_slots], axis=axis)
@@ -184,15 +184,15 @@ def grow(array: jax.Array, slot: jax.Array, *, prompt_slots: int, slots: int) ->
 
 
 def keep(array: jax.Array, lanes_M: jax.Array) -> jax.Array:
-    """An array `[N, ...]` of a state, with these lanes only."""
+    """An array `[N, ...]` of a state reduced to these lanes."""
     return array[lanes_M]
 
 
-# ---------------------------------------------------------------------------------- into lanes and out
+# ---------------------------------------------------------------------------------- into and out of lanes
 
 
 def join(state: Decoding, fresh: Decoding, lanes_M: jax.Array) -> Decoding:
-    """The state with answers that have just begun, in these lanes; one beyond the last: nowhere."""
+    """Puts new answers (`fresh`, from `begin`) into these lanes of the state; lane N means: nowhere."""
     slots, prompt_slots = state.cache.positions.shape[1], fresh.cache.positions.shape[1]
 
     def put(array: jax.Array, new: jax.Array) -> jax.Array:
@@ -211,7 +211,7 @@ def join(state: Decoding, fresh: Decoding, lanes_M: jax.Array) -> Decoding:
 
 
 def collect(answers: Rollout | None, state: Decoding, *, rows: int) -> Rollout:
-    """The answers of all lanes, finished or not, in their rows of the batch. None: there are none yet."""
+    """Copies the answers of all lanes, finished or not, to their rows of `answers`; None: a new batch."""
     of_lanes = Rollout(
         state.tokens, state.lengths, state.log_probs, state.entropy / jnp.maximum(state.lengths, 1), state.stopped
     )
@@ -221,10 +221,10 @@ def collect(answers: Rollout | None, state: Decoding, *, rows: int) -> Rollout:
 
 
 def put_rows(stream: jax.Array | None, array: jax.Array, row_N: jax.Array, *, rows: int) -> jax.Array:
-    """`[N, S, D]` of a cache's residual stream in its rows of the batch, `[rows, S, D]`.
+    """Copies an array `[N, S, D]` of a cache's residual stream to the rows of the batch, `[rows, S, D]`.
 
     Args:
-      stream: the same of lanes that are no more, whose cache had at most as many slots; None: there were none.
+      stream: the rows of lanes that were removed earlier, with at most as many slots; None: no lane was removed.
     """
     if stream is None:
         stream = _empty_rows(array, rows)

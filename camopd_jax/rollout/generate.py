@@ -1,8 +1,8 @@
-"""Answers to a batch of prompts: the host's loop over the compiled parts of `rollout.decode`.
+"""Samples answers to a batch of prompts: the host's loop over the compiled functions of `rollout.decode`.
 
-The device answers on its own until something has to be decided: the cache is too short, or enough answers have ended.
-Then the cache grows; or prompts that wait take the lanes of finished answers (continuous refill); or, where none waits,
-the batch shrinks to the answers that go on. An answer is the same whatever happens around it.
+The devices sample without the host until the cache is full or enough answers are finished. Then the host enlarges the
+cache; or puts waiting prompts into the lanes of finished answers (continuous refill); or, if no prompts wait, reduces
+the batch to the unfinished answers. None of this changes an answer.
 """
 
 import functools
@@ -20,17 +20,17 @@ from camopd_jax.rollout.decode import Decoding
 from camopd_jax.runtime.mesh import batch_shards, gather, sharding
 from camopd_jax.types import LanguageModel, Params, Prompts, Residuals, Rollout
 
-FIRST_RING = 256  # slots of a cache beyond the prompts; then twice as many, four times ...
-REFILL = 8  # prompts enter when one of so many lanes is free
+FIRST_RING = 256  # first number of cache slots after the prompts; it doubles each time the cache is full
+REFILL = 8  # waiting prompts start when 1/8 of the lanes is free
 
 
 @dataclass(frozen=True)
-class Programs:
-    """All that a rollout compiles."""
+class RolloutPrograms:
+    """The compiled functions of a rollout."""
 
     begin: Any
     advance: Any
-    grow: dict[bool, Any]  # True: of keys and values; False: of what has no heads
+    grow: dict[bool, Any]  # True: for keys and values; False: for arrays without a head axis
     keep: dict[bool, Any]
     join: Any
     collect: Any
@@ -38,13 +38,13 @@ class Programs:
 
 
 @functools.cache
-def programs(mesh: Mesh | None) -> Programs:
-    """Jits the parts. What each returns has its sharding, so that nothing compiles twice."""
+def programs(mesh: Mesh | None) -> RolloutPrograms:
+    """Jits the functions of `rollout.decode`. Results have fixed shardings, so that nothing compiles twice."""
     state = decode.shardings(mesh)
     rows, everywhere = (None, None) if mesh is None else (sharding(mesh, "batch"), sharding(mesh))
     of_cache = {True: state and state.cache.keys, False: rows}
     drawn = ("sampling", "eos_ids")
-    return Programs(
+    return RolloutPrograms(
         begin=jax.jit(
             decode.begin, static_argnums=0, static_argnames=(*drawn, "max_new", "keep_residuals"), out_shardings=state
         ),
@@ -67,10 +67,10 @@ def programs(mesh: Mesh | None) -> Programs:
 
 
 def for_decoding(model: LanguageModel, params: Params) -> Params:
-    """`model.for_decoding`, compiled: parameters go, cast, to where the model answers.
+    """Compiled `model.for_decoding`: casts the parameters and moves them to the model's mesh.
 
-    Layer by layer: between meshes of other sizes more than its share of an array passes through every chip. On a CPU,
-    layers that need neither move nor cast are read where they lie in their stacks.
+    The layers are moved one at a time, because a move between different meshes needs memory for more than a chip's
+    shard of an array. On one CPU device, layers that need neither move nor cast are views of the stacked arrays.
     """
     move = moves(model, tuple(params))
     stacks = params["layers"]
@@ -83,7 +83,7 @@ def for_decoding(model: LanguageModel, params: Params) -> Params:
 
 
 def _readable_in_place(model: LanguageModel, stacks: Params) -> bool:
-    """Whether parameters lie on the one CPU device that answers, in its precision."""
+    """Whether the parameters are on the CPU device that samples, in its dtype."""
     arrays, dtype = jax.tree.leaves(stacks), np.dtype(model.dtype)
     devices = arrays[0].devices()
     answering = devices if model.mesh is None else set(model.mesh.devices.flat)
@@ -92,7 +92,7 @@ def _readable_in_place(model: LanguageModel, stacks: Params) -> bool:
 
 
 def _views(model: LanguageModel, stacks: Params, count: int) -> tuple[Params, ...]:
-    """Each layer of stacks, nothing copied. A stack that is donated while its views are read is copied and not lost."""
+    """Views of each layer of stacked arrays. If a stacked array is donated while views of it exist, JAX copies it."""
     shardings = model.decoding_shardings
     places = jax.tree.leaves(stacks)[0].device if shardings is None else shardings["layers"]
     arrays = jax.tree.map(np.asarray, stacks)
@@ -102,9 +102,10 @@ def _views(model: LanguageModel, stacks: Params, count: int) -> tuple[Params, ..
 
 @functools.cache
 def moves(model: LanguageModel, names: tuple[str, ...]) -> dict[str, Any]:
-    """The compiled moves of `for_decoding`: of a layer, and of what belongs to none, by name.
+    """The compiled functions of `for_decoding` by name: "layers" for one layer, and one for each other parameter.
 
-    Their results' shardings are given from outside: a constraint inside, on another mesh than the arguments', is lost.
+    They use `out_shardings`, because JAX ignores a sharding constraint inside a function on a mesh other than the
+    arguments'.
     """
     places = model.decoding_shardings or dict.fromkeys(names)
 
@@ -118,23 +119,23 @@ def moves(model: LanguageModel, names: tuple[str, ...]) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class Decode:
-    """How answers are drawn."""
+    """Settings of a rollout."""
 
     sampling: Sampling
     eos_ids: tuple[int, ...]
     max_new: int
-    concurrency: int = 0  # answers in progress at one time; 0: the whole batch
-    shrinks: bool = False  # whether a batch half of which is done becomes half a batch
-    keep_residuals: bool = False  # whether the answers come with their residual stream; only without `concurrency`
+    concurrency: int = 0  # answers in progress at a time; 0: the whole batch
+    shrinks: bool = False  # whether the batch is halved when half of its answers are finished
+    keep_residuals: bool = False  # whether to return the residual stream; only without `concurrency`
 
 
 def refill_size(lanes: int, shards: int) -> int:
-    """How many prompts that wait enter at one time: a share of the lanes that the batch's shards divide."""
+    """Number of waiting prompts that start at a time: about 1/8 of the lanes, a multiple of `shards`."""
     return -(-lanes // (REFILL * shards)) * shards
 
 
 def rings(max_new: int) -> Iterator[int]:
-    """Slots of the cache behind the prompts, as they grow with the answers, up to the longest.
+    """The numbers of cache slots after the prompts, in ascending order; the last one is `max_new`.
 
     >>> list(rings(1000))
     [256, 512, 1000]
@@ -154,12 +155,12 @@ def answers(
     how: Decode,
     meanwhile: Callable[[], None] | None = None,
 ) -> Rollout:
-    """An answer of at most `how.max_new` tokens to each prompt.
+    """Samples an answer of at most `how.max_new` tokens to each prompt.
 
     Args:
-      params: as `for_decoding` makes them.
+      params: the result of `for_decoding`.
       keys_B: a random key for each row of the batch (`sampling.row_keys`).
-      meanwhile: called once, while the device answers.
+      meanwhile: called once, while the devices sample.
     """
     rows, prompt_slots = prompts.tokens.shape
     p, shards = programs(model.mesh), batch_shards(model.mesh)
@@ -201,24 +202,24 @@ def answers(
             state = _keep(p, state, np.argsort(~running, kind="stable")[:half].astype(np.int32))
         elif residuals:
             return done.replace(residuals=_put_rows(p, residuals, state, rows))
-        else:  # no lane was given up: row i lies in lane i
+        else:  # no lane was removed: row i is in lane i
             return done.replace(residuals=state.cache.residuals)
 
 
 def _fill(numbers: np.ndarray, size: int, none: int) -> np.ndarray:
-    """The numbers, and behind them, up to this size, one that stands for none."""
+    """The numbers, padded to this size with `none`."""
     return np.pad(numbers, (0, size - len(numbers)), constant_values=none).astype(np.int32)
 
 
-def _grow(p: Programs, state: Decoding, prompt_slots: int, filled: int, ring: int) -> Decoding:
-    """The state with a longer ring, the first `filled` slots of it filled."""
+def _grow(p: RolloutPrograms, state: Decoding, prompt_slots: int, filled: int, ring: int) -> Decoding:
+    """Enlarges the ring to `ring` slots, of which the first `filled` are in use."""
     sizes = {"prompt_slots": prompt_slots, "slots": prompt_slots + ring}
     cache = _one_by_one(lambda array: p.grow[array.ndim == 4](array, state.slot, **sizes), state.cache)
     return state.replace(cache=cache, slot=jax.device_put(np.int32(filled), state.slot.sharding))
 
 
-def _put_rows(p: Programs, residuals: Residuals, state: Decoding, rows: int) -> Residuals:
-    """The residual stream of the lanes that were given up, and of those that are left."""
+def _put_rows(p: RolloutPrograms, residuals: Residuals, state: Decoding, rows: int) -> Residuals:
+    """The residual stream in the rows of the batch: of lanes removed earlier, and of all present lanes."""
     before = residuals or (None,) * len(state.cache.residuals)
     return tuple(
         p.put_rows(stream, array, state.row, rows=rows)
@@ -226,14 +227,14 @@ def _put_rows(p: Programs, residuals: Residuals, state: Decoding, rows: int) -> 
     )
 
 
-def _keep(p: Programs, state: Decoding, lanes_M: np.ndarray) -> Decoding:
-    """The state with these lanes only."""
+def _keep(p: RolloutPrograms, state: Decoding, lanes_M: np.ndarray) -> Decoding:
+    """The state reduced to these lanes."""
     lanes = _one_by_one(lambda array: p.keep[array.ndim == 4](array, lanes_M), state.replace(slot=None))
     return lanes.replace(slot=state.slot)
 
 
 def _one_by_one(change: Callable[[jax.Array], jax.Array], tree: Any) -> Any:
-    """Every array changed and the old one given up, so that only one of them is there twice."""
+    """Applies `change` to each array and deletes the old one, so that only one array is in memory twice at a time."""
 
     def replace(array: jax.Array) -> jax.Array:
         new = change(array)

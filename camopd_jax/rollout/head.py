@@ -1,8 +1,8 @@
-"""The output head, a few tokens at a time: no array of shape [B, T, V] exists, forward or backward.
+"""The output head, applied to chunks of tokens: no array of shape [B, T, V] exists in the forward or backward pass.
 
-`map_tokens` applies a function to the logits of every token: a log-probability, a loss, the k likeliest words. Tokens
-are taken in chunks, one after the other; where there are several, the backward pass computes their logits again. The
-head is gathered once for all chunks, and its gradient is summed over the chips once after them.
+`map_tokens` applies a function to the logits of every token, for instance a log-probability or a loss. If there are
+several chunks, the backward pass recomputes their logits. The head's weights are gathered once before all chunks, and
+their gradient is summed over the chips once after them.
 """
 
 from collections.abc import Callable
@@ -21,19 +21,19 @@ LOGITS_BYTES = 2**28
 
 @dataclass(frozen=True)
 class TokenFunction:
-    """What is computed of each token's logits. Hashable: a static argument of compiled functions.
+    """A function of each token's logits. Hashable: a static argument of compiled functions.
 
     `call(logits, targets)` maps float32[..., V] and the targets' arrays [..., ...] to arrays [..., ...].
     """
 
     model: LanguageModel
     call: Callable[[jax.Array, Record], Any]
-    # Whose logits `call` finds in its targets as "teacher_logits", in the place of the "hidden" states given
+    # If given, the targets of `call` have this model's logits "teacher_logits" instead of its "hidden" states
     teacher: LanguageModel | None = None
 
 
 def tokens_at_once(chunk: int, vocab: int, tensor: int) -> int:
-    """Tokens of a chip whose logits exist at one time: `chunk`; of 0, as many as LOGITS_BYTES hold in float32."""
+    """Tokens per chip whose logits exist at a time: `chunk`; if it is 0, as many as fit LOGITS_BYTES in float32."""
     return chunk or max(1, LOGITS_BYTES * tensor // (4 * vocab))
 
 
@@ -45,20 +45,20 @@ def map_tokens(
     chunk: int,
     teacher_head: Params | None = None,
 ) -> Any:
-    """`function.call` of every token's logits.
+    """Applies `function.call` to the logits of every token.
 
     Args:
-      params: of the model; of them those of its head are read.
-      hidden_BTD: final hidden states, each predicting the token beside it.
-      targets: arrays [B, T, ...]; constants. "tokens" and what else the function asks for.
-      chunk: tokens of a chip whose logits may exist at one time; 0: `tokens_at_once`. At least one slot of every row.
-      teacher_head: the teacher's parameters of its head, where the function has a teacher; constants.
+      params: of the model; only those of the head are read.
+      hidden_BTD: final hidden states; the one at [b, t] predicts `targets["tokens"][b, t]`.
+      targets: arrays [B, T, ...], constants: "tokens" and others that the function needs.
+      chunk: tokens per chip whose logits exist at a time; 0: `tokens_at_once`. It is at least one slot of every row.
+      teacher_head: parameters of the teacher's head, if the function has a teacher; constants.
 
     Returns:
       Arrays [B, T, ...] in the structure that the function returns.
     """
     model, (batch, slots) = function.model, hidden_BTD.shape[:2]
-    rows = -(-batch // batch_shards(model.mesh))  # of one chip
+    rows = -(-batch // batch_shards(model.mesh))  # per chip
     head = head_params(model, params)
     vocab = jax.eval_shape(model.logits, head, hidden_BTD[0, 0]).shape[-1]
     tensor = 1 if model.mesh is None else model.mesh.shape["tensor"]
@@ -82,21 +82,21 @@ def _pad_slots(array: jax.Array, padding: int) -> jax.Array:
 
 
 def _apply(function: TokenFunction, head: Params, hidden: jax.Array, targets: Record, teacher_head: Params) -> Any:
-    """The function of tokens [...] and hidden states [..., D], all at once."""
+    """Applies the function to all tokens [...] and hidden states [..., D] at once."""
     if function.teacher is not None:
         rest = {name: array for name, array in targets.items() if name != "hidden"}
         targets = rest | {"teacher_logits": function.teacher.logits(teacher_head, targets["hidden"])}
     return function.call(function.model.logits(head, hidden), targets)
 
 
-_Saved = tuple[Params, jax.Array, Record, Params]  # what `_in_chunks` is given beside its static arguments
+_Saved = tuple[Params, jax.Array, Record, Params]  # the arguments of `_in_chunks` that are not static
 
 
 @partial(jax.custom_vjp, nondiff_argnums=(0, 1))
 def _in_chunks(
     function: TokenFunction, step: int, head: Params, hidden_BTD: jax.Array, targets: Record, teacher_head: Params
 ) -> Any:
-    """`_apply`, `step` slots at a time; `step` divides T."""
+    """`_apply` to `step` slots at a time; `step` divides T."""
     batch, slots = hidden_BTD.shape[:2]
     head = _gathered(function.model, head)
     teacher_head = _gathered(function.teacher, teacher_head) if function.teacher else {}
@@ -117,7 +117,7 @@ def _forward(
 
 
 def _backward(function: TokenFunction, step: int, saved: _Saved, gradient: Any) -> tuple[Params, jax.Array, None, None]:
-    """Each chip adds up its own rows' gradient of the head, in float32; they meet once, after the last chunk."""
+    """Each chip sums the head's gradient over its rows in float32; the sum over chips is done once, at the end."""
     head, hidden_BTD, targets, teacher_head = saved
     model, (batch, slots) = function.model, hidden_BTD.shape[:2]
     shards = batch_shards(model.mesh) if batch % batch_shards(model.mesh) == 0 else 1
@@ -158,12 +158,12 @@ _in_chunks.defvjp(_forward, _backward)
 
 
 def _gathered_axes(model: LanguageModel, name: str) -> tuple[str | None, ...]:
-    """Logical axes of a parameter of the head where every chip has its full width."""
+    """Logical axes of a parameter of the head after the gather: the model width is not split."""
     return tuple(None if axis == "embed" else axis for axis in model.head_axes[name])
 
 
 def _gathered(model: LanguageModel, head: Params) -> Params:
-    """The head as products take it: cast, then complete on every chip but for the vocabulary's split."""
+    """The head for matrix products: cast, then gathered on every chip except over the vocabulary."""
     return {
         name: constrain(p.astype(model.dtype), model.mesh, *_gathered_axes(model, name)) for name, p in head.items()
     }

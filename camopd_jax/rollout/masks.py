@@ -1,11 +1,11 @@
-"""Sums and means over the real tokens of padded arrays. Nobody else divides by a mask's count."""
+"""Masks, and means over the real tokens of padded arrays."""
 
 import jax
 import jax.numpy as jnp
 
 
 def length_mask(lengths_B: jax.Array, size: int) -> jax.Array:
-    """bool[B, size], True on the first `lengths_B[b]` slots of each row."""
+    """bool[B, size], True for the first `lengths_B[b]` slots of each row."""
     return jnp.arange(size)[None, :] < lengths_B[:, None]
 
 
@@ -21,7 +21,7 @@ def row_mean(values_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
 
 
 def token_mean(values_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
-    """Mean over every real token of the batch, float32[]; 0 for a batch without tokens."""
+    """Mean over all real tokens of the batch, float32[]; 0 for a batch without tokens."""
     mask_BT = length_mask(lengths_B, values_BT.shape[1])
     total = jnp.sum(jnp.where(mask_BT, values_BT, 0), dtype=jnp.float32)
     return total / jnp.maximum(jnp.sum(lengths_B), 1)

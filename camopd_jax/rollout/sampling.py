@@ -1,4 +1,4 @@
-"""Drawing the next token. Every row has a random key of its own."""
+"""Samples the next token. Every row has its own random key."""
 
 import jax
 import jax.numpy as jnp
@@ -9,13 +9,13 @@ _BLOCK = 256  # tokens
 
 
 def row_keys(seed: int, step: jax.Array, index_B: jax.Array) -> jax.Array:
-    """A key for each row from (seed, step, the prompt's index): not from its place in the batch."""
+    """A key for each row from (seed, step, the prompt's index); it does not depend on the position in the batch."""
     key = jax.random.fold_in(jax.random.key(seed), step)
     return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index_B)
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:
-    """Tokens int32[B], each drawn from its row's filtered distribution with its row's key."""
+    """Tokens int32[B], each sampled from its row's filtered distribution with its row's key."""
     if sampling.temperature == 0:
         return jnp.argmax(logits_BV, axis=-1).astype(jnp.int32)
     logits_BV = filtered(logits_BV / sampling.temperature, sampling)
@@ -25,9 +25,9 @@ def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.A
 
 
 def _draw(mass_BV: jax.Array, uniform_B2: jax.Array) -> jax.Array:
-    """The inverse of the cumulative distribution: first a block of tokens, then one token of the block.
+    """Inverse transform sampling: first of a block of tokens, then of one token of the block.
 
-    Two numbers a row instead of one a token, as Gumbel noise would take: thirty times faster on a CPU.
+    It needs two random numbers per row; Gumbel noise needs one per token and is thirty times slower on a CPU.
     """
     rows, vocab = mass_BV.shape
     blocks = -(-vocab // _BLOCK)
@@ -38,18 +38,18 @@ def _draw(mass_BV: jax.Array, uniform_B2: jax.Array) -> jax.Array:
 
 
 def _first_beyond(mass_BN: jax.Array, uniform_B: jax.Array) -> jax.Array:
-    """int32[B], the first place where the running sum exceeds `uniform` of the whole; never one without mass."""
+    """int32[B], the first index where the cumulative sum exceeds `uniform` times the total and the mass is not 0."""
     running_BN = jnp.cumsum(mass_BN, axis=-1)
     beyond_BN = (running_BN > (uniform_B * running_BN[:, -1])[:, None]) & (mass_BN > 0)
-    # Rounding may leave none beyond: then the heaviest.
+    # Because of rounding, there may be no such index; then the index with the most mass is used.
     place_B = jnp.where(jnp.any(beyond_BN, axis=-1), jnp.argmax(beyond_BN, axis=-1), jnp.argmax(mass_BN, axis=-1))
     return place_B.astype(jnp.int32)
 
 
 def filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
-    """Logits with the tokens that top-k, top-p and min-p exclude at -inf. The likeliest always stays.
+    """Sets the logits of tokens that top-k, top-p and min-p exclude to -inf. The most likely token always stays.
 
-    Ties at the edge stay in: equal tokens are treated alike.
+    All tokens whose logit is equal to the smallest one that stays are kept.
     """
     if sampling.top_k > 0:
         kth_B1 = jax.lax.top_k(logits_BV, min(sampling.top_k, logits_BV.shape[-1]))[0][:, -1:]

@@ -1,7 +1,7 @@
-"""A forward pass over given answers: what a model says of each of their tokens.
+"""A forward pass over given answers, which reads a model's logits at each of their tokens.
 
-`score` is the pure function; `score_batch` is the host's loop over it, a few rows of like length at a time: what is
-computed at one time is one micro-batch, whatever the batch, and of it only as many slots as its longest row needs.
+`score` is the pure function. `score_batch` is the host's loop over it: it computes one micro-batch of rows of similar
+length at a time, padded only to its longest row.
 """
 
 import functools
@@ -23,21 +23,21 @@ from camopd_jax.types import LanguageModel, Params, Prompts, Record, Residuals, 
 
 
 class Reading(Protocol):
-    """What is read of a model's distribution at each token. Hashable: a static argument of compiled functions."""
+    """A function of a model's logits at each token. Hashable: a static argument of compiled functions."""
 
     @property
     def keeps_hidden(self) -> bool:
-        """Whether the final hidden states [..., D] that predict the tokens are kept too, as "hidden"."""
+        """Whether to store the final hidden states [..., D] that predict the tokens too, as "hidden"."""
 
     def __call__(self, logits: jax.Array, targets: Record) -> Record:
-        """Arrays [..., ...] by name, of float32 logits [..., V] and {"tokens": int32[...]}."""
+        """Returns arrays [..., ...] by name. `logits`: float32[..., V]; `targets`: {"tokens": int32[...]}."""
 
 
 @dataclass(frozen=True)
 class LogProb:
-    """Reads `log softmax(logits / temperature)[token]` in nats, float32[...], as "log_prob".
+    """Computes `log softmax(logits / temperature)[token]` in nats, float32[...], as "log_prob".
 
-    With `best` also that of the likeliest token in its place, as "best".
+    With `best`, also the log-probability of the most likely token at each position, as "best".
     """
 
     temperature: float = 1.0
@@ -59,10 +59,10 @@ LOG_PROB = LogProb()
 
 
 def join(prompts: Prompts, tokens_BT: jax.Array) -> jax.Array:
-    """Prompt and response of each row without a hole between them: int32[B, P + T], right-padded."""
+    """Prompt and response of each row without padding between them: int32[B, P + T], right-padded."""
     prompt_slots, slots = prompts.tokens.shape[1], prompts.tokens.shape[1] + tokens_BT.shape[1]
     slot_BS = jnp.arange(slots)[None, :]
-    from_response_BS = slot_BS - prompts.lengths[:, None]  # which response token is at this slot
+    from_response_BS = slot_BS - prompts.lengths[:, None]  # index of the response token in this slot
     prompt_BS = jnp.pad(prompts.tokens, ((0, 0), (0, slots - prompt_slots)))
     response_BS = jnp.take_along_axis(tokens_BT, jnp.clip(from_response_BS, 0, tokens_BT.shape[1] - 1), axis=1)
     joined_BS = jnp.where(from_response_BS < 0, prompt_BS, response_BS)
@@ -70,9 +70,9 @@ def join(prompts: Prompts, tokens_BT: jax.Array) -> jax.Array:
 
 
 def join_residuals(prompts: Prompts, residuals: Residuals, slots: int) -> Residuals:
-    """The residual stream in the order of `join`, `[B, slots, D]` each, out of the slots of a rollout's cache.
+    """The residual stream in the order of `join`, `[B, slots, D]` each, from the slots of a rollout's cache.
 
-    Behind the last token that entered the cache stands anything finite.
+    After the last token that was in the cache, the values are arbitrary but finite.
     """
     slot_BS = jnp.arange(slots)[None, :]
     in_prompt_BS = slot_BS < prompts.lengths[:, None]
@@ -91,9 +91,8 @@ def predicting_states(
     """The final hidden states `[B, T, D]` that predict each response token.
 
     Args:
-      slots: that hold every prompt with its answer; None: P + T.
-      so_far, residuals: as of `LanguageModel.hidden`, the latter in the slots of the cache that the answers were made
-        with.
+      slots: padded length of prompt and answer together; None: P + T.
+      so_far, residuals: as in `LanguageModel.hidden`, but `residuals` has the slots of the rollout's cache.
     """
     prompts, answer_slots = sequences.prompts, sequences.tokens.shape[1]
     joined_BS = join(prompts, sequences.tokens)[:, :slots]
@@ -112,12 +111,12 @@ def score(
     reading: Reading = LOG_PROB,
     slots: int | None = None,
 ) -> Record:
-    """What a model says of each response token, given its prompt and the tokens before it.
+    """`reading` of a model's logits at each response token, given its prompt and the tokens before it.
 
     Args:
-      chunk: tokens of a chip whose logits may exist at one time; 0: `head.tokens_at_once`.
-      reading: what is read of each token's logits.
-      slots: that hold every prompt with its answer; None: P + T.
+      chunk: tokens per chip whose logits exist at a time; 0: `head.tokens_at_once`.
+      reading: the function of each token's logits.
+      slots: padded length of prompt and answer together; None: P + T.
 
     Returns:
       Arrays [B, T, ...] by name; 0 in padding.
@@ -141,10 +140,10 @@ def score_rows(
     widths: Widths,
     reading: Reading,
 ) -> Record:
-    """`record`, as `score` returns it for the whole batch, with these rows' own put in.
+    """Scores these rows and writes the results into `record`, which has the rows of the complete batch.
 
     Args:
-      rows_M: of the batch; one beyond the last stands for no row.
+      rows_M: row numbers in the batch; B means no row.
     """
     rows = take_rows(sequences.replace(tokens=sequences.tokens[:, : widths.answer_slots]), rows_M, model.mesh)
     new = score(model, params, rows, widths.chunk, reading, widths.slots)
@@ -159,7 +158,7 @@ def score_rows(
 
 
 def empty_record(model: LanguageModel, params: Params, sequences: Sequences, reading: Reading) -> Record:
-    """Zeros of the shapes that `score` returns."""
+    """Zeros with the shapes of the result of `score`."""
     tokens, head = sequences.tokens, head_params(model, params)
     name, axes = next(iter(model.head_axes.items()))
     hidden = jax.ShapeDtypeStruct((*tokens.shape, head[name].shape[axes.index("embed")]), model.dtype)
@@ -174,7 +173,7 @@ def empty_record(model: LanguageModel, params: Params, sequences: Sequences, rea
 
 @functools.cache
 def scoring(mesh: Mesh | None) -> Any:
-    """`score_rows`, compiled."""
+    """Compiled `score_rows`."""
     rows = None if mesh is None else sharding(mesh, "batch")
     return jax.jit(
         score_rows, static_argnums=0, static_argnames=("widths", "reading"), donate_argnums=2, out_shardings=rows
@@ -189,7 +188,7 @@ def score_batch(
     chunk: int = 0,
     reading: Reading = LOG_PROB,
 ) -> Record:
-    """`score` of the rows in these micro-batches; the others' are 0."""
+    """`score` of the rows in these micro-batches; other rows are 0."""
     trim_heap(model.mesh)
     program = scoring(model.mesh)
     record = empty_record(model, params, sequences, reading)
@@ -199,7 +198,7 @@ def score_batch(
 
 
 def trim_heap(mesh: Mesh | None) -> None:
-    """On a CPU, gives back what earlier parts of a step have freed: scores and gradients take the most memory of it."""
+    """On a CPU, returns freed memory to the system, before scoring and gradients, which need the most memory."""
     if platform(mesh) == "cpu":
         heap.trim()
 
@@ -207,7 +206,7 @@ def trim_heap(mesh: Mesh | None) -> None:
 def micro_batches(
     mesh: Mesh | None, sequences: Sequences, size: int, smallest: int, rows: np.ndarray | None = None
 ) -> Iterator[MicroBatch]:
-    """`buckets.split_by_length` of a batch on the mesh: of these rows, or of all. Every process has to call it."""
+    """`buckets.split_by_length` of a batch on the mesh: of these rows, or of all. Every process must call it."""
     prompt_lengths, lengths = gather((sequences.prompts.lengths, sequences.lengths))
     rows = np.arange(len(lengths)) if rows is None else rows
     widths = sequences.prompts.tokens.shape[1], sequences.tokens.shape[1]

@@ -1,4 +1,4 @@
-"""The figures of one student: gradients of its branches, and what its selection follows."""
+"""Analyses one student: gradients of its branches, and correlations of the selection."""
 
 from typing import Any
 
@@ -21,33 +21,33 @@ from camopd_jax.runtime.jsonl import read_rows
 
 
 def analyze(config: TrainConfig, checkpoint: str | None, source_field: str) -> dict[str, Any]:
-    """The figures of one student: a row as of diagnostics.jsonl, and under "training" those of the run's every step."""
+    """The figures of one student: a row as in diagnostics.jsonl, with the statistics of all steps under "training"."""
     setup = resolve(config)
     check_diagnostics(config, setup.mesh)
     models = load_models(setup)
-    student, source = models.student, None
+    student, evaluated = models.student, None
     if checkpoint:
-        source = evaluation.load_source(config, checkpoint, setup.mesh)
-        if jax.tree.map(jnp.shape, source.loaded.params) != jax.tree.map(jnp.shape, student.params):
+        evaluated = evaluation.load_model(config, checkpoint, setup.mesh)
+        if jax.tree.map(jnp.shape, evaluated.loaded.params) != jax.tree.map(jnp.shape, student.params):
             raise UserError(
                 f"--checkpoint={checkpoint}: its parameters do not have the shapes of config.specialised_model = "
                 f"{config.specialised_model}; give a student of this config"
             )
-        student = student.with_params(jax.device_put(source.loaded.params, jax.tree.map(_sharding, student.params)))
+        student = student.with_params(jax.device_put(evaluated.loaded.params, jax.tree.map(_sharding, student.params)))
     state = init_state(partition.trained(student.params, config.optimizer.trained), moments=())
     teachers = make_teachers(config, models)
     branches = make_branches(setup, models, teachers, setup.rows, config.seed)
     programs = student_programs(setup, student, state, branches)
-    row, answers = Diagnosis(setup, models, teachers, programs)(source.step if source else 0, state)
+    row, answers = Diagnosis(setup, models, teachers, programs)(evaluated.step if evaluated else 0, state)
     of_prompts = {branch: prompt_sources(config, branch, source_field) for branch in config.branches}
     row["correlations"] = {branch: selection.correlations(answers[branch], of_prompts[branch]) for branch in answers}
-    if source and source.run and (rows := read_rows(source.run / "selection.jsonl")):
+    if evaluated and evaluated.run and (rows := read_rows(evaluated.run / "selection.jsonl")):
         row["training"] = {branch: of_training(rows, branch, of_prompts[branch]) for branch in config.branches}
     return row
 
 
 def of_training(rows: list[dict[str, Any]], branch: str, of_prompts: list[str] | None) -> dict[str, Any]:
-    """What a whole run's selection followed, from its selection.jsonl."""
+    """Statistics of the selection over all steps of a run, from its selection.jsonl."""
     steps = [row for row in rows if row["phase"] == branch]
     figures = {
         "steps": len(steps),
@@ -59,7 +59,7 @@ def of_training(rows: list[dict[str, Any]], branch: str, of_prompts: list[str] |
 
 
 def prompt_sources(config: TrainConfig, branch: str, field: str) -> list[str] | None:
-    """Where each prompt of a branch's file comes from; None if its rows do not all say, or all say the same."""
+    """The value of `field` for each prompt of a branch; None if a row has none, or if all values are equal."""
     stream = config.branches[branch].prompts
     rows = sources.read(stream.source, stream.split, stream.limit, f"config.branches.{branch}.prompts.source")
     named = [str(row.get(field, "")) for row in rows]

@@ -1,10 +1,10 @@
-"""How Orbax reads and writes the arrays of a training state, so that a damaged checkpoint is one error and no more.
+"""An Orbax array handler that raises only one error for a damaged checkpoint.
 
-Orbax reads all arrays at once in an event loop of its own and raises the first error. Since 0.12 it then closes the
-loop while other reads go on, where 0.11 cancelled them (`_run_sync_via_new_loop` in
-https://github.com/google/orbax/blob/main/checkpoint/orbax/checkpoint/_src/asyncio_utils.py). As each of them ends, a
-thread of TensorStore prints the traceback of "RuntimeError: Event loop is closed". Here an error goes on when the reads
-that were started with the failed one have ended.
+Orbax reads all arrays concurrently in its own event loop and raises the first error. Since 0.12 it then closes the loop
+while other reads continue; 0.11 cancelled them (`_run_sync_via_new_loop` in
+https://github.com/google/orbax/blob/main/checkpoint/orbax/checkpoint/_src/asyncio_utils.py). When one of these reads
+ends, a thread of TensorStore prints the traceback of "RuntimeError: Event loop is closed". This handler raises an error
+only after all reads that started together with the failed one have ended.
 """
 
 import asyncio
@@ -18,13 +18,13 @@ T = TypeVar("T")
 
 
 def state_handler() -> ocp.PyTreeCheckpointHandler:
-    """Orbax's handler of trees of arrays, with the reads of this module."""
+    """Orbax's handler for trees of arrays, with this module's array handler."""
     registry = ocp.type_handlers.create_type_handler_registry((jax.Array, _ArrayHandler()))
     return ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
 
 
 class _ArrayHandler(ocp.type_handlers.ArrayHandler):
-    """Both methods that open arrays; the arguments and results are Orbax's."""
+    """Changes both methods that open arrays."""
 
     async def metadata(self, infos: Sequence[ocp.type_handlers.ParamInfo]) -> Sequence[Any]:
         return await _when_all_have_ended(super().metadata(infos))
@@ -38,7 +38,7 @@ class _ArrayHandler(ocp.type_handlers.ArrayHandler):
 
 
 async def _when_all_have_ended(read: Awaitable[T]) -> T:
-    """The result of a read; its error, after the tasks that were started since have ended."""
+    """Awaits a read. If it fails, waits for the tasks that were started since, then raises its error."""
     before = asyncio.all_tasks()
     try:
         return await read

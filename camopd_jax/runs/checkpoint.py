@@ -1,7 +1,7 @@
-"""The checkpoints of a work directory, by Orbax."""
+"""Saves and restores the checkpoints of a work directory, with Orbax."""
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,22 +11,29 @@ from etils import epath
 from camopd_jax.config import schema
 from camopd_jax.errors import UserError
 from camopd_jax.runs.array_handler import state_handler
+from camopd_jax.runs.digests import digests
+from camopd_jax.runtime.distributed import barrier, is_primary
 from camopd_jax.runtime.termination import means_lost_process
 from camopd_jax.types import TrainState
 
+_TRANSIENT = (PermissionError, MemoryError, jax.errors.JaxRuntimeError)  # of reading: the files may be sound
 policies = ocp.checkpoint_managers.preservation_policy
 
 
-class CheckpointStore:
-    """`workdir/checkpoints`: a folder for each step, written in the background, complete or not at all.
+class DamagedCheckpoint(UserError):
+    """A checkpoint that cannot be read, or is not what was saved."""
 
-    It keeps the last `keep_last` steps, and the `keep_best` best of the steps in `ranks`.
+
+class CheckpointStore:
+    """`workdir/checkpoints`: a folder for each step, written in the background and never incomplete.
+
+    It keeps the last `keep_last` steps, and the `keep_best` steps with the highest ranks.
     """
 
     def __init__(self, workdir: str, config: schema.Checkpoints, ranks: Mapping[int, Any]) -> None:
         """
         Args:
-          ranks: of evaluated steps, by step; the greater is the better one. Read again at every save.
+          ranks: of the evaluated steps; the greater rank is better. Entries added later are used too.
 
         Raises:
           UserError: if the folder cannot be read.
@@ -41,6 +48,7 @@ class CheckpointStore:
             "state": state_handler(),
             "positions": ocp.JsonCheckpointHandler(),
             "provenance": ocp.JsonCheckpointHandler(),
+            "digests": ocp.JsonCheckpointHandler(),
         }
         try:
             self._manager = ocp.CheckpointManager(self._folder, options=options, item_handlers=handlers)
@@ -55,23 +63,23 @@ class CheckpointStore:
         return self._manager.latest_step()
 
     def steps(self) -> list[int]:
-        """All steps that have a complete checkpoint, rising."""
+        """All steps that have a complete checkpoint, in ascending order."""
         return sorted(self._manager.all_steps())
 
     def best(self) -> int | None:
-        """The best of the steps that were evaluated; of equals, the last."""
+        """The step with the highest rank; the last one if ranks are equal."""
         evaluated = [step for step in self.steps() if step in self._ranks]
         return max(reversed(evaluated), key=self._ranks.__getitem__, default=None)
 
     def save(self, step: int, state: TrainState, positions: dict[str, Any], provenance: dict[str, Any]) -> None:
-        """Starts to write a checkpoint; `wait` returns when it is written. An existing one is left as it is.
+        """Starts to write a checkpoint; `wait` returns when it is written. An existing one is not changed.
 
         Args:
           positions: of the data streams, as JSON values.
           provenance: of the run's models, as JSON values.
 
         Raises:
-          UserError: if this checkpoint, or the one before in the background, cannot be written.
+          UserError: if this checkpoint, or the previous one in the background, cannot be written.
         """
         if step in self.steps():
             return
@@ -79,48 +87,50 @@ class CheckpointStore:
             state=ocp.args.PyTreeSave(state),
             positions=ocp.args.JsonSave(positions),
             provenance=ocp.args.JsonSave(provenance),
+            digests=ocp.args.JsonSave(digests(state, positions, provenance)),
         )
         with self._write_errors():
             self._manager.save(step, args=items, force=True)
 
     def restore(self, step: int, like: TrainState) -> tuple[TrainState, dict[str, Any], dict[str, Any]]:
-        """State, positions and provenance of a checkpoint, bit for bit.
+        """Restores state, positions and provenance, with identical bits.
 
         Args:
-          like: a state whose shardings the restored one takes; its shapes and dtypes must be the stored ones.
+          like: a state with the wanted shardings; its shapes and dtypes must match the checkpoint.
 
         Raises:
-          UserError: if the checkpoint cannot be read, or holds the state of another model.
+          DamagedCheckpoint: if it cannot be read, or differs from what was saved.
+          UserError: if it holds the state of another model, or cannot be read for now.
         """
         wanted = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted)),
             positions=ocp.args.JsonRestore(),
             provenance=ocp.args.JsonRestore(),
+            digests=ocp.args.JsonRestore(),
         )
         with self._read_errors(step):
             stored = self._manager.item_metadata(step)["state"].tree
         self._check_shapes(step, _shapes(stored), _shapes(wanted))
         with self._read_errors(step):
             restored = self._manager.restore(step, args=items)
-        return restored["state"], restored["positions"], restored["provenance"]
+        parts = restored["state"], restored["positions"], restored["provenance"]
+        found, saved = digests(*parts), restored["digests"]
+        different = [name for name in found if not isinstance(saved, dict) or found[name] != saved.get(name)]
+        if different:
+            raise DamagedCheckpoint(f"{self._folder / str(step)}: damaged on disk, first in {min(different)}")
+        return parts
 
-    def check_complete(self, step: int, item: str, values: Any, names: Iterable[str]) -> None:
-        """Checks the values of an item that `restore` returned.
-
-        Args:
-          item: "positions" or "provenance".
-          names: of the values that have to be there.
-
-        Raises:
-          UserError: if one is not there: the file of the item is damaged.
-        """
-        lacking = [name for name in names if not isinstance(values, dict) or name not in values]
-        if lacking:
-            raise UserError(
-                f"{self._folder / str(step) / item}: this file of the checkpoint is damaged ({lacking[0]} is not "
-                f"there); delete the folder {step}, and the run goes on from the checkpoint before"
-            )
+    def set_aside(self, step: int) -> str:
+        """Moves a checkpoint out of the way; returns its new folder. Every process has to call it."""
+        damaged = self._folder.parent / f"damaged_checkpoint_{step}"
+        if is_primary():
+            if damaged.exists():
+                damaged.rmtree()
+            (self._folder / str(step)).rename(damaged)
+        barrier("set aside")
+        self._manager.reload()
+        return str(damaged)
 
     def wait(self) -> None:
         """Returns when all checkpoints are on disk.
@@ -145,23 +155,21 @@ class CheckpointStore:
 
     @contextlib.contextmanager
     def _read_errors(self, step: int) -> Iterator[None]:
-        """Makes a UserError of what Orbax raises for a damaged checkpoint."""
+        """Converts Orbax's errors for a damaged checkpoint to a UserError."""
         try:
             yield
         except Exception as error:  # Orbax and TensorStore raise many kinds
             if means_lost_process(error):
                 raise
-            raise UserError(
-                f"{self._folder / str(step)}: this checkpoint cannot be read ({_reason(error)}); delete the folder, "
-                "and the run goes on from the one before"
-            ) from error
+            kind = UserError if isinstance(error, _TRANSIENT) else DamagedCheckpoint
+            raise kind(f"{self._folder / str(step)}: this checkpoint cannot be read ({_reason(error)})") from error
 
     @contextlib.contextmanager
     def _write_errors(self) -> Iterator[None]:
-        """Makes a UserError of what Orbax raises for a checkpoint that cannot be written."""
+        """Converts Orbax's errors for a checkpoint that cannot be written to a UserError."""
         try:
             yield
-        except (OSError, ValueError) as error:  # TensorStore raises a full disk as a ValueError
+        except (OSError, ValueError) as error:  # TensorStore raises a ValueError for a full disk
             if means_lost_process(error):
                 raise
             raise UserError(
@@ -171,7 +179,7 @@ class CheckpointStore:
 
 
 class _BestN:
-    """Orbax's policy that keeps the `n` best of the evaluated steps; of equals, the last."""
+    """An Orbax policy that keeps the `n` evaluated steps with the highest ranks; later ones if ranks are equal."""
 
     def __init__(self, n: int, ranks: Mapping[int, Any]) -> None:
         self._n, self._ranks = n, ranks
@@ -183,16 +191,16 @@ class _BestN:
 
 
 def checkpoints_folder(workdir: str) -> epath.Path:
-    """Where the checkpoints of a work directory lie: an absolute path, as Orbax asks for, or a gs:// one."""
+    """The folder of a work directory's checkpoints: an absolute path, which Orbax needs, or a gs:// path."""
     folder = epath.Path(workdir) / "checkpoints"
     return folder if "://" in workdir else folder.resolve()  # epath would resolve gs:// to a local folder
 
 
 def _shapes(tree: Any) -> dict[str, str]:
-    """The arrays of a tree by name, as in "float32[5, 7]"."""
+    """Dtype and shape of a tree's arrays by name, such as "float32[5, 7]"."""
     return {name: f"{a.dtype}{list(a.shape)}" for name, a in ocp.tree.to_flat_dict(tree, sep="/").items()}
 
 
 def _reason(error: Exception) -> str:
-    """What went wrong: the end of the chain that TensorStore prints, without the specification after it."""
+    """The cause in an error message: the last part of TensorStore's chain, without the specification after it."""
     return str(error).split(" [tensorstore_spec")[0].split('": ')[-1].splitlines()[0] or type(error).__name__

@@ -1,4 +1,4 @@
-"""Scores models on the benchmarks of a config: any Hugging Face folder, hub name, or run."""
+"""Evaluates models on the benchmarks of a config: a Hugging Face folder, a hub name, or a run."""
 
 import re
 from collections.abc import Sequence
@@ -25,8 +25,8 @@ def evaluate(config: Config, checkpoints: Sequence[str], workdir: str) -> dict[s
     """The results of each model on each benchmark, by the model's name.
 
     Args:
-      checkpoints: what --checkpoint names; without any, the config's own models are evaluated.
-      workdir: gets a row of eval.jsonl for each result, and the answers.
+      checkpoints: values of --checkpoint; if empty, the config's models are evaluated.
+      workdir: folder for eval.jsonl and the answers.
 
     Raises:
       UserError: for a config without benchmarks, and models or questions that cannot be read.
@@ -38,52 +38,55 @@ def evaluate(config: Config, checkpoints: Sequence[str], workdir: str) -> dict[s
     check_rows(mesh, "config.evaluation.batch_size", settings.batch_size)
     runner.check(settings)
     folder.mkdir(parents=True, exist_ok=True)
-    evaluator = runner.Evaluator(settings, folder, MetricsWriter(folder, tensorboard=False), Display(0, 0))
-    sources = {name: name for name in checkpoints} or own_models(config)
+    display = Display(0, 0)
+    for line in runner.notices(settings):
+        display.print(line)
+    evaluator = runner.Evaluator(settings, folder, MetricsWriter(folder, tensorboard=False), display)
+    names = {name: name for name in checkpoints} or own_models(config)
     results: dict[str, list[Result]] = {}
-    for name, source in sources.items():
-        model = load_source(config, source, mesh)
+    for name, location in names.items():
+        model = load_model(config, location, mesh)
         results[name] = evaluator.run(name, model.loaded, key=model.key)
     return known_baselines(folder, results) | results
 
 
 def own_models(config: Config) -> dict[str, str]:
-    """The models that a config names, by the names that they have in tables."""
+    """The models of a config, by their names in tables."""
     if isinstance(config, SftConfig):
         return {"start": config.model}
     return {"general": config.general_model, "specialised": config.specialised_model}
 
 
 @dataclass(frozen=True)
-class Source:
-    """A model that --checkpoint names, in memory."""
+class EvaluatedModel:
+    """A loaded model that --checkpoint names."""
 
     loaded: Loaded
-    key: str  # under which its answers are kept
-    run: epath.Path | None  # the work directory, if it is a run's
-    step: int  # of the run; else 0
+    key: str  # of its answers
+    run: epath.Path | None  # the work directory, if it is a run's checkpoint
+    step: int  # of the checkpoint; 0 if it is not a run's
 
 
-def load_source(config: Config, source: str, mesh: Mesh) -> Source:
+def load_model(config: Config, location: str, mesh: Mesh) -> EvaluatedModel:
     """Loads a Hugging Face folder, a work directory (its last checkpoint) or one checkpoint of it."""
-    checkpoint = re.fullmatch(r"(.+)/checkpoints/(\d+)/?", source)
-    run = checkpoint[1] if checkpoint else source
+    checkpoint = re.fullmatch(r"(.+)/checkpoints/(\d+)/?", location)
+    run = checkpoint[1] if checkpoint else location
     if (epath.Path(run) / "checkpoints").exists():
         loaded, provenance = export.restore_model(run, int(checkpoint[2]) if checkpoint else None)
         step = int(provenance["steps"])
-        return Source(loaded, runner.run_key(provenance["config_fingerprint"], step), epath.Path(run), step)
+        return EvaluatedModel(loaded, runner.run_key(provenance["config_fingerprint"], step), epath.Path(run), step)
     loaded = loading.load(
-        loading.find(source, "--checkpoint"),
+        loading.find(location, "--checkpoint"),
         mesh,
         config.compute,
         dtype=loading.teacher_dtype(config.compute),
         context=max((benchmark.max_response_tokens for benchmark in config.evaluation.benchmarks), default=0),
     )
-    return Source(loaded, runner.model_key(loaded), None, 0)
+    return EvaluatedModel(loaded, runner.model_key(loaded), None, 0)
 
 
 def known_baselines(folder: epath.Path, results: dict[str, list[Result]]) -> dict[str, list[Result]]:
-    """The general and the specialised model's results on the very same questions, if eval.jsonl has them all."""
+    """The results of the general and the specialised model on exactly the same questions, if eval.jsonl has them."""
     keys = [row["asked"] for row in next(iter(results.values()))]
     rows = {(row["model"], row.get("asked")): row for row in broadcast(lambda: read_rows(folder / "eval.jsonl"))}
     names = ("general", "specialised")

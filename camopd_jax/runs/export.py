@@ -1,4 +1,4 @@
-"""Writes a model as a Hugging Face folder that transformers loads, and reads one back from a run's checkpoint."""
+"""Writes a model as a Hugging Face folder for transformers, and loads the model of a run's checkpoint."""
 
 import contextlib
 import json
@@ -19,11 +19,11 @@ from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.optimizer import init_state, moment_names
 from camopd_jax.models import hf, partition
-from camopd_jax.runs.checkpoint import CheckpointStore
+from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint
 from camopd_jax.runtime.distributed import barrier, is_primary
 from camopd_jax.runtime.mesh import mesh_of
 
-# Files of the original folder that hold for the trained model too.
+# Files of the original folder that are valid for the trained model too.
 _COPIED = (
     "tokenizer*",
     "*.jinja",
@@ -38,11 +38,11 @@ _COPIED = (
 
 
 def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) -> None:
-    """Writes weights, configuration, tokenizer and model card, completely or not at all; replaces what is at `out`.
+    """Writes weights, configuration, tokenizer and model card. Replaces `out` only when everything is written.
 
     Args:
-      loaded: the model; its `folder` gives all that training does not change, and the tensors' dtypes.
-      provenance: named facts for the model card.
+      loaded: the model; files that training does not change, and the tensors' dtypes, are taken from its `folder`.
+      provenance: facts for the model card, by name.
 
     Raises:
       UserError: if it cannot be written.
@@ -65,7 +65,7 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
 
 @contextlib.contextmanager
 def _part(out: epath.Path) -> Iterator[Path]:
-    """A local folder that takes the place of `out` when all is written. Only process 0's one does."""
+    """A local folder that replaces `out` when everything is written; only process 0's folder is used."""
     is_local = "://" not in str(out)
     part = Path(f"{out}.part") if is_local or not is_primary() else Path(tempfile.mkdtemp())
     if is_primary():
@@ -117,11 +117,11 @@ def model_card(name: str, provenance: dict[str, str]) -> str:
 
 
 def restore_model(workdir: str, step: int | None = None, best: bool = False) -> tuple[Loaded, dict[str, str]]:
-    """The model of a run's checkpoint, and its provenance: named facts for a model card, "steps" among them.
+    """Loads the model of a run's checkpoint. Also returns its provenance for a model card, with "steps".
 
     Args:
       step: of the checkpoint; None: the last one.
-      best: whether the best one is meant, where `step` is None.
+      best: use the best checkpoint if `step` is None.
 
     Raises:
       UserError: if there is no such checkpoint.
@@ -144,6 +144,8 @@ def restore_model(workdir: str, step: int | None = None, best: bool = False) -> 
         loading.find(start, field), mesh_of(config.mesh), config.compute, dtype=config.compute.params, context=1
     )
     trained = partition.trained(loaded.params, config.optimizer.trained)
-    state, _, provenance = checkpoints.restore(step, init_state(trained, moments))
-    checkpoints.check_complete(step, "provenance", provenance, ("method", "config_fingerprint"))
+    try:
+        state, _, provenance = checkpoints.restore(step, init_state(trained, moments))
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error}; the run has checkpoints {checkpoints.steps()}: give another one") from error
     return loaded.with_params(state.params), provenance | {"steps": str(step)}

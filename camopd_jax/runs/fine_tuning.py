@@ -1,4 +1,4 @@
-"""Supervised fine-tuning: next-token cross-entropy on the answers, token mean over each batch."""
+"""Supervised fine-tuning: next-token cross-entropy on the answers, mean over the tokens of each batch."""
 
 import time
 from functools import partial
@@ -6,11 +6,13 @@ from functools import partial
 import jax
 from jax.sharding import Mesh
 
+from camopd_jax.config.consistency import warnings
 from camopd_jax.config.schema import SftConfig
 from camopd_jax.data.pipeline import SftStream
 from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
-from camopd_jax.method.gradient import Gradient, Learner, Lesson, Loss
+from camopd_jax.inference.model_check import check_log_probs
+from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, LossInputs
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.setup import resolve_fine_tuning
@@ -26,7 +28,7 @@ from camopd_jax.types import Params, Sequences
 
 
 def sft(config: SftConfig, workdir: str) -> None:
-    """Runs the whole job: load, train, measure, export."""
+    """Runs `sft`: load, evaluate, train, evaluate, export."""
     mesh = resolve_fine_tuning(config)
 
     def begin() -> tuple[Loaded, SftStream]:
@@ -35,6 +37,7 @@ def sft(config: SftConfig, workdir: str) -> None:
         return loaded, SftStream(config, loaded.tokenizer, rows_of_process(mesh, config.batch_size))
 
     student, stream = run_on_all(begin)
+    check_log_probs(student, f"config.model = {config.model}", stream.first)
     provenance = {
         "method": "supervised fine-tuning",
         "model": config.model,
@@ -42,18 +45,20 @@ def sft(config: SftConfig, workdir: str) -> None:
     }
     run = Run(config, workdir, student, {"data": stream}, provenance)
     state = run.restore(init_state(partition.trained(student.params, config.optimizer.trained)))
-    run.display.say(f"conversations: {stream.counts}")
+    for warning in warnings(config):
+        run.display.print(f"warning: {warning}")
+    run.display.print(f"conversations: {stream.counts}")
     run.evaluate("start", 0, student)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     loss = Loss(student.model, OBJECTIVES["cross_entropy"]())
-    learner = Learner(loss, shardings.params, config.compute.logits_chunk)
+    accumulator = GradientAccumulator(loss, shardings.params, config.compute.logits_chunk)
     update = jax.jit(partial(sft_update, config=config), donate_argnums=0, out_shardings=(shardings, None))
-    ended = run.evaluate_student(int(state.step), state)  # the last start may have ended in the middle of an evaluation
+    ended = run.evaluate_student(int(state.step), state)  # an evaluation may have been interrupted before this start
     for step in range(int(state.step), 0 if ended else config.steps):
         started = time.perf_counter()
         batch = global_rows(mesh, next(stream), config.batch_size)
         params = student.with_params(state.params).params
-        state, metrics = update(state, gradient(config, mesh, learner, params, state.params, batch), batch)
+        state, metrics = update(state, gradient(config, mesh, accumulator, params, state.params, batch), batch)
         row = {"step": step, "phase": "sft"} | {name: value.item() for name, value in metrics.items()}
         seconds = time.perf_counter() - started
         speed = {"tokens_per_second": row["response_tokens"] / seconds, "memory_gib": memory_gib()}
@@ -69,9 +74,9 @@ def sft(config: SftConfig, workdir: str) -> None:
 
 
 def gradient(
-    config: SftConfig, mesh: Mesh, learner: Learner, params: Params, trained: Params, batch: Sequences
+    config: SftConfig, mesh: Mesh, accumulator: GradientAccumulator, params: Params, trained: Params, batch: Sequences
 ) -> Gradient:
-    """Of the cross-entropy of a whole batch, rows of like length together."""
+    """The gradient of the cross-entropy of a batch, computed in micro-batches of rows of similar length."""
     parts = micro_batches(mesh, batch, config.optimizer.micro_batch, config.smallest_bucket)
     weights = cross_entropy_weights(batch.lengths, batch.tokens.shape[1])
-    return learner(params, trained, Lesson(batch, weights), parts)
+    return accumulator(params, trained, LossInputs(batch, weights), parts)

@@ -1,6 +1,6 @@
-"""The same run under many methods, settings and seeds: a grid of work directories, each cell run in a worker process.
+"""Runs a grid of methods, settings and seeds. Each cell has a work directory and runs in a worker process.
 
-A cell that has its results is not run again, so that the same command goes on where a grid was stopped.
+A cell with results is not run again, so the same command continues an interrupted grid.
 """
 
 import concurrent.futures
@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from camopd_jax.analysis import study
 from camopd_jax.config.identity import changed, different_fields, to_json
-from camopd_jax.config.methods import CONTROLS, INTERPOLATION
+from camopd_jax.config.methods import INTERPOLATION, METHODS
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.evals.results import Result
@@ -31,9 +31,8 @@ from camopd_jax.runs.training import train
 from camopd_jax.runs.workers import WorkerPool
 from camopd_jax.runtime.jsonl import atomic_file, read_rows
 
-METHODS = (*CONTROLS, INTERPOLATION)
-WEIGHTS = tuple(i / 10 for i in range(1, 10))  # of the original model, in the sweep of the interpolation
-TEACHERS = ("general", "specialised")  # as eval.jsonl calls them
+WEIGHTS = tuple(i / 10 for i in range(1, 10))  # weights of the original model in the interpolations to try
+TEACHERS = ("general", "specialised")  # their names in eval.jsonl
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,7 @@ class Cell:
     """One run of the grid."""
 
     method: str
-    setting: float  # the learning rate; of the interpolation, the original model's weight
+    setting: float  # the learning rate; for the interpolation, the original model's weight
     seed: int
 
     def __str__(self) -> str:
@@ -52,12 +51,12 @@ class Cell:
         return Path(workdir) / self.method / f"{self.setting:g}" / f"seed-{self.seed}"
 
     def config(self, base: TrainConfig) -> TrainConfig:
-        """The run's config: the grid's, with this method, setting and seed. It is evaluated at its end alone."""
+        """The grid's config with this method, setting and seed, and with an evaluation only at the end."""
         if self.method == INTERPOLATION:
             return base
         own = {"optimizer.learning_rate": self.setting, "seed": self.seed}
         always = {"evaluation.every": 0, "log.report": False}
-        return cast(TrainConfig, changed(base, own | CONTROLS[self.method].changes | always))
+        return cast(TrainConfig, changed(base, own | METHODS[self.method].changes | always))
 
 
 # ------------------------------------------------------------------------------------ the study
@@ -66,20 +65,20 @@ class Cell:
 def compare(
     base: TrainConfig, workdir: str, methods: Sequence[str], rates: Sequence[float], seeds: int, workers: int
 ) -> dict[str, Any]:
-    """Runs the open cells of a grid and writes its study.json.
+    """Runs the unfinished cells of a grid and writes study.json.
 
-    Every method with several settings is first run at each of them, on a seed of its own; the best setting is then its
-    setting for all seeds.
+    A method with several settings is first run with each of them on a separate seed. All other seeds then use the best
+    setting.
 
     Args:
       rates: learning rates to choose from.
-      workers: runs at one time.
+      workers: number of runs at a time.
 
     Returns:
-      What study.json holds: outcomes by method and seed, the setting of each method, what failed, and more.
+      The contents of study.json: outcomes by method and seed, the setting of each method, failed runs, and more.
 
     Raises:
-      UserError: if there is nothing to compare by, or a cell's folder holds a run of another config.
+      UserError: if there are no benchmarks, or if a cell's folder has a run with another config.
     """
     if not base.evaluation.benchmarks:
         raise UserError("config.evaluation.benchmarks is empty, so there is nothing to compare; give at least one")
@@ -117,7 +116,7 @@ def _sweep_title(rates: Sequence[float]) -> str:
 def _sweep(
     grid: "Grid", settings: dict[str, tuple[float, ...]], axes: dict[str, str], title: str
 ) -> dict[str, dict[float, float]]:
-    """How good each setting of each method is, by method and setting; empty of a method with a single one."""
+    """The merit of each setting, by method and setting; empty for a method with a single setting."""
     cells = [
         Cell(method, setting, study.TUNING_SEED)
         for method, of_method in settings.items()
@@ -133,18 +132,18 @@ def _sweep(
 
 
 def _best(merits: dict[float, float], settings: tuple[float, ...]) -> float:
-    """The best of a method's settings; the first if none was tried."""
+    """The setting with the highest merit; the first setting if none was tried."""
     return max(merits, key=merits.__getitem__) if merits else settings[0]
 
 
 def _outcomes(
     grid: "Grid", chosen: dict[str, float], done: Sequence[Cell], seeds: int
 ) -> dict[str, dict[int, study.Shares]]:
-    """What each method gets back and keeps, by method and seed."""
+    """Recovery and retention by method and seed."""
     outcomes: dict[str, dict[int, study.Shares]] = {method: {} for method in chosen}
     for cell in sorted(done, key=lambda cell: cell.seed):
         outcomes[cell.method][cell.seed] = grid.shares(cell, for_tuning=False)
-    if INTERPOLATION in chosen:  # the same model whatever the seed
+    if INTERPOLATION in chosen:  # the model does not depend on the seed
         cell = Cell(INTERPOLATION, chosen[INTERPOLATION], study.TUNING_SEED)
         outcomes[INTERPOLATION] = dict.fromkeys(range(seeds), grid.shares(cell, for_tuning=False))
     return outcomes
@@ -154,7 +153,7 @@ def _outcomes(
 
 
 class Grid:
-    """Runs cells in worker processes, shows how far they are, and reads their results."""
+    """Runs cells in worker processes, shows their progress, and reads their results."""
 
     def __init__(self, pool: concurrent.futures.Executor, base: TrainConfig, workdir: str) -> None:
         self.failed: dict[str, str] = {}  # reasons, by folder
@@ -182,7 +181,7 @@ class Grid:
         self._bar.stop()
 
     def score_teachers(self) -> None:
-        """Evaluates the two teachers once; every run begins with a copy of their answers."""
+        """Evaluates the two teachers once; every run starts with a copy of their answers."""
         folder = str(Path(self._workdir) / "teachers")
         self._pool.submit(_score_teachers, self._base, folder).result()
         results = {(row["model"], row["benchmark"]): row for row in read_rows(epath.Path(folder) / "eval.jsonl")}
@@ -190,7 +189,7 @@ class Grid:
         self._teachers = [[results[model, name] for name in names] for model in TEACHERS]
 
     def run(self, cells: Sequence[Cell], title: str) -> list[Cell]:
-        """Those of the cells that have come to their end, now or earlier; the others are in `failed`."""
+        """Runs the unfinished cells. Returns all finished cells; the others are in `failed`."""
         done = [cell for cell in cells if is_finished(cell, self._base, self._workdir)]
         task = self._bar.add_task(title, total=len(cells), completed=len(done), last="")
         if cells:
@@ -201,33 +200,33 @@ class Grid:
         for future in concurrent.futures.as_completed(running):
             cell = running[future]
             try:
-                news = f"{cell}: {future.result():.0f} s"
+                message = f"{cell}: {future.result():.0f} s"
                 done.append(cell)
             except UserError as error:
-                news = f"{cell}: {error}"
+                message = f"{cell}: {error}"
                 self.failed[str(cell.folder(self._workdir))] = str(error)
-            self._bar.update(task, completed=len(done) + len(self.failed), last=news)
-            self._print_plain(f"{title}: {len(done)} of {len(cells)}, {news}")
+            self._bar.update(task, completed=len(done) + len(self.failed), last=message)
+            self._print_plain(f"{title}: {len(done)} of {len(cells)}, {message}")
         return done
 
     def shares(self, cell: Cell, for_tuning: bool) -> study.Shares:
-        """What a finished run's model gets back and keeps, on the questions that tune or on the others."""
+        """Recovery and retention of a finished run, on the questions for tuning or on the others."""
         student = student_results(cell, self._base, self._workdir)
         return study.shares([*self._teachers, student], for_tuning)
 
     def sampled_tokens(self, cell: Cell) -> int:
-        """Tokens of all answers of a run."""
+        """The number of tokens in all answers of a run."""
         rows = read_rows(epath.Path(cell.folder(self._workdir)) / "metrics.jsonl")
         return sum(row["response_tokens"] for row in rows)
 
     def _print_plain(self, line: str) -> None:
-        """Prints a line where there is no terminal for the bar."""
+        """Prints a line if there is no terminal for the progress bar."""
         if not self._console.is_terminal:
             self._console.print(line)
 
 
 def student_results(cell: Cell, base: TrainConfig, workdir: str) -> list[Result]:
-    """The finished model's results, one for each benchmark; fewer if the run has not come to its end."""
+    """The results of a cell's final model, one for each benchmark; fewer if the run is not finished."""
     last = 0 if cell.method == INTERPOLATION else base.steps
     rows = read_rows(epath.Path(cell.folder(workdir)) / "eval.jsonl")
     results = {row["benchmark"]: row for row in rows if row["model"] not in TEACHERS and row["step"] == last}
@@ -236,10 +235,10 @@ def student_results(cell: Cell, base: TrainConfig, workdir: str) -> list[Result]
 
 
 def is_finished(cell: Cell, base: TrainConfig, workdir: str) -> bool:
-    """Whether a run has all its results.
+    """Whether a cell has all its results.
 
     Raises:
-      UserError: if its folder holds a run of another config.
+      UserError: if its folder has a run with another config.
     """
     file = cell.folder(workdir) / "config.json"
     if not file.exists():
@@ -259,7 +258,7 @@ def _score_teachers(base: TrainConfig, folder: str) -> None:
 
 
 def _run_cell(cell: Cell, base: TrainConfig, workdir: str) -> float:
-    """Runs or continues a cell; returns its seconds."""
+    """Runs or resumes a cell; returns the seconds it took."""
     started, folder = time.perf_counter(), cell.folder(workdir)
     config = cell.config(base)
     if not base.evaluation.answers:
@@ -269,12 +268,12 @@ def _run_cell(cell: Cell, base: TrainConfig, workdir: str) -> float:
             _interpolate(config, cell.setting, folder)
         else:
             train(config, str(folder))
-    jax.clear_caches()  # the programs of hundreds of runs would fill the memory
+    jax.clear_caches()  # the compiled programs of hundreds of runs would fill the memory
     return time.perf_counter() - started
 
 
 def _interpolate(config: TrainConfig, weight: float, folder: Path) -> None:
-    """Makes and evaluates an interpolated model, in a folder like a run's work directory."""
+    """Writes and evaluates an interpolated model, in a folder like a run's work directory."""
     if not (folder / "export").exists():
         interpolate(config, weight, str(folder / "export"))
     evaluate(config, [str(folder / "export")], str(folder))
@@ -283,7 +282,7 @@ def _interpolate(config: TrainConfig, weight: float, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _output_to_log(folder: Path) -> Iterator[None]:
-    """Sends what is printed to the folder's log.txt."""
+    """Redirects stdout and stderr to log.txt in the folder."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield

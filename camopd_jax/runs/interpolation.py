@@ -1,4 +1,4 @@
-"""A model between the specialised and the original one: the weighted mean of their parameters (arXiv 2109.01903)."""
+"""Interpolates the original and the specialised model: the weighted mean of their parameters (arXiv 2109.01903)."""
 
 import jax
 from etils import epath
@@ -18,7 +18,7 @@ def interpolate(config: TrainConfig, weight: float, out: str) -> None:
       weight: of the original model, in [0, 1].
 
     Raises:
-      UserError: if the two are not of one shape.
+      UserError: if the two models have different architectures.
     """
     mesh = mesh_of(config.mesh)
     general, specialised = (

@@ -1,4 +1,4 @@
-"""The main job: load, measure, alternate recovery and review, measure again, export."""
+"""The main command: load, evaluate, train with CaMOPD, evaluate, export."""
 
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -7,13 +7,14 @@ import jax
 import numpy as np
 
 from camopd_jax.analysis.diagnosis import Diagnosis
+from camopd_jax.config.consistency import warnings
 from camopd_jax.config.methods import description
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.evals import tables
 from camopd_jax.evals.comparison import Rank, comparison, rank_student
 from camopd_jax.evals.results import Result, on_questions
 from camopd_jax.method import loop
-from camopd_jax.method.branches import load_models, make_branches, make_teachers
+from camopd_jax.method.branches import check_models, load_models, make_branches, make_teachers
 from camopd_jax.method.optimizer import init_state, moment_names
 from camopd_jax.method.programs import student_programs
 from camopd_jax.method.recorder import Recorder, StepRecord
@@ -29,47 +30,48 @@ from camopd_jax.types import Batch, TrainState
 
 
 def train(config: TrainConfig, workdir: str) -> None:
-    """Runs the whole job: load, measure, alternate recovery and review, measure again, export."""
+    """Runs `train`: load, evaluate, train with CaMOPD, evaluate, export."""
     setup = resolve(config)
     models = run_on_all(lambda: load_models(setup))
     student = models.student
     teachers = make_teachers(config, models)
     branches = run_on_all(lambda: make_branches(setup, models, teachers, setup.rows, config.seed))
     streams = {name: branch.prompts for name, branch in branches.items()}
+    check_models(setup, models, branches)
 
-    # ------------------------------------------------------------------------- state, then steps
+    # ------------------------------------------------------------------------- state and steps
     trained = partition.trained(student.params, config.optimizer.trained)
     provenance = {"method": description(config)} | models.provenance(config)
-    host = TrainHost(config, workdir, student, streams, provenance)
-    state = host.restore(init_state(trained, moment_names(config)))
-    for warning in models.warnings:
-        host.display.say(f"warning: {warning}")
-    host.display.say(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
-    host.baselines = {
-        "general": host.evaluate("general", 0, models.general),
-        "specialised": host.evaluate("specialised", 0, models.specialised),
+    run = TrainingRun(config, workdir, student, streams, provenance)
+    state = run.restore(init_state(trained, moment_names(config)))
+    for warning in (*warnings(config), *models.warnings):
+        run.display.print(f"warning: {warning}")
+    run.display.print(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
+    run.baselines = {
+        "general": run.evaluate("general", 0, models.general),
+        "specialised": run.evaluate("specialised", 0, models.specialised),
     }
     programs = student_programs(setup, student, state, branches)
     if config.diagnostics.every:
-        host.diagnosis = Diagnosis(setup, models, teachers, programs)
-    if not host.evaluate_student(int(state.step), state):  # the last start may have ended in the middle of it
-        state = loop.run(branches, programs, state, Recorder(programs, host))
-    if host.terminated:
+        run.diagnosis = Diagnosis(setup, models, teachers, programs)
+    if not run.evaluate_student(int(state.step), state):  # an evaluation may have been interrupted
+        state = loop.run(branches, programs, state, Recorder(programs, run))
+    if run.terminated:
         return
-    state = host.state_to_export(state)
+    state = run.state_to_export(state)
     steps = int(state.step)
-    results = host.evaluate("student", steps, student.with_params(state.params), host.student_key(steps))
-    host.finish(state)
-    host.display.say(clip_rates(read_rows(host.workdir / "metrics.jsonl")))
+    results = run.evaluate("student", steps, student.with_params(state.params), run.student_key(steps))
+    run.finish(state)
+    run.display.print(clip_rates(read_rows(run.workdir / "metrics.jsonl")))
     if results:
-        host.display.say(tables.accuracies(host.baselines | {"student": results}))
+        run.display.print(tables.accuracies(run.baselines | {"student": results}))
 
 
-class TrainHost(Run):
-    """Turns a step's outcome into a row of metrics.jsonl and a few samples, and scores into recovery and retention."""
+class TrainingRun(Run):
+    """A run of `train`: writes steps as rows of its files, and ranks checkpoints by recovery and retention."""
 
     config: TrainConfig
-    baselines: dict[str, list[Result]]  # scores of the general and the specialised model
+    baselines: dict[str, list[Result]]  # results of the general and the specialised model
     diagnosis: Diagnosis | None = None
 
     def pauses_after(self, steps_done: int) -> bool:
@@ -78,7 +80,7 @@ class TrainHost(Run):
     def evaluate_student(self, steps_done: int, state: TrainState) -> bool:
         if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
             self.display.progress("measuring gradients")
-            assert self.diagnosis is not None  # `train` sets it where diagnoses are due
+            assert self.diagnosis is not None  # `train` sets it if config.diagnostics.every > 0
             self.writer.add_diagnosis(self.diagnosis(steps_done, state)[0])
         return super().evaluate_student(steps_done, state)
 
@@ -90,11 +92,11 @@ class TrainHost(Run):
         return rank_student(*self._baselines(results), results)
 
     def comparison(self, results: Sequence[Result]) -> dict[str, Any]:
-        """Recovery or retention of every benchmark and of the axis means, each with its standard error."""
+        """Recovery or retention for every benchmark and for the axis means, each with its standard error."""
         return comparison(*self._baselines(results), results)
 
     def _baselines(self, results: Sequence[Result]) -> tuple[list[Result], list[Result]]:
-        """The teachers' results on the questions that the student was asked."""
+        """The teachers' results on the student's questions."""
 
         def baseline(name: str) -> list[Result]:
             pairs = zip(self.baselines[name], results, strict=True)
@@ -125,7 +127,7 @@ class TrainHost(Run):
             ])  # fmt: skip
 
     def _samples(self, step: int, branch: str, batch: Batch) -> list[dict[str, Any]]:
-        """The first answers of the batch, with each token's gap, and its log-probability as scored and as sampled."""
+        """The first answers of the batch, with each token's gap and its log-probabilities from scoring and sampling."""
         prompts, rollout = jax.tree.map(local_rows, (batch.prompts, batch.rollout))
         log_probs, index, weights = jax.tree.map(local_rows, (batch.log_probs, batch.index, batch.selection.weights))
         decode = self.student.tokenizer.decode
@@ -159,7 +161,7 @@ def _rounded(values: Iterable[float]) -> list[float]:
 
 
 def clip_rates(metrics: list[dict[str, Any]]) -> str:
-    """How often each phase's gradient was clipped, and what it means where that was always."""
+    """A line with the share of clipped gradients in each phase, and advice if nearly all are clipped."""
     clipped: dict[str, list[float]] = {}
     for row in metrics:
         clipped.setdefault(row["phase"], []).append(row["grad_clipped"])

@@ -1,4 +1,4 @@
-"""Whose a work directory is: the run's whose config lies in its config.json."""
+"""Checks that a work directory belongs to the present run, by its config.json."""
 
 import json
 from typing import Any
@@ -10,25 +10,27 @@ from camopd_jax.config.schema import Config
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.distributed import broadcast, run_on_all
 
+_COMMANDS = {"TrainConfig": "train", "SftConfig": "sft"}  # by the kind of config
+
 
 def claim_workdir(workdir: epath.Path, config: Config) -> None:
-    """Writes workdir/config.json, or checks that the one there is of the same run. Process 0 does it for all.
+    """Writes workdir/config.json, or checks that an existing one is from the same run. Only process 0 writes.
 
-    Fields that do not change a run's numbers (`config.identity.fingerprint`) may differ between its starts.
+    Fields without effect on the results (`config.identity.fingerprint`) may change when a run is resumed.
 
     Raises:
-      UserError: naming the fields in which the run that owns the directory differs, or in which this process differs
-        from the first; and if the directory is not the same on all hosts.
+      UserError: if the directory belongs to another run, or if this process has a config other than process 0's, naming
+        the different fields; and if the hosts do not share the directory.
     """
     owner = broadcast(lambda: _claim(workdir, config))
     run_on_all(lambda: _check_same_everywhere(workdir, config, owner))
 
 
 def check_owner(workdir: epath.Path, config: Config) -> bool:
-    """Whether a run of this config owns a work directory already; False: it is free.
+    """Whether the work directory belongs to a run of this config; False: it has no config.json.
 
     Raises:
-      UserError: if another run owns it, naming the fields in which it differs.
+      UserError: if it belongs to another run, naming the different fields.
     """
     file = workdir / "config.json"
     if not file.exists():
@@ -36,8 +38,9 @@ def check_owner(workdir: epath.Path, config: Config) -> bool:
     try:
         owner, kind = json.loads(file.read_text()), type(config).__name__
         if owner["kind"] != kind:
+            command = _COMMANDS.get(owner["kind"], owner["kind"])
             raise UserError(
-                f"{workdir}: it belongs to a run of a {owner['kind']}, not of a {kind}; give a new --workdir"
+                f"{workdir}: it belongs to a run of `{command}`, not of `{_COMMANDS[kind]}`; give a new --workdir"
             )
         if owner["fingerprint"] != fingerprint(config):
             fields = ", ".join(different_fields(owner["config"], to_json(config))) or "written by another version"
@@ -50,7 +53,7 @@ def check_owner(workdir: epath.Path, config: Config) -> bool:
 
 
 def _claim(workdir: epath.Path, config: Config) -> dict[str, Any]:
-    """Checks and writes config.json; returns the config as it lies there."""
+    """Checks and writes config.json; returns the config as JSON values."""
     values = to_json(config)
     record = {"kind": type(config).__name__, "fingerprint": fingerprint(config), "config": values}
     part = workdir / "config.json.part"
@@ -59,7 +62,7 @@ def _claim(workdir: epath.Path, config: Config) -> dict[str, Any]:
         check_owner(workdir, config)
         part.write_text(json.dumps(record, indent=2) + "\n")
         part.replace(workdir / "config.json")
-    except ImportError as error:  # the file system of a bucket is a package of its own
+    except ImportError as error:  # gs:// needs an additional package
         raise UserError(f"{workdir}: {error}, or give a local --workdir") from error
     except OSError as error:
         raise UserError(f"{workdir}: cannot write there ({error.strerror}); give another --workdir") from error

@@ -1,4 +1,4 @@
-"""Worker processes that run one job at a time, on a CPU each with cores of its own."""
+"""Worker processes that run one job at a time; on a CPU, each has its own cores."""
 
 import concurrent.futures
 import multiprocessing
@@ -10,11 +10,11 @@ import jax
 
 from camopd_jax.runtime.start import start
 
-Cores = list[int] | None  # None: as the system gives them
+Cores = list[int] | None  # None: assigned by the system
 
 
 def default_workers() -> int:
-    """One for each core, or one for an accelerator. A process of its own looks, and gives the accelerator back."""
+    """One worker per core, or one if there is an accelerator; a separate process checks, so as not to occupy it."""
     with concurrent.futures.ProcessPoolExecutor(1, mp_context=multiprocessing.get_context("spawn")) as pool:
         if pool.submit(jax.default_backend).result() != "cpu":
             return 1
@@ -22,7 +22,7 @@ def default_workers() -> int:
 
 
 class WorkerPool(concurrent.futures.ProcessPoolExecutor):
-    """A pool of `count` workers. If the block it is used in fails, it does not wait for the running jobs."""
+    """A pool of `count` workers. If its `with` block fails, it does not wait for running jobs."""
 
     def __init__(self, count: int) -> None:
         context = multiprocessing.get_context("spawn")
@@ -47,13 +47,13 @@ def _start_worker(cores: "Queue[Cores]") -> None:
     threading.Thread(target=_exit_with_parent, daemon=True).start()
     own = cores.get()
     if own is not None:
-        os.sched_setaffinity(0, own)  # before XLA counts its threads
+        os.sched_setaffinity(0, own)  # before XLA creates its threads
     start()
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # every job compiles the same small programs
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)  # all jobs compile the same small programs
 
 
 def _exit_with_parent() -> None:
-    """Ends this worker when a command is killed: it must not go on writing where the next command's workers write."""
+    """Ends this worker when the command is killed, so that it does not write to folders of the next start's workers."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         parent.join()

@@ -1,4 +1,4 @@
-"""Lengths rounded up to few widths, rows of like length together: little padding and few compiled programs."""
+"""Rounds lengths up to a few widths and groups rows of similar length, for little padding and few compiled programs."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -7,7 +7,7 @@ import numpy as np
 
 
 def bucket(length: int, smallest: int) -> int:
-    """The least `smallest * 2**k` that holds `length`."""
+    """The smallest `smallest * 2**k` that is at least `length`."""
     width = smallest
     while width < length:
         width *= 2
@@ -15,7 +15,7 @@ def bucket(length: int, smallest: int) -> int:
 
 
 def fine_bucket(length: int, smallest: int) -> int:
-    """The least of `smallest` times 1, 2, 3, 4, 6, 8, 12, ... that holds `length`: at most a third is padding.
+    """The smallest of `smallest` times 1, 2, 3, 4, 6, 8, 12, ... that is at least `length`.
 
     >>> [fine_bucket(n, 64) for n in (1, 65, 129, 193, 257, 385)]
     [64, 128, 192, 256, 384, 512]
@@ -27,20 +27,20 @@ def fine_bucket(length: int, smallest: int) -> int:
 
 @dataclass(frozen=True)
 class Widths:
-    """Static sizes of a program that scores or learns."""
+    """Static sizes of a program that scores or computes gradients."""
 
-    slots: int  # that hold the longest row, prompt and answer
-    answer_slots: int  # that hold the longest answer
-    chunk: int  # tokens of a chip whose logits may exist at one time; 0: `head.tokens_at_once`
+    slots: int  # padded length of prompt and answer together
+    answer_slots: int  # padded length of the answers
+    chunk: int  # tokens per chip whose logits exist at a time; 0: `head.tokens_at_once`
 
 
 @dataclass(frozen=True)
 class MicroBatch:
-    """Rows of a batch that go through a program at one time."""
+    """Rows of a batch that one call of a program computes."""
 
-    rows: np.ndarray  # int32[M]; one beyond the batch's last stands for no row
-    slots: int  # that hold the longest row, prompt and answer
-    answer_slots: int  # that hold the longest answer
+    rows: np.ndarray  # int32[M], row numbers; the batch's number of rows means: no row
+    slots: int  # padded length of prompt and answer together
+    answer_slots: int  # padded length of the answers
 
     def widths(self, chunk: int) -> Widths:
         return Widths(self.slots, self.answer_slots, chunk)
@@ -55,14 +55,16 @@ def split_by_length(
     smallest: int,
     shards: int = 1,
 ) -> Iterator[MicroBatch]:
-    """The rows by falling length, `size` at a time; the last few, where they fill no half of that, by quarters.
+    """Splits rows, sorted by descending length, into micro-batches of `size`.
+
+    Once at most half of `size` remains, micro-batches have a quarter of it if `shards` divides that.
 
     Args:
-      prompt_lengths, lengths: int[B], of the whole batch's prompts and answers.
-      rows: which of them to take.
-      widths: prompt and answer slots of the batch: no piece is wider.
-      smallest: the least width.
-      shards: what the rows of a piece have to divide by.
+      prompt_lengths, lengths: int[B], of the prompts and answers of the complete batch.
+      rows: the row numbers to use.
+      widths: prompt and answer slots of the batch, which limit the widths.
+      smallest: the smallest width.
+      shards: must divide the number of rows of a micro-batch.
     """
     total = prompt_lengths + lengths
     order = rows[np.argsort(-total[rows], kind="stable")]
@@ -79,7 +81,7 @@ def split_by_length(
 
 
 def length_batches(lengths: Sequence[int], batch_size: int) -> Iterator[np.ndarray]:
-    """Row numbers in batches of one size and of like lengths, shortest first; the last repeats its last row.
+    """Batches of row numbers of similar lengths, shortest first; the last batch is filled by repeating its last row.
 
     >>> [rows.tolist() for rows in length_batches([30, 10, 20], 2)]
     [[1, 2], [0, 0]]

@@ -1,4 +1,4 @@
-"""How every command starts and ends: flags, config files, and errors as one line with exit code 2. Needs no JAX."""
+"""Flags, config files and error handling of all commands. Does not need JAX."""
 
 import dataclasses
 import logging
@@ -34,9 +34,9 @@ T = TypeVar("T")
 
 
 def config_flag(*classes: type[C]) -> Callable[[], C]:
-    """Defines `--config=FILE` and its `--config.FIELD=VALUE`; returns a reader of the checked config.
+    """Defines `--config=FILE` and `--config.FIELD=VALUE`; returns a function that reads and checks the config.
 
-    Of several classes, the config is of the first one that has all its fields; else of the first.
+    Of several classes, the first one that has all fields of the config is used; if none has, the first one.
     """
     names = " or a ".join(cls.__name__ for cls in classes)
     holder = config_flags.DEFINE_config_file("config", None, f"Python file whose get_config() returns a {names}.")
@@ -48,7 +48,7 @@ def config_flag(*classes: type[C]) -> Callable[[], C]:
             fields = set(holder.value)
             cls = next((c for c in classes if fields <= _fields(c)), classes[0])
             return from_config_dict(cls, holder.value)
-        except OSError as error:  # ml_collections reads the file when its value is first asked for
+        except OSError as error:  # ml_collections reads the file when its value is first accessed
             file = config_flags.get_config_filename(flags.FLAGS["config"])
             raise UserError(f"--config: no config file {file}; give one, for example configs/quickstart.py") from error
 
@@ -72,7 +72,7 @@ def define_processes(values: flags.FlagValues = flags.FLAGS) -> None:
 
 
 def processes(values: flags.FlagValues = flags.FLAGS) -> "Processes | None":
-    """Where the processes of the run meet; None if the flags do not say."""
+    """The values of the flags for several processes; None if they are not set."""
     from camopd_jax.runtime.cluster import Processes  # imports JAX, which not all commands need
 
     given: dict[str, Any] = {name: values[name].value for name in _PROCESS_FLAGS}
@@ -85,56 +85,56 @@ def processes(values: flags.FlagValues = flags.FLAGS) -> "Processes | None":
     return Processes(address, count, number)
 
 
-def run(main: Callable[..., None], *words: str, many: bool = False) -> None:
+def run(main: Callable[..., None], *words: str, repeated: bool = False) -> None:
     """Parses the flags and runs `main`. A user's mistake becomes one line on stderr and exit code 2.
 
     Args:
-      words: names of the arguments without dashes that the command takes; `main` gets their values.
-      many: whether the last of them may be given more than once.
+      words: names of the positional arguments; `main` gets their values.
+      repeated: whether the last one may be given more than once.
     """
     _configure_logging()
     app.run(
         lambda argv: report_errors(lambda: main(*argv[1:])),
-        flags_parser=lambda argv: report_errors(lambda: _parse(argv, words, many)),
+        flags_parser=lambda argv: report_errors(lambda: _parse(argv, words, repeated)),
     )
 
 
 def _configure_logging() -> None:
-    """Sets how much of the libraries' own messages is printed. `--verbosity=0` shows more."""
+    """Prints only warnings of libraries. `--verbosity=0` shows more."""
     absl.logging.set_verbosity(absl.logging.WARNING)
     # Orbax logs an error with its traceback before it raises it; `report_errors` prints it as one line.
     logging.getLogger("absl").addFilter(lambda record: not ("orbax" in record.pathname and record.exc_info))
 
 
 def console() -> "Console":
-    """Where a command prints its tables: as wide as the terminal, else 120 columns."""
-    from rich.console import Console  # not all commands print any
+    """The console for a command's tables, with the terminal's width or else 120 columns."""
+    from rich.console import Console  # slow to import, and not all commands need it
 
     return Console(highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 def required(name: str, example: str) -> str:
-    """The value of a string flag that has to be given."""
+    """The value of a required string flag."""
     value = flags.FLAGS[name].value
     if not value:
         raise UserError(f"--{name} is missing; for example --{name}={example}")
     return value
 
 
-def _parse(argv: list[str], words: Sequence[str], many: bool) -> list[str]:
+def _parse(argv: list[str], words: Sequence[str], repeated: bool) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
         raise UserError(f"{error}; see --help") from error
-    except AttributeError as error:  # ml_collections: an override of a field that is not there
+    except AttributeError as error:  # from ml_collections: an override of an unknown field
         raise UserError(_unknown_field(argv, str(error))) from error
     except SystemExit:  # absl ends --help with 1
         sys.exit(0)
-    except KeyError as error:  # ml_collections: an override inside a block that is not there
+    except KeyError as error:  # from ml_collections: an override in an unknown block
         raise UserError(_unknown_field(argv, str(error))) from error
     except (OSError, ImportError, SyntaxError, TypeError, ValueError, NameError) as error:
         raise UserError(f"--config: cannot read the config file: {_cause(error)}") from error
-    if len(rest) > 1 + len(words) and not many:
+    if len(rest) > 1 + len(words) and not repeated:
         raise UserError(f"{rest[1 + len(words)]!r} is not a flag; flags begin with --")
     if len(rest) < 1 + len(words):
         raise UserError(f"{words[len(rest) - 1]} is missing; see --help")
@@ -142,7 +142,7 @@ def _parse(argv: list[str], words: Sequence[str], many: bool) -> list[str]:
 
 
 def _unknown_field(argv: Sequence[str], message: str) -> str:
-    """Names the flag of an override whose field the config does not have, from ml_collections' message."""
+    """The error message for an override of an unknown field, from ml_collections' message."""
     words = re.findall(r"\w+", message)
     field = words[0] if words else ""
     name = next((argument.split("=")[0] for argument in argv if field in argument), field)
@@ -154,14 +154,14 @@ def _unknown_field(argv: Sequence[str], message: str) -> str:
 
 
 def _cause(error: BaseException) -> str:
-    """The first error of a chain, which ml_collections wraps in its own."""
+    """The first error of a chain; ml_collections wraps errors in its own."""
     while inner := error.__cause__ or error.__context__:
         error = inner
     return f"{type(error).__name__}: {error}"
 
 
 def report_errors(act: Callable[[], T]) -> T:
-    """Runs a command; a user's mistake becomes one line on stderr and exit code 2.
+    """Calls `act`; a user's mistake becomes one line on stderr and exit code 2.
 
     So does an optional package that is not installed: fsspec, for one, imports that of a bucket when a path is read.
     """

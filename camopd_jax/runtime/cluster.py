@@ -1,6 +1,6 @@
-"""How the processes of a run find each other, before JAX is used: one process a host, all with the same command.
+"""Connects the processes of a run before JAX is used: one process per host, all with the same command.
 
-`distributed` is what they do together then, `termination` how each of them ends.
+`distributed` has the communication between them, and `termination` their ending.
 """
 
 import atexit
@@ -17,9 +17,9 @@ from camopd_jax.errors import UserError
 from camopd_jax.runtime.distributed import is_distributed, is_primary
 from camopd_jax.runtime.termination import START_AGAIN, ExitMessage, enter_cluster, leave_cluster
 
-JOIN_TIMEOUT = 300  # seconds in which all processes have to connect
-HEARTBEAT_TIMEOUT = 100  # seconds without a heartbeat, after which a process counts as dead
-SHUTDOWN_TIMEOUT = 300  # seconds that a process which is done waits for the others
+JOIN_TIMEOUT = 300  # seconds within which all processes must connect
+HEARTBEAT_TIMEOUT = 100  # seconds without a heartbeat after which a process counts as lost
+SHUTDOWN_TIMEOUT = 300  # seconds that a finished process waits for the others
 
 KILLED = (
     "error: this process was killed, or JAX ended it because another process of the run was lost (see the lines above)"
@@ -29,14 +29,14 @@ KILLED = (
 
 @dataclass(frozen=True)
 class Processes:
-    """Where the processes of a run meet: the values of the flags of these names."""
+    """The values of the flags with these names."""
 
-    coordinator_address: str  # host:port of process 0, which all can reach
+    coordinator_address: str  # host:port of process 0, reachable from all hosts
     num_processes: int
-    process_id: int  # of this one, from 0
+    process_id: int  # of this process, from 0
 
     def __post_init__(self) -> None:
-        """Raises UserError for an address or number that cannot be."""
+        """Raises UserError for an invalid address or number."""
         host, _, port = self.coordinator_address.rpartition(":")
         if not host or not port.isdigit() or not 0 < int(port) < 2**16:
             raise UserError(
@@ -57,22 +57,23 @@ class Processes:
 
 
 def join(processes: Processes | None) -> None:
-    """Waits for the other processes of the run, if there are any. Call it before anything that asks JAX for devices.
+    """Connects to the other processes of the run, if there are any. Call it before JAX lists its devices.
 
     Args:
-      processes: where they meet. None: JAX finds them itself on Cloud TPU; with CAMOPD_DISTRIBUTED=1 in the environment
-        under SLURM, Open MPI and Kubernetes too; with CAMOPD_DISTRIBUTED=0 nowhere. Else this process works alone.
+      processes: address, number and id. None: JAX detects them on Cloud TPU; with CAMOPD_DISTRIBUTED=1 in the
+        environment also under SLURM, Open MPI and Kubernetes; with CAMOPD_DISTRIBUTED=0 never. If they are not
+        detected, the run has only this process.
 
     Raises:
-      UserError: if they cannot be found. If they do not connect in time, JAX aborts this process.
+      UserError: if the other processes cannot be found. If they do not connect in time, JAX aborts this process.
     """
-    if jax.distributed.is_initialized() or (processes is None and not _searches()):
+    if jax.distributed.is_initialized() or (processes is None and not _may_detect()):
         return
     message = ExitMessage()
     try:
         if processes is not None:
             _connect(processes, message)
-        elif not _search(message):
+        elif not _detect(message):
             message.clear()
             return
     except UserError:
@@ -100,13 +101,13 @@ def _connect(processes: Processes, message: ExitMessage) -> None:
         raise UserError(f"{failed} ({_first_line(error)})") from error
 
 
-def _search(message: ExitMessage) -> bool:
-    """Has JAX find the other processes; False on a TPU host that belongs to no cluster."""
+def _detect(message: ExitMessage) -> bool:
+    """Lets JAX detect the other processes; returns False on a single TPU host."""
     message.set(KILLED)
     try:
         _initialize()
-    except Exception as error:  # detection asks environments and servers of many kinds
-        if _wish() != "1" and "should be defined" in str(error):
+    except Exception as error:  # detection depends on the environment and raises many kinds
+        if _distributed_setting() != "1" and "should be defined" in str(error):
             return False
         raise UserError(
             f"the other processes cannot be found ({_first_line(error)}); name them with --coordinator_address, "
@@ -116,7 +117,7 @@ def _search(message: ExitMessage) -> bool:
 
 
 def _initialize(processes: Processes | None = None) -> None:
-    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # read where the devices are CPUs
+    jax.config.update("jax_cpu_collectives_implementation", "gloo")  # only used if the devices are CPUs
     jax.distributed.initialize(
         coordinator_address=processes.coordinator_address if processes else None,
         num_processes=processes.num_processes if processes else None,
@@ -133,7 +134,7 @@ def _leave() -> None:
 
 
 def _check_port(processes: Processes) -> None:
-    """Raises UserError unless process 0 can listen: JAX would abort it without a word on the flag."""
+    """Raises UserError unless process 0 can listen on the port; JAX would abort without naming the flag."""
     try:
         socket.create_server(("", processes.port)).close()
     except OSError as error:
@@ -147,17 +148,17 @@ def _first_line(error: Exception) -> str:
     return next(iter(str(error).splitlines()), type(error).__name__)
 
 
-def _wish() -> str | None:
+def _distributed_setting() -> str | None:
     return os.environ.get("CAMOPD_DISTRIBUTED")
 
 
-def _searches() -> bool:
-    """Whether JAX is to look for other processes, where none are given."""
-    return _wish() == "1" or (_wish() != "0" and _on_cloud_tpu())
+def _may_detect() -> bool:
+    """Whether JAX detects other processes, if no flags are given."""
+    return _distributed_setting() == "1" or (_distributed_setting() != "0" and _on_cloud_tpu())
 
 
 def _on_cloud_tpu() -> bool:
-    """Whether JAX will run on the TPU chips of this host."""
+    """Whether JAX will use the TPU chips of this host."""
     chips = any(any(Path("/dev").glob(pattern)) for pattern in ("accel[0-9]*", "vfio/[0-9]*"))
     platforms = (jax.config.jax_platforms or "tpu").split(",")  # type: ignore[attr-defined]
     return chips and "tpu" in platforms and importlib.util.find_spec("libtpu") is not None

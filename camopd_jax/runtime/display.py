@@ -1,4 +1,4 @@
-"""The progress of a run on stdout: two live lines on a terminal, else a plain line now and then."""
+"""Prints the progress of a run: two live lines on a terminal, else a plain line every few seconds."""
 
 import atexit
 import datetime
@@ -14,19 +14,19 @@ from rich.text import Text
 
 from camopd_jax.runtime.distributed import is_primary
 
-STEP_SECONDS = 2.0  # between two plain lines of steps, at least
-PROGRESS_SECONDS = 15.0  # the same, of other work
+STEP_SECONDS = 2.0  # minimum time between two plain lines of steps
+PROGRESS_SECONDS = 15.0  # the same for other work
 COLOURS = ("cyan", "magenta", "green", "blue", "yellow", "red")  # of phases, in the order in which they first appear
 
 
 class Display:
-    """Shows steps, the progress of other long work, and messages. Of several processes, the first one prints.
+    """Shows steps, the progress of other long work, and messages. Only process 0 prints.
 
-    The environment variable NO_COLOR is honoured.
+    If the environment variable NO_COLOR is set, there are no colours.
     """
 
     def __init__(self, total: int, start: int) -> None:
-        """Of a run of `total` steps that goes on after the first `start`."""
+        """For a run of `total` steps of which `start` are done."""
         on_terminal = sys.stdout.isatty()
         self._console = Console(highlight=False, markup=False, emoji=False, soft_wrap=not on_terminal)
         self._prints = is_primary()
@@ -49,19 +49,19 @@ class Display:
             self._plain_line(line)
 
     def progress(self, text: str) -> None:
-        """Shows how far a long work is: on a terminal in place, else as a line now and then."""
+        """Shows the progress of other long work: in place on a terminal, else a line every few seconds."""
         if self._live:
             self._live.figures(text)
         elif self._waited(PROGRESS_SECONDS):
             self._plain_line(text)
 
-    def say(self, message: Any) -> None:
-        """Prints a line, or anything else that rich can print, above the live lines."""
+    def print(self, message: Any) -> None:
+        """Prints a line or another rich object above the live lines."""
         if self._prints:
             self._console.print(message)
 
     def close(self) -> None:
-        """Ends the live lines; messages can be printed still."""
+        """Ends the live lines; messages can still be printed."""
         if self._live:
             self._live.close()
 
@@ -70,11 +70,11 @@ class Display:
 
     def _plain_line(self, text: str) -> None:
         self._last_line = time.perf_counter()
-        self.say(text)
+        self.print(text)
 
 
 class _LiveLines:
-    """A progress bar and a line of figures under it, redrawn in place."""
+    """A progress bar with a line of figures below it, updated in place."""
 
     def __init__(self, console: Console, total: int, start: int) -> None:
         self._bar = Progress(
@@ -90,7 +90,7 @@ class _LiveLines:
         self._colours: dict[str, str] = {}
         self._live = Live(Group(self._bar, self._text), console=console, refresh_per_second=8)
         self._live.start()
-        atexit.register(self._live.stop)  # an error must not leave the terminal without its cursor
+        atexit.register(self._live.stop)  # restores the cursor after an error
 
     def step(self, phase: str, done: int, speed: str) -> None:
         colour = self._colours.setdefault(phase, COLOURS[len(self._colours) % len(COLOURS)])
@@ -104,7 +104,7 @@ class _LiveLines:
 
 
 def _figures(row: dict[str, Any]) -> str:
-    """The figures of a step's row that are shown."""
+    """The figures shown for a step."""
     figures = [f"loss {row['loss']:.4f}"]
     if "gap_mean" in row:
         figures += [

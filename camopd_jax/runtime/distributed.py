@@ -1,7 +1,7 @@
-"""What the processes of a run do together, once `cluster` has joined them. A process alone does the same by itself.
+"""Communication between the processes of a run, after `cluster` has connected them. Also works with one process.
 
-Process 0 writes files and prints. What it alone reads or measures it sends to the others, so that all take the same
-decisions and meet in the same collectives.
+Process 0 writes files and prints. It broadcasts what only it reads or measures, so that all processes make the same
+decisions and call the same collectives.
 """
 
 import json
@@ -14,7 +14,7 @@ from jax.experimental import multihost_utils
 
 from camopd_jax.errors import UserError
 
-MAX_ERROR_BYTES = 2048  # of an error's text that is sent to the other processes
+MAX_ERROR_BYTES = 2048  # maximum length of an error message that is sent to the other processes
 T = TypeVar("T")
 
 
@@ -35,7 +35,7 @@ def barrier(name: str) -> None:
 
 
 def broadcast(make: Callable[[], Any]) -> Any:
-    """The JSON value that `make()` returns on process 0, on every process.
+    """Calls `make` on process 0 and returns its JSON value on every process.
 
     Raises:
       UserError: on every process, if `make` raises it on process 0.
@@ -55,9 +55,9 @@ def broadcast(make: Callable[[], Any]) -> Any:
 
 
 def _broadcast_bytes(sent: bytes) -> bytes:
-    """The bytes that process 0 gives; what the others give is not looked at."""
+    """Returns the bytes that process 0 passes; those of the other processes are ignored."""
     size = int(multihost_utils.broadcast_one_to_all(np.int32(len(sent))))
-    padded = np.zeros(1 << size.bit_length(), np.uint8)  # few sizes, so few compilations
+    padded = np.zeros(1 << size.bit_length(), np.uint8)  # few different sizes, for few compilations
     if is_primary():
         padded[:size] = np.frombuffer(sent, np.uint8)
     return np.asarray(multihost_utils.broadcast_one_to_all(padded), np.uint8)[:size].tobytes()
@@ -67,7 +67,7 @@ def run_on_all(act: Callable[[], T]) -> T:
     """Calls `act` on every process and returns this process's result.
 
     Raises:
-      UserError: on every process, if `act` raises it on one, for which the others would wait.
+      UserError: on every process, if `act` raises it on one of them; otherwise the others would wait for it.
     """
     if not is_distributed():
         return act()

@@ -1,4 +1,4 @@
-"""Gives freed memory back to the system: on a CPU, what glibc's allocator keeps of it counts as this process's."""
+"""Returns freed memory to the system: glibc's allocator keeps it, and it counts as memory of this process."""
 
 import ctypes
 import os
@@ -8,18 +8,18 @@ _M_MMAP_THRESHOLD, _M_ARENA_MAX = -3, -8  # of malloc.h
 
 
 def return_large_blocks_at_once() -> None:
-    """Makes glibc return freed blocks of a megabyte and more at once, and keep the others in one heap.
+    """Makes glibc return freed blocks of at least 1 MiB at once, and keep smaller blocks in one heap.
 
-    By default it keeps blocks of up to 32 MiB for later: on a CPU, a layer's worth of arrays for every layer.
+    By default it keeps blocks of up to 32 MiB, which on a CPU are arrays of every layer.
     """
     if libc := _glibc():
         libc.mallopt(_M_MMAP_THRESHOLD, 2**20)
-        if (os.cpu_count() or 1) <= 4:  # few threads do not wait for one another
+        if (os.cpu_count() or 1) <= 4:  # with few threads, one heap causes no waiting
             libc.mallopt(_M_ARENA_MAX, 1)
 
 
 def trim() -> None:
-    """Returns the free parts of the heap now, which takes some milliseconds."""
+    """Returns the free parts of the heap now. This takes a few milliseconds."""
     if libc := _glibc():
         libc.malloc_trim(0)
 

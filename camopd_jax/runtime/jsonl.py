@@ -1,4 +1,7 @@
-"""Files of JSON lines, of which a kill leaves none half-written but the last line of one that grows."""
+"""Files of JSON lines, of which a kill leaves none half-written but the last line of one that grows.
+
+Lines end at "\n" and nowhere else: Unicode's other line separators may stand inside a JSON text.
+"""
 
 import contextlib
 import json
@@ -12,22 +15,28 @@ from camopd_jax.errors import UserError
 
 
 def write_rows(path: str | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Writes one object a line to a part file beside `path`, then moves it there.
+    """Writes one object a line to a part file beside `path`, then moves it there. Numbers not finite become null.
 
     Raises:
-      UserError: if the file cannot be written; what was at `path` before is still there.
+      UserError: if the file cannot be written; an existing file at `path` is unchanged.
     """
     with atomic_file(path) as file:
         for row in rows:
-            file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            file.write(_line(row))
+
+
+def _line(row: dict[str, Any]) -> str:
+    """A row as a line of UTF-8. Half a surrogate pair stays an escape, and values that JSON lacks become text."""
+    text = json.dumps(_finite(row), ensure_ascii=False, default=str)
+    return text.encode("utf-8", "backslashreplace").decode() + "\n"
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | epath.Path) -> Iterator[TextIO]:
-    """A text file to write, which replaces `path` when all is written.
+    """A text file to write, which replaces `path` when it is complete.
 
     Raises:
-      UserError: if it cannot be written; what was at `path` before is still there.
+      UserError: if it cannot be written; an existing file at `path` is unchanged.
     """
     path = epath.Path(path)
     part = path.parent / (path.name + ".part")
@@ -41,48 +50,55 @@ def atomic_file(path: str | epath.Path) -> Iterator[TextIO]:
 
 
 def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
-    """Adds one object a line to a file. Numbers that are not finite become null.
+    """Appends one object per line to a file. Numbers that are not finite become null.
 
     Raises:
       UserError: if the file cannot be written.
     """
-    text = "".join(json.dumps(_finite(row), ensure_ascii=False) + "\n" for row in rows)
+    added = "".join(map(_line, rows)).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if "://" in str(path):  # object stores do not append: gcsfs takes "a" for "w"
-            path.write_text((path.read_text() if path.exists() else "") + text)
+            before = path.read_bytes() if path.exists() else b""
+            path.write_bytes(before + _line_break(before[-1:]) + added)
         else:
-            with path.open("a") as stream:
-                stream.write(text)
+            with open(path, "ab+") as stream:
+                stream.seek(max(0, stream.tell() - 1))
+                stream.write(_line_break(stream.read(1)) + added)
     except OSError as error:
         raise UserError(
             f"{path}: cannot write ({error.strerror}); free disk space and start the same command again"
         ) from error
 
 
+def _line_break(last: bytes) -> bytes:
+    """What ends a file whose last byte this is: a row must not join a line that a kill cut."""
+    return b"" if last in (b"", b"\n") else b"\n"
+
+
 def _finite(value: Any) -> Any:
     """The same JSON value, with null for numbers that are not finite."""
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return [_finite(v) for v in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def read_rows(path: epath.Path) -> list[dict[str, Any]]:
-    """The rows of a file that a run appends to; none if it does not exist. A last line cut by a kill is left out."""
+    """The rows of a growing file; empty if the file does not exist. Damaged and incomplete lines are left out."""
     rows: list[dict[str, Any]] = []
     if not path.exists():
         return rows
-    for line in path.read_text().splitlines():
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            break
+    for line in path.read_bytes().split(b"\n"):
+        with contextlib.suppress(ValueError):  # also of a line that ends inside a character
+            row = json.loads(line.decode())
+            if isinstance(row, dict):
+                rows.append(row)
     return rows
 
 
 def drop_rows_after(path: epath.Path, steps_done: int) -> None:
-    """Keeps the rows of the first `steps_done` steps, so that a run that goes on writes none of them twice."""
+    """Removes the rows after the first `steps_done` steps, so that a resumed run writes no row twice."""
     if path.exists():
         write_rows(path, (row for row in read_rows(path) if row["step"] < steps_done))

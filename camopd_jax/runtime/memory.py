@@ -1,4 +1,4 @@
-"""Memory: what a run has taken at its peak."""
+"""The peak memory of a run."""
 
 import resource
 import sys
@@ -7,7 +7,7 @@ import jax
 
 
 def memory_gib() -> float:
-    """Peak memory in GiB: of the fullest local device where the backend knows it, else of this process."""
+    """Peak memory in GiB: the maximum over local devices if the backend reports it, else of this process."""
     peaks = [(device.memory_stats() or {}).get("peak_bytes_in_use", 0) for device in jax.local_devices()]
     if max(peaks):
         return max(peaks) / 2**30

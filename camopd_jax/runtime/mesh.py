@@ -1,4 +1,4 @@
-"""One mesh, and one table from the logical axes of arrays to the axes of the mesh."""
+"""The mesh, the table from logical axes of arrays to mesh axes, and functions for global arrays."""
 
 import math
 from collections.abc import Iterable, Sequence
@@ -20,7 +20,7 @@ MESH_AXES = ("data", "fsdp", "tensor")
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # rows of prompts, answers, activations, KV cache
     "sequence": None,
-    "residual": "tensor",  # the sequence again, where every token is by itself: between the products of a layer
+    "residual": "tensor",  # the sequence between the matrix products of a layer, where tokens are independent
     "layers": None,  # scanned, never split
     "embed": "fsdp",
     "vocab": "tensor",
@@ -30,24 +30,24 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "mlp": "tensor",
 }
 
-# Activations [B, S, D]. Their model width stays whole in the layers: the rows already lie on "fsdp".
-ACTIVATION = ("batch", "sequence", None)  # as a product takes them, and as tokens are picked out of finished rows
-RESIDUAL = ("batch", "residual", None)  # between the products: what the backward pass keeps of a layer
+# Logical axes of activations [B, S, D]. The model width is not split, because the rows are already split over "fsdp".
+ACTIVATION = ("batch", "sequence", None)  # for matrix products, and to select tokens from complete rows
+RESIDUAL = ("batch", "residual", None)  # between the products: the arrays stored for the backward pass
 
 
 def mesh_of(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh that a config asks for; else as `make_mesh`."""
+    """The mesh of a config; `devices` and errors as in `make_mesh`."""
     return make_mesh(config.data, config.fsdp, config.tensor, devices)
 
 
 def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """A mesh of all devices. One of the sizes may be -1: what the others leave.
+    """A mesh of all devices. One of the sizes may be -1: all remaining devices.
 
     Args:
       devices: None: all devices of the run.
 
     Raises:
-      UserError: if the sizes do not multiply to the number of devices.
+      UserError: if the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
     sizes = [data, fsdp, tensor]
@@ -60,23 +60,23 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
     types = (AxisType.Auto,) * len(MESH_AXES)
     try:
         return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
-    except NotImplementedError:  # a TPU torus of whose sides the sizes are no products, as tensor 2 on 4x4x4
+    except NotImplementedError:  # a mesh axis needs a part of a TPU torus axis, as tensor 2 on 4x4x4
         split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
         return Mesh(split, MESH_AXES, axis_types=types)
 
 
 def fill_sizes(sizes: Iterable[int], devices: int) -> list[int]:
-    """Sizes of mesh axes, with the one that is -1 as large as the others leave it, at least 1."""
+    """Sizes of mesh axes, with -1 replaced by the number of remaining devices, at least 1."""
     sizes = list(sizes)
     left = max(1, devices // math.prod(n for n in sizes if n != -1))
     return [left if n == -1 else n for n in sizes]
 
 
 def reshape_mesh(mesh: Mesh, data: int, fsdp: int, tensor: int, field: str) -> Mesh:
-    """The same devices in the same order, on axes of other sizes, one of which may be -1.
+    """A mesh of the same devices in the same order with other axis sizes, one of which may be -1.
 
     Raises:
-      UserError: naming `field`, if the sizes do not multiply to the number of devices.
+      UserError: naming `field`, if the product of the sizes is not the number of devices.
     """
     try:
         return Mesh(mesh.devices.reshape(data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
@@ -92,7 +92,7 @@ def spec(*axes: str | None) -> PartitionSpec:
 
     Raises:
       KeyError: for an axis without a rule.
-      ValueError: if two dimensions want the same mesh axis.
+      ValueError: if two dimensions have the same mesh axis.
     """
     mesh_axes = [None if axis is None else RULES[axis] for axis in axes]
     used = [axis for entry in mesh_axes for axis in _flat(entry)]
@@ -109,17 +109,17 @@ def _flat(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
-    """`spec` on a mesh; without axes, replicated."""
+    """The sharding of an array with these logical axes; without axes, it is replicated."""
     return NamedSharding(mesh, spec(*axes))
 
 
 def constrain(array: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """Tells the compiler how an intermediate array is split; without a mesh, nothing."""
+    """Constrains the sharding of an intermediate array; without a mesh, returns it unchanged."""
     return array if mesh is None else jax.lax.with_sharding_constraint(array, sharding(mesh, *axes))
 
 
 def constrain_even(array: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:
-    """`constrain`, but a dimension that does not divide over its mesh axes is not split."""
+    """`constrain`, but a dimension that its mesh axes do not divide is not split."""
     if mesh is None:
         return array
     shards = (math.prod(mesh.shape[m] for m in _flat(spec(axis)[0])) for axis in axes)
@@ -133,21 +133,21 @@ def batch_shards(mesh: Mesh | None) -> int:
 
 
 def platform(mesh: Mesh | None) -> str:
-    """ "tpu", "gpu" or "cpu": the devices that a program is for, which may be others than those of this process."""
+    """ "tpu", "gpu" or "cpu": the platform of the mesh's devices, which may differ from that of this process."""
     return "cpu" if mesh is None else mesh.devices.flat[0].platform
 
 
 def rows_of_process(mesh: Mesh, rows: int) -> np.ndarray:
-    """int64[n]: the rows of a batch that this process brings, in rising order.
+    """int64[n]: the rows of a batch that this process provides, in ascending order.
 
-    They need not be neighbours: on a TPU torus the mesh follows the wires, not the hosts.
+    They may not be consecutive: on a TPU torus, the mesh orders devices by the interconnect, not by host.
     """
     pieces = sharding(mesh, "batch").addressable_devices_indices_map((rows,)).values()
     return np.unique(np.concatenate([np.arange(rows)[piece] for piece in pieces]))
 
 
 def check_rows(mesh: Mesh, field: str, rows: int, of: str = "config.mesh") -> None:
-    """Raises UserError unless `rows` divides over the mesh axes that hold the batch."""
+    """Raises UserError unless the mesh axes of the batch divide `rows`. `of`: the mesh's config field."""
     shards = batch_shards(mesh)
     if rows % shards:
         raise UserError(
@@ -157,14 +157,14 @@ def check_rows(mesh: Mesh, field: str, rows: int, of: str = "config.mesh") -> No
 
 
 def global_rows(mesh: Mesh, tree: T, rows: int) -> T:
-    """Host arrays of the rows `rows_of_process` -> global arrays `[rows, ...]`, split over the batch axes."""
+    """Converts host arrays with the rows `rows_of_process` to global arrays `[rows, ...]` split over the batch axes."""
     batch, own = sharding(mesh, "batch"), rows_of_process(mesh, rows)
 
     def make_global(array: np.ndarray) -> jax.Array:
         array = np.asarray(array)
 
         def shard(index: tuple[slice, ...] | None) -> np.ndarray:
-            assert index is not None  # every device holds rows
+            assert index is not None  # every device has rows
             return array[np.searchsorted(own, np.arange(rows)[index[0]])]
 
         return jax.make_array_from_callback((rows, *array.shape[1:]), batch, shard)
@@ -173,13 +173,13 @@ def global_rows(mesh: Mesh, tree: T, rows: int) -> T:
 
 
 def local_rows(array: jax.Array) -> np.ndarray:
-    """The rows of a global array `[rows, ...]` that this process holds, each once, in order."""
+    """The rows of a global array `[rows, ...]` that are on this process, without duplicates, in order."""
     shards = {s.index[0].start or 0: s for s in array.addressable_shards}
     return np.concatenate([np.asarray(shards[start].data) for start in sorted(shards)])
 
 
 def take_rows(tree: T, rows_M: jax.Array, mesh: Mesh | None) -> T:
-    """Rows of arrays `[B, ...]`, split over the batch axes. A row number beyond the last gives the last row."""
+    """Rows of arrays `[B, ...]`, split over the batch axes. Row number B returns the last row."""
 
     def take(array: jax.Array) -> jax.Array:
         array = jnp.take(array, rows_M, axis=0, mode="clip")
@@ -189,5 +189,5 @@ def take_rows(tree: T, rows_M: jax.Array, mesh: Mesh | None) -> T:
 
 
 def gather(tree: Any) -> Any:
-    """Global arrays `[rows, ...]` as host arrays of all rows, on every process."""
+    """Converts global arrays `[rows, ...]` to host arrays of all rows, on every process."""
     return multihost_utils.process_allgather(tree, tiled=True)

@@ -1,4 +1,4 @@
-"""The files of a work directory that grow while it runs: rows of JSON lines, and the same figures for TensorBoard."""
+"""Writes the metrics of a run: JSONL files and TensorBoard events in its work directory."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -13,12 +13,12 @@ Row = dict[str, Any]
 
 
 class MetricsWriter:
-    """Appends rows to the files of a work directory; of several processes, the first one writes."""
+    """Appends rows to the files of a work directory. Only process 0 writes."""
 
     def __init__(self, workdir: epath.Path, tensorboard: bool) -> None:
         self._workdir, self._writes = workdir, is_primary()
         evaluations = workdir / "eval.jsonl"
-        if self._writes and evaluations.exists():  # without a last row cut by a kill, which the next would join
+        if self._writes and evaluations.exists():  # removes an incomplete last line before rows are appended
             write_rows(evaluations, read_rows(evaluations))
         self._events = None
         if tensorboard and self._writes:
@@ -27,7 +27,7 @@ class MetricsWriter:
             self._events = SummaryWriter(str(workdir / "tensorboard"), flush_secs=10)
 
     def add_step(self, row: Row) -> None:
-        """A line of metrics.jsonl. Numbers that are not finite become null."""
+        """Adds a line to metrics.jsonl. Numbers that are not finite become null."""
         self._append("metrics.jsonl", [row])
         self._add_scalars(row["phase"], row)
 
@@ -38,16 +38,16 @@ class MetricsWriter:
         self._append("selection.jsonl", rows)
 
     def add_diagnosis(self, row: Row) -> None:
-        """A line of diagnostics.jsonl."""
+        """Adds a line to diagnostics.jsonl."""
         self._append("diagnostics.jsonl", [row])
         self._add_scalars("diagnostics", row)
 
     def diagnosed_steps(self) -> set[int]:
-        """The steps that diagnostics.jsonl has a line of."""
+        """The steps with a line in diagnostics.jsonl."""
         return set(broadcast(lambda: [row["step"] for row in read_rows(self._workdir / "diagnostics.jsonl")]))
 
     def add_evaluation(self, row: Row, figure: str, value: float) -> None:
-        """A line of eval.jsonl, unless it is there already; for TensorBoard, one figure of it."""
+        """Adds a line to eval.jsonl, unless it is there; adds `value` to TensorBoard under the name `figure`."""
         if not self._writes or row in read_rows(self._workdir / "eval.jsonl"):
             return
         self._append("eval.jsonl", [row])
@@ -64,7 +64,7 @@ class MetricsWriter:
             append_rows(self._workdir / name, rows)
 
     def _add_scalars(self, prefix: str, row: Row) -> None:
-        """All figures of a row, for TensorBoard."""
+        """Adds all figures of a row to TensorBoard."""
         if self._events:
             for name, value in _figures(row):
                 self._events.add_scalar(f"{prefix}/{name}", value, row["step"])
@@ -72,7 +72,7 @@ class MetricsWriter:
 
 
 def _figures(row: Row, prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The finite numbers of a row by name, those of inner objects with a path for a name."""
+    """The finite numbers of a row by name; numbers of nested objects have a path as name."""
     for name, value in row.items():
         if isinstance(value, dict):
             yield from _figures(value, f"{prefix}{name}/")

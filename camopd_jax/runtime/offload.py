@@ -1,8 +1,8 @@
-"""Arrays that wait in host memory and are on the devices only while they are needed.
+"""Offloading: keeps arrays in host memory except while they are needed on the devices.
 
-Of a step only one teacher works, and Adam's moments are needed at its end alone. An array that waits has no second copy
-on the devices: the one there is deleted, whoever else still refers to it. Copies between host and devices go on while
-the devices compute what was asked for before.
+A step needs only one teacher, and Adam's moments only at its end. While an array is in host memory, its copy on the
+devices is deleted, even if other references to it exist. Copies between host and devices run in the background, while
+the devices compute.
 """
 
 from typing import Any
@@ -13,15 +13,15 @@ HOST, DEVICE = "pinned_host", "device"
 
 
 class Offloaded:
-    """A tree of arrays that do not change, on the devices between `fetch` and `release`."""
+    """A tree of constant arrays, which are on the devices between `fetch` and `release`."""
 
     def __init__(self, tree: Any):
-        """Moves the arrays to the host; those given are deleted."""
+        """Moves the arrays to the host; the given arrays are deleted."""
         self._on_host = to_host(tree)
         self._on_devices: Any = None
 
     def fetch(self) -> Any:
-        """The arrays on the devices; returns at once, while the copy goes on."""
+        """The arrays on the devices; returns at once, while the copy runs in the background."""
         if self._on_devices is None:
             self._on_devices = _copy(self._on_host, DEVICE)
         return self._on_devices
@@ -33,37 +33,37 @@ class Offloaded:
             self._on_devices = None
 
 
-class Waiting:
-    """A tree of arrays that is needed now and then, and comes back another one."""
+class OffloadSlot:
+    """A place for one tree of arrays that changes at each use: `put` stores it, `take` returns it."""
 
     def __init__(self) -> None:
         self._tree: Any = None
         self._on_host = False
 
-    def park(self, tree: Any) -> None:
-        """Moves the arrays to the host, if none wait there already; those given are deleted."""
+    def put(self, tree: Any) -> None:
+        """Moves the arrays to the host, unless a tree is already stored; the given arrays are deleted."""
         if self._tree is None:
             self._tree, self._on_host = to_host(tree), True
 
     def fetch(self) -> None:
-        """Begins to move the arrays to the devices; returns at once."""
+        """Starts to move the arrays to the devices; returns at once."""
         if self._on_host:
             self._tree, self._on_host = to_devices(self._tree), False
 
     def take(self) -> Any:
-        """The arrays, on the devices; none wait any more."""
+        """Returns the arrays on the devices; the place is empty afterwards."""
         self.fetch()
         tree, self._tree = self._tree, None
         return tree
 
 
 def to_host(tree: Any) -> Any:
-    """The arrays in host memory, each split over the devices' hosts as before; those on the devices are deleted."""
+    """Moves arrays to host memory with the same sharding; those on the devices are deleted."""
     return _move(tree, HOST)
 
 
 def to_devices(tree: Any) -> Any:
-    """The arrays in the devices' memory; those on the host are deleted."""
+    """Moves arrays to the devices; those on the host are deleted."""
     return _move(tree, DEVICE)
 
 

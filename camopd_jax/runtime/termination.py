@@ -1,7 +1,7 @@
-"""How a process ends: alone as Python does, as a member of a cluster at once and with its reason on stderr.
+"""Ends a process: a single process normally, a member of a cluster at once, with the reason on stderr.
 
-A process of several cannot leave by an exception: others may wait for it in a collective, and JAX aborts those that are
-left. `cluster.join` makes this process a member. Nothing here needs JAX.
+A member of a cluster cannot end with an exception: other processes may wait for it in a collective, and JAX aborts the
+remaining processes. `cluster.join` makes this process a member. This module does not need JAX.
 """
 
 import contextlib
@@ -14,21 +14,20 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 LEADER_DELAY = (
-    3  # seconds that process 0 stays, so that the others can print why they end: JAX aborts them when it goes
+    3  # seconds that process 0 waits, so that the others can print why they end: JAX aborts them when it ends
 )
 START_AGAIN = "Give the same command again on every host: a run continues from its last checkpoint"
-# Parts of the messages of collectives whose other side has gone.
+# Texts in the error messages of collectives when another process has ended.
 LOST_PROCESS_MESSAGES = ("Gloo", "NCCL", "coordination service", "heartbeat")
 
 
 class ExitMessage:
-    """A line on stderr after this process has gone, however it ends; none if the line is empty.
+    """A line that is printed to stderr after this process has ended in any way; nothing if the line is empty.
 
-    When another process is lost, JAX aborts this one from a thread that runs no Python, so that nothing in this process
-    can print a reason. (jaxlib takes a `missed_heartbeat_callback`, but `jax.distributed.initialize` does not, and with
-    jaxlib 0.10 the callback itself aborts with std::bad_cast: an absl::Status has no Python type.) A shell outlives the
-    process instead: it reads lines until the pipe between them is closed, which the system does at the latest, and
-    prints the last.
+    When another process is lost, JAX aborts this one from a thread that runs no Python, so this process cannot print a
+    reason. (jaxlib has a `missed_heartbeat_callback`, but `jax.distributed.initialize` does not pass it, and in jaxlib
+    0.10 the callback itself aborts with std::bad_cast: an absl::Status has no Python type.) Therefore a separate shell
+    reads lines from a pipe until the pipe is closed, at the latest when this process ends, and prints the last line.
     """
 
     def __init__(self) -> None:
@@ -37,12 +36,12 @@ class ExitMessage:
             ["/bin/sh", "-c", script],
             stdin=subprocess.PIPE,
             stdout=subprocess.DEVNULL,
-            start_new_session=True,  # signals of the terminal are not for it
+            start_new_session=True,  # the shell must not get the terminal's signals
         )
 
     def set(self, line: str) -> None:
         pipe = self._shell.stdin
-        assert pipe is not None  # as asked for above
+        assert pipe is not None  # because stdin is a pipe
         with contextlib.suppress(OSError):  # the shell may have been killed
             pipe.write(f"{line}\n".encode())
             pipe.flush()
@@ -61,13 +60,13 @@ _membership: _Membership | None = None
 
 
 def enter_cluster(message: ExitMessage, leads: bool) -> None:
-    """Makes this process a member of a cluster, which it leaves by `leave_cluster` or `terminate`."""
+    """Makes this process a member of a cluster until `leave_cluster` or `terminate`."""
     global _membership
     _membership = _Membership(message, leads)
 
 
 def leave_cluster() -> None:
-    """Takes the exit message back: this process ends as it should."""
+    """Clears the exit message, because this process ends normally."""
     global _membership
     if _membership:
         _membership.message.clear()
@@ -80,7 +79,7 @@ def in_cluster() -> bool:
 
 
 def means_lost_process(error: BaseException) -> bool:
-    """Whether an error comes of another process that is gone, and not of what this one did."""
+    """Whether the cause of an error is the loss of another process."""
     return in_cluster() and any(part in str(error) for part in LOST_PROCESS_MESSAGES)
 
 
@@ -88,7 +87,7 @@ def terminate(code: int, error: BaseException | None = None) -> NoReturn:
     """Ends this process with an exit code; in a cluster at once, without waiting for the other processes.
 
     Args:
-      error: an unexpected one, to be printed first; None if its reason is on stderr already.
+      error: an unexpected error, which is printed first; None if the reason has been printed.
     """
     if error is not None and means_lost_process(error):
         print(
@@ -99,7 +98,7 @@ def terminate(code: int, error: BaseException | None = None) -> NoReturn:
     if _membership is None:
         sys.exit(code)
     if sys.stdout.isatty():
-        sys.stdout.write("\x1b[?25h")  # shows the cursor, which a live display has no time to give back
+        sys.stdout.write("\x1b[?25h")  # shows the cursor, which a live display has hidden
     sys.stdout.flush()
     sys.stderr.flush()
     if _membership.leads:

@@ -1,4 +1,4 @@
-"""Seconds of a step, by stage."""
+"""Measures the seconds of a step by stage."""
 
 import contextlib
 import time
@@ -6,11 +6,11 @@ from collections.abc import Iterator
 
 
 class Stages:
-    """Measures the stages of a step: `with stages("rollout"): ...`. A stage's time is not part of the one around it."""
+    """Measures the stages of a step: `with stages("rollout"): ...`. The time of a nested stage is not counted twice."""
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._inner = 0.0  # seconds of the finished stages inside the present one
+        self._inner = 0.0  # seconds of finished stages inside the current one
 
     @contextlib.contextmanager
     def __call__(self, name: str) -> Iterator[None]:
@@ -22,6 +22,6 @@ class Stages:
         self._inner = outer + elapsed
 
     def finish(self) -> dict[str, float]:
-        """The seconds of the step that ends here, by stage; the next step begins."""
+        """Ends the step: returns its seconds by stage, and resets them."""
         seconds, self._seconds = self._seconds, {}
         return seconds

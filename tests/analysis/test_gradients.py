@@ -1,4 +1,4 @@
-"""Per-answer gradients against loops of plain gradients, whole and projected."""
+"""Gradients of single answers, exact and projected, against loops of plain gradients."""
 
 import dataclasses
 from functools import partial
@@ -26,7 +26,7 @@ SAMPLED_TOKEN = OBJECTIVES["sampled_token"]()
 
 
 def two_batches(batch, config=CONFIG):
-    """The same answers under two teachers: as given, and with the gaps of a row given to the next."""
+    """The same answers with two teachers: as given, and with each row's gaps moved to the next row."""
     prompts, rollout, log_probs = batch
     mask = np.arange(rollout.tokens.shape[1]) < np.asarray(rollout.lengths)[:, None]
     gaps = np.roll(np.asarray(log_probs.gap), 1, axis=0)
@@ -50,7 +50,7 @@ def measured(tiny, batches, config=CONFIG):
 
 @pytest.fixture(scope="module")
 def by_hand(tiny, batch):
-    """{branch: float64[8, N]}: each answer's gradient from whole softmaxes, one answer at a time."""
+    """{branch: float64[8, N]}: each answer's gradient from full softmaxes, one answer at a time."""
     model, params = tiny
     flat, rebuild = jax.flatten_util.ravel_pytree(params)
 
@@ -74,7 +74,7 @@ def by_hand(tiny, batch):
     return found
 
 
-def test_coherence_signal_and_conflict_are_those_of_a_loop_over_answers(tiny, batch, by_hand):
+def test_coherence_signal_and_conflict_equal_a_loop_over_answers(tiny, batch, by_hand):
     parts = two_batches(batch)
     row = figures(measured(tiny, parts))
     means = {}
@@ -82,7 +82,7 @@ def test_coherence_signal_and_conflict_are_those_of_a_loop_over_answers(tiny, ba
         selected = np.asarray(parts[branch].selection.weights) > 0
         assert 1 < selected.sum() < 8
         lots = [np.asarray(random_subset(parts[branch].selection, key).weights) > 0
-                for key in jax.random.split(jax.random.fold_in(KEY, number), gradients.LOTS)]  # fmt: skip
+                for key in jax.random.split(jax.random.fold_in(KEY, number), gradients.RANDOM_SETS)]  # fmt: skip
 
         def coherence(rows, g=g):
             return np.linalg.norm(g[rows].sum(0)) / np.linalg.norm(g[rows], axis=1).sum()
@@ -107,7 +107,7 @@ def test_coherence_signal_and_conflict_are_those_of_a_loop_over_answers(tiny, ba
         assert row["conflict"][name]["survives"] == pytest.approx(np.linalg.norm(g + d) / sum(lengths), rel=1e-4)
 
 
-def test_each_group_has_its_own_cosine(tiny, batch, by_hand):
+def test_cosine_of_each_group(tiny, batch, by_hand):
     row = figures(measured(tiny, two_batches(batch)))
     assert list(row["layers"]) == ["embedding", "final_norm", "head", "layer 0"]
     size = tiny[1]["embedding"].size  # the first leaf of the flat gradient
@@ -125,7 +125,7 @@ def test_a_subset_of_the_parameters(tiny, batch):
     assert row["layers"]["embedding"] == pytest.approx(everything["layers"]["embedding"], rel=1e-4)
     assert row["layers"]["layer 0"] != pytest.approx(everything["layers"]["layer 0"], rel=1e-2)
     with pytest.raises(UserError, match=r"config\.diagnostics\.parameters is 'mpl'.* matches no parameter name"):
-        gradients.split(tiny[1], Diagnostics(parameters="mpl"))
+        gradients.select_parameters(tiny[1], Diagnostics(parameters="mpl"))
 
 
 def test_the_micro_batch_changes_nothing(tiny, batch):
@@ -134,8 +134,8 @@ def test_the_micro_batch_changes_nothing(tiny, batch):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), ours, theirs)
 
 
-def test_projections_of_gradients_come_close_to_the_whole(tiny, batch):
-    """Of the batch's own gradients: the width decides the error, and the answers' own lengths stay exact."""
+def test_projections_approximate_the_gradients(tiny, batch):
+    """With the gradients of the batch: the error depends on the width, and the answers' norms are exact."""
     whole = measured(tiny, two_batches(batch))
     errors = {}
     for width in (15, 61):
@@ -149,7 +149,7 @@ def test_projections_of_gradients_come_close_to_the_whole(tiny, batch):
     assert 0 < errors[61] < 2 * np.sqrt(2 / 61) and errors[61] < errors[15] < 2 * np.sqrt(2 / 15)
 
 
-def test_a_projection_is_right_on_average_and_its_spread_is_as_said():
+def test_mean_and_spread_of_a_projection():
     random = np.random.default_rng(2)
     a, b = (random.normal(size=(1, 7, 13, 11)).astype(np.float32) for _ in range(2))  # 7 layers of a matrix
     b = 0.6 * a + 0.8 * b
@@ -168,15 +168,15 @@ def test_a_projection_is_right_on_average_and_its_spread_is_as_said():
     assert squares.std() / np.sum(a * a) < np.sqrt(2 / width)
 
 
-def test_what_is_small_is_kept_as_it_is():
+def test_small_arrays_are_not_projected():
     g = {"final_norm.scale": jnp.arange(10.0).reshape(2, 5), "embedding": jnp.ones((2, 3, 4))}
     kept = gradients.sketch(g, 5, KEY)
     np.testing.assert_array_equal(kept["final_norm.scale"], g["final_norm.scale"])
     assert kept["embedding"].shape == (2, 5)
 
 
-def test_no_gradient_gives_no_ratio(tiny, batch):
-    """Before the first step the review's gaps are all 0."""
+def test_zero_gradients_have_no_ratio(tiny, batch):
+    """Before the first step, all gaps of the review branch are 0."""
     parts = two_batches(batch)
     student = parts["review"].log_probs.student
     still = LogProbs(student, student)
@@ -188,8 +188,8 @@ def test_no_gradient_gives_no_ratio(tiny, batch):
     assert row["conflict"]["all"] == {"dot": 0, "cosine": None, "survives": pytest.approx(1)}
 
 
-def test_rows_alone_see_no_neighbours(tiny, batch):
-    """An answer's gradient is its own: with the others' tokens changed, its length is the same."""
+def test_an_answers_gradient_does_not_depend_on_other_rows(tiny, batch):
+    """The norm of an answer's gradient is the same if the tokens of other answers change."""
     parts = two_batches(batch)
     prompts, rollout = parts["recovery"].prompts, parts["recovery"].rollout
     others = jnp.arange(8)[:, None] != 3
@@ -201,8 +201,8 @@ def test_rows_alone_see_no_neighbours(tiny, batch):
 
     @jax.jit
     def lengths(batch):
-        lesson = gradients.answer_lesson(batch, loss, CONFIG, "recovery")
-        return gradients.set_gradients(loss, tiny[1], lesson, {}, one, KEY, CONFIG)[1]
+        inputs = gradients.answer_inputs(batch, loss, CONFIG, "recovery")
+        return gradients.set_gradients(loss, tiny[1], inputs, {}, one, KEY, CONFIG)[1]
 
     ours, theirs = lengths(parts["recovery"]), lengths(changed)
     assert ours[3] == pytest.approx(float(theirs[3]), rel=1e-5)

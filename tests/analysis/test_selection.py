@@ -1,4 +1,4 @@
-"""What a selection follows, by hand and against scipy."""
+"""Correlations and statistics of the selection, by hand and against scipy."""
 
 import numpy as np
 import pytest
@@ -18,7 +18,7 @@ def test_rank_correlations_of_a_batch():
     measured = selection.correlations(TABLE)
     assert measured["length"] == (-1.0, -1.0, -1.0) and measured["teacher_loss"] == (1.0, 1.0, 1.0)
     assert "entropy" not in measured, "a constant has no correlation"
-    # ranks of the scores 1 6 4 3 5 2, of the losses 2 1 4 3 6 5: sum of squared differences 1+25+0+0+1+9 = 36
+    # ranks of the gap masses 1 6 4 3 5 2, of the losses 2 1 4 3 6 5: sum of squared differences 1+25+0+0+1+9 = 36
     rho, low, high = measured["student_loss"]
     assert rho == pytest.approx(1 - 6 * 36 / (6 * 35))
     half_width = 1.959964 * np.sqrt((1 + rho**2 / 2) / 3)
@@ -26,7 +26,7 @@ def test_rank_correlations_of_a_batch():
     assert measured["truncated"][0] == pytest.approx(stats.spearmanr(TABLE["score"], [1, 0, 0, 1, 0, 1]).statistic)
 
 
-def test_the_interval_covers_the_truth_in_95_percent():
+def test_the_interval_covers_the_true_value_in_95_percent():
     random, covered = np.random.default_rng(3), 0
     for _ in range(400):
         x = random.normal(size=60)
@@ -44,8 +44,8 @@ def test_a_prompts_source_is_a_feature():
     assert measured["source: maths"][0] == pytest.approx(-measured["source: code"][0])
 
 
-def test_over_steps_ranks_within_each_step():
-    """Scores that fall from step to step are no correlation."""
+def test_correlations_are_computed_within_each_step():
+    """Gap masses that decrease from step to step are not a correlation."""
     later = TABLE | {"score": [s / 1000 for s in TABLE["score"]], "length": [n * 10 for n in TABLE["length"]]}
     mean, low, high = selection.over_steps([TABLE, later])["length"]
     assert (mean, low, high) == (-1, -1, -1)
@@ -57,7 +57,7 @@ def test_over_steps_ranks_within_each_step():
     assert selection.over_steps([TABLE])["length"] == (-1, None, None)
 
 
-def test_lengths_of_the_selected_against_all():
+def test_lengths_of_selected_and_all_answers():
     measured = selection.lengths([TABLE, TABLE | {"selected": [True] * 6}])
     assert measured["selected"][0] == pytest.approx((3 + 33 / 6) / 2)
     assert measured["all"] == pytest.approx((33 / 6,) * 3)

@@ -1,4 +1,4 @@
-"""Comparisons of methods: shares on disjoint questions, paired tests by hand, and the table."""
+"""Comparisons of methods: shares on separate questions, paired tests by hand, and the table."""
 
 import math
 
@@ -16,7 +16,7 @@ def result(name, axis, scores):
 
 def test_tuning_and_results_share_no_question():
     numbers = range(40)
-    assert sum(map(study.tuning, numbers)) == 10
+    assert sum(map(study.is_tuning_question, numbers)) == 10
     general, specialised = [1] * 8, [0] * 8
     student = [1, 0, 0, 0, 1, 1, 1, 1]  # questions 0 and 4 tune
     models = [[result("a", "general", scores)] for scores in (general, specialised, student)]
@@ -24,13 +24,13 @@ def test_tuning_and_results_share_no_question():
     assert study.shares(models, for_tuning=False) == {"a": pytest.approx(3 / 6)}
 
 
-def test_a_domain_s_share_is_its_retention():
+def test_the_share_of_a_domain_benchmark_is_retention():
     models = [[result("d", "domain", scores)] for scores in ([0] * 4, [0, 1, 1, 0], [0, 1, 0, 0])]
     assert study.shares(models, for_tuning=False) == {"d": 0.5}
     assert math.isnan(study.shares([models[0]] * 3, for_tuning=False)["d"]), "there was nothing to keep"
 
 
-def test_merit_weighs_the_axes_alike():
+def test_merit_weighs_both_axes_equally():
     axes = {"a": "general", "b": "general", "d": "domain"}
     assert study.merit({"a": 0.2, "b": 0.6, "d": 1.0}, axes) == pytest.approx((0.4 + 1.0) / 2)
 

@@ -1,15 +1,16 @@
-"""Configs: complete defaults, checked values, names for every mistake."""
+"""Configs: defaults, checks, and errors that name the field."""
 
 import dataclasses
 import runpy
 from pathlib import Path
 
+import jax.numpy as jnp
 import ml_collections
 import pytest
 from etils import epath
 
 from camopd_jax.config import SftConfig, TrainConfig, default
-from camopd_jax.config.consistency import from_config_dict
+from camopd_jax.config.consistency import from_config_dict, warnings
 from camopd_jax.config.identity import different_fields, fingerprint, from_json, to_json
 from camopd_jax.config.schema import BranchConfig, SelectionConfig, Stream
 from camopd_jax.errors import UserError
@@ -39,7 +40,7 @@ def test_the_default_is_the_dataclass():
 
 
 @pytest.mark.parametrize("file", CONFIGS, ids=lambda f: f.name)
-def test_every_config_file_is_sound_and_says_what_it_is(file):
+def test_every_config_file_is_valid_and_names_its_command(file):
     module = runpy.run_path(str(file))
     config = module["get_config"]()
     cls = SftConfig if "model" in config else TrainConfig
@@ -50,7 +51,7 @@ def test_every_config_file_is_sound_and_says_what_it_is(file):
 
 
 @pytest.mark.parametrize("name", ["medqa", "roleplay"])
-def test_the_papers_configs_hold_the_papers_numbers(name):
+def test_the_papers_configs_have_the_papers_values(name):
     (file,) = (f for f in CONFIGS if f.stem == name)
     config = from_config_dict(TrainConfig, runpy.run_path(str(file))["get_config"]())
     recovery, review = config.branches.values()
@@ -61,7 +62,7 @@ def test_the_papers_configs_hold_the_papers_numbers(name):
 
 
 @pytest.mark.parametrize(
-    "changes, says",
+    "changes, message",
     [
         ({"steps": 0}, r"config\.steps is 0; give a number > 0"),
         (
@@ -117,12 +118,12 @@ def test_the_papers_configs_hold_the_papers_numbers(name):
         ),
     ],
 )
-def test_values_that_cannot_be_are_refused_by_name(changes, says):
-    with pytest.raises(UserError, match=says):
+def test_invalid_values_are_errors_that_name_the_field(changes, message):
+    with pytest.raises(UserError, match=message):
         built(**changes)
 
 
-def test_unknown_missing_and_ill_typed_fields():
+def test_unknown_missing_and_wrongly_typed_fields():
     config = minimal()
     with config.unlocked():
         config.optimizer.learning_rat = 1.0
@@ -140,20 +141,20 @@ def test_unknown_missing_and_ill_typed_fields():
         from_config_dict(TrainConfig, ml_collections.ConfigDict(values))
 
 
-def test_benchmarks_need_names_of_their_own():
+def test_benchmarks_need_different_names():
     with pytest.raises(UserError, match="its own name"):
         config = minimal()
         config.evaluation.benchmarks = ({"name": "a", "source": "x.jsonl"}, {"name": "a", "source": "y.jsonl"})
         from_config_dict(TrainConfig, config)
 
 
-def test_numbers_and_tuples_are_taken_as_meant():
+def test_numbers_and_lists_are_converted():
     config = built(method__importance_gate=(0, 2), method__advantage_clip=5.0)
     assert config.method.importance_gate == (0.0, 2.0) and isinstance(config.method.importance_gate[0], float)
     assert config.method.advantage_clip == 5.0
 
 
-def test_a_resolved_config_comes_back_from_its_file(tmp_path):
+def test_a_resolved_config_is_read_from_its_file(tmp_path):
     config = built(method__importance_gate=(0.5, 2.0), steps=7)
     claim_workdir(epath.Path(tmp_path), config)
     assert from_json(epath.Path(tmp_path) / "config.json") == config
@@ -161,12 +162,26 @@ def test_a_resolved_config_comes_back_from_its_file(tmp_path):
         from_json(epath.Path(tmp_path) / "none.json")
 
 
-def test_the_fingerprint_is_of_what_a_run_computes():
+def test_the_fingerprint_depends_on_fields_that_affect_results():
     base = built()
     assert fingerprint(base) == fingerprint(dataclasses.replace(base, steps=999, max_skipped=1))
     assert fingerprint(base) != fingerprint(dataclasses.replace(base, seed=1))
+    smaller = dict(optimizer__micro_batch=4, compute__remat="none", compute__offload="late", compute__logits_chunk=64)
+    assert fingerprint(base) == fingerprint(built(**smaller, rollout__score_batch=2, rollout__concurrency=8))
+    assert fingerprint(base) != fingerprint(built(rollout__batch_size=32))
+    assert fingerprint(base) != fingerprint(built(optimizer__clip_norm=None))
     cosine = built(optimizer__schedule="cosine")
     assert fingerprint(cosine) != fingerprint(dataclasses.replace(cosine, steps=999))
+
+
+def test_steps_below_the_resolution_of_the_weights_are_told():
+    assert warnings(built(optimizer__learning_rate=1e-9)) == []
+    assert warnings(built(compute__params="bfloat16", optimizer__learning_rate=1e-4)) == []
+    (text,) = warnings(built(compute__params="bfloat16", optimizer__learning_rate=2e-6))
+    assert "change only weights below 0.001," in text
+    for weight, moves in ((0.0009, True), (0.0021, False)):  # bfloat16 itself
+        w = jnp.bfloat16(weight)
+        assert (jnp.bfloat16(jnp.float32(w) - 2e-6) != w) == moves
 
 
 def test_different_fields_are_named():
@@ -175,20 +190,20 @@ def test_different_fields_are_named():
         "config.branches.recovery.scale", "config.optimizer.learning_rate"]  # fmt: skip
 
 
-def test_a_mixed_batch_has_to_be_split():
+def test_a_mixed_batch_must_be_divisible():
     assert built(method__schedule="mixed", rollout__batch_size=64).method.schedule == "mixed"
-    for changes, says in (
+    for changes, message in (
         ({"rollout__batch_size": 8, "branches__recovery__steps": 2}, "give a multiple of 3"),
         ({"branches__review__steps": 0}, r"every branch needs a share .* branches\.review\.steps > 0"),
         ({"method__moments": "separate"}, 'give "shared"'),
     ):
-        with pytest.raises(UserError, match=says):
+        with pytest.raises(UserError, match=message):
             built(method__schedule="mixed", **changes)
     with pytest.raises(UserError, match="it combines gradients of a mixed step"):
         built(method__conflict="pcgrad")
 
 
-def test_a_third_branch_needs_no_more_than_what_is_its_own():
+def test_a_third_branch():
     config = minimal()
     config.branches.law = {"teacher": "models/law", "prompts": {"source": "law.jsonl"}}
     made = from_config_dict(TrainConfig, config)
@@ -201,7 +216,7 @@ def test_a_third_branch_needs_no_more_than_what_is_its_own():
         from_config_dict(TrainConfig, config)
 
 
-def test_the_order_of_branches_is_part_of_what_a_run_computes():
+def test_the_fingerprint_depends_on_the_order_of_branches():
     forth, back = built(), built()
     back = dataclasses.replace(back, branches=dict(reversed(back.branches.items())))
     assert fingerprint(forth) != fingerprint(back)
@@ -223,7 +238,7 @@ def test_the_order_of_branches_is_part_of_what_a_run_computes():
         ({"rollout": {"places": 8}}, r"config\.rollout\.places .* config\.rollout\.concurrency"),
     ],
 )
-def test_old_names_of_fields_say_what_they_are_now(old, new):
+def test_old_field_names_are_errors_with_the_new_name(old, new):
     values = minimal().to_dict()
     for name, value in old.items():
         values[name] = values.get(name, {}) | value

@@ -1,4 +1,4 @@
-"""Every control is a config that can be, and a method of its own."""
+"""Every method has a valid config that differs from the others."""
 
 import dataclasses
 
@@ -6,7 +6,7 @@ import pytest
 from builders import train_config
 
 from camopd_jax.config.identity import changed, to_json
-from camopd_jax.config.methods import CONTROLS, QUICK, description, method_of
+from camopd_jax.config.methods import METHODS, QUICK, description, method_of
 from camopd_jax.config.schema import Method, Optimizer, RolloutConfig
 from camopd_jax.method import schedule
 
@@ -14,18 +14,18 @@ BASE = train_config(rollout=RolloutConfig(batch_size=64), optimizer=Optimizer(mi
 
 
 def of(name):
-    return changed(BASE, CONTROLS[name].changes)
+    return changed(BASE, METHODS[name].changes)
 
 
-def test_each_control_is_another_run_of_the_same_budget():
-    made = {name: of(name) for name in CONTROLS}
+def test_each_method_is_a_different_run_with_the_same_budget():
+    made = {name: of(name) for name in METHODS}
     assert made["camopd"] == BASE and BASE.method == Method()
-    assert len({str(to_json(config)) for config in made.values()}) == len(CONTROLS)
+    assert len({str(to_json(config)) for config in made.values()}) == len(METHODS)
     for config in made.values():
         assert (config.steps, config.rollout, config.seed) == (BASE.steps, BASE.rollout, BASE.seed)
         rows = schedule.batch_rows(config)
-        assert sum(rows[name] for name in schedule.acting(config, 0)) == 64
-    assert set(QUICK) < set(CONTROLS)
+        assert sum(rows[name] for name in schedule.active_branches(config, 0)) == 64
+    assert set(QUICK) < set(METHODS)
 
 
 @pytest.mark.parametrize(
@@ -80,7 +80,7 @@ def test_each_control_is_another_run_of_the_same_budget():
         ("replay-12", {"answers": "teacher", "schedule": "mixed", "recovery.steps": 1, "review.steps": 7}),
     ],
 )
-def test_a_control_is_what_its_name_says(name, wanted):
+def test_a_method_has_the_settings_in_its_name(name, wanted):
     config = of(name)
     for field, value in wanted.items():
         branch, _, name = field.rpartition(".")
@@ -89,19 +89,19 @@ def test_a_control_is_what_its_name_says(name, wanted):
         assert getattr(block, name) == value, field
 
 
-def test_clipping_is_off_where_the_name_says_so():
-    unclipped = {name for name in CONTROLS if of(name).optimizer.clip_norm is None}
+def test_clipping_is_off_for_no_clip_methods():
+    unclipped = {name for name in METHODS if of(name).optimizer.clip_norm is None}
     assert unclipped == {"no-clip", "no-clip-r1", "vanilla-no-clip"}
     assert of("vanilla-no-clip").method == of("vanilla").method and of("no-clip").method == Method()
 
 
-def test_the_paper_s_setting_is_left_as_it_is():
+def test_camopd_changes_no_field():
     assert dataclasses.asdict(of("camopd")) == dataclasses.asdict(BASE)
 
 
-def test_a_config_knows_its_methods_name():
-    """And a model card does not call a control CaMOPD."""
-    for name in CONTROLS:
+def test_a_config_is_recognised_as_its_method():
+    """And only CaMOPD is called CaMOPD in a model card."""
+    for name in METHODS:
         assert method_of(to_json(of(name))) == name
         assert ("CaMOPD (arXiv 2605.27115)" == description(of(name))) == (name == "camopd")
     other = changed(BASE, {"branches.recovery.objective": "reverse_kl"})

@@ -22,7 +22,7 @@ def tokenizer(folder):
 
 @pytest.fixture
 def write(tmp_path):
-    """write(rows) -> the path of a JSONL file; a row that is text is written as it is."""
+    """write(rows) -> the path of a JSONL file; a row that is a string is written unchanged."""
 
     def to(rows, name="rows.jsonl"):
         path = tmp_path / name

@@ -1,11 +1,14 @@
-"""Streams: every prompt once an epoch, a position that can be taken up again, each process its own rows."""
+"""Streams: every prompt once per epoch, positions that can be restored, and the rows of each process."""
 
 import dataclasses
 import itertools
+import json
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
-from rows import ask
+from rows import chat_row
 
 from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream, Template
 from camopd_jax.data.pipeline import BatchStream, PromptStream, SftStream, pad
@@ -23,7 +26,7 @@ def stream(tokenizer, source, mine=range(4), seed=0, rollout=ROLLOUT, **fields):
 
 
 def words(count):
-    return [ask("ab" * (1 + i % 3)) for i in range(count)]
+    return [chat_row("ab" * (1 + i % 3)) for i in range(count)]
 
 
 def indices(batches):
@@ -38,25 +41,25 @@ def test_pad_fills_with_zero_to_the_right():
     np.testing.assert_array_equal(pad([[1, 2], [3]], 3), [[1, 2, 0], [3, 0, 0]])
 
 
-def test_length_batches_hold_every_row():
+def test_length_batches_have_every_row():
     batches = list(length_batches([5, 1, 4, 2, 3], 2))
     assert [b.tolist() for b in batches] == [[1, 3], [4, 2], [0, 0]]
 
 
-def test_every_prompt_once_an_epoch_in_another_order_each(tokenizer, write):
+def test_each_epoch_has_every_prompt_once_in_a_new_order(tokenizer, write):
     batches = list(itertools.islice(stream(tokenizer, write(words(8))), 6))
     epochs = [[*itertools.chain(*indices(batches[i : i + 2]))] for i in (0, 2, 4)]
     assert all(sorted(epoch) == list(range(8)) for epoch in epochs)
     assert epochs[0] != epochs[1] != epochs[2] and epochs[0] != list(range(8))
 
 
-def test_the_seed_names_the_order(tokenizer, write):
+def test_the_seed_determines_the_order(tokenizer, write):
     path = write(words(40))
     first = [indices(itertools.islice(stream(tokenizer, path, seed=s), 5)) for s in (0, 0, 1)]
     assert first[0] == first[1] != first[2]
 
 
-def test_a_position_is_taken_up_again_in_the_middle_of_an_epoch(tokenizer, write):
+def test_a_stream_resumes_in_the_middle_of_an_epoch(tokenizer, write):
     path = write(words(10))
     whole = stream(tokenizer, path)
     list(itertools.islice(whole, 3))
@@ -67,7 +70,7 @@ def test_a_position_is_taken_up_again_in_the_middle_of_an_epoch(tokenizer, write
     assert indices(itertools.islice(again, 5)) == rest
 
 
-def test_processes_take_their_own_rows_of_one_global_batch(tokenizer, write):
+def test_each_process_has_its_rows_of_the_global_batch(tokenizer, write):
     path = write(words(10))
     whole, left, right = (stream(tokenizer, path, mine=m) for m in (range(4), (0, 3), (1, 2)))
     for a, b, c in itertools.islice(zip(whole, left, right, strict=True), 4):
@@ -77,7 +80,7 @@ def test_processes_take_their_own_rows_of_one_global_batch(tokenizer, write):
         np.testing.assert_array_equal(np.concatenate([b.index, c.index]), a.index[order])
 
 
-def test_batches_hold_the_rows_that_their_index_names(tokenizer, write):
+def test_index_matches_the_rows_of_a_batch(tokenizer, write):
     rows = words(9)
     batch = next(stream(tokenizer, write(rows)))
     for tokens, length, index in zip(batch.student.tokens, batch.student.lengths, batch.index, strict=True):
@@ -88,8 +91,8 @@ def test_batches_hold_the_rows_that_their_index_names(tokenizer, write):
     assert batch.student.tokens.shape[1] in (8, 16)
 
 
-def test_long_prompts_are_dropped_and_counted_or_cut_in_front(tokenizer, write):
-    path = write([ask("a"), ask("b" * 30), ask("c")])
+def test_long_prompts_are_dropped_or_cut_at_the_start(tokenizer, write):
+    path = write([chat_row("a"), chat_row("b" * 30), chat_row("c")])
     dropped = stream(tokenizer, path)
     assert dropped.counts == {"kept": 2, "dropped": 1, "truncated": 0}
     assert {i for batch in itertools.islice(dropped, 4) for i in batch.index.tolist()} == {0, 2}
@@ -100,16 +103,16 @@ def test_long_prompts_are_dropped_and_counted_or_cut_in_front(tokenizer, write):
     assert tokenizer.decode(batch.student.tokens[row]) == "b" * 14 + "<|end|><|assistant|>"
 
 
-def test_no_prompt_that_fits(tokenizer, write):
+def test_all_prompts_too_long(tokenizer, write):
     with pytest.raises(UserError, match=r"config\.general\.source: none .*max_prompt_tokens = 16"):
-        stream(tokenizer, write([ask("b" * 30)]))
+        stream(tokenizer, write([chat_row("b" * 30)]))
 
 
-def test_the_teacher_may_read_another_system_prompt(tokenizer, write):
+def test_the_teacher_may_have_another_system_prompt(tokenizer, write):
     rollout = dataclasses.replace(ROLLOUT, max_prompt_tokens=64)
     made = stream(
         tokenizer,
-        write([ask("a")] * 4),
+        write([chat_row("a")] * 4),
         rollout=rollout,
         template=Template(system="s"),
         teacher_template=Template(system="teach"),
@@ -127,8 +130,8 @@ def sft_stream(tokenizer, source, **fields):
     return SftStream(config, tokenizer, range(2))
 
 
-def test_sft_learns_the_last_turn_or_the_answer_field(tokenizer, write):
-    path = write([ask("a", "b"), ask("c") | {"answer": "d"}])
+def test_sft_trains_on_the_last_turn_or_the_answer_field(tokenizer, write):
+    path = write([chat_row("a", "b"), chat_row("c") | {"answer": "d"}])
     batch = next(sft_stream(tokenizer, path, answer="x{answer}"))
     pairs = {
         (tokenizer.decode(p[:n]), tokenizer.decode(a[:m]))
@@ -138,13 +141,33 @@ def test_sft_learns_the_last_turn_or_the_answer_field(tokenizer, write):
 
 
 def test_sft_rows_that_cannot_be_learnt(tokenizer, write):
-    with pytest.raises(UserError, match=r"row 2: the answer '\{answer\}' asks for the field 'answer'"):
-        sft_stream(tokenizer, write([ask("a", "b"), ask("a")]))
-    with pytest.raises(UserError, match=r'row 1: no "messages"'):
+    with pytest.raises(UserError, match=r"rows\.jsonl:2: the answer '\{answer\}' asks for the field 'answer'"):
+        sft_stream(tokenizer, write([chat_row("a", "b"), chat_row("a")]))
+    with pytest.raises(UserError, match=r'rows\.jsonl:1: no "messages"'):
         sft_stream(tokenizer, write([{"prompt": "a"}]))
     with pytest.raises(UserError, match=r"none of its rows fits config\.max_tokens = 16"):
-        sft_stream(tokenizer, write([ask("a" * 20, "b")]))
-    assert sft_stream(tokenizer, write([ask("a" * 20, "b"), ask("a", "b")])).counts == {"kept": 1, "dropped": 1}
+        sft_stream(tokenizer, write([chat_row("a" * 20, "b")]))
+    assert sft_stream(tokenizer, write([chat_row("a" * 20, "b"), chat_row("a", "b")])).counts == {
+        "kept": 1,
+        "dropped": 1,
+    }
+
+
+@pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])
+def test_a_row_that_the_template_refuses_is_named(tokenizer, write, monkeypatch, name):
+    rows = [chat_row("a") | {"answer": "b"}, chat_row("a", "b", "c") | {"answer": "d"}]
+    source, place = write([], name), {"rows.jsonl": "rows.jsonl:2"}.get(name, f"{name} row 1")
+    if name == "rows.parquet":
+        pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), source)
+    else:
+        source = write(rows if name == "rows.jsonl" else [json.dumps(rows)], name)
+    refusal = (
+        "{% if messages[1:2] and messages[1]['role'] == 'assistant' and messages[2:] %}{{ raise_exception('no') }}"
+    )
+    monkeypatch.setattr(tokenizer, "chat_template", refusal + "{% endif %}" + tokenizer.chat_template)
+    for make in (stream, sft_stream):
+        with pytest.raises(UserError, match=rf"{place}: .*the chat template refuses a conversation"):
+            make(tokenizer, source)
 
 
 def test_a_stream_of_anything():

@@ -1,4 +1,4 @@
-"""The paper's prompt sets from local files with the hub's columns: the same code, without a hub."""
+"""The paper's prompt sets, from local files with the columns of the hub's datasets."""
 
 import dataclasses
 import hashlib
@@ -9,7 +9,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from hub_rows import COSER, DISTILL, M23K, MEDMCQA, MEDREASON, NEMOTRON
-from rows import ask, read_lines, write_lines
+from rows import chat_row, read_lines, write_lines
 
 from camopd_jax.data import prompt_set, sources
 from camopd_jax.data.prompt_set import Excluded
@@ -35,7 +35,7 @@ def conversations(lengths):
 
 @pytest.fixture
 def medical(tmp_path):
-    """--source flags of small copies of the four medical datasets; one of them parquet."""
+    """--source flags for small copies of the four medical datasets; one of them is parquet."""
     files = {
         "medmcqa": many(MEDMCQA, "question", 12),
         "medreason": many(MEDREASON, "question", 9, 100),
@@ -59,20 +59,20 @@ def build(command, name, out, *flags):
     return json.loads((Path(out) / "manifest.json").read_text()), ended.out
 
 
-def test_the_papers_counts():
+def test_recipes_have_the_papers_counts():
     counts = {name: {part.name: part.rows for part in made.parts} for name, made in RECIPES.items()}
     assert counts["medical"] == {"medmcqa": 4000, "medreason": 3000, "r1_distill": 2000, "m23k": 1000}
     assert counts["roleplay"] == {"coser": 10_000}
     assert counts["general"] == {"chat": 291, "code": 739, "math": 797, "stem": 8052, "tool_calling": 121}
     rows = (746_622, 1_896_395, 2_044_407, 20_662_167, 310_051)
-    for asked, of in zip(counts["general"].values(), rows, strict=True):
-        assert asked == round(10_000 * of / sum(rows))
+    for count, of in zip(counts["general"].values(), rows, strict=True):
+        assert count == round(10_000 * of / sum(rows))
     small = resized(RECIPES["general"], 100)
     assert [part.rows for part in small.parts] == [3, 7, 8, 81, 1]
     assert sum(part.rows for part in resized(RECIPES["medical"], 7).parts) == 7
 
 
-def test_medical_prompts_are_put_as_in_the_paper(medical, command, tmp_path):
+def test_medical_prompts_have_the_papers_form(medical, command, tmp_path):
     manifest, out = build(command, "medical", tmp_path / "out", "--rows=20", *medical)
     rows = read_lines(tmp_path / "out/medical.jsonl")
     by_source = {}
@@ -99,7 +99,7 @@ def test_medical_prompts_are_put_as_in_the_paper(medical, command, tmp_path):
     assert "medmcqa: 8 of 12 rows" in out
 
 
-def test_the_same_command_gives_the_same_files_and_another_seed_others(medical, command, tmp_path):
+def test_files_depend_only_on_the_seed(medical, command, tmp_path):
     files = {
         (seed, time): build(command, "medical", tmp_path / f"{seed}{time}", "--rows=20", f"--seed={seed}", *medical)[0][
             "files"
@@ -109,13 +109,13 @@ def test_the_same_command_gives_the_same_files_and_another_seed_others(medical, 
     assert files[0, "a"] == files[0, "b"] != files[1, "a"]
 
 
-def test_too_few_rows_are_told(medical, command, tmp_path):
+def test_too_few_rows_are_reported(medical, command, tmp_path):
     manifest, out = build(command, "medical", tmp_path / "out", "--rows=100", *medical)
     assert [part["kept"] for part in manifest["parts"]] == [12, 9, 8, 5]
     assert "m23k: 5 of 5 rows, 5 fewer than asked" in out
 
 
-def test_the_longest_conversations_are_held_out_and_the_rest_is_left_for_the_fine_tune(command, tmp_path):
+def test_the_longest_conversations_are_prompts_and_the_rest_is_for_fine_tuning(command, tmp_path):
     source = write_lines(tmp_path / "coser.jsonl", conversations([4, 8, 2, 8, 6, 7]))
     build(command, "roleplay", tmp_path / "out", "--rows=3", f"--source=coser={source}")
     prompts = read_lines(tmp_path / "out/roleplay.jsonl")
@@ -129,7 +129,7 @@ def test_the_longest_conversations_are_held_out_and_the_rest_is_left_for_the_fin
     assert all(row["messages"][-1]["role"] == "assistant" for row in rest)
 
 
-def test_general_prompts_end_on_a_request_and_carry_their_licence(command, tmp_path):
+def test_general_prompts_end_with_a_request_and_have_a_licence(command, tmp_path):
     def nemotron(n, **changes):
         return [
             NEMOTRON | {"messages": [{"role": "user", "content": f"Why {i}?"}, *NEMOTRON["messages"][1:]]} | changes
@@ -153,15 +153,35 @@ def test_general_prompts_end_on_a_request_and_carry_their_licence(command, tmp_p
     assert parts["stem"]["licences"] == {"CC BY 4.0": parts["stem"]["kept"]}
 
 
-def test_a_malformed_row_of_a_dataset_is_counted_and_passed_over():
+def test_malformed_rows_of_a_dataset_are_counted_and_skipped():
     broken = [{"role": "user", "content": "Weather?"}, {"role": "assistant", "content": None}]
     rows = [
         ({"messages": broken}, "row 0"),
-        (ask("Why?"), "row 1"),
+        (chat_row("Why?"), "row 1"),
         ({"messages": [{"role": "assistant", "content": "hi"}]}, "row 2"),
     ]
-    chosen = prompt_set.choose(RECIPES["jsonl"].parts[0], rows, Excluded(set()), 0)
+    chosen = prompt_set.select_prompts(RECIPES["jsonl"].parts[0], rows, Excluded(set()), 0)
     assert chosen.dropped == {"malformed": 1, "no request": 1} and list(chosen.prompts) == [1]
+    assert chosen.malformed.startswith('row 0: "messages": every message needs')
+
+
+def test_the_first_malformed_row_is_named_and_tools_are_kept(command, tmp_path):
+    tools, call = [{"type": "function", "function": {"name": "f"}}], [{"function": {"name": "f", "arguments": {}}}]
+    turns = [
+        {"role": "user", "content": "Weather?"},
+        {"role": "assistant", "content": None, "tool_calls": call, "timestamp": 7},
+        {"role": "tool", "content": "rain", "tool_call_id": "1"},
+        {"role": "user", "content": "And tomorrow?"},
+    ]
+    rows = [chat_row("Why?"), {"messages": []}, {"messages": turns, "tools": tools}]
+    source = write_lines(tmp_path / "mine.jsonl", rows)
+    manifest, out = build(command, "jsonl", tmp_path / "out", f"--source=rows={source}")
+    _, with_tools = read_lines(tmp_path / "out" / "prompts.jsonl")
+    assert with_tools["tools"] == tools
+    assert with_tools["messages"][1] == {"role": "assistant", "content": "", "tool_calls": call}
+    assert with_tools["messages"][2] == turns[2]
+    first = f'{source}:2: "messages" must be a list of at least one message'
+    assert manifest["parts"][0]["first_malformed"] == first and f"malformed, first {first}" in out
 
 
 # --------------------------------------------------------------------------- evaluation questions
@@ -182,23 +202,23 @@ QUESTION = "A man of forty has a fever, and a cough that does not go. What is th
         ("Which is true?", False),
     ],
 )
-def test_a_question_of_an_evaluation_is_no_prompt(text, removed, command, tmp_path):
-    questions = [ask(QUESTION + "\n\nA. Cold\nB. Flu"), ask("Which is true?\n\nA. One\nB. Two")]
+def test_evaluation_questions_are_removed(text, removed, command, tmp_path):
+    questions = [chat_row(QUESTION + "\n\nA. Cold\nB. Flu"), chat_row("Which is true?\n\nA. One\nB. Two")]
     excluded, _ = prompt_set.exclude([(str(write_lines(tmp_path / "e.jsonl", questions)), "test")])
-    chosen = prompt_set.choose(RECIPES["jsonl"].parts[0], [(ask(text), "row 0")], excluded, 0)
+    chosen = prompt_set.select_prompts(RECIPES["jsonl"].parts[0], [(chat_row(text), "row 0")], excluded, 0)
     assert chosen.dropped == ({"an evaluation question": 1} if removed else {})
 
 
 def test_the_number_removed_is_in_the_manifest(command, tmp_path):
-    source = write_lines(tmp_path / "mine.jsonl", [ask(f"{QUESTION} {i}") for i in range(10)])
-    against = write_lines(tmp_path / "e.jsonl", [ask(f"{QUESTION} {i}") for i in range(3)])
+    source = write_lines(tmp_path / "mine.jsonl", [chat_row(f"{QUESTION} {i}") for i in range(10)])
+    against = write_lines(tmp_path / "e.jsonl", [chat_row(f"{QUESTION} {i}") for i in range(3)])
     manifest, out = build(command, "jsonl", tmp_path / "out", f"--source=rows={source}", f"--against={against}")
     assert manifest["removed_as_evaluation"] == 3 and manifest["parts"][0]["kept"] == 7
     assert manifest["against"][0]["questions"] == 3 and "3 evaluation questions removed" in out
 
 
-def test_by_default_every_benchmark_that_is_known_is_an_evaluation(command, tmp_path):
-    source = write_lines(tmp_path / "m.jsonl", [ask("hi")])
+def test_by_default_questions_of_all_benchmarks_are_removed(command, tmp_path):
+    source = write_lines(tmp_path / "m.jsonl", [chat_row("hi")])
     ended = command("data.recipe", "jsonl", f"--out={tmp_path / 'out'}", f"--source=rows={source}")
     assert ended.code == 2 and "--against: no dataset 'GBaker/MedQA-USMLE-4-options' on the hub" in ended.err
 
@@ -206,25 +226,25 @@ def test_by_default_every_benchmark_that_is_known_is_an_evaluation(command, tmp_
 # --------------------------------------------------------------------------------------- the hub
 
 
-def test_a_dataset_of_the_hub_is_read_at_the_revision_that_the_manifest_names(tmp_path, monkeypatch):
-    asked = []
+def test_a_hub_dataset_is_read_at_the_revision_in_the_manifest(tmp_path, monkeypatch):
+    calls = []
     monkeypatch.setattr(sources, "pinned", lambda name, field: (f"{name}@0a1b", "apache-2.0"))
 
     def load(name, split, field, streaming):
-        asked.append((name, split, streaming))
+        calls.append((name, split, streaming))
         return many(MEDMCQA, "question", 6)
 
     monkeypatch.setattr(sources, "_load_dataset", load)
     made = resized(RECIPES["medical"], 8)
     made = dataclasses.replace(made, parts=made.parts[:1])
     manifest = prompt_set.build(made, "medical", tmp_path, [], 0)
-    assert asked == [("openlifescienceai/medmcqa@0a1b", "train", True)]
+    assert calls == [("openlifescienceai/medmcqa@0a1b", "train", True)]
     part = manifest["parts"][0]
     assert (part["source"], part["revision"], part["licence"]) == ("openlifescienceai/medmcqa", "0a1b", "apache-2.0")
 
 
 @pytest.mark.parametrize(
-    "words, says",
+    "words, message",
     [
         ((), "NAME is missing"),
         (("medicine",), "medicine is not a recipe; give one of medical, roleplay, general, jsonl"),
@@ -235,18 +255,18 @@ def test_a_dataset_of_the_hub_is_read_at_the_revision_that_the_manifest_names(tm
         (("jsonl", "more"), "'more' is not a flag"),
     ],
 )
-def test_mistakes_get_one_line(command, tmp_path, words, says):
+def test_mistakes_are_one_line(command, tmp_path, words, message):
     ended = command("data.recipe", *words, f"--out={tmp_path / 'out'}")
-    assert ended.code == 2 and len(ended.err.strip().splitlines()) == 1 and says in ended.err
+    assert ended.code == 2 and len(ended.err.strip().splitlines()) == 1 and message in ended.err
     assert not (tmp_path / "out").exists()
 
 
-def test_the_out_folder_has_to_be_named(command):
+def test_out_is_required(command):
     ended = command("data.recipe", "medical")
     assert ended.code == 2 and "--out is missing; for example --out=data/medical" in ended.err
 
 
-def test_rows_of_another_kind_are_told(command, tmp_path):
+def test_rows_without_a_prompt_are_reported(command, tmp_path):
     source = write_lines(tmp_path / "x.jsonl", [{"text": "no prompt"}])
     ended = command("data.recipe", "jsonl", f"--out={tmp_path / 'out'}", f"--source=rows={source}", "--against=")
     assert ended.code == 2 and "no row of its sources contains a prompt" in ended.err

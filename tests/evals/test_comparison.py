@@ -1,4 +1,4 @@
-"""What a student recovered and kept, by hand, and which checkpoint is best."""
+"""Recovery and retention by hand, and the best checkpoint."""
 
 import json
 import math
@@ -31,7 +31,7 @@ def test_recovery_and_retention_by_hand():
     assert share.error == pytest.approx(np.std([1, 1, 0, -2, 0], ddof=1) / math.sqrt(5) / 0.2)
 
 
-def test_what_was_not_lost_cannot_come_back():
+def test_no_recovery_if_nothing_was_lost():
     same = scored([1, 0])
     assert recovered_share([same], [same], [scored([1, 1])]) is None
     assert kept_share([scored([0, 0])], [same]) is None
@@ -39,14 +39,14 @@ def test_what_was_not_lost_cannot_come_back():
 
 
 def test_a_student_that_equals_a_teacher_has_no_error():
-    """Paired by question: the questions' own spread cancels."""
+    """The error is paired by question, so the variance between questions cancels."""
     general, specialised = scored([1, 1, 1, 0]), scored([1, 0, 0, 0])
     assert recovered_share([general], [specialised], [general]) == Ratio(1.0, 0.0)
     assert recovered_share([general], [specialised], [specialised]) == Ratio(0.0, 0.0)
     assert kept_share([specialised], [specialised]) == Ratio(1.0, 0.0)
 
 
-def test_the_error_of_a_recovery_is_its_spread_over_draws_of_questions():
+def test_the_error_of_recovery_is_its_spread_over_samples_of_questions():
     rng = np.random.default_rng(0)
 
     def draw():
@@ -74,7 +74,11 @@ def test_a_comparison_names_every_benchmark_and_the_mean():
 
 
 def rank(general_share, lost=0, gained=0):
-    """Of a student with that share of 100 lost general questions back, and so many of 90 domain ones lost."""
+    """The rank of a student that recovered this share of 100 lost general questions.
+
+    Args:
+      lost, gained: of 90 domain questions that the specialised model answered right, and of the others.
+    """
     n = round(100 * general_share)
     general = [scored([1] * 100), scored([0] * 100), scored([1] * n + [0] * (100 - n))]
     before = scored([1] * 90 + [0] * 10, "d", "domain")
@@ -91,14 +95,14 @@ def test_recovery_decides_among_those_that_keep_the_domain():
     assert sorted(best_first, reverse=True) == best_first
 
 
-def test_a_rank_is_read_back_from_its_row():
+def test_a_rank_is_read_from_its_row():
     lost, kept = rank(0.9, lost=30), rank(0.5)
     rows = [rank_row(4, lost, {"recovery": {}}), {"benchmark": "sums", "step": 4}, rank_row(8, kept, {})]
     assert ranks(json.loads(json.dumps(rows))) == {4: lost, 8: kept} and rows[0]["recovery"] == {}
     assert rows[2] == {"step": 8, "model": "student", "benchmark": "standing", "keeps": True, "merit": 0.5}
 
 
-def test_with_one_axis_alone_that_axis_decides():
+def test_with_one_axis_it_decides():
     general = [[scored(s)] for s in ([1, 1], [0, 0], [1, 0])]
     domain = [[scored(s, "d", "domain")] for s in ([0, 0], [1, 1], [1, 0])]
     assert rank_student(*general) == Rank(True, 0.5)

@@ -1,4 +1,4 @@
-"""IFEval: the official checkers' verdicts, and the four figures made of them."""
+"""IFEval: the results of the official checkers, and the four figures computed from them."""
 
 import pytest
 
@@ -28,12 +28,12 @@ def test_strict_and_loose_by_prompt_and_by_instruction():
     assert figures("", COMMAS) == (0, 0, (0, 1), (0, 1)), "an empty answer follows nothing"
 
 
-def test_loose_forgives_a_first_line():
+def test_loose_accepts_an_additional_first_line():
     assert figures("Sure, here it is:\nno commas in this", COMMAS) == (0, 1, (0, 1), (1, 1))
 
 
-def test_a_verdict_is_the_same_every_time():
-    """langdetect draws at random unless told not to."""
+def test_grading_is_deterministic():
+    """langdetect is random unless its seed is set."""
     answer = "nur ein wort mehr than one language and so on"
     assert len({figures(answer, LOWER) for _ in range(5)}) == 1
 
@@ -59,7 +59,7 @@ def test_the_checkers_that_split_sentences_work_without_a_download(name, kwargs,
     assert figures(good, (name, kwargs))[0] == 1 and figures(bad, (name, kwargs))[0] == 0
 
 
-def test_the_packages_it_needs_are_named(monkeypatch):
+def test_the_error_names_missing_packages(monkeypatch):
     monkeypatch.setattr(ifeval.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"task ifeval: its checkers need lm_eval, .*pip install 'camopd_jax\[eval\]'"):
         ifeval.check()

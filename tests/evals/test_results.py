@@ -1,4 +1,4 @@
-"""A model's result on a benchmark, by hand."""
+"""The result of a model on a benchmark, computed by hand."""
 
 import math
 
@@ -19,7 +19,7 @@ def test_a_result_by_hand():
 
 
 def test_the_mean_of_n_answers_has_its_error_over_questions():
-    """Two questions of four answers: 3/4 and 1/4 right. The error is of those two numbers, not of eight."""
+    """Two questions with four answers each, 3/4 and 1/4 right. The error is that of two numbers, not of eight."""
     grades = [[Grade(float(x)) for x in answers] for answers in ((1, 1, 1, 0), (0, 1, 0, 0))]
     benchmark = Benchmark("sums", samples=4, temperature=0.7, top_p=0.9)
     row = summarise(benchmark, grades, [1] * 8, [True] * 8)
@@ -33,7 +33,7 @@ def test_parts_are_pooled_over_answers():
     assert summarise(Benchmark("z"), grades, [1] * 3, [True] * 3)["parts"] == {"cells": 9 / 12}
 
 
-def test_some_of_the_questions_alone():
+def test_accuracy_on_some_questions():
     row = on_questions(scored([1, 1, 0, 0]), range(2))
     assert (row["accuracy"], row["n"], row["standard_error"]) == (1.0, 2, 0.0)
     assert on_questions(scored([1, 1, 0, 0]), [1, 3])["scores"] == [1, 0]

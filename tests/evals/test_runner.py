@@ -1,4 +1,4 @@
-"""Benchmarks on the quickstart's models: answers are kept, a killed evaluation goes on, the command and its table."""
+"""Benchmarks with the quickstart's models: stored answers, interrupted evaluations, the command and its table."""
 
 import dataclasses
 import json
@@ -15,7 +15,7 @@ from rows import read_lines, write_lines
 from camopd_jax.config.schema import Benchmark, Compute, Evaluation, Judge
 from camopd_jax.data import templates
 from camopd_jax.errors import UserError
-from camopd_jax.evals import questions, runner, tasks
+from camopd_jax.evals import questions, runner, sandbox, tasks
 from camopd_jax.evals.graders import judge
 from camopd_jax.evals.task import Grade
 from camopd_jax.inference import loading
@@ -35,8 +35,8 @@ def specialist():
 
 
 @pytest.fixture
-def asked(monkeypatch):
-    """How many prompts the model was asked, each time it was."""
+def prompt_counts(monkeypatch):
+    """The number of prompts in each call of the model."""
     counts, answer = [], runner.answer
 
     def counted(loaded, prompts, **options):
@@ -51,7 +51,7 @@ def rows_of(folder, name="covered"):
     return read_lines(folder / f"{name}.jsonl")
 
 
-def test_every_answer_is_kept_with_its_grade_and_none_is_asked_for_twice(specialist, tmp_path, asked):
+def test_answers_and_grades_are_stored_and_computed_once(specialist, tmp_path, prompt_counts):
     folder, told = epath.Path(tmp_path), []
     result = runner.run_benchmark(COVERED, specialist, SETTINGS, folder, progress=told.append)
     rows = rows_of(tmp_path)
@@ -59,27 +59,55 @@ def test_every_answer_is_kept_with_its_grade_and_none_is_asked_for_twice(special
     assert sum(row["score"] for row in rows) / 20 == result["accuracy"]
     assert told[-1] == "covered: 20 of 20 questions" and len(told) == 3
     assert runner.run_benchmark(COVERED, specialist, SETTINGS, folder) == result
-    assert asked == [20]
+    assert prompt_counts == [20]
 
 
-def test_an_evaluation_cut_short_goes_on_with_the_open_questions(specialist, tmp_path, asked):
+def test_an_interrupted_evaluation_continues_with_missing_answers(specialist, tmp_path, prompt_counts):
     folder = epath.Path(tmp_path)
     whole = runner.run_benchmark(COVERED, specialist, SETTINGS, folder)
     file = tmp_path / "covered.jsonl"
     lines = file.read_text().splitlines()
     file.write_text("\n".join(lines[:11]) + '\n{"key": "1234, "resp')  # the last line was being written
     assert runner.run_benchmark(COVERED, specialist, SETTINGS, folder) == whole
-    assert asked == [20, 9] and len(rows_of(tmp_path)) == 20
+    assert prompt_counts == [20, 9] and len(rows_of(tmp_path)) == 20
 
 
-def test_first_questions_are_part_of_the_whole(specialist, tmp_path, asked):
+@pytest.mark.parametrize(
+    "lines, damage",
+    [
+        ([0], b'{"key": "1234, "resp'),  # cut, the first of the file
+        ([5], b'{"key": "1234"}'),  # whole JSON, not a whole answer
+        ([5, 6], b'"key"\n\x00\x00\x00\n'),
+        ([5], '{"key": "1234", "response": "\u00e9'.encode()[:-1]),  # cut inside a character
+    ],
+)
+def test_a_damaged_line_costs_no_answer_behind_it(specialist, tmp_path, prompt_counts, lines, damage):
+    folder, file = epath.Path(tmp_path), tmp_path / "covered.jsonl"
+    whole = runner.run_benchmark(COVERED, specialist, SETTINGS, folder)
+    answers = [line + b"\n" for line in file.read_bytes().splitlines()]
+    kept = [answer for i, answer in enumerate(answers) if i not in lines]
+    file.write_bytes(b"".join([*kept[: lines[0]], damage + b"\n", *kept[lines[0] :]]))
+    assert runner.run_benchmark(COVERED, specialist, SETTINGS, folder) == whole
+    assert prompt_counts == [20, len(lines)] and len(rows_of(tmp_path)) == 20
+
+
+def test_a_file_whose_only_line_is_cut_loses_no_later_answer(specialist, tmp_path, prompt_counts):
+    folder, file = epath.Path(tmp_path), tmp_path / "covered.jsonl"
+    file.write_text('{"key": "1234, "resp')
+    few = dataclasses.replace(COVERED, limit=4)
+    assert runner.run_benchmark(few, specialist, SETTINGS, folder)["n"] == len(rows_of(tmp_path)) == 4
+    runner.run_benchmark(few, specialist, SETTINGS, folder)
+    assert prompt_counts == [4]
+
+
+def test_limited_questions_are_the_first_ones(specialist, tmp_path, prompt_counts):
     folder = epath.Path(tmp_path)
     few = runner.run_benchmark(COVERED, specialist, SETTINGS, folder, limit=6)
     whole = runner.run_benchmark(COVERED, specialist, SETTINGS, folder)
-    assert asked == [6, 14] and whole["scores"][:6] == few["scores"] and few["asked"] != whole["asked"]
+    assert prompt_counts == [6, 14] and whole["scores"][:6] == few["scores"] and few["asked"] != whole["asked"]
 
 
-def test_another_models_answers_compile_nothing_anew(specialist, tmp_path):
+def test_a_second_model_compiles_nothing(specialist, tmp_path):
     runner.run_benchmark(COVERED, specialist, SETTINGS, epath.Path(tmp_path / "a"))
     program = generate.programs(specialist.mesh).advance
     compiled = program._cache_size()
@@ -88,14 +116,14 @@ def test_another_models_answers_compile_nothing_anew(specialist, tmp_path):
     assert program._cache_size() == compiled > 0
 
 
-def test_another_question_or_way_of_asking_is_asked_anew(specialist, tmp_path, asked):
+def test_changed_questions_or_settings_get_new_answers(specialist, tmp_path, prompt_counts):
     folder = epath.Path(tmp_path)
     for changes in ({}, {"max_response_tokens": 16}, {"instruction": "Be brief."}, {"temperature": 1.0}):
         runner.run_benchmark(dataclasses.replace(COVERED, limit=4, **changes), specialist, SETTINGS, folder)
-    assert asked == [4, 4, 4, 4]
+    assert prompt_counts == [4, 4, 4, 4]
 
 
-def test_sampled_answers_differ_by_draw_and_come_again_with_the_seed(specialist, tmp_path, asked):
+def test_sampled_answers_differ_by_sample_and_repeat_with_the_seed(specialist, tmp_path, prompt_counts):
     benchmark = dataclasses.replace(COVERED, limit=4, samples=3, temperature=1.5)
     first = runner.run_benchmark(benchmark, specialist, SETTINGS, epath.Path(tmp_path / "a"))
     again = runner.run_benchmark(
@@ -105,12 +133,12 @@ def test_sampled_answers_differ_by_draw_and_come_again_with_the_seed(specialist,
     responses = {}
     for row in rows_of(tmp_path / "a"):
         responses.setdefault(row["question"], set()).add(row["response"])
-    assert any(len(said) > 1 for said in responses.values())
-    assert len(rows_of(tmp_path / "a")) == 12 and asked == [4] * 6 and len(first["scores"]) == 4
+    assert any(len(texts) > 1 for texts in responses.values())
+    assert len(rows_of(tmp_path / "a")) == 12 and prompt_counts == [4] * 6 and len(first["scores"]) == 4
 
 
 def test_the_likelihood_of_given_answers(specialist, tmp_path, monkeypatch):
-    """By hand from each answer's log-probabilities, closing tokens included; what is known is not scored again."""
+    """By hand from the log-probabilities of each answer including its final tokens; stored results are reused."""
     scored, score = [], runner.score_responses
 
     def counted(loaded, prompts, responses, **options):
@@ -129,27 +157,31 @@ def test_the_likelihood_of_given_answers(specialist, tmp_path, monkeypatch):
     lines = (tmp_path / "covered.jsonl").read_text().splitlines()
     (tmp_path / "covered.jsonl").write_text("\n".join(lines[:7]))
     assert runner.run_benchmark(benchmark, specialist, SETTINGS, folder) == result and scored[:3] == [8, 2, 3]
-    with pytest.raises(UserError, match=r"benchmarks covered row 1: the answer '\{no\}' asks for the field 'no'"):
+    with pytest.raises(UserError, match=r"eval_covered\.jsonl:1: the answer '\{no\}' asks for the field 'no'"):
         runner.run_benchmark(dataclasses.replace(benchmark, answer="{no}"), specialist, SETTINGS, folder)
 
 
-def test_the_instruction_goes_behind_the_last_request(specialist):
-    def ask(*contents, instruction=""):
+def test_the_instruction_follows_the_last_request(specialist):
+    def chat_row(*contents, instruction=""):
         roles = ("user", "assistant", "user")
         row = {"messages": [{"role": r, "content": c} for r, c in zip(roles, contents, strict=False)]}
         return prompts(row, instruction)
 
     def prompts(row, instruction):
         benchmark = dataclasses.replace(COVERED, instruction=instruction)
-        return questions.prompts(benchmark, tasks.find(COVERED, Judge()), specialist.tokenizer, [row])
+        return questions.prompts(benchmark, tasks.find(COVERED, Judge()), specialist.tokenizer, [(row, "x:1")])
 
-    assert ask("a", "b", "c", instruction="be brief") == ask("a", "b", "c\n\nbe brief") != ask("a", "b", "c")
+    assert (
+        chat_row("a", "b", "c", instruction="be brief")
+        == chat_row("a", "b", "c\n\nbe brief")
+        != chat_row("a", "b", "c")
+    )
     row = {"prompt": "a"}
     prompts(row, "be brief")
     assert row == {"prompt": "a"}, "the row itself is as it was"
 
 
-def test_a_judges_mark_is_paid_for_once(specialist, tmp_path, monkeypatch):
+def test_a_judges_grade_is_requested_once(specialist, tmp_path, monkeypatch):
     marks = []
     monkeypatch.setattr(judge, "check", lambda config: None)
 
@@ -165,13 +197,13 @@ def test_a_judges_mark_is_paid_for_once(specialist, tmp_path, monkeypatch):
     assert marks == ["writing"] * 8, "four by each judge"
 
 
-def test_what_grading_would_miss_is_told_before_a_run(tmp_path):
+def test_missing_fields_are_reported_before_a_run(tmp_path):
     source = str(write_lines(tmp_path / "q.jsonl", [{"messages": [{"role": "user", "content": "hi"}]}]))
 
     def check(**fields):
         runner.check(Evaluation(benchmarks=(Benchmark("b", **fields),), judge=Judge()))
 
-    with pytest.raises(UserError, match=r'q\.jsonl row 1: no "answer" to grade against, which task medqa needs'):
+    with pytest.raises(UserError, match=r'q\.jsonl:1: no "answer" to grade against, which task medqa needs'):
         check(task="medqa", source=source)
     with pytest.raises(UserError, match=r'no "test_list" to grade against'):
         check(task="mbpp", source=source)
@@ -188,7 +220,7 @@ def test_what_grading_would_miss_is_told_before_a_run(tmp_path):
 
 @pytest.fixture(scope="module")
 def few(tmp_path_factory):
-    """Flags for the quickstart's config with 24 questions of two benchmarks."""
+    """Flags for the quickstart's config with two benchmarks of 24 questions."""
     folder = tmp_path_factory.mktemp("few")
     benchmarks = [
         dict(
@@ -210,14 +242,14 @@ def few(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def teachers(few, command, tmp_path_factory):
-    """A work directory with the scores of both teachers, and what the command printed."""
+    """A work directory with the results of both teachers, and the output of the command."""
     workdir = tmp_path_factory.mktemp("evaluation")
     ended = command("evaluate", f"--workdir={workdir}", *few)
     assert ended.code == 0, ended.err
     return workdir, ended.out
 
 
-def test_the_teachers_are_scored_and_told_of(teachers):
+def test_the_teachers_are_evaluated_and_printed(teachers):
     workdir, out = teachers
     rows = {(row["model"], row["benchmark"]): row for row in read_lines(workdir / "eval.jsonl")}
     assert set(rows) == {(m, b) for m in ("general", "specialised") for b in ("covered", "domain")}
@@ -225,7 +257,7 @@ def test_the_teachers_are_scored_and_told_of(teachers):
     assert "general teacher" in out and "± " in out and "greedy" in out and "domain: domain" in out
 
 
-def test_a_checkpoint_is_compared_with_teachers_that_were_scored_before(teachers, few, command, tmp_path):
+def test_a_checkpoint_is_compared_with_stored_teacher_results(teachers, few, command, tmp_path):
     workdir = tmp_path / "evaluation"
     shutil.copytree(teachers[0], workdir)
     shutil.copytree(QUICKSTART / "generalist", tmp_path / "mine")
@@ -239,7 +271,7 @@ def test_a_checkpoint_is_compared_with_teachers_that_were_scored_before(teachers
     }
 
 
-def test_a_run_and_its_checkpoints_are_scored_as_the_run_scored_itself(few, command, tmp_path):
+def test_evaluating_a_run_equals_the_runs_own_evaluation(few, command, tmp_path):
     run = tmp_path / "run"
     flags = [*few, "--config.log.report=false", "--config.steps=2", "--config.checkpoints.every=1"]
     ended = command("train", f"--workdir={run}", *flags)
@@ -252,7 +284,7 @@ def test_a_run_and_its_checkpoints_are_scored_as_the_run_scored_itself(few, comm
     assert of_run == {last["checkpoint"]: last["scores"]} and first["checkpoint"] != last["checkpoint"]
 
 
-def test_killed_and_started_again_it_asks_only_what_is_open(teachers, few, command, tmp_path):
+def test_after_a_kill_only_missing_answers_are_computed(teachers, few, command, tmp_path):
     workdir = tmp_path / "evaluation"
     flags = [f"--workdir={workdir}", *few, "--config.evaluation.batch_size=2"]
 
@@ -276,17 +308,32 @@ def test_killed_and_started_again_it_asks_only_what_is_open(teachers, few, comma
     assert ours == theirs
 
 
+def test_it_says_first_what_programs_in_answers_are_kept_from(few, command, tmp_path):
+    source = write_lines(tmp_path / "q.jsonl", [{"prompt": "Write f.", "test_list": ["assert f() == 1"]}])
+    benchmark = dict(name="mbpp", task="mbpp", max_response_tokens=8, source=str(source))
+    text = Path(few[0].split("=")[1]).read_text()
+    config = tmp_path / "config.py"
+    config.write_text(
+        text.replace("    return config\n", f"    config.evaluation.benchmarks = ({benchmark!r},)\n    return config\n")
+    )
+    flags = [f"--workdir={tmp_path / 'e'}", f"--checkpoint={QUICKSTART / 'generalist'}", f"--config={config}"]
+    ended = command("evaluate", *flags)
+    assert ended.code == 0, ended.err
+    lines = ended.out.splitlines()
+    assert lines[0] == sandbox.protections() and lines.count(lines[0]) == 1 and "mbpp 0.0 ± " in ended.out
+
+
 @pytest.mark.parametrize(
-    "flags, says",
+    "flags, message",
     [
         (["--checkpoint=/no/such/model"], "--checkpoint: no folder /no/such/model"),
         (["--config.evaluation.benchmarks=()"], "config.evaluation.benchmarks is empty"),
         (["--config.evaluation.nothing=1"], "--config.evaluation.nothing is not a field"),
     ],
 )
-def test_mistakes_get_one_line(few, command, tmp_path, flags, says):
+def test_mistakes_are_one_line(few, command, tmp_path, flags, message):
     ended = command("evaluate", f"--workdir={tmp_path / 'e'}", *few, *flags)
-    assert ended.code == 2 and len(ended.err.strip().splitlines()) == 1 and says in ended.err
+    assert ended.code == 2 and len(ended.err.strip().splitlines()) == 1 and message in ended.err
 
 
 # ------------------------------------------------------------------------------ between the steps
@@ -294,7 +341,7 @@ def test_mistakes_get_one_line(few, command, tmp_path, flags, says):
 
 @pytest.fixture(scope="module")
 def measured(few, command, tmp_path_factory):
-    """A run that evaluates every second step, on 16 questions, and keeps and exports the best."""
+    """A run that evaluates every second step on 16 questions, and keeps and exports the best checkpoint."""
     workdir = tmp_path_factory.mktemp("measured") / "run"
     flags = [
         f"--workdir={workdir}",
@@ -318,7 +365,7 @@ def standings(workdir):
     return {row["step"]: row for row in read_lines(workdir / "eval.jsonl") if row["benchmark"] == "standing"}
 
 
-def test_each_evaluation_tells_recovery_and_retention(measured):
+def test_each_evaluation_has_recovery_and_retention(measured):
     rows = standings(measured[0])
     assert list(rows) == [2, 4, 6]
     by_hand = {}
@@ -344,14 +391,14 @@ def test_the_best_checkpoint_is_kept_and_exported(measured):
         assert f"the best checkpoint is at step {best}" in ended.out
 
 
-def test_teachers_are_asked_once_and_students_by_their_step(measured):
+def test_teachers_answer_once_and_students_at_each_evaluation(measured):
     folders = sorted(p.name for p in (measured[0] / "answers").iterdir())
     assert len([f for f in folders if f.endswith("-float32")]) == 2
     assert {f[-6:] for f in folders if not f.endswith("-float32")} <= {"000002", "000004", "000006"}
 
 
 def test_patience_ends_a_run(measured, command, tmp_path):
-    """A learning rate of 0 gets nothing better: the second evaluation is the last."""
+    """With a learning rate of 0 nothing improves, so the second evaluation is the last."""
     workdir, flags, _ = measured
     flags = [f for f in flags if not f.startswith("--workdir")]
     still = ["--config.optimizer.learning_rate=0.0", "--config.evaluation.patience=1", "--config.steps=40"]

@@ -40,12 +40,12 @@ def test_the_table_fits_eighty_columns():
     assert "recovered" in shown and "…" not in shown
 
 
-def test_one_model_alone_has_nothing_to_be_compared_with():
+def test_a_single_model_has_no_comparison_columns():
     shown = text(tables.accuracies(models("mine")))
     assert "mine" in shown and "back" not in shown
 
 
-def test_details_tell_what_an_accuracy_does_not():
+def test_details_of_answers():
     benchmark = Benchmark("ifeval", samples=2, temperature=0.7, top_p=0.9, max_response_tokens=384)
     grades = [[Grade(1.0, parts={"prompt_loose": (1, 1)}), Grade(0.0, False)]]
     row = summarise(benchmark, grades, [10, 20], [True, False])

@@ -1,4 +1,4 @@
-"""A run on eight devices is the run on one: losses, selections and parameters after several steps, on every mesh."""
+"""Runs on every mesh of eight devices equal a run on one: losses, selections and parameters after several steps."""
 
 import dataclasses
 import itertools
@@ -10,7 +10,7 @@ import pytest
 from builders import Prompter, Watcher, make_run, train_config
 
 from camopd_jax.config.schema import Compute, MeshConfig, Optimizer, RolloutConfig
-from camopd_jax.method.gradient import Learner, Lesson, Loss
+from camopd_jax.method.gradient import GradientAccumulator, Loss, LossInputs
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
@@ -34,7 +34,7 @@ USUAL = [(1, 4, 2), (2, 2, 2)]
 
 
 def run(config, mesh):
-    """(state, records) of a whole run on a mesh."""
+    """(state, records) of a run on a mesh."""
     model, places = Model(MODEL, mesh=mesh), shardings(MODEL, mesh)
     specialised, general = (jax.device_put(Model(MODEL).init(jax.random.key(seed)), places) for seed in (0, 1))
     teachers = {"recovery": general, "review": specialised}
@@ -54,8 +54,7 @@ def alone():
     *[pytest.param("rollout", shape, marks=[] if shape == (2, 2, 2) else pytest.mark.slow) for shape in EVERY],
 ])  # fmt: skip
 def test_a_run_is_the_same_on_every_mesh(alone, remat, shape):
-    """With the devices laid out anew for the answers. Some prompts wait, but where all of them are kept
-    for the gradient."""
+    """With another mesh for the rollout, and with waiting prompts unless the residual stream is kept."""
     tensor, concurrency = max(2, shape[2]), 8 if remat == "block" else 0
     rollout = dataclasses.replace(CONFIG.rollout, mesh=MeshConfig(tensor=tensor), concurrency=concurrency, shrinks=True)
     mesh = make_mesh(*shape)
@@ -82,19 +81,21 @@ def test_a_run_is_the_same_on_every_mesh(alone, remat, shape):
 
 
 def gradient(mesh):
-    """Of random weights on random answers, by the quickstart's specialist: (loss, gradient)."""
+    """(loss, gradient) of the quickstart's specialised model on random answers with random weights."""
     folder = Path(__file__).parents[2] / "examples" / "quickstart" / "specialist"
     config = from_hf(hf.read_config(folder), context=48)
     random = np.random.default_rng(0)
     lengths = random.integers(1, 17, 16).astype(np.int32)
-    asked, answers = (random.integers(0, config.vocab_size, (16, n)).astype(np.int32) for n in (32, 16))
+    prompt_tokens, answers = (random.integers(0, config.vocab_size, (16, n)).astype(np.int32) for n in (32, 16))
     weights = (random.normal(size=(16, 16)) * (np.arange(16) < lengths[:, None])).astype(np.float32)
-    prompts = Prompts(asked, random.integers(5, 33, 16).astype(np.int32))
-    lesson = Lesson(*global_rows(mesh, (Sequences(prompts, answers, lengths), weights), 16))
-    learner = Learner(Loss(Model(config, mesh=mesh), OBJECTIVES["cross_entropy"]()), shardings(config, mesh), 0)
+    prompts = Prompts(prompt_tokens, random.integers(5, 33, 16).astype(np.int32))
+    inputs = LossInputs(*global_rows(mesh, (Sequences(prompts, answers, lengths), weights), 16))
+    accumulator = GradientAccumulator(
+        Loss(Model(config, mesh=mesh), OBJECTIVES["cross_entropy"]()), shardings(config, mesh), 0
+    )
     params = hf.load(folder, config, mesh, "float32")
     parts = [MicroBatch(np.array([0, 3, 5, 7, 9, 11, 16, 16]), 48, 16)]
-    return jax.tree.map(np.asarray, learner(params, params, lesson, parts))
+    return jax.tree.map(np.asarray, accumulator(params, params, inputs, parts))
 
 
 @pytest.fixture(scope="module")
@@ -105,8 +106,8 @@ def gradient_alone():
 @pytest.mark.parametrize("shape", [
     pytest.param(shape, marks=[] if shape in USUAL else pytest.mark.slow) for shape in EVERY
 ])  # fmt: skip
-def test_a_trained_models_gradient_is_the_same_on_every_mesh(gradient_alone, shape):
-    """Of other sizes than above: the compiler cuts them in other ways."""
+def test_the_gradient_of_a_trained_model_is_the_same_on_every_mesh(gradient_alone, shape):
+    """A model of other sizes than above, for which the compiler chooses other shardings."""
     ours = gradient(make_mesh(*shape))
     np.testing.assert_allclose(ours.loss, gradient_alone.loss, rtol=1e-5)
     jax.tree.map(

@@ -1,4 +1,4 @@
-"""Selection against a plain loop over Eq 8, and the gap masses by hand."""
+"""Selection against a plain loop for Eq 8, and gap masses by hand."""
 
 import jax
 import jax.numpy as jnp
@@ -26,20 +26,20 @@ def test_gap_is_teacher_minus_student():
     np.testing.assert_array_equal(selection.weights, [0.0, 1.0])
 
 
-def loop(scores: list[int], percent: int) -> tuple[list[int], int]:
-    """Eq 8 in whole numbers: rows by falling score, and the least k whose sum reaches the share."""
-    order = sorted(range(len(scores)), key=lambda row: (-scores[row], row))
-    total, so_far = sum(scores), 0
+def loop(masses: list[int], percent: int) -> tuple[list[int], int]:
+    """Eq 8 with integers: rows by descending gap mass, and the smallest k whose sum reaches the share."""
+    order = sorted(range(len(masses)), key=lambda row: (-masses[row], row))
+    total, so_far = sum(masses), 0
     for k, row in enumerate(order, 1):
-        so_far += scores[row]
+        so_far += masses[row]
         if 100 * so_far >= percent * total and total:
             return order, k
-    return order, len(scores)
+    return order, len(masses)
 
 
 @pytest.mark.parametrize("percent", [25, 50, 75, 100])
 def test_selection_equals_a_loop(percent):
-    """4 x 1,000 batches of small whole numbers: many ties, many zeros, sums and shares exact in float32."""
+    """4 x 1,000 batches of small integers: many ties and zeros; sums and shares are exact in float32."""
     rng = np.random.default_rng(percent)
     cases = rng.integers(0, 8, (1000, 11)) * rng.integers(0, 2, (1000, 11))
     cases[0] = 0
@@ -51,7 +51,7 @@ def test_selection_equals_a_loop(percent):
         assert np.flatnonzero(got.weights[i]).tolist() == sorted(order[:count])
 
 
-def test_real_masses_hold_the_share_and_no_row_could_be_spared():
+def test_the_selection_has_the_share_and_is_minimal():
     rng = np.random.default_rng(0)
     cases = rng.exponential(1, (500, 64)).astype(np.float32)
     got = jax.vmap(lambda s: smallest_mass(s, 0.8))(jnp.asarray(cases))
@@ -68,7 +68,7 @@ def test_all_zero_keeps_all():
     np.testing.assert_array_equal(selection.weights, 1)
 
 
-def test_a_mass_that_is_not_finite_is_ranked_last():
+def test_a_gap_mass_that_is_not_finite_is_ranked_last():
     selection = smallest_mass(jnp.array([jnp.nan, 4.0, jnp.inf, 1.0]), 0.8)
     assert selection.order.tolist() == [1, 3, 0, 2]
     assert selection.count == 1
@@ -88,7 +88,7 @@ def test_the_published_example_of_both_branches():
     assert review.order.tolist() == [3, 1, 2, 0] and review.weights.tolist() == [0, 1, 0, 1]
 
 
-# --------------------------------------------------------------------------------------- controls
+# -------------------------------------------------------------------------------- rules for comparison
 
 MASS = jnp.array([1.0, 6.0, 0.0, 3.0, 0.5])
 
@@ -96,14 +96,14 @@ MASS = jnp.array([1.0, 6.0, 0.0, 3.0, 0.5])
 @pytest.mark.parametrize(
     "fraction, kept", [(0.2, [1]), (0.4, [1, 3]), (0.41, [0, 1, 3]), (0.6, [0, 1, 3]), (1.0, [0, 1, 2, 3, 4])]
 )
-def test_a_fixed_fraction_keeps_the_largest_rows_whatever_their_mass(fraction, kept):
+def test_a_fixed_fraction_keeps_the_largest_gap_masses(fraction, kept):
     selection = largest_fraction(MASS, fraction)
     assert np.flatnonzero(selection.weights).tolist() == kept and selection.count == len(kept)
     assert sorted(selection.order[: len(kept)].tolist()) == kept
     assert largest_fraction(jnp.array([jnp.nan, 1.0]), 0.5).weights.tolist() == [0, 1]
 
 
-def test_a_random_subset_has_the_same_size_and_another_draw_other_rows():
+def test_random_subsets_have_the_same_size_and_different_rows():
     by_mass = smallest_mass(jnp.arange(1.0, 65.0), 0.8)
     drawn = [random_subset(by_mass, jax.random.key(seed)) for seed in range(200)]
     for selection in drawn:
@@ -115,7 +115,7 @@ def test_a_random_subset_has_the_same_size_and_another_draw_other_rows():
     np.testing.assert_allclose(frequency, int(by_mass.count) / 64, atol=0.15)
 
 
-def test_the_rule_says_which_rows_are_kept():
+def test_select_follows_the_rule():
     scores = LogProbs(student=jnp.zeros((5, 1)), teacher=MASS[:, None])
     kept = {
         keep: select(scores, jnp.ones(5, jnp.int32), KEY, SelectionConfig("absolute_gap", 0.8, keep=keep)).count.item()

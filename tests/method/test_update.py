@@ -1,4 +1,4 @@
-"""The two updates: against exact gradients, one optax step by hand, and what must change nothing."""
+"""The updates against exact gradients and one optax step by hand, and settings that must have no effect."""
 
 import dataclasses
 from functools import partial
@@ -11,7 +11,7 @@ import pytest
 from builders import train_config as make_config
 
 from camopd_jax.config.schema import Method, Optimizer, Sampling, SelectionConfig, SftConfig, Stream
-from camopd_jax.method.gradient import Learner, Lesson, Loss, alike
+from camopd_jax.method.gradient import GradientAccumulator, Loss, LossInputs, join_micro_batches
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.method.optimizer import init_state, moment_names
 from camopd_jax.method.select import select
@@ -53,8 +53,10 @@ PROGRAMS = {}
 
 
 def take_step(model, config, state, batches):
-    """The gradient of each batch's selected answers and one step along them; compiled once for all tests."""
-    gradients = {name: gradient(learner(model, state), config, state.params, name, b) for name, b in batches.items()}
+    """Computes the gradient of each batch's selected answers and one step; compiled once for all tests."""
+    gradients = {
+        name: gradient(accumulator(model, state), config, state.params, name, b) for name, b in batches.items()
+    }
     if config.method.schedule == "mixed":
         program = PROGRAMS.setdefault(repr(config), jax.jit(partial(mixed_update, config=config)))
         return program(state, gradients, batches)
@@ -63,16 +65,16 @@ def take_step(model, config, state, batches):
     return program(state, gradients[name], batches[name])
 
 
-def learner(model, state):
+def accumulator(model, state):
     places = jax.tree.map(lambda x: x.sharding, state.params)
-    return PROGRAMS.setdefault(model, Learner(Loss(model, SAMPLED_TOKEN), places, 0))
+    return PROGRAMS.setdefault(model, GradientAccumulator(Loss(model, SAMPLED_TOKEN), places, 0))
 
 
-def gradient(learner, config, params, branch, batch):
+def gradient(accumulator, config, params, branch, batch):
     order = np.asarray(batch.selection.order)[: int(batch.selection.count)]
     parts = micro_batches(batch.prompts, batch.rollout, order, config.optimizer.micro_batch)
     weights = token_weights(batch, config.method, SAMPLED_TOKEN, config.branches[branch].scale)
-    return learner(params, params, Lesson(batch.rollout.after(batch.prompts), weights), parts)
+    return accumulator(params, params, LossInputs(batch.rollout.after(batch.prompts), weights), parts)
 
 
 def micro_batches(prompts, rollout, order, size):
@@ -81,7 +83,7 @@ def micro_batches(prompts, rollout, order, size):
 
 
 def row_logprobs(tiny, prompts, rollout):
-    """f(params, row) -> log-probabilities [T] of its answer, by whole softmax; one row at a time, padded to 12."""
+    """f(params, row) -> log-probabilities [T] of its answer from a full softmax; one row at a time, padded to 12."""
     model, _ = tiny
 
     @jax.jit
@@ -104,7 +106,7 @@ def same(tree, other, **tolerance):
 # ------------------------------------------------------------------------------------- the maths
 
 
-def test_the_expected_sampled_gradient_is_that_of_the_exact_reverse_kl(tiny):
+def test_the_expected_sampled_gradient_equals_that_of_the_reverse_kl(tiny):
     """All 196 two-token answers to one prompt, each weighted by its probability, give the gradient of
     1/2 (KL at the first token + the mean over first tokens of KL at the second), the prefixes held fixed.
     """
@@ -116,7 +118,7 @@ def test_the_expected_sampled_gradient_is_that_of_the_exact_reverse_kl(tiny):
     prompts = Prompts(jnp.tile(jnp.asarray([prompt], jnp.int32), (rows, 1)), jnp.full(rows, 3, jnp.int32))
     lengths = jnp.full(rows, 2, jnp.int32)
 
-    # The program's way: sampled-token log-probabilities and their gaps.
+    # As the program computes it: log-probabilities of sampled tokens, and their gaps.
     sequences = Sequences(prompts, answers, lengths)
     log_probs = LogProbs(*(score(model, p, sequences, chunk=64)["log_prob"] for p in (params, teacher)))
     rollout = Rollout(answers, lengths, log_probs.student, jnp.zeros(rows), jnp.ones(rows, bool))
@@ -124,11 +126,11 @@ def test_the_expected_sampled_gradient_is_that_of_the_exact_reverse_kl(tiny):
     batch = Batch(prompts, jnp.arange(rows), rollout, log_probs, everything)
     weights = token_weights(batch, Method(), SAMPLED_TOKEN, 1.0)
     probability = jnp.exp(jnp.sum(log_probs.student, axis=1, keepdims=True))
-    learn = Learner(Loss(model, SAMPLED_TOKEN), None, 64)
+    learn = GradientAccumulator(Loss(model, SAMPLED_TOKEN), None, 64)
     whole = [MicroBatch(np.arange(rows, dtype=np.int32), 5, 2)]
-    gradient = learn(params, params, Lesson(sequences, weights * rows * probability), whole).of
+    gradient = learn(params, params, LossInputs(sequences, weights * rows * probability), whole).of
 
-    # The direct way: whole distributions.
+    # Directly: from full distributions.
     def reverse_kl(student_logits, teacher_logits):
         p, q = jax.nn.log_softmax(student_logits), jax.nn.log_softmax(teacher_logits)
         return jnp.sum(jnp.exp(p) * (p - q), axis=-1)
@@ -145,7 +147,7 @@ def test_the_expected_sampled_gradient_is_that_of_the_exact_reverse_kl(tiny):
 
 
 def by_hand(tiny, batch, scale, kind, clip_norm=1.0):
-    """One update in plain Python and optax: rows looped over, every token's log-probability from a whole softmax."""
+    """One update in plain Python and optax: a loop over rows, with log-probabilities from full softmaxes."""
     params = tiny[1]
     prompts, rollout, scores = jax.tree.map(np.asarray, batch)
     log_probs = row_logprobs(tiny, prompts, rollout)
@@ -180,8 +182,8 @@ def by_hand(tiny, batch, scale, kind, clip_norm=1.0):
     return optax.apply_updates(params, step), value, optax.global_norm(gradient), len(chosen)
 
 
-def test_a_mixed_update_steps_along_the_share_weighted_sum_of_both_gradients(tiny, batch):
-    """Six general rows and two domain ones: Adam's first moment, linear in the gradient, shows it."""
+def test_a_mixed_update_uses_the_weighted_sum_of_gradients(tiny, batch):
+    """Six general rows and two domain rows. Adam's first moment shows it, because it is linear in the gradient."""
     config = train_config(Method(schedule="mixed"), clip_norm=None)
     alone = train_config(clip_norm=None)
     cut = {"recovery": slice(0, 6), "review": slice(6, 8)}
@@ -224,8 +226,8 @@ def test_an_update_equals_one_optax_step_by_hand(tiny, batch, branch, scale, kin
     assert int(state.step) == 1
 
 
-def test_review_never_enters_a_recovery(tiny, batch):
-    """Whatever a review would see: after the same state, a recovery is the same, bit for bit."""
+def test_a_recovery_step_does_not_depend_on_review_data(tiny, batch):
+    """From the same state, a recovery step is bit-identical for any review data."""
     prompts, rollout, scores = batch
     other = (prompts, rollout, LogProbs(scores.student, scores.student - 1.0))
     state, _ = update(tiny, batch, config=train_config(Method(moments="separate")))
@@ -235,25 +237,25 @@ def test_review_never_enters_a_recovery(tiny, batch):
     assert all(jax.tree.leaves(changed))
 
 
-def test_shared_moments_remember_the_other_phase(tiny, batch):
+def test_shared_moments_depend_on_the_other_branch(tiny, batch):
     config = train_config(Method(moments="shared"))
     state, _ = update(tiny, batch, config=config)
     after, _ = update(tiny, batch, config=config, branch="review", state=state)
     assert set(after.moments) == {"shared"} and int(after.moments["shared"].count) == 2
 
 
-# ------------------------------------------------------------------------- what changes nothing
+# ------------------------------------------------------------------------- settings without effect
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 8])
-def test_micro_batching_changes_nothing(tiny, batch, micro_batch):
+def test_micro_batch_size_has_no_effect(tiny, batch, micro_batch):
     state, metrics = update(tiny, batch)
     again, again_metrics = update(tiny, batch, config=train_config(micro_batch=micro_batch))
     same(again.params, state.params, atol=1e-6, rtol=1e-5)
     same(again_metrics, metrics, rtol=1e-5)
 
 
-def test_batch_order_changes_nothing(tiny, batch):
+def test_batch_order_has_no_effect(tiny, batch):
     order = np.random.default_rng(1).permutation(8)
     shuffled = jax.tree.map(lambda x: x[order], batch)
     state, metrics = update(tiny, batch)
@@ -278,7 +280,7 @@ def test_a_mesh_changes_nothing(tiny, batch, shape):
     same(again_metrics, metrics, rtol=1e-5)
 
 
-def test_unselected_rows_may_hold_anything(tiny, batch):
+def test_unselected_rows_have_no_effect(tiny, batch):
     prompts, rollout, scores = batch
     selection = select(scores, rollout.lengths, KEY, SelectionConfig("absolute_gap"))
     out = np.asarray(selection.weights) == 0
@@ -291,27 +293,27 @@ def test_unselected_rows_may_hold_anything(tiny, batch):
     assert metrics["skipped"] == 0
 
 
-def test_micro_batches_in_one_call_equal_each_in_its_own(tiny, batch):
-    """As a CPU takes them, and as an accelerator does."""
+def test_micro_batches_in_one_call_equal_separate_calls(tiny, batch):
+    """As on a CPU, and as on an accelerator."""
     (model, params), (prompts, rollout, _) = tiny, batch
     weights = jnp.asarray(np.random.default_rng(0).normal(size=rollout.tokens.shape), jnp.float32)
     order = np.argsort(np.asarray(prompts.lengths + rollout.lengths))
     cut = list(micro_batches(prompts, rollout, order, 2))
-    assert len(list(alike(cut, 8))) < len(cut) == 4
+    assert len(list(join_micro_batches(cut, 8))) < len(cut) == 4
 
-    def learnt(in_one_call):
-        learn = Learner(Loss(model, CROSS_ENTROPY), None, 64, in_one_call)
-        return learn(params, params, Lesson(rollout.after(prompts), weights), cut)
+    def student_gradient(in_one_call):
+        learn = GradientAccumulator(Loss(model, CROSS_ENTROPY), None, 64, in_one_call)
+        return learn(params, params, LossInputs(rollout.after(prompts), weights), cut)
 
-    same(learnt(True), learnt(False), atol=1e-6, rtol=1e-5)
+    same(student_gradient(True), student_gradient(False), atol=1e-6, rtol=1e-5)
 
 
-def test_micro_batches_of_one_width_go_together():
-    """K is the same for few and for many, so that few compile nothing new."""
+def test_micro_batches_of_the_same_width_are_joined():
+    """K does not depend on the number of micro-batches, so that other numbers compile nothing new."""
     wide, narrow = (24, 8), (16, 8)
     cut = [MicroBatch(np.array(rows), *widths) for rows, widths in
            [((5, 2), wide), ((4, 1), narrow), ((0, 3), narrow), ((6,), narrow)]]  # fmt: skip
-    calls = [(part.slots, rows.rows.tolist(), int(rows.count)) for part, rows in alike(cut, 7)]
+    calls = [(part.slots, rows.rows.tolist(), int(rows.count)) for part, rows in join_micro_batches(cut, 7)]
     none = [7, 7]
     assert calls == [
         (24, [[5, 2], none, none, none], 1),
@@ -321,8 +323,8 @@ def test_micro_batches_of_one_width_go_together():
 
 
 @pytest.mark.parametrize("shrinks", [False, True])
-def test_a_gradient_from_the_residual_stream_of_a_rollout_has_no_forward_pass(tiny, batch, shrinks):
-    """It is the plain one; and with another stream another, as far as both are read."""
+def test_a_gradient_from_the_residual_stream_needs_no_forward_pass(tiny, batch, shrinks):
+    """It equals the plain gradient, and another residual stream changes it."""
     model, params = tiny
     prompts = batch[0]
     keeping, rows = dataclasses.replace(model, remat="rollout"), np.arange(len(prompts.lengths))
@@ -333,22 +335,22 @@ def test_a_gradient_from_the_residual_stream_of_a_rollout_has_no_forward_pass(ti
     weights = jnp.asarray(np.random.default_rng(0).normal(size=out.tokens.shape), jnp.float32)
     cut = list(micro_batches(prompts, out, rows, 2))
 
-    def learnt(model, residuals):
-        lesson = Lesson(out.after(prompts), weights, residuals=residuals)
-        return Learner(Loss(model, CROSS_ENTROPY), None, 64)(params, params, lesson, cut)
+    def student_gradient(model, residuals):
+        inputs = LossInputs(out.after(prompts), weights, residuals=residuals)
+        return GradientAccumulator(Loss(model, CROSS_ENTROPY), None, 64)(params, params, inputs, cut)
 
-    plain, spared = learnt(model, ()), learnt(keeping, out.residuals)
+    plain, spared = student_gradient(model, ()), student_gradient(keeping, out.residuals)
     same(spared, plain, atol=1e-5, rtol=1e-4)
-    same(learnt(keeping, ()), plain, atol=1e-6, rtol=1e-5)
-    halved = learnt(keeping, (*out.residuals[:-1], out.residuals[-1] * jnp.array([[[0.5, 1] * 6]])))
+    same(student_gradient(keeping, ()), plain, atol=1e-6, rtol=1e-5)
+    halved = student_gradient(keeping, (*out.residuals[:-1], out.residuals[-1] * jnp.array([[[0.5, 1] * 6]])))
     assert abs(halved.loss - plain.loss) > 1e-3, "the last is what the head reads"
-    first = learnt(keeping, (out.residuals[0] * jnp.array([[[0.5, 1] * 6]]), *out.residuals[1:]))
+    first = student_gradient(keeping, (out.residuals[0] * jnp.array([[[0.5, 1] * 6]]), *out.residuals[1:]))
     assert first.loss == spared.loss
     assert np.max(np.abs(first.of["layers"]["mlp"]["up"]["kernel"] - plain.of["layers"]["mlp"]["up"]["kernel"])) > 1e-3
 
 
 class Counting(Model):
-    """Tells every forward pass."""
+    """Counts the forward passes."""
 
     passes = 0
 
@@ -362,7 +364,7 @@ class Counting(Model):
 
 
 @pytest.mark.parametrize("chosen", [1, 2, 5, 8])
-def test_the_cost_follows_what_was_selected(tiny, batch, chosen):
+def test_only_selected_answers_are_computed(tiny, batch, chosen):
     order = jnp.arange(8, dtype=jnp.int32)
     selection = Selection(jnp.ones(8), order, jnp.int32(chosen), (order < chosen).astype(jnp.float32))
     Counting.passes = 0
@@ -375,7 +377,7 @@ def test_the_cost_follows_what_was_selected(tiny, batch, chosen):
 # -------------------------------------------------------------------------------- clip and skips
 
 
-def test_a_clip_that_always_bites_cancels_the_scale(tiny, batch):
+def test_clipping_every_gradient_cancels_the_scale(tiny, batch):
     def step(scale, clip_norm):
         return update(tiny, batch, config=train_config(recovery={"scale": scale}, clip_norm=clip_norm))
 
@@ -395,18 +397,18 @@ def test_a_step_that_is_not_finite_is_skipped_and_counted(tiny, batch, spoiled):
     prompts, rollout, scores = batch
     state, _ = update(tiny, batch)
     bad = (prompts, rollout, scores.replace(teacher=scores.teacher.at[0, 0].set(spoiled)))
-    for times in (1, 2):
+    for _ in range(2):
         after, metrics = update(tiny, bad, state=state)
-        assert int(after.skipped) == times and metrics["skipped"] == times and int(after.step) == int(state.step) + 1
+        assert metrics["skipped"] == 1 and int(after.step) == int(state.step) + 1
         same(after.params, state.params, rtol=0)
         same(after.moments, state.moments, rtol=0)
         state = after
-    after, _ = update(tiny, batch, state=state)
-    assert int(after.skipped) == 0
+    _, metrics = update(tiny, batch, state=state)
+    assert metrics["skipped"] == 0
 
 
-def test_at_review_step_zero_nothing_moves_but_by_decay(tiny, batch):
-    """Student and teacher agree: every gap is 0, all rows are kept, nothing is divided by 0."""
+def test_a_review_step_with_zero_gaps_only_decays(tiny, batch):
+    """Student and teacher are equal: every gap is 0, all rows are kept, and nothing is divided by 0."""
     prompts, rollout, scores = batch
     state, metrics = update(tiny, (prompts, rollout, scores.replace(teacher=scores.student)), branch="review",
                             config=train_config(weight_decay=0.0))  # fmt: skip
@@ -424,9 +426,9 @@ def test_sft_is_cross_entropy_over_the_answer_tokens(tiny, batch):
     log_probs = row_logprobs(tiny, prompts, rollout)
     config = SftConfig("m", Stream("d"), optimizer=dataclasses.replace(OPTIMIZER, clip_norm=None, weight_decay=0.0))
     sequences, slots = rollout.after(prompts), rollout.tokens.shape[1]
-    lesson = Lesson(sequences, cross_entropy_weights(rollout.lengths, slots))
+    inputs = LossInputs(sequences, cross_entropy_weights(rollout.lengths, slots))
     parts = micro_batches(prompts, rollout, np.arange(8), 2)
-    gradient = Learner(Loss(model, CROSS_ENTROPY), None, 64)(params, params, lesson, parts)
+    gradient = GradientAccumulator(Loss(model, CROSS_ENTROPY), None, 64)(params, params, inputs, parts)
     program = jax.jit(partial(sft_update, config=config))
     state, metrics = program(init_state(params), gradient, sequences)
 

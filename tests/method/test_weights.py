@@ -31,22 +31,22 @@ def weights(selected=(1.0, 1.0), scale=1.0, objective=SAMPLED_TOKEN, teacher=TEA
     return token_weights(case(selected, teacher), Method(**method), objective, scale)
 
 
-def test_sequence_mean_then_mean_over_the_selected():
+def test_sequence_mean_then_mean_over_selected_answers():
     np.testing.assert_allclose(
         weights(scale=2.0), [[0.5 / 4 * 2, -2.0 / 4 * 2, 0], [0, 0.5 / 6 * 2, 2.0 / 6 * 2]], rtol=1e-6
     )
 
 
-def test_an_answer_that_was_not_selected_weighs_nothing():
+def test_unselected_answers_have_weight_zero():
     np.testing.assert_allclose(weights(selected=(0.0, 1.0)), [[0, 0, 0], [0, 0.5 / 3, 2.0 / 3]], rtol=1e-6)
 
 
-def test_token_mean_over_all_selected():
+def test_mean_over_all_selected_tokens():
     np.testing.assert_allclose(weights(normalise="token"), GAP / 5, rtol=1e-6)
     np.testing.assert_allclose(weights(selected=(0.0, 1.0), normalise="token"), [[0, 0, 0], GAP[1] / 3], rtol=1e-6)
 
 
-def test_the_clip_acts_before_the_scale():
+def test_the_clip_is_applied_before_the_scale():
     np.testing.assert_allclose(SAMPLED_TOKEN.coefficient(case().log_probs, 1.0), [[0.5, -1.0, 0.0], [0.0, 0.5, 1.0]])
     np.testing.assert_allclose(weights(scale=2.0, advantage_clip=1.0)[0], [0.5 / 4 * 2, -1.0 / 4 * 2, 0], rtol=1e-6)
 
@@ -57,7 +57,7 @@ def test_other_objectives_have_no_advantage(name):
     np.testing.assert_allclose(weights(scale=2.0, objective=OBJECTIVES[name](), advantage_clip=0.1), ones, rtol=1e-6)
 
 
-def test_the_gate_keeps_the_ratio_inside_and_nothing_outside():
+def test_the_gate_is_the_ratio_inside_and_zero_outside():
     batch = case()
     ratio = np.exp(STUDENT - SAMPLER)  # 1, e^0.5 = 1.65; 1, 1, e^-2 = 0.14
     for gate, kept in (((0.5, 2.0), np.where(ratio < 0.5, 0, ratio)), ((0.1, 1.2), np.where(ratio > 1.2, 0, ratio))):
@@ -68,8 +68,8 @@ def test_the_gate_keeps_the_ratio_inside_and_nothing_outside():
     np.testing.assert_allclose(gated[1], [0, 0.5 / 6, 0], rtol=1e-6)
 
 
-def test_the_gate_as_published():
-    """MiMo's form on five ratios, gate [.5, 2]."""
+def test_the_published_example_of_the_gate():
+    """MiMo's gate [.5, 2] with five ratios."""
     ratios = np.log(np.array([[0.4, 0.5, 1.3, 2.0, 2.5]], np.float32))
     rollout = Rollout(None, None, jnp.zeros((1, 5)), None, None)
     got = importance(LogProbs(jnp.asarray(ratios), None), rollout, (0.4999, 2.0001))
@@ -77,7 +77,7 @@ def test_the_gate_as_published():
 
 
 @pytest.mark.parametrize("spoiled", [np.nan, np.inf])
-def test_padding_and_unselected_rows_may_hold_anything(spoiled):
+def test_padding_and_unselected_rows_have_no_effect(spoiled):
     teacher = np.array(TEACHER)
     teacher[0, 2] = teacher[1] = spoiled
     np.testing.assert_array_equal(weights((1.0, 0.0), teacher=teacher), weights((1.0, 0.0)))

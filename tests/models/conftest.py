@@ -71,11 +71,29 @@ FAMILIES = {
             },
         ),
     ),
+    "granite": (
+        "Granite",
+        HEADS
+        | dict(
+            tie_word_embeddings=True,
+            embedding_multiplier=5.0,
+            attention_multiplier=0.17,
+            residual_multiplier=0.22,
+            logits_scaling=3.0,
+        ),
+    ),
+    "olmo2": ("Olmo2", HEADS),
 }
 
 
+@pytest.fixture(params=[family for family in FAMILIES if family != "vaultgemma"])  # which has no row of its own
+def family(request):
+    """Each family in turn, for the tests that every family has to pass."""
+    return request.param
+
+
 def build(family: str, **changes):
-    """A torch model of a family whose every parameter matters."""
+    """A torch model of a family in which every parameter affects the output."""
     name, fields = FAMILIES[family]
     suffix = "TextConfig" if name == "Gemma3" else "Config"
     config = getattr(transformers, name + suffix)(**SIZES | fields | changes)

@@ -1,4 +1,4 @@
-"""Attention by itself: how it is cut into pieces."""
+"""Attention in chunks and halves."""
 
 from functools import partial
 
@@ -20,8 +20,8 @@ def arrays(batch, length, heads, groups, width, seed=0):
     return query, key, value
 
 
-def test_pieces_are_counted_by_what_one_chip_holds(monkeypatch):
-    """8 rows of 4 heads and 37 keys: a device of (2, 2, 2) holds 2 rows of 2 heads, an eighth of all scores."""
+def test_chunks_depend_on_the_rows_and_heads_of_one_chip(monkeypatch):
+    """8 rows of 4 heads and 37 keys: a device of mesh (2, 2, 2) has 2 rows of 2 heads, an eighth of all scores."""
     monkeypatch.setattr(attention, "_MAX_SCORES", 8 * 4 * 37 * 5)
     positions = jnp.arange(37)[None, :]
 
@@ -40,7 +40,7 @@ def test_pieces_are_counted_by_what_one_chip_holds(monkeypatch):
 
 
 @pytest.mark.parametrize("length, window", [(128, None), (131, None), (131, 40), (130, 100)])
-def test_halves_are_the_whole(length, window):
+def test_attention_by_halves_equals_plain_attention(length, window):
     query, key, value = arrays(2, length, 4, 2, 6)
     positions = jnp.arange(length)[None, :]
 

@@ -1,4 +1,4 @@
-"""config.json as transformers 4 and 5 write it, and what is refused."""
+"""config.json of transformers 4 and 5, and unsupported fields."""
 
 import json
 import math
@@ -7,6 +7,7 @@ import pytest
 from transformers import GenerationConfig
 
 from camopd_jax.errors import UserError
+from camopd_jax.models import config
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.families import FAMILIES
 from camopd_jax.models.fields import HARMLESS
@@ -22,7 +23,7 @@ SIZES = dict(
 )
 
 
-def test_transformers_4_and_5_say_the_same_of_llama():
+def test_llama_configs_of_transformers_4_and_5_are_equal():
     scaling = dict(factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=8192)
     four = SIZES | dict(model_type="llama", rope_theta=5e5, rope_scaling=scaling | {"rope_type": "llama3"})
     five = SIZES | dict(model_type="llama", rope_parameters=scaling | {"rope_type": "llama3", "rope_theta": 5e5})
@@ -30,7 +31,7 @@ def test_transformers_4_and_5_say_the_same_of_llama():
     assert from_hf(four).ropes[0].theta == 5e5
 
 
-def test_transformers_4_and_5_say_the_same_of_gemma3():
+def test_gemma3_configs_of_transformers_4_and_5_are_equal():
     both = SIZES | dict(model_type="gemma3_text", sliding_window=5)
     four = both | dict(
         rope_theta=1e6,
@@ -55,7 +56,7 @@ def test_old_llama_2_scaling_type():
     assert old.ropes[0].scaling == "linear" and old.ropes[0].factor == 4.0
 
 
-def test_dynamic_scaling_is_settled_by_the_context():
+def test_dynamic_scaling_depends_on_the_context():
     config = SIZES | dict(
         model_type="llama", max_position_embeddings=100, rope_scaling={"type": "dynamic", "factor": 2.0}
     )
@@ -87,10 +88,34 @@ def test_windows():
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
     ],
 )
-def test_what_would_change_the_maths_is_refused_by_name(changes, message):
+def test_fields_that_may_change_the_output_are_errors(changes, message):
     with pytest.raises(UserError, match=message) as caught:
         from_hf(SIZES | {"model_type": "llama"} | changes, where="model/config.json")
     assert str(caught.value).startswith("model/config.json: ")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_field_with_a_default_is_read(family, monkeypatch):
+    """A field with a default is not refused: were it not read either, it would be ignored silently."""
+    read, understood = set(), config._checked_fields
+
+    class Recorder(dict):
+        def __getitem__(self, field):
+            read.add(field)
+            return super().__getitem__(field)
+
+        def get(self, field, default=None):
+            read.add(field)
+            return super().get(field, default)
+
+    def recorded(*arguments):
+        fields, row = understood(*arguments)
+        return Recorder(fields), row
+
+    monkeypatch.setattr(config, "_checked_fields", recorded)
+    from_hf(SIZES | dict(model_type=family))
+    unread = FAMILIES[family].defaults.keys() - read
+    assert unread == ({"hidden_act"} if "hidden_activation" in read else set())  # Gemma has the second in its place
 
 
 def test_layer_types_must_fit():

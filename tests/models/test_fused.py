@@ -1,4 +1,4 @@
-"""The fused kernels against plain attention: Pallas interpreted on a CPU, and how cuDNN is called."""
+"""The fused kernels against plain attention: Pallas interpreted on a CPU, and the call of cuDNN."""
 
 import dataclasses
 import types
@@ -36,12 +36,12 @@ FIELDS = dict(
 
 @pytest.fixture
 def tpu(monkeypatch):
-    """CPU devices are taken for TPUs: the kernel is chosen, and interpreted."""
+    """Makes CPU devices count as TPUs, so that the kernel is used and interpreted."""
     monkeypatch.setattr(fused, "platform", lambda mesh: "cpu" if mesh is None else "tpu")
 
 
 def outcome(implementation, mesh, slots=SLOTS, windows=(None,), window=0, softcap=None):
-    """Output of attention, and its gradients to queries, keys and values."""
+    """The output of attention, and its gradients with respect to queries, keys and values."""
     rng = np.random.default_rng(0)
     query, out = rng.normal(size=(2, BATCH, slots, HEADS, WIDTH)).astype(np.float32)
     key, value = rng.normal(size=(2, BATCH, GROUPS, slots, WIDTH)).astype(np.float32)
@@ -70,24 +70,24 @@ def outcome(implementation, mesh, slots=SLOTS, windows=(None,), window=0, softca
         ((2, 1, 2), dict(windows=(None, 37), window=1, softcap=3.0)),
     ],
 )
-def test_splash_is_plain_attention(sizes, case, tpu):
+def test_splash_equals_plain_attention(sizes, case, tpu):
     mesh = make_mesh(*sizes, devices=jax.devices()[: np.prod(sizes)])
     for kernel, plain in zip(outcome("fused", mesh, **case), outcome("xla", None, **case), strict=True):
         np.testing.assert_allclose(kernel, plain, atol=2e-5)
 
 
-def test_rows_by_turns_are_rows_at_once(tpu, monkeypatch):
+def test_splash_with_few_rows_at_a_time(tpu, monkeypatch):
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])
     monkeypatch.setattr(fused, "_RESIDUAL_BYTES", 3 * HEADS * 256 * 128 * 4)  # three rows, then one
     for kernel, plain in zip(outcome("fused", mesh), outcome("xla", None), strict=True):
         np.testing.assert_allclose(kernel, plain, atol=2e-5)
 
 
-def test_a_model_with_fused_attention_is_the_same_model(tpu):
-    """Scanned, computed again, on a mesh; windows alternate from layer to layer; padding on the right is rubbish."""
+def test_a_model_with_fused_attention_gives_the_same_results(tpu):
+    """With a scan, remat and a mesh, alternating windows and arbitrary values in the padding."""
     config, mesh = from_hf(FIELDS), make_mesh(2, 2, 2)
     model = Model(config, mesh=mesh, attention="fused")
-    plain = dataclasses.replace(model, mesh=None)  # as diagnostics take it
+    plain = dataclasses.replace(model, mesh=None)  # as diagnostics use it
     params = plain.init(jax.random.key(1))
     spread = jax.device_put(params, shardings(config, mesh))
     lengths = np.array([140, 77, 140, 9])
@@ -110,7 +110,7 @@ def test_a_model_with_fused_attention_is_the_same_model(tpu):
     jax.tree.map(partial(np.testing.assert_allclose, atol=2e-5), *caches)
 
 
-def test_auto_takes_the_kernel_where_rows_are_long_enough(tpu):
+def test_auto_uses_the_kernel_for_long_rows(tpu):
     mesh = make_mesh(2, 2, 2)
 
     def kernels(implementation, slots, batch=BATCH):
@@ -132,15 +132,15 @@ def test_blocks_add_at_most_an_eighth():
     assert fused.blocks(576) == (128, 640) and fused.blocks(130) == (128, 256)
 
 
-def test_pairs_are_those_of_the_mask():
+def test_pairs_equal_the_mask():
     for window in (None, 1, 5, 13, 20):
         i, j = np.indices((13, 13))
         assert fused.pairs(13, window) == np.sum((j <= i) & (j > i - (window or 99)))
 
 
 @pytest.mark.parametrize("window", [None, 37])
-def test_cudnn_is_called_for_plain_attention(window, monkeypatch):
-    """The same call, handed to JAX's own plain form of the function, which documents its arguments once for both."""
+def test_the_cudnn_call_equals_plain_attention(window, monkeypatch):
+    """The same call with JAX's plain implementation of the function, which has the same arguments."""
     called = []
     original = jax.nn.dot_product_attention
 
@@ -156,7 +156,7 @@ def test_cudnn_is_called_for_plain_attention(window, monkeypatch):
         np.testing.assert_allclose(a, b, atol=2e-5)
 
 
-def test_what_a_kernel_does_not_take_is_refused_or_passed_over(monkeypatch):
+def test_unsupported_models_are_an_error_or_use_plain_attention(monkeypatch):
     gemma = {"query_pre_attn_scalar", "attn_logit_softcapping", "sliding_window"}
     plain = {name: value for name, value in FIELDS.items() if name not in gemma} | {"model_type": "qwen3"}
     device = types.SimpleNamespace(platform="gpu", compute_capability="9.0")
@@ -164,7 +164,7 @@ def test_what_a_kernel_does_not_take_is_refused_or_passed_over(monkeypatch):
     def why(dtype="bfloat16", capability="9.0", platform="gpu", **fields):
         device.platform, device.compute_capability = platform, capability
         mesh = types.SimpleNamespace(devices=np.array([device]))
-        return fused.why_not(from_hf(plain | fields), mesh, dtype)
+        return fused.unsupported_reason(from_hf(plain | fields), mesh, dtype)
 
     assert why() is None and why(platform="tpu", dtype="float32") is None
     assert "multiple of 64, not 80" in why(platform="tpu", head_dim=80)

@@ -1,4 +1,4 @@
-"""A model on eight simulated devices: the numbers of one device, and what each of them keeps."""
+"""A model on eight simulated devices: the results of one device, and the shardings of stored arrays."""
 
 from functools import partial
 
@@ -56,7 +56,7 @@ def tokens(model, slots=SLOTS):
 
 
 def gradient(model, params, rows):
-    """Compiled: mean square of the hidden states, they themselves, and the gradient."""
+    """Compiled: the mean square of the hidden states, the hidden states, and the gradient."""
     weights = jnp.asarray(np.random.default_rng(2).normal(size=(*rows.shape, WIDTH)), jnp.float32)
 
     def loss(params, rows):
@@ -68,7 +68,7 @@ def gradient(model, params, rows):
 
 @pytest.fixture(scope="module")
 def alone():
-    """{family: what one device gets}."""
+    """{family: result on one device}."""
     return {name: _alone(config) for name, config in CONFIGS.items()}
 
 
@@ -79,7 +79,7 @@ def _alone(config):
 
 
 @pytest.mark.parametrize("family, sizes", [("qwen3", sizes) for sizes in MESHES] + [("gemma2", (1, 2, 4))])
-def test_a_mesh_changes_no_number_and_splits_what_layers_leave_behind(family, sizes, alone):
+def test_a_mesh_gives_the_same_numbers_and_splits_residuals(family, sizes, alone):
     model, params = on_mesh(CONFIGS[family], sizes)
     rows = tokens(model)
     compiled = gradient(model, params, rows)
@@ -97,11 +97,11 @@ def test_a_mesh_changes_no_number_and_splits_what_layers_leave_behind(family, si
         assert hidden.sharding.shard_shape(hidden.shape) == (ROWS // (data * fsdp), SLOTS, WIDTH)
 
 
-def test_a_mesh_that_does_not_divide_the_model_is_refused_with_the_sizes_that_do():
-    """Nine heads of which three hold keys, as SmolLM2-135M has them."""
+def test_the_error_for_a_wrong_mesh_names_possible_sizes():
+    """Nine query heads and three key/value heads, as in SmolLM2-135M."""
     config = from_hf(SHAPES["smollm2-135m"])
-    says = r"^config\.mesh\.tensor is 2, which does not divide the model's heads = 9, kv_heads = 3; with up to 8 "
-    with pytest.raises(UserError, match=says + r"devices it can be 1, 3$"):
+    message = r"^config\.mesh\.tensor is 2, which does not divide the model's heads = 9, kv_heads = 3; with up to 8 "
+    with pytest.raises(UserError, match=message + r"devices it can be 1, 3$"):
         shardings(config, make_mesh(2, 2, 2))
     with pytest.raises(
         UserError, match=r"config\.mesh\.fsdp is 7, .* embed = 576; with up to 7 devices it can be 1, 2, 3, 4, 6$"
@@ -112,15 +112,15 @@ def test_a_mesh_that_does_not_divide_the_model_is_refused_with_the_sizes_that_do
     assert shardings(config, make_mesh(1, 1, 3, devices=jax.devices()[:3]))
 
 
-def test_slots_that_do_not_divide_stay_whole():
+def test_indivisible_slots_are_not_split():
     (alone, params), (model, spread) = (on_mesh(CONFIGS["qwen3"], sizes) for sizes in [(1, 1, 1), (1, 2, 4)])
     np.testing.assert_allclose(
         jax.jit(model.hidden)(spread, tokens(model, 27)), jax.jit(alone.hidden)(params, tokens(alone, 27)), atol=2e-5
     )
 
 
-def test_decoding_on_a_mesh_moves_no_more_than_its_tokens():
-    """One slot is not split: prefill and decode give one device's numbers."""
+def test_decoding_on_a_mesh_communicates_only_tokens():
+    """A single slot is not split: prefill and decode give the same results as on one device."""
 
     def decoded(sizes):
         model, params = on_mesh(CONFIGS["gemma2"], sizes)

@@ -48,10 +48,17 @@ def test_weights_and_flops_by_hand():
 
 
 @pytest.mark.parametrize(
-    "name, count", [("qwen3-4b-2507", 4_022_468_096), ("qwen3-8b", 8_190_735_360), ("qwen3-32b", 32_762_123_264)]
+    "name, count",  # 4.0B, 8.2B, 32.8B, 8.2B, 1.5B
+    [
+        ("qwen3-4b-2507", 4_022_468_096),
+        ("qwen3-8b", 8_190_735_360),
+        ("qwen3-32b", 32_762_123_264),
+        ("granite-3.3-8b", 8_170_864_640),
+        ("olmo2-1b", 1_484_916_736),
+    ],
 )
 def test_shapes_have_the_sizes_of_their_cards(name, count):
-    assert costs.weights(from_hf(SHAPES[name])) == count  # 4.0B, 8.2B, 32.8B
+    assert costs.weights(from_hf(SHAPES[name])) == count
 
 
 def test_a_stage_takes_as_long_as_its_slowest_limit():

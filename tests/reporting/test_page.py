@@ -1,4 +1,4 @@
-"""The page as a whole: what it shows of each kind of directory, that it is well formed, and that it is safe."""
+"""The page: its contents for each kind of directory, valid HTML, and safety."""
 
 import datetime
 import html
@@ -23,7 +23,7 @@ VOID = {"meta", "input", "br", "link", "img"}
 
 
 def made(*folders):
-    """The page of some directories without Plotly's library, checked to be well formed."""
+    """The page of some directories without Plotly's library; checks that it is well formed."""
     text = page(load.read([str(folder) for folder in folders]), NOW)
     assert text.count(get_plotlyjs()) == 1
     text = text.replace(get_plotlyjs(), "")
@@ -32,7 +32,7 @@ def made(*folders):
 
 
 class Nesting(html.parser.HTMLParser):
-    """Fails on tags that do not close in order; collects ids and what attributes refer to."""
+    """Fails if tags are not closed in order; collects ids and references to them."""
 
     def __init__(self):
         super().__init__()
@@ -69,7 +69,7 @@ def refuse(constant):
 
 
 def figures(text):
-    """The figures by title, as Plotly reads them: it refuses what it does not know."""
+    """The figures by title, as Plotly reads them; Plotly raises errors for unknown properties."""
     plots = {}
     for title, data in re.findall(
         r'<figcaption>(.*?)(?: <small>.*?)?</figcaption>.*?<script type="application/json">(.*?)</script>', text, re.S
@@ -98,7 +98,7 @@ def row(text, table, name):
 # ---------------------------------------------------------------------------------- single runs
 
 
-def test_a_run_that_was_killed_in_the_middle_of_a_line(tmp_path):
+def test_a_run_with_an_incomplete_last_line(tmp_path):
     folder = write_run(tmp_path / "mine", steps=5, student=None, exported=False)
     with (folder / "metrics.jsonl").open("a") as file:
         file.write('{"step": 5, "phase": "reco')
@@ -108,7 +108,7 @@ def test_a_run_that_was_killed_in_the_middle_of_a_line(tmp_path):
                             "Runs and settings"]  # fmt: skip
 
 
-def test_a_run_of_which_there_is_only_a_config(tmp_path):
+def test_a_run_with_only_a_config(tmp_path):
     folder = write_run(tmp_path / "mine", steps=0, student=None, exported=False)
     for file in folder.glob("*.jsonl"):
         file.unlink()
@@ -124,20 +124,20 @@ def test_a_finished_run(tmp_path):
                             "Optimisation", "Throughput", "Answers early and late", "Runs and settings"]  # fmt: skip
     plots = figures(text)
     assert list(plots)[:5] == ["Recovery against retention", "Recovery: sums", "Recovery: logic",
-                               "Recovery: mean of its benchmarks", "Retention: drugs"]  # fmt: skip
+                               "Recovery: mean over benchmarks", "Retention: drugs"]  # fmt: skip
     band, line = plots["Recovery: sums"].data
     assert band.y == pytest.approx((0.15, 0.35, 0.55, 0.45, 0.25, 0.05)) and line.y == (0.1, 0.3, 0.5)
     assert band.fill == "toself" and band.fillcolor == line.line.color and band.hoverinfo == "skip"
-    assert colours(plots["Answers that were selected"]) == {"recovery": RECOVERY, "review": REVIEW}
+    assert colours(plots["Share of answers selected"]) == {"recovery": RECOVERY, "review": REVIEW}
     # 4 of 8 questions back, all kept: sqrt(.5 * .5 / 7) = 18.9 points over questions
     assert row(text, "In %", "mine") == ["2e-06", "12", "24 questions", "1,200", "50.0 ± 18.9", "50.0 ± 18.9",
                                          "50.0 ± 13.4", "100.0 ± 0.0"]  # fmt: skip
     start, point = plots["Recovery against retention"].data
     assert (start.x, start.y, point.x, point.y) == ((0,), (1,), (0.5,), (1,))
     assert point.error_x.array == pytest.approx((0.134,), abs=1e-3) and point.error_y.array == (0,)
-    stages = {trace.name: trace.x for trace in plots["Time of a step, by stage"].data}
+    stages = {trace.name: trace.x for trace in plots["Time of a step by stage"].data}
     assert stages["update"] == (0.4, 0.4) and list(stages) == ["rollout", "score", "select", "update", "other"]
-    assert plots["Scores of the answers: median"].data[1].y[:3] == pytest.approx((0.02, 0.04, 0.06))
+    assert plots["Gap mass of the answers: median"].data[1].y[:3] == pytest.approx((0.02, 0.04, 0.06))
 
 
 def test_gradients(tmp_path):
@@ -148,17 +148,17 @@ def test_gradients(tmp_path):
     assert dashes["recovery, selected"] == (RECOVERY, "solid") and dashes["review, all"] == (REVIEW, "dash")
     assert len(dashes) == 6 and {"recovery, random", "review, random"} <= dashes.keys()
     assert set(colours(plots["Conflict of the branches"])) == {"selected", "all"}
-    (layers,) = plots["Conflict, layer by layer"].data
+    (layers,) = plots["Conflict by layer"].data
     assert layers.x == ("0", "4") and layers.y == ("embedding", "layer 0", "final norm")
     assert list(map(list, layers.z)) == [[-0.2, 0.4], [0.1, None], [0.3, None]]
-    (correlations,) = plots["What the scores correlate with"].data
+    (correlations,) = plots["Correlations of the gap mass"].data
     assert len(correlations.y) == 10 and correlations.y[-1] == "review, teacher loss" and correlations.x == ("0",)
     assert list(map(list, correlations.z)) == [[0.3]] * 10
 
 
 def test_a_mixed_run_shows_both_branches(tmp_path):
     text = made(write_run(tmp_path / "mine", "vanilla"))
-    selected = figures(text)["Answers that were selected"]
+    selected = figures(text)["Share of answers selected"]
     assert colours(selected) == {"recovery": RECOVERY, "review": REVIEW}
     assert [trace.y[0] for trace in selected.data if not trace.fill] == [0.25, 0.5]
     assert colours(figures(text)["Loss"]) == {"recovery": RECOVERY, "review": REVIEW, "mixed": THIRD}
@@ -172,7 +172,7 @@ def test_three_branches_of_any_name(tmp_path, schedule):
     rows = [diagnostics_row(step, branches=dict.fromkeys(names, coherence)) for step in (0, 4)]
     text = made(write_run(tmp_path / "mine", branches=names, diagnostics=rows, **{"method.schedule": schedule}))
     plots = figures(text)
-    assert colours(plots["Answers that were selected"]) == {
+    assert colours(plots["Share of answers selected"]) == {
         "law-2": RECOVERY,
         "recovery": REVIEW,
         "maths": THIRD,
@@ -185,7 +185,7 @@ def test_three_branches_of_any_name(tmp_path, schedule):
     assert all(f"mine: {name}</h3>" in text for name in names)
 
 
-def test_numbers_that_were_not_finite_leave_holes(tmp_path):
+def test_numbers_that_are_not_finite_are_gaps_in_lines(tmp_path):
     folder = write_run(tmp_path / "mine")
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     rows[2] |= {"loss": None, "grad_norm": None}
@@ -195,11 +195,11 @@ def test_numbers_that_were_not_finite_leave_holes(tmp_path):
     scores = [{"step": step, "phase": "recovery", "score": [None] * (step + 1)} for step in range(4)]
     write(folder / "selection.jsonl", scores)
     plots = figures(made(folder))
-    assert plots["Loss"].data[1].x == (0, 1, 4, 5, 6, 8, 9, 10) and "Conflict, layer by layer" in plots
-    assert "Scores of the answers: median" not in plots
+    assert plots["Loss"].data[1].x == (0, 1, 4, 5, 6, 8, 9, 10) and "Conflict by layer" in plots
+    assert "Gap mass of the answers: median" not in plots
 
 
-def test_supervised_fine_tuning_has_a_page_too(tmp_path):
+def test_a_page_of_supervised_fine_tuning(tmp_path):
     folder = write_run(tmp_path / "sft", student=None, exported=False)
     stored = json.loads((folder / "config.json").read_text())["config"]
     kept = {name: stored[name] for name in ("steps", "seed", "optimizer", "evaluation", "checkpoints", "log")}
@@ -216,8 +216,8 @@ def test_supervised_fine_tuning_has_a_page_too(tmp_path):
 # --------------------------------------------------------------------------------- several runs
 
 
-def test_two_runs_are_compared_question_by_question(tmp_path):
-    """6 of 8 back against 4: +25; sd of the differences sqrt(1.5 / 7), t(7) = 2.365: 38.7 on either side."""
+def test_two_runs_are_compared_by_question(tmp_path):
+    """6 and 4 of 8 recovered: +25; sd of the differences sqrt(1.5 / 7), t(7) = 2.365: half-width 38.7."""
     better = HALF | {"sums": [1.0, 0.0, 1.0, 0.0, 1.0, 1.0, 1.0, 1.0]}
     mine, other = write_run(tmp_path / "a" / "mine", student=better), write_run(tmp_path / "other", "vanilla")
     text = made(mine, other)
@@ -229,14 +229,14 @@ def test_two_runs_are_compared_question_by_question(tmp_path):
     assert colours(loss) == {"mine": styles.COMPARED_COLOURS["camopd"], "other": styles.COMPARED_COLOURS["vanilla"]}
 
 
-def test_runs_that_answered_other_questions_are_not_compared(tmp_path):
+def test_runs_with_different_questions_are_not_compared(tmp_path):
     mine, other = write_run(tmp_path / "mine"), write_run(tmp_path / "other", "vanilla")
     rows = [json.loads(line) for line in (other / "eval.jsonl").read_text().splitlines()]
     write(other / "eval.jsonl", [row | {"asked": "others"} for row in rows])
     assert "Difference from" not in made(mine, other)
 
 
-def test_runs_of_one_name_are_told_apart_by_their_paths(tmp_path):
+def test_runs_with_equal_names_are_shown_by_path(tmp_path):
     folders = [write_run(tmp_path / name / "run") for name in ("a", "b")]
     assert [source.groups[0].name for source in load.read(map(str, folders))] == [str(folder) for folder in folders]
 
@@ -247,7 +247,7 @@ def test_fifty_runs(tmp_path):
                for i, method in enumerate(methods)]  # fmt: skip
     text = made(*folders)
     assert len(text) < 2e6 and "50 directories" in text
-    recovery = figures(text)["Recovery: mean of its benchmarks"]
+    recovery = figures(text)["Recovery: mean over benchmarks"]
     of_run = colours(recovery)
     assert len(of_run) == 50 and of_run["run-49"] == styles.COMPARED_COLOURS["camopd"]
     assert list(of_run.values()).count(styles.MUTED) == 50 - 2 - len(styles.GROUP_COLOURS)
@@ -262,7 +262,7 @@ SEEDS = {"camopd": (3, 4, 5), "vanilla": (2, 4, 4)}  # of the 6 questions that d
 
 
 def scores(right, tuned):
-    """Questions 0 and 4 tune; of the six others, the first so many are right."""
+    """Questions 0 and 4 are for tuning; of the six others, the first `right` are right."""
     others = [1.0] * right + [0.0] * (6 - right)
     return HALF | {"sums": [tuned, *others[:3], tuned, *others[3:]]}
 
@@ -275,12 +275,12 @@ def grid(tmp_path):
 
 
 def test_a_finished_grid(grid):
-    """camopd: 3, 4, 5 of 6, so 66.7 with sd 16.7 over 3 seeds. Less vanilla: 1/6, 0, 1/6; t(2) = 4.303."""
+    """camopd: 3, 4, 5 of 6, so 66.7 with sd 16.7 over 3 seeds. Minus vanilla: 1/6, 0, 1/6; t(2) = 4.303."""
     text = made(grid)
     assert "a grid, ended, 8 runs, the last start took 10 minutes" in text
     assert row(text, "In %", "camopd")[:5] == ["0.0002", "12", "3 seeds", "1,200", "66.7 ± 9.6"]
     assert row(text, "Difference from vanilla", "camopd")[:2] == ["3 seeds", "+11.1 (-12.8 to +35.0)"]
-    assert row(text, "grid: each learning rate", "camopd") == ["0.0002: 70.0", "0.0004: 25.0"]
+    assert row(text, "grid: choice of settings", "camopd") == ["0.0002: 70.0", "0.0004: 25.0"]
     assert "<b>0.0002: 70.0</b>" in text and "<b>0.0004: 25.0</b>" not in text
     assert [
         trace.name for trace in figures(text)["Loss, review"].data if trace.name == "camopd" and not trace.fill
@@ -303,7 +303,7 @@ def test_runs_that_failed(grid):
     assert row(text, "Runs that failed.", "grid/pcgrad/0.1/seed-0") == ["no &lt;room&gt; left"]
 
 
-def test_the_interpolation_is_one_model_and_a_line_of_squares(grid):
+def test_the_interpolation(grid):
     for weight, right in ((0.3, 2), (0.6, 4)):
         folder = write_run(grid / "interpolation" / f"{weight:g}" / "seed-1000", steps=0, student=scores(right, 0.0))
         for name in ("metrics", "samples", "selection"):
@@ -318,10 +318,10 @@ def test_the_interpolation_is_one_model_and_a_line_of_squares(grid):
     assert row(text, "Difference from vanilla", "interpolation")[:2] == ["3 seeds", "+11.1 (-36.7 to +58.9)"]
     path = next(trace for trace in figures(text)["Recovery against retention"].data if "interpolation of" in trace.name)
     assert path.hovertext == ("30 % original", "60 % original") and path.x[1] > path.x[0]
-    assert row(text, "grid: each learning rate", "interpolation") == ["0.3: 40.0", "0.6: 50.0"]
+    assert row(text, "grid: choice of settings", "interpolation") == ["0.3: 40.0", "0.6: 50.0"]
 
 
-def test_a_grid_in_progress_shows_its_best_tuning_run_until_there_are_results(grid):
+def test_a_grid_in_progress_shows_its_best_tuning_run(grid):
     (grid / "study.json").unlink()
     write_run(grid / "random" / "0.0002" / "seed-1000", "random", student=HALF, seed=1000)
     write_run(grid / "random" / "0.0004" / "seed-1000", "random", seed=1000,
@@ -330,11 +330,11 @@ def test_a_grid_in_progress_shows_its_best_tuning_run_until_there_are_results(gr
     text = made(grid)
     assert "a grid, in progress, 11 runs so far, 10 of them ended" in text
     assert row(text, "In %", "random, tuning")[0] == "0.0002" and row(text, "In %", "camopd")[2] == "3 seeds"
-    # on the tuning questions 0 and 4 all are right with the lower rate, of both axes; with the higher, of one
-    assert row(text, "grid: each learning rate", "random") == ["0.0002: 100.0", "0.0004: 50.0"]
+    # tuning questions 0 and 4 are right on both axes with the lower rate, on one axis with the higher
+    assert row(text, "grid: choice of settings", "random") == ["0.0002: 100.0", "0.0004: 50.0"]
 
 
-def test_a_grid_of_which_one_seed_has_ended_has_errors_over_its_questions(grid):
+def test_a_grid_with_one_finished_seed_has_errors_over_questions(grid):
     (grid / "study.json").unlink()
     write_run(grid / "random" / "0.0002" / "seed-0", "random", student=HALF, seed=0)
     write_run(grid / "random" / "0.0002" / "seed-1", "random", steps=3, student=None, exported=False, seed=1)
@@ -346,7 +346,7 @@ def test_a_grid_of_which_one_seed_has_ended_has_errors_over_its_questions(grid):
 # -------------------------------------------------------------------------------------- safety
 
 
-def test_prompts_answers_and_names_are_text(tmp_path):
+def test_prompts_answers_and_names_are_escaped(tmp_path):
     hostile = '</script><script>alert("x")</script><svg onload=x>'
     folder = write_run(tmp_path / "<b>&run", prompt=hostile)
     other = write_run(tmp_path / "x' onmouseover='y")
@@ -359,7 +359,7 @@ def test_prompts_answers_and_names_are_text(tmp_path):
     text.encode()  # half a pair of surrogates would not be written
 
 
-def test_tokens_are_tinted_by_the_sign_of_their_gaps(tmp_path):
+def test_tokens_are_coloured_by_their_gaps(tmp_path):
     text = made(write_run(tmp_path / "mine"))
     assert '<span class="more-3" title="gap +1.5000">fo</span>' in text
     assert '<span class="less-2" title="gap -0.3000"> ur</span>' in text

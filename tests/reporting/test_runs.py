@@ -1,4 +1,4 @@
-"""What is read of directories, and figures over steps by hand."""
+"""Reading of directories, and curves over steps by hand."""
 
 import json
 import math
@@ -6,8 +6,8 @@ import math
 import pytest
 from workdirs import EVERYTHING, HALF, TEACHERS, config, result_rows, standing_row, write, write_run
 
-from camopd_jax.config.identity import differing, to_json
-from camopd_jax.config.methods import CONTROLS, method_of
+from camopd_jax.config.identity import field_differences, to_json
+from camopd_jax.config.methods import METHODS, method_of
 from camopd_jax.errors import UserError
 from camopd_jax.reporting import answers, curves, load
 from camopd_jax.reporting.page import write_page
@@ -17,14 +17,14 @@ def only_run(folder):
     return load.read([str(folder)])[0].groups[0].run
 
 
-@pytest.mark.parametrize("method", CONTROLS)
-def test_a_method_is_known_by_its_config(method):
+@pytest.mark.parametrize("method", METHODS)
+def test_a_method_is_recognised_by_its_config(method):
     assert method_of(to_json(config(method))) == method
     assert method_of(to_json(config(method, **{"method.advantage_clip": 3.0}))) is None
 
 
 @pytest.mark.parametrize("change", [{"branches": None}, {"method": None}, {"branches": {"a": {}}}])
-def test_the_method_of_a_config_of_another_version_is_not_known(tmp_path, change):
+def test_configs_of_other_versions_have_no_method(tmp_path, change):
     folder = write_run(tmp_path / "mine")
     stored = json.loads((folder / "config.json").read_text())
     stored["config"] = {name: value for name, value in (stored["config"] | change).items() if value is not None}
@@ -36,17 +36,17 @@ def test_the_method_of_a_config_of_another_version_is_not_known(tmp_path, change
 def test_differing_fields_of_several_configs():
     a, b = to_json(config()), to_json(config("mass-0.6", seed=3))
     del b["log"]
-    fields = differing([a, b, a])
+    fields = field_differences([a, b, a])
     mass = "branches.recovery.selection.mass"
     assert list(fields) == [mass, "branches.review.selection.mass", "log", "seed"]
     assert fields["seed"] == [0, 3, 0] and fields[mass] == [0.8, 0.6, 0.8]
-    assert fields["log"] == [a["log"], None, a["log"]] and differing([a]) == {}
+    assert fields["log"] == [a["log"], None, a["log"]] and field_differences([a]) == {}
 
 
-# ---------------------------------------------------------------------------------- final scores
+# ---------------------------------------------------------------------------------- final results
 
 
-def test_final_scores_are_those_of_the_last_whole_evaluation(tmp_path):
+def test_final_results_are_those_of_the_last_complete_evaluation(tmp_path):
     folder = write_run(tmp_path / "mine", student=None, exported=False)
     rows = [row for name, scores in TEACHERS.items() for row in result_rows(name, 0, scores)]
     rows += result_rows("student", 4, HALF) + result_rows("student", 8, HALF | {"sums": EVERYTHING})
@@ -56,7 +56,7 @@ def test_final_scores_are_those_of_the_last_whole_evaluation(tmp_path):
     assert only_run(folder).final[0] == 12 and only_run(folder).ended
 
 
-def test_final_scores_of_a_run_that_exported_its_best_model(tmp_path):
+def test_final_results_of_a_run_that_exported_its_best_model(tmp_path):
     folder = write_run(tmp_path / "mine", student=None, **{"checkpoints.export": "best"})
     rows = [row for name, scores in TEACHERS.items() for row in result_rows(name, 0, scores)]
     rows += [*result_rows("student", 4, HALF), standing_row(4, 0.5, 1.0)]
@@ -65,7 +65,7 @@ def test_final_scores_of_a_run_that_exported_its_best_model(tmp_path):
     assert only_run(folder).final[0] == 4
 
 
-def test_teachers_are_cut_to_the_questions_that_the_student_was_asked(tmp_path):
+def test_teachers_results_are_on_the_students_questions(tmp_path):
     folder = write_run(tmp_path / "mine", student=None)
     rows = [row for name, scores in TEACHERS.items() for row in result_rows(name, 0, scores)]
     part = [row | {"n": 4, "scores": row["scores"][:4]} for row in result_rows("student", 12, HALF)]
@@ -76,7 +76,7 @@ def test_teachers_are_cut_to_the_questions_that_the_student_was_asked(tmp_path):
 # -------------------------------------------------------------------------------- over the steps
 
 
-def test_a_branch_has_its_own_steps_and_its_part_of_mixed_ones(tmp_path):
+def test_rows_of_a_branch_include_mixed_steps(tmp_path):
     alone, mixed = only_run(write_run(tmp_path / "a")), only_run(write_run(tmp_path / "b", "vanilla"))
     assert curves.points(alone.rows_of("review"), ["selected_fraction"]) == [(3, 0.28), (7, 0.32), (11, 0.36)]
     assert curves.points(mixed.rows_of("review"), ["selected_fraction"])[:2] == [(0, 0.5), (1, 0.52)]
@@ -104,11 +104,11 @@ def test_many_points_are_averaged_in_bins_within_each_run_first():
 
 @pytest.mark.parametrize("gap, tint", [(0.04, ""), (-0.04, ""), (None, ""), (0.05, "more-1"), (-0.25, "less-2"),
                                        (1.0, "more-3"), (-7.0, "less-4")])  # fmt: skip
-def test_tints(gap, tint):
-    assert answers.tint(gap) == tint
+def test_gap_classes(gap, tint):
+    assert answers.gap_class(gap) == tint
 
 
-def test_early_and_late_answers_are_to_the_same_prompt_where_it_came_again(tmp_path):
+def test_early_and_late_answers_prefer_the_same_prompt(tmp_path):
     folder = write_run(tmp_path / "mine")
     rows = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     for row in rows:
@@ -131,13 +131,13 @@ def test_a_directory_without_a_run(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"kind": "Other", "config": {}}'])
-def test_a_config_that_is_none(tmp_path, text):
+def test_an_invalid_config(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json: not the config\.json of a run"):
         load.read([str(tmp_path)])
 
 
-def test_a_study_that_is_cut(tmp_path):
+def test_an_incomplete_study_file(tmp_path):
     write_run(tmp_path / "camopd" / "0.0002" / "seed-0")
     (tmp_path / "study.json").write_text('{"axes"')
     with pytest.raises(UserError, match=r"study\.json: not JSON"):
@@ -156,7 +156,7 @@ def test_a_page_that_cannot_be_written(tmp_path):
         write_page([str(folder)], f"{tmp_path}/no/page.html")
 
 
-def test_mistakes_end_in_one_line(command, tmp_path):
+def test_mistakes_are_one_line(command, tmp_path):
     for arguments, message in (([], "DIR is missing"), ([tmp_path, tmp_path / "gone"], "holds no run")):
         ended = command("report", *arguments)
         assert ended.code == 2 and ended.err.count("\n") == 1 and message in ended.err, ended.err

@@ -1,4 +1,4 @@
-"""Rollouts against a plain loop of full forwards, and a row's independence of its batch."""
+"""Rollouts against a loop of full forward passes, and independence of a row from its batch."""
 
 import dataclasses
 from functools import partial
@@ -22,7 +22,7 @@ MAX_NEW = 9
 
 
 def run(tiny, prompts, index=None, sampling=Sampling(), eos_ids=(2,), max_new=MAX_NEW, model=None, **options):
-    """One rollout; each row's key is named by `index`."""
+    """One rollout; `index` determines each row's key."""
     index = jnp.arange(len(prompts.lengths)) if index is None else jnp.asarray(index)
     keys = row_keys(0, jnp.int32(1), index)
     model = model or tiny[0]
@@ -30,8 +30,8 @@ def run(tiny, prompts, index=None, sampling=Sampling(), eos_ids=(2,), max_new=MA
     return generate.answers(model, params, prompts, keys, Decode(sampling, eos_ids, max_new, **options))
 
 
-def test_weights_go_to_a_mesh_of_other_axes_and_each_device_gets_its_share(tiny):
-    """From 4 x 2 to 4 x 1 x 2 and 8 x 1 x 1: the same numbers, split as the table says and nowhere else."""
+def test_weights_are_moved_to_another_mesh(tiny):
+    """From mesh 4 x 2 x 1 to 4 x 1 x 2 and 8 x 1 x 1: equal values, with the shardings of the table of weights."""
     learns = make_mesh(1, 4, 2)
     spread = jax.device_put(tiny[1], shardings(tiny[0].config, learns))
     expected = tiny[0].for_decoding(tiny[1])
@@ -44,8 +44,8 @@ def test_weights_go_to_a_mesh_of_other_axes_and_each_device_gets_its_share(tiny)
 
 
 @pytest.mark.parametrize("mesh", [None, "of one device"])
-def test_weights_that_need_no_move_are_read_where_they_lie(tiny, mesh):
-    """Without a copy, also on a mesh of one device; a stack that an update takes over leaves its views as they are."""
+def test_weights_that_need_no_move_are_not_copied(tiny, mesh):
+    """Also on a mesh of one device. If an update donates a stacked array, its views do not change."""
     mesh = mesh and make_mesh(1, devices=jax.devices()[:1])
     whole_cache_lines = dict.fromkeys(("hidden_size", "intermediate_size"), 64)
     config = dataclasses.replace(tiny[0].config, **whole_cache_lines)
@@ -86,7 +86,7 @@ def test_greedy_equals_a_loop_of_full_forwards(tiny, batch):
     assert 0 < int(jnp.sum(out.stopped)) < len(prompts.lengths), "the case should hold both kinds of ending"
 
 
-def test_a_row_depends_on_its_own_prompt_and_key_only(tiny, batch):
+def test_a_row_depends_only_on_its_prompt_and_key(tiny, batch):
     prompts = batch[0]
     whole = run(tiny, prompts)
     order = np.array([6, 1, 4])
@@ -105,7 +105,7 @@ def test_a_mesh_changes_nothing(tiny, batch):
         np.testing.assert_array_equal(run(tiny, batch[0], model=model).tokens, whole.tokens)
 
 
-def test_sampler_logprobs_are_the_models_own_whatever_the_filter(tiny, batch):
+def test_logprobs_from_sampling_are_unfiltered(tiny, batch):
     model, params = tiny
     prompts = batch[0]
     for sampling in (Sampling(), Sampling(temperature=0.7, top_k=4), Sampling(top_p=0.8, min_p=0.05)):
@@ -139,14 +139,14 @@ def test_any_of_several_eos_ends_a_row(tiny, batch):
         assert np.isin(answer[-1], (2, 5, 9)) == out.stopped[row]
 
 
-def test_it_stops_when_all_rows_are_done(tiny, batch):
-    """All rows end at once, at a cap no loop could walk through in a test: the turns are counted."""
+def test_sampling_stops_when_all_rows_are_finished(tiny, batch):
+    """All rows end at once, with a maximum length that would take too long; the turns are counted."""
     out = run(tiny, batch[0], eos_ids=tuple(range(14)), max_new=100_000)
     np.testing.assert_array_equal(out.lengths, 1)
 
 
 @pytest.mark.parametrize("segment", [1, 3, 4])
-def test_a_growing_cache_changes_nothing(tiny, batch, segment, monkeypatch):
+def test_a_growing_cache_has_no_effect(tiny, batch, segment, monkeypatch):
     whole = run(tiny, batch[0], max_new=11)
     monkeypatch.setattr(generate, "FIRST_RING", segment)
     grown = run(tiny, batch[0], max_new=11)
@@ -158,7 +158,7 @@ def test_a_growing_cache_changes_nothing(tiny, batch, segment, monkeypatch):
     "options, segment", [({"concurrency": 3}, 2), ({"shrinks": True}, 256), ({"concurrency": 4, "shrinks": True}, 2)]
 )
 def test_waiting_prompts_and_shrinking_batches_change_no_answer(tiny, batch, options, segment, monkeypatch):
-    """Prompts that wait enter where answers have ended; the ring of slots goes round while others go on."""
+    """Waiting prompts start in lanes of finished answers, and the ring wraps around while others continue."""
     kinds = {"eos_ids": (2, 5, 9), "max_new": 11}
     whole = run(tiny, batch[0], **kinds)
     assert len(set(np.asarray(whole.lengths).tolist())) > 3, "the case should hold answers of many lengths"

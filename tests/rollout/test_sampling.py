@@ -1,4 +1,4 @@
-"""The filters against numpy, and samples against their distribution."""
+"""The filters against numpy, and frequencies of samples against their distribution."""
 
 import jax
 import jax.numpy as jnp
@@ -20,7 +20,7 @@ def softmax(logits):
     return p / p.sum(-1, keepdims=True)
 
 
-def test_top_k_keeps_the_k_likeliest():
+def test_top_k_keeps_the_k_most_likely_tokens():
     rank = np.argsort(np.argsort(-LOGITS, axis=-1), axis=-1)
     for k in (1, 5, 22):
         np.testing.assert_array_equal(kept(Sampling(top_k=k)), rank < k)
@@ -39,7 +39,7 @@ def test_top_p_keeps_the_smallest_set_that_reaches_p(p):
         np.testing.assert_array_equal(keep, expected)
 
 
-def test_min_p_is_relative_to_the_likeliest():
+def test_min_p_is_relative_to_the_highest_probability():
     p = softmax(LOGITS.astype(np.float64))
     np.testing.assert_array_equal(kept(Sampling(min_p=0.1)), p >= 0.1 * p.max(-1, keepdims=True))
 
@@ -50,14 +50,14 @@ def test_equal_tokens_are_treated_alike():
         np.testing.assert_array_equal(kept(sampling, logits), [[True, True, False]])
 
 
-def test_greedy_takes_the_likeliest():
+def test_greedy_takes_the_most_likely_token():
     tokens = sample(jnp.asarray(LOGITS), jax.random.split(jax.random.key(0), 37), Sampling(temperature=0.0))
     np.testing.assert_array_equal(tokens, LOGITS.argmax(-1))
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.5])
 def test_frequencies_follow_the_distribution(temperature):
-    """Chi-square over 11 tokens and 20,000 draws: 10 degrees of freedom exceed 29.6 once in a thousand."""
+    """Chi-square over 11 tokens and 20,000 samples: with 10 degrees of freedom, P(> 29.6) = 0.001."""
     logits = jnp.asarray(LOGITS[0, :11])
     keys = row_keys(0, jnp.int32(0), jnp.arange(20_000))
     settings = Sampling(temperature=temperature)
@@ -67,7 +67,7 @@ def test_frequencies_follow_the_distribution(temperature):
     assert np.sum((observed - expected) ** 2 / expected) < 29.6
 
 
-def test_row_keys_name_seed_step_and_prompt():
+def test_row_keys_depend_on_seed_step_and_prompt():
     def bits(seed, step, index):
         return tuple(np.asarray(jax.random.key_data(row_keys(seed, jnp.int32(step), jnp.array([index]))))[0])
 

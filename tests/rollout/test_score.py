@@ -1,4 +1,4 @@
-"""Scoring against a direct softmax, and the size of every array it makes."""
+"""Scoring against a direct softmax, and the sizes of its arrays."""
 
 import re
 from functools import partial
@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from camopd_jax.method.gradient import Learner, Lesson, Loss, Rows, zero_gradient
+from camopd_jax.method.gradient import GradientAccumulator, Loss, LossInputs, MicroBatchRows, zero_gradient
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
@@ -23,7 +23,7 @@ from camopd_jax.types import Prompts, Sequences
 
 
 def direct(model, params, prompts, rollout, temperature=1.0):
-    """Log-probabilities by whole logits of one row at a time."""
+    """Log-probabilities from full logits, one row at a time."""
     out = np.zeros(rollout.tokens.shape, np.float64)
     for row in range(len(rollout.lengths)):
         p, t = int(prompts.lengths[row]), int(rollout.lengths[row])
@@ -35,7 +35,7 @@ def direct(model, params, prompts, rollout, temperature=1.0):
 
 
 @pytest.mark.parametrize("chunk", [1, 8, 24, 10_000])
-def test_score_equals_whole_softmax(tiny, batch, chunk):
+def test_score_equals_a_full_softmax(tiny, batch, chunk):
     model, params = tiny
     prompts, rollout, _ = batch
     got = jax.jit(score, static_argnums=(0, 3))(model, params, rollout.after(prompts), chunk)["log_prob"]
@@ -53,14 +53,14 @@ def token_log_probs(model, params, hidden, tokens, chunk):
     return map_tokens(TokenFunction(model, LOG_PROB), params, hidden, {"tokens": tokens}, chunk)["log_prob"]
 
 
-def test_join_leaves_no_hole():
+def test_join_has_no_gap():
     prompts = Prompts(jnp.array([[1, 2, 99], [3, 98, 97]]), jnp.array([2, 1]))
     joined = join(prompts, jnp.array([[4, 5], [6, 7]]))
     np.testing.assert_array_equal(joined, [[1, 2, 4, 5, 0], [3, 6, 7, 0, 0]])
 
 
 def array_sizes(jaxpr) -> set[int]:
-    """Element counts of every array in a jaxpr, inner ones included."""
+    """Numbers of elements of all arrays in a jaxpr, including nested ones."""
     sizes = set()
     for equation in jaxpr.eqns:
         sizes |= {int(np.prod(v.aval.shape)) for v in equation.outvars if hasattr(v.aval, "shape")}
@@ -72,7 +72,7 @@ def array_sizes(jaxpr) -> set[int]:
 
 
 def test_no_array_of_all_logits_forward_or_backward(tiny):
-    """With B = 4, T = 50, V = 14 and chunks of 8 tokens, the largest logits are 4 x 2 x 14 = 112 numbers."""
+    """With B = 4, T = 50, V = 14 and chunks of 8 tokens, the largest logits array has 4 x 2 x 14 = 112 elements."""
     model, params = tiny
     hidden, tokens = jnp.ones((4, 50, 12)), jnp.ones((4, 50), jnp.int32)
 
@@ -87,7 +87,7 @@ def test_no_array_of_all_logits_forward_or_backward(tiny):
 
 
 def loops(module):
-    """{name of a loop: the instructions of its body, inner ones included} of a compiled module."""
+    """{name of a loop: the instructions of its body, including nested ones} of a compiled module."""
 
     def inside(name):
         for i in module.computations[name].values():
@@ -100,8 +100,8 @@ def loops(module):
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (1, 2, 4), (8, 1, 1)])
-def test_pieces_on_a_mesh_gather_the_head_once_and_reduce_its_gradient_once(sizes):
-    """A chip has 8 tokens' logits at a time, of its own rows, and nothing but tokens crosses chips between pieces."""
+def test_chunks_on_a_mesh_gather_the_head_once_and_reduce_its_gradient_once(sizes):
+    """A chip has logits of 8 tokens of its own rows at a time, and only tokens are communicated between chunks."""
     config = from_hf(dict(model_type="qwen3", vocab_size=44, hidden_size=24, intermediate_size=20,
                           num_hidden_layers=1, num_attention_heads=4, num_key_value_heads=4, head_dim=6,
                           tie_word_embeddings=sizes[0] == 2, initializer_range=0.6))  # fmt: skip
@@ -135,8 +135,8 @@ def test_pieces_on_a_mesh_gather_the_head_once_and_reduce_its_gradient_once(size
 
 @pytest.mark.parametrize("vocab", [2**15, 2**18])
 @pytest.mark.parametrize("name", ["sampled_token", "reverse_kl", "jsd"])
-def test_the_memory_of_a_gradient_is_flat_in_the_vocabulary(name, vocab, monkeypatch):
-    """Beside arrays of the head's size, what a gradient needs at one time is bounded by LOGITS_BYTES."""
+def test_the_memory_of_a_gradient_does_not_grow_with_the_vocabulary(name, vocab, monkeypatch):
+    """Apart from arrays of the head's size, the temporary memory of a gradient is limited by LOGITS_BYTES."""
     monkeypatch.setattr(head, "LOGITS_BYTES", 2**21)
     rows, slots, width = 4, 128, 8
     model = Model(from_hf(dict(model_type="llama", vocab_size=vocab, hidden_size=width, intermediate_size=8,
@@ -149,12 +149,12 @@ def test_the_memory_of_a_gradient_is_flat_in_the_vocabulary(name, vocab, monkeyp
     objective = OBJECTIVES[name]()
     sequences = Sequences(Prompts(shape(rows, 8), shape(rows)), shape(rows, slots), shape(rows))
     hidden = {"hidden": shape(rows, slots, width, dtype=jnp.float32)} if objective.teacher_logits else {}
-    lesson = Lesson(sequences, shape(rows, slots, dtype=jnp.float32), hidden)
+    inputs = LossInputs(sequences, shape(rows, slots, dtype=jnp.float32), hidden)
     loss = Loss(model, objective, model if objective.teacher_logits else None)
     teacher_head = {name: params[name] for name in model.head_axes} if objective.teacher_logits else {}
-    program = Learner(loss, None, 0).add.lower(
-        loss, params, jax.eval_shape(zero_gradient, params), lesson, teacher_head, Rows(shape(1, rows), shape()),
-        widths=Widths(8 + slots, slots, 0),
+    program = GradientAccumulator(loss, None, 0).add.lower(
+        loss, params, jax.eval_shape(zero_gradient, params), inputs, teacher_head,
+        MicroBatchRows(shape(1, rows), shape()), widths=Widths(8 + slots, slots, 0),
     )  # fmt: skip
     needed = program.compile().memory_analysis().temp_size_in_bytes
     of_head, logits = 4 * vocab * width, 4 * rows * slots * vocab

@@ -1,4 +1,4 @@
-"""Checkpoints: bit for bit, on another mesh, after a kill, and what is told when they are broken."""
+"""Checkpoints: identical bits, other meshes, kills, and errors for damaged files."""
 
 import asyncio
 import resource
@@ -18,7 +18,8 @@ from jax.sharding import NamedSharding, PartitionSpec
 from camopd_jax.config.schema import Checkpoints
 from camopd_jax.errors import UserError
 from camopd_jax.runs.array_handler import _when_all_have_ended
-from camopd_jax.runs.checkpoint import CheckpointStore, checkpoints_folder
+from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint, checkpoints_folder
+from camopd_jax.runs.digests import digests
 from camopd_jax.runtime.mesh import make_mesh
 from camopd_jax.types import TrainState
 
@@ -27,7 +28,7 @@ PROVENANCE = {"general_model": "somewhere", "general_fingerprint": "0123abcd"}
 
 
 def state_at(step, place=lambda array, *axes: jnp.asarray(array), width=40):
-    """A small state whose numbers depend on the step; bfloat16 parameters, float32 moments."""
+    """A small state whose values depend on the step, with bfloat16 parameters and float32 moments."""
     values = np.random.default_rng(step).standard_normal((16, width)).astype(np.float32)
     values[0, :4] = np.nan, np.inf, -0.0, 1e-45
     params = {
@@ -40,7 +41,7 @@ def state_at(step, place=lambda array, *axes: jnp.asarray(array), width=40):
         mu=jax.tree.map(lambda p: place(np.full(p.shape, step, p.dtype)), like),
         nu=jax.tree.map(lambda p: place(np.full(p.shape, step**2, p.dtype)), like),
     )
-    return TrainState(place(np.int32(step)), params, {"shared": adam}, place(np.int32(0)))
+    return TrainState(place(np.int32(step)), params, {"shared": adam})
 
 
 def on_mesh(fsdp, tensor):
@@ -66,7 +67,7 @@ def save(workdir, step, config=Checkpoints(), ranks=None, **kwargs):
     return checkpoints.steps()
 
 
-# ------------------------------------------------------------------------------ there and back
+# ------------------------------------------------------------------------------ save and restore
 
 
 def test_another_mesh_gets_the_same_bits(tmp_path):
@@ -79,7 +80,7 @@ def test_another_mesh_gets_the_same_bits(tmp_path):
     assert (positions, provenance) == (POSITIONS, PROVENANCE)
 
 
-def test_an_update_during_the_save_does_not_reach_the_checkpoint(tmp_path):
+def test_an_update_during_a_save_does_not_change_the_checkpoint(tmp_path):
     update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = state_at(1, width=40_000)
     checkpoints = open_at(tmp_path)
@@ -91,7 +92,7 @@ def test_an_update_during_the_save_does_not_reach_the_checkpoint(tmp_path):
     same_bits(checkpoints.restore(1, state)[0], state_at(1, width=40_000))
 
 
-def test_a_step_that_is_there_is_left_as_it_is(tmp_path):
+def test_an_existing_checkpoint_is_not_changed(tmp_path):
     save(tmp_path, 1)
     checkpoints = open_at(tmp_path)
     checkpoints.save(1, state_at(2), {}, {})
@@ -114,25 +115,25 @@ def test_keeps_the_last_and_the_best_over_restarts(tmp_path):
     assert (checkpoints.latest(), checkpoints.best()) == (6, 2)
 
 
-def test_of_equals_the_last_is_best(tmp_path):
+def test_of_equal_ranks_the_last_step_is_best(tmp_path):
     ranks = {1: 0.5, 2: 0.5}
     config = Checkpoints(keep_last=1, keep_best=1)
     assert [save(tmp_path, step, config, ranks) for step in (1, 2, 3)] == [[1], [2], [2, 3]]
     assert open_at(tmp_path, config, ranks).best() == 2
 
 
-def test_without_a_measurement_only_the_last_are_kept_and_none_is_best(tmp_path):
+def test_without_ranks_only_the_last_checkpoints_are_kept(tmp_path):
     config = Checkpoints(keep_last=1, keep_best=3)
     assert open_at(tmp_path, config).latest() is None
     assert [save(tmp_path, step, config) for step in (1, 2, 3)] == [[1], [2], [3]]
     assert open_at(tmp_path, config).best() is None
 
 
-# -------------------------------------------------------------------------------- what goes wrong
+# -------------------------------------------------------------------------------- failures
 
 
 def test_kill_in_the_middle_of_a_save(tmp_path):
-    """The save before stays; the half-written one is passed over, and can be written again."""
+    """The previous checkpoint stays; the incomplete one is ignored and can be written again."""
     save(tmp_path, 1)
     script = f"""
         import os, signal, threading, time
@@ -149,8 +150,8 @@ def test_kill_in_the_middle_of_a_save(tmp_path):
 
         params = {{"kernel": jnp.asarray(np.random.default_rng(0).standard_normal(2**23, np.float32))}}
         checkpoints = CheckpointStore({str(tmp_path)!r}, Checkpoints(), {{}})
-        threading.Thread(target=kill_when_half_written).start()
-        checkpoints.save(2, TrainState(jnp.int32(2), params, {{}}, jnp.int32(0)), {{}}, {{}})
+        threading.Thread(target=kill_when_half_written, daemon=True).start()
+        checkpoints.save(2, TrainState(jnp.int32(2), params, {{}}), {{}}, {{}})
         checkpoints.wait()
         time.sleep(60)
     """
@@ -196,15 +197,54 @@ def flip_a_bit(folder):
 def test_a_broken_checkpoint(whole, tmp_path, damage):
     shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
     damage(tmp_path / "checkpoints/7")
-    with pytest.raises(
-        UserError, match=r"checkpoints/7: this checkpoint cannot be read \(.+\); delete the folder"
-    ) as e:
+    with pytest.raises(DamagedCheckpoint, match=r"checkpoints/7: this checkpoint cannot be read \(.+\)") as e:
         open_at(tmp_path).restore(7, state_at(0))
     assert "\n" not in str(e.value)
 
 
+def test_no_flipped_byte_passes_unseen(whole, tmp_path):
+    """Of every file of a checkpoint, one byte in the middle: refused, or without effect on what is read."""
+    refused = 0
+    for file in sorted(f for f in (whole / "checkpoints/7").rglob("*") if f.is_file() and f.stat().st_size):
+        shutil.rmtree(tmp_path / "checkpoints", ignore_errors=True)
+        shutil.copytree(whole, tmp_path, dirs_exist_ok=True)
+        damaged = tmp_path / file.relative_to(whole)
+        data = bytearray(damaged.read_bytes())
+        data[len(data) // 2] ^= 4
+        damaged.write_bytes(data)
+        try:
+            state, positions, provenance = open_at(tmp_path).restore(7, state_at(0))
+        except UserError:
+            refused += 1
+            continue
+        same_bits(state, state_at(7))
+        assert (positions, provenance) == (POSITIONS, PROVENANCE), file
+    assert refused >= 3
+
+
+@pytest.mark.parametrize("shape", [(2, 4), (8, 1)])
+def test_digests_depend_on_every_number_and_on_no_mesh(shape):
+    made = digests(state_at(7, place=on_mesh(*shape)), POSITIONS, PROVENANCE)
+    assert made == digests(state_at(7), POSITIONS, PROVENANCE)
+    values = np.random.default_rng(0).integers(0, 2**32, (5, 7), dtype=np.uint32)
+    params = {"w": jnp.asarray(values.view(np.float32))}
+    number = np.arange(35, dtype=np.uint64).reshape(5, 7)
+    by_hand = [int(np.sum(values, dtype=np.uint64) % 2**32), int(np.sum(values * (2 * number + 1)) % 2**32)]
+    assert digests(TrainState(jnp.int32(0), params, {}), {}, {})["params/w"] == by_hand
+
+
+def test_a_damaged_checkpoint_is_set_aside(tmp_path):
+    save(tmp_path, 3)
+    save(tmp_path, 7)
+    cut_data(tmp_path / "checkpoints/7")
+    checkpoints = open_at(tmp_path)
+    assert checkpoints.set_aside(7) == str(tmp_path / "damaged_checkpoint_7")
+    assert checkpoints.latest() == 3 and (tmp_path / "damaged_checkpoint_7/state").is_dir()
+    same_bits(checkpoints.restore(3, state_at(0))[0], state_at(3))
+
+
 @pytest.mark.parametrize("damage", [cut_data, flip_a_bit], ids=["cut", "bit"])
-def test_of_many_reads_that_fail_one_error_is_left(tmp_path, damage, monkeypatch):
+def test_many_failing_reads_give_one_error(tmp_path, damage, monkeypatch):
     save(tmp_path, 7, place=on_mesh(fsdp=2, tensor=4))
     damage(tmp_path / "checkpoints/7")
     checkpoints, like = open_at(tmp_path), state_at(0, place=on_mesh(fsdp=8, tensor=1))
@@ -245,7 +285,7 @@ def test_an_error_waits_for_reads_that_start_after_it():
     assert ended == [2, 3]
 
 
-def test_another_models_state_is_not_called_broken(whole):
+def test_the_error_for_another_models_state(whole):
     checkpoints = open_at(whole)
     wider = r"another model \(moments/shared/mu/block/kernel is float32\[16, 40\], here float32\[16, 41\]\)"
     with pytest.raises(UserError, match=wider):
@@ -269,7 +309,7 @@ def test_a_full_disk(tmp_path):
     assert open_at(tmp_path).steps() == [1]
 
 
-def test_the_folder_is_absolute_and_a_bucket_stays_a_bucket(tmp_path, monkeypatch):
+def test_the_folder_is_absolute_or_a_bucket(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(checkpoints_folder("runs/mine")) == str(tmp_path.resolve() / "runs/mine/checkpoints")
     assert str(checkpoints_folder("gs://bucket/runs/mine")) == "gs://bucket/runs/mine/checkpoints"

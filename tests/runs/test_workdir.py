@@ -1,4 +1,4 @@
-"""Whose a work directory is."""
+"""Ownership of a work directory."""
 
 import json
 from pathlib import Path
@@ -20,7 +20,7 @@ def claim(workdir, config):
     return json.loads((Path(workdir) / "config.json").read_text())
 
 
-def test_a_workdir_takes_its_own_config_again(tmp_path):
+def test_a_workdir_accepts_its_own_config(tmp_path):
     first = claim(tmp_path / "new/run", train_config(steps=120))
     assert (first["kind"], first["config"]["steps"]) == ("TrainConfig", 120)
     again = claim(tmp_path / "new/run", train_config(steps=200, mesh=MeshConfig(fsdp=2)))
@@ -35,7 +35,7 @@ def test_a_workdir_takes_its_own_config_again(tmp_path):
         ({"optimizer": Optimizer(schedule="cosine")}, r"config\.optimizer\.schedule"),
     ],
 )
-def test_a_workdir_of_another_config_is_refused_and_kept(tmp_path, changes, named):
+def test_a_workdir_with_another_config_is_an_error(tmp_path, changes, named):
     claim(tmp_path, train_config())
     before = (tmp_path / "config.json").read_bytes()
     with pytest.raises(UserError, match=f"belongs to a run with another config.*{named}.*new --workdir"):
@@ -43,7 +43,7 @@ def test_a_workdir_of_another_config_is_refused_and_kept(tmp_path, changes, name
     assert (tmp_path / "config.json").read_bytes() == before
 
 
-def test_with_a_cosine_the_number_of_steps_is_named(tmp_path):
+def test_with_a_cosine_schedule_steps_must_not_change(tmp_path):
     cosine = Optimizer(schedule="cosine")
     claim(tmp_path, train_config(optimizer=cosine, steps=100))
     with pytest.raises(UserError, match=r"another config \(config\.steps\)"):
@@ -52,12 +52,12 @@ def test_with_a_cosine_the_number_of_steps_is_named(tmp_path):
 
 def test_a_workdir_of_another_command_is_refused(tmp_path):
     claim(tmp_path, SftConfig("model", Stream("d.jsonl")))
-    with pytest.raises(UserError, match="belongs to a run of a SftConfig, not of a TrainConfig"):
+    with pytest.raises(UserError, match="belongs to a run of `sft`, not of `train`"):
         claim(tmp_path, train_config())
 
 
 @pytest.mark.parametrize("text", ["{", "[]", '{"kind": "TrainConfig"}'])
-def test_a_config_json_that_is_not_one(tmp_path, text):
+def test_an_invalid_config_json(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json: not the config\.json of a run"):
         claim(tmp_path, train_config())
@@ -70,7 +70,7 @@ def test_a_workdir_that_cannot_be_made(tmp_path):
         claim(tmp_path / "file/run", train_config())
 
 
-def test_a_bucket_without_its_package(monkeypatch):
+def test_a_bucket_without_the_gs_package(monkeypatch):
     def missing(path):
         raise ImportError("Please install gcsfs to access Google Storage")
 

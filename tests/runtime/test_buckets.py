@@ -1,4 +1,4 @@
-"""Widths and pieces, by hand."""
+"""Bucket widths and micro-batches, by hand."""
 
 import numpy as np
 
@@ -11,12 +11,12 @@ def cut(prompt_lengths, lengths, rows, size, **options):
     return [(p.rows.tolist(), p.slots, p.answer_slots) for p in made]
 
 
-def test_rows_of_like_length_go_together_and_are_no_wider_than_they_need():
+def test_micro_batches_have_similar_lengths_and_minimal_widths():
     assert cut([2, 9, 3, 1], [3, 50, 2, 20], range(4), 2) == [([1, 3], 64, 64), ([0, 2], 8, 4)]
     assert cut([16], [64], [0], 1) == [([0], 80, 64)], "no wider than the batch"
 
 
-def test_the_last_rows_go_by_quarters_where_they_fill_no_half():
+def test_the_last_rows_form_quarter_micro_batches():
     lengths = list(range(13, 0, -1))
     sizes = [len(rows) for rows, _, _ in cut([1] * 13, lengths, range(13), 4)]
     assert sizes == [4, 4, 4, 1]
@@ -26,7 +26,7 @@ def test_the_last_rows_go_by_quarters_where_they_fill_no_half():
     assert [len(r) for r, _, _ in cut([1] * 13, lengths, range(13), 8, shards=4)] == [8, 8], "quarters would not divide"
 
 
-def test_nobody_is_left_out_and_nothing_is_cut():
+def test_every_row_is_in_one_micro_batch():
     random = np.random.default_rng(0)
     for _ in range(200):
         n = int(random.integers(1, 40))

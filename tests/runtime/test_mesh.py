@@ -17,7 +17,7 @@ from camopd_jax.runtime.mesh import (
 )
 
 
-def test_minus_one_takes_what_is_left():
+def test_minus_one_means_all_remaining_devices():
     assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert dict(make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
     assert mesh_of(MeshConfig(1, -1, 1)) == make_mesh(1, -1, 1)
@@ -40,7 +40,7 @@ def test_one_table_from_logical_to_mesh_axes():
         spec("batch", "embed")
 
 
-def test_rows_go_out_and_come_back():
+def test_global_and_local_rows_are_inverse():
     mesh = make_mesh(2, 2, 2)
     rows = np.arange(24).reshape(8, 3)
     assert rows_of_process(mesh, 8).tolist() == list(range(8))
@@ -49,7 +49,7 @@ def test_rows_go_out_and_come_back():
     np.testing.assert_array_equal(local_rows(spread), rows)
 
 
-def test_rows_that_do_not_divide_are_refused_with_the_field():
+def test_the_error_for_indivisible_rows_names_the_field():
     check_rows(make_mesh(2, 2, 2), "config.rollout.batch_size", 12)
     with pytest.raises(UserError, match=r"config\.rollout\.batch_size is 6.*data x fsdp = 4"):
         check_rows(make_mesh(2, 2, 2), "config.rollout.batch_size", 6)

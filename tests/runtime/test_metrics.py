@@ -1,4 +1,4 @@
-"""What a run tells: plain lines without a terminal, a live display on one, files that survive a kill."""
+"""Progress output with and without a terminal, and files that survive a kill."""
 
 import contextlib
 import json
@@ -15,7 +15,7 @@ from tensorboardX.proto import event_pb2
 
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.display import Display
-from camopd_jax.runtime.jsonl import drop_rows_after, read_rows, write_rows
+from camopd_jax.runtime.jsonl import append_rows, drop_rows_after, read_rows, write_rows
 from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.metrics import MetricsWriter
 from camopd_jax.runtime.timing import Stages
@@ -34,11 +34,11 @@ def test_stages_add_up():
     assert stages.finish() == {}, "the next step's"
 
 
-def test_memory_is_this_processes_where_the_device_tells_none():
+def test_memory_of_the_process_if_the_device_reports_none():
     assert 0.05 < memory_gib() < 100
 
 
-def test_a_row_goes_to_the_file_and_numbers_that_are_not_finite_become_null(tmp_path):
+def test_rows_are_written_with_null_for_numbers_that_are_not_finite(tmp_path):
     writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
     writer.add_step(ROW | {"loss": float("nan"), "seconds": {"rollout": float("inf")}})
     writer.add_step(ROW)
@@ -48,8 +48,18 @@ def test_a_row_goes_to_the_file_and_numbers_that_are_not_finite_become_null(tmp_
     assert json.loads((tmp_path / "samples.jsonl").read_text())["response"] == "é"
 
 
+def test_a_damaged_line_takes_no_other_with_it(tmp_path):
+    file = epath.Path(tmp_path / "rows.jsonl")
+    append_rows(file, [{"text": "a\u2028b\x85c"}, {"text": "é"}])
+    file.write_bytes(file.read_bytes()[:-3])  # cut inside the last character
+    append_rows(file, [{"step": 1}])
+    file.write_bytes(file.read_bytes() + b"\x00\xff\n[1]\n" + b'{"step": 2}\n{"step"')
+    append_rows(file, [{"step": 3}])
+    assert read_rows(file) == [{"text": "a\u2028b\x85c"}, {"step": 1}, {"step": 2}, {"step": 3}]
+
+
 def scalars(folder):
-    """{tag: value} of the event file: records of a length, its check, the bytes, their check."""
+    """{tag: value} of the event file, whose records are a length, its checksum, the bytes, their checksum."""
     (file,) = folder.glob("events.*")
     data, values = file.read_bytes(), {}
     while data:
@@ -70,7 +80,7 @@ def test_tensorboard_has_the_numbers_under_their_phase(tmp_path):
     assert values["accuracy/student/sums"] == (4, 0.5) and "recovery/entropy" not in values
 
 
-def test_a_full_disk_is_told_in_one_line(tmp_path):
+def test_a_full_disk_is_one_line(tmp_path):
     writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write .*start the same command again"):
@@ -96,7 +106,7 @@ def test_plain_lines_are_few(capsys, monkeypatch):
 
 
 def on_a_terminal(script):
-    """What a script prints on a terminal of 120 columns."""
+    """The output of a script on a terminal of 120 columns."""
     terminal, end = pty.openpty()
     size = {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "30"}
     child = subprocess.Popen(
@@ -116,27 +126,27 @@ def test_on_a_terminal_the_display_is_live():
         from camopd_jax.runtime.display import Display
         display = Display(total=10, start=0)
         display.step({ROW!r})
-        display.say("a line above")
+        display.print("a line above")
         display.close()
     """)
     assert all(part in text for part in ("\x1b[", "recovery", "4/10", "gap -0.2500", "a line above"))
     assert text.rindex("\x1b[?25h") > text.rindex("\x1b[?25l"), "the cursor is shown again"
 
 
-def test_phases_of_any_name_have_colours_in_the_order_in_which_they_appear():
+def test_colours_of_phases():
     text = on_a_terminal(f"""
         from camopd_jax.runtime.display import COLOURS, Display
         display = Display(total=10, start=0)
         for number in (*range(len(COLOURS) + 1), 0):
             display.step({ROW!r} | {{"phase": f"branch {{number}}"}})
-            display.say("drawn")
+            display.print("drawn")
         display.close()
     """)
     colours = set(re.findall(r"\x1b\[(3\d)m(branch \d)", text))
     assert colours == {(code, f"branch {i}") for i, code in enumerate(("36", "35", "32", "34", "33", "31", "36"))}
 
 
-def test_rows_are_written_whole_and_read_up_to_a_cut(tmp_path):
+def test_an_incomplete_last_row_is_not_read(tmp_path):
     path = epath.Path(tmp_path) / "rows.jsonl"
     write_rows(path, [{"step": i} for i in range(4)])
     path.write_text(path.read_text() + '{"step": 4, "lo')
@@ -146,7 +156,7 @@ def test_rows_are_written_whole_and_read_up_to_a_cut(tmp_path):
     assert read_rows(epath.Path(tmp_path) / "none.jsonl") == []
 
 
-def test_an_evaluation_row_cut_by_a_kill_does_not_spoil_the_next(tmp_path):
+def test_an_incomplete_evaluation_row_is_removed(tmp_path):
     (tmp_path / "eval.jsonl").write_text('{"step": 0, "model": "a"}\n{"step": 0, "mo')
     writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
     for _ in range(2):  # the same row again, as after a kill, is not written twice
@@ -154,6 +164,6 @@ def test_an_evaluation_row_cut_by_a_kill_does_not_spoil_the_next(tmp_path):
     assert [r["step"] for r in read_rows(epath.Path(tmp_path) / "eval.jsonl")] == [0, 1]
 
 
-def test_a_file_that_cannot_be_written_leaves_the_old_one(tmp_path):
+def test_a_failed_write_keeps_the_old_file(tmp_path):
     with pytest.raises(UserError, match="cannot write"):
         write_rows(tmp_path / "no" / "rows.jsonl", [{}])

@@ -1,4 +1,4 @@
-"""How a process ends: what of it needs no JAX, and the line that is printed when it is gone."""
+"""Ending of a process: without JAX, and the exit message that is printed afterwards."""
 
 import signal
 import subprocess
@@ -28,7 +28,7 @@ def test_flags_and_errors_of_a_command_need_no_jax():
     ],
     ids=["killed", "aborted", "cleared", "cluster", "alone"],
 )
-def test_the_exit_message_is_the_last_line_that_was_set(end, code, printed):
+def test_the_exit_message_is_the_last_line_set(end, code, printed):
     ended = run(f"""
         import os, signal
         from camopd_jax.runtime import termination
@@ -40,7 +40,7 @@ def test_the_exit_message_is_the_last_line_that_was_set(end, code, printed):
     assert (ended.returncode, ended.stderr) == (code, printed)
 
 
-def test_a_lost_process_is_named_and_any_other_error_has_its_traceback():
+def test_a_lost_process_is_one_line_and_other_errors_have_a_traceback():
     ended = run("""
         from camopd_jax.runtime import termination
         termination.enter_cluster(termination.ExitMessage(), leads=False)

@@ -1,11 +1,12 @@
 """IFEval (arXiv 2311.07911): instructions that a program can check.
 
-The checkers are the official ones, as lm_eval keeps them. Four figures: strict and loose (the answer also without its
-first line, last line and asterisks), by prompt (all its instructions) and by instruction. The grade: strict, by prompt.
+The checkers are the official ones, from lm_eval. There are four figures: strict or loose (the answer may also pass
+without its first line, last line or asterisks), each by prompt (all its instructions) and by instruction. The grade is
+strict by prompt.
 
-Two checkers, of 77 of the 541 prompts, split sentences with NLTK's English Punkt parameters ("punkt_tab"), which NLTK
-downloads. If they cannot be downloaded, Punkt works without them, with a warning: it then takes the point of an
-abbreviation for the end of a sentence more often.
+Two checkers, for 77 of the 541 prompts, split sentences with NLTK's English Punkt parameters ("punkt_tab"), which NLTK
+downloads. If that fails, Punkt works without them, with a warning; it then treats the point of an abbreviation as the
+end of a sentence more often.
 """
 
 import contextlib
@@ -34,10 +35,10 @@ def _checkers() -> ModuleType:
     import langdetect
     import nltk
 
-    silence = io.StringIO()  # the module downloads punkt_tab when imported, and prints that
+    silence = io.StringIO()  # the module downloads punkt_tab on import and prints messages
     with contextlib.redirect_stdout(silence), contextlib.redirect_stderr(silence):
         from lm_eval.tasks.ifeval import instructions_util, utils
-    langdetect.DetectorFactory.seed = 0  # else its answers are random
+    langdetect.DetectorFactory.seed = 0  # else its results are random
     if not has_punkt():
         warnings.warn(
             "IFEval: NLTK's punkt_tab is missing and cannot be downloaded; sentences are split without its English "
@@ -65,15 +66,21 @@ def has_punkt() -> bool:
 
 
 def grade(answer: str, row: Row) -> Grade:
-    """1 if the answer follows all instructions of the row, else 0; the other three figures are its parts."""
+    """1 if the answer follows all instructions of the row, else 0; the other three figures are in `parts`."""
     checkers = _checkers()
     kwargs = [{k: v for k, v in arguments.items() if v is not None} for arguments in row["kwargs"]]
-    prompt = row.get("prompt") or row["messages"][-1]["content"]
+    prompt = row["messages"][-1]["content"] if "messages" in row else row.get("prompt", "")
     example = checkers.InputExample(row.get("key", 0), row["instruction_id_list"], prompt, kwargs)
-    random.seed(0)  # checkers without arguments draw some
-    strict = checkers.test_instruction_following_strict(example, answer)
-    random.seed(0)
-    loose = checkers.test_instruction_following_loose(example, answer)
+    try:
+        random.seed(0)  # checkers without arguments draw some
+        strict = checkers.test_instruction_following_strict(example, answer)
+        random.seed(0)
+        loose = checkers.test_instruction_following_loose(example, answer)
+    except Exception as error:  # the checkers do not check their arguments
+        raise UserError(
+            f"task ifeval: no checker for {example.instruction_id_list} with {kwargs} ({type(error).__name__}: "
+            f"{error}); correct the row. Answers are kept: start again to grade them"
+        ) from error
     n = len(strict.follow_instruction_list)
     return Grade(
         float(strict.follow_all_instructions),
@@ -85,4 +92,19 @@ def grade(answer: str, row: Row) -> Grade:
     )
 
 
-TASK = Task(grade, needs=("instruction_id_list", "kwargs"), dataset="google/IFEval", split="train", check=check)
+def _check_row(row: Row) -> None:
+    ids, kwargs = row["instruction_id_list"], row["kwargs"]
+    if not isinstance(ids, list) or not ids or not all(isinstance(name, str) for name in ids):
+        raise UserError(f'"instruction_id_list" must be a list of names, this is {ids!r:.80}')
+    if not isinstance(kwargs, list) or len(kwargs) != len(ids) or not all(isinstance(one, dict) for one in kwargs):
+        raise UserError(f'"kwargs" must be a list of one object for each instruction, this is {kwargs!r:.80}')
+
+
+TASK = Task(
+    grade,
+    needs=("instruction_id_list", "kwargs"),
+    check_row=_check_row,
+    dataset="google/IFEval",
+    split="train",
+    check=check,
+)

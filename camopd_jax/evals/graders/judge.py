@@ -1,8 +1,8 @@
-"""Role-play and creative writing, scored from 1 to 10 by a language model behind any OpenAI-compatible endpoint.
+"""Role-play and creative writing, scored from 1 to 10 by a language model at an OpenAI-compatible endpoint.
 
-Off unless `config.evaluation.judge` names an endpoint and a model. The key is read from the environment variable
-OPENAI_API_KEY only; it is neither stored nor printed. A reply without a readable score is requested again; after three
-times the answer counts as unmarked, with a grade of 0.
+It needs `config.evaluation.judge` with an endpoint and a model. The key is read only from the environment variable
+OPENAI_API_KEY; it is not stored or printed. If the model's reply has no score, it is requested again. After three
+attempts the answer counts as unmarked, with a grade of 0.
 """
 
 import importlib.util
@@ -12,6 +12,7 @@ from functools import partial
 
 from camopd_jax.config.schema import Judge
 from camopd_jax.errors import UserError
+from camopd_jax.evals.graders.width import to_ascii
 from camopd_jax.evals.task import Grade, Row, Task
 
 KEY = "OPENAI_API_KEY"
@@ -33,12 +34,12 @@ _SCORE = re.compile(r"score\W*:\W*(10|[1-9])(?![\d.])", re.IGNORECASE)
 
 
 def roleplay(config: Judge) -> Task:
-    """The benchmark `roleplay`, graded by the language model that `config` names."""
+    """The task `roleplay`, graded by the language model of `config`."""
     return _task("roleplay", config)
 
 
 def writing(config: Judge) -> Task:
-    """The benchmark `writing`, graded by the language model that `config` names."""
+    """The task `writing`, graded by the language model of `config`."""
     return _task("writing", config)
 
 
@@ -47,7 +48,12 @@ def _task(kind: str, config: Judge) -> Task:
         return grade(answer, row, kind=kind, config=config)
 
     grader = f"{config.model} at {config.endpoint}"
-    return Task(grade_kind, needs=(), threads=8, grader=grader, check=partial(check, config))
+    return Task(grade_kind, needs=(), check_row=_check_row, threads=8, grader=grader, check=partial(check, config))
+
+
+def _check_row(row: Row) -> None:
+    if not row.keys() & {"messages", "prompt"}:
+        raise UserError('no "messages" and no "prompt", which the judge reads')
 
 
 def check(config: Judge) -> None:
@@ -61,10 +67,10 @@ def check(config: Judge) -> None:
 
 
 def grade(answer: str, row: Row, *, kind: str, config: Judge) -> Grade:
-    """(score - 1) / 9, for the language model's score from 1 to 10.
+    """The grade is (score - 1) / 9, for the language model's score from 1 to 10.
 
     Args:
-      kind: whose rubric is used: "roleplay" or "writing".
+      kind: of the rubric: "roleplay" or "writing".
 
     Raises:
       UserError: if the endpoint does not answer.
@@ -83,12 +89,13 @@ def grade(answer: str, row: Row, *, kind: str, config: Judge) -> Grade:
                 f"config.evaluation.judge.endpoint: {config.endpoint} does not answer ({type(error).__name__}); "
                 f"check the address, the model {config.model} and {KEY}. Answers are kept: start again to grade them"
             ) from error
-        scores = _SCORE.findall(reply.choices[0].message.content or "")
+        scores = _SCORE.findall(to_ascii(reply.choices[0].message.content or ""))
         if scores:
             return Grade((int(scores[-1]) - 1) / 9)
     return Grade(0.0, marked=False)
 
 
 def _case(answer: str, row: Row) -> str:
-    turns = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in row["messages"])
+    messages = row["messages"] if "messages" in row else [{"role": "user", "content": row["prompt"]}]
+    turns = "\n\n".join(f"[{message['role']}]\n{message['content']}" for message in messages)
     return f"<conversation>\n{turns}\n</conversation>\n\n<reply>\n{answer}\n</reply>"

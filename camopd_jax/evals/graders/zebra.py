@@ -1,13 +1,14 @@
-"""ZebraLogic: a grid of houses as JSON. A puzzle counts if every cell is right; right cells are counted too."""
+"""ZebraLogic: a grid of houses as JSON. A puzzle is right if every cell is right; right cells are also counted."""
 
 import json
 from typing import Any
 
+from camopd_jax.errors import UserError
 from camopd_jax.evals.task import Grade, Row, Task
 
 
 def solution(answer: str) -> dict[str, Any] | None:
-    """The grid of the last JSON object that has a "solution"; None if there is none.
+    """The grid of the last JSON object with a field "solution"; None if there is none.
 
     >>> solution('So: {"solution": {"House 1": {"Name": "Eric"}}}')
     {'House 1': {'Name': 'Eric'}}
@@ -24,7 +25,7 @@ def solution(answer: str) -> dict[str, Any] | None:
 
 
 def grade(answer: str, row: Row) -> Grade:
-    """1 if every cell of the answer's grid is as in the row's "answer", else 0; right cells are its part "cells"."""
+    """1 if every cell of the answer's grid matches the row's "answer", else 0; the part "cells" counts right cells."""
     cells = [(house, name, text) for house, columns in row["answer"].items() for name, text in columns.items()]
     grid = solution(answer)
 
@@ -36,4 +37,10 @@ def grade(answer: str, row: Row) -> Grade:
     return Grade(float(right == len(cells)), grid is not None, {"cells": (right, len(cells))})
 
 
-TASK = Task(grade, dataset="allenai/ZebraLogicBench:grid_mode")
+def _check_row(row: Row) -> None:
+    houses = row["answer"].values() if isinstance(row["answer"], dict) else [None]
+    if not all(isinstance(house, dict) and all(isinstance(text, str) for text in house.values()) for house in houses):
+        raise UserError(f'"answer" must be a grid as {{"House 1": {{"Name": ...}}}}, this is {row["answer"]!r:.80}')
+
+
+TASK = Task(grade, check_row=_check_row, dataset="allenai/ZebraLogicBench:grid_mode")

@@ -1,4 +1,4 @@
-"""The objectives by name. A new one is a class of its own file and a line of this table."""
+"""The objectives by name. A new objective needs a class in a new file and a line in this table."""
 
 import ast
 
@@ -18,13 +18,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
 
 
 def objective(text: str, field: str) -> Objective:
-    """The objective that a config names, with its options in parentheses.
+    """Parses the name of an objective, with options in parentheses.
 
     >>> objective("jsd(beta=0.1)", "config.branches.recovery.objective")
     JSD(beta=0.1)
 
     Raises:
-      UserError: naming `field`, for a name or an option that there is not.
+      UserError: naming `field`, for an unknown name or option.
     """
     try:
         call = ast.parse(text.strip(), mode="eval").body

@@ -1,8 +1,8 @@
-"""What an objective is: what it keeps of the teacher, and the loss of a token.
+"""The base class of objectives: the loss of a token, and the teacher's values that it needs.
 
-A branch's loss is `sum_{i,t} weight_{i,t} loss_{i,t}` over its selected answers. The weights are constants that combine
-with every objective: scale, selection, normalisation, importance (`method.weights`) and the objective's own
-`coefficient`. The loss of a token is a function of the student's logits and of what was kept of the teacher's.
+A branch's loss is `sum_{i,t} weight_{i,t} loss_{i,t}` over its selected answers. The weights are constants: the product
+of scale, selection, normalisation, importance (all in `method.weights`) and the objective's `coefficient`. The loss of
+a token is a function of the student's logits and of values stored from the teacher.
 """
 
 from dataclasses import dataclass
@@ -17,16 +17,16 @@ from camopd_jax.types import LogProbs, Record
 
 @dataclass(frozen=True)
 class Objective:
-    """Options are fields. Hashable: a static argument of compiled functions."""
+    """The fields are the objective's options. Hashable: a static argument of compiled functions."""
 
-    # Whether `loss` finds the teacher's logits of every token in its targets, float32[..., V] as "teacher_logits". They
-    # are computed from the teacher's hidden states, which wait [B, T, D], a chunk of tokens at a time
+    # Whether `targets` of `loss` has the teacher's logits, float32[..., V] as "teacher_logits". They are computed from
+    # the teacher's stored hidden states [B, T, D], for one chunk of tokens at a time
     teacher_logits: ClassVar[bool] = False
-    # Whether it may learn from answers that the student did not sample itself
+    # Whether it is valid for answers that the student did not sample
     off_policy: ClassVar[bool] = True
 
     def read(self, logits: jax.Array, targets: Record) -> Record:
-        """What is kept of the teacher at each token, beside the token's log-probability: arrays [..., ...] by name.
+        """The teacher's values to store for each token, besides its log-probability: arrays [..., ...] by name.
 
         Args:
           logits: the teacher's, float32[..., V]. targets: {"tokens": int32[...]}.
@@ -37,7 +37,7 @@ class Objective:
         """A constant factor on the loss of each token, float32[B, T].
 
         Args:
-          clip: `config.method.advantage_clip`, for those whose factor is the advantage.
+          clip: `config.method.advantage_clip`, for objectives whose factor is the advantage.
         """
         return jnp.ones_like(log_probs.teacher)
 
@@ -46,14 +46,14 @@ class Objective:
 
         Args:
           logits: the student's, float32[..., V].
-          targets: "tokens" int32[...], what `read` kept, and "teacher_logits" where they are asked for; constants.
+          targets: "tokens" int32[...], the arrays of `read`, and "teacher_logits" if the class needs them; constants.
         """
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class TeacherReading:
-    """What is read of a teacher: the token's log-probability, which ranks answers, and the objective's own part."""
+    """Reads a teacher's logits: the token's log-probability, for the gap mass, and the values for the objective."""
 
     objective: Objective
 

@@ -1,4 +1,4 @@
-"""Divergences between the two models' whole distributions at each token (GKD, arXiv 2306.13649).
+"""Divergences between the next-token distributions of both models over the full vocabulary (GKD, arXiv 2306.13649).
 
 With S the student's distribution and T the teacher's:
 
@@ -6,8 +6,8 @@ With S the student's distribution and T the teacher's:
     forward_kl   KL(T || S) = sum_v T log(T / S)
     jsd          beta KL(T || M) + (1 - beta) KL(S || M) with M = beta T + (1 - beta) S
 
-The teacher leaves hidden states behind, not logits: both heads are applied a chunk of tokens at a time, so that memory
-does not grow with the vocabulary.
+The teacher's hidden states are stored, not its logits. Both output heads are applied to one chunk of tokens at a time,
+so that memory does not grow with the vocabulary.
 """
 
 import math
@@ -32,13 +32,13 @@ class _FullVocabulary(Objective):
         return self.divergence(student, teacher)
 
     def divergence(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
-        """float32[...] in nats, of log-probabilities float32[..., V]."""
+        """The divergence in nats, float32[...]; arguments: log-probabilities, float32[..., V]."""
         raise NotImplementedError
 
 
 @dataclass(frozen=True)
 class ReverseKL(_FullVocabulary):
-    """`KL(S || T)`: the exact form of what the sampled-token objective estimates."""
+    """`KL(S || T)`, which the sampled-token objective estimates."""
 
     def divergence(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
         return kl(student, teacher)
@@ -46,7 +46,7 @@ class ReverseKL(_FullVocabulary):
 
 @dataclass(frozen=True)
 class ForwardKL(_FullVocabulary):
-    """`KL(T || S)`: covers all that the teacher holds likely."""
+    """`KL(T || S)`: large if the student gives low probability to tokens that are likely for the teacher."""
 
     def divergence(self, student: jax.Array, teacher: jax.Array) -> jax.Array:
         return kl(teacher, student)
@@ -54,7 +54,7 @@ class ForwardKL(_FullVocabulary):
 
 @dataclass(frozen=True)
 class JSD(_FullVocabulary):
-    """The generalised Jensen-Shannon divergence; `beta` near 0 acts like the forward KL, near 1 like the reverse."""
+    """The generalised Jensen-Shannon divergence: with `beta` near 0 like forward KL, near 1 like reverse KL."""
 
     beta: float = 0.5
 
@@ -70,6 +70,6 @@ class JSD(_FullVocabulary):
 
 
 def kl(p: jax.Array, q: jax.Array) -> jax.Array:
-    """`KL(p || q)` in nats over the last axis, of log-probabilities; what p holds impossible adds nothing."""
+    """`KL(p || q)` in nats over the last axis; p and q are log-probabilities. Tokens with probability 0 in p add 0."""
     probability = jnp.exp(p)
     return jnp.sum(jnp.where(probability > 0, probability * (p - q), 0), axis=-1)

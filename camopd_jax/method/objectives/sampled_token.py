@@ -1,4 +1,4 @@
-"""The objective of CaMOPD and of its neighbours MOPD, GLM-5 and Nemotron: the gap on the sampled token."""
+"""The objective of CaMOPD, and of MOPD, GLM-5 and Nemotron: the gap on the sampled token."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -13,7 +13,7 @@ from camopd_jax.types import LogProbs, Record
 
 @dataclass(frozen=True)
 class CrossEntropy(Objective):
-    """`-log pi_theta(y_t)`: the answers themselves are learnt, whoever gave them."""
+    """`-log pi_theta(y_t)`: trains on the answers themselves, sampled by any model."""
 
     def loss(self, logits: jax.Array, targets: Record) -> jax.Array:
         return -LOG_PROB(logits, targets)["log_prob"]
@@ -23,8 +23,8 @@ class CrossEntropy(Objective):
 class SampledToken(CrossEntropy):
     """`-A_t log pi_theta(y_t)` with the constant advantage `A_t = log pi_T(y_t) - log pi_theta(y_t)` (Eq 1 and 9).
 
-    Its expectation over `y_t ~ pi_theta` has the gradient of `KL(pi_theta || pi_T)` at each prefix. The fastest of all:
-    of the teacher it keeps one number a token.
+    Its expectation over `y_t ~ pi_theta` has the gradient of `KL(pi_theta || pi_T)` at each prefix. It is the fastest
+    objective: it stores only one number per token from the teacher.
     """
 
     off_policy: ClassVar[bool] = False

@@ -1,4 +1,4 @@
-"""Full-vocabulary objectives through the chunked head: against whole logits, on every mesh, whatever the chunk."""
+"""Full-vocabulary objectives with the chunked head, against full logits, for every mesh and chunk size."""
 
 import itertools
 
@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from camopd_jax.method.gradient import Learner, Lesson, Loss
+from camopd_jax.method.gradient import GradientAccumulator, Loss, LossInputs
 from camopd_jax.method.objectives import TeacherReading, objective
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
@@ -25,7 +25,7 @@ EVERY = [(d, f, t) for d, f, t in itertools.product((1, 2, 4, 8), repeat=3) if d
 
 @pytest.fixture(scope="module")
 def case():
-    """(student, teacher, sequences, weights): eight rows of many lengths; one of an empty prompt's least length."""
+    """(student, teacher, sequences, weights): eight rows of different lengths; one prompt has the minimum length."""
     random = np.random.default_rng(0)
     model = Model(CONFIG)
     lengths = np.array([13, 3, 1, 5, 7, 2, 11, 4], np.int32)
@@ -35,8 +35,8 @@ def case():
     return model.init(jax.random.key(1)), model.init(jax.random.key(2)), sequences, weights
 
 
-def learnt(name, case, mesh=None, chunk=0, size=8):
-    """The gradient as a run takes it: the teacher is read, its hidden states wait, the student learns from them."""
+def student_gradient(name, case, mesh=None, chunk=0, size=8):
+    """The gradient as in a run: the teacher's hidden states are stored, then the student's gradient is computed."""
     student, teacher, sequences, weights = case
     model, of = Model(CONFIG, mesh=mesh), objective(name, "objective")
     if mesh is not None:
@@ -48,13 +48,13 @@ def learnt(name, case, mesh=None, chunk=0, size=8):
     parts = list(micro_batches(mesh, sequences, size, 4))
     record = score_batch(model, teacher, sequences, parts, chunk, TeacherReading(of))
     record.pop("log_prob")
-    lesson = Lesson(sequences, jnp.asarray(weights), record)
-    learner = Learner(Loss(model, of, model), places, chunk)
-    return learner(student, student, lesson, parts, {name: teacher[name] for name in model.head_axes})
+    inputs = LossInputs(sequences, jnp.asarray(weights), record)
+    accumulator = GradientAccumulator(Loss(model, of, model), places, chunk)
+    return accumulator(student, student, inputs, parts, {name: teacher[name] for name in model.head_axes})
 
 
 def direct(name, case):
-    """The same from whole logits of one row at a time."""
+    """The same gradient from full logits, one row at a time."""
     student, teacher, sequences, weights = case
     model, of = Model(CONFIG), objective(name, "objective")
 
@@ -71,7 +71,7 @@ def direct(name, case):
 
 
 def same(gradient, expected, tolerance=2e-5):
-    """To `tolerance` of each array's largest value: sums of float32 in another order."""
+    """Equal up to `tolerance` of each array's largest value, because float32 sums have another order."""
     np.testing.assert_allclose(gradient.loss, expected[0], rtol=1e-5)
 
     def compare(a, b):
@@ -81,14 +81,14 @@ def same(gradient, expected, tolerance=2e-5):
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_the_gradient_is_that_of_whole_logits(name, case):
-    same(learnt(name, case), direct(name, case))
+def test_the_gradient_equals_that_of_full_logits(name, case):
+    same(student_gradient(name, case), direct(name, case))
 
 
 @pytest.mark.parametrize("chunk, size", [(1, 8), (16, 8), (24, 2), (10_000, 4)])
 def test_chunks_and_micro_batches_change_nothing(case, chunk, size):
-    expected = learnt("jsd(beta=0.3)", case)
-    same(learnt("jsd(beta=0.3)", case, chunk=chunk, size=size), (expected.loss, expected.of))
+    expected = student_gradient("jsd(beta=0.3)", case)
+    same(student_gradient("jsd(beta=0.3)", case, chunk=chunk, size=size), (expected.loss, expected.of))
 
 
 JSD = "jsd(beta=0.3)"  # has both divergences
@@ -102,20 +102,20 @@ JSD = "jsd(beta=0.3)"  # has both divergences
     ],
 )
 def test_a_mesh_changes_nothing(name, shape, case):
-    expected = learnt(name, case)
+    expected = student_gradient(name, case)
     for chunk in (0, 16):
-        same(learnt(name, case, make_mesh(*shape), chunk), (expected.loss, expected.of), 3e-5)
+        same(student_gradient(name, case, make_mesh(*shape), chunk), (expected.loss, expected.of), 3e-5)
 
 
-def test_padding_may_hold_anything(case):
+def test_padding_has_no_effect(case):
     student, teacher, sequences, weights = case
     beyond = np.arange(13) >= sequences.lengths[:, None]
     other = sequences.replace(tokens=np.where(beyond, 43 - sequences.tokens, sequences.tokens))
-    expected = learnt("reverse_kl", case)
-    same(learnt("reverse_kl", (student, teacher, other, weights)), (expected.loss, expected.of), 0)
+    expected = student_gradient("reverse_kl", case)
+    same(student_gradient("reverse_kl", (student, teacher, other, weights)), (expected.loss, expected.of), 0)
 
 
-def test_the_teachers_hidden_states_are_kept_in_its_own_precision(case):
+def test_the_teachers_hidden_states_keep_their_dtype(case):
     _, teacher, sequences, _ = case
     model = Model(CONFIG, dtype="bfloat16")
     record = score(

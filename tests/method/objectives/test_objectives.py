@@ -1,4 +1,4 @@
-"""Objectives on a toy of four words, to the sixth digit; names and options."""
+"""Objectives with a vocabulary of four words, to six digits; names and options."""
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ STUDENT, TEACHER = np.array([0.5, 0.3, 0.15, 0.05]), np.array([0.25, 0.5, 0.15, 
 Z, T = jnp.log(jnp.asarray(STUDENT, jnp.float32)), jnp.log(jnp.asarray(TEACHER, jnp.float32))
 NAMED = "config.branches.recovery.objective"
 
-# Value and gradient by the student's logits.
+# Value, and gradient with respect to the student's logits.
 PINNED = {
     "reverse_kl": (0.158669, (0.267239, -0.200848, -0.023800, -0.042591)),
     "forward_kl": (0.151441, (0.25, -0.2, 0, -0.05)),
@@ -25,7 +25,7 @@ PINNED = {
 
 
 def loss(name, logits, word=0, teacher=T):
-    """The loss with its coefficient, of one token."""
+    """The loss of one token, with its coefficient."""
     of = objective(name, NAMED)
     tokens = jnp.int32(word)
     gap = LogProbs(jax.nn.log_softmax(Z)[None, None, word], jax.nn.log_softmax(teacher)[None, None, word])
@@ -42,7 +42,7 @@ def test_pinned_values_and_gradients(name):
 
 @pytest.mark.parametrize("shift", [7.0, -300.0])
 @pytest.mark.parametrize("name", PINNED)
-def test_logits_may_be_shifted_and_words_impossible(name, shift):
+def test_shifted_logits_and_impossible_words(name, shift):
     np.testing.assert_allclose(loss(name, Z + shift, teacher=T - shift), PINNED[name][0], atol=1e-4)
     cut = jnp.full(1, -1e9)
     value, gradient = jax.value_and_grad(lambda z: loss(name, z, teacher=jnp.concatenate([T, cut])))(
@@ -65,7 +65,7 @@ def test_the_sampled_token_is_the_reverse_kl_on_average():
     np.testing.assert_allclose(STUDENT @ np.asarray(gradients), PINNED["reverse_kl"][1], atol=1e-5)
 
 
-def test_cross_entropy_knows_no_teacher():
+def test_cross_entropy_does_not_depend_on_the_teacher():
     value, gradient = jax.value_and_grad(lambda z: loss("cross_entropy", z, 1))(Z)
     np.testing.assert_allclose(value, -np.log(0.3), atol=1e-6)
     np.testing.assert_allclose(gradient, STUDENT - [0, 1, 0, 0], atol=1e-6)
@@ -86,12 +86,12 @@ def test_every_objective_reads_the_tokens_log_probability(name):
 
 
 @pytest.mark.parametrize("name, keeps", [("sampled_token", False), ("reverse_kl", True), ("jsd", True)])
-def test_only_losses_over_the_vocabulary_keep_the_teachers_hidden_states(name, keeps):
+def test_only_full_vocabulary_losses_store_hidden_states(name, keeps):
     assert TeacherReading(OBJECTIVES[name]()).keeps_hidden == keeps
 
 
 @pytest.mark.parametrize(
-    "text, says",
+    "text, message",
     [
         ("kl", "the objectives are sampled_token, cross_entropy, reverse_kl, forward_kl, jsd"),
         ("jsd(beta=1.0)", "beta is 1.0; give a number between 0 and 1"),
@@ -102,6 +102,6 @@ def test_only_losses_over_the_vocabulary_keep_the_teachers_hidden_states(name, k
         ("import os", "give a name"),
     ],
 )
-def test_names_and_options_that_cannot_be(text, says):
-    with pytest.raises(UserError, match=rf"config\.branches\.recovery\.objective is .*{says}"):
+def test_invalid_names_and_options(text, message):
+    with pytest.raises(UserError, match=rf"config\.branches\.recovery\.objective is .*{message}"):
         objective(text, NAMED)
