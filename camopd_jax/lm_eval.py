@@ -9,12 +9,19 @@ model. Needs `pip install 'camopd_jax[eval]'`. A stop string does not end genera
 or its cap and cut at the stop string afterwards.
 """
 
-from camopd_jax.evals.harness import CamopdLM as CamopdLM
-from camopd_jax.evals.harness import join_processes
 from camopd_jax.runtime import cli
 
-if __name__ == "__main__":
-    from lm_eval.__main__ import cli_evaluate
 
-    cli.report_errors(join_processes)
-    cli.report_errors(cli_evaluate)
+def main() -> None:
+    from lm_eval.__main__ import cli_evaluate  # an extra, whose absence `cli.report_errors` reports
+
+    from camopd_jax.evals.harness import join_processes
+
+    join_processes()
+    cli_evaluate()
+
+
+if __name__ == "__main__":
+    cli.report_errors(main)
+else:
+    from camopd_jax.evals.harness import CamopdLM as CamopdLM

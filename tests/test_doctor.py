@@ -183,3 +183,9 @@ def test_a_disk_too_small_for_the_checkpoints(config, here, tmp_path, monkeypatc
     monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 2**20, 2**20))
     findings, _ = doctor.examine(config, str(tmp_path / "run"), here)
     assert "config.checkpoints.keep_last" in texts(findings, "wrong", "workdir")[0]
+
+
+def test_an_index_beside_a_file_that_is_read_instead(config, here, model):
+    (model / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "old.safetensors"}}')
+    findings, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
+    assert "model.safetensors.index.json and its files (old.safetensors" in texts(findings, "odd", "specialised")[0]

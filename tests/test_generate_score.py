@@ -137,7 +137,7 @@ def test_bad_flags(command, tmp_path):
         ([f"--model={FOLDER}", f"--output={tmp_path / 'y'}"], "--input is missing"),
         ([f"--model={FOLDER}", f"--input={source}"], "--output is missing"),
         ([f"--model={FOLDER}", f"--input={source}", f"--output={tmp_path / 'no/y'}"], "cannot write"),
-        ([f"--model={tmp_path}", f"--input={source}", f"--output={tmp_path / 'y'}"], "no tokenizer.json"),
+        ([f"--model={tmp_path}", f"--input={source}", f"--output={tmp_path / 'y'}"], "config.json is missing"),
         ([f"--model={FOLDER}", f"--input={source}", f"--output={tmp_path / 'y'}", "--top_p=2"], "top_p"),
     ]:
         ended = command("generate", *flags)

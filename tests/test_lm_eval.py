@@ -1,6 +1,9 @@
 """The model in lm_eval: likelihoods and answers against transformers on torch, and the command with a local task."""
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -12,7 +15,8 @@ from rows import chat_row, read_lines, write_lines
 
 from camopd_jax.evals.harness import CamopdLM
 
-FOLDER = Path(__file__).parents[1] / "examples" / "quickstart" / "generalist"
+ROOT = Path(__file__).parents[1]
+FOLDER = ROOT / "examples" / "quickstart" / "generalist"
 PAIRS = [("reverse: abc", " cba"), ("sort: cab", " abc and more"), ("add: 12 and 3 ", "15"), ("", "double: abc")]
 
 
@@ -160,3 +164,13 @@ def test_the_command_runs_a_local_task(command, tmp_path):
 def test_a_missing_folder_is_one_line(command):
     ended = command("lm_eval", "--model", "camopd_jax", "--model_args", "path=/no/such", "--tasks", "arc_easy")
     assert ended.code == 2 and "--model_args path: no folder /no/such" in ended.err.splitlines()[-1]
+
+
+def test_without_its_extra_it_names_the_command_that_installs_it(tmp_path):
+    (tmp_path / "lm_eval.py").write_text("raise ModuleNotFoundError(\"No module named 'lm_eval'\", name='lm_eval')")
+    ended = subprocess.run(
+        [sys.executable, "-m", "camopd_jax.lm_eval", "--model", "camopd_jax"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{ROOT}"}, cwd=tmp_path, capture_output=True, text=True,
+    )  # fmt: skip
+    says = "error: the package lm_eval is not installed; pip install 'camopd_jax[eval]'\n"
+    assert (ended.returncode, ended.stderr) == (2, says)

@@ -390,6 +390,32 @@ def test_a_workdir_of_another_run_and_another_teacher(whole, command, other, tmp
     )
 
 
+@pytest.fixture
+def spoilt_run(whole, tmp_path):
+    """A copy of a run, and its last checkpoint, to be spoilt."""
+    run = shutil.copytree(whole[0], tmp_path / "spoilt")
+    return run, run / "checkpoints" / str(STEPS)
+
+
+@pytest.mark.parametrize("part", ["ocdbt.process_0/d", "d"], ids=["arrays", "index"])
+def test_a_truncated_checkpoint_is_one_line(command, spoilt_run, tmp_path, part):
+    run, checkpoint = spoilt_run
+    for file in (checkpoint / "state" / part).iterdir():
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    ended = command("export", f"--workdir={run}", f"--out={tmp_path / 'out'}", devices=8)
+    one_line(ended, f"{checkpoint}: this checkpoint cannot be read")
+    assert not (tmp_path / "out").exists() and not (tmp_path / "out.part").exists()
+
+
+@pytest.mark.parametrize("item", ["provenance", "positions", "digests"])
+@pytest.mark.parametrize("content", ["{}", "[]"])
+def test_a_damaged_small_file_of_a_checkpoint(command, spoilt_run, tmp_path, item, content):
+    run, checkpoint = spoilt_run
+    (checkpoint / item / "metadata").write_text(content)
+    ended = command("export", f"--workdir={run}", f"--out={tmp_path / 'out'}")
+    one_line(ended, f"{checkpoint}: damaged on disk", "the run has checkpoints [3, 6, 8]: give another one")
+
+
 def spoil_vocab(folder):
     edit_json(folder / "config.json", vocab_size=60)
 
@@ -405,7 +431,7 @@ def spoil_tensors(folder):
         (spoil_tensors, "is cut short at tensor"),
         (lambda f: swap_tokens(f, "a", "b"), "tokenizers differ, first at token 'b'"),
         (lambda f: edit_json(f / "config.json", model_type="mamba"), "model_type 'mamba' is not supported"),
-        (lambda f: edit_json(f / "config.json", sparse_topk=8), "field sparse_topk = 8 is not supported"),
+        (lambda f: edit_json(f / "config.json", sparse_topk=8), "field sparse_topk = 8 is not known for llama"),
         (lambda f: (f / "model.safetensors").rename(f / "pytorch_model.bin"), "is a pickle"),
         (lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (lambda f: (f / "tokenizer.json").unlink(), "no tokenizer.json"),
@@ -453,7 +479,7 @@ def test_the_error_for_a_bad_row_names_the_line(command, tmp_path):
 
 def test_a_teacher_that_is_not_finite_is_named_before_the_first_step(command, other, tmp_path):
     tensors = load_file(other / "model.safetensors")
-    tensors["model.norm.weight"] = tensors["model.norm.weight"] * np.float32("nan")
+    tensors["model.norm.weight"] = np.full_like(tensors["model.norm.weight"], 3e38)  # finite, but no logit is
     teacher = tmp_path / "teacher"
     shutil.copytree(QUICKSTART / "generalist", teacher)
     save_file(tensors, teacher / "model.safetensors", metadata={"format": "pt"})

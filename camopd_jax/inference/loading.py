@@ -40,14 +40,25 @@ class Loaded:
 def find(name: str, field: str, files: Sequence[str] = CHECKPOINT) -> Path:
     """The folder of a checkpoint: `name` itself, or the local copy of a repository of the Hugging Face hub.
 
+    Its config.json is checked here, before anything else of the folder is read: other readers, the tokenizer's among
+    them, would call a mistake in it their own.
+
     Args:
       name: a folder, or a hub name like Qwen/Qwen3-8B, which is downloaded.
       field: the flag or config field that holds the name, for error messages.
       files: patterns of the files to download.
 
     Raises:
-      UserError: if there is no such folder and the hub has no such repository.
+      UserError: if there is no such folder and the hub has no such repository, and for a config.json that is not
+        that of a supported model.
     """
+    folder = _find(name, field, files)
+    model_config(folder)
+    return folder
+
+
+def _find(name: str, field: str, files: Sequence[str]) -> Path:
+    """The folder that `find` checks."""
     if Path(name).expanduser().is_dir():
         return Path(name).expanduser()
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
@@ -101,6 +112,6 @@ def load(
     return Loaded(folder, mesh, model, params, tokenizer, templates.eos_ids(folder, tokenizer))
 
 
-def model_config(folder: Path, context: int) -> ModelConfig:
-    """Reads the architecture from a folder's config.json, for sequences of up to `context` tokens."""
+def model_config(folder: Path, context: int | None = None) -> ModelConfig:
+    """Reads the architecture from a folder's config.json, for sequences of up to `context` tokens (None: any)."""
     return from_hf(hf.read_config(folder), context=context, where=str(folder / "config.json"))

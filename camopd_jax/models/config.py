@@ -10,6 +10,7 @@ from typing import Literal
 from jax.sharding import Mesh
 
 from camopd_jax.errors import UserError
+from camopd_jax.models import fields as limits
 from camopd_jax.models.families import FAMILIES, Family, Fields, QKNorm
 
 Activation = Literal["silu", "gelu_tanh"]
@@ -86,18 +87,6 @@ class AttentionSpec:
     mesh: Mesh | None = None  # rows and heads are split over it; None: one device
 
 
-_REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-
-# Fields without effect on the output: names, special tokens, regularisation in training, caches, file formats.
-_HARMLESS = frozenset(
-    """
-    architectures model_type torch_dtype dtype transformers_version use_cache bos_token_id eos_token_id pad_token_id
-    sep_token_id attention_dropout hidden_dropout pretraining_tp name_or_path _name_or_path id2label label2id
-    problem_type return_dict cache_implementation output_attentions output_hidden_states is_llama_config
-    tokenizer_class transformers.js_config _attn_implementation_autoset attn_implementation chunk_size_feed_forward
-    is_encoder_decoder unsloth_version unsloth_fixed hidden_act _sliding_window_pattern task_specific_params
-    """.split()
-)
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
 _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
 
@@ -121,6 +110,8 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         raise UserError(f"{where}: activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
     types = _layer_types(fields, family, where)
     rope_of_type = _ropes(config, fields, family, head_dim, context, where)
+    if lacking := set(types) - rope_of_type.keys():
+        raise UserError(f"{where}: rope_parameters has no block for layers of type {min(lacking)}; add it")
     ropes = tuple(dict.fromkeys(rope_of_type.values()))
     bias = fields["attention_bias"]
     return ModelConfig(
@@ -162,20 +153,19 @@ def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
       UserError: as `from_hf`.
     """
     name = config.get("model_type")
-    if name not in FAMILIES:
+    if not isinstance(name, str) or name not in FAMILIES:
         raise UserError(f"{where}: model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
     family = FAMILIES[name]
-    known = family.defaults.keys() | {*_REQUIRED} | _HARMLESS | _ROPE_FIELDS
+    known = family.defaults.keys() | {*limits.REQUIRED} | limits.HARMLESS | _ROPE_FIELDS
     for field, value in config.items():
         if field not in known and value not in (None, False, [], {}):
             raise UserError(
-                f"{where}: field {field} = {value!r} is not supported for {name} and may change the "
-                "model's output; use a checkpoint without it"
+                f"{where}: field {field} = {value!r} is not known for {name}; if it does not change the model's "
+                "output, delete it from the file, else this model is not supported"
             )
-    for field in _REQUIRED:
-        if not isinstance(config.get(field), int):
-            raise UserError(f"{where}: field {field} is {config.get(field)!r}; give an integer")
-    return {**family.defaults, **{field: value for field, value in config.items() if field in known}}, family
+    fields = {**family.defaults, **{field: value for field, value in config.items() if field in known}}
+    limits.check(fields, family.defaults, where)
+    return fields, family
 
 
 def _layer_types(fields: Fields, family: Family, where: str) -> list[str]:
@@ -213,14 +203,18 @@ def _rope(fields: Fields, head_dim: int, max_positions: int, context: int | None
         "dynamic": {"factor"},
         "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
     }
-    if scaling not in supported:
+    if not isinstance(scaling, str) or scaling not in supported:
         raise UserError(f"{where}: RoPE scaling {scaling!r} is not supported; supported are {', '.join(supported)}")
+    limits.NUMBER.check(fields.get("rope_theta"), "rope_theta", where)
     for name, value in fields.items():
         if name not in supported[scaling] | {"rope_type", "type", "rope_theta"} and value not in (None, 1.0):
             raise UserError(f"{where}: RoPE field {name} = {value!r} is not supported for scaling {scaling!r}")
     missing = [name for name in sorted(supported[scaling]) if fields.get(name) is None]
     if missing:
         raise UserError(f"{where}: RoPE scaling {scaling!r} needs the field {missing[0]}")
+    for name in sorted(supported[scaling]):
+        kind = limits.COUNT if name == "original_max_position_embeddings" else limits.NUMBER
+        kind.check(fields[name], name, where)
     rope = Rope(theta=float(fields["rope_theta"]))
     if scaling == "linear":
         return dataclasses.replace(rope, scaling="linear", factor=float(fields["factor"]))
@@ -230,6 +224,9 @@ def _rope(fields: Fields, head_dim: int, max_positions: int, context: int | None
         growth = float(fields["factor"]) * stretch - (float(fields["factor"]) - 1)
         return dataclasses.replace(rope, theta=rope.theta * growth ** (head_dim / (head_dim - 2)))
     if scaling == "llama3":
+        if fields["low_freq_factor"] >= fields["high_freq_factor"]:
+            low, high = fields["low_freq_factor"], fields["high_freq_factor"]
+            raise UserError(f"{where}: field low_freq_factor is {low}; give a number < high_freq_factor = {high}")
         return dataclasses.replace(
             rope,
             scaling="llama3",

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-from dataclasses import dataclass
+import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import ml_dtypes
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh
@@ -16,28 +15,10 @@ from safetensors.numpy import save_file
 
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import ModelConfig
-from camopd_jax.models.weights import MODULE_NAMES, check_rows_cover, leaf_of, shardings, table, tree_of
+from camopd_jax.models.disk import INDEX, SINGLE, Tensor, read_json, stale_index, tensors
+from camopd_jax.models.names import EMBEDDING, HEAD, check_names, standard_names
+from camopd_jax.models.weights import WeightRow, check_rows_cover, leaf_of, shardings, table, tree_of
 from camopd_jax.types import Params
-
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
-_INDEX = "model.safetensors.index.json"
-_SINGLE = "model.safetensors"
-_HEAD, _EMBEDDING = (f"{MODULE_NAMES[name]}.weight" for name in ("head", "embedding"))
-
-
-@dataclass(frozen=True)
-class Tensor:
-    """The location of a tensor on disk."""
-
-    file: Path
-    dtype: np.dtype
-    shape: tuple[int, ...]
-    offset: int  # bytes from the start of the file
-
-    def map(self) -> np.ndarray:
-        """The tensor as a memory map: only the parts that are used are read from disk."""
-        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
-
 
 # --------------------------------------------------------------------------------------- reading
 
@@ -46,10 +27,16 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads config.json in a folder, or the given file.
 
     Raises:
-      UserError: if it is missing, is not JSON, or needs code from the checkpoint.
+      UserError: if it is missing, is not JSON, or needs code from the checkpoint; if the folder has a PEFT adapter.
     """
     file = folder if folder.is_file() else folder / "config.json"
-    config = _read_json(file)
+    if (adapter := folder / "adapter_config.json").exists():
+        raise UserError(
+            f"{adapter}: a PEFT adapter, which is not read; merge it into its base model and give that folder "
+            "(AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), or delete this "
+            "file if the weights beside it are merged already"
+        )
+    config = read_json(file)
     if "auto_map" in config:
         raise UserError(
             f"{file}: auto_map asks for code from the checkpoint, which is never run; "
@@ -64,52 +51,54 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     The host has one shard of one stacked parameter in memory at a time.
 
     Raises:
-      UserError: as `matching`.
+      UserError: as `matching`; for a value that is not finite, with the name of its tensor.
     """
+    if warning := stale_index(folder):
+        warnings.warn(warning, stacklevel=2)
     on_disk = matching(folder, config)
     sharding_of = shardings(config, mesh)
     leaves = {}
     for row in table(config):
-        views = [row.from_hf(on_disk[name].map()) for name in row.names(config.num_layers)]
-        shard = partial(_shard, views, row.stacked, dtype)
+        stored = [(name, on_disk[name]) for name in row.names(config.num_layers)]
+        shard = partial(_shard, stored, row, dtype)
         leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), shard)
         leaves[row.path] = jax.block_until_ready(leaf)  # else this shard is in host memory while the next is read
     return tree_of(leaves)
 
 
-def _shard(views: list[np.ndarray], stacked: bool, dtype: str, index: tuple[slice, ...] | None) -> np.ndarray:
+def _shard(stored: list[tuple[str, Tensor]], row: WeightRow, dtype: str, index: tuple[slice, ...] | None) -> np.ndarray:
     """One device's shard of a parameter, read from the tensors that it consists of.
 
     Args:
+      stored: these tensors, with their names.
       index: of the shard. JAX's type allows None, but it does not occur.
+
+    Raises:
+      UserError: for a value that is not finite.
     """
     assert index is not None
-    wanted = [view[index[1:]] for view in views[index[0]]] if stacked else [views[0][index]]
-    out = np.empty((len(wanted), *wanted[0].shape), dtype)
-    for layer, view in zip(out, wanted, strict=True):
+    layers, within = (stored[index[0]], index[1:]) if row.stacked else (stored, index)
+    views = [row.from_hf(tensor.map())[within] for _, tensor in layers]
+    out = np.empty((len(views), *views[0].shape), dtype)
+    for layer, view, (name, tensor) in zip(out, views, layers, strict=True):
         layer[...] = view
-    return out if stacked else out[0]
+        if not np.isfinite(layer).all():
+            raise UserError(f"{tensor.file}: tensor {name} has values that are not finite; give another checkpoint")
+    return out if row.stacked else out[0]
 
 
 def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a folder, checked against a model config.
+    """The tensors of a folder by standard name, checked against a model config.
 
     Raises:
       UserError: for missing or additional tensors and wrong shapes, and as `tensors`.
     """
-    on_disk = tensors(folder)
     shapes = {name: row.hf_shape for row in table(config) for name in row.names(config.num_layers)}
-    if config.tied_head and _HEAD in on_disk:
+    on_disk = standard_names(tensors(folder), shapes, config.tied_head, folder)
+    if config.tied_head and HEAD in on_disk:
         _check_tied(on_disk, folder)
-        shapes[_HEAD] = (config.vocab_size, config.hidden_size)
-    missing, extra = sorted(shapes.keys() - on_disk.keys()), sorted(on_disk.keys() - shapes.keys())
-    if missing:
-        raise UserError(f"{folder}: tensor {missing[0]} is missing ({len(missing)} in all); fetch the checkpoint again")
-    if extra:
-        raise UserError(
-            f"{folder}: tensor {extra[0]} ({len(extra)} in all) has no place in a model of this config.json; "
-            "config.json and weights belong to different models"
-        )
+        shapes[HEAD] = (config.vocab_size, config.hidden_size)
+    check_names(on_disk, shapes, folder)
     for name, shape in shapes.items():
         tensor = on_disk[name]
         if tensor.shape != shape:
@@ -119,48 +108,9 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     return on_disk
 
 
-def tensors(folder: Path) -> dict[str, Tensor]:
-    """All tensors of a folder by name, read from the file headers. Rotary tables of old checkpoints are left out.
-
-    Raises:
-      UserError: if there are no safetensors (pickles are refused), if a file is missing, truncated or damaged, or if
-        the index names a file outside the folder.
-    """
-    index = folder / _INDEX
-    if index.exists():
-        weight_map = _read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise UserError(f"{index}: field weight_map is missing; fetch the checkpoint again")
-        files = sorted(set(weight_map.values()))
-        for name in files:
-            if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
-                raise UserError(f"{index}: weight_map names {name!r}; only .safetensors files beside it are read")
-    elif (folder / _SINGLE).exists():
-        weight_map, files = None, [_SINGLE]
-    else:
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-        if pickles:
-            raise UserError(
-                f"{folder}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors"
-            )
-        raise UserError(f"{folder}: no {_SINGLE} and no {_INDEX}; give a Hugging Face folder with safetensors")
-    on_disk: dict[str, Tensor] = {}
-    for name in files:
-        if not (folder / name).exists():
-            raise UserError(f"{folder / name} is missing, though {_INDEX} names it; fetch the checkpoint again")
-        of_file = _header(folder / name)
-        twice = on_disk.keys() & of_file.keys()
-        if twice:
-            raise UserError(f"{folder / name}: tensor {min(twice)} is in another file too; fetch the checkpoint again")
-        on_disk |= of_file
-    if weight_map is not None and (lost := weight_map.keys() - on_disk.keys()):
-        raise UserError(f"{index}: tensor {min(lost)} is in none of the files; fetch the checkpoint again")
-    return {name: t for name, t in on_disk.items() if not name.endswith("rotary_emb.inv_freq")}
-
-
-def tensor_dtypes(folder: Path) -> dict[str, np.dtype]:
-    """The dtype of every tensor on disk."""
-    return {name: tensor.dtype for name, tensor in tensors(folder).items()}
+def tensor_dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
+    """The dtype of every tensor of a folder by standard name; raises as `matching`."""
+    return {name: tensor.dtype for name, tensor in matching(folder, config).items()}
 
 
 def fingerprint(folder: Path) -> str:
@@ -178,57 +128,14 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()[:16]
 
 
-def _header(file: Path) -> dict[str, Tensor]:
-    """The tensors of one file: 8 bytes of length, a JSON header, then the bytes that it describes."""
-    size = file.stat().st_size
-    try:
-        with file.open("rb") as stream:
-            length = int.from_bytes(stream.read(8), "little")
-            if not 0 < length <= size - 8:
-                raise ValueError(length)
-            header = json.loads(stream.read(length))
-        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        return {name: _entry(file, name, entry, 8 + length, size) for name, entry in entries.items()}
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{file} is not a safetensors file; fetch the checkpoint again") from error
-
-
-def _entry(file: Path, name: str, entry: dict[str, Any], data: int, size: int) -> Tensor:
-    """One tensor of a header. `data`: offset of the first tensor in the file; `size`: of the file; both in bytes."""
-    start, stop = entry["data_offsets"]
-    if entry["dtype"] not in _DTYPES:
-        raise UserError(
-            f"{file}: tensor {name} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} are read "
-            "(quantised checkpoints: give the original)"
-        )
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
-    if stop - start != dtype.itemsize * int(np.prod(shape)) or start < 0:
-        raise ValueError(name)
-    if data + stop > size:
-        raise UserError(f"{file} is cut short at tensor {name}; fetch the checkpoint again")
-    return Tensor(file, dtype, shape, data + start)
-
-
 def _check_tied(on_disk: dict[str, Tensor], folder: Path) -> None:
     """Raises UserError if the head differs from the embedding, though config.json says they are tied."""
-    head, embedding = on_disk[_HEAD], on_disk[_EMBEDDING]
+    head, embedding = on_disk[HEAD], on_disk[EMBEDDING]
     if head.dtype != embedding.dtype or not np.array_equal(head.map().view(np.uint8), embedding.map().view(np.uint8)):
         raise UserError(
-            f"{folder / 'config.json'}: tie_word_embeddings is true, but {_HEAD} differs from the "
+            f"{folder / 'config.json'}: tie_word_embeddings is true, but {HEAD} differs from the "
             "embedding; set it to false"
         )
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        value = json.loads(path.read_text())
-    except FileNotFoundError:
-        raise UserError(f"{path} is missing; give a Hugging Face folder") from None
-    except (ValueError, OSError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); fetch the checkpoint again") from error
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: must hold a JSON object; fetch the checkpoint again")
-    return value
 
 
 # --------------------------------------------------------------------------------------- writing
@@ -256,7 +163,7 @@ def save(
         for i, name in enumerate(row.names(config.num_layers)):
             gathered = multihost_utils.process_allgather(array[i] if row.stacked else array, tiled=True)
             tensor = np.ascontiguousarray(row.to_hf(np.asarray(gathered)).astype(dtypes[name]))
-            copies = (name, _HEAD) if config.tied_head and name == _EMBEDDING else (name,)
+            copies = (name, HEAD) if config.tied_head and name == EMBEDDING else (name,)
             for copy in copies:
                 if copy in dtypes:
                     files.add(copy, tensor)
@@ -286,7 +193,7 @@ class _Files:
             return
         (self._folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
         if len(self._names) == 1:
-            (self._folder / "part-0").rename(self._folder / _SINGLE)
+            (self._folder / "part-0").rename(self._folder / SINGLE)
             return
         weight_map: dict[str, str] = {}
         for i, names in enumerate(self._names):
@@ -294,7 +201,7 @@ class _Files:
             (self._folder / f"part-{i}").rename(self._folder / file)
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
-        (self._folder / _INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
 
     def _flush(self) -> None:
         if self._writes:

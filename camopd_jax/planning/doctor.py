@@ -104,6 +104,8 @@ class Examination:
         kinds = sorted({str(tensor.dtype) for tensor in hf.matching(folder, model).values()})
         self.models[name] = Checked(folder, model, templates.load_tokenizer(folder))
         self.good(about, f"{values['model_type']}, {weights(model) / 1e6:,.1f} M parameters in {', '.join(kinds)}")
+        if warning := hf.stale_index(folder):
+            self.odd(about, warning)
         positions = values.get("max_position_embeddings") or context
         if context > positions:
             self.odd(

@@ -42,20 +42,21 @@ class Request:
 def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
     """The models' shapes; files, folders or names of shapes replace the two that every config names."""
     instead = {"general": general, "specialised": specialised}
-    files: dict[str, dict[str, Any]] = {}
+    files: dict[str, tuple[str, dict[str, Any]]] = {}  # of each model: how errors name its config.json, what it holds
     for name, field in teacher_names(config).items():
         given = instead.get(name)
         if given in SHAPES:
-            files[name] = SHAPES[given]
+            files[name] = f"shape {given}", SHAPES[given]
         elif given and not Path(given).expanduser().exists():
             names = f"the shapes are {', '.join(SHAPES)}"
             raise UserError(f"--{name}_config: {given} is neither a file, a folder nor a known shape; {names}")
         else:
             folder = Path(given).expanduser() if given else find_model(config, name, field, files=("config.json",))
-            files[name] = hf.read_config(folder)
+            where = folder if folder.is_file() else folder / "config.json"
+            files[name] = str(where), hf.read_config(folder)
     context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    eos = files["specialised"].get("eos_token_id")
-    shapes = {name: from_hf(values, context=context, where=name) for name, values in files.items()}
+    eos = files["specialised"][1].get("eos_token_id")
+    shapes = {name: from_hf(values, context=context, where=where) for name, (where, values) in files.items()}
     return Models(shapes, tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
 
 

@@ -43,5 +43,6 @@ async def _when_all_have_ended(read: Awaitable[T]) -> T:
     try:
         return await read
     except Exception:
-        await asyncio.gather(*(asyncio.all_tasks() - before), return_exceptions=True)
+        while started := asyncio.all_tasks() - before:  # these start others: an array that is opened, its shards' reads
+            await asyncio.gather(*started, return_exceptions=True)
         raise

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from etils import epath
+from safetensors import SafetensorError
 
 from camopd_jax import __version__
 from camopd_jax.config.identity import from_json
@@ -18,7 +19,7 @@ from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.optimizer import init_state, moment_names
 from camopd_jax.models import hf, partition
-from camopd_jax.runs.checkpoint import CheckpointStore
+from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint
 from camopd_jax.runtime.distributed import barrier, is_primary
 from camopd_jax.runtime.mesh import mesh_of
 
@@ -50,13 +51,15 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
     try:
         with _part(out) as part:
             if is_primary():
-                for file in (file for pattern in _COPIED for file in original.glob(pattern)):
+                for file in (file for pattern in _COPIED for file in original.glob(pattern) if file.is_file()):
                     shutil.copyfile(file, part / file.name)
                 (part / "README.md").write_text(model_card(out.parent.name, provenance))
-            hf.save(part, loaded.params, loaded.model.config, hf.read_config(original), hf.tensor_dtypes(original))
-    except OSError as error:
+            config = loaded.model.config
+            hf.save(part, loaded.params, config, hf.read_config(original), hf.tensor_dtypes(original, config))
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
-            f"{out}: cannot write ({error.strerror}); free disk space, then export with python -m camopd_jax.export"
+            f"{out}: cannot write ({reason}); free disk space, then export with python -m camopd_jax.export"
         ) from error
 
 
@@ -68,21 +71,36 @@ def _part(out: epath.Path) -> Iterator[Path]:
     if is_primary():
         shutil.rmtree(part, ignore_errors=True)
         part.mkdir(parents=True)
-    yield part
+    try:
+        yield part
+    except BaseException:
+        if is_primary():
+            shutil.rmtree(part, ignore_errors=True)
+        raise
     if is_primary():
-        if out.exists():
-            out.rmtree()
         if is_local:
-            part.rename(out)
+            _replace(part, Path(out))
         else:
             _upload(part, out)
     barrier("export")
 
 
+def _replace(part: Path, out: Path) -> None:
+    """Renames `part` to `out`, which never holds a part of its files: an old folder there is renamed before."""
+    old = Path(f"{out}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if out.exists():
+        out.rename(old)
+    part.rename(out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 def _upload(folder: Path, out: epath.Path) -> None:
-    """Moves a folder's files to a bucket."""
+    """Moves a folder's files to a bucket: config.json, without which nothing loads a folder, as the last one."""
+    if out.exists():
+        out.rmtree()
     out.mkdir(parents=True)
-    for file in folder.iterdir():
+    for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
         epath.Path(file).copy(out / file.name)
     shutil.rmtree(folder)
 
@@ -126,5 +144,8 @@ def restore_model(workdir: str, step: int | None = None, best: bool = False) -> 
         loading.find(start, field), mesh_of(config.mesh), config.compute, dtype=config.compute.params, context=1
     )
     trained = partition.trained(loaded.params, config.optimizer.trained)
-    state, _, provenance = checkpoints.restore(step, init_state(trained, moments))
+    try:
+        state, _, provenance = checkpoints.restore(step, init_state(trained, moments))
+    except DamagedCheckpoint as error:
+        raise UserError(f"{error}; the run has checkpoints {checkpoints.steps()}: give another one") from error
     return loaded.with_params(state.params), provenance | {"steps": str(step)}

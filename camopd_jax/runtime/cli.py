@@ -6,7 +6,7 @@ import re
 import signal
 import sys
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import absl.logging
 from absl import app, flags
@@ -21,6 +21,13 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from camopd_jax.runtime.cluster import Processes
+
+_OPTIONAL = {  # packages that not all commands need, and what installs them
+    **dict.fromkeys(("lm_eval", "langdetect", "nltk", "immutabledict", "openai"), "'camopd_jax[eval]'"),
+    "libtpu": "'camopd_jax[plan]'",
+    "matplotlib": "'camopd_jax[bench]'",
+    **{name: name for name in ("gcsfs", "s3fs", "torch")},
+}
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -154,15 +161,25 @@ def _cause(error: BaseException) -> str:
 
 
 def report_errors(act: Callable[[], T]) -> T:
-    """Calls `act`; a user's mistake becomes one line on stderr and exit code 2."""
+    """Calls `act`; a user's mistake becomes one line on stderr and exit code 2.
+
+    So does an optional package that is not installed: fsspec, for one, imports that of a bucket when a path is read.
+    """
     try:
         return act()
     except UserError as error:
-        print("error: " + " ".join(str(error).split()), file=sys.stderr)
-        terminate(2)
+        _end(str(error))
     except KeyboardInterrupt:
         terminate(128 + signal.SIGINT)
     except Exception as error:
+        words = re.findall(r"\w+", str(error)) if isinstance(error, ImportError) else []
+        if name := next((word for word in words if word in _OPTIONAL), None):
+            _end(f"the package {name} is not installed; pip install {_OPTIONAL[name]}")
         if not in_cluster():
             raise
         terminate(1, error)
+
+
+def _end(message: str) -> NoReturn:
+    print("error: " + " ".join(message.split()), file=sys.stderr)
+    terminate(2)

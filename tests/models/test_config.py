@@ -1,11 +1,16 @@
 """config.json of transformers 4 and 5, and unsupported fields."""
 
+import json
+import math
+
 import pytest
+from transformers import GenerationConfig
 
 from camopd_jax.errors import UserError
 from camopd_jax.models import config
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.families import FAMILIES
+from camopd_jax.models.fields import HARMLESS
 
 SIZES = dict(
     vocab_size=98,
@@ -74,7 +79,7 @@ def test_windows():
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama, mistral"),
         ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported"),
-        ({"num_experts": 8}, "field num_experts = 8 is not supported"),
+        ({"num_experts": 8}, "field num_experts = 8 is not known for llama"),
         ({"hidden_act": "relu"}, "activation 'relu' is not supported"),
         ({"hidden_size": None}, "field hidden_size is None"),
         ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
@@ -116,3 +121,105 @@ def test_every_field_with_a_default_is_read(family, monkeypatch):
 def test_layer_types_must_fit():
     with pytest.raises(UserError, match="layer_types"):
         from_hf(SIZES | dict(model_type="qwen3", layer_types=["full_attention"] * 6))
+
+
+def test_fields_of_generation_and_of_old_versions_change_nothing():
+    plain = SIZES | dict(model_type="llama")
+    others = dict(temperature=0.7, top_p=0.9, top_k=40, max_length=20, max_sequence_length=4096, _commit_hash="0")
+    others |= dict(_flash_attn_2_enabled=True, num_labels=2, id2label={"0": "a"}, torchscript=True, do_sample=True)
+    assert from_hf(plain | others) == from_hf(plain)
+
+
+def test_every_field_of_transformers_generation_config_is_one():
+    assert set(vars(GenerationConfig())) - HARMLESS == set()
+    assert not HARMLESS & {"per_layer_config", "pruned_heads", "add_cross_attention"}, "these change the output"
+
+
+NAN, HUGE = math.nan, 10**400  # JSON in Python reads NaN, and integers of any length
+LLAMA3 = dict(
+    rope_type="llama3", factor=8.0, low_freq_factor=1.0, high_freq_factor=4.0, original_max_position_embeddings=32
+)
+
+
+@pytest.mark.parametrize(
+    ("family", "field", "value", "kind"),
+    [
+        ("llama", "num_hidden_layers", "three", "an integer > 0"),
+        ("llama", "num_hidden_layers", 0, "an integer > 0"),
+        ("llama", "num_hidden_layers", True, "an integer > 0"),
+        ("llama", "vocab_size", -3, "an integer > 0"),
+        ("llama", "intermediate_size", 56.0, "an integer > 0"),
+        ("llama", "max_position_embeddings", 0, "an integer > 0"),
+        ("llama", "num_key_value_heads", 0, "an integer > 0 or null"),
+        ("llama", "head_dim", -14, "an integer > 0 or null"),
+        ("llama", "rms_norm_eps", NAN, "a finite number > 0"),
+        ("llama", "rms_norm_eps", -1e-6, "a finite number > 0"),
+        ("llama", "rms_norm_eps", "1e-6", "a finite number > 0"),
+        ("llama", "rms_norm_eps", HUGE, "a finite number > 0"),
+        ("llama", "initializer_range", math.inf, "a finite number >= 0"),
+        ("llama", "rope_theta", 0, "a finite number > 0"),
+        ("llama", "rope_theta", None, "a finite number > 0"),
+        ("llama", "rope_scaling", "linear", "an object or null"),
+        ("llama", "rope_parameters", [], "an object or null"),
+        ("llama", "tie_word_embeddings", "false", "true or false"),
+        ("llama", "attention_bias", None, "true or false"),
+        ("llama", "hidden_act", ["silu"], "a string or null"),
+        ("llama", "eos_token_id", "2", "an integer or a list of them or null"),
+        ("llama", "eos_token_id", [2, "3"], "an integer or a list of them or null"),
+        ("mistral", "sliding_window", 0, "an integer > 0 or null"),
+        ("qwen2", "max_window_layers", -1, "an integer >= 0"),
+        ("qwen3", "layer_types", "full_attention", "a list of strings or null"),
+        ("qwen3", "layer_types", [None] * 7, "a list of strings or null"),
+        ("gemma2", "query_pre_attn_scalar", 0, "a finite number > 0"),
+        ("gemma2", "attn_logit_softcapping", 0.0, "a finite number > 0 or null"),
+        ("gemma2", "final_logit_softcapping", NAN, "a finite number > 0 or null"),
+        ("gemma3_text", "sliding_window_pattern", 0, "an integer > 0"),
+    ],
+)
+def test_a_value_beyond_its_limits_is_named(family, field, value, kind):
+    fields = json.loads(json.dumps(SIZES | {"model_type": family, field: value}))
+    with pytest.raises(UserError) as caught:
+        from_hf(fields, where="model/config.json")
+    assert str(caught.value) == f"model/config.json: field {field} is {value!r}; give {kind}"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_attention_heads": 7}, "num_key_value_heads is 2, which does not divide num_attention_heads = 7"),
+        (
+            {"head_dim": None, "num_attention_heads": 8},
+            "num_attention_heads is 8, which does not divide hidden_size = 60",
+        ),
+        ({"head_dim": 15}, "head_dim is 15; RoPE needs an even number"),
+        (
+            {"head_dim": None, "num_attention_heads": 4},
+            "hidden_size / num_attention_heads is 15; RoPE needs an even number",
+        ),
+        ({"model_type": ["llama"]}, r"model_type \['llama'\] is not supported"),
+        ({"rope_parameters": {"rope_type": "linear", "factor": 0}}, "field factor is 0; give a finite number > 0"),
+        ({"rope_parameters": {"rope_theta": NAN}}, "field rope_theta is nan; give a finite number > 0"),
+        ({"rope_scaling": {"rope_type": ["linear"]}}, r"RoPE scaling \['linear'\] is not supported"),
+        ({"rope_scaling": LLAMA3 | {"low_freq_factor": 4.0}}, "field low_freq_factor is 4.0; give a number < high"),
+        (
+            {"rope_scaling": LLAMA3 | {"original_max_position_embeddings": 0.5}},
+            "field original_max_position_embeddings is 0.5; give an integer > 0",
+        ),
+        (
+            {"model_type": "gemma3_text", "rope_parameters": {"full_attention": {"rope_theta": 1e6}}},
+            "rope_parameters has no block for layers of type sliding_attention",
+        ),
+    ],
+)
+def test_fields_that_do_not_go_together(changes, message):
+    with pytest.raises(UserError, match=f"model/config.json: {message}"):
+        from_hf(SIZES | {"model_type": "llama"} | changes, where="model/config.json")
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_no_number_of_a_family_is_without_a_limit(family):
+    """A field with a number for its default refuses NaN."""
+    for field, value in FAMILIES[family].defaults.items():
+        if isinstance(value, int | float) and not field.startswith("rope_"):
+            with pytest.raises(UserError, match=f"field {field} is nan"):
+                from_hf(SIZES | {"num_key_value_heads": 2, "model_type": family, field: NAN})

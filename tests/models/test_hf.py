@@ -52,7 +52,7 @@ def recast(folder, dtype):
 def test_round_trip_is_byte_for_byte(family, max_shard_bytes, checkpoint, mesh, tmp_path):
     source = checkpoint(family)[1]
     config, params = read(source, mesh)
-    hf.save(tmp_path, params, config, hf.read_config(source), hf.tensor_dtypes(source), max_shard_bytes)
+    hf.save(tmp_path, params, config, hf.read_config(source), hf.tensor_dtypes(source, config), max_shard_bytes)
     assert raw(tmp_path) == raw(source)
     assert hf.read_config(tmp_path) == hf.read_config(source)
     assert (tmp_path / "model.safetensors.index.json").exists() == (max_shard_bytes < 2**30)
@@ -66,7 +66,7 @@ def test_mixed_dtypes_are_kept(dtype, folder, mesh, tmp_path):
     config, params = read(folder, mesh)
     out = tmp_path / "out"
     out.mkdir()
-    hf.save(out, params, config, hf.read_config(folder), hf.tensor_dtypes(folder))
+    hf.save(out, params, config, hf.read_config(folder), hf.tensor_dtypes(folder, config))
     assert {t.dtype for t in hf.tensors(out).values()} == {np.dtype(dtype), np.dtype(np.float32)}
     assert raw(out) == raw(folder)
 
@@ -78,7 +78,7 @@ def test_a_tied_head_in_the_file_must_equal_the_embedding(folder, mesh, tmp_path
     config, params = read(folder, mesh)
     out = tmp_path / "out"
     out.mkdir()
-    hf.save(out, params, config, hf.read_config(folder), hf.tensor_dtypes(folder))
+    hf.save(out, params, config, hf.read_config(folder), hf.tensor_dtypes(folder, config))
     assert raw(out) == raw(folder)
     save_file(twin | {"lm_head.weight": twin["lm_head.weight"] + 1}, folder / "model.safetensors")
     with pytest.raises(UserError, match="tie_word_embeddings is true, but lm_head.weight differs"):
@@ -185,17 +185,49 @@ def test_empty_folder(folder, mesh):
     refused(folder, mesh, "no model.safetensors and no model.safetensors.index.json")
 
 
+@pytest.mark.parametrize(
+    ("layout", "says"),
+    [
+        ({"a": [0, 8], "b": [4, 12]}, "invalid offset"),  # both claim four bytes
+        ({"a": [0, 8], "b": [12, 20]}, "invalid offset"),  # a gap
+        ({"a": [0, 8]}, "not fully covered"),  # four bytes that are no tensor's
+        ({"a": [0, 12], "b": [12, 20]}, r"tensor a has 12 bytes for shape \[2\]"),
+    ],
+)
+def test_a_file_whose_tensors_do_not_lie_one_behind_the_other(layout, says, folder, mesh):
+    entries = {name: {"dtype": "F32", "shape": [2], "data_offsets": offsets} for name, offsets in layout.items()}
+    header = json.dumps(entries).encode()
+    end = max(stop for _, stop in layout.values()) + 4 * (len(layout) == 1)
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(end))
+    refused(folder, mesh, f"model.safetensors is not a safetensors file: .*{says}.*; fetch the checkpoint again")
+
+
+def test_a_pointer_of_git_lfs(folder, mesh):
+    (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\noid sha256:12\nsize 56\n")
+    refused(folder, mesh, "a pointer of Git LFS: run `git lfs pull`")
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_a_value_that_is_not_finite(value, folder, mesh):
+    kernel = load_file(folder / "model.safetensors")["model.layers.1.mlp.up_proj.weight"].copy()
+    kernel[3, 5] = value
+    spoil(folder, model__layers__1__mlp__up_proj__weight=kernel)
+    refused(folder, mesh, "model.safetensors: tensor model.layers.1.mlp.up_proj.weight has values that are not finite")
+
+
 @pytest.mark.parametrize("name", ["../other.safetensors", "/etc/passwd", "sub/model.safetensors", "weights.bin"])
 def test_index_with_a_file_outside_the_folder(name, folder, mesh):
+    (folder / "model.safetensors").unlink()
     (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"model.norm.weight": name}}))
     refused(folder, mesh, "only .safetensors files beside it are read")
 
 
 def test_index_with_missing_tensors(folder, mesh):
     index = folder / "model.safetensors.index.json"
+    (folder / "model.safetensors").rename(folder / "model-2.safetensors")
     index.write_text(json.dumps({"weight_map": {"model.norm.weight": "model-1.safetensors"}}))
     refused(folder, mesh, "model-1.safetensors is missing")
-    index.write_text(json.dumps({"weight_map": {"unheard.of": "model.safetensors"}}))
+    index.write_text(json.dumps({"weight_map": {"unheard.of": "model-2.safetensors"}}))
     refused(folder, mesh, "tensor unheard.of is in none of the files")
 
 
@@ -207,8 +239,19 @@ def test_remote_code(folder, mesh):
 def test_config_missing_or_broken(folder, mesh):
     (folder / "config.json").write_text("{")
     refused(folder, mesh, "config.json: not readable as JSON")
+    (folder / "config.json").write_text("[1]")
+    refused(folder, mesh, "config.json: must hold a JSON object")
+    (folder / "config.json").write_text("[" * 100_000)
+    refused(folder, mesh, "config.json: not readable as JSON")
     (folder / "config.json").unlink()
     refused(folder, mesh, "config.json is missing")
+
+
+def test_a_peft_adapter_is_not_a_model(folder, mesh):
+    (folder / "adapter_config.json").write_text('{"peft_type": "LORA"}')
+    refused(folder, mesh, r"adapter_config.json: a PEFT adapter, .*merge_and_unload\(\)")
+    (folder / "config.json").unlink()
+    refused(folder, mesh, "adapter_config.json: a PEFT adapter")
 
 
 def test_mesh_that_does_not_divide_the_heads(folder):

@@ -1,5 +1,6 @@
 """Checkpoints: identical bits, other meshes, kills, and errors for damaged files."""
 
+import asyncio
 import resource
 import shutil
 import signal
@@ -16,6 +17,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from camopd_jax.config.schema import Checkpoints
 from camopd_jax.errors import UserError
+from camopd_jax.runs.array_handler import _when_all_have_ended
 from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint, checkpoints_folder
 from camopd_jax.runs.digests import digests
 from camopd_jax.runtime.mesh import make_mesh
@@ -253,6 +255,34 @@ def test_many_failing_reads_give_one_error(tmp_path, damage, monkeypatch):
         with pytest.raises(UserError):
             checkpoints.restore(7, like)
     assert unseen == []
+
+
+def test_an_error_waits_for_reads_that_start_after_it():
+    """The second array is opened after the first one's error; one of its three shards fails, then two others end."""
+    ended = []
+
+    async def shard(ticks):
+        await asyncio.sleep(0.01 * ticks)
+        if ticks == 1:
+            raise ValueError("shard")
+        ended.append(ticks)
+
+    async def array(ticks):
+        await asyncio.sleep(0.01 * ticks)
+        if ticks == 0:
+            raise ValueError("array")
+        await asyncio.gather(*map(shard, (1, 2, 3)))
+
+    async def read():
+        await asyncio.gather(array(0), array(5))
+
+    async def left():
+        with pytest.raises(ValueError, match="array"):
+            await _when_all_have_ended(read())
+        return asyncio.all_tasks() - {asyncio.current_task()}
+
+    assert asyncio.run(left()) == set()
+    assert ended == [2, 3]
 
 
 def test_the_error_for_another_models_state(whole):

@@ -1,0 +1,146 @@
+"""Finds the tensors of a Hugging Face folder in its safetensors files. Only the headers are read."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ml_dtypes
+import numpy as np
+from safetensors import SafetensorError, safe_open
+
+from camopd_jax.errors import UserError
+
+_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+INDEX = "model.safetensors.index.json"
+SINGLE = "model.safetensors"
+
+
+@dataclass(frozen=True)
+class Tensor:
+    """The location of a tensor on disk."""
+
+    file: Path
+    dtype: np.dtype
+    shape: tuple[int, ...]
+    offset: int  # bytes from the start of the file
+
+    def map(self) -> np.ndarray:
+        """The tensor as a memory map: only the parts that are used are read from disk."""
+        return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
+
+
+def tensors(folder: Path) -> dict[str, Tensor]:
+    """All tensors of a folder by name, read from the file headers. Rotary tables of old checkpoints are left out.
+
+    As in transformers, a single file takes precedence over an index of several files.
+
+    Raises:
+      UserError: if there are no safetensors (pickles are refused), if a file is missing, truncated or damaged, or if
+        the index names a file outside the folder.
+    """
+    if (folder / SINGLE).exists():
+        on_disk = _header(folder / SINGLE)
+    elif (folder / INDEX).exists():
+        on_disk = _indexed(folder)
+    else:
+        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
+        if pickles:
+            raise UserError(
+                f"{folder}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors"
+            )
+        raise UserError(f"{folder}: no {SINGLE} and no {INDEX}; give a Hugging Face folder with safetensors")
+    return {name: t for name, t in on_disk.items() if not name.endswith("rotary_emb.inv_freq")}
+
+
+def stale_index(folder: Path) -> str | None:
+    """A warning, if a folder has a single file and an index of other files, which is not read; else None."""
+    if not (folder / SINGLE).exists() or not (folder / INDEX).exists():
+        return None
+    try:
+        others = sorted(set(_weight_map(folder / INDEX).values()) - {SINGLE})
+    except UserError:  # what is not read need not be sound
+        return None
+    if not others:
+        return None
+    return f"{folder}: {SINGLE} is read; {INDEX} and its files ({others[0]}, {len(others)} in all) are not: delete one"
+
+
+def _indexed(folder: Path) -> dict[str, Tensor]:
+    """All tensors of the files that the index names."""
+    index, on_disk = folder / INDEX, dict[str, Tensor]()
+    weight_map = _weight_map(index)
+    for name in sorted(set(weight_map.values())):
+        if not (folder / name).exists():
+            raise UserError(f"{folder / name} is missing, though {INDEX} names it; fetch the checkpoint again")
+        of_file = _header(folder / name)
+        twice = on_disk.keys() & of_file.keys()
+        if twice:
+            raise UserError(f"{folder / name}: tensor {min(twice)} is in another file too; fetch the checkpoint again")
+        on_disk |= of_file
+    if lost := weight_map.keys() - on_disk.keys():
+        raise UserError(f"{index}: tensor {min(lost)} is in none of the files; fetch the checkpoint again")
+    return on_disk
+
+
+def _weight_map(index: Path) -> dict[str, str]:
+    """The file name of each tensor, as the index has it."""
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict):
+        raise UserError(f"{index}: field weight_map is missing; fetch the checkpoint again")
+    for name in weight_map.values():
+        if not isinstance(name, str) or Path(name).name != name or not name.endswith(".safetensors"):
+            raise UserError(f"{index}: weight_map names {name!r}; only .safetensors files beside it are read")
+    return weight_map
+
+
+def _header(file: Path) -> dict[str, Tensor]:
+    """The tensors of one file: 8 bytes of length, a JSON header, then the bytes that it describes."""
+    size = file.stat().st_size
+    try:
+        with file.open("rb") as stream:
+            length = int.from_bytes(stream.read(8), "little")
+            if not 0 < length <= size - 8:
+                raise ValueError(f"a header of {length} bytes in a file of {size}")
+            header = json.loads(stream.read(length))
+        entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
+        found = {name: _entry(file, name, entry, 8 + length, size) for name, entry in entries.items()}
+        with safe_open(file, "numpy"):  # checks the rest: no overlap, no gap, nothing behind the tensors
+            return found
+    except (AttributeError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
+        pointer = size < 1024 and file.read_bytes().startswith(b"version https://git-lfs")
+        advice = "a pointer of Git LFS: run `git lfs pull`" if pointer else f"{error}; fetch the checkpoint again"
+        raise UserError(f"{file} is not a safetensors file: {advice}") from error
+
+
+def _entry(file: Path, name: str, entry: dict[str, Any], data: int, size: int) -> Tensor:
+    """One tensor of a header. `data`: offset of the first tensor in the file; `size`: of the file; both in bytes."""
+    start, stop = entry["data_offsets"]
+    if entry["dtype"] not in _DTYPES:
+        raise UserError(
+            f"{file}: tensor {name} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} are read "
+            "(quantised checkpoints: give the original)"
+        )
+    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    if stop - start != dtype.itemsize * int(np.prod(shape)) or start < 0:
+        raise ValueError(f"tensor {name} has {stop - start} bytes for shape {list(shape)}")
+    if data + stop > size:
+        raise UserError(f"{file} is cut short at tensor {name}; fetch the checkpoint again")
+    return Tensor(file, dtype, shape, data + start)
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """Reads a JSON object from a file.
+
+    Raises:
+      UserError: if the file is missing or has other contents.
+    """
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise UserError(f"{path} is missing; give a Hugging Face folder") from None
+    except (ValueError, OSError, RecursionError) as error:
+        raise UserError(f"{path}: not readable as JSON ({error}); fetch the checkpoint again") from error
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: must hold a JSON object; fetch the checkpoint again")
+    return value

@@ -1,0 +1,90 @@
+"""Exported folders: there as a whole or not at all, whatever stops an export."""
+
+import json
+import resource
+from pathlib import Path
+
+import jax
+import pytest
+from etils import epath
+from safetensors.numpy import load_file
+
+from camopd_jax.config.schema import Compute
+from camopd_jax.errors import UserError
+from camopd_jax.inference import loading
+from camopd_jax.models import hf
+from camopd_jax.runs import export
+from camopd_jax.runtime.mesh import make_mesh
+
+GENERALIST = Path(__file__).parents[2] / "examples" / "quickstart" / "generalist"
+PROVENANCE = {"method": "copying", "model": "generalist"}
+
+
+@pytest.fixture(scope="module")
+def loaded():
+    mesh = make_mesh(data=1, devices=jax.devices()[:1])
+    return loading.load(GENERALIST, mesh, Compute(), dtype="float32", context=1)
+
+
+@pytest.fixture
+def out(tmp_path):
+    return epath.Path(tmp_path / "out")
+
+
+def write(out, loaded):
+    export.write_folder(out, loaded, PROVENANCE)
+
+
+def names(folder):
+    return sorted(file.name for file in folder.iterdir())
+
+
+def test_it_takes_the_place_of_the_folder_before(out, loaded):
+    out.mkdir()
+    (out / "model-00001-of-00002.safetensors").write_text("of a larger model")
+    write(out, loaded)
+    written = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    assert set(names(out)) == written | {"tokenizer.json", "tokenizer_config.json"}
+    assert names(out.parent) == ["out"]
+    ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, GENERALIST))
+    assert {name: t.tobytes() for name, t in ours.items()} == {name: t.tobytes() for name, t in theirs.items()}
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("lost")])
+def test_what_stops_it_leaves_the_folder_before(error, out, loaded, monkeypatch):
+    out.mkdir()
+    (out / "config.json").write_text("before")
+
+    def save(folder, *_):
+        assert not (folder / "config.json").exists() and names(out) == ["config.json"]
+        raise error
+
+    monkeypatch.setattr(hf, "save", save)
+    with pytest.raises(type(error) if isinstance(error, Exception) else error):
+        write(out, loaded)
+    assert (out / "config.json").read_text() == "before"
+    assert names(out.parent) == ["out"]
+
+
+def test_a_full_disk(out, loaded):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2**16, hard))  # the weights have 1.2 MB
+    try:
+        with pytest.raises(UserError, match=r"out: cannot write \(.*File too large.*\); free disk space") as caught:
+            write(out, loaded)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "\n" not in str(caught.value)
+    assert names(out.parent) == []
+
+
+def test_config_json_is_the_last_file_that_a_bucket_gets(out, tmp_path, monkeypatch):
+    folder, order = tmp_path / "part", []
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "README.md", "tokenizer.json"):
+        (folder / name).write_text(json.dumps(name))
+    copy = type(out).copy
+    monkeypatch.setattr(type(out), "copy", lambda self, to: order.append(self.name) or copy(self, to))
+    export._upload(folder, out)
+    assert len(order) == 4 and order[-1] == "config.json"
+    assert names(out) == sorted(order) and not folder.exists()
