@@ -6,6 +6,7 @@ camopd train --help     explains one
 
 import ast
 import difflib
+import re
 import runpy
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ def commands() -> dict[str, str]:
     summaries = {}
     for file in sorted(PACKAGE.rglob("*.py")):
         text = file.read_text()
-        if 'if __name__ == "__main__":' in text and file.name != "__main__.py":
+        if re.search(r"^    cli\.(run|report_errors)\(main", text, re.MULTILINE):
             name = ".".join(file.relative_to(PACKAGE).with_suffix("").parts)
             summaries[name] = (ast.get_docstring(ast.parse(text)) or "").partition("\n")[0]
     return summaries

@@ -4,7 +4,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from rows import ask, edit_json, write_lines
+from rows import chat_row, edit_json, write_lines
 
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
@@ -62,7 +62,7 @@ def model(tmp_path):
 def test_every_command_names_the_field_of_config_json(name, spoil, model, command, tmp_path):
     spoil(model / "config.json")
     (tmp_path / "sft.py").write_text(SFT.replace("MODEL", str(model)))
-    write_lines(tmp_path / "x.jsonl", [ask("reverse abc") | {"response": "cba"}])
+    write_lines(tmp_path / "x.jsonl", [chat_row("reverse abc") | {"response": "cba"}])
     places = {"MODEL": model, "FOLDER": tmp_path, "OUT": tmp_path / "out"}
     flags = FLAGS[name]
     for word, path in places.items():

@@ -119,7 +119,7 @@ def test_only_process_0_writes_and_prints(two):
     workdir, (leader, other) = two
     assert {p.name for p in workdir.iterdir()} == {
         "config.json", "metrics.jsonl", "samples.jsonl", "selection.jsonl", "eval.jsonl", "answers", "checkpoints",
-        "tensorboard", "export", "report.html",
+        "lock", "tensorboard", "export", "report.html",
     }  # fmt: skip
     assert [row["step"] for row in read_lines(workdir / "metrics.jsonl")] == list(range(STEPS))
     assert [row["step"] for row in read_lines(workdir / "selection.jsonl")] == list(range(STEPS))

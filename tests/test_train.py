@@ -18,6 +18,7 @@ SMALL = [
     f"--config={ROOT / 'configs/quickstart.py'}", f"--config.steps={STEPS}", "--config.rollout.batch_size=16",
     "--config.optimizer.micro_batch=8", "--config.checkpoints.every=3", "--config.checkpoints.keep_last=9",
     "--config.evaluation.benchmarks=()", "--config.log.report=false",
+    "--config.optimizer.schedule=constant",  # a run may then go on for more steps
 ]  # fmt: skip
 KEYS = """
 step phase loss gap_mean gap_abs_mean gap_pos_mean selected_fraction selected_mass selected_length_mean

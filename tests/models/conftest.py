@@ -86,6 +86,19 @@ FAMILIES = {
 }
 
 
+FEW = ("qwen3", "gemma3", "olmo2")  # between them all that layers do
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in FAMILIES if name != "vaultgemma"
+    ]
+)
+def family_or_slow(request):
+    """Every family, most of them in the slow suite."""
+    return request.param
+
+
 @pytest.fixture(params=[family for family in FAMILIES if family != "vaultgemma"])  # which has no row of its own
 def family(request):
     """Each family in turn, for the tests that every family has to pass."""

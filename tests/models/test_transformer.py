@@ -59,9 +59,9 @@ def test_float32_logprobs_equal_transformers(family, checkpoint, mesh, tokens):
     np.testing.assert_allclose(log_probs(model, params, tokens), torch_logprobs(torch_model, tokens), atol=2e-5, rtol=0)
 
 
-def test_greedy_answers_equal_transformers(family, checkpoint, mesh, tokens):
+def test_greedy_answers_equal_transformers(family_or_slow, checkpoint, mesh, tokens):
     """Token for token, with their log-probabilities. Prompts of unequal length, whose padding is arbitrary."""
-    torch_model, folder = checkpoint(family)
+    torch_model, folder = checkpoint(family_or_slow)
     model, params = load(folder, mesh)
     lengths = np.array([11, 7], np.int32)
     prompts = Prompts(np.where(np.arange(13) < lengths[:, None], tokens[:, :13], 97).astype(np.int32), lengths)
@@ -79,13 +79,13 @@ def test_greedy_answers_equal_transformers(family, checkpoint, mesh, tokens):
         np.testing.assert_allclose(answers.log_probs[row], expected[row, length - 1 : end - 1], atol=2e-5, rtol=0)
 
 
-def test_scores_and_gradients_on_a_mesh_equal_transformers(family, checkpoint, tokens):
+def test_scores_and_gradients_on_a_mesh_equal_transformers(family_or_slow, checkpoint, tokens):
     """Two devices for the rows, two for heads and vocabulary where the heads divide; logits of a few tokens at a time.
 
     Each gradient is within 2e-5 of the largest number of its tensor.
     """
-    torch_model, folder = checkpoint(family)
-    shards = 2 if family != "smollm2" else 1  # which has nine heads
+    torch_model, folder = checkpoint(family_or_slow)
+    shards = 2 if family_or_slow != "smollm2" else 1  # which has nine heads
     model, params = load(folder, make_mesh(1, 2, shards, devices=jax.devices()[: 2 * shards]))
     lengths = np.array([9, 5], np.int32)  # of the prompts; of the answers the rest, and as many tokens
     answer = LENGTH - lengths.max()
