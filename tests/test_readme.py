@@ -53,7 +53,7 @@ def test_the_quickstart_recovers_general_ability_and_keeps_the_domain(command, t
     teacher, specialised, recovered = table["general: uncovered"]
     assert (recovered - specialised) / (teacher - specialised) > 0.15
     _, specialised, recovered = table["domain: domain"]
-    assert specialised > 90 and recovered / specialised > 0.94
+    assert specialised > 90 and recovered / specialised > 0.92
 
 
 def test_no_tracked_file_names_a_machine_path():
