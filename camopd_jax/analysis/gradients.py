@@ -163,7 +163,7 @@ def sketch(grads: Named, width: int, key: jax.Array) -> Named:
     Returns:
       float[M, width] or float[M, L, width]; smaller matrices are returned flat but not projected.
     """
-    found = {}
+    projected = {}
     for number, (name, g) in enumerate(sorted(grads.items())):
         flat = g.reshape(*g.shape[: 1 + stacked(name)], -1)
         size = flat.shape[-1]
@@ -173,8 +173,8 @@ def sketch(grads: Named, width: int, key: jax.Array) -> Named:
             padded = jnp.pad(flat, [(0, 0)] * (flat.ndim - 1) + [(0, folds * width - size)])
             signed = padded * jnp.broadcast_to(signs, padded.shape)
             flat = jnp.sum(signed.reshape(*flat.shape[:-1], folds, width), axis=-2)
-        found[name] = flat
-    return found
+        projected[name] = flat
+    return projected
 
 
 def products(a: Named, b: Named) -> Named:

@@ -78,15 +78,15 @@ def _right(row: Row, name: str, labels: Sequence[str], texts: Sequence[str] = ()
     None where a dataset keeps the answer back: there is no such field, or it is -1 or an empty text.
     """
     value = row.get(name)
-    said = "" if value is None else str(value).strip()
-    if said in ("", "-1"):
+    text = "" if value is None else str(value).strip()
+    if text in ("", "-1"):
         return None
-    if said.upper() in (folded := [label.upper() for label in labels]):
-        return folded.index(said.upper())
-    if isinstance(value, str) and said in texts:
-        return texts.index(said)
-    if said.isdecimal() and len(said) <= 2 and int(said) < len(labels):
-        return int(said)
+    if text.upper() in (folded := [label.upper() for label in labels]):
+        return folded.index(text.upper())
+    if isinstance(value, str) and text in texts:
+        return texts.index(text)
+    if text.isdecimal() and len(text) <= 2 and int(text) < len(labels):
+        return int(text)
     raise UserError(f'"{name}" is {value!r:.80}, which names none of the {len(labels)} options')
 
 

@@ -47,8 +47,8 @@ def check(evaluation: Evaluation) -> None:
 
 def notices(evaluation: Evaluation) -> list[str]:
     """The lines that are to be printed at the start of an evaluation."""
-    found = [tasks.find(benchmark, evaluation.judge).notice() for benchmark in evaluation.benchmarks]
-    return [line for line in dict.fromkeys(found) if line]
+    lines = [tasks.find(benchmark, evaluation.judge).notice() for benchmark in evaluation.benchmarks]
+    return [line for line in dict.fromkeys(lines) if line]
 
 
 def model_key(loaded: Loaded) -> str:

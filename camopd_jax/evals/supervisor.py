@@ -39,7 +39,7 @@ process = os.getpid()
 exec(compile(sys.stdin.read(), "answer.py", "exec"), {"__name__": "__main__"})
 if os.getpid() == process:  # and no child that it forked
     os.write(%(ask)d, b"?")
-    os.write(%(ask)d, os.read(%(told)d, 16))
+    os.write(%(ask)d, os.read(%(replies)d, 16))
 os._exit(0)
 """
 
@@ -142,44 +142,44 @@ def mount_read_only(folder: str) -> None:
 
 def supervise(seconds: float, memory: int, tasks: int) -> bool:
     """Runs the program; whether it came to its end within the limits."""
-    (asked, ask), (told, tell) = os.pipe(), os.pipe()
+    (requests, ask), (replies, reply) = os.pipe(), os.pipe()
     program = os.fork()
     if program == 0:
         try:
-            become_program(ask, told, int(seconds) + 1, memory, tasks)
+            become_program(ask, replies, int(seconds) + 1, memory, tasks)
         finally:
             os._exit(1)
     os.close(ask)
-    os.close(told)
+    os.close(replies)
     deadline, proof = time.monotonic() + seconds, os.urandom(16)
-    if receive(asked, program, deadline, memory) != b"?":
+    if receive(requests, program, deadline, memory) != b"?":
         return False
-    os.write(tell, proof)
-    return receive(asked, program, deadline, memory) == proof
+    os.write(reply, proof)
+    return receive(requests, program, deadline, memory) == proof
 
 
-def become_program(ask: int, told: int, seconds: int, memory: int, tasks: int) -> None:
+def become_program(ask: int, replies: int, seconds: int, memory: int, tasks: int) -> None:
     """Replaces this process by an interpreter with limits, that runs the program and asks for the proof."""
     os.setsid()
     os.set_inheritable(ask, True)
-    os.set_inheritable(told, True)
+    os.set_inheritable(replies, True)
     for name, limit in (("CPU", seconds), ("AS", memory), ("NPROC", tasks), ("FSIZE", FILE), ("CORE", 0)):
         number = getattr(resource, f"RLIMIT_{name}")
         present = resource.getrlimit(number)[1]
         limit = limit if present == resource.RLIM_INFINITY else min(limit, present)
         resource.setrlimit(number, (limit, limit))
     interpreter = os.path.realpath(sys.executable)
-    command = [interpreter, "-B", "-P", "-S", "-s", "-c", PROGRAM % {"ask": ask, "told": told}]
+    command = [interpreter, "-B", "-P", "-S", "-s", "-c", PROGRAM % {"ask": ask, "replies": replies}]
     os.execve(interpreter, command, {"PYTHONHASHSEED": "0", "TMPDIR": os.getcwd()})
 
 
-def receive(asked: int, program: int, deadline: float, memory: int) -> bytes:
+def receive(requests: int, program: int, deadline: float, memory: int) -> bytes:
     """The program's next message; empty if it ended, took too long, or has too many processes or too much memory."""
     pause = INTERVAL
     while time.monotonic() < deadline:
         ended = reap(program)
-        if select.select([asked], [], [], 0 if ended else pause)[0]:
-            return os.read(asked, 64)
+        if select.select([requests], [], [], 0 if ended else pause)[0]:
+            return os.read(requests, 64)
         started = time.monotonic()
         sizes = descendants().values()
         if ended or sum(tasks for tasks, _ in sizes) > TASKS or sum(resident for _, resident in sizes) > memory:
@@ -208,20 +208,20 @@ def descendants() -> dict[int, tuple[int, int]]:
                 fields = file.read().rpartition(")")[2].split()
                 children.setdefault(int(fields[1]), []).append(int(name))
                 sizes[int(name)] = int(fields[17]), int(fields[21]) * resource.getpagesize()
-    found, parents = {}, [int(os.readlink("/proc/self"))]
+    below, parents = {}, [int(os.readlink("/proc/self"))]
     while parents:
         for child in children.get(parents.pop(), ()):
-            found[child] = sizes[child]
+            below[child] = sizes[child]
             parents.append(child)
-    return found
+    return below
 
 
 def end_descendants() -> None:
     """Ends all processes that came of this one: stops them until there is no new one, then kills them."""
     stopped: set[int] = set()
-    while found := set(descendants()):
-        new = found - stopped
-        for process in new or found:
+    while processes := set(descendants()):
+        new = processes - stopped
+        for process in new or processes:
             with contextlib.suppress(OSError):
                 os.kill(process, signal.SIGSTOP if new else signal.SIGKILL)
         stopped |= new

@@ -104,9 +104,9 @@ def _header(file: Path) -> dict[str, Tensor]:
                 raise ValueError(f"a header of {length} bytes in a file of {size}")
             header = json.loads(stream.read(length))
         entries = {name: entry for name, entry in header.items() if name != "__metadata__"}
-        found = {name: _entry(file, name, entry, 8 + length, size) for name, entry in entries.items()}
+        tensors = {name: _entry(file, name, entry, 8 + length, size) for name, entry in entries.items()}
         with safe_open(file, "numpy"):  # checks the rest: no overlap, no gap, nothing behind the tensors
-            return found
+            return tensors
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
         pointer = size < 1024 and file.read_bytes().startswith(b"version https://git-lfs")
         advice = "a pointer of Git LFS: run `git lfs pull`" if pointer else f"{error}; fetch the checkpoint again"

@@ -45,9 +45,9 @@ def standard_names(tensors: Mapping[str, T], wanted: Collection[str], tied: bool
     return named
 
 
-def check_names(found: Collection[str], wanted: Collection[str], folder: Path) -> None:
+def check_names(present: Collection[str], wanted: Collection[str], folder: Path) -> None:
     """Raises UserError unless a folder has exactly the tensors of a model."""
-    missing, extra = sorted(set(wanted) - set(found)), sorted(set(found) - set(wanted))
+    missing, extra = sorted(set(wanted) - set(present)), sorted(set(present) - set(wanted))
     if missing and (prefix := _prefix(missing[0], extra)):
         advice = next((how for wrapper, how in _WRAPPERS.items() if wrapper in prefix), "save the model on its own")
         raise UserError(

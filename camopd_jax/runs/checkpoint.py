@@ -115,8 +115,8 @@ class CheckpointStore:
         with self._read_errors(step):
             restored = self._manager.restore(step, args=items)
         parts = restored["state"], restored["positions"], restored["provenance"]
-        found, saved = digests(*parts), restored["digests"]
-        different = [name for name in found if not isinstance(saved, dict) or found[name] != saved.get(name)]
+        read, saved = digests(*parts), restored["digests"]
+        different = [name for name in read if not isinstance(saved, dict) or read[name] != saved.get(name)]
         if different:
             raise DamagedCheckpoint(f"{self._folder / str(step)}: damaged on disk, first in {min(different)}")
         return parts
