@@ -26,6 +26,7 @@ SMALL = [
     "--config.rollout.max_response_tokens=16", "--config.rollout.smallest_bucket=64", "--config.checkpoints.every=2",
     "--config.checkpoints.keep_last=9", "--config.compute.remat=none", "--config.evaluation.batch_size=8",
     "--config.log.report=false", "--config.optimizer.eps=1e-5",  # with less, rounding may move a weight by a whole step
+    "--config.optimizer.schedule=constant",  # a run may then continue for more steps
 ]  # fmt: skip
 NO_BENCHMARKS = "--config.evaluation.benchmarks=()"
 SPLIT = [
