@@ -2,17 +2,21 @@
 
 Each step does the following:
 
-    1. branch    choose one branch: recovery, recovery, recovery, review, recovery, ...        (Eq 5)
-    2. prompts   read the next batch from this branch's prompt stream
-    3. rollout   the student samples one answer to each prompt
-    4. score     the student and the branch's teacher compute log-probabilities of the answers (Eq 1)
-    5. select    keep the smallest set of answers that has 80 % of the gap mass                (Eq 6-8)
-    6. gradient  compute the gradient of the branch's objective on the selected answers        (Eq 9)
-    7. update    do one AdamW step along this gradient: `recovery_update` or `review_update`
+    1. branch    b = S(t): n_g recoveries, n_d reviews, and again (`branch.steps`)               (Eq 5)
+    2. prompts   the next batch of the branch's prompts D_b
+    3. rollout   the student samples one answer y to each prompt
+    4. score     the student and the branch's teacher T_b: log-probabilities of y, the gap
+                 delta = log T_b - log student at each token                                   (Eq 1)
+    5. select    the gap mass s_b of each answer, and the smallest set of answers that has
+                 the share rho_b of the batch's gap mass                                       (Eq 6-8)
+    6. gradient  of the branch's objective on the selected answers, with the scale r_b, the
+                 importance weight w_t and the mean over tokens, then answers                  (Eq 9)
+    7. update    one AdamW step against it, compiled for each branch as `recovery_update`, `review_update`
 
-The recovery branch has general prompts, and its teacher is the original model. The review branch has domain prompts,
-and its teacher is a frozen copy of the specialised model. A step uses only one branch's gradient. The exception, for
-comparison, is `config.method.schedule = "mixed"`: lines 2 to 6 run for every branch, and one update uses all gradients.
+Recovery (g in the paper) has general prompts, and its teacher is the original model. Review (d) has domain prompts, and
+its teacher is a frozen copy of the specialised model, from which the student starts. A step uses only one branch's
+gradient. The exception, for comparison, is `config.method.schedule = "mixed"`: items 2 to 6 are done for every branch,
+and one update uses the sum of their gradients (Eq 3).
 
 `programs` compiles, times and offloads the functions used here; `recorder` checks and writes the results.
 """
@@ -31,7 +35,7 @@ def run(branches: dict[str, Branch], programs: Programs, state: TrainState, reco
         batches = {}
         for name in schedule.active_branches(config, step):
             batches[name] = collect(branches[name], programs, state, step, recorder)
-        gradients, batches = programs.gradients(branches, state, batches)
+        gradients, batches = programs.gradients(branches, state, batches)  # batches without what it alone needed
         state, metrics = programs.update(state, gradients, batches)
         if recorder.record(step, batches, metrics, state):
             break
@@ -39,10 +43,11 @@ def run(branches: dict[str, Branch], programs: Programs, state: TrainState, reco
 
 
 def collect(branch: Branch, programs: Programs, state: TrainState, step: int, recorder: Recorder) -> Batch:
-    """Samples, scores and selects one batch of a branch's answers (lines 2 to 5)."""
-    draw = schedule.draw_number(programs.setup.config, step, branch.name)
+    """Samples, scores and selects one batch of a branch's answers (items 2 to 5)."""
+    draw = schedule.draw_number(programs.setup.config, step, branch.name)  # for random keys
     prompts = programs.next_prompts(branch)
     answers = programs.generate(branch, state, prompts, draw, meanwhile=recorder.log_last)
-    log_probs, teacher = programs.score(branch, state, prompts, answers, programs.needs_student_forward(step))
+    forward = programs.needs_student_forward(step)  # or the sampler's own log-probabilities are the student's
+    log_probs, teacher_record = programs.score(branch, state, prompts, answers, forward)
     selection = programs.select(branch, log_probs, answers, draw)
-    return Batch(prompts.student, prompts.index, answers, log_probs, selection, teacher)
+    return Batch(prompts.student, prompts.index, answers, log_probs, selection, teacher_record)
