@@ -100,8 +100,12 @@ def find_models(config: TrainConfig) -> dict[str, Path]:
 
 def find_model(config: TrainConfig, name: str, field: str, files: Sequence[str] = loading.CHECKPOINT) -> Path:
     """The folder of one model in `teacher_names`; from the hub, only these files are downloaded."""
-    own = {"general": config.general_model, "specialised": config.specialised_model}
-    return loading.find(own.get(name, name), field, files)
+    return loading.find(model_source(config, name), field, files)
+
+
+def model_source(config: TrainConfig, name: str) -> str:
+    """The Hugging Face folder or hub name of one model in `teacher_names`."""
+    return {"general": config.general_model, "specialised": config.specialised_model}.get(name, name)
 
 
 def load_models(setup: Setup) -> Models:
@@ -142,7 +146,7 @@ def check_models(setup: Setup, models: Models, branches: dict[str, Branch]) -> N
       UserError: naming the model whose log-probabilities are not finite, or depend on other rows of their batch.
     """
     config = setup.config
-    own = {"general": config.general_model, "specialised": config.specialised_model}
+    read_by_student = [prompt.student for branch in branches.values() for prompt in branch.prompts.first]
     for name, field in teacher_names(config).items():
         taught = [
             prompt.teacher
@@ -150,8 +154,7 @@ def check_models(setup: Setup, models: Models, branches: dict[str, Branch]) -> N
             if config.branches[key].teacher == name
             for prompt in branch.prompts.first
         ]
-        student = [prompt.student for branch in branches.values() for prompt in branch.prompts.first]
-        check_log_probs(models.teacher(name), f"{field} = {own.get(name, name)}", taught or student)
+        check_log_probs(models.teacher(name), f"{field} = {model_source(config, name)}", taught or read_by_student)
 
 
 def make_teachers(config: TrainConfig, models: Models) -> dict[str, Teacher]:
