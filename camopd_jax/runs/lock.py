@@ -7,6 +7,7 @@ from typing import TextIO
 from etils import epath
 
 from camopd_jax.errors import UserError
+from camopd_jax.runs.workdir import write_errors
 
 try:
     import fcntl
@@ -25,12 +26,9 @@ def lock(workdir: epath.Path) -> TextIO | None:
     """
     if fcntl is None or "://" in str(workdir):
         return None
-    path = workdir / "lock"
-    try:
+    with write_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
-        file = open(path, "a+", encoding="utf-8")
-    except OSError as error:
-        raise UserError(f"{workdir}: cannot write there ({error.strerror}); give another --workdir") from error
+        file = open(workdir / "lock", "a+", encoding="utf-8")
     try:
         fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except (BlockingIOError, PermissionError) as error:

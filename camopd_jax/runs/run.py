@@ -101,10 +101,11 @@ class Run:
         if last is None and damaged:
             raise UserError(f"{damaged[-1]}. No checkpoint is left: give a new --workdir")
         steps_done = int(state.step)
-        for row in read_rows(self.workdir / "metrics.jsonl"):
-            if row["step"] < steps_done:
-                self._count_skipped(row["phase"], row["skipped"] > 0)
-        barrier("metrics")
+        if last is not None:
+            for row in read_rows(self.workdir / "metrics.jsonl"):
+                if row["step"] < steps_done:
+                    self._count_skipped(row["phase"], row["skipped"] > 0)
+            barrier("metrics")  # process 0 now shortens the file
         if is_primary():
             for file, more in KEPT_ROWS.items():
                 drop_rows_after(self.workdir / file, steps_done + more)

@@ -1,6 +1,8 @@
 """Checks that a work directory belongs to the present run, by its config.json."""
 
+import contextlib
 import json
+from collections.abc import Iterator
 from typing import Any
 
 from etils import epath
@@ -52,20 +54,27 @@ def check_owner(workdir: epath.Path, config: Config) -> bool:
     return True
 
 
+@contextlib.contextmanager
+def write_errors(workdir: epath.Path) -> Iterator[None]:
+    """Raises UserError for errors that occur when a file is written to the work directory."""
+    try:
+        yield
+    except ImportError as error:  # gs:// needs an additional package
+        raise UserError(f"{workdir}: {error}, or give a local --workdir") from error
+    except OSError as error:
+        raise UserError(f"{workdir}: cannot write there ({error.strerror}); give another --workdir") from error
+
+
 def _claim(workdir: epath.Path, config: Config) -> dict[str, Any]:
     """Checks and writes config.json; returns the config as JSON values."""
     values = to_json(config)
     record = {"kind": type(config).__name__, "fingerprint": fingerprint(config), "config": values}
     part = workdir / "config.json.part"
-    try:
+    with write_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)
         check_owner(workdir, config)
         part.write_text(json.dumps(record, indent=2) + "\n")
         part.replace(workdir / "config.json")
-    except ImportError as error:  # gs:// needs an additional package
-        raise UserError(f"{workdir}: {error}, or give a local --workdir") from error
-    except OSError as error:
-        raise UserError(f"{workdir}: cannot write there ({error.strerror}); give another --workdir") from error
     return values
 
 
