@@ -219,17 +219,17 @@ class _Step:
 
     def gradient(self, name: str, batch: Batch, holds: Held) -> Gradient:
         """`method.gradient.GradientAccumulator`, over as many answers as can be selected."""
-        learner, total = self.run.accumulators[name], self.setup.rows[name]
+        accumulator, total = self.run.accumulators[name], self.setup.rows[name]
         parts = self.micro_batches(total, kept_rows(self.setup, name), self.config.optimizer.micro_batch)
-        (part, first), *others = learner.calls(parts, total)
+        (part, first), *others = accumulator.calls(parts, total)
         weights = self.run.weighing[name].eval_shape(batch.after_gradient())
-        lesson = LossInputs(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens, batch.rollout.residuals)
-        so_far = learner.begin.eval_shape(self.p.state.params)
+        inputs = LossInputs(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens, batch.rollout.residuals)
+        so_far = accumulator.begin.eval_shape(self.p.state.params)
         numbers = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), first)
-        args = (learner.loss, self.p.params, so_far, lesson, batch.teacher.head, numbers)
+        args = (accumulator.loss, self.p.params, so_far, inputs, batch.teacher.head, numbers)
         holds = holds + held(gradient=(so_far, weights))
         more = {"options": {"widths": part.widths(self.config.compute.logits_chunk)}, "runs": 1 + len(others)}
-        return self.note(f"gradient: {name}", learner.add, args, holds, trips=int(first.count), **more).returns()
+        return self.note(f"gradient: {name}", accumulator.add, args, holds, trips=int(first.count), **more).returns()
 
     def micro_batches(self, total: int, taken: int, size: int) -> list[MicroBatch]:
         """Of `taken` of a batch's `total` rows, all of the largest length."""

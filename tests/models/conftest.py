@@ -86,20 +86,17 @@ FAMILIES = {
 }
 
 
+OWN_ROW = [name for name in FAMILIES if name != "vaultgemma"]  # families in camopd_jax/models/families.py
 FEW = ("qwen3", "gemma3", "olmo2")  # between them all that layers do
 
 
-@pytest.fixture(
-    params=[
-        pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in FAMILIES if name != "vaultgemma"
-    ]
-)
+@pytest.fixture(params=[pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in OWN_ROW])
 def family_or_slow(request):
     """Every family, most of them in the slow suite."""
     return request.param
 
 
-@pytest.fixture(params=[family for family in FAMILIES if family != "vaultgemma"])  # which has no row of its own
+@pytest.fixture(params=OWN_ROW)
 def family(request):
     """Each family in turn, for the tests that every family has to pass."""
     return request.param

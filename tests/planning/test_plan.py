@@ -325,8 +325,8 @@ def test_three_branches_with_three_teachers_and_whole_distributions(capsys):
     for branch in ("recovery", "law"):
         for name in (f"score: {branch} teacher", f"select: {branch}", f"gradient: {branch}"):
             assert of[name].holds["record"] == hidden, name
-        lesson, head = of[f"gradient: {branch}"].args[3:5]
-        assert lesson.record["hidden"].shape == (16, 512, 128) and list(head) == ["head"]
+        inputs, head = of[f"gradient: {branch}"].args[3:5]
+        assert inputs.record["hidden"].shape == (16, 512, 128) and list(head) == ["head"]
     assert of["gradient: review"].holds["record"] == 0 and of["gradient: review"].args[4] == {}
     assert of["update: recovery"].holds["record"] == 0
     late = planned(models, branches=THREE, **BFLOAT16, **{"compute.offload": "late"})
