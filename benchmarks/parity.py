@@ -53,7 +53,7 @@ def compare(benchmark, loaded, model, config) -> dict:
     values = flags.FLAGS
     task = tasks.find(benchmark, config.evaluation.judge)
     rows = questions.read_questions(benchmark, task, values.questions)
-    prompts = questions.prompts(benchmark, task, loaded.tokenizer, rows)
+    prompts = questions.prompts(benchmark, task, loaded.reader, rows)
     cap = values.tokens or benchmark.max_response_tokens
     started = time.perf_counter()
     ours = answer(loaded, prompts, max_new=cap, batch_size=config.evaluation.batch_size)

@@ -32,3 +32,13 @@ def swap_tokens(folder, first, second):
     vocab = tokenizer["model"]["vocab"]
     vocab[first], vocab[second] = vocab[second], vocab[first]
     file.write_text(json.dumps(tokenizer))
+
+
+def add_tokens(folder, *tokens, special=True):
+    """Adds tokens behind the others of a folder's tokenizer."""
+    file = folder / "tokenizer.json"
+    tokenizer = json.loads(file.read_text())
+    size = 1 + max(tokenizer["model"]["vocab"].values())
+    flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": special}
+    tokenizer["added_tokens"] += [{"id": size + i, "content": token} | flags for i, token in enumerate(tokens)]
+    file.write_text(json.dumps(tokenizer))

@@ -1,6 +1,7 @@
 """`doctor`: no findings for a valid config, and all errors of an invalid one at once."""
 
 import dataclasses
+import json
 import runpy
 import shutil
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import jax
 import pytest
 from etils import epath
-from rows import chat_row, edit_json, swap_tokens, write_lines
+from rows import add_tokens, chat_row, edit_json, swap_tokens, write_lines
 
 from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.config.identity import changed
@@ -95,6 +96,30 @@ def test_an_end_of_turn_token_that_is_not_eos(config, here, model):
     edit_json(model / "tokenizer_config.json", eos_token="a")
     findings, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
     assert "ends answers with '<|end|>', but generation stops only at ['a']" in texts(findings, "odd", "models")[-1]
+
+
+def test_an_end_of_turn_with_a_line_break_behind_it(config, here, model):
+    """As Gemma 3's and Phi-4's: the line break ends no answer, and nobody is told to make it do so."""
+    template = json.loads((model / "tokenizer_config.json").read_text())["chat_template"]
+    edit_json(model / "tokenizer_config.json", chat_template=template.replace("<|end|>", "<|end|>\n"))
+    findings, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
+    assert texts(findings, "odd") == texts(findings, "wrong") == []
+
+
+def test_tokens_that_the_embedding_has_no_row_for(config, here, model, tmp_path):
+    add_tokens(model, "[PAD]", "[X]")
+    changes = {"specialised_model": str(model)}
+    findings, _ = doctor.examine(changed(config, changes), None, here)
+    assert "has 2 tokens beyond the embedding's 52 rows, the first is '[PAD]'" in texts(findings, "odd", "special")[0]
+    assert texts(findings, "wrong") == []
+    rows = write_lines(
+        tmp_path / "rows.jsonl", [chat_row("sort a") | {"answer": "a"}, chat_row("sort [X]") | {"answer": "a"}]
+    )
+    benchmark = dataclasses.asdict(config.evaluation.benchmarks[0]) | {"name": "mine", "source": str(rows)}
+    changes |= {"branches.recovery.prompts.source": str(rows), "evaluation.benchmarks": [benchmark]}
+    findings, _ = doctor.examine(changed(config, changes), None, here)
+    (of_benchmark,), (of_prompts,) = (texts(findings, "wrong", about) for about in ("benchmark", "recovery"))
+    assert all(f"{rows}:2: token '[X]' (id 53) is beyond the 52 rows" in text for text in (of_benchmark, of_prompts))
 
 
 def test_answers_longer_than_the_models_maximum(config, here):

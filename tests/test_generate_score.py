@@ -115,6 +115,9 @@ def test_scores_equal_transformers(command, tmp_path, torch_side, temperature):
             'x.jsonl:2: no "response" and no "response_ids"',
         ),
         ("generate", [{"prompt": "a"}, {"text": "a"}], "x.jsonl:2: no prompt"),
+        ("generate", [{"prompt": "a"}, {"prompt_ids": [3, 52]}], "x.jsonl:2: token None (id 52) is beyond the 52 rows"),
+        ("score", [{"prompt": "a", "response_ids": [99]}], "x.jsonl:1: token None (id 99) is beyond the 52 rows"),
+        ("score", [{"prompt_ids": [99], "response": "a"}], "x.jsonl:1: token None (id 99) is beyond the 52 rows"),
         (
             "generate",
             [{"prompt": "a"}, {"prompt": "a", "note": "\ud83d"}],

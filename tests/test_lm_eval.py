@@ -1,7 +1,10 @@
 """The model in lm_eval: likelihoods and answers against transformers on torch, and the command with a local task."""
 
+import copy
+import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,8 +14,9 @@ import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
-from rows import chat_row, read_lines, write_lines
+from rows import add_tokens, chat_row, read_lines, write_lines
 
+from camopd_jax.errors import UserError
 from camopd_jax.evals.harness import CamopdLM
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +58,23 @@ def test_likelihoods_equal_transformers(ours, theirs):
         logp = torch_logprobs(theirs, ids)
         positions = range(len(before), len(ids))
         assert value == pytest.approx(sum(float(logp[i - 1, ids[i]]) for i in positions), abs=1e-3)
+
+
+def test_texts_end_with_no_eos_and_hold_no_token_beyond_the_embedding(ours, tmp_path):
+    folder = shutil.copytree(FOLDER, tmp_path / "model")
+    add_tokens(folder, "[X]")
+    tokenizer = json.loads((folder / "tokenizer.json").read_text())
+    pieces = [{"Sequence": {"id": "A", "type_id": 0}}, {"SpecialToken": {"id": "<|end|>", "type_id": 0}}]
+    special = {"<|end|>": {"id": "<|end|>", "ids": [5], "tokens": ["<|end|>"]}}
+    processor = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
+    (folder / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": processor}))
+    mine = copy.copy(ours)
+    mine.tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    mine.loaded = dataclasses.replace(ours.loaded, tokenizer=mine.tokenizer)
+    assert mine.tokenizer("abc")["input_ids"] == [*ours.tok_encode("abc"), 5]
+    assert mine.tok_encode("abc") == ours.tok_encode("abc")
+    with pytest.raises(UserError, match=r"text 'a\[X\]': token '\[X\]' \(id 52\) is beyond the 52 rows"):
+        mine.tok_encode("a[X]")
 
 
 def test_greedy_continuations_are_recognised(ours):

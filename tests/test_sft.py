@@ -1,11 +1,12 @@
 """The command `sft`: it trains, resumes with identical bits, and exports."""
 
+import shutil
 import signal
 from pathlib import Path
 
 import numpy as np
 import pytest
-from rows import read_lines
+from rows import chat_row, edit_json, read_lines, write_lines
 from safetensors.numpy import load_file
 
 QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
@@ -64,6 +65,25 @@ def test_killed_and_started_again_gives_the_same_bits(whole, command, tmp_path):
 def test_a_field_that_the_rows_do_not_have(whole, command, tmp_path):
     ended = command("sft", f"--workdir={tmp_path / 'run'}", *whole[1], "--config.answer={nothing}")
     assert ended.code == 2 and "asks for the field 'nothing'" in ended.err
+
+
+def test_what_is_odd_about_the_answers_is_told(whole, command, tmp_path):
+    model = shutil.copytree(QUICKSTART / "generalist", tmp_path / "model")
+    template = "{% for m in messages %}<|{{ m.role }}|>{{ m.content.split('-')[-1] }}{% endfor %}"
+    opens = "{% if add_generation_prompt %}<|assistant|>-{% endif %}"
+    edit_json(model / "tokenizer_config.json", chat_template=template + opens)
+    rows = write_lines(tmp_path / "rows.jsonl", [*[chat_row("a", "-b")] * 8, chat_row("a", "b")])
+    ended = command(
+        "sft", f"--workdir={tmp_path / 'run'}", *whole[1], f"--config.model={model}", f"--config.data.source={rows}",
+        "--config.steps=1", "--config.batch_size=8", "--config.evaluation.benchmarks=()",
+    )  # fmt: skip
+    out = " ".join(ended.out.split())
+    assert ended.code == 0, ended.err
+    assert (
+        "warning: the chat template writes no special token after an answer; the tokenizer's eos_token '<|end|>'" in out
+    )
+    assert f"warning: 1 rows are left out, the first is {rows}:9: the chat template opens every answer with '-'" in out
+    assert "conversations: {'kept': 8, 'dropped': 0, 'unlearnable': 1}" in out
 
 
 def test_a_micro_batch_that_does_not_divide_the_batch(whole, command, tmp_path):

@@ -1,5 +1,6 @@
 """The command `train` with the quickstart's models: its files, kills and mistakes."""
 
+import json
 import shutil
 import signal
 from pathlib import Path
@@ -8,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from rows import edit_json, read_lines, swap_tokens, write_lines
+from rows import add_tokens, edit_json, read_lines, swap_tokens, write_lines
 from safetensors.numpy import load_file, save_file
 
 ROOT = Path(__file__).parents[1]
@@ -459,6 +460,38 @@ def test_padded_vocabularies_may_differ_in_size(command, other, tmp_path):
     )
     assert ended.code == 0, ended.err
     assert load_file(tmp_path / "run/export/model.safetensors")["model.embed_tokens.weight"].shape == (64, 96)
+
+
+def test_a_specialist_with_a_token_of_its_own(command, other, tmp_path):
+    """With [PAD], which it would say all the time: the student never does, and its row is kept as it is."""
+    add_tokens(other, "[PAD]")
+    template = json.loads((other / "tokenizer_config.json").read_text())["chat_template"]
+    edit_json(other / "tokenizer_config.json", chat_template=None)
+    (other / "chat_template.jinja").write_text(template)
+    (other / "additional_chat_templates").mkdir()
+    (other / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools }}")
+    general = shutil.copytree(QUICKSTART / "generalist", tmp_path / "general")
+    for folder in (general, other):
+        tensors = load_file(folder / "model.safetensors")
+        embedding = tensors["model.embed_tokens.weight"]
+        row = 30 * embedding[5:6]  # tied: the logit is 30 times that of the end of an answer
+        tensors["model.embed_tokens.weight"] = np.pad(np.concatenate([embedding, row]), ((0, 11), (0, 0)))
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+        edit_json(folder / "config.json", vocab_size=64)
+    workdir = tmp_path / "run"
+    models = [f"--config.specialised_model={other}", f"--config.general_model={general}"]
+    ended = command("train", f"--workdir={workdir}", *SMALL, *models, "--config.steps=1")
+    assert ended.code == 0, ended.err
+    said = " ".join(ended.out.split())
+    assert "share their first 52 tokens; the student's answers contain no others, such as '[PAD]'" in said
+    (metrics,) = read_lines(workdir / "metrics.jsonl")
+    assert np.isfinite(metrics["loss"]) and metrics["truncated_fraction"] < 1
+    trained = load_file(workdir / "export/model.safetensors")["model.embed_tokens.weight"]
+    np.testing.assert_array_equal(trained[52:53], row)
+    assert (trained[:52] != embedding).any()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(workdir / "export")
+    assert tokenizer.convert_tokens_to_ids("[PAD]") == 52
+    assert tokenizer.chat_template == {"default": template, "tool_use": "{{ tools }}"}
 
 
 def test_different_eos_is_a_warning(command, other, tmp_path):

@@ -5,7 +5,7 @@ import difflib
 import math
 import types
 import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 import ml_collections
@@ -72,6 +72,47 @@ def _reference_type(hint: Any) -> type:
 
 def _required(field: dataclasses.Field[Any]) -> bool:
     return field.default is field.default_factory is dataclasses.MISSING
+
+
+def make_room(hint: Any, config: ml_collections.ConfigDict, path: Sequence[str], is_none: bool) -> None:
+    """Prepares a config for a flag that sets the field `path`: ml_collections only sets existing fields, by their type.
+
+    Adds missing blocks and fields, and changes the type of a field that is set to None. Unknown names are ignored:
+    `build` or ml_collections refuse them.
+
+    Args:
+      hint: the type of `config`: a config class, or a dict.
+      is_none: whether the flag sets None.
+    """
+    name, *inner = path
+    if dataclasses.is_dataclass(hint):
+        hint = typing.get_type_hints(hint).get(name)
+    elif not _is_table(hint) or name in config:
+        hint = typing.get_args(hint)[1]
+    else:
+        return
+    options = typing.get_args(hint) or (hint,)
+    if inner:
+        block = next((h for h in (hint, *options) if dataclasses.is_dataclass(h) or typing.get_origin(h) is dict), None)
+        if block is None:
+            return
+        value = config.get(name)
+        if not isinstance(value, ml_collections.ConfigDict):
+            empty = default(block) if isinstance(block, type) else _config_dict({})
+            _replace(config, name, _config_dict(value) if isinstance(value, dict) else empty)
+        make_room(block, config[name], inner, is_none)
+    elif hint is not None and (
+        name not in config or config.get_type(name) is type(None) or (is_none and type(None) in options)
+    ):
+        kind = next((h for h in options if h in (str, int, float, bool) and not is_none), object)  # object: a literal
+        _replace(config, name, config_dict.FieldReference(config.get(name), field_type=kind))
+
+
+def _replace(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
+    with config.unlocked():
+        if name in config:
+            del config[name]
+        config[name] = value
 
 
 def build(

@@ -14,8 +14,9 @@ import grain
 import numpy as np
 
 from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream
-from camopd_jax.data import sources, templates
-from camopd_jax.data.templates import Tokenizer, Tokenizers
+from camopd_jax.data import answers, sources, templates
+from camopd_jax.data.answers import Unlearnable
+from camopd_jax.data.templates import Reader, Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.types import PromptBatch, Prompts, Sequences
@@ -149,14 +150,13 @@ def tokenise(
     """
     student, teacher = tokenizers.student, tokenizers.teacher
     teacher_template = stream.teacher_template or stream.template
-    same = student.chat_template == teacher.chat_template and teacher_template == stream.template
+    same = tokenizers.read_alike and teacher_template == stream.template
     counts = {"kept": 0, "dropped": 0, "truncated": 0}
     prompts = []
     rows = sources.read_located(stream.source, stream.split, stream.limit, f"{field}.source")
     for index, (row, where) in enumerate(rows):
-        with sources.naming(where):
-            of_student = templates.prompt_ids(student, row, stream.template)
-            of_teacher = of_student if same else templates.prompt_ids(teacher, row, teacher_template)
+        of_student = student.prompt(row, stream.template, where)
+        of_teacher = of_student if same else teacher.prompt(row, teacher_template, where)
         too_long = max(len(of_student), len(of_teacher)) > cap
         if too_long and stream.too_long == "drop":
             counts["dropped"] += 1
@@ -178,11 +178,11 @@ def tokenise(
 class SftStream(BatchStream[Sequences]):
     """A stream of `Sequences` for supervised fine-tuning, with this process's rows.
 
-    `counts` has the numbers of kept and dropped conversations. `digest` identifies the rows, `first` has the token ids
-    of a few of them.
+    `counts` has the numbers of conversations that are kept, dropped as too long, and left out as `Unlearnable`;
+    `warnings` says what is unusual. `digest` identifies the rows, `first` has the token ids of a few of them.
     """
 
-    def __init__(self, config: SftConfig, tokenizer: Tokenizer, own_rows: Sequence[int] | np.ndarray):
+    def __init__(self, config: SftConfig, reader: Reader, own_rows: Sequence[int] | np.ndarray):
         """Reads and tokenises every conversation.
 
         Args:
@@ -191,7 +191,7 @@ class SftStream(BatchStream[Sequences]):
         Raises:
           UserError: for malformed rows, and if all conversations are too long.
         """
-        pairs, self.counts = _conversations(config, tokenizer)
+        pairs, self.counts, self.warnings = _conversations(config, reader)
         self.digest = _digest(pairs)
         self.first = [[*prompt, *answer] for prompt, answer in pairs[:FIRST]]
 
@@ -208,19 +208,34 @@ class SftStream(BatchStream[Sequences]):
         super().__init__(len(pairs), config.batch_size, config.seed, make)
 
 
-def _conversations(config: SftConfig, tokenizer: Tokenizer) -> tuple[list[tuple[list[int], list[int]]], dict[str, int]]:
-    """The token ids of each prompt and its answer, and the numbers of "kept" and "dropped" conversations."""
+def _conversations(
+    config: SftConfig, reader: Reader
+) -> tuple[list[tuple[list[int], list[int]]], dict[str, int], list[str]]:
+    """The token ids of each prompt and its answer; how many were "kept", "dropped" and "unlearnable"; warnings."""
     data = config.data
     pairs = []
+    counts = {"kept": 0, "dropped": 0, "unlearnable": 0}
+    first = ""
     rows = sources.read_located(data.source, data.split, data.limit, "config.data.source")
     for row, where in rows:
         if "messages" not in row:
             raise UserError(f'{where}: no "messages" to learn from; give a conversation in every row')
         answer = "" if row["messages"][-1]["role"] == "assistant" else templates.fill(config.answer, row, where)
         with sources.naming(where):
-            prompt_ids, answer_ids = templates.answer_ids(tokenizer, row, answer, data.template)
-        if len(prompt_ids) + len(answer_ids) <= config.max_tokens:
-            pairs.append((prompt_ids, answer_ids))
+            try:
+                pair = answers.answer_ids(reader, row, answer, data.template)
+            except Unlearnable as error:
+                counts["unlearnable"] += 1
+                first = first or f"{where}: {error}"
+                continue
+        if sum(map(len, pair)) <= config.max_tokens:
+            pairs.append(pair)
+        else:
+            counts["dropped"] += 1
+    counts["kept"] = len(pairs)
+    warnings = [f"{counts['unlearnable']} rows are left out, the first is {first}"] if first else []
     if not pairs:
-        raise UserError(f"config.data.source: none of its rows fits config.max_tokens = {config.max_tokens}; raise it")
-    return pairs, {"kept": len(pairs), "dropped": len(rows) - len(pairs)}
+        if counts["dropped"]:
+            warnings.append(f"none of its rows fits config.max_tokens = {config.max_tokens}; raise it")
+        raise UserError(f"config.data.source: {'; '.join(warnings)}")
+    return pairs, counts, warnings

@@ -1,13 +1,17 @@
-"""Tokenizers and chat templates: the tokens of prompts, and of answers to train on."""
+"""Tokenizers and chat templates: the tokens of prompts."""
 
+import contextlib
+import importlib.util
 import json
 import os
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from camopd_jax.config.schema import Template
+from camopd_jax.data import sources
 from camopd_jax.data.columns import Row
 from camopd_jax.errors import UserError
 
@@ -20,13 +24,59 @@ Messages = list[dict[str, str]]  # [{"role": ..., "content": ...}, ...]
 
 @dataclass(frozen=True)
 class Tokenizers:
-    """The tokenizers of a student and its teacher: the same vocabulary, but the chat templates may differ."""
+    """The tokenizers of a student and its teacher: common tokens are the same, but the chat templates may differ."""
 
-    student: Tokenizer
-    teacher: Tokenizer
+    student: "Reader"
+    teacher: "Reader"
+
+    @property
+    def read_alike(self) -> bool:
+        """Whether both give every row the same token ids, and the teacher has embeddings for all of them."""
+        a, b = self.student.tokenizer, self.teacher.tokenizer
+        if self.student.vocab_size > self.teacher.vocab_size:
+            return False
+        same = a.chat_template == b.chat_template and a.special_tokens_map == b.special_tokens_map
+        return same and a.get_vocab() == b.get_vocab() and a("a")["input_ids"] == b("a")["input_ids"]
+
+
+@dataclass(frozen=True)
+class Reader:
+    """A model's tokenizer, and the number of rows of its embedding."""
+
+    tokenizer: Tokenizer
+    vocab_size: int
+
+    def prompt(self, row: Row, template: Template, where: str) -> list[int]:
+        """`prompt_ids` of a row.
+
+        Args:
+          where: the row's file and line, for error messages.
+
+        Raises:
+          UserError: as `prompt_ids` and `check`, naming the row.
+        """
+        with sources.naming(where):
+            return self.check(prompt_ids(self.tokenizer, row, template))
+
+    def check(self, ids: list[int]) -> list[int]:
+        """Returns the token ids unchanged.
+
+        Raises:
+          UserError: naming a token without a row in the embedding.
+        """
+        beyond = next((i for i in ids if i >= self.vocab_size), None)
+        if beyond is None:
+            return ids
+        raise UserError(
+            f"token {self.tokenizer.convert_ids_to_tokens(beyond)!r} (id {beyond}) is beyond the {self.vocab_size} "
+            f"rows of the embedding of {self.tokenizer.name_or_path}; take it out of the row, or use the tokenizer of "
+            "the model's weights"
+        )
 
 
 # ------------------------------------------------------------------------------------- tokenizers
+
+_FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))  # each is a complete vocabulary
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -36,10 +86,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
       UserError: if the folder has no tokenizer, or one that cannot be read.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides the warning that torch is missing
-    from transformers import AutoTokenizer  # slow to import
+    from transformers import AutoTokenizer, __version__  # slow to import
 
-    if not (folder / "tokenizer.json").exists() and not (folder / "tokenizer.model").exists():
+    # Without these files transformers may return a tokenizer with an empty vocabulary.
+    if not any(all((folder / name).exists() for name in names) for names in _FILES):
         raise UserError(f"{folder}: no tokenizer.json; copy the original model's tokenizer files into this folder")
+    if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists() and not _has_sentencepiece():
+        raise UserError(
+            f"{folder}: no tokenizer.json, and tokenizer.model needs a package: pip install sentencepiece protobuf"
+        )
     try:
         # Without a length of its own, at which it would only warn: prompts are measured against the run's cap
         return AutoTokenizer.from_pretrained(
@@ -47,9 +102,13 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise UserError(
-            f"{folder}: its tokenizer cannot be read ({type(error).__name__}: {error}); copy the original "
-            "model's tokenizer files into this folder"
+            f"{folder}: its tokenizer cannot be read by transformers {__version__} ({type(error).__name__}: {error}); "
+            "copy the original model's tokenizer files into this folder"
         ) from error
+
+
+def _has_sentencepiece() -> bool:
+    return all(importlib.util.find_spec(name) for name in ("sentencepiece", "google.protobuf"))
 
 
 def eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
@@ -64,51 +123,129 @@ def eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     return tuple(sorted(ids))
 
 
-def check_same_tokenizer(student: Path, teacher: Path) -> str | None:
-    """Compares the tokenizers of two Hugging Face folders.
+@dataclass(frozen=True)
+class Shared:
+    """The vocabulary that a student's tokenizer shares with those of its teachers."""
 
-    Returns:
-      A warning, if the two models end their answers with different tokens; else None.
+    size: int | None  # ids below this are the same tokens in all of them; None: the vocabularies are equal
+    warnings: tuple[str, ...]
+
+
+def shared_vocabulary(student: Path, teachers: Sequence[Path]) -> Shared:
+    """Compares the tokenizers of Hugging Face folders. A tokenizer may have additional tokens after the common ones.
 
     Raises:
-      UserError: unless every token has the same id in both.
+      UserError: if a token has different ids.
     """
-    of_student, of_teacher = load_tokenizer(student), load_tokenizer(teacher)
-    a, b = of_student.get_vocab(), of_teacher.get_vocab()
-    if a != b:
-        token = min((t for t in a.keys() | b.keys() if a.get(t) != b.get(t)), key=lambda t: (a.get(t, b.get(t)), t))
+    own, size, warnings = load_tokenizer(student), None, list[str]()
+    ends = eos_ids(student, own)
+    for teacher in teachers:
+        other = load_tokenizer(teacher)
+        common, more = _common(student, own, teacher, other)
+        if more is not None:
+            size = common if size is None else min(size, common)
+            warnings.append(
+                f"the tokenizers of {student} and {teacher} share their first {common} tokens; the student's answers "
+                f"contain no others, such as {more!r}"
+            )
+        if ends != (of_teacher := eos_ids(teacher, other)):
+            warnings.append(
+                f"answers end with {own.convert_ids_to_tokens(list(ends))} in {student} but with "
+                f"{other.convert_ids_to_tokens(list(of_teacher))} in {teacher}; the student's are used"
+            )
+    if size is not None and all(i >= size for i in ends):
+        warnings.append(f"no answer can end: the tokens that end one in {student} are not among the shared ones")
+    return Shared(size, tuple(warnings))
+
+
+def _common(student: Path, own: Tokenizer, teacher: Path, other: Tokenizer) -> tuple[int, str | None]:
+    """The number of common tokens, and the first additional token, or None.
+
+    Raises:
+      UserError: if the tokenizers differ before the end of one of them.
+    """
+    a, b = own.get_vocab(), other.get_vocab()
+    common = 1 + min(max(a.values()), max(b.values()))
+    differ = [t for t in a.keys() | b.keys() if a.get(t) != b.get(t)]
+    if not differ:
+        return common, None
+    conflicts = [t for t in differ if min(a.get(t, common), b.get(t, common)) < common]
+    if conflicts:
+        first = min(conflicts, key=lambda t: (a.get(t, b.get(t)), t))
         raise UserError(
-            f"{student} and {teacher}: their tokenizers differ, first at token {token!r} (id {a.get(token)} and "
-            f"{b.get(token)}); give models that share one tokenizer"
+            f"{student} and {teacher}: their tokenizers differ, first at token {first!r} (id {a.get(first)} and "
+            f"{b.get(first)}); give models that share one tokenizer"
         )
-    student_eos, teacher_eos = eos_ids(student, of_student), eos_ids(teacher, of_teacher)
-    if student_eos != teacher_eos:
-        tokens = of_student.convert_ids_to_tokens
-        return (
-            f"answers end with {tokens(list(student_eos))} in {student} but with {tokens(list(teacher_eos))} in "
-            f"{teacher}; the student's are used"
-        )
-    return None
+    return common, min(differ, key=lambda t: (a.get(t) or b[t], t))
 
 
-# ------------------------------------------------------------------------------ prompts and answers
+# ---------------------------------------------------------------------------------------- prompts
 
 
 def prompt_ids(tokenizer: Tokenizer, row: Row, template: Template) -> list[int]:
     """The tokens of a row's prompt.
 
     "messages" are rendered by the chat template with the generation prompt and the template's options; a conversation
-    without system prompt gets the template's. "prompt" is tokenised with the tokenizer's defaults, and "prompt_ids" are
-    used unchanged.
+    without system prompt gets the template's. "prompt" is tokenised by `text_ids`, and "prompt_ids" are used unchanged.
 
     Raises:
       UserError: if the tokenizer has no chat template, or if the template fails for the conversation.
     """
     if "messages" in row:
-        return _render(tokenizer, _with_system(_request(row["messages"]), template), template, open_answer=True)
+        return tokens(tokenizer, render(tokenizer, row, template, open_answer=True))
     if "prompt" in row:
-        return list(tokenizer(row["prompt"])["input_ids"])
+        return text_ids(tokenizer, row["prompt"])
     return list(row["prompt_ids"])
+
+
+def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text with the tokenizer's defaults, without tokens that it appends (EOS, by `add_eos_token`)."""
+    read = tokenizer(text, return_special_tokens_mask=True)
+    own = [i for i, added in enumerate(read["special_tokens_mask"]) if not added]
+    return list(read["input_ids"])[: own[-1] + 1 if own else None]
+
+
+def tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """The tokens of a text, without additional special tokens."""
+    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+
+def render(tokenizer: Tokenizer, row: Row, template: Template, open_answer: bool) -> str:
+    """A row's conversation, rendered by the chat template with the row's "tools".
+
+    Args:
+      open_answer: whether it ends with the generation prompt instead of the assistant's turn.
+
+    Raises:
+      UserError: if the tokenizer has no chat template, or one that refuses the conversation or does not write its
+        tools.
+    """
+    messages = _request(row["messages"]) if open_answer else row["messages"]
+    messages = _with_system(messages, template)
+    options = template.options
+    if not tools_of(row):
+        return _render(tokenizer, messages, options, open_answer)
+    text = _render(tokenizer, messages, options | {"tools": tools_of(row)}, open_answer)
+    if text == _render(tokenizer, messages, options, open_answer):
+        raise UserError(
+            f'the chat template of {tokenizer.name_or_path} does not write "tools"; remove them from the row, or use '
+            "a model whose template does"
+        )
+    return text
+
+
+def tools_of(row: Row) -> list[dict[str, Any]]:
+    """The JSON schemas of a row's tools; the row may have them as JSON text.
+
+    Raises:
+      UserError: if they are something else.
+    """
+    tools = row.get("tools") or []
+    with contextlib.suppress(ValueError):
+        tools = json.loads(tools) if isinstance(tools, str) else tools
+    if not isinstance(tools, list) or not all(isinstance(tool, dict) for tool in tools):
+        raise UserError('"tools" must be a list of JSON schemas')
+    return tools
 
 
 def fill(answer: str, row: Row, where: str) -> str:
@@ -129,32 +266,6 @@ def fill(answer: str, row: Row, where: str) -> str:
         ) from error
 
 
-def answer_ids(tokenizer: Tokenizer, row: Row, answer: str, template: Template) -> tuple[list[int], list[int]]:
-    """The tokens of a row's prompt and of its answer, which are the tokens that the template writes after the prompt.
-
-    The answer is the row's last assistant turn, or else `answer`. It ends with the template's last special token, which
-    ends an answer when the model samples it.
-
-    Raises:
-      UserError: if the rendered conversation does not begin with the rendered prompt.
-    """
-    prompt = prompt_ids(tokenizer, row, template)
-    messages = row["messages"]
-    if messages[-1]["role"] != "assistant":
-        messages = [*messages, {"role": "assistant", "content": answer}]
-    conversation = _render(tokenizer, _with_system(messages, template), template, open_answer=False)
-    if conversation[: len(prompt)] != prompt or len(conversation) == len(prompt):
-        raise UserError(
-            "chat template: the rendered conversation does not begin with the rendered prompt; give template "
-            "options that make it so, for instance enable_thinking=False"
-        )
-    response = conversation[len(prompt) :]
-    special = set(tokenizer.all_special_ids)
-    while len(response) > 1 and response[-1] not in special and any(i in special for i in response):
-        response.pop()  # for instance a line break after the end of the turn
-    return prompt, response
-
-
 def _request(messages: Messages) -> Messages:
     """The conversation up to the last turn that is not the assistant's."""
     messages = list(messages)
@@ -169,18 +280,18 @@ def _with_system(messages: Messages, template: Template) -> Messages:
     return [{"role": "system", "content": template.system}, *messages]
 
 
-def _render(tokenizer: Tokenizer, messages: Messages, template: Template, open_answer: bool) -> list[int]:
-    if not tokenizer.chat_template:
+def _render(tokenizer: Tokenizer, messages: Messages, options: dict[str, Any], open_answer: bool) -> str:
+    if not tokenizer.chat_template and "chat_template" not in options:
         raise UserError(
             f"{tokenizer.name_or_path}: no chat template in tokenizer_config.json or chat_template.jinja; copy "
             'that of the original model, or give rows with "prompt" instead of "messages"'
         )
-    options: dict[str, Any] = template.options
     try:
-        text = tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer, **options)
+        return str(
+            tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer, **options)
+        )
     except Exception as error:  # jinja2 raises what the template raises
         raise UserError(
             f"{tokenizer.name_or_path}: the chat template refuses a conversation of roles "
             f"{[m['role'] for m in messages]} ({error}); change the rows, or the config's template options"
         ) from error
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])

@@ -16,6 +16,7 @@ from lm_eval.models.utils import handle_stop_sequences, normalize_gen_kwargs
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from camopd_jax.config.schema import Compute, Sampling
+from camopd_jax.data import sources, templates
 from camopd_jax.data.templates import Messages
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
@@ -104,7 +105,9 @@ class CamopdLM(TemplateLM):
         if add_special_tokens is None:
             bos = self.tokenizer.bos_token
             add_special_tokens = not (bos and string.startswith(bos))
-        return self.tokenizer.encode(string, add_special_tokens=add_special_tokens)
+        read = templates.text_ids if add_special_tokens else templates.tokens
+        with sources.naming(f"lm_eval's text {string[:60]!r}"):
+            return self.loaded.reader.check(read(self.tokenizer, string))
 
     def apply_chat_template(self, chat_history: Messages, add_generation_prompt: bool = True) -> str:
         """A conversation rendered by the chat template."""

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from camopd_jax.config.schema import Benchmark
 from camopd_jax.data import sources, templates
 from camopd_jax.data.sources import LocatedRow
-from camopd_jax.data.templates import Tokenizer
+from camopd_jax.data.templates import Reader
 from camopd_jax.errors import UserError
 from camopd_jax.evals.task import Row, Task
 
@@ -41,14 +41,10 @@ def _check(row: Row, benchmark: Benchmark, task: Task) -> None:
     task.check_row(row)
 
 
-def prompts(benchmark: Benchmark, task: Task, tokenizer: Tokenizer, rows: Sequence[LocatedRow]) -> list[list[int]]:
-    """The token ids of each question, with the benchmark's instruction or else its task's."""
+def prompts(benchmark: Benchmark, task: Task, reader: Reader, rows: Sequence[LocatedRow]) -> list[list[int]]:
+    """The token ids of each question with the benchmark's instruction, or else with its task's."""
     instruction = task.instruction if benchmark.instruction is None else benchmark.instruction
-    tokens = []
-    for row, where in rows:
-        with sources.naming(where):
-            tokens.append(templates.prompt_ids(tokenizer, with_instruction(row, instruction), benchmark.template))
-    return tokens
+    return [reader.prompt(with_instruction(row, instruction), benchmark.template, where) for row, where in rows]
 
 
 def with_instruction(row: Row, instruction: str) -> Row:

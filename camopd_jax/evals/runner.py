@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from etils import epath
 
 from camopd_jax.config.schema import Benchmark, Evaluation, Sampling
-from camopd_jax.data import sources, templates
+from camopd_jax.data import answers, sources, templates
 from camopd_jax.data.sources import LocatedRow
 from camopd_jax.evals import comparison, tasks
 from camopd_jax.evals.answer_file import AnswerFile, AnswerRow, Save, answer_key
@@ -140,8 +140,8 @@ class _Job:
     progress: Progress
 
     def answers(self, rows: Sequence[LocatedRow]) -> list[AnswerRow]:
-        """The model's answers to all questions: the first sample of each, then the second of each, ..."""
-        tokens = prompts(self.benchmark, self.task, self.loaded.tokenizer, rows)
+        """The model's answers: the first sample for all questions, then the second sample for all questions, ..."""
+        tokens = prompts(self.benchmark, self.task, self.loaded.reader, rows)
         return [row for sample in range(self.benchmark.samples) for row in self._sample(tokens, sample)]
 
     def _sample(self, tokens: Sequence[Sequence[int]], sample: int) -> list[AnswerRow]:
@@ -180,13 +180,13 @@ class _Job:
         )
 
     def likelihoods(self, rows: Sequence[LocatedRow]) -> list[AnswerRow]:
-        """The mean log-probability of each row's given answer, as the text of an answer."""
+        """Rows whose "response" is the mean log-probability of the given answer's tokens, as text."""
         benchmark, batch_size = self.benchmark, self.evaluation.batch_size
         pairs = []
         for row, where in rows:
             text = templates.fill(benchmark.answer, row, where)
             with sources.naming(where):
-                prompt, response = templates.answer_ids(self.loaded.tokenizer, row, text, benchmark.template)
+                prompt, response = answers.answer_ids(self.loaded.reader, row, text, benchmark.template)
             pairs.append((prompt, response[: benchmark.max_response_tokens]))
         keys = [answer_key(prompt, response) for prompt, response in pairs]
 

@@ -8,7 +8,7 @@ from camopd_jax.config.schema import Compute, Sampling, Template
 from camopd_jax.data import sources, templates
 from camopd_jax.data.columns import Row
 from camopd_jax.data.sources import LocatedRow
-from camopd_jax.data.templates import Tokenizer
+from camopd_jax.data.templates import Reader
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
 from camopd_jax.inference.answer import answer
@@ -41,8 +41,8 @@ def answer_file(job: FileJob, sampling: Sampling, max_new_tokens: int, seed: int
     Raises:
       UserError: for a model or rows that cannot be read, and an output that cannot be written.
     """
-    rows, tokenizer = _read(job)
-    prompts = _prompts(job, tokenizer, rows)
+    rows, reader = _read(job)
+    prompts = [reader.prompt(row, Template(system=job.system), where) for row, where in rows]
     loaded = _load(job, max(map(len, prompts)) + max_new_tokens)
     answers = answer(loaded, prompts, max_new=max_new_tokens, batch_size=job.batch_size, sampling=sampling, seed=seed)
     _write(
@@ -69,9 +69,9 @@ def score_file(job: FileJob, temperature: float) -> None:
     Raises:
       UserError: for a model or rows that cannot be read, and an output that cannot be written.
     """
-    rows, tokenizer = _read(job)
-    prompts = _prompts(job, tokenizer, rows)
-    responses = [_response_ids(tokenizer, row, where) for row, where in rows]
+    rows, reader = _read(job)
+    prompts = [reader.prompt(row, Template(system=job.system), where) for row, where in rows]
+    responses = [_response_ids(reader, row, where) for row, where in rows]
     loaded = _load(job, max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)))
     log_probs = score_responses(loaded, prompts, responses, batch_size=job.batch_size, temperature=temperature)
     _write(
@@ -79,7 +79,7 @@ def score_file(job: FileJob, temperature: float) -> None:
         (
             row
             | {
-                "response": row.get("response", tokenizer.decode(ids)),
+                "response": row.get("response", reader.tokenizer.decode(ids)),
                 "response_ids": list(ids),
                 "logprobs": values.tolist(),
             }
@@ -88,19 +88,12 @@ def score_file(job: FileJob, temperature: float) -> None:
     )
 
 
-def _read(job: FileJob) -> tuple[list[LocatedRow], Tokenizer]:
-    """The rows, and the tokenizer of the model."""
+def _read(job: FileJob) -> tuple[list[LocatedRow], Reader]:
+    """The rows, and the model's tokenizer with the size of its embedding."""
     check_rows(make_mesh(), "--batch_size", job.batch_size)
     rows = sources.read_file(job.input, "--input")
-    return rows, templates.load_tokenizer(loading.find(job.model, "--model"))
-
-
-def _prompts(job: FileJob, tokenizer: Tokenizer, rows: list[LocatedRow]) -> list[list[int]]:
-    prompts = []
-    for row, where in rows:
-        with sources.naming(where):
-            prompts.append(templates.prompt_ids(tokenizer, row, Template(system=job.system)))
-    return prompts
+    folder = loading.find(job.model, "--model")
+    return rows, Reader(templates.load_tokenizer(folder), loading.model_config(folder, context=1).vocab_size)
 
 
 def _load(job: FileJob, context: int) -> Loaded:
@@ -110,12 +103,12 @@ def _load(job: FileJob, context: int) -> Loaded:
     return loading.load(folder, make_mesh(), compute, dtype=loading.teacher_dtype(compute), context=context)
 
 
-def _response_ids(tokenizer: Tokenizer, row: Row, where: str) -> list[int]:
-    if "response_ids" in row:
-        return row["response_ids"]
-    if "response" in row:
-        return tokenizer(row["response"], add_special_tokens=False)["input_ids"]
-    raise UserError(f'{where}: no "response" and no "response_ids"; give one of them in every row')
+def _response_ids(reader: Reader, row: Row, where: str) -> list[int]:
+    if "response_ids" not in row and "response" not in row:
+        raise UserError(f'{where}: no "response" and no "response_ids"; give one of them in every row')
+    with sources.naming(where):
+        given = row.get("response_ids")
+        return reader.check(templates.tokens(reader.tokenizer, row["response"]) if given is None else given)
 
 
 def _write(job: FileJob, rows: Iterable[Row]) -> None:

@@ -11,6 +11,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.config.schema import Compute
 from camopd_jax.data import templates
+from camopd_jax.data.templates import Reader
 from camopd_jax.errors import UserError
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, from_hf
@@ -31,6 +32,10 @@ class Loaded:
     params: Params
     tokenizer: Any  # a tokenizer of transformers
     eos_ids: tuple[int, ...]  # every token that ends an answer
+
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.tokenizer, self.model.config.vocab_size)
 
     def with_params(self, params: Params) -> "Loaded":
         """The same model with these parameters in place of its own; the others, such as frozen ones, stay."""

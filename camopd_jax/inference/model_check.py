@@ -20,11 +20,13 @@ def check_log_probs(loaded: Loaded, name: str, sequences: Sequence[Sequence[int]
 
     Args:
       name: the field and value that name the model, for error messages.
-      sequences: token ids of prompts.
+      sequences: token ids of prompts; those for which the model has no logit are left out.
 
     Raises:
       UserError: if a log-probability is not finite, or if a sequence has others beside other sequences.
     """
+    vocab = loaded.model.config.output_vocab_size or loaded.model.config.vocab_size
+    sequences = [kept for ids in sequences if (kept := [i for i in ids if i < vocab])] or [[0]]
     shards = batch_shards(loaded.mesh)
     size = shards * max(1, ROWS // shards)
     several = [sequences[i % len(sequences)] for i in range(2 * size)]

@@ -118,11 +118,12 @@ def load_models(setup: Setup) -> Models:
     folders = find_models(config)
     student = folders["specialised"]
     others = [folder for name, folder in folders.items() if name != "specialised"]
-    warnings = [templates.check_same_tokenizer(student, folder) for folder in others]
+    shared = templates.shared_vocabulary(student, others)
     configs = {name: loading.model_config(folder, setup.context) for name, folder in folders.items()}
     for model in configs.values():
         check_model(model, setup.mesh, config.compute, setup.dtype)
     vocab = min(model.vocab_size for model in configs.values())
+    vocab = vocab if shared.size is None else min(vocab, shared.size)
 
     def load(folder: Path, dtype: str) -> Loaded:
         return loading.load(
@@ -135,7 +136,7 @@ def load_models(setup: Setup) -> Models:
         specialised=teachers.pop("specialised"),
         student=load(student, config.compute.params),
         others=teachers,
-        warnings=tuple(warning for warning in warnings if warning),
+        warnings=shared.warnings,
     )
 
 
@@ -182,7 +183,7 @@ def make_branches(
         prompts = PromptStream(
             config.branches[name].prompts,
             rollout,
-            Tokenizers(models.student.tokenizer, teacher.tokenizer),
+            Tokenizers(models.student.reader, teacher.reader),
             len(config.branches) * seed + number,
             own_rows,
             f"config.branches.{name}.prompts",

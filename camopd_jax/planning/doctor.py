@@ -12,13 +12,13 @@ from rich.table import Table
 
 from camopd_jax.config.consistency import warnings
 from camopd_jax.config.schema import Benchmark, Stream, Template, TrainConfig
-from camopd_jax.data import sources, templates
+from camopd_jax.data import answers, sources, templates
 from camopd_jax.data.pipeline import PromptStream
 from camopd_jax.data.questions import question_keys
-from camopd_jax.data.templates import Tokenizers
+from camopd_jax.data.templates import Reader, Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.evals import tasks
-from camopd_jax.evals.questions import read_questions
+from camopd_jax.evals.questions import prompts, read_questions
 from camopd_jax.inference import loading
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import find_model, teacher_names
@@ -49,6 +49,10 @@ class Checked:
     folder: Path
     config: ModelConfig
     tokenizer: Any
+
+    @property
+    def reader(self) -> Reader:
+        return Reader(self.tokenizer, self.config.vocab_size)
 
 
 def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[list[Finding], dict[str, str]]:
@@ -102,7 +106,7 @@ class Examination:
         context = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
         model, values = loading.model_config(folder, context), hf.read_config(folder)
         kinds = sorted({str(tensor.dtype) for tensor in hf.matching(folder, model).values()})
-        self.models[name] = Checked(folder, model, templates.load_tokenizer(folder))
+        checked = self.models[name] = Checked(folder, model, templates.load_tokenizer(folder))
         self.good(about, f"{values['model_type']}, {weights(model) / 1e6:,.1f} M parameters in {', '.join(kinds)}")
         if warning := hf.stale_index(folder):
             self.odd(about, warning)
@@ -113,33 +117,32 @@ class Examination:
                 f"{folder / 'config.json'}: max_position_embeddings is {positions}, but prompt and answer may have "
                 f"{context} tokens; lower config.rollout.max_response_tokens",
             )
+        beyond = {i: t for t, i in checked.tokenizer.get_vocab().items() if i >= model.vocab_size}
+        if beyond:
+            self.odd(
+                about,
+                f"{folder}: the tokenizer has {len(beyond)} tokens beyond the embedding's {model.vocab_size} rows, the "
+                f"first is {beyond[min(beyond)]!r}: a row with one of them stops a run",
+            )
 
     def tokenizers(self, about: str) -> None:
-        student = self.models["specialised"]
+        student, branches = self.models["specialised"], self.config.branches.values()
         others = [model.folder for name, model in self.models.items() if name != "specialised"]
-        warnings = [templates.check_same_tokenizer(student.folder, folder) for folder in others]
-        self.good(about, f"one tokenizer of {len(student.tokenizer)} tokens")
-        for warning in filter(None, warnings):
+        shared = templates.shared_vocabulary(student.folder, others)
+        self.good(about, f"one tokenizer of {shared.size or len(student.tokenizer)} tokens")
+        for warning in shared.warnings:
             self.odd(about, warning)
         if hf.fingerprint(self.models["general"].folder) == hf.fingerprint(student.folder):
             same = "config.general_model and config.specialised_model hold the same weights"
             self.odd(about, f"{same}: there is no lost ability to recover")
-        ends, name = templates.eos_ids(student.folder, student.tokenizer), student.tokenizer.convert_ids_to_tokens
-        for last in {self._last(branch.prompts.template) for branch in self.config.branches.values()}:
-            if last is not None and last not in ends:
-                self.odd(
-                    about,
-                    f"the chat template ends answers with {name(last)!r}, but generation stops only at "
-                    f"{name(list(ends))}: answers would run to their cap; add it to eos_token_id in "
-                    f"{student.folder / 'generation_config.json'}",
-                )
+        for warning in filter(None, {self._eos_warning(branch.prompts.template) for branch in branches}):
+            self.odd(about, warning)
 
-    def _last(self, template: Template) -> int | None:
-        """The token that a chat template writes behind an answer."""
-        row = {"messages": [{"role": "user", "content": "hi"}]}
+    def _eos_warning(self, template: Template) -> str | None:
+        student = self.models["specialised"]
         try:
-            return templates.answer_ids(self.models["specialised"].tokenizer, row, "yes", template)[1][-1]
-        except UserError:  # no template, or one that says nothing of this: nor does a run ask for it
+            return answers.eos_warning(student.folder, student.tokenizer, template)
+        except UserError:  # no usable template; a run only needs one if its rows have messages
             return None
 
     # ------------------------------------------------------------------- prompts and benchmarks
@@ -148,7 +151,7 @@ class Examination:
         """Reads a branch's prompts as a run does."""
         config, name, of = self.config, f"config.branches.{branch}.prompts", self.config.branches[branch]
         student = self.models["specialised"].tokenizer
-        tokenizers = Tokenizers(student, self.models[of.teacher].tokenizer)
+        tokenizers = Tokenizers(self.models["specialised"].reader, self.models[of.teacher].reader)
         rows = schedule.batch_rows(config)[branch]
         prompts = PromptStream(of.prompts, config.rollout, tokenizers, config.seed, range(rows), name)
         kept, dropped, truncated = (prompts.counts[count] for count in ("kept", "dropped", "truncated"))
@@ -185,6 +188,8 @@ class Examination:
         task = tasks.find(benchmark, self.config.evaluation.judge)
         task.check()
         rows = read_questions(benchmark, task)
+        for model in (self.models[name] for name in ("general", "specialised") if name in self.models):
+            prompts(benchmark, task, model.reader, rows)
         self.good(about, f"{len(rows)} questions on the {benchmark.axis} axis")
         if line := task.notice():
             self.good(about, line)

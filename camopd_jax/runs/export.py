@@ -27,6 +27,7 @@ from camopd_jax.runtime.mesh import mesh_of
 _COPIED = (
     "tokenizer*",
     "*.jinja",
+    "additional_chat_templates/*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",
     "vocab.*",
@@ -52,7 +53,9 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
         with _part(out) as part:
             if is_primary():
                 for file in (file for pattern in _COPIED for file in original.glob(pattern) if file.is_file()):
-                    shutil.copyfile(file, part / file.name)
+                    copy = part / file.relative_to(original)
+                    copy.parent.mkdir(exist_ok=True)
+                    shutil.copyfile(file, copy)
                 (part / "README.md").write_text(model_card(out.parent.name, provenance))
             config = loaded.model.config
             hf.save(part, loaded.params, config, hf.read_config(original), hf.tensor_dtypes(original, config))
@@ -100,8 +103,11 @@ def _upload(folder: Path, out: epath.Path) -> None:
     if out.exists():
         out.rmtree()
     out.mkdir(parents=True)
-    for file in sorted(folder.iterdir(), key=lambda file: file.name == "config.json"):
-        epath.Path(file).copy(out / file.name)
+    files = [file for file in folder.rglob("*") if file.is_file()]
+    for file in sorted(files, key=lambda file: file.name == "config.json"):
+        target = out / file.relative_to(folder).as_posix()
+        target.parent.mkdir(exist_ok=True)
+        epath.Path(file).copy(target)
     shutil.rmtree(folder)
 
 

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.config.consistency import warnings
 from camopd_jax.config.schema import SftConfig
+from camopd_jax.data import answers
 from camopd_jax.data.pipeline import SftStream
 from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
@@ -34,7 +35,7 @@ def sft(config: SftConfig, workdir: str) -> None:
     def begin() -> tuple[Loaded, SftStream]:
         folder = loading.find(config.model, "config.model")
         loaded = loading.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
-        return loaded, SftStream(config, loaded.tokenizer, rows_of_process(mesh, config.batch_size))
+        return loaded, SftStream(config, loaded.reader, rows_of_process(mesh, config.batch_size))
 
     student, stream = run_on_all(begin)
     check_log_probs(student, f"config.model = {config.model}", stream.first)
@@ -45,7 +46,8 @@ def sft(config: SftConfig, workdir: str) -> None:
     }
     run = Run(config, workdir, student, {"data": stream}, provenance)
     state = run.restore(init_state(partition.trained(student.params, config.optimizer.trained)))
-    for warning in warnings(config):
+    of_ends = answers.end_warnings(student.folder, student.tokenizer, config.data.template)
+    for warning in (*warnings(config), *of_ends, *stream.warnings):
         run.display.print(f"warning: {warning}")
     run.display.print(f"conversations: {stream.counts}")
     run.evaluate("start", 0, student)

@@ -9,9 +9,11 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import absl.logging
+import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
+from camopd_jax.config.build import make_room
 from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.config.schema import MOVED
 from camopd_jax.errors import UserError
@@ -40,14 +42,13 @@ def config_flag(*classes: type[C]) -> Callable[[], C]:
     """
     names = " or a ".join(cls.__name__ for cls in classes)
     holder = config_flags.DEFINE_config_file("config", None, f"Python file whose get_config() returns a {names}.")
+    flags.FLAGS["config"].parser = _ConfigParser(flags.FLAGS["config"].parser, classes)
 
     def read() -> C:
         if holder.value is None:
             raise UserError("--config is missing; give a config file, for example --config=configs/quickstart.py")
         try:
-            fields = set(holder.value)
-            cls = next((c for c in classes if fields <= _fields(c)), classes[0])
-            return from_config_dict(cls, holder.value)
+            return from_config_dict(_class_of(holder.value, classes), holder.value)
         except OSError as error:  # ml_collections reads the file when its value is first accessed
             file = config_flags.get_config_filename(flags.FLAGS["config"])
             raise UserError(f"--config: no config file {file}; give one, for example configs/quickstart.py") from error
@@ -55,8 +56,28 @@ def config_flag(*classes: type[C]) -> Callable[[], C]:
     return read
 
 
+def _class_of(config: ml_collections.ConfigDict, classes: Sequence[type[C]]) -> type[C]:
+    fields = set(config)
+    return next((c for c in classes if fields <= _fields(c)), classes[0])
+
+
 def _fields(cls: type) -> set[str]:
     return {field.name for field in dataclasses.fields(cls)}
+
+
+class _ConfigParser(flags.ArgumentParser[Any]):
+    """Reads a config file, and prepares the config for the `--config.FIELD=VALUE` of the command line."""
+
+    def __init__(self, reader: flags.ArgumentParser[Any], classes: Sequence[type]):
+        self._reader, self._classes = reader, classes
+
+    def parse(self, path: str) -> Any:
+        config = self._reader.parse(path)
+        if isinstance(config, ml_collections.ConfigDict):
+            for argument in sys.argv:
+                if field := re.fullmatch(r"--?config\.([\w.]+)(=.*)?", argument, re.DOTALL):
+                    make_room(_class_of(config, self._classes), config, field[1].split("."), field[2] == "=None")
+        return config
 
 
 _PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")

@@ -3,16 +3,19 @@
 import dataclasses
 import itertools
 import json
+import re
+import shutil
 
 import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from rows import chat_row
+from rows import add_tokens, chat_row
 
 from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream, Template
+from camopd_jax.data import templates
 from camopd_jax.data.pipeline import BatchStream, PromptStream, SftStream, pad
-from camopd_jax.data.templates import Tokenizers
+from camopd_jax.data.templates import Reader, Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket, length_batches
 
@@ -21,7 +24,12 @@ ROLLOUT = RolloutConfig(batch_size=4, max_prompt_tokens=16, smallest_bucket=8)
 
 def stream(tokenizer, source, mine=range(4), seed=0, rollout=ROLLOUT, **fields):
     return PromptStream(
-        Stream(source, **fields), rollout, Tokenizers(tokenizer, tokenizer), seed, mine, "config.general"
+        Stream(source, **fields),
+        rollout,
+        Tokenizers(*[Reader(tokenizer, 52)] * 2),
+        seed,
+        mine,
+        "config.general",
     )
 
 
@@ -127,7 +135,7 @@ def test_the_teacher_may_have_another_system_prompt(tokenizer, write):
 
 def sft_stream(tokenizer, source, **fields):
     config = SftConfig("m", Stream(source), batch_size=2, max_tokens=16, smallest_bucket=8, **fields)
-    return SftStream(config, tokenizer, range(2))
+    return SftStream(config, Reader(tokenizer, 52), range(2))
 
 
 def test_sft_trains_on_the_last_turn_or_the_answer_field(tokenizer, write):
@@ -147,10 +155,52 @@ def test_sft_rows_that_cannot_be_learnt(tokenizer, write):
         sft_stream(tokenizer, write([{"prompt": "a"}]))
     with pytest.raises(UserError, match=r"none of its rows fits config\.max_tokens = 16"):
         sft_stream(tokenizer, write([chat_row("a" * 20, "b")]))
-    assert sft_stream(tokenizer, write([chat_row("a" * 20, "b"), chat_row("a", "b")])).counts == {
-        "kept": 1,
-        "dropped": 1,
-    }
+    counts = sft_stream(tokenizer, write([chat_row("a" * 20, "b"), chat_row("a", "b")])).counts
+    assert counts == {"kept": 1, "dropped": 1, "unlearnable": 0}
+
+
+def test_sft_rows_that_do_not_continue_their_prompt_are_left_out_and_counted(tokenizer, write, monkeypatch):
+    opens = "{% if add_generation_prompt %}<|assistant|><t>{% endif %}"
+    strips = "<|{{ m.role }}|>{{ m.content.split('</t>')[-1] }}<|end|>"
+    monkeypatch.setattr(tokenizer, "chat_template", f"{{% for m in messages %}}{strips}{{% endfor %}}{opens}")
+    path = write([chat_row("a", "<t>b</t>c"), "", chat_row("a", "b"), chat_row("a", "c"), chat_row("a" * 20, "<t>b")])
+    made = sft_stream(tokenizer, path)
+    assert made.counts == {"kept": 1, "dropped": 1, "unlearnable": 2}
+    assert made.warnings == [
+        f"2 rows are left out, the first is {path}:3: the chat template opens every answer with '<t>', and this "
+        "one does not begin with it"
+    ]
+    with pytest.raises(UserError, match=r"config\.data\.source: 1 rows are left out, the first is .*rows\.jsonl:1: "):
+        sft_stream(tokenizer, write([chat_row("a", "b")]))
+
+
+def test_a_token_beyond_the_embedding_is_named_where_it_is_used(tokenizer, write):
+    """Id 51 is the last of the tokenizer; with an embedding of 51 rows, only rows that hold it are refused."""
+    last = tokenizer.convert_ids_to_tokens(51)
+    config = SftConfig(
+        "m", Stream(write([chat_row("a", "b"), chat_row("a", f"b{last}")])), batch_size=2, smallest_bucket=8
+    )
+    error = rf"rows\.jsonl:2: token '{re.escape(last)}' \(id 51\) is beyond the 51 rows of the embedding of "
+    with pytest.raises(UserError, match=error):
+        SftStream(config, Reader(tokenizer, 51), range(2))
+    assert SftStream(config, Reader(tokenizer, 52), range(2)).counts["kept"] == 2
+    path = write([chat_row("a"), {"prompt_ids": [3, 51]}])
+    for student, teacher in ((51, 52), (52, 51)):
+        readers = Tokenizers(Reader(tokenizer, student), Reader(tokenizer, teacher))
+        with pytest.raises(UserError, match=error):
+            PromptStream(Stream(path), ROLLOUT, readers, 0, range(4), "config.general")
+
+
+def test_a_teacher_with_fewer_tokens_reads_a_prompt_in_its_own(tokenizer, folder, write, tmp_path):
+    """What is one token for the student, which has [PAD], is five for the teacher."""
+    padded = shutil.copytree(folder, tmp_path / "padded")
+    add_tokens(padded, "[PAD]")
+    readers = Tokenizers(Reader(templates.load_tokenizer(padded), 53), Reader(tokenizer, 52))
+    batch = next(
+        PromptStream(Stream(write([{"prompt": "a[PAD]"}] * 4)), ROLLOUT, readers, 0, range(4), "config.general")
+    )
+    assert batch.student.tokens[0, : batch.student.lengths[0]].tolist() == [6, 52]
+    assert batch.teacher.tokens[0, : batch.teacher.lengths[0]].tolist() == tokenizer("a[PAD]")["input_ids"]
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.json", "rows.parquet"])

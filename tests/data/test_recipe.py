@@ -184,6 +184,12 @@ def test_the_first_malformed_row_is_named_and_tools_are_kept(command, tmp_path):
     assert manifest["parts"][0]["first_malformed"] == first and f"malformed, first {first}" in out
 
 
+def test_a_row_keeps_its_tools():
+    rows = [(chat_row("Why?") | {"tools": [{"name": "weather"}]}, "row 0"), (chat_row("Who?"), "row 1")]
+    chosen = prompt_set.select_prompts(RECIPES["jsonl"].parts[0], rows, Excluded(set()), 0)
+    assert [prompt.get("tools") for prompt in chosen.prompts.values()] == [[{"name": "weather"}], None]
+
+
 # --------------------------------------------------------------------------- evaluation questions
 
 QUESTION = "A man of forty has a fever, and a cough that does not go. What is the cause?"

@@ -1,13 +1,16 @@
 """Prompts rendered by the chat template, and checks of the tokenizers of student and teacher."""
 
+import json
 import logging
 import shutil
 
 import pytest
-from rows import chat_row, edit_json, swap_tokens
+from rows import add_tokens, chat_row, edit_json, swap_tokens
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
 from camopd_jax.config.schema import Template
 from camopd_jax.data import templates
+from camopd_jax.data.templates import Reader, Shared
 from camopd_jax.errors import UserError
 
 
@@ -41,7 +44,44 @@ def test_text_and_ids_are_not_changed(tokenizer):
     assert templates.prompt_ids(tokenizer, {"prompt_ids": [3, 4]}, Template()) == [3, 4]
 
 
-def test_options_are_passed_to_the_template(tokenizer, monkeypatch):
+@pytest.mark.parametrize("tools", [[{"name": "weather"}], '[{"name": "weather"}]'])
+def test_tools_reach_the_template(tokenizer, monkeypatch, tools):
+    writes = "{% if tools %}[{{ tools[0].name }}]{% endif %}" + tokenizer.chat_template
+    monkeypatch.setattr(tokenizer, "chat_template", writes)
+    row = chat_row("a") | {"tools": tools}
+    expected = tokenizer.apply_chat_template(
+        row["messages"], tools=[{"name": "weather"}], add_generation_prompt=True, return_dict=False
+    )
+    assert templates.prompt_ids(tokenizer, row, Template()) == list(expected)
+    assert templates.prompt_ids(tokenizer, chat_row("a") | {"tools": []}, Template()) != list(expected)
+
+
+def test_tools_that_the_template_does_not_write_or_that_are_none(tokenizer):
+    reader, template = Reader(tokenizer, 52), Template()
+    with pytest.raises(UserError, match=r'^x\.jsonl:7: the chat template of .*generalist does not write "tools"'):
+        reader.prompt(chat_row("a") | {"tools": [{"name": "weather"}]}, template, "x.jsonl:7")
+    for tools in ("weather", ["weather"], {"name": "weather"}):
+        with pytest.raises(UserError, match='x: "tools" must be a list of JSON schemas'):
+            reader.prompt(chat_row("a") | {"tools": tools}, template, "x")
+    assert reader.prompt(chat_row("a") | {"tools": "[]"}, template, "x") == reader.prompt(chat_row("a"), template, "x")
+
+
+def test_nothing_is_set_behind_a_prompt(folder, tmp_path):
+    """A tokenizer with add_eos_token ends every text with EOS, which would end a prompt; the text's own EOS stays."""
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    tokenizer = json.loads((tmp_path / "tokenizer.json").read_text())
+    pieces = [{"SpecialToken": {"id": "<|user|>", "type_id": 0}}, {"Sequence": {"id": "A", "type_id": 0}},
+              {"SpecialToken": {"id": "<|end|>", "type_id": 0}}]  # fmt: skip
+    special = {name: {"id": name, "ids": [i], "tokens": [name]} for name, i in (("<|user|>", 3), ("<|end|>", 5))}
+    processor = {"type": "TemplateProcessing", "single": pieces, "pair": pieces, "special_tokens": special}
+    (tmp_path / "tokenizer.json").write_text(json.dumps(tokenizer | {"post_processor": processor}))
+    read = templates.load_tokenizer(tmp_path)
+    assert read("ab")["input_ids"] == [3, 6, 7, 5]
+    assert templates.prompt_ids(read, {"prompt": "ab"}, Template()) == [3, 6, 7]
+    assert templates.prompt_ids(read, {"prompt": "ab<|end|>"}, Template()) == [3, 6, 7, 5]
+
+
+def test_options_reach_the_template(tokenizer, monkeypatch):
     monkeypatch.setattr(tokenizer, "chat_template", "{{ 'yes' if enable_thinking else 'no' }}")
     assert (
         text(tokenizer, templates.prompt_ids(tokenizer, chat_row("a"), Template(options={"enable_thinking": True})))
@@ -51,20 +91,6 @@ def test_options_are_passed_to_the_template(tokenizer, monkeypatch):
         text(tokenizer, templates.prompt_ids(tokenizer, chat_row("a"), Template(options={"enable_thinking": False})))
         == "no"
     )
-
-
-def test_an_answer_ends_with_the_token_that_ends_a_turn(tokenizer, monkeypatch):
-    prompt, answer = templates.answer_ids(tokenizer, chat_row("a"), "b c", Template())
-    assert text(tokenizer, prompt) == "<|user|>a<|end|><|assistant|>" and text(tokenizer, answer) == "b c<|end|>"
-    assert templates.answer_ids(tokenizer, chat_row("a", "b c"), "", Template()) == (prompt, answer)
-    monkeypatch.setattr(tokenizer, "chat_template", tokenizer.chat_template.replace("<|end|>", "<|end|> "))
-    assert text(tokenizer, templates.answer_ids(tokenizer, chat_row("a"), "b c", Template())[1]) == "b c<|end|>"
-
-
-def test_a_template_that_changes_the_prompt_is_refused(tokenizer, monkeypatch):
-    monkeypatch.setattr(tokenizer, "chat_template", "{{ messages | length }}{% if add_generation_prompt %}x{% endif %}")
-    with pytest.raises(UserError, match="does not begin with the rendered prompt"):
-        templates.answer_ids(tokenizer, chat_row("a"), "b", Template())
 
 
 def test_no_template_and_a_template_that_raises(tokenizer, monkeypatch):
@@ -108,17 +134,39 @@ def test_eos_ids_of_all_files(folder, other, tokenizer):
     assert templates.eos_ids(other, tokenizer) == (0, 3, 5)
 
 
-def test_equal_tokenizers_pass_and_different_eos_is_a_warning(folder, other):
-    assert templates.check_same_tokenizer(folder, other) is None
+def test_the_same_tokenizer_passes_and_other_ends_are_told(folder, other):
+    assert templates.shared_vocabulary(folder, [other]) == Shared(None, ())
     edit_json(other / "generation_config.json", eos_token_id=[5, 0])
-    told = templates.check_same_tokenizer(folder, other)
-    assert "['<|end|>']" in told and "['<|pad|>', '<|end|>']" in told
+    shared = templates.shared_vocabulary(folder, [folder, other])
+    assert shared.size is None and len(shared.warnings) == 1
+    assert "['<|end|>']" in shared.warnings[0] and "['<|pad|>', '<|end|>']" in shared.warnings[0]
 
 
 def test_the_error_for_another_tokenizer_names_the_first_token(folder, other):
     swap_tokens(other, "a", "b")
     with pytest.raises(UserError, match=r"tokenizers differ, first at token 'a' \(id 6 and 7\)"):
-        templates.check_same_tokenizer(folder, other)
+        templates.shared_vocabulary(folder, [other])
+
+
+def test_tokens_behind_the_common_ones(folder, other):
+    """Whoever has them; one whose place another token takes in the other tokenizer is refused."""
+    add_tokens(other, "[PAD]", "[X]")
+    for student, teacher in ((folder, other), (other, folder)):
+        shared = templates.shared_vocabulary(student, [teacher, student])
+        assert shared.size == 52 and len(shared.warnings) == 1
+        assert "share their first 52 tokens" in shared.warnings[0] and "'[PAD]'" in shared.warnings[0]
+    edit_json(other / "generation_config.json", eos_token_id=53)
+    edit_json(other / "config.json", eos_token_id=None)
+    edit_json(other / "tokenizer_config.json", eos_token="[X]")
+    assert "no answer can end" in templates.shared_vocabulary(other, [folder]).warnings[-1]
+
+
+def test_two_tokenizers_with_other_tokens_in_one_place(folder, other, tmp_path_factory):
+    third = shutil.copytree(other, tmp_path_factory.mktemp("third"), dirs_exist_ok=True)
+    add_tokens(other, "[PAD]")
+    add_tokens(third, "[MASK]")
+    with pytest.raises(UserError, match=r"first at token '\[MASK\]' \(id None and 52\)"):
+        templates.shared_vocabulary(other, [third])
 
 
 def test_a_folder_without_a_tokenizer(other):
@@ -128,3 +176,47 @@ def test_a_folder_without_a_tokenizer(other):
     (other / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer\.json"):
         templates.load_tokenizer(other)
+
+
+def byte_level(folder, *special):
+    """Gives a folder the files of a byte-level tokenizer as GPT-2 and Qwen2 had them: no tokenizer.json."""
+    model = Tokenizer(models.BPE())
+    model.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet, show_progress=False)
+    model.train_from_iterator(["the cat sat on the mat, the cat\n\n"] * 9, trainer)
+    (folder / "tokenizer.json").unlink()
+    model.model.save(str(folder))
+    settings = {"tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|endoftext|>", "pad_token": "<|endoftext|>"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings))
+    return model
+
+
+def test_vocab_json_with_merges_txt(other):
+    expected = byte_level(other)
+    read = templates.load_tokenizer(other)
+    assert templates.prompt_ids(read, {"prompt": "the cat, too"}, Template()) == expected.encode("the cat, too").ids
+    (other / "merges.txt").unlink()
+    with pytest.raises(UserError, match=r"no tokenizer\.json"):
+        templates.load_tokenizer(other)
+
+
+def test_tokenizer_model_alone(other, monkeypatch):
+    """With the package that reads it, what transformers makes of it; without, its name."""
+    (other / "tokenizer.json").unlink()
+    (other / "tokenizer.model").write_bytes(b"")
+    with monkeypatch.context() as patch:
+        patch.setattr(templates, "_has_sentencepiece", lambda: False)
+        with pytest.raises(UserError, match="pip install sentencepiece protobuf"):
+            templates.load_tokenizer(other)
+    sentencepiece = pytest.importorskip("sentencepiece")
+    with (other / "tokenizer.model").open("wb") as file:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(["the cat sat on the mat"] * 9), model_writer=file, vocab_size=280,
+            model_type="bpe", byte_fallback=True, hard_vocab_limit=False, minloglevel=2,
+        )  # fmt: skip
+    edit_json(other / "tokenizer_config.json", tokenizer_class="LlamaTokenizer", eos_token="</s>", unk_token="<unk>",
+              bos_token="<s>", pad_token=None, add_bos_token=True, add_eos_token=True)  # fmt: skip
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(other / "tokenizer.model"))
+    expected = [processor.bos_id(), *processor.encode("the cat sat")]
+    assert templates.prompt_ids(templates.load_tokenizer(other), {"prompt": "the cat sat"}, Template()) == expected

@@ -13,7 +13,7 @@ from etils import epath
 from rows import read_lines, write_lines
 
 from camopd_jax.config.schema import Benchmark, Compute, Evaluation, Judge
-from camopd_jax.data import templates
+from camopd_jax.data import answers
 from camopd_jax.errors import UserError
 from camopd_jax.evals import questions, runner, sandbox, tasks
 from camopd_jax.evals.graders import judge
@@ -150,7 +150,7 @@ def test_the_likelihood_of_given_answers(specialist, tmp_path, monkeypatch):
     folder = epath.Path(tmp_path)
     result = runner.run_benchmark(benchmark, specialist, SETTINGS, folder)
     rows = read_lines(QUICKSTART / "eval_covered.jsonl")[:10]
-    pairs = [templates.answer_ids(specialist.tokenizer, row, row["answer"], benchmark.template) for row in rows]
+    pairs = [answers.answer_ids(specialist.reader, row, row["answer"], benchmark.template) for row in rows]
     by_hand = [np.exp(score(specialist, [p], [a], batch_size=8)[0].mean()) for p, a in pairs]
     np.testing.assert_allclose(result["scores"], by_hand, rtol=1e-4)
     assert all(pair[1][-1] == specialist.eos_ids[0] for pair in pairs) and min(by_hand) < 0.9 < max(by_hand)
@@ -169,7 +169,7 @@ def test_the_instruction_follows_the_last_request(specialist):
 
     def prompts(row, instruction):
         benchmark = dataclasses.replace(COVERED, instruction=instruction)
-        return questions.prompts(benchmark, tasks.find(COVERED, Judge()), specialist.tokenizer, [(row, "x:1")])
+        return questions.prompts(benchmark, tasks.find(COVERED, Judge()), specialist.reader, [(row, "x:1")])
 
     assert (
         chat_row("a", "b", "c", instruction="be brief")

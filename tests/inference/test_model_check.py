@@ -8,8 +8,9 @@ import pytest
 from camopd_jax.errors import UserError
 from camopd_jax.inference import model_check
 
-LOADED = SimpleNamespace(mesh=None, model=SimpleNamespace(dtype="float32"))
-SEQUENCES = [[1, 2, 3], [4], [5, 6], [7, 8, 9, 10], [11, 12]]
+CONFIG = SimpleNamespace(vocab_size=14, output_vocab_size=13)
+LOADED = SimpleNamespace(mesh=None, model=SimpleNamespace(dtype="float32", config=CONFIG))
+SEQUENCES = [[1, 2, 3], [4], [13], [5, 6], [7, 8, 13, 9, 10], [11, 12]]  # 13 has no logit
 
 
 def log_probs(of_batch):
@@ -17,6 +18,7 @@ def log_probs(of_batch):
 
     def score(loaded, prompts, responses, **_):
         assert len(prompts) == 4 and all(map(len, prompts)) and all(map(len, responses))
+        assert all(i < 13 for ids in (*prompts, *responses) for i in ids)
         return [np.full(len(response), -0.1, np.float32) + of_batch(prompts) for response in responses]
 
     return score
