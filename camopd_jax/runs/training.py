@@ -1,12 +1,11 @@
 """The main command: load, evaluate, train with CaMOPD, evaluate, export."""
 
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
 
-from camopd_jax.analysis.diagnosis import Diagnosis
 from camopd_jax.config.consistency import warnings
 from camopd_jax.config.methods import description
 from camopd_jax.config.schema import TrainConfig
@@ -27,6 +26,9 @@ from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.mesh import gather, local_rows
 from camopd_jax.types import Batch, TrainState
+
+if TYPE_CHECKING:
+    from camopd_jax.analysis.diagnosis import Diagnosis
 
 
 def train(config: TrainConfig, workdir: str) -> None:
@@ -53,6 +55,8 @@ def train(config: TrainConfig, workdir: str) -> None:
     }
     programs = student_programs(setup, student, state, branches)
     if config.diagnostics.every:
+        from camopd_jax.analysis.diagnosis import Diagnosis  # imports scipy.stats, which is slow
+
         run.diagnosis = Diagnosis(setup, models, teachers, programs)
     if not run.evaluate_student(int(state.step), state):  # an evaluation may have been interrupted
         state = loop.run(branches, programs, state, Recorder(programs, run))
@@ -72,7 +76,7 @@ class TrainingRun(Run):
 
     config: TrainConfig
     baselines: dict[str, list[Result]]  # results of the general and the specialised model
-    diagnosis: Diagnosis | None = None
+    diagnosis: "Diagnosis | None" = None
 
     def pauses_after(self, steps_done: int) -> bool:
         return super().pauses_after(steps_done) or self._diagnosis_due(steps_done)
