@@ -1,7 +1,8 @@
 """Stores the answers of one model to one benchmark in a JSONL file, so that no answer or paid grade is computed twice.
 
 A row has "key" (a hash of the prompt's tokens and the sampling settings), "question", "sample", "response", "length",
-"stopped" and, after grading, "score", "marked", "parts" and "grader".
+"stopped" and, after grading, "score", "marked", "parts" and "grader"; and "digest", a hash of all these. A row that
+does not match its digest was damaged or edited, and is computed again.
 """
 
 import hashlib
@@ -13,9 +14,8 @@ from etils import epath
 
 from camopd_jax.evals.task import Grade
 from camopd_jax.runtime.distributed import broadcast, is_primary
-from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
+from camopd_jax.runtime.jsonl import append_rows, read_rows, to_line, write_rows
 
-_FIELDS = {"key", "response", "length", "stopped"}  # that every answer has
 AnswerRow = dict[str, Any]
 Save = Callable[[dict[int, AnswerRow]], None]  # saves new rows, by the index of their key
 
@@ -23,6 +23,12 @@ Save = Callable[[dict[int, AnswerRow]], None]  # saves new rows, by the index of
 def answer_key(*parts: Any) -> str:
     """A hash (16 hexadecimal digits) of JSON values that identify an answer."""
     return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+
+def _with_digest(row: AnswerRow) -> AnswerRow:
+    """The row with the digest of its values as they are read from a file."""
+    row = json.loads(to_line({name: value for name, value in row.items() if name != "digest"}))
+    return row | {"digest": answer_key(sorted(row.items()))}
 
 
 class AnswerFile:
@@ -50,7 +56,7 @@ class AnswerFile:
         rows: dict[str, AnswerRow] = {}
 
         def missing_numbers() -> list[int]:
-            rows.update({row["key"]: row for row in read_rows(self.path) if row.keys() >= _FIELDS})
+            rows.update({row["key"]: row for row in self._undamaged_rows()})
             if rows:
                 write_rows(self.path, rows.values())  # drops lines that are cut or damaged: those are computed again
             return [i for i, key in enumerate(keys) if key not in rows]
@@ -60,7 +66,7 @@ class AnswerFile:
 
         def save(new: dict[int, AnswerRow]) -> None:
             nonlocal done
-            added = [{"key": keys[i], "question": i, **row} for i, row in new.items()]
+            added = [_with_digest({"key": keys[i], "question": i, **row}) for i, row in new.items()]
             rows.update({row["key"]: row for row in added})
             if is_primary():
                 append_rows(self.path, added)
@@ -77,4 +83,7 @@ class AnswerFile:
             answer["key"]: {"score": grade.value, "marked": grade.marked, "parts": grade.parts, "grader": grader}
             for answer, grade in zip(answers, grades, strict=True)
         }
-        write_rows(self.path, [row | by_key.get(row["key"], {}) for row in read_rows(self.path)])
+        write_rows(self.path, [_with_digest(row | by_key.get(row["key"], {})) for row in self._undamaged_rows()])
+
+    def _undamaged_rows(self) -> list[AnswerRow]:
+        return [row for row in read_rows(self.path) if row == _with_digest(row)]

@@ -14,6 +14,7 @@ from jax.sharding import Mesh
 from safetensors.numpy import save_file
 
 from camopd_jax.errors import UserError
+from camopd_jax.models.checksums import check_checksums, write_checksums
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.disk import INDEX, SINGLE, Tensor, read_json, stale_index, tensors
 from camopd_jax.models.names import EMBEDDING, HEAD, check_names, standard_names
@@ -51,8 +52,9 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     The host has one shard of one stacked parameter in memory at a time.
 
     Raises:
-      UserError: as `matching`; for a value that is not finite, with the name of its tensor.
+      UserError: as `check_checksums` and `matching`; for a value that is not finite, with the name of its tensor.
     """
+    check_checksums(folder)
     if warning := stale_index(folder):
         warnings.warn(warning, stacklevel=2)
     on_disk = matching(folder, config)
@@ -187,13 +189,14 @@ class _Files:
         self._total += tensor.nbytes
 
     def close(self, hf_config: dict[str, Any]) -> None:
-        """Writes the last file and config.json, and renames the files as Hugging Face expects."""
+        """Writes the last file, config.json and checksums, and renames the files as Hugging Face expects."""
         self._flush()
         if not self._writes:
             return
         (self._folder / "config.json").write_text(json.dumps(hf_config, indent=2) + "\n")
         if len(self._names) == 1:
             (self._folder / "part-0").rename(self._folder / SINGLE)
+            write_checksums(self._folder)
             return
         weight_map: dict[str, str] = {}
         for i, names in enumerate(self._names):
@@ -202,6 +205,7 @@ class _Files:
             weight_map |= dict.fromkeys(names, file)
         index = {"metadata": {"total_size": self._total}, "weight_map": dict(sorted(weight_map.items()))}
         (self._folder / INDEX).write_text(json.dumps(index, indent=2) + "\n")
+        write_checksums(self._folder)
 
     def _flush(self) -> None:
         if self._writes:

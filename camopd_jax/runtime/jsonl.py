@@ -22,10 +22,10 @@ def write_rows(path: str | epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     """
     with atomic_file(path) as file:
         for row in rows:
-            file.write(_line(row))
+            file.write(to_line(row))
 
 
-def _line(row: dict[str, Any]) -> str:
+def to_line(row: dict[str, Any]) -> str:
     """A row as a line of UTF-8. Half a surrogate pair stays an escape, and values that JSON lacks become text."""
     text = json.dumps(_finite(row), ensure_ascii=False, default=str)
     return text.encode("utf-8", "backslashreplace").decode() + "\n"
@@ -55,7 +55,7 @@ def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
     Raises:
       UserError: if the file cannot be written.
     """
-    added = "".join(map(_line, rows)).encode()
+    added = "".join(map(to_line, rows)).encode()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         if "://" in str(path):  # object stores do not append: gcsfs takes "a" for "w"

@@ -2,6 +2,8 @@
 
 import json
 import resource
+import subprocess
+from functools import partial
 from pathlib import Path
 
 import jax
@@ -43,11 +45,26 @@ def test_it_takes_the_place_of_the_folder_before(out, loaded):
     out.mkdir()
     (out / "model-00001-of-00002.safetensors").write_text("of a larger model")
     write(out, loaded)
-    written = {"README.md", "config.json", "generation_config.json", "model.safetensors"}
+    written = {"README.md", "SHA256SUMS", "config.json", "generation_config.json", "model.safetensors"}
     assert set(names(out)) == written | {"tokenizer.json", "tokenizer_config.json"}
     assert names(out.parent) == ["out"]
     ours, theirs = (load_file(folder / "model.safetensors") for folder in (out, GENERALIST))
     assert {name: t.tobytes() for name, t in ours.items()} == {name: t.tobytes() for name, t in theirs.items()}
+
+
+def test_a_flipped_bit_in_exported_weights_is_named(out, loaded):
+    write(out, loaded)
+    subprocess.run(["sha256sum", "--check", "SHA256SUMS"], cwd=out, check=True, capture_output=True)
+    load = partial(loading.load, Path(out), loaded.mesh, Compute(), dtype="float32", context=1)
+    load()
+    file = out / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-2] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(UserError, match=r"out/model.safetensors: not the file whose checksum SHA256SUMS has"):
+        load()
+    (out / "SHA256SUMS").unlink()
+    load()
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("lost")])

@@ -9,6 +9,7 @@ import pytest
 from etils import epath
 
 from camopd_jax.evals.answer_file import AnswerFile
+from camopd_jax.evals.task import Grade
 from camopd_jax.runtime.jsonl import append_rows, drop_rows_after, read_rows, write_rows
 
 # All that Python's str.splitlines, text mode or a terminal take for the end of a line, and other awkward characters
@@ -49,6 +50,28 @@ def test_answers_of_any_text_are_made_once(path):
         keys = [f"key{i}" for i in range(len(TEXTS))]
         answers = AnswerFile(path).complete(keys, compute, lambda done: None)
         assert [row["response"] for row in answers] == TEXTS and asked == expected
+
+
+def test_a_damaged_answer_is_computed_again(path):
+    def compute(missing, save):
+        computed.append(missing)
+        save({i: {"response": f"answer {i}", "length": 2, "stopped": True} for i in missing})
+
+    def complete():
+        return AnswerFile(path).complete(["a", "b", "c"], compute, lambda done: None)
+
+    computed = []
+    answers = complete()
+    AnswerFile(path).save_grades(answers, [Grade(0.5, parts={"loose": (math.nan, 2)})] * 3, "exact")
+    graded = read_rows(path)
+    assert complete() == graded and computed == [[0, 1, 2]]
+    whole = path.read_bytes()
+    for before, after in ((b"answer 1", b"answes 1"), (b'"score": 0.5', b'"score": 0.7'), (b'"digest"', b'"digesu"')):
+        computed.clear()
+        path.write_bytes(whole.replace(before, after, 1))
+        complete()
+        assert computed == [[1 if before == b"answer 1" else 0]]
+        assert {row["response"] for row in read_rows(path)} == {"answer 0", "answer 1", "answer 2"}
 
 
 def test_a_file_cut_at_any_byte_loses_the_row_of_the_cut_alone(path):
