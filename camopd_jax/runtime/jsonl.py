@@ -46,7 +46,8 @@ def atomic_file(path: str | epath.Path) -> Iterator[TextIO]:
         part.replace(path)
     except OSError as error:
         part.unlink(missing_ok=True)
-        raise UserError(f"{path}: cannot write ({error.strerror}); free disk space or choose another path") from error
+        advice = "make it writable, free disk space or choose another path"
+        raise UserError(f"{path}: cannot write ({error.strerror}); {advice}") from error
 
 
 def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
@@ -66,9 +67,8 @@ def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:
                 stream.seek(max(0, stream.tell() - 1))
                 stream.write(_line_break(stream.read(1)) + added)
     except OSError as error:
-        raise UserError(
-            f"{path}: cannot write ({error.strerror}); free disk space and start the same command again"
-        ) from error
+        advice = "make it writable or free disk space, then start the same command again"
+        raise UserError(f"{path}: cannot write ({error.strerror}); {advice}") from error
 
 
 def _line_break(last: bytes) -> bytes:
