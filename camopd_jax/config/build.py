@@ -108,6 +108,35 @@ def make_room(hint: Any, config: ml_collections.ConfigDict, path: Sequence[str],
         _replace(config, name, config_dict.FieldReference(config.get(name), field_type=kind))
 
 
+def with_fields(cls: type, fields: Mapping[str, Any]) -> ml_collections.ConfigDict:
+    """A ConfigDict with the default of every field except these, which may be nested. `build` checks them.
+
+    >>> from camopd_jax.config.schema import Sampling
+    >>> with_fields(Sampling, {"top_p": 0.9}).to_dict()
+    {'temperature': 1.0, 'top_k': 0, 'top_p': 0.9, 'min_p': 0.0}
+    """
+    config = default(cls)
+    _set_fields(cls, config, fields, ())
+    return config
+
+
+def _set_fields(cls: type, config: ml_collections.ConfigDict, fields: Mapping[str, Any], path: tuple[str, ...]) -> None:
+    for name, value in fields.items():
+        if isinstance(value, Mapping) and value:
+            _set_fields(cls, config, value, (*path, name))
+            continue
+        make_room(cls, config, (*path, name), value is None)
+        block = config
+        for part in path:
+            if not isinstance(block.get(part), ml_collections.ConfigDict):
+                _replace(block, part, _config_dict({}))
+            block = block[part]
+        try:
+            block[name] = value
+        except TypeError:  # `build` names the field and its type
+            _replace(block, name, value)
+
+
 def _replace(config: ml_collections.ConfigDict, name: str, value: Any) -> None:
     with config.unlocked():
         if name in config:

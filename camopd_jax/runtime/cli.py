@@ -5,7 +5,8 @@ import logging
 import re
 import signal
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 import absl.logging
@@ -13,9 +14,11 @@ import ml_collections
 from absl import app, flags
 from ml_collections import config_flags
 
-from camopd_jax.config.build import make_room
+from camopd_jax.config.build import make_room, with_fields
 from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.config.schema import MOVED
+from camopd_jax.config.yaml_file import SUFFIXES as YAML
+from camopd_jax.config.yaml_file import read_yaml
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.termination import in_cluster, terminate
 
@@ -41,7 +44,8 @@ def config_flag(*classes: type[C]) -> Callable[[], C]:
     Of several classes, the first one that has all fields of the config is used; if none has, the first one.
     """
     names = " or a ".join(cls.__name__ for cls in classes)
-    holder = config_flags.DEFINE_config_file("config", None, f"Python file whose get_config() returns a {names}.")
+    about = f"YAML file with the fields of a {names}, or Python file whose get_config() returns one."
+    holder = config_flags.DEFINE_config_file("config", None, about)
     flags.FLAGS["config"].parser = _ConfigParser(flags.FLAGS["config"].parser, classes)
 
     def read() -> C:
@@ -56,7 +60,7 @@ def config_flag(*classes: type[C]) -> Callable[[], C]:
     return read
 
 
-def _class_of(config: ml_collections.ConfigDict, classes: Sequence[type[C]]) -> type[C]:
+def _class_of(config: Iterable[str], classes: Sequence[type[C]]) -> type[C]:
     fields = set(config)
     return next((c for c in classes if fields <= _fields(c)), classes[0])
 
@@ -72,12 +76,19 @@ class _ConfigParser(flags.ArgumentParser[Any]):
         self._reader, self._classes = reader, classes
 
     def parse(self, path: str) -> Any:
-        config = self._reader.parse(path)
+        config = self._read_yaml(Path(path)) if path.endswith(YAML) else self._reader.parse(path)
         if isinstance(config, ml_collections.ConfigDict):
             for argument in sys.argv:
                 if field := re.fullmatch(r"--?config\.([\w.]+)(=.*)?", argument, re.DOTALL):
                     make_room(_class_of(config, self._classes), config, field[1].split("."), field[2] == "=None")
         return config
+
+    def _read_yaml(self, file: Path) -> ml_collections.ConfigDict:
+        try:
+            fields = read_yaml(file)
+        except OSError as error:
+            raise UserError(f"--config: cannot read {file} ({error.strerror})") from error
+        return with_fields(_class_of(fields, self._classes), fields)
 
 
 _PROCESS_FLAGS = ("coordinator_address", "num_processes", "process_id")

@@ -1,10 +1,14 @@
-"""Fields of a config on the command line: every one, set in the config file or not, and None where it may be."""
+"""Fields of a config on the command line and in YAML: every one, set in the config file or not, and None."""
 
+import dataclasses
 import json
 import subprocess
 import sys
 
 import pytest
+
+from camopd_jax.config import TrainConfig, default
+from camopd_jax.config.consistency import from_config_dict
 
 CONFIG = """
 from camopd_jax.config import TrainConfig, default
@@ -80,4 +84,78 @@ def test_fields_of_blocks_that_the_config_leaves_out_and_none(run):
 )
 def test_names_and_values_that_cannot_be(run, setting, says):
     ended = run(setting)
+    assert ended.returncode == 2 and says in ended.stderr and len(ended.stderr.splitlines()) == 1, ended.stderr
+
+
+YAML = """
+general_model: m
+specialised_model: &student m
+steps: 7
+branches:
+  recovery:
+    prompts: {source: x.jsonl, template: {system: Be kind, options: {enable_thinking: off, level: 2}}}
+    objective: jsd(beta=0.1)
+  review:
+    prompts:
+      source: x.jsonl
+      limit:
+  law: {teacher: law, prompts: {source: law.jsonl}, steps: 2}
+optimizer: {learning_rate: 1e-6, clip_norm: null, weight_decay: 1}
+compute: {offload: off}
+method: {importance_gate: [0, 2]}
+evaluation:
+  benchmarks:
+    - {name: mine, task: exact, source: y.jsonl, temperature: 1}
+"""
+
+
+@pytest.fixture
+def run_yaml(tmp_path):
+    """run_yaml(TEXT, NAME=VALUE, ...) -> the ended command."""
+
+    def of(text, *settings):
+        file = tmp_path / "mine.yaml"
+        file.write_text(text)
+        flags = [f"--config={file}", *(f"--config.{setting}" for setting in settings)]
+        return subprocess.run([sys.executable, "-c", COMMAND, *flags], capture_output=True, text=True)
+
+    return of
+
+
+def test_a_yaml_file_is_the_config_of_the_same_fields(run_yaml):
+    """Blocks keep their other defaults, 1e-6 is a number and off a text, as in YAML 1.2."""
+    ended = run_yaml(YAML, "optimizer.warmup_steps=3", "optimizer.weight_decay=0.5", "branches.law.scale=2.5")
+    assert ended.returncode == 0, ended.stderr
+    expected = default(TrainConfig)
+    expected.general_model = expected.specialised_model = "m"
+    expected.steps = 7
+    recovery, review = expected.branches.recovery, expected.branches.review
+    recovery.prompts.source = review.prompts.source = "x.jsonl"
+    recovery.prompts.template.system = "Be kind"
+    recovery.prompts.template.options = dict(enable_thinking="off", level=2)
+    recovery.objective = "jsd(beta=0.1)"
+    expected.branches.law = dict(teacher="law", prompts=dict(source="law.jsonl"), steps=2, scale=2.5)
+    expected.optimizer.update(learning_rate=1e-6, clip_norm=None, weight_decay=0.5, warmup_steps=3)
+    expected.method.importance_gate = (0, 2)
+    expected.evaluation.benchmarks = (dict(name="mine", task="exact", source="y.jsonl", temperature=1.0),)
+    config = dataclasses.asdict(from_config_dict(TrainConfig, expected))
+    assert json.loads(ended.stdout) == json.loads(json.dumps(config))
+
+
+@pytest.mark.parametrize(
+    "text, says",
+    [
+        (YAML.replace("steps: 7", "step: 7"), "config.step is not a field; did you mean steps?"),
+        (YAML.replace("steps: 7", "steps: seven"), "config.steps is 'seven'; it must be of type int"),
+        (YAML.replace("steps: 7", "steps: {n: 7}"), "config.steps is {'n': 7}; it must be of type int"),
+        (YAML.replace("1e-6", "-1"), "config.optimizer.learning_rate is -1.0; give a number >= 0"),
+        (YAML.replace("compute: {offload: off}", "compute: late"), "config.compute must be a block with the fields"),
+        (YAML.replace("steps: 7", "steps: [7"), "mine.yaml:5: not YAML (expected"),
+        ("- 1\n- 2\n", "mine.yaml: give the fields of a config as `name: value`"),
+        ("steps: !!python/object/apply:os.getcwd []\n", "mine.yaml:1: not YAML"),
+        ("steps: 7\n", "config.general_model is missing"),
+    ],
+)
+def test_mistakes_in_a_yaml_file(run_yaml, text, says):
+    ended = run_yaml(text)
     assert ended.returncode == 2 and says in ended.stderr and len(ended.stderr.splitlines()) == 1, ended.stderr
