@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from camopd_jax.method import programs as method
 from camopd_jax.method import schedule
 from camopd_jax.method.gradient import Gradient, LossInputs
 from camopd_jax.method.objectives import TeacherReading
@@ -68,13 +67,10 @@ class Program:
 
 def programs(p: Plan) -> list[Program]:
     """The programs of a run, in the order of its steps; of those of one name, which branches share, the largest."""
-    config = p.setup.config
-    teachers: Any = {branch: p.teacher(branch)[0] for branch in config.branches}
-    run = method.Programs(p.setup, p.student, p.params, p.eos_ids, p.state, teachers)
     largest: dict[str, Program] = {}
-    for phase in schedule.phases(config):
-        step = _Step(p, run)
-        step.take(phase, list(config.branches) if phase == schedule.MIXED else [phase])
+    for phase in schedule.phases(p.setup.config):
+        step = _Step(p)
+        step.take(phase)
         for program in step.programs:
             largest[program.name] = max(largest.get(program.name, program), program, key=_bytes)
     return list(largest.values())
@@ -105,20 +101,20 @@ def _numbers(*shape: int) -> Any:
 class _Step:
     """A step on shapes. The methods are those of the run; each notes the programs that it calls."""
 
-    def __init__(self, p: Plan, run: method.Programs):
-        self.p, self.run, self.setup, self.config = p, run, p.setup, p.setup.config
+    def __init__(self, p: Plan):
+        self.p, self.run, self.setup, self.config = p, p.run, p.setup, p.setup.config
         self.programs: list[Program] = []
 
     def note(self, *fields: Any, **more: Any) -> Program:
         self.programs.append(Program(*fields, **more))
         return self.programs[-1]
 
-    def take(self, phase: str, branches: list[str]) -> None:
+    def take(self, phase: str) -> None:
         """One turn of `loop.run`."""
         kept, compute = Held(), self.config.compute
         batches: dict[str, Batch] = {}
         gradients: dict[str, Gradient] = {}
-        for name in branches:
+        for name in self.config.branches if phase == schedule.MIXED else [phase]:
             batches[name], kept = self.collect(name, kept)
         moments = held(offloaded=self.p.state.moments if compute.offloads else ())
         for name, batch in batches.items():
