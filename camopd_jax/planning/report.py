@@ -1,7 +1,7 @@
 """A plan: compiles a run's programs, prints what they need, and searches for flags that fit. Bytes are of one chip."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +13,11 @@ from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.models import hf
-from camopd_jax.models.config import from_hf
+from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import costs, search
 from camopd_jax.planning.arrays import Models, Plan, chip_bytes, plan
-from camopd_jax.planning.compiling import Peak, Report, compile_all, peak
+from camopd_jax.planning.compiling import Peak, Report, compile_program, peak
 from camopd_jax.planning.programs import Program, programs, residents
 from camopd_jax.planning.search import Candidate
 from camopd_jax.planning.topology import Chip, Topology
@@ -42,26 +42,28 @@ class Request:
 def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
     """The models' shapes; files, folders or names of shapes replace the two that every config names."""
     instead = {"general": general, "specialised": specialised}
-    files: dict[str, tuple[str, dict[str, Any]]] = {}  # of each model: how errors name its config.json, what it holds
+    context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
+    shapes, eos = dict[str, ModelConfig](), None
     for name, field in teacher_names(config).items():
         given = instead.get(name)
         if given in SHAPES:
-            files[name] = f"shape {given}", SHAPES[given]
+            where, values = f"shape {given}", SHAPES[given]
         elif given and not Path(given).expanduser().exists():
             names = f"the shapes are {', '.join(SHAPES)}"
             raise UserError(f"--{name}_config: {given} is neither a file, a folder nor a known shape; {names}")
         else:
             folder = Path(given).expanduser() if given else find_model(config, name, field, files=("config.json",))
-            where = folder if folder.is_file() else folder / "config.json"
-            files[name] = str(where), hf.read_config(folder)
-    context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    eos = files["specialised"][1].get("eos_token_id")
-    shapes = {name: from_hf(values, context=context, where=where) for name, (where, values) in files.items()}
+            where, values = str(folder if folder.is_file() else folder / "config.json"), hf.read_config(folder)
+        shapes[name] = from_hf(values, context=context, where=where)
+        eos = values.get("eos_token_id") if name == "specialised" else eos
     return Models(shapes, tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
 
 
 def _compile(made: Plan, several: Sequence[Program], request: Request) -> Iterator[tuple[dict[str, int], list[Report]]]:
-    """After each wanted program: bytes on a chip through the whole run, and the reports so far.
+    """Compiles the wanted programs, those that are the same once.
+
+    Yields:
+      After each program: bytes on a chip through the whole run by what takes them, and the reports so far.
 
     Raises:
       UserError: if the run has no wanted program.
@@ -70,10 +72,16 @@ def _compile(made: Plan, several: Sequence[Program], request: Request) -> Iterat
     if not chosen:
         wanted = ",".join(request.wanted)
         raise UserError(f"--programs={wanted}: the run has no such program; give some of {', '.join(KINDS)}")
-    kept = residents(made, several)
-    for reports in compile_all(chosen, request.console):
-        code = sum(report.memory.get("code", 0) for report in reports if not report.same_as)
-        yield kept | {"code": code}, reports
+    kept, reports, first = residents(made, several), list[Report](), dict[Hashable, Report]()
+    for program in chosen:
+        if same := first.get(program.key):
+            name, runs, holds = program.name, program.runs, dict(program.holds)
+            reports.append(replace(same, name=name, runs=runs, holds=holds, same_as=same.name))
+        else:
+            with request.console.status(f"{program.name} …"):
+                reports.append(compile_program(program))
+            first[program.key] = reports[-1]
+        yield kept | {"code": sum(report.memory.get("code", 0) for report in first.values())}, reports
 
 
 # ------------------------------------------------------------------------------------------ a report
