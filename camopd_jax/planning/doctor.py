@@ -28,6 +28,7 @@ from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.planning.arrays import Models
 from camopd_jax.planning.costs import memory_estimate, weights
+from camopd_jax.planning.memory import check_memory, device_memory
 from camopd_jax.planning.topology import Topology
 from camopd_jax.runs.workdir import check_owner
 
@@ -214,12 +215,11 @@ class Examination:
         self.good(about, f"{devices}; all batch sizes and models divide evenly")
         if not complete:
             return
+        limit = where.hbm or device_memory()
+        check_memory(setup, Models(shapes), limit)
         least = memory_estimate(setup, Models(shapes))["update"]
-        text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} GiB per device"
-        if where.hbm and least > where.hbm:
-            advice = "" if compute.offloads else " or config.compute.offload=late"
-            raise UserError(f"{text}, which has {where.hbm / GIB:.2f} GiB; use more devices{advice}")
-        self.good(about, f"{text}, before caches and activations")
+        text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} of {limit / GIB:.2f} GiB"
+        self.good(about, f"{text} per device, before caches and activations")
 
     def workdir(self, about: str, workdir: str) -> None:
         config, model = self.config, self.models["specialised"].config
