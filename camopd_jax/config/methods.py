@@ -1,9 +1,9 @@
 """The methods that CaMOPD is compared with. Each is the same run with other values in some fields of its config."""
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from camopd_jax.config.schema import TrainConfig
+from camopd_jax.config.schema import Start, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ _EVERY_ANSWER = _both("selection.mass", 1.0)
 _EQUAL_PULL = {"branches.recovery.scale": 1.0}
 _CROSS_ENTROPY = {"method.answers": "teacher", **_both("objective", "cross_entropy")}
 _TEACHERS_ANSWERS = {**_CROSS_ENTROPY, **_EVERY_ANSWER, **_EQUAL_PULL}
+_START = {"start.interpolation": 0.1}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 
 METHODS = {
@@ -64,6 +65,9 @@ METHODS = {
     "review-only": NamedMethod("review in every step", {"branches.recovery.steps": 0}),
     "one-teacher": NamedMethod("vanilla with the original model teaching both streams",
                                {**_VANILLA, "branches.review.teacher": "general"}),
+    # ------------------------------------------------------------------------ a start between the two models
+    "start-0.1": NamedMethod("CaMOPD from a start with 10 % of the original model", _START),
+    "vanilla-start-0.1": NamedMethod("vanilla from a start with 10 % of the original model", {**_VANILLA, **_START}),
     # -------------------------------------------------------------------------------- teachers' answers
     "distillation": NamedMethod("cross-entropy on the original model's answers to general prompts",
                                 {**_TEACHERS_ANSWERS, "branches.recovery.steps": 1, "branches.review.steps": 0}),
@@ -80,11 +84,15 @@ METHOD_NAMES = (*METHODS, INTERPOLATION)
 REFERENCE_METHODS = ("vanilla", "camopd")  # every method is compared with these two
 
 
+_BLOCKS = ("method", "start", "branches")  # of a config, that make its method
+
+
 def method_of(config: dict[str, Any]) -> str | None:
     """The name of the method in `METHODS` that a run's resolved config describes; None if there is none."""
     if "branches" not in config:
         return None  # a config of an earlier version
-    actual = {"method": config["method"], "branches": _without_prompts(config["branches"])}
+    actual = {block: config.get(block) for block in _BLOCKS}
+    actual["branches"] = _without_prompts(config["branches"])
     clips = config["optimizer"].get("clip_norm") is not None
     for name, method in METHODS.items():
         if clips == ("optimizer.clip_norm" not in method.changes) and actual == _settings(method):
@@ -97,6 +105,8 @@ def description(config: TrainConfig) -> str:
     name = method_of(asdict(config))
     if name is not None:
         return "CaMOPD (arXiv 2605.27115)" if name == "camopd" else METHODS[name].about
+    if config.start != Start():
+        return f"{description(replace(config, start=Start()))}, from a start between the two models"
     order = "in alternation" if config.method.schedule == "alternate" else "in every step"
     teachers = ", ".join(f"{name} ({branch.objective})" for name, branch in config.branches.items())
     answers = "on-policy distillation" if config.method.answers == "student" else "distillation on teachers' answers"
@@ -104,9 +114,10 @@ def description(config: TrainConfig) -> str:
 
 
 def _settings(method: NamedMethod) -> dict[str, Any]:
-    """The defaults of the config's blocks `method` and `branches`, with the method's changes."""
+    """The defaults of the config's blocks that make a method, with the method's changes."""
     defaults = asdict(TrainConfig("", ""))
-    settings = {"method": defaults["method"], "branches": _without_prompts(defaults["branches"])}
+    settings = {block: defaults[block] for block in _BLOCKS}
+    settings["branches"] = _without_prompts(defaults["branches"])
     for name, value in method.changes.items():
         block, *path, last = name.split(".")
         if block in settings:

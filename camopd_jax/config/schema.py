@@ -156,6 +156,17 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The student's weights before the first step."""
+
+    # lambda: the student begins at specialised + lambda (original - specialised); the teachers are unchanged. auto: a
+    # few values are tried first, and the one with the highest recovery among those that keep the domain up to one
+    # standard error is used, by the run's benchmarks or, without any, by the likelihood of both teachers' answers to
+    # prompts of their branches. The trials are in workdir/start.jsonl
+    interpolation: Literal["auto"] | Annotated[float, Ge(0), Le(1), "0: the specialised model"] = 0.0
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW with a warm-up and a constant or cosine learning rate."""
 
@@ -280,12 +291,13 @@ class TrainConfig:
     """`python -m camopd_jax.train`."""
 
     general_model: str  # Hugging Face folder or hub name of the original model
-    specialised_model: str  # the same for the specialised model; the student starts as a copy of it
+    specialised_model: str  # the same for the specialised model; the student starts as a copy of it (see `Start`)
     branches: dict[str, BranchConfig] = field(default_factory=_paper)  # by name, in the order of a cycle
     steps: Free[Count] = 120  # where the learning rate is constant
     seed: Seed = 0
     rollout: RolloutConfig = RolloutConfig()
     method: Method = Method()
+    start: Start = Start()
     optimizer: Optimizer = Optimizer()
     compute: Compute = Compute()
     mesh: Free[MeshConfig] = MeshConfig()

@@ -91,8 +91,8 @@ class TokenisedPrompt:
 class PromptStream(BatchStream[PromptBatch]):
     """A stream of `PromptBatch`es with this process's rows.
 
-    `counts` has the numbers of kept, dropped and truncated prompts. `lengths`, int[kept], has the prompts' lengths in
-    tokens with the student's template. `digest` identifies the rows, `first` has a few of the prompts.
+    `prompts` has all prompts, `first` a few of them. `counts` has the numbers of kept, dropped and truncated prompts.
+    `lengths`, int[kept], has the prompts' lengths in tokens with the student's template. `digest` identifies the rows.
     """
 
     def __init__(
@@ -117,6 +117,7 @@ class PromptStream(BatchStream[PromptBatch]):
         """
         cap = rollout.max_prompt_tokens
         prompts, self.counts = tokenise(stream, tokenizers, cap, field)
+        self.prompts = prompts
         self.lengths = np.asarray([len(prompt.student) for prompt in prompts])
         self.digest = _digest(astuple(prompt) for prompt in prompts)
         self.first = prompts[:FIRST]

@@ -13,7 +13,7 @@ from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.inference.model_check import check_log_probs
 from camopd_jax.method.objectives import Objective
-from camopd_jax.method.setup import Setup, check_model
+from camopd_jax.method.setup import Setup, check_model, check_start
 from camopd_jax.models import hf
 from camopd_jax.runtime.mesh import rows_of_process
 from camopd_jax.runtime.offload import Offloaded
@@ -55,7 +55,7 @@ class Branch:
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run. The student starts as a copy of the specialised model."""
+    """The models of a run. The student is a copy of the specialised model, until `runs.start` moves it to its start."""
 
     general: Loaded
     specialised: Loaded
@@ -122,6 +122,7 @@ def load_models(setup: Setup) -> Models:
     configs = {name: loading.model_config(folder, setup.context) for name, folder in folders.items()}
     for model in configs.values():
         check_model(model, setup.mesh, config.compute, setup.dtype)
+    check_start(config, configs)
     vocab = min(model.vocab_size for model in configs.values())
     vocab = vocab if shared.size is None else min(vocab, shared.size)
 

@@ -3,6 +3,7 @@
 `train`, `doctor` and `plan` use the same functions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,6 +13,7 @@ from jax.sharding import Mesh
 from camopd_jax.config.schema import Compute, Evaluation, SftConfig, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
+from camopd_jax.inference.interpolation import check_architectures
 from camopd_jax.method import schedule
 from camopd_jax.method.objectives import Objective, objective
 from camopd_jax.models import fused
@@ -87,6 +89,16 @@ def check_model(config: ModelConfig, mesh: Mesh, compute: Compute, dtype: str) -
     shardings(config, mesh)
     if compute.attention == "fused":
         fused.check(config, mesh, dtype)
+
+
+def check_start(config: TrainConfig, shapes: Mapping[str, ModelConfig]) -> None:
+    """Raises UserError if the student starts between two models whose architectures differ.
+
+    Args:
+      shapes: of the models, by their names in branches.
+    """
+    if config.start.interpolation != 0:
+        check_architectures(shapes["general"], shapes["specialised"], config.general_model)
 
 
 def check_evaluation(evaluation: Evaluation, mesh: Mesh) -> None:

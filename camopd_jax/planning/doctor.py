@@ -23,7 +23,7 @@ from camopd_jax.inference import loading
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.method.optimizer import moment_names
-from camopd_jax.method.setup import check_model, resolve
+from camopd_jax.method.setup import check_model, check_start, resolve
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.planning.arrays import Models
@@ -68,6 +68,7 @@ def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[
     complete = len(look.models) == len(names)
     if complete:
         look.at("models", look.tokenizers)
+        look.at("start", look.start)
         for branch in config.branches:
             look.at(f"{branch} prompts", look.prompts, branch)
     look.findings += [Finding("config", "odd", text) for text in warnings(config)]
@@ -138,6 +139,11 @@ class Examination:
             self.odd(about, f"{same}: there is no lost ability to recover")
         for warning in filter(None, {self._eos_warning(branch.prompts.template) for branch in branches}):
             self.odd(about, warning)
+
+    def start(self, about: str) -> None:
+        check_start(self.config, {name: model.config for name, model in self.models.items()})
+        if weight := self.config.start.interpolation:
+            self.good(about, f"{weight if weight == 'auto' else f'{weight:g}'} of the original model")
 
     def _eos_warning(self, template: Template) -> str | None:
         student = self.models["specialised"]

@@ -12,14 +12,16 @@ from safetensors import SafetensorError
 
 from camopd_jax import __version__
 from camopd_jax.config.identity import from_json
-from camopd_jax.config.schema import TrainConfig
+from camopd_jax.config.schema import Config, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.evals.runner import read_ranks
 from camopd_jax.inference import loading
+from camopd_jax.inference.interpolation import interpolated
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.optimizer import init_state, moment_names
 from camopd_jax.models import hf, partition
 from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint
+from camopd_jax.runs.start import chosen_weight
 from camopd_jax.runtime.distributed import barrier, is_primary
 from camopd_jax.runtime.mesh import mesh_of
 
@@ -142,16 +144,27 @@ def restore_model(workdir: str, step: int | None = None, best: bool = False) -> 
             f"{folder / 'checkpoints'}: no checkpoint{'' if step is None else f' {step}'} there, only "
             f"{checkpoints.steps()}; give one of them with --step"
         )
-    if isinstance(config, TrainConfig):
-        start, field, moments = config.specialised_model, "config.specialised_model", moment_names(config)
-    else:
-        start, field, moments = config.model, "config.model", ("shared",)
-    loaded = loading.load(
-        loading.find(start, field), mesh_of(config.mesh), config.compute, dtype=config.compute.params, context=1
-    )
+    loaded = _initial_student(config, folder)
+    moments = moment_names(config) if isinstance(config, TrainConfig) else ("shared",)
     trained = partition.trained(loaded.params, config.optimizer.trained)
     try:
         state, _, provenance = checkpoints.restore(step, init_state(trained, moments))
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; the run has checkpoints {checkpoints.steps()}: give another one") from error
     return loaded.with_params(state.params), provenance | {"steps": str(step)}
+
+
+def _initial_student(config: Config, workdir: epath.Path) -> Loaded:
+    """The student before the first step of a run. Only its frozen parameters matter: the others are in checkpoints."""
+    mesh = mesh_of(config.mesh)
+
+    def load(name: str, field: str) -> Loaded:
+        return loading.load(loading.find(name, field), mesh, config.compute, dtype=config.compute.params, context=1)
+
+    if not isinstance(config, TrainConfig):
+        return load(config.model, "config.model")
+    student = load(config.specialised_model, "config.specialised_model")
+    if config.start.interpolation == 0 or config.optimizer.trained == partition.ALL:
+        return student
+    general = load(config.general_model, "config.general_model")
+    return student.with_params(interpolated(general.params, student.params, chosen_weight(config, workdir)))

@@ -44,8 +44,9 @@ def sft(config: SftConfig, workdir: str) -> None:
         "model": config.model,
         "fingerprint": hf.fingerprint(student.folder),
     }
-    run = Run(config, workdir, student, {"data": stream}, provenance)
-    state = run.restore(init_state(partition.trained(student.params, config.optimizer.trained)))
+    run = Run(config, workdir)
+    state = init_state(partition.trained(student.params, config.optimizer.trained))
+    state = run.restore(state, student, {"data": stream}, provenance)
     of_ends = answers.end_warnings(student.folder, student.tokenizer, config.data.template)
     for warning in (*warnings(config), *of_ends, *stream.warnings):
         run.display.print(f"warning: {warning}")

@@ -20,6 +20,7 @@ from camopd_jax.method.recorder import Recorder, StepRecord
 from camopd_jax.method.setup import resolve
 from camopd_jax.method.statistics import repetition
 from camopd_jax.models import partition
+from camopd_jax.runs import start
 from camopd_jax.runs.run import Run
 from camopd_jax.runtime.distributed import run_on_all
 from camopd_jax.runtime.jsonl import read_rows
@@ -35,17 +36,18 @@ def train(config: TrainConfig, workdir: str) -> None:
     """Runs `train`: load, evaluate, train with CaMOPD, evaluate, export."""
     setup = resolve(config)
     models = run_on_all(lambda: load_models(setup))
-    student = models.student
     teachers = make_teachers(config, models)
     branches = run_on_all(lambda: make_branches(setup, models, teachers, setup.rows, config.seed))
     streams = {name: branch.prompts for name, branch in branches.items()}
     check_models(setup, models, branches)
 
     # ------------------------------------------------------------------------- state and steps
+    run = TrainingRun(config, workdir)
+    models, of_start = start.begin(setup, models, branches, run.workdir)
+    student = models.student
     trained = partition.trained(student.params, config.optimizer.trained)
-    provenance = {"method": description(config)} | models.provenance(config)
-    run = TrainingRun(config, workdir, student, streams, provenance)
-    state = run.restore(init_state(trained, moment_names(config)))
+    provenance = {"method": description(config)} | models.provenance(config) | of_start
+    state = run.restore(init_state(trained, moment_names(config)), student, streams, provenance)
     for warning in (*warnings(config), *models.warnings):
         run.display.print(f"warning: {warning}")
     run.display.print(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
