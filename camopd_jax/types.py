@@ -33,14 +33,6 @@ class Prompts(struct.PyTreeNode):
     lengths: jax.Array  # int32[B], at least 1
 
 
-class PromptBatch(struct.PyTreeNode):
-    """One batch of a prompt stream. The teacher may get the same request in another chat template."""
-
-    student: Prompts  # with the student's template
-    teacher: Prompts  # the same requests with the teacher's template; often equal
-    index: jax.Array  # int32[B], row number of each prompt in its source; part of the row's random key
-
-
 class Sequences(struct.PyTreeNode):
     """Prompts with given answers, which a model scores or is trained on."""
 
@@ -50,7 +42,7 @@ class Sequences(struct.PyTreeNode):
 
 
 class Rollout(struct.PyTreeNode):
-    """Answers that the student sampled."""
+    """Sampled answers."""
 
     tokens: jax.Array  # int32[B, T], right-padded, with the final EOS if there is one
     lengths: jax.Array  # int32[B], 1..T
@@ -62,6 +54,15 @@ class Rollout(struct.PyTreeNode):
     def after(self, prompts: Prompts) -> Sequences:
         """The answers together with their prompts."""
         return Sequences(prompts, self.tokens, self.lengths)
+
+
+class PromptBatch(struct.PyTreeNode):
+    """One batch of a prompt stream. The teacher may get the same request in another chat template."""
+
+    student: Prompts  # with the student's template
+    teacher: Prompts  # the same requests with the teacher's template; often equal
+    index: jax.Array  # int32[B], row number of each prompt in its source; part of the row's random key
+    answers: Rollout | None = None  # given ones; None: answers are sampled
 
 
 class LogProbs(struct.PyTreeNode):

@@ -3,7 +3,7 @@
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from camopd_jax.config.schema import Start, TrainConfig
+from camopd_jax.config.schema import Start, TrainConfig, WarmUp
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,7 @@ _EVERY_ANSWER = _both("selection.mass", 1.0)
 _EQUAL_PULL = {"branches.recovery.scale": 1.0}
 _CROSS_ENTROPY = {"method.answers": "teacher", **_both("objective", "cross_entropy")}
 _TEACHERS_ANSWERS = {**_CROSS_ENTROPY, **_EVERY_ANSWER, **_EQUAL_PULL}
+_WARM_UP = {"warm_up.steps": 20}
 _START = {"start.interpolation": 0.1}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 
@@ -69,6 +70,9 @@ METHODS = {
     "start-0.1": NamedMethod("CaMOPD from a start with 10 % of the original model", _START),
     "vanilla-start-0.1": NamedMethod("vanilla from a start with 10 % of the original model", {**_VANILLA, **_START}),
     # -------------------------------------------------------------------------------- teachers' answers
+    "warm-up": NamedMethod("CaMOPD, the first 20 steps of it cross-entropy on teachers' answers", _WARM_UP),
+    "vanilla-warm-up": NamedMethod("vanilla, the first 20 steps of it cross-entropy on teachers' answers",
+                                   {**_VANILLA, **_WARM_UP}),
     "distillation": NamedMethod("cross-entropy on the original model's answers to general prompts",
                                 {**_TEACHERS_ANSWERS, "branches.recovery.steps": 1, "branches.review.steps": 0}),
     "replay-50": NamedMethod("cross-entropy on teachers' answers, 50 % of them general",
@@ -84,7 +88,7 @@ METHOD_NAMES = (*METHODS, INTERPOLATION)
 REFERENCE_METHODS = ("vanilla", "camopd")  # every method is compared with these two
 
 
-_BLOCKS = ("method", "start", "branches")  # of a config, that make its method
+_BLOCKS = ("method", "start", "warm_up", "branches")  # of a config, that make its method
 
 
 def method_of(config: dict[str, Any]) -> str | None:
@@ -105,6 +109,8 @@ def description(config: TrainConfig) -> str:
     name = method_of(asdict(config))
     if name is not None:
         return "CaMOPD (arXiv 2605.27115)" if name == "camopd" else METHODS[name].about
+    if config.warm_up != WarmUp():
+        return f"{description(replace(config, warm_up=WarmUp()))}, after a warm-up on the teachers' answers"
     if config.start != Start():
         return f"{description(replace(config, start=Start()))}, from a start between the two models"
     order = "in alternation" if config.method.schedule == "alternate" else "in every step"

@@ -167,6 +167,21 @@ class Start:
 
 
 @dataclass(frozen=True)
+class WarmUp:
+    """The first steps of a run: cross-entropy on answers that each branch's teacher gave to prompts of the branch.
+
+    The branches take turns as in the other steps; every answer is used, with equal pull of the branches. The answers
+    are sampled once, as in a rollout, into workdir/teacher_answers. The steps after the warm-up begin with the first
+    branch and at the start of the learning rate's schedule; Adam's moments go on.
+    """
+
+    steps: Annotated[int, Ge(0), "0: no warm-up"] = 0  # of config.steps, the first ones
+    # In the warm-up, with the optimizer's schedule over its steps
+    learning_rate: Annotated[float, Ge(0), "None: that of config.optimizer"] | None = None
+    prompts: Count = 1024  # of each branch, that its teacher answers; only as many as the steps use
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW with a warm-up and a constant or cosine learning rate."""
 
@@ -298,6 +313,7 @@ class TrainConfig:
     rollout: RolloutConfig = RolloutConfig()
     method: Method = Method()
     start: Start = Start()
+    warm_up: WarmUp = WarmUp()
     optimizer: Optimizer = Optimizer()
     compute: Compute = Compute()
     mesh: Free[MeshConfig] = MeshConfig()

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.data import templates
-from camopd_jax.data.pipeline import PromptStream
+from camopd_jax.data.pipeline import AnsweredStream, PromptStream
 from camopd_jax.data.templates import Tokenizers
 from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
@@ -48,7 +48,7 @@ class Branch:
     """The prompts, teacher and objective of a branch."""
 
     name: str
-    prompts: PromptStream  # this process's rows of each batch
+    prompts: PromptStream | AnsweredStream  # this process's rows of each batch
     teacher: Teacher
     objective: Objective
 

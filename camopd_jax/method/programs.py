@@ -124,7 +124,7 @@ class Programs:
         draw: np.int32,
         meanwhile: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Answers to a batch of prompts, by the student or (`config.method.answers`) by the branch's teacher.
+        """Answers to a batch of prompts: by the student, by the branch's teacher (`config.method.answers`), or given.
 
         The weights are cast once and moved to the rollout mesh; the answers are moved back to the training mesh.
 
@@ -136,6 +136,10 @@ class Programs:
             self._moments.put(state.moments)
         teacher_params = branch.teacher.fetch()
         with self.stages("rollout"):
+            if prompts.answers is not None:
+                if meanwhile is not None:
+                    meanwhile()
+                return _cut_to_bucket(prompts.answers, self.setup.config.rollout.smallest_bucket)
             model, params, tokens = self.model, self.params(state), prompts.student
             if self.setup.config.method.answers == "teacher":
                 model, params, tokens = branch.teacher.model, teacher_params, prompts.teacher

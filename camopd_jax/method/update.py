@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from camopd_jax.config.schema import SftConfig, TrainConfig
-from camopd_jax.method import optimizer
+from camopd_jax.method import optimizer, schedule
 from camopd_jax.method.gradient import Gradient
 from camopd_jax.method.statistics import answer_table, step_statistics
 from camopd_jax.types import Batch, Params, Sequences, TrainState
@@ -87,7 +87,8 @@ def _take_step(
     state: TrainState, gradient: Gradient, finite: jax.Array, moments: str, config: TrainConfig | SftConfig
 ) -> tuple[TrainState, Metrics]:
     """One AdamW step if loss and gradient are finite; else the step is skipped and counted."""
-    rate = optimizer.learning_rate(config.optimizer, config.steps, state.step)
+    first = schedule.first_step(config)
+    rate = optimizer.learning_rate(config.optimizer, config.steps - first, state.step - first)
     finite &= jnp.isfinite(gradient.loss)
     params, adam, stats = optimizer.apply(
         state.params, state.moments[moments], gradient.of, rate, config.optimizer, finite

@@ -162,7 +162,8 @@ class Examination:
         rows = schedule.batch_rows(config)[branch]
         prompts = PromptStream(of.prompts, config.rollout, tokenizers, config.seed, range(rows), name)
         kept, dropped, truncated = (prompts.counts[count] for count in ("kept", "dropped", "truncated"))
-        acts = sum(branch in schedule.active_branches(config, step) for step in range(config.steps))
+        first = schedule.first_step(config)
+        acts = sum(branch in schedule.active_branches(config, step) for step in range(first, config.steps))
         low, middle, high = (int(np.quantile(prompts.lengths, q)) for q in (0, 0.5, 1))
         steps = f"{acts} steps of {rows} use each {acts * rows / kept:.3g} times"
         self.good(about, f"{kept} prompts of {low} to {high} tokens, median {middle}; {steps}")
@@ -212,7 +213,8 @@ class Examination:
     # ------------------------------------------------------------------- the machine, the folder
 
     def devices(self, about: str, where: Topology, complete: bool) -> None:
-        setup, compute = resolve(self.config, where.devices), self.config.compute
+        *_, setup = (resolve(part, where.devices) for part in schedule.parts(self.config))
+        compute = self.config.compute
         shapes = {name: model.config for name, model in self.models.items()}
         for shape in shapes.values():
             check_model(shape, setup.mesh, compute, setup.dtype)

@@ -2,12 +2,11 @@
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 
 from etils import epath
 
 from camopd_jax.config.schema import Sampling
-from camopd_jax.data.pipeline import TokenisedPrompt
+from camopd_jax.data.pipeline import AnsweredPrompt, TokenisedPrompt
 from camopd_jax.evals.answer_file import AnswerFile, Save, answer_key
 from camopd_jax.evals.runner import model_key
 from camopd_jax.inference.answer import answer
@@ -19,19 +18,9 @@ from camopd_jax.runtime.distributed import broadcast
 DRAW = 2**29  # of these answers' random keys; the draws of a run's steps are smaller
 
 
-@dataclass(frozen=True)
-class TeacherAnswer:
-    """A teacher's answer to one prompt of its branch."""
-
-    prompt: TokenisedPrompt
-    ids: list[int]  # with a final EOS, if there is one
-    entropy: float  # of the next-token distribution in nats, mean over the answer's tokens
-    stopped: bool  # True: ended with EOS; False: cut at the maximum length
-
-
 def teacher_answers(
     setup: Setup, models: Models, branches: Mapping[str, Branch], counts: Mapping[str, int], workdir: epath.Path
-) -> dict[str, list[TeacherAnswer]]:
+) -> dict[str, list[AnsweredPrompt]]:
     """Each branch's teacher answers prompts of the branch, sampled as in a rollout.
 
     The answers are in workdir/teacher_answers/BRANCH.jsonl, written after each batch. Those that are there are not
@@ -56,7 +45,7 @@ def spread(rows: Sequence[TokenisedPrompt], count: int) -> list[TokenisedPrompt]
 
 def _of_branch(
     setup: Setup, models: Models, branch: str, prompts: list[TokenisedPrompt], path: epath.Path, display: Display
-) -> list[TeacherAnswer]:
+) -> list[AnsweredPrompt]:
     config, name = setup.config, setup.config.branches[branch].teacher
     sampling, longest = Sampling.of(config.rollout), config.rollout.max_response_tokens
     teacher = dataclasses.replace(models.teacher(name), eos_ids=models.student.eos_ids)
@@ -95,4 +84,4 @@ def _of_branch(
 
     rows = AnswerFile(path).complete(keys, compute, progress)
     values = broadcast(lambda: [{name: row[name] for name in ("ids", "entropy", "stopped")} for row in rows])
-    return [TeacherAnswer(prompt, **row) for prompt, row in zip(prompts, values, strict=True)]
+    return [AnsweredPrompt(prompt, **row) for prompt, row in zip(prompts, values, strict=True)]

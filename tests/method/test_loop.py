@@ -16,6 +16,7 @@ from camopd_jax.config.schema import (
     RolloutConfig,
     SelectionConfig,
     Stream,
+    WarmUp,
 )
 from camopd_jax.errors import UserError
 from camopd_jax.method import programs as programs_module
@@ -203,6 +204,30 @@ def test_distillation_on_a_teachers_answers(tiny):
     sampled = train_config(steps=1, method=Method(answers="teacher"), rollout=ROLLOUT, optimizer=CONFIG.optimizer)
     with pytest.raises(UserError, match=r"branches\.recovery\.objective is 'sampled_token'.* give cross_entropy"):
         resolve(sampled, jax.devices()[:1])
+
+
+def test_a_warm_up_is_the_loop_on_given_answers(tiny):
+    """A step on answers that were sampled before equals the step that samples them."""
+    method = Method(importance_gate=(0.5, 2.0))
+    config = dataclasses.replace(CONFIG, warm_up=WarmUp(3, learning_rate=3e-2), method=method)
+    warm_up, rest = schedule.parts(config)
+    assert rest == config and (schedule.first_step(warm_up), schedule.first_step(rest)) == (0, 3)
+    assert warm_up.steps == 3 and warm_up.optimizer == dataclasses.replace(CONFIG.optimizer, learning_rate=3e-2)
+    assert [schedule.phase(warm_up, step) for step in range(3)] == ["warm_up/recovery"] * 3
+    assert [schedule.phase(rest, step) for step in range(3, 8)] == ["recovery"] * 3 + ["review", "recovery"]
+    sampling, watcher = begin(tiny, dataclasses.replace(warm_up, steps=1)), Watcher(milestones=(1,))
+    wanted = sampling.go(watcher)
+    batch = watcher.records[0].batches["recovery"]
+
+    class Answered(Prompter):
+        def __next__(self):
+            prompts = super().__next__()
+            return prompts.replace(answers=jax.tree.map(np.asarray, batch.rollout.replace(residuals=())))
+
+    given = begin(tiny, dataclasses.replace(warm_up, steps=1))
+    answered = dataclasses.replace(given.branches["recovery"], prompts=Answered(0))
+    given.branches = given.branches | {"recovery": answered}
+    jax.tree.map(np.testing.assert_array_equal, given.go().params, wanted.params)
 
 
 def with_student_logprobs(way):
