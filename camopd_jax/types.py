@@ -114,6 +114,14 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array  # int32[], updates done or skipped
     params: Params  # the trained parameters; frozen ones are not included
     moments: dict[str, Any]  # Adam states: {"shared": ...}, or one for each branch by name
+    average: Params = struct.field(default_factory=dict)  # float32, of the parameters over the updates; {}: none
+
+    @property
+    def evaluated(self) -> Params:
+        """The trained parameters that are evaluated and exported: their average, if there is one, in their dtype."""
+        if not self.average:
+            return self.params
+        return jax.tree.map(lambda average, p: average.astype(p.dtype), self.average, self.params)
 
 
 class KVCache(struct.PyTreeNode):

@@ -27,6 +27,7 @@ _EVERY_ANSWER = _both("selection.mass", 1.0)
 _EQUAL_PULL = {"branches.recovery.scale": 1.0}
 _CROSS_ENTROPY = {"method.answers": "teacher", **_both("objective", "cross_entropy")}
 _TEACHERS_ANSWERS = {**_CROSS_ENTROPY, **_EVERY_ANSWER, **_EQUAL_PULL}
+_AVERAGE = {"optimizer.average": 0.95}
 _WARM_UP = {"warm_up.steps": 20}
 _START = {"start.interpolation": 0.1}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
@@ -60,6 +61,9 @@ METHODS = {
     "no-clip": NamedMethod("CaMOPD without clipping of the gradient's norm", {"optimizer.clip_norm": None}),
     "no-clip-r1": NamedMethod("CaMOPD without clipping, equal pull", {**_EQUAL_PULL, "optimizer.clip_norm": None}),
     "vanilla-no-clip": NamedMethod("vanilla without clipping", {**_VANILLA, "optimizer.clip_norm": None}),
+    "average": NamedMethod("CaMOPD, its result the exponential average of the weights", _AVERAGE),
+    "vanilla-average": NamedMethod("vanilla, its result the exponential average of the weights",
+                                   {**_VANILLA, **_AVERAGE}),
     "pcgrad": NamedMethod("vanilla with PCGrad", {**_VANILLA, "method.conflict": "pcgrad"}),
     # ------------------------------------------------------------------------------------ one teacher
     "recovery-only": NamedMethod("recovery in every step", {"branches.recovery.steps": 1, "branches.review.steps": 0}),
@@ -97,9 +101,10 @@ def method_of(config: dict[str, Any]) -> str | None:
         return None  # a config of an earlier version
     actual = {block: config.get(block) for block in _BLOCKS}
     actual["branches"] = _without_prompts(config["branches"])
-    clips = config["optimizer"].get("clip_norm") is not None
+    clips, average = config["optimizer"].get("clip_norm") is not None, config["optimizer"].get("average")
     for name, method in METHODS.items():
-        if clips == ("optimizer.clip_norm" not in method.changes) and actual == _settings(method):
+        of_method = "optimizer.clip_norm" not in method.changes, method.changes.get("optimizer.average")
+        if (clips, average) == of_method and actual == _settings(method):
             return name
     return None
 
@@ -109,6 +114,9 @@ def description(config: TrainConfig) -> str:
     name = method_of(asdict(config))
     if name is not None:
         return "CaMOPD (arXiv 2605.27115)" if name == "camopd" else METHODS[name].about
+    if config.optimizer.average is not None:
+        updates = replace(config, optimizer=replace(config.optimizer, average=None))
+        return f"{description(updates)}, averaged over its updates"
     if config.warm_up != WarmUp():
         return f"{description(replace(config, warm_up=WarmUp()))}, after a warm-up on the teachers' answers"
     if config.start != Start():

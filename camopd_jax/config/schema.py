@@ -193,6 +193,9 @@ class Optimizer:
     eps: Annotated[float, Gt(0)] = 1e-8
     weight_decay: Annotated[float, Ge(0)] = 0.0
     clip_norm: Annotated[float, Gt(0), "None: no clipping"] | None = 1.0  # global gradient norm
+    # Decay of an exponential average of the trained weights, such as 0.99. The average is evaluated, ranked and
+    # exported in place of the weights, which the updates continue to use
+    average: Annotated[float, Gt(0), Lt(1), "None: no average"] | None = None
     micro_batch: Free[Count] = 8  # sequences in one forward and backward
     # Which parameters are trained: "all", or a regular expression that is searched for in names such as
     # layers.attention.query.kernel. The others are frozen: they have no gradients and no moments and are not saved

@@ -93,5 +93,9 @@ def _take_step(
     params, adam, stats = optimizer.apply(
         state.params, state.moments[moments], gradient.of, rate, config.optimizer, finite
     )
-    skipped = 1 - stats.pop("finite").astype(jnp.int32)
-    return TrainState(state.step + 1, params, state.moments | {moments: adam}), stats | {"skipped": skipped}
+    finite = stats.pop("finite")
+    average, decay = state.average, config.optimizer.average
+    if decay is not None:
+        average = optimizer.averaged(average, params, decay, state.step + 1, finite)
+    state = TrainState(state.step + 1, params, state.moments | {moments: adam}, average)
+    return state, stats | {"skipped": 1 - finite.astype(jnp.int32)}

@@ -65,7 +65,8 @@ def plan(config: TrainConfig, models: Models, devices: Any) -> Plan:
     made = {name: model(models.shapes[name]) for name in teacher_names(config)}
     student = made["specialised"]
     params = abstract_params(student, setup.mesh, compute.params)
-    state = abstract_state(trained(params, config.optimizer.trained), moment_names(config))
+    averages = config.optimizer.average is not None
+    state = abstract_state(trained(params, config.optimizer.trained), moment_names(config), averages)
     teachers = {name: (of, abstract_params(of, setup.mesh, setup.teacher_dtype)) for name, of in made.items()}
     of_branches: Any = {name: made[branch.teacher] for name, branch in config.branches.items()}
     run = Programs(setup, student, params, models.eos_ids, state, of_branches)

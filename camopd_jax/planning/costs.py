@@ -200,6 +200,7 @@ def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
     """
     config, gradients = setup.config, _trained_bytes(setup, models)
     moments = 2 * gradients * len(moment_names(config))
+    moments += gradients if config.optimizer.average is not None else 0  # the average is kept and offloaded with them
     gradients *= len(config.branches) if config.method.schedule == schedule.MIXED else 1
     teachers = [Share(shape, setup.mesh, setup.teacher_dtype).weights for shape in models.shapes.values()]
     parameters = Share(models.student, setup.mesh, config.compute.params).weights

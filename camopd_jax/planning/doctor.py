@@ -235,7 +235,8 @@ class Examination:
         text = f"{workdir}: " + ("a run of this config, which will continue" if goes_on else "new")
         if "://" not in workdir:
             kept = config.checkpoints.keep_last + 1 + (config.checkpoints.keep_best if config.evaluation.every else 0)
-            state = weights(model, config.optimizer.trained) * (4 + 8 * len(moment_names(config)))
+            arrays = 1 + 2 * len(moment_names(config)) + (config.optimizer.average is not None)
+            state = 4 * arrays * weights(model, config.optimizer.trained)
             needs, folder = state * kept + weights(model) * 4, Path(workdir).absolute()
             free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
             text += f"; {needs / GIB:.1f} GiB for {kept} checkpoints and the export, {free / GIB:.1f} GiB are free"

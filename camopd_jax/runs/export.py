@@ -18,7 +18,7 @@ from camopd_jax.evals.runner import read_ranks
 from camopd_jax.inference import loading
 from camopd_jax.inference.interpolation import interpolated
 from camopd_jax.inference.loading import Loaded
-from camopd_jax.method.optimizer import init_state, moment_names
+from camopd_jax.method.optimizer import run_state
 from camopd_jax.models import hf, partition
 from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint
 from camopd_jax.runs.start import chosen_weight
@@ -145,13 +145,12 @@ def restore_model(workdir: str, step: int | None = None, best: bool = False) -> 
             f"{checkpoints.steps()}; give one of them with --step"
         )
     loaded = _initial_student(config, folder)
-    moments = moment_names(config) if isinstance(config, TrainConfig) else ("shared",)
     trained = partition.trained(loaded.params, config.optimizer.trained)
     try:
-        state, _, provenance = checkpoints.restore(step, init_state(trained, moments))
+        state, _, provenance = checkpoints.restore(step, run_state(trained, config))
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; the run has checkpoints {checkpoints.steps()}: give another one") from error
-    return loaded.with_params(state.params), provenance | {"steps": str(step)}
+    return loaded.with_params(state.evaluated), provenance | {"steps": str(step)}
 
 
 def _initial_student(config: Config, workdir: epath.Path) -> Loaded:

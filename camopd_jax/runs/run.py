@@ -222,7 +222,7 @@ class Run:
 
     def _rank_student(self, steps_done: int, state: TrainState) -> bool:
         """Evaluates the student and ranks its checkpoint; returns False if there are no benchmarks."""
-        student, key = self.student.with_params(state.params), self.student_key(steps_done)
+        student, key = self.student.with_params(state.evaluated), self.student_key(steps_done)
         results = self.evaluate("student", steps_done, student, key, self.config.evaluation.questions)
         rank = self.rank(results)
         if rank is None:
@@ -270,7 +270,8 @@ class Run:
         self.writer.close()
         self.display.close()
         export, report = self.workdir / "export", self.workdir / "report.html"
-        write_folder(export, self.student.with_params(state.params), self.provenance | {"steps": str(int(state.step))})
+        student = self.student.with_params(state.evaluated)
+        write_folder(export, student, self.provenance | {"steps": str(int(state.step))})
         self.display.print(f"exported: {export}")
         if self.config.log.report and is_primary():
             from camopd_jax.reporting.page import write_page  # slow to import, and only needed here

@@ -14,13 +14,14 @@ from camopd_jax.evals.comparison import Rank, comparison, rank_student
 from camopd_jax.evals.results import Result, on_questions
 from camopd_jax.method import loop, schedule
 from camopd_jax.method.branches import check_models, load_models, make_branches, make_teachers
-from camopd_jax.method.optimizer import init_state, moment_names
+from camopd_jax.method.optimizer import run_state
 from camopd_jax.method.programs import student_programs
 from camopd_jax.method.recorder import Recorder, StepRecord
 from camopd_jax.method.setup import resolve
 from camopd_jax.method.statistics import repetition
 from camopd_jax.models import partition
 from camopd_jax.runs import start, warm_up
+from camopd_jax.runs.convergence import not_converged
 from camopd_jax.runs.run import Run
 from camopd_jax.runtime.distributed import run_on_all
 from camopd_jax.runtime.jsonl import read_rows
@@ -53,7 +54,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     }
     trained = partition.trained(student.params, config.optimizer.trained)
     provenance = {"method": description(config)} | models.provenance(config) | of_start
-    state = run.restore(init_state(trained, moment_names(config)), student, streams, provenance)
+    state = run.restore(run_state(trained, config), student, streams, provenance)
     for warning in (*warnings(config), *models.warnings):
         run.display.print(f"warning: {warning}")
     run.display.print(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
@@ -78,11 +79,13 @@ def train(config: TrainConfig, workdir: str) -> None:
         ended = recorder.ended
     if run.terminated:
         return
-    state = run.state_to_export(state)
+    state = run.state_to_export(programs[-1].fetch(state))
     steps = int(state.step)
-    results = run.evaluate("student", steps, student.with_params(state.params), run.student_key(steps))
+    results = run.evaluate("student", steps, student.with_params(state.evaluated), run.student_key(steps))
     run.finish(state)
-    run.display.print(clip_rates(read_rows(run.workdir / "metrics.jsonl")))
+    metrics = read_rows(run.workdir / "metrics.jsonl")
+    for line in (clip_rates(metrics), *not_converged(metrics, list(config.branches))):
+        run.display.print(line)
     if results:
         run.display.print(tables.accuracies(run.baselines | {"student": results}))
 
@@ -98,11 +101,12 @@ class TrainingRun(Run):
         return super().pauses_after(steps_done) or self._diagnosis_due(steps_done)
 
     def evaluate_student(self, steps_done: int, state: TrainState) -> bool:
+        ended = super().evaluate_student(steps_done, state)  # before the diagnosis, which may offload the average
         if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
             self.display.progress("measuring gradients")
             assert self.diagnosis is not None  # `train` sets it if config.diagnostics.every > 0
             self.writer.add_diagnosis(self.diagnosis(steps_done, state)[0])
-        return super().evaluate_student(steps_done, state)
+        return ended
 
     def _diagnosis_due(self, steps_done: int) -> bool:
         every, config = self.config.diagnostics.every, self.config

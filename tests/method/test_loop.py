@@ -320,6 +320,21 @@ def test_separate_moments(tiny):
     assert (int(state.moments["recovery"].count), int(state.moments["review"].count)) == (6, 2)
 
 
+def test_the_average_of_the_weights_changes_no_update(tiny):
+    """After three updates it has their weights in proportion to .81, .9 and 1, and none of the start."""
+    steps = {n: begin(tiny, dataclasses.replace(CONFIG, steps=n)).go() for n in (1, 2, 3)}
+    config = dataclasses.replace(CONFIG, steps=3, optimizer=dataclasses.replace(CONFIG.optimizer, average=0.9))
+    state = begin(tiny, config).go()
+    jax.tree.map(np.testing.assert_array_equal, state.params, steps[3].params)
+
+    def close(average, *params):
+        wanted = sum(w * np.asarray(p, float) for w, p in zip((0.81, 0.9, 1.0), params, strict=True)) / 2.71
+        np.testing.assert_allclose(average, wanted, rtol=1e-5, atol=1e-6)
+
+    jax.tree.map(close, state.average, *(steps[n].params for n in (1, 2, 3)))
+    assert state.evaluated is not state.params and steps[3].evaluated is steps[3].params
+
+
 # ------------------------------------------------------------------------------- trained and frozen
 
 
@@ -411,12 +426,14 @@ def test_offloaded_arrays_use_no_device_memory(tiny, when, monkeypatch):
 def test_offloading_does_not_change_results(tiny, when, schedule):
     """Results are bit-identical, and arrays are on the devices when they are used."""
     config = dataclasses.replace(CONFIG, steps=4, method=Method(schedule=schedule))
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, average=0.9))
     plain = begin(tiny, config).go()
     other = begin(tiny, dataclasses.replace(config, compute=Compute(offload=when))).go()
-    kinds = {x.sharding.memory_kind for x in jax.tree.leaves((other.params, other.moments))}
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(other)}
     assert "pinned_host" not in kinds
     jax.tree.map(np.testing.assert_array_equal, other.params, plain.params)
     jax.tree.map(np.testing.assert_array_equal, other.moments, plain.moments)
+    jax.tree.map(np.testing.assert_array_equal, other.average, plain.average)
 
 
 @pytest.mark.parametrize("when, order", [("ahead", ["moments", "gradient"]), ("late", ["gradient", "moments"])])
