@@ -17,8 +17,9 @@ from camopd_jax.errors import UserError
 from camopd_jax.models.checksums import check_checksums, write_checksums
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.disk import INDEX, SINGLE, Tensor, read_json, stale_index, tensors
+from camopd_jax.models.families import FAMILIES
 from camopd_jax.models.names import EMBEDDING, HEAD, check_names, standard_names
-from camopd_jax.models.weights import WeightRow, check_rows_cover, leaf_of, shardings, table, tree_of
+from camopd_jax.models.weights import WeightRow, check_rows_cover, leaf_of, shardings, table, tensor_rows, tree_of
 from camopd_jax.types import Params
 
 # --------------------------------------------------------------------------------------- reading
@@ -38,12 +39,21 @@ def read_config(folder: Path) -> dict[str, Any]:
             "file if the weights beside it are merged already"
         )
     config = read_json(file)
+    if "auto_map" in config and _is_published(config["auto_map"], config.get("model_type")):
+        del config["auto_map"]
     if "auto_map" in config:
         raise UserError(
             f"{file}: auto_map asks for code from the checkpoint, which is never run; "
             "use a checkpoint of a built-in architecture"
         )
     return config
+
+
+def _is_published(auto_map: Any, model_type: Any) -> bool:
+    """Whether `auto_map` asks for code that transformers has in the meantime."""
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    code = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    return family is not None and code is not None and code == family.published_code
 
 
 def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
@@ -160,16 +170,21 @@ def save(
     """
     check_rows_cover(params, config)
     files = _Files(folder, max_shard_bytes)
-    for row in table(config):
-        array = leaf_of(params, row.path)
-        for i, name in enumerate(row.names(config.num_layers)):
-            gathered = multihost_utils.process_allgather(array[i] if row.stacked else array, tiled=True)
-            tensor = np.ascontiguousarray(row.to_hf(np.asarray(gathered)).astype(dtypes[name]))
+    for rows in tensor_rows(config):
+        for i, name in enumerate(rows[0].names(config.num_layers)):
+            parts = [_gathered(leaf_of(params, row.path), row, i).astype(dtypes[name]) for row in rows]
+            tensor = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
             copies = (name, HEAD) if config.tied_head and name == EMBEDDING else (name,)
             for copy in copies:
                 if copy in dtypes:
                     files.add(copy, tensor)
     files.close(hf_config)
+
+
+def _gathered(array: jax.Array, row: WeightRow, i: int) -> np.ndarray:
+    """A parameter's part of the Hugging Face tensor of layer i, from all devices."""
+    gathered = multihost_utils.process_allgather(array[i] if row.stacked else array, tiled=True)
+    return row.to_hf(np.asarray(gathered))
 
 
 class _Files:

@@ -47,13 +47,17 @@ def test_weights_and_flops_by_hand():
 
 
 @pytest.mark.parametrize(
-    "name, count",  # 4.0B, 8.2B, 32.8B, 8.2B, 1.5B
+    "name, count",
     [
         ("qwen3-4b-2507", 4_022_468_096),
         ("qwen3-8b", 8_190_735_360),
         ("qwen3-32b", 32_762_123_264),
         ("granite-3.3-8b", 8_170_864_640),
         ("olmo2-1b", 1_484_916_736),
+        ("olmo3-7b", 7_298_011_136),
+        ("phi-4-mini", 3_836_021_760),
+        ("glm4-9b", 9_400_279_040),
+        ("smollm3-3b", 3_075_098_624),
     ],
 )
 def test_shapes_have_the_sizes_of_their_cards(name, count):
