@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 from camopd_jax.errors import UserError
 from camopd_jax.models import fields as limits
 from camopd_jax.models import rope
-from camopd_jax.models.families import FAMILIES, Family, Fields, NormKind, QKNorm
+from camopd_jax.models.families import FAMILIES, MULTIMODAL, Family, Fields, NormKind, QKNorm
 from camopd_jax.models.rope import NO_ROTATION, Rope
 
 Activation = Literal["silu", "gelu_tanh", "relu2"]
@@ -59,6 +59,8 @@ class ModelConfig:
     initializer_range: float = 0.02
     output_vocab_size: int | None = None  # logits are cut to this; None: vocab_size
     module_names: tuple[tuple[str, str], ...] = ()  # Hugging Face names that differ from `weights.MODULE_NAMES`
+    # Of the names of all its tensors, if the checkpoint has other tensors too; `weights` and `names` are without it
+    tensor_prefix: str = ""
 
     @property
     def distinct_windows(self) -> tuple[int | None, ...]:
@@ -100,6 +102,8 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     Raises:
       UserError: for an unknown architecture, and for an unknown field that may change the output.
     """
+    prefix = MULTIMODAL[config["model_type"]].prefix if is_multimodal(config) else ""
+    config, where = text_config(config, where)
     fields, family = _checked_fields(config, where)
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     head_dim = fields["head_dim"] or width // heads
@@ -156,7 +160,30 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         final_softcap=fields.get("final_logit_softcapping"),
         initializer_range=fields["initializer_range"],
         module_names=tuple(family.module_names.items()),
+        tensor_prefix=prefix,
     )
+
+
+def is_multimodal(config: Fields) -> bool:
+    """Whether the model of a config.json has modalities besides text."""
+    return isinstance(config.get("model_type"), str) and config["model_type"] in MULTIMODAL
+
+
+def text_config(config: Fields, where: str = "config.json") -> tuple[Fields, str]:
+    """The fields of the text model of a config.json, and their place for error messages."""
+    if not is_multimodal(config):
+        return config, where
+    multimodal, text = MULTIMODAL[config["model_type"]], config.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError(f"{where}: field text_config is {text!r}; give an object")
+    known = multimodal.fields | limits.HARMLESS | {"text_config"}
+    if odd := [f for f, value in config.items() if f not in known and value not in (None, False, [], {})]:
+        raise UserError(
+            f"{where}: field {odd[0]} = {config[odd[0]]!r} is not known for {config['model_type']}; if it does not "
+            "change the model's output, delete it from the file, else this model is not supported"
+        )
+    tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
+    return {"model_type": multimodal.text} | text | tied, f"{where}: text_config"
 
 
 def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
@@ -167,7 +194,9 @@ def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{where}: model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{where}: model_type {name!r} is not supported; supported are {', '.join([*FAMILIES, *MULTIMODAL])}"
+        )
     family = FAMILIES[name]
     known = family.defaults.keys() | {*limits.REQUIRED} | limits.HARMLESS | _ROPE_FIELDS
     if config.get("layer_types") is not None:

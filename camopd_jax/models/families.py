@@ -48,6 +48,33 @@ class Family:
     module_names: Mapping[str, str] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class Multimodal:
+    """A checkpoint with other modalities. Only its text model is read; its other tensors stay as they are."""
+
+    text: str  # model_type of the text model, if its config has none
+    fields: frozenset[str]  # the fields of config.json beside `text_config`
+    prefix: str = "language_model."  # of the names of the text model's tensors
+
+
+MULTIMODAL: dict[str, Multimodal] = {  # by the model_type of config.json
+    "gemma3": Multimodal(
+        "gemma3_text",
+        frozenset(
+            "vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index initializer_range "
+            "tie_word_embeddings".split()
+        ),
+    ),
+    "mistral3": Multimodal(
+        "mistral",
+        frozenset(
+            "vision_config image_token_index projector_hidden_act vision_feature_layer multimodal_projector_bias "
+            "spatial_merge_size tie_word_embeddings".split()
+        ),
+    ),
+}
+
+
 def _like(base: Family, defaults: Fields, **properties: Any) -> Family:
     """A family like `base`, with additional defaults and changed properties."""
     return replace(base, defaults={**base.defaults, **defaults}, **properties)
@@ -154,6 +181,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "gemma3_text": _like(
         _GEMMA,
         {
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
             "sliding_window_pattern": 6,

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -106,7 +107,7 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
       UserError: for missing or additional tensors and wrong shapes, and as `tensors`.
     """
     shapes = {name: row.hf_shape for row in table(config) for name in row.names(config.num_layers)}
-    on_disk = standard_names(tensors(folder), shapes, config.tied_head, folder)
+    on_disk = standard_names(_divided(folder, config)[0], shapes, config.tied_head, folder)
     if config.tied_head and HEAD in on_disk:
         _check_tied(on_disk, folder)
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
@@ -118,6 +119,22 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
                 f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
     return on_disk
+
+
+def _divided(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a folder: those of the model, without the prefix of their names, and others."""
+    prefix, model, others = config.tensor_prefix, dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in tensors(folder).items():
+        if name.startswith(prefix):
+            model[name.removeprefix(prefix)] = tensor
+        else:
+            others[name] = tensor
+    return model, others
+
+
+def other_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a folder that are not the model's, such as those of a vision model, by name."""
+    return _divided(folder, config)[1]
 
 
 def tensor_dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
@@ -153,13 +170,17 @@ def _check_tied(on_disk: dict[str, Tensor], folder: Path) -> None:
 # --------------------------------------------------------------------------------------- writing
 
 
+MAX_SHARD_BYTES = 4 * 2**30
+
+
 def save(
     folder: Path,
     params: Params,
     config: ModelConfig,
     hf_config: dict[str, Any],
     dtypes: dict[str, np.dtype],
-    max_shard_bytes: int = 4 * 2**30,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    others: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes config.json and sharded safetensors. Every process must call it; process 0 writes.
 
@@ -167,6 +188,7 @@ def save(
       hf_config: the contents of config.json.
       dtypes: of the tensors, by Hugging Face name: as in the checkpoint that training started from.
       max_shard_bytes: maximum size of a file, which also limits the host memory needed.
+      others: tensors that are not the model's, which are copied.
     """
     check_rows_cover(params, config)
     files = _Files(folder, max_shard_bytes)
@@ -177,7 +199,9 @@ def save(
             copies = (name, HEAD) if config.tied_head and name == EMBEDDING else (name,)
             for copy in copies:
                 if copy in dtypes:
-                    files.add(copy, tensor)
+                    files.add(config.tensor_prefix + copy, tensor)
+    for name, other in (others or {}).items():
+        files.add(name, np.array(other.map()))
     files.close(hf_config)
 
 

@@ -96,7 +96,7 @@ def test_windows():
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama, mistral"),
-        ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported"),
+        ({"model_type": "gemma3"}, "field text_config is None; give an object"),
         ({"model_type": "qwen3_next"}, "model_type 'qwen3_next' is not supported; supported are llama"),
         ({"model_type": "qwen3_5_text"}, "model_type 'qwen3_5_text' is not supported; supported are llama"),
         (
