@@ -19,12 +19,21 @@ Implementation = Literal["auto", "xla", "fused"]
 
 
 @dataclass(frozen=True)
+class Routing:
+    """The router of a mixture of experts."""
+
+    experts: int
+    per_token: int  # experts of a token
+    normalized: bool  # whether the weights of a token's experts are divided by their sum
+
+
+@dataclass(frozen=True)
 class ModelConfig:
     """Sizes and properties of one transformer. Hashable: a static argument of compiled functions."""
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of a feed-forward, or of one expert
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -43,6 +52,7 @@ class ModelConfig:
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
+    routing: Routing | None = None  # of a mixture of experts
     gated_mlp: bool = True  # whether the feed-forward is down(activation(gate x) * up x), not down(activation(up x))
     parallel: bool = False  # whether attention and feed-forward have the same input, the layer's first norm
     norm: NormKind = "rms"
@@ -127,7 +137,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     return ModelConfig(
         vocab_size=fields["vocab_size"],
         hidden_size=width,
-        intermediate_size=fields["intermediate_size"],
+        intermediate_size=fields.get("moe_intermediate_size", fields["intermediate_size"]),
         num_layers=fields["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=fields["num_key_value_heads"] or heads,
@@ -145,6 +155,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=fields.get("attention_out_bias", bias) if family.output_bias is None else family.output_bias,
         mlp_bias=fields["mlp_bias"],
+        routing=_routing(fields, family, where),
         gated_mlp=family.gated_mlp,
         parallel=family.parallel,
         norm=family.norm,
@@ -162,6 +173,16 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         module_names=tuple(family.module_names.items()),
         tensor_prefix=prefix,
     )
+
+
+def _routing(fields: Fields, family: Family, where: str) -> Routing | None:
+    """The router of a mixture of experts; None for other families."""
+    if family.experts_field is None:
+        return None
+    experts, per_token = fields[family.experts_field], fields["num_experts_per_tok"]
+    if per_token > experts:
+        raise UserError(f"{where}: num_experts_per_tok is {per_token}; {family.experts_field} is only {experts}")
+    return Routing(experts, per_token, fields.get("norm_topk_prob", True))
 
 
 def is_multimodal(config: Fields) -> bool:
@@ -199,6 +220,7 @@ def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
         )
     family = FAMILIES[name]
     known = family.defaults.keys() | {*limits.REQUIRED} | limits.HARMLESS | _ROPE_FIELDS
+    config = {family.renamed.get(field, field): value for field, value in config.items()}
     if config.get("layer_types") is not None:
         config = {field: value for field, value in config.items() if field not in _REPLACED}
     for field, value in config.items():

@@ -27,6 +27,7 @@ class Family:
     interleaved_rope: bool = False  # rotated are the pairs (2i, 2i + 1), not (i, i + K / 2)
     activation_field: str = "hidden_act"
     activations: Mapping[str, str] = field(default_factory=dict)  # other names of activations, and what they mean here
+    experts_field: str | None = None  # field with the number of experts, in mixtures of experts
     gated_mlp: bool = True  # whether the feed-forward has a gate
     parallel: bool = False  # whether attention and feed-forward have the same input
     qkv_bias: bool | None = None  # None: the value of attention_bias
@@ -40,6 +41,7 @@ class Family:
     norm_offset: float = 0.0  # added to a norm's weight
     scales_embedding: bool = False  # whether embeddings are multiplied by the square root of the model width
     local_rope_field: str | None = None  # field with the RoPE base of layers with a window, if it is different
+    renamed: Mapping[str, str] = field(default_factory=dict)  # `attribute_map` of transformers: other names of fields
     fixed: Fields = field(default_factory=dict)  # fields that transformers ignores, with the values that are supported
     # Class in the `auto_map` of checkpoints that are older than the family in transformers: code that is not needed
     published_code: str | None = None
@@ -137,6 +139,9 @@ _GEMMA = _like(
 )
 _OLMO2 = _like(_LLAMA, {"rms_norm_eps": 1e-5}, qk_norm="projection", pre_norms=False, post_norms=True)
 _FUSED_MLP = {"mlp.gate": "mlp.gate_up_proj", "mlp.up": "mlp.gate_up_proj"}
+_EXPERTS = {"mlp.router": "mlp.gate"} | {
+    f"mlp.{name}": f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")
+}
 _PARTIAL = frozenset({"partial_rotary_factor"})
 _GLM = _like(
     _LLAMA,
@@ -193,6 +198,56 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
         slides=lambda i, fields: (i + 1) % fields["sliding_window_pattern"] != 0,
         qk_norm="head",
         local_rope_field="rope_local_base_freq",
+    ),
+    "qwen3_moe": _like(
+        _QWEN,
+        {
+            "head_dim": None,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        qk_norm="head",
+        experts_field="num_experts",
+        renamed={"num_local_experts": "num_experts"},
+        fixed={"decoder_sparse_step": 1},
+        module_names=_EXPERTS,
+    ),
+    "olmoe": _like(
+        _LLAMA,
+        {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        qk_norm="projection",
+        experts_field="num_experts",
+        renamed={"num_local_experts": "num_experts"},
+        module_names=_EXPERTS,
+    ),
+    "mixtral": _like(
+        _LLAMA,
+        {
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        slides=lambda i, fields: True,
+        experts_field="num_local_experts",
+        renamed={"num_experts": "num_local_experts"},
+        module_names={
+            "mlp.router": "block_sparse_moe.gate",
+            "mlp.gate": "block_sparse_moe.experts.{}.w1",
+            "mlp.up": "block_sparse_moe.experts.{}.w3",
+            "mlp.down": "block_sparse_moe.experts.{}.w2",
+        },
     ),
     "granite": _like(
         _LLAMA,

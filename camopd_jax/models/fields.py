@@ -20,6 +20,7 @@ _RECORDS = """
     _sliding_window_pattern task_specific_params _commit_hash max_sequence_length gradient_checkpointing torchscript
     use_bfloat16 tf_legacy_loss finetuning_task prefix cross_attention_hidden_size tie_encoder_decoder
     tie_last_hidden_states resid_pdrop embd_pdrop residual_dropout use_parallel_embedding
+    output_router_logits router_aux_loss_coef router_jitter_noise
 """
 # Fields of GenerationConfig, which earlier versions of transformers save in config.json. A test compares them with the
 # installed version. They are not read from it, since a field of a later version may change a model's output.

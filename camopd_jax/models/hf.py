@@ -73,13 +73,15 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     leaves = {}
     for row in table(config):
         stored = [(name, on_disk[name]) for name in row.names(config.num_layers)]
-        shard = partial(_shard, stored, row, dtype)
+        shard = partial(_shard, stored, row, config.num_layers, dtype)
         leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), shard)
         leaves[row.path] = jax.block_until_ready(leaf)  # else this shard is in host memory while the next is read
     return tree_of(leaves)
 
 
-def _shard(stored: list[tuple[str, Tensor]], row: WeightRow, dtype: str, index: tuple[slice, ...] | None) -> np.ndarray:
+def _shard(
+    stored: list[tuple[str, Tensor]], row: WeightRow, layers: int, dtype: str, index: tuple[slice, ...] | None
+) -> np.ndarray:
     """One device's shard of a parameter, read from the tensors that it consists of.
 
     Args:
@@ -90,14 +92,18 @@ def _shard(stored: list[tuple[str, Tensor]], row: WeightRow, dtype: str, index: 
       UserError: for a value that is not finite.
     """
     assert index is not None
-    layers, within = (stored[index[0]], index[1:]) if row.stacked else (stored, index)
-    views = [row.from_hf(tensor.map())[within] for _, tensor in layers]
-    out = np.empty((len(views), *views[0].shape), dtype)
-    for layer, view, (name, tensor) in zip(out, views, layers, strict=True):
-        layer[...] = view
-        if not np.isfinite(layer).all():
+    numbers = np.arange(len(stored)).reshape(row.stack(layers))
+    numbers, within = numbers[index[: numbers.ndim]], index[numbers.ndim :]
+    out: np.ndarray | None = None
+    for place in np.ndindex(numbers.shape):
+        name, tensor = stored[numbers[place]]
+        view = row.from_hf(tensor.map())[within]
+        out = np.empty((*numbers.shape, *view.shape), dtype) if out is None else out
+        out[place] = view
+        if not np.isfinite(out[place]).all():
             raise UserError(f"{tensor.file}: tensor {name} has values that are not finite; give another checkpoint")
-    return out if row.stacked else out[0]
+    assert out is not None
+    return out
 
 
 def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -193,8 +199,9 @@ def save(
     check_rows_cover(params, config)
     files = _Files(folder, max_shard_bytes)
     for rows in tensor_rows(config):
-        for i, name in enumerate(rows[0].names(config.num_layers)):
-            parts = [_gathered(leaf_of(params, row.path), row, i).astype(dtypes[name]) for row in rows]
+        places = np.ndindex(rows[0].stack(config.num_layers))
+        for place, name in zip(places, rows[0].names(config.num_layers), strict=True):
+            parts = [_gathered(leaf_of(params, row.path), row, place).astype(dtypes[name]) for row in rows]
             tensor = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
             copies = (name, HEAD) if config.tied_head and name == EMBEDDING else (name,)
             for copy in copies:
@@ -205,9 +212,13 @@ def save(
     files.close(hf_config)
 
 
-def _gathered(array: jax.Array, row: WeightRow, i: int) -> np.ndarray:
-    """A parameter's part of the Hugging Face tensor of layer i, from all devices."""
-    gathered = multihost_utils.process_allgather(array[i] if row.stacked else array, tiled=True)
+def _gathered(array: jax.Array, row: WeightRow, place: tuple[int, ...]) -> np.ndarray:
+    """A parameter's part of a Hugging Face tensor, from all devices.
+
+    Args:
+      place: of the tensor in the stack of the parameter's tensors.
+    """
+    gathered = multihost_utils.process_allgather(array[place] if place else array, tiled=True)
     return row.to_hf(np.asarray(gathered))
 
 

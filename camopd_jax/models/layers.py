@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.models.attention import attend
 from camopd_jax.models.config import AttentionSpec, Implementation, ModelConfig
+from camopd_jax.models.experts import Experts
 from camopd_jax.models.rope import Rope, frequencies
 from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
 from camopd_jax.types import Params
@@ -229,7 +230,11 @@ class Block(nn.Module):
         first = entering(x_BSD, "attention_norm")
         y, keys_values = attention(first, positions, kind, cache)
         x_BSD = added(x_BSD, y, "post_attention_norm")
-        y = FeedForward(c, self.mesh, name="mlp")(first if c.parallel else entering(x_BSD, "mlp_norm"))
+        second = first if c.parallel else entering(x_BSD, "mlp_norm")
+        if c.routing is None:
+            y = FeedForward(c, self.mesh, name="mlp")(second)
+        else:
+            y = Experts(c, self.mesh, ACTIVATIONS[c.activation], name="mlp")(second)
         return added(x_BSD, y, "post_mlp_norm"), keys_values
 
 

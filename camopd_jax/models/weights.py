@@ -68,6 +68,7 @@ class WeightRow:
     split: tuple[int, ...]  # the tensor's dimensions, with heads and head width as two dimensions
     order: tuple[int, ...]
     hf_shape: tuple[int, ...]  # of the tensor
+    experts: int = 0  # how many experts have a tensor each; they are an axis of the parameter, after "layers"
     part: tuple[int, int] | None = None  # (first, last + 1) of the tensor's first dimension; None: all of it
 
     @property
@@ -76,12 +77,17 @@ class WeightRow:
 
     def shape(self, layers: int) -> tuple[int, ...]:
         """The shape of the parameter in a model with this number of layers."""
-        shape = tuple(self.split[i] for i in self.order)
-        return (layers, *shape) if self.stacked else shape
+        return (*self.stack(layers), *(self.split[i] for i in self.order))
+
+    def stack(self, layers: int) -> tuple[int, ...]:
+        """The first dimensions of the parameter: over these, its Hugging Face tensors are stacked."""
+        if not self.stacked:
+            return ()
+        return (layers, self.experts) if self.experts else (layers,)
 
     def names(self, layers: int) -> list[str]:
-        """Names of the Hugging Face tensors of the parameter: one for each layer, or only one."""
-        return [self.hf_name.format(i) for i in range(layers if self.stacked else 1)]
+        """Names of the Hugging Face tensors of the parameter: one for each layer, each of its experts, or only one."""
+        return [self.hf_name.format(*place) for place in np.ndindex(self.stack(layers))]
 
     def part_of(self, tensor: np.ndarray) -> np.ndarray:
         """The parameter's part of a Hugging Face tensor."""
@@ -134,9 +140,16 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
         order: tuple[int, ...] = (0,),
         hf_shape: tuple[int, ...] | None = None,
     ) -> WeightRow:
+        experts = c.routing.experts if c.routing is not None and "{}" in names[module] else 0
         hf_name = f"model.layers.{{}}.{names[module]}.{_LEAVES[leaf]}"
         return WeightRow(
-            ("layers", *module.split("."), leaf), hf_name, ("layers", *axes), split, order, hf_shape or split
+            ("layers", *module.split("."), leaf),
+            hf_name,
+            ("layers", *((None,) if experts else ()), *axes),
+            split,
+            order,
+            hf_shape or split,
+            experts,
         )
 
     yield top(("embedding",), ("vocab", "embed"), (v, d), (0, 1))
@@ -170,6 +183,8 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
     if c.output_bias:
         yield layer("attention.output", "bias", (None,), (d,))
 
+    if c.routing is not None:
+        yield layer("mlp.router", "kernel", ("embed", None), (c.routing.experts, d), (1, 0))
     feed_forward = {"gate": (f, d, "embed", "mlp"), "up": (f, d, "embed", "mlp"), "down": (d, f, "mlp", "embed")}
     if not c.gated_mlp:
         del feed_forward["gate"]

@@ -140,13 +140,29 @@ FAMILIES = {
     ),
     "cohere": ("Cohere", HEADS | dict(attention_bias=True)),
     "cohere2": ("Cohere2", HEADS | dict(num_hidden_layers=5, sliding_window=5, logit_scale=0.3)),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        HEADS | dict(head_dim=14, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True),
+    ),
+    "olmoe": ("Olmoe", HEADS | dict(num_experts=5, num_experts_per_tok=2)),
+    "mixtral": ("Mixtral", HEADS | dict(head_dim=14, sliding_window=5, num_local_experts=5, num_experts_per_tok=3)),
     "nemotron": ("Nemotron", HEADS | dict(head_dim=12, mlp_bias=True)),
 }
 
 
 OWN_ROW = [name for name in FAMILIES if name != "vaultgemma"]  # families in camopd_jax/models/families.py
-FEW = ("qwen3", "gemma3", "olmo2", "cohere2", "nemotron")  # between them nearly all that layers do
-SIMILAR = ("qwen3-yarn", "seed_oss", "ministral", "gemma", "glm", "phi3", "cohere")  # like others, in the slow suite
+FEW = ("qwen3", "gemma3", "olmo2", "cohere2", "nemotron", "qwen3_moe")  # between them nearly all that layers do
+SIMILAR = (
+    "qwen3-yarn",
+    "olmoe",
+    "mixtral",
+    "seed_oss",
+    "ministral",
+    "gemma",
+    "glm",
+    "phi3",
+    "cohere",
+)  # like others, in the slow suite
 
 
 def _slow_unless(condition: bool):
