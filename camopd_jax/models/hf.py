@@ -95,12 +95,12 @@ def _shard(
     numbers = np.arange(len(stored)).reshape(row.stack(layers))
     numbers, within = numbers[index[: numbers.ndim]], index[numbers.ndim :]
     out: np.ndarray | None = None
-    for place in np.ndindex(numbers.shape):
-        name, tensor = stored[numbers[place]]
+    for i in np.ndindex(numbers.shape):
+        name, tensor = stored[numbers[i]]
         view = row.from_hf(tensor.map())[within]
         out = np.empty((*numbers.shape, *view.shape), dtype) if out is None else out
-        out[place] = view
-        if not np.isfinite(out[place]).all():
+        out[i] = view
+        if not np.isfinite(out[i]).all():
             raise UserError(f"{tensor.file}: tensor {name} has values that are not finite; give another checkpoint")
     assert out is not None
     return out
@@ -199,9 +199,9 @@ def save(
     check_rows_cover(params, config)
     files = _Files(folder, max_shard_bytes)
     for rows in tensor_rows(config):
-        places = np.ndindex(rows[0].stack(config.num_layers))
-        for place, name in zip(places, rows[0].names(config.num_layers), strict=True):
-            parts = [_gathered(leaf_of(params, row.path), row, place).astype(dtypes[name]) for row in rows]
+        indices = np.ndindex(rows[0].stack(config.num_layers))
+        for index, name in zip(indices, rows[0].names(config.num_layers), strict=True):
+            parts = [_gathered(leaf_of(params, row.path), row, index).astype(dtypes[name]) for row in rows]
             tensor = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
             copies = (name, HEAD) if config.tied_head and name == EMBEDDING else (name,)
             for copy in copies:
@@ -212,13 +212,13 @@ def save(
     files.close(hf_config)
 
 
-def _gathered(array: jax.Array, row: WeightRow, place: tuple[int, ...]) -> np.ndarray:
+def _gathered(array: jax.Array, row: WeightRow, index: tuple[int, ...]) -> np.ndarray:
     """A parameter's part of a Hugging Face tensor, from all devices.
 
     Args:
-      place: of the tensor in the stack of the parameter's tensors.
+      index: of the tensor in the stack of the parameter's tensors.
     """
-    gathered = multihost_utils.process_allgather(array[place] if place else array, tiled=True)
+    gathered = multihost_utils.process_allgather(array[index] if index else array, tiled=True)
     return row.to_hf(np.asarray(gathered))
 
 

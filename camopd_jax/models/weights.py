@@ -87,7 +87,7 @@ class WeightRow:
 
     def names(self, layers: int) -> list[str]:
         """Names of the Hugging Face tensors of the parameter: one for each layer, each of its experts, or only one."""
-        return [self.hf_name.format(*place) for place in np.ndindex(self.stack(layers))]
+        return [self.hf_name.format(*index) for index in np.ndindex(self.stack(layers))]
 
     def part_of(self, tensor: np.ndarray) -> np.ndarray:
         """The parameter's part of a Hugging Face tensor."""
