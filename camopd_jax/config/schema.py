@@ -115,8 +115,8 @@ class BranchConfig:
     prompts: Stream = Stream()
     # "general" or "specialised": that model of the config; else a Hugging Face folder or hub name
     teacher: str = "general"
-    # The loss toward the teacher: sampled_token, cross_entropy, reverse_kl, forward_kl or jsd, with options in
-    # parentheses, as in "jsd(beta=0.1)" (camopd_jax/method/objectives)
+    # The loss toward the teacher: sampled_token, cross_entropy, reverse_kl, forward_kl, jsd or a top-K objective, with
+    # options in parentheses, as in "jsd(beta=0.1)" (docs/objectives.md)
     objective: str = "sampled_token"
     selection: SelectionConfig = SelectionConfig()
     scale: Annotated[float, Gt(0)] = 1.0  # r: factor on the loss (Eq 9)

@@ -435,9 +435,14 @@ def test_moments_are_fetched_before_or_after_the_gradient(tiny, when, order, mon
 
 
 @pytest.mark.parametrize(
-    "name, compute", [("reverse_kl", Compute(offload="late")), ("jsd(beta=0.1)", Compute(logits_chunk=8))]
+    "name, compute",
+    [
+        ("reverse_kl", Compute(offload="late")),
+        ("jsd(beta=0.1)", Compute(logits_chunk=8)),
+        ("binned_top_k(k=5)", Compute(offload="late", logits_chunk=8)),
+    ],
 )
-def test_full_vocabulary_objectives_with_offloading_and_chunks(tiny, name, compute):
+def test_objectives_over_many_words_with_offloading_and_chunks(tiny, name, compute):
     config = train_config(
         {"objective": name}, {"objective": name}, steps=4, rollout=ROLLOUT, optimizer=CONFIG.optimizer, compute=compute
     )

@@ -7,6 +7,14 @@ from camopd_jax.method.objectives.base import Objective as Objective
 from camopd_jax.method.objectives.base import TeacherReading as TeacherReading
 from camopd_jax.method.objectives.full_vocabulary import JSD, ForwardKL, ReverseKL
 from camopd_jax.method.objectives.sampled_token import CrossEntropy, SampledToken
+from camopd_jax.method.objectives.top_k import (
+    TRUNCATED,
+    BinnedTopK,
+    CorrectedTopK,
+    StudentTopK,
+    TeacherTopK,
+    TideDeficit,
+)
 
 OBJECTIVES: dict[str, type[Objective]] = {
     "sampled_token": SampledToken,
@@ -14,7 +22,13 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "reverse_kl": ReverseKL,
     "forward_kl": ForwardKL,
     "jsd": JSD,
+    "teacher_top_k": TeacherTopK,
+    "corrected_top_k": CorrectedTopK,
+    "binned_top_k": BinnedTopK,
+    "tide_deficit": TideDeficit,
+    "student_top_k": StudentTopK,
 }
+REFUSED = {"truncated_top_k": TRUNCATED}  # a name that one may look for, and why it is not there
 
 
 def objective(text: str, field: str) -> Objective:
@@ -35,6 +49,8 @@ def objective(text: str, field: str) -> Objective:
         name, options = call.func.id, {option.arg or "": ast.literal_eval(option.value) for option in call.keywords}
     except (SyntaxError, ValueError) as error:
         raise UserError(f"{field} is {text!r}; give a name, with options as in jsd(beta=0.1)") from error
+    if name in REFUSED:
+        raise UserError(f"{field} is {text!r}, which is not offered: it {REFUSED[name]}")
     if name not in OBJECTIVES:
         raise UserError(f"{field} is {text!r}; the objectives are {', '.join(OBJECTIVES)}")
     try:
