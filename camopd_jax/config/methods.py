@@ -1,9 +1,10 @@
 """The methods that CaMOPD is compared with. Each is the same run with other values in some fields of its config."""
 
+import json
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from camopd_jax.config.schema import TrainConfig
+from camopd_jax.config.schema import BranchConfig, Method, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -84,7 +85,9 @@ def method_of(config: dict[str, Any]) -> str | None:
     """The name of the method in `METHODS` that a run's resolved config describes; None if there is none."""
     if "branches" not in config:
         return None  # a config of an earlier version
-    actual = {"method": config["method"], "branches": _without_prompts(config["branches"])}
+    # A field that an earlier version did not have has its default
+    branches = {name: asdict(BranchConfig()) | branch for name, branch in config["branches"].items()}
+    actual = _plain({"method": asdict(Method()) | config["method"], "branches": _without_prompts(branches)})
     clips = config["optimizer"].get("clip_norm") is not None
     for name, method in METHODS.items():
         if clips == ("optimizer.clip_norm" not in method.changes) and actual == _settings(method):
@@ -114,7 +117,12 @@ def _settings(method: NamedMethod) -> dict[str, Any]:
             for step in path:
                 part = part[step]
             part[last] = value
-    return settings
+    return _plain(settings)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as JSON values, as in a stored config."""
+    return json.loads(json.dumps(settings))
 
 
 def _without_prompts(branches: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

@@ -118,6 +118,9 @@ class BranchConfig:
     # The loss toward the teacher: sampled_token, cross_entropy, reverse_kl, forward_kl, jsd or a top-K objective, with
     # options in parentheses, as in "jsd(beta=0.1)" (docs/objectives.md)
     objective: str = "sampled_token"
+    # Constant weights and masks of tokens, in this order: top_d, reopold, tide_excess, overlong, unlikely, iw_opd,
+    # uc_mopd, hardest or exclude, as in ("reopold(lam=0.17)", "iw_opd") (docs/objectives.md)
+    weights: tuple[str, ...] = ()
     selection: SelectionConfig = SelectionConfig()
     scale: Annotated[float, Gt(0)] = 1.0  # r: factor on the loss (Eq 9)
     # n: consecutive steps in each cycle (Eq 5); with config.method.schedule "mixed", the share of each batch

@@ -4,9 +4,10 @@ With S the student's distribution, T the teacher's, and K a set of tokens:
 
     teacher_top_k    KL(S_K || T_K): K is the teacher's, and both are renormalised inside it (arXiv 2603.25562)
     corrected_top_k  sum_K (S log(S / T) - S + T): K is the teacher's; least where S = T in K (arXiv 2606.30406, Eq 5)
-    binned_top_k     KL over K + 1 outcomes, the last of which is every other token; K is the teacher's; either direction
+    binned_top_k     KL over K + 1 outcomes, the last of which is any other token; K is the teacher's; either direction
     tide_deficit     sum_K T_K log(T_K / S): K is the teacher's, and only the teacher is renormalised (arXiv 2608.09836)
     student_top_k    KL(S_K || T_K): K is the student's (arXiv 2604.13016)
+    selectkd         the sampled token's loss, where the teacher's K has the student's likeliest (arXiv 2510.24021)
 
 The plain truncated sum `sum_K S log(S / T)` is refused: its gradient is not 0 where S = T, but moves probability out of
 K, to the tokens that are least likely for the teacher.
@@ -21,6 +22,7 @@ import jax.numpy as jnp
 from camopd_jax.errors import UserError
 from camopd_jax.method.objectives.base import Objective
 from camopd_jax.method.objectives.full_vocabulary import kl
+from camopd_jax.method.objectives.sampled_token import SampledToken
 from camopd_jax.types import Record
 
 TRUNCATED = (
@@ -127,6 +129,30 @@ class StudentTopK(_TopK):
         ids = top_k(jax.lax.stop_gradient(logits), self.k)[1]
         teacher = _at(jax.lax.stop_gradient(targets["teacher_logits"]), ids)
         return kl(jax.nn.log_softmax(_at(logits, ids), axis=-1), jax.nn.log_softmax(teacher, axis=-1))
+
+
+@dataclass(frozen=True)
+class SelecTKD(SampledToken):
+    """The sampled token's loss where the teacher accepts the student: its top K has the student's most likely token.
+
+    Other tokens have the factor `rejected` instead of 1.
+    """
+
+    k: int = 5
+    rejected: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_k(self.k)
+        if not 0 <= self.rejected <= 1:
+            raise UserError(f"rejected is {self.rejected!r}; give a factor between 0 and 1")
+
+    def read(self, logits: jax.Array, targets: Record) -> Record:
+        return {"top_ids": top_k(logits, self.k)[1]}
+
+    def loss(self, logits: jax.Array, targets: Record) -> jax.Array:
+        best = jnp.argmax(jax.lax.stop_gradient(logits), axis=-1)
+        accepted = jnp.any(targets["top_ids"] == best[..., None], axis=-1)
+        return jnp.where(accepted, 1.0, self.rejected) * super().loss(logits, targets)
 
 
 def check_k(k: int) -> None:

@@ -119,6 +119,13 @@ def test_the_sampled_token_is_the_reverse_kl_on_average():
     np.testing.assert_allclose(STUDENT @ np.asarray(gradients), PINNED["reverse_kl"][1], atol=1e-5)
 
 
+@pytest.mark.parametrize("options, factor", [("k=1", 0), ("k=2", 1), ("k=1, rejected=0.3", 0.3)])
+def test_selectkd_accepts_the_students_first_word_in_the_teachers_top_k(options, factor):
+    """The student's most likely word is the teacher's second one."""
+    gradient = jax.grad(lambda z: loss(f"selectkd({options})", z, 1))(Z)
+    np.testing.assert_allclose(gradient, factor * np.array([0.255413, -0.357578, 0.076624, 0.025541]), atol=1e-5)
+
+
 def test_cross_entropy_does_not_depend_on_the_teacher():
     value, gradient = jax.value_and_grad(lambda z: loss("cross_entropy", z, 1))(Z)
     np.testing.assert_allclose(value, -np.log(0.3), atol=1e-6)
@@ -158,6 +165,7 @@ def test_only_losses_that_need_the_teachers_logits_store_hidden_states(name, kee
         ("teacher_top_k(k=0)", "k is 0; give a number of tokens, at least 1"),
         ("student_top_k(k=1.5)", "k is 1.5; give a number of tokens"),
         ("binned_top_k(direction='left')", "direction is 'left'; give 'reverse' or 'forward'"),
+        ("selectkd(rejected=2)", "rejected is 2; give a factor between 0 and 1"),
         ("truncated_top_k(k=16)", "is not offered: it sums over the top K only.* give teacher_top_k"),
     ],
 )
