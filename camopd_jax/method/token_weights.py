@@ -1,7 +1,7 @@
 """Constant weights of single tokens, which a branch combines with its objective: `config.branches.NAME.weights`.
 
 Each class computes the next weight of every token from the last one. The first weight is the objective's coefficient,
-for `sampled_token` the advantage `a = log teacher - log student`. A new weight needs a class here and a line of `WEIGHTS`.
+for `sampled_token` the advantage `a = log teacher - log student`. A new one needs a class here and a line of `WEIGHTS`.
 
 Shares of tokens are of all tokens that a step trains: those of the branch's selected answers.
 """
@@ -99,9 +99,9 @@ class TideExcess(TokenWeight):
 
 @dataclass(frozen=True)
 class Overlong(TokenWeight):
-    """Adds DAPO's penalty of long answers to the advantage: 0, then a fall to -1 over the `buffer` tokens up to `limit`.
+    """Adds DAPO's penalty of long answers to the advantage: 0, then down to -1 in the last `buffer` of `limit` tokens.
 
-    `min(0, max(-1, (limit - buffer - length) / buffer))` (arXiv 2503.14476, Eq 13)
+    `min(0, max(-1, (limit - buffer - length) / buffer))` (arXiv 2503.14476)
     """
 
     of_advantage: ClassVar[bool] = True

@@ -272,6 +272,22 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
     jax.tree.map(np.testing.assert_array_equal, rest.params, whole.params)
 
 
+def test_a_resumed_run_draws_the_same_masks(tiny):
+    """UC-MOPD's random mask, with a top-K objective in one branch."""
+    masks = {"weights": ("uc_mopd", "iw_opd")}
+    config = train_config(masks, masks | {"objective": "teacher_top_k(k=5)"}, steps=4, rollout=ROLLOUT,
+                          optimizer=CONFIG.optimizer)  # fmt: skip
+    once = begin(tiny, config).go()
+    twice = begin(tiny, config)
+    state = twice.go(Watcher(milestones=(2,), last=4, end_at=2))
+    assert int(state.step) == 2
+    state = twice.go(state=state)
+    jax.tree.map(np.testing.assert_array_equal, state, once)
+    plain = begin(tiny, dataclasses.replace(config, branches=CONFIG.branches)).go()
+    moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), once.params, plain.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3, "the weights have an effect"
+
+
 def test_every_step_is_logged_once_and_before_a_pause(tiny):
     watcher = Watcher(milestones=(2, 5), last=8)
     begin(tiny).go(watcher)

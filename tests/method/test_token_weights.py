@@ -203,7 +203,7 @@ def test_padding_and_unselected_answers_have_no_effect(name, spoiled):
     "texts, of, message",
     [
         (["iw"], "sampled_token", r"weights\[0\] is 'iw'; the weights are top_d, reopold"),
-        (["iw_opd", "top_d(alpha=1.0)"], "sampled_token", r"weights\[1\] is .*alpha is 1.0; give a number between 0 and 1"),
+        (["iw_opd", "top_d(alpha=1.0)"], "sampled_token", r"weights\[1\] is .*alpha is 1.0; give a number between"),
         (["reopold(lam=0.6)"], "sampled_token", "lam is 0.6; give a number between 0 and 0.5"),
         (["tide_excess(share=0)"], "sampled_token", "share is 0; give a share of the tokens"),
         (["hardest(share=1.5)"], "sampled_token", "share is 1.5"),
