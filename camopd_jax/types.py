@@ -112,7 +112,7 @@ class TrainState(struct.PyTreeNode):
 
     step: jax.Array  # int32[], updates done or skipped
     params: Params  # the trained parameters; frozen ones are not included
-    moments: dict[str, Any]  # Adam states: {"shared": ...}, or one for each branch by name
+    moments: dict[str, Any]  # Adam states: {"shared": ...}, or one for each branch by name; and stored gradients
 
 
 class KVCache(struct.PyTreeNode):

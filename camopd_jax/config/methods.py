@@ -30,7 +30,15 @@ _CROSS_ENTROPY = {"method.answers": "teacher", **_both("objective", "cross_entro
 _TEACHERS_ANSWERS = {**_CROSS_ENTROPY, **_EVERY_ANSWER, **_EQUAL_PULL}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 
-METHODS = {
+
+def _vanilla(about: str, objective: str = "sampled_token", weights: tuple[str, ...] = ()) -> NamedMethod:
+    """Vanilla with another objective or token weights in both branches."""
+    changes = _both("objective", objective) | _both("weights", weights)
+    return NamedMethod(f"vanilla with {about}", {**_VANILLA, **changes})
+
+
+# CaMOPD, its parts and its controls: the study of docs/results.md
+_STUDY = {
     "camopd": NamedMethod("CaMOPD as the paper has it: alternating 3:1, mass 0.8, pull 2 and 1"),
     "vanilla": NamedMethod("vanilla MOPD: both streams in each step 1:1, every answer, equal pull", _VANILLA),
     # -------------------------------------------------- CaMOPD's parts: vanilla with one, CaMOPD without one
@@ -74,10 +82,45 @@ METHODS = {
                              {**_TEACHERS_ANSWERS, **_MIXED, "branches.review.steps": 7}),
 }  # fmt: skip
 
+# Objectives, token weights and updates of other papers (docs/objectives.md), with vanilla's schedule if they have none
+_NEIGHBOURS = {
+    "reverse-kl": _vanilla("reverse KL over the full vocabulary (GKD, arXiv 2306.13649)", "reverse_kl"),
+    "forward-kl": _vanilla("forward KL over the full vocabulary (GKD, arXiv 2306.13649)", "forward_kl"),
+    "jsd": _vanilla("Jensen-Shannon divergence (GKD, arXiv 2306.13649)", "jsd"),
+    "teacher-top-k": NamedMethod(
+        "vanilla with the teacher's top 32, renormalised, and top-p 0.9 (Revisiting OPD, arXiv 2603.25562)",
+        {**_VANILLA, **_both("objective", "teacher_top_k"), "rollout.top_p": 0.9},
+    ),
+    "corrected-top-k": _vanilla("the teacher's top 64 and mass correction (MOPD, arXiv 2606.30406)", "corrected_top_k"),
+    "binned-top-k": _vanilla("the teacher's top 16 and one bin for the rest (TA-OPD)", "binned_top_k"),
+    "student-top-k": _vanilla("the student's top 16 (Rethinking OPD, arXiv 2604.13016)", "student_top_k"),
+    "tide-deficit": _vanilla("TIDE's deficit on every token (arXiv 2608.09836)", "tide_deficit"),
+    "selectkd": _vanilla("tokens accepted by the teacher's top 5 (SelecTKD, arXiv 2510.24021)", "selectkd"),
+    # ---------------------------------------------------------------------------- weights of tokens
+    "top-d": _vanilla("the gap toward a mixture of both models (TOP-D)", weights=("top_d",)),
+    "reopold": _vanilla("gaps of at least -1.59 (Relaxed OPD, arXiv 2603.11137)", weights=("reopold",)),
+    "tide-excess": _vanilla("TIDE's excess on a fifth of the tokens (arXiv 2608.09836)", weights=("tide_excess",)),
+    "iw-opd": _vanilla("weights that fall along the answer (IW-OPD)", weights=("iw_opd",)),
+    "uc-mopd": _vanilla("UC-MOPD's random mask (arXiv 2608.26735), without its explorations", weights=("uc_mopd",)),
+    "hardest": _vanilla("the half of the tokens with the largest gaps (after AdaKD, arXiv 2510.11615)",
+                        weights=("hardest",)),
+    "no-teacher": _vanilla("advantage -0.5 on the fifth least likely for the student: no teacher",
+                           weights=("unlikely",)),
+    # -------------------------------------------------------------------------- updates of branches
+    "dn-mopd": NamedMethod("vanilla with branches scaled by the spread of their gaps (DN-MOPD)",
+                           {**_VANILLA, "method.balance": "gap_spread"}),
+    "clip-2-1": NamedMethod("CaMOPD with a clip of its own for recovery, at the norm 2",
+                            {"branches.recovery.clip_norm": 2.0}),
+    "up-mopd": NamedMethod("CaMOPD without clipping, recoveries projected against the last review gradient (UP-MOPD)",
+                           {"branches.recovery.project_against": "review", "optimizer.clip_norm": None}),
+}  # fmt: skip
+
+METHODS = _STUDY | _NEIGHBOURS
 QUICK = ("camopd", "vanilla", "alternating", "random", "recovery-only", "distillation")
 
 INTERPOLATION = "interpolation"  # of the two models' parameters: compared like a method, but needs no run
 METHOD_NAMES = (*METHODS, INTERPOLATION)
+STUDY_METHODS = (*_STUDY, INTERPOLATION)
 REFERENCE_METHODS = ("vanilla", "camopd")  # every method is compared with these two
 
 
@@ -89,8 +132,10 @@ def method_of(config: dict[str, Any]) -> str | None:
     branches = {name: asdict(BranchConfig()) | branch for name, branch in config["branches"].items()}
     actual = _plain({"method": asdict(Method()) | config["method"], "branches": _without_prompts(branches)})
     clips = config["optimizer"].get("clip_norm") is not None
+    top_p = config.get("rollout", {}).get("top_p", 1.0)
     for name, method in METHODS.items():
-        if clips == ("optimizer.clip_norm" not in method.changes) and actual == _settings(method):
+        clip_is_right = clips == ("optimizer.clip_norm" not in method.changes)
+        if clip_is_right and method.changes.get("rollout.top_p", top_p) == top_p and actual == _settings(method):
             return name
     return None
 

@@ -125,6 +125,10 @@ class BranchConfig:
     scale: Annotated[float, Gt(0)] = 1.0  # r: factor on the loss (Eq 9)
     # n: consecutive steps in each cycle (Eq 5); with config.method.schedule "mixed", the share of each batch
     steps: Annotated[int, Ge(0)] = 1
+    # Global norm to which this branch's gradients are clipped, so that a scale above 1 is not cancelled
+    clip_norm: Annotated[float, Gt(0), "None: config.optimizer.clip_norm"] | None = None
+    # Another branch: what raises its loss, by its last gradient, is removed from each update (UP-MOPD); "": off
+    project_against: str = ""
 
 
 def _paper() -> dict[str, BranchConfig]:
@@ -156,6 +160,9 @@ class Method:
     # How a mixed step combines the branches' gradients: their sum; or PCGrad, which first removes from each gradient
     # the components that oppose the others
     conflict: Literal["sum", "pcgrad"] = "sum"
+    # How a mixed step scales the branches' gradients, besides by `scale`. gap_spread: by the standard deviation of all
+    # gaps over that of the branch's gaps, within 1/4 and 4 (DN-MOPD)
+    balance: Literal["none", "gap_spread"] = "none"
 
 
 @dataclass(frozen=True)

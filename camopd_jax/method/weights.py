@@ -27,6 +27,12 @@ def importance(log_probs: LogProbs, rollout: Rollout, gate: tuple[float, float] 
     return jnp.where((ratio_BT >= gate[0]) & (ratio_BT <= gate[1]), ratio_BT, 0)
 
 
+def selected_tokens(batch: Batch) -> jax.Array:
+    """bool[B, T], the tokens of the selected answers."""
+    rollout = batch.rollout
+    return length_mask(rollout.lengths, rollout.tokens.shape[1]) & (batch.selection.weights > 0)[:, None]
+
+
 def token_weights(
     batch: Batch,
     method: Method,
@@ -45,7 +51,7 @@ def token_weights(
       keys: a random key for each row, for `changes` that are random.
     """
     rollout, selection = batch.rollout, batch.selection
-    selected_BT = length_mask(rollout.lengths, rollout.tokens.shape[1]) & (selection.weights > 0)[:, None]
+    selected_BT = selected_tokens(batch)
     own_BT = objective.coefficient(batch.log_probs, method.advantage_clip)
     tokens = Tokens(rollout.tokens, selected_BT, rollout.lengths, batch.log_probs, batch.teacher.tokens, keys)
     for change in changes:

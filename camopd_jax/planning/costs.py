@@ -14,7 +14,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from camopd_jax.method import schedule
-from camopd_jax.method.optimizer import moment_names
+from camopd_jax.method.optimizer import LAST_GRADIENT, moment_names
 from camopd_jax.method.setup import Setup
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.partition import trained
@@ -210,7 +210,7 @@ def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
     counted exactly, activations roughly, and code, teachers' hidden states and a kept residual stream not at all.
     """
     config, gradients = setup.config, _trained_bytes(setup, models)
-    moments = 2 * gradients * len(moment_names(config))
+    moments = gradients * sum(1 if name.startswith(LAST_GRADIENT) else 2 for name in moment_names(config))
     gradients *= len(config.branches) if config.method.schedule == schedule.MIXED else 1
     teachers = [Share(shape, setup.mesh, setup.teacher_dtype).weights for shape in models.shapes.values()]
     parameters = Share(models.student, setup.mesh, config.compute.params).weights

@@ -272,10 +272,11 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
     jax.tree.map(np.testing.assert_array_equal, rest.params, whole.params)
 
 
-def test_a_resumed_run_draws_the_same_masks(tiny):
-    """UC-MOPD's random mask, with a top-K objective in one branch."""
-    masks = {"weights": ("uc_mopd", "iw_opd")}
-    config = train_config(masks, masks | {"objective": "teacher_top_k(k=5)"}, steps=4, rollout=ROLLOUT,
+def test_a_resumed_run_has_the_same_masks_and_stored_gradient(tiny):
+    """UC-MOPD's random mask, with a top-K objective in one branch, against which the other is projected."""
+    masks = {"weights": ("uc_mopd", "iw_opd"), "steps": 1}
+    recovery = masks | {"project_against": "review", "clip_norm": 2.0}
+    config = train_config(recovery, masks | {"objective": "teacher_top_k(k=5)"}, steps=4, rollout=ROLLOUT,
                           optimizer=CONFIG.optimizer)  # fmt: skip
     once = begin(tiny, config).go()
     twice = begin(tiny, config)
