@@ -43,8 +43,8 @@ if __name__ == "__main__":
     def main() -> None:
         values = flags.FLAGS
         if values.list:
-            for name, method in METHODS.items():
-                print(f"{name:17} {method.about}")
+            for name, of in METHODS.items():
+                print(f"{name:17} {of.about}")
             print(f"{INTERPOLATION:17} of the two models' parameters, without training")
             return
         workdir, base = cli.required("workdir", "runs/sandbox"), read_config()
