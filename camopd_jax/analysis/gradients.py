@@ -108,7 +108,7 @@ def set_gradients(
 
     def of_answer(chosen: Named, answer: LossInputs) -> jax.Array:
         answer = jax.tree.map(lambda array: array[None], answer)
-        return weighted_loss(loss, partition.merge(params, rebuild(chosen)), answer, teacher_head, widths)
+        return weighted_loss(loss, partition.merge(params, rebuild(chosen)), answer, teacher_head, widths)[0]
 
     micro = settings.micro_batch
     pieces = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), (inputs, sets_AB.T))

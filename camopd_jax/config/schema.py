@@ -282,6 +282,8 @@ class Log:
     samples: Annotated[int, Ge(0)] = 2  # answers of each step written to samples.jsonl
     # A line per step in selection.jsonl, with prompt, gap mass, length, entropy and losses of every answer
     selection: bool = True
+    # k of the monitors of agreement between student and teacher on their k likeliest tokens (method/agreement.py)
+    agreement: Annotated[int, Ge(0), "0: off"] = 0
     tensorboard: bool = True
     report: bool = True  # report.html at the end
 

@@ -13,7 +13,6 @@ from camopd_jax.inference.loading import Loaded
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import Branch
 from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, LossInputs
-from camopd_jax.method.objectives import TeacherReading
 from camopd_jax.method.select import select
 from camopd_jax.method.setup import Setup
 from camopd_jax.method.update import Metrics, branch_update, mixed_update
@@ -94,7 +93,7 @@ class Programs:
         for name, branch in config.branches.items():
             objective = setup.objectives[name]
             rule = partial(_select, seed=config.seed, rule=branch.selection)
-            loss = Loss(model, objective, teachers[name] if objective.teacher_logits else None)
+            loss = Loss(model, objective, teachers[name] if objective.teacher_logits else None, setup.agreement)
             self.selecting[name] = jax.jit(rule, out_shardings=selection)
             self.weighing[name] = jax.jit(partial(weigh, setup=setup, branch=name), out_shardings=rows)
             self.accumulators[name] = GradientAccumulator(loss, shardings.params, config.compute.logits_chunk)
@@ -161,8 +160,7 @@ class Programs:
             teacher, objective = branch.teacher, branch.objective
             params = teacher.fetch()
             sequences = answers.after(prompts.teacher)
-            reading = TeacherReading(objective, self.setup.weights[branch.name])
-            record = self.forward(teacher.model, params, sequences, reading)
+            record = self.forward(teacher.model, params, sequences, self.setup.reading(branch.name))
             student = answers.log_probs
             if forward:
                 sequences = answers.after(prompts.student)

@@ -13,7 +13,8 @@ from camopd_jax.config.schema import Compute, Evaluation, SftConfig, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
 from camopd_jax.method import schedule
-from camopd_jax.method.objectives import Objective, objective
+from camopd_jax.method.agreement import Agreement
+from camopd_jax.method.objectives import Objective, TeacherReading, objective
 from camopd_jax.method.token_weights import TokenWeight, branch_weights
 from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
@@ -40,6 +41,16 @@ class Setup:
     def score_batch(self) -> int:
         """Answers scored in one forward pass."""
         return self.config.rollout.score_batch or self.config.optimizer.micro_batch
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """The monitors of agreement, if the config has them."""
+        return Agreement(self.config.log.agreement) if self.config.log.agreement else None
+
+    def reading(self, branch: str) -> TeacherReading:
+        """The teacher's values that a branch needs."""
+        monitors = () if self.agreement is None else (self.agreement,)
+        return TeacherReading(self.objectives[branch], self.weights[branch] + monitors)
 
     @property
     def keep_residuals(self) -> bool:

@@ -16,6 +16,7 @@ from flax import struct
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
+from camopd_jax.method.agreement import entropy
 from camopd_jax.method.named import named
 from camopd_jax.method.objectives import Objective
 from camopd_jax.types import LogProbs, Record
@@ -168,9 +169,7 @@ class UcMopd(TokenWeight):
     """
 
     def read(self, logits: jax.Array, targets: Record) -> Record:
-        log_probs = jax.nn.log_softmax(logits, axis=-1)
-        probabilities = jnp.exp(log_probs)
-        return {"entropy": -jnp.sum(jnp.where(probabilities > 0, probabilities * log_probs, 0), axis=-1)}
+        return {"entropy": entropy(jax.nn.log_softmax(logits, axis=-1))}
 
     def probability(self, tokens: Tokens) -> jax.Array:
         """The probability to keep each token, float32[B, T]."""

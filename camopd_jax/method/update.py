@@ -36,7 +36,7 @@ def branch_update(
         skipped = stats["skipped"] > 0
         last = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), state.moments[name], gradient.of)
         state = state.replace(moments=state.moments | {name: last})
-    return state, {"loss": gradient.loss, "answers": answer_table(batch)} | step_statistics(batch) | stats
+    return state, _branch_metrics(gradient, batch) | stats
 
 
 def mixed_update(
@@ -57,10 +57,7 @@ def mixed_update(
     total = Gradient(loss, jax.tree.map(lambda first, *rest: sum(rest, start=first), *weighted))
     finite = jnp.all(jnp.stack([_finite_gap_mass(batch) for batch in batches.values()]))
     state, stats = _take_step(state, total, finite, "shared", config)
-    of_branches: dict[str, Metrics] = {
-        name: {"loss": gradients[name].loss, "answers": answer_table(batch)} | step_statistics(batch)
-        for name, batch in batches.items()
-    }
+    of_branches: dict[str, Metrics] = {name: _branch_metrics(gradients[name], batch) for name, batch in batches.items()}
     for name, factor in balance.items():
         of_branches[name]["balance"] = factor
     tokens = {
@@ -109,6 +106,13 @@ def sft_update(
     state, stats = _take_step(state, gradient, jnp.bool_(True), "shared", config)
     counts = {"prompt_tokens": jnp.sum(batch.prompts.lengths), "response_tokens": jnp.sum(batch.lengths)}
     return state, {"loss": gradient.loss} | counts | stats
+
+
+def _branch_metrics(gradient: Gradient, batch: Batch) -> Metrics:
+    """The metrics of a branch's batch. Monitors are means over the tokens that are trained."""
+    trained = jnp.maximum(jnp.sum(batch.selection.weights * batch.rollout.lengths), 1)
+    monitors = {name: total / trained for name, total in gradient.monitors.items()}
+    return {"loss": gradient.loss, "answers": answer_table(batch)} | step_statistics(batch) | monitors
 
 
 def _finite_gap_mass(batch: Batch) -> jax.Array:

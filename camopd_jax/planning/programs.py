@@ -16,7 +16,6 @@ import numpy as np
 
 from camopd_jax.method import schedule
 from camopd_jax.method.gradient import Gradient, LossInputs
-from camopd_jax.method.objectives import TeacherReading
 from camopd_jax.planning.arrays import Plan, chip_bytes, rows
 from camopd_jax.planning.costs import kept_rows, lanes_of, refills, waves_of
 from camopd_jax.rollout import generate
@@ -132,7 +131,7 @@ class _Step:
         prompts = rows(self.setup.mesh, PromptBatch(tokens, tokens, tokens.lengths))
         answers = self.rollout(name, prompts)
         self.chip["residuals"] = self.chip["residuals"], answers.residuals
-        sequences, reading = answers.after(prompts.teacher), TeacherReading(objective, self.setup.weights[name])
+        sequences, reading = answers.after(prompts.teacher), self.setup.reading(name)
         record = self.score(f"score: {name} teacher", teacher, params, sequences, reading)
         of_teacher = record.pop("log_prob")
         head = head_params(teacher, params) if objective.teacher_logits else {}
