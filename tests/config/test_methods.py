@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 from builders import train_config
 
@@ -9,6 +10,7 @@ from camopd_jax.config.identity import changed, to_json
 from camopd_jax.config.methods import METHODS, QUICK, description, method_of
 from camopd_jax.config.schema import Method, Optimizer, RolloutConfig
 from camopd_jax.method import schedule
+from camopd_jax.method.setup import resolve
 
 BASE = train_config(rollout=RolloutConfig(batch_size=64), optimizer=Optimizer(micro_batch=8))
 
@@ -95,6 +97,12 @@ def test_a_method_has_the_settings_in_its_name(name, wanted):
         block = config.branches[branch] if branch else config.method
         block = block.selection if name in ("mass", "keep", "by") else block
         assert getattr(block, name) == value, field
+
+
+def test_every_objective_and_weight_of_a_method_exists():
+    for name in METHODS:
+        setup = resolve(of(name), jax.devices()[:1])
+        assert list(setup.objectives) == list(setup.weights) == ["recovery", "review"], name
 
 
 def test_clipping_is_off_for_no_clip_methods():

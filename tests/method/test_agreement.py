@@ -84,7 +84,7 @@ def test_a_run_measures_its_trained_tokens_and_nothing_else_changes(compute):
     assert 0 < expected[0] < 1 and abs(expected[1]) > 0.1
     _, _, plain, without = run(dataclasses.replace(CONFIG, log=Log(), compute=compute))
     assert not set(MONITORS) & set(without[0].metrics)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-6), state.params, plain.params)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, plain.params)
 
 
 def test_a_mixed_run_measures_each_branch():
