@@ -4,7 +4,10 @@
     python -m camopd_jax.compare --config=configs/sandbox.py --workdir=runs/sandbox_quick --quick
     python -m camopd_jax.compare --config=configs/smollm2.py --workdir=runs/grid --methods=camopd,vanilla --rates=1e-4
 
-The methods are those of camopd_jax/config/methods.py, and interpolation between the two models. Every method is first
+    python -m camopd_jax.compare --list
+
+The methods are those of camopd_jax/config/methods.py, and interpolation between the two models. By default, they are
+CaMOPD, its parts and its controls; --methods=all adds those of other papers (docs/objectives.md). Every method is first
 run once at each of --rates, with a separate seed. The learning rate with the best sum of recovery and retention on
 every fourth question is then used for all seeds; results are on the other questions. A single rate needs no such sweep.
 
@@ -16,7 +19,7 @@ from absl import flags
 from rich.console import Console
 
 from camopd_jax.analysis import study
-from camopd_jax.config.methods import INTERPOLATION, METHOD_NAMES, QUICK, REFERENCE_METHODS
+from camopd_jax.config.methods import INTERPOLATION, METHOD_NAMES, METHODS, QUICK, REFERENCE_METHODS, STUDY_METHODS
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.runs.grid import compare
@@ -25,7 +28,8 @@ from camopd_jax.runtime import cli
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the grid, created if needed.")
-    flags.DEFINE_list("methods", list(METHOD_NAMES), f"Methods to compare, out of {', '.join(METHOD_NAMES)}.")
+    flags.DEFINE_list("methods", list(STUDY_METHODS), "Methods to compare, as in --list; all: every one.")
+    flags.DEFINE_bool("list", False, "Print the methods, with a line about each, and end.")
     flags.DEFINE_list(
         "rates",
         [],
@@ -38,8 +42,14 @@ if __name__ == "__main__":
 
     def main() -> None:
         values = flags.FLAGS
+        if values.list:
+            for name, of in METHODS.items():
+                print(f"{name:17} {of.about}")
+            print(f"{INTERPOLATION:17} of the two models' parameters, without training")
+            return
         workdir, base = cli.required("workdir", "runs/sandbox"), read_config()
         methods = (*QUICK, INTERPOLATION) if values.quick else values.methods
+        methods = METHOD_NAMES if methods == ["all"] else methods
         for method in methods:
             if method not in METHOD_NAMES:
                 raise UserError(f"--methods: {method} is not a method; give some of {', '.join(METHOD_NAMES)}")

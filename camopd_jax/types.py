@@ -113,7 +113,7 @@ class TrainState(struct.PyTreeNode):
 
     step: jax.Array  # int32[], updates done or skipped
     params: Params  # the trained parameters; frozen ones are not included
-    moments: dict[str, Any]  # Adam states: {"shared": ...}, or one for each branch by name
+    moments: dict[str, Any]  # Adam states: {"shared": ...}, or one for each branch by name; and stored gradients
     average: Params = struct.field(default_factory=dict)  # float32, of the parameters over the updates; {}: none
 
     @property

@@ -1,4 +1,4 @@
-"""The laptop study: every method of camopd_jax/config/methods.py on the quickstart's models.
+"""The laptop study: CaMOPD, its parts and its controls (camopd_jax/config/methods.py) on the quickstart's models.
 
 Command    python -m camopd_jax.compare --config=configs/sandbox.py --workdir=runs/sandbox --seeds=5
 Models     those of configs/quickstart.py, with its prompts and its settings of rollout and optimizer.

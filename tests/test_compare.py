@@ -9,6 +9,7 @@ import pytest
 from rows import read_lines, write_lines
 
 from camopd_jax.config.identity import to_json
+from camopd_jax.config.methods import METHOD_NAMES
 from camopd_jax.config.schema import Benchmark, BranchConfig, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.runs.grid import INTERPOLATION, Cell, is_finished
@@ -64,6 +65,14 @@ def test_mistakes(command, tmp_path):
     ):  # fmt: skip
         ended = command("compare", *flags)
         assert (ended.code, ended.err.count("\n")) == (2, 1) and message in ended.err, ended.err
+
+
+def test_the_list_of_methods(command):
+    """A line for each, without a config or a work directory."""
+    ended = command("compare", "--list")
+    assert ended.code == 0, ended.err
+    assert [line.split()[0] for line in ended.out.splitlines()] == list(METHOD_NAMES)
+    assert "arXiv 2608.26735" in ended.out
 
 
 @pytest.mark.slow

@@ -23,8 +23,10 @@ from camopd_jax.config.schema import Diagnostics, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.method.gradient import Loss, LossInputs, weighted_loss
 from camopd_jax.method.select import random_subset
+from camopd_jax.method.token_weights import branch_weights
 from camopd_jax.method.weights import token_weights
 from camopd_jax.models import partition
+from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.runtime.buckets import Widths
 from camopd_jax.types import Batch, Params
 
@@ -74,8 +76,10 @@ def answer_inputs(batch: Batch, loss: Loss, config: TrainConfig, branch: str) ->
     """All answers of a batch, each with the weights of its own loss, the bracket of Eq 9."""
     selection = batch.selection
     alone = selection.replace(weights=jnp.ones_like(selection.weights), count=jnp.int32(1))
-    scale = config.branches[branch].scale
-    weights = token_weights(batch.replace(selection=alone), config.method, loss.objective, scale)
+    scale, changes = config.branches[branch].scale, branch_weights(config, branch, loss.objective)
+    keys = row_keys(config.seed, jnp.int32(0), batch.index)
+    one = batch.replace(selection=alone)
+    weights = token_weights(one, config.method, loss.objective, scale, changes, keys)
     return LossInputs(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens)
 
 
@@ -104,7 +108,7 @@ def set_gradients(
 
     def of_answer(chosen: Named, answer: LossInputs) -> jax.Array:
         answer = jax.tree.map(lambda array: array[None], answer)
-        return weighted_loss(loss, partition.merge(params, rebuild(chosen)), answer, teacher_head, widths)
+        return weighted_loss(loss, partition.merge(params, rebuild(chosen)), answer, teacher_head, widths)[0]
 
     micro = settings.micro_batch
     pieces = jax.tree.map(lambda x: x.reshape(-1, micro, *x.shape[1:]), (inputs, sets_AB.T))

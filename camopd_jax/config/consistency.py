@@ -116,6 +116,10 @@ def _check_branches(config: TrainConfig) -> None:
     mixed = method.schedule == "mixed"
     advice = 'it combines gradients of a mixed step; give "sum", or method.schedule "mixed"'
     _need(mixed or method.conflict == "sum", "method.conflict", method.conflict, advice)
+    advice = 'it compares the branches of a mixed step; give "none", or method.schedule "mixed"'
+    _need(mixed or method.balance == "none", "method.balance", method.balance, advice)
+    for name, branch in branches.items():
+        _check_update(name, branch, branches, mixed)
     if not mixed:
         return
     idle = [name for name, branch in branches.items() if branch.steps == 0]
@@ -125,6 +129,18 @@ def _check_branches(config: TrainConfig) -> None:
     advice = f"give a multiple of {cycle}, the sum of the branches' steps: they split a mixed batch"
     _need(size % cycle == 0, "rollout.batch_size", size, advice)
     _need(method.moments == "shared", "method.moments", method.moments, 'a mixed step has one gradient; give "shared"')
+
+
+def _check_update(name: str, branch: BranchConfig, branches: dict[str, BranchConfig], mixed: bool) -> None:
+    advice = "a mixed step has one gradient; give None, or method.schedule 'alternate'"
+    _need(not mixed or branch.clip_norm is None, f"branches.{name}.clip_norm", branch.clip_norm, advice)
+    other = branch.project_against
+    if not other:
+        return
+    _need(not mixed, f"branches.{name}.project_against", other, advice.replace("None", "''"))
+    names = [key for key, of in branches.items() if key != name and of.steps > 0]
+    advice = f"name another branch with steps > 0, of {', '.join(names)}" if names else "no other branch has steps > 0"
+    _need(other in names, f"branches.{name}.project_against", other, advice)
 
 
 RESERVED = ("mixed", "sft", "diagnostics", "shared")  # names with another meaning in metrics.jsonl or among moments

@@ -1,9 +1,10 @@
 """The methods that CaMOPD is compared with. Each is the same run with other values in some fields of its config."""
 
+import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from camopd_jax.config.schema import Start, TrainConfig, WarmUp
+from camopd_jax.config.schema import BranchConfig, Method, Start, TrainConfig, WarmUp
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,15 @@ _WARM_UP = {"warm_up.steps": 20}
 _START = {"start.interpolation": 0.1}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 
-METHODS = {
+
+def _vanilla(about: str, objective: str = "sampled_token", weights: tuple[str, ...] = ()) -> NamedMethod:
+    """Vanilla with another objective or token weights in both branches."""
+    changes = _both("objective", objective) | _both("weights", weights)
+    return NamedMethod(f"vanilla with {about}", {**_VANILLA, **changes})
+
+
+# CaMOPD, its parts and its controls: the study of docs/results.md
+_STUDY = {
     "camopd": NamedMethod("CaMOPD as the paper has it: alternating 3:1, mass 0.8, pull 2 and 1"),
     "vanilla": NamedMethod("vanilla MOPD: both streams in each step 1:1, every answer, equal pull", _VANILLA),
     # -------------------------------------------------- CaMOPD's parts: vanilla with one, CaMOPD without one
@@ -61,22 +70,13 @@ METHODS = {
     "no-clip": NamedMethod("CaMOPD without clipping of the gradient's norm", {"optimizer.clip_norm": None}),
     "no-clip-r1": NamedMethod("CaMOPD without clipping, equal pull", {**_EQUAL_PULL, "optimizer.clip_norm": None}),
     "vanilla-no-clip": NamedMethod("vanilla without clipping", {**_VANILLA, "optimizer.clip_norm": None}),
-    "average": NamedMethod("CaMOPD, its result the exponential average of the weights", _AVERAGE),
-    "vanilla-average": NamedMethod("vanilla, its result the exponential average of the weights",
-                                   {**_VANILLA, **_AVERAGE}),
     "pcgrad": NamedMethod("vanilla with PCGrad", {**_VANILLA, "method.conflict": "pcgrad"}),
     # ------------------------------------------------------------------------------------ one teacher
     "recovery-only": NamedMethod("recovery in every step", {"branches.recovery.steps": 1, "branches.review.steps": 0}),
     "review-only": NamedMethod("review in every step", {"branches.recovery.steps": 0}),
     "one-teacher": NamedMethod("vanilla with the original model teaching both streams",
                                {**_VANILLA, "branches.review.teacher": "general"}),
-    # ------------------------------------------------------------------------ a start between the two models
-    "start-0.1": NamedMethod("CaMOPD from a start with 10 % of the original model", _START),
-    "vanilla-start-0.1": NamedMethod("vanilla from a start with 10 % of the original model", {**_VANILLA, **_START}),
     # -------------------------------------------------------------------------------- teachers' answers
-    "warm-up": NamedMethod("CaMOPD, the first 20 steps of it cross-entropy on teachers' answers", _WARM_UP),
-    "vanilla-warm-up": NamedMethod("vanilla, the first 20 steps of it cross-entropy on teachers' answers",
-                                   {**_VANILLA, **_WARM_UP}),
     "distillation": NamedMethod("cross-entropy on the original model's answers to general prompts",
                                 {**_TEACHERS_ANSWERS, "branches.recovery.steps": 1, "branches.review.steps": 0}),
     "replay-50": NamedMethod("cross-entropy on teachers' answers, 50 % of them general",
@@ -85,26 +85,77 @@ METHODS = {
                              {**_TEACHERS_ANSWERS, **_MIXED, "branches.review.steps": 7}),
 }  # fmt: skip
 
+# Objectives, token weights and updates of other papers (docs/objectives.md), with vanilla's schedule if they have none
+_NEIGHBOURS = {
+    "reverse-kl": _vanilla("reverse KL over the full vocabulary (GKD, arXiv 2306.13649)", "reverse_kl"),
+    "forward-kl": _vanilla("forward KL over the full vocabulary (GKD, arXiv 2306.13649)", "forward_kl"),
+    "jsd": _vanilla("Jensen-Shannon divergence (GKD, arXiv 2306.13649)", "jsd"),
+    "teacher-top-k": NamedMethod(
+        "vanilla with the teacher's top 32, renormalised, and top-p 0.9 (Revisiting OPD, arXiv 2603.25562)",
+        {**_VANILLA, **_both("objective", "teacher_top_k"), "rollout.top_p": 0.9},
+    ),
+    "corrected-top-k": _vanilla("the teacher's top 64 and mass correction (MOPD, arXiv 2606.30406)", "corrected_top_k"),
+    "binned-top-k": _vanilla("the teacher's top 16 and one bin for the rest (TA-OPD)", "binned_top_k"),
+    "student-top-k": _vanilla("the student's top 16 (Rethinking OPD, arXiv 2604.13016)", "student_top_k"),
+    "tide-deficit": _vanilla("TIDE's deficit on every token (arXiv 2608.09836)", "tide_deficit"),
+    "selectkd": _vanilla("tokens accepted by the teacher's top 5 (SelecTKD, arXiv 2510.24021)", "selectkd"),
+    # ---------------------------------------------------------------------------- weights of tokens
+    "top-d": _vanilla("the gap toward a mixture of both models (TOP-D)", weights=("top_d",)),
+    "reopold": _vanilla("gaps of at least -1.59 (Relaxed OPD, arXiv 2603.11137)", weights=("reopold",)),
+    "tide-excess": _vanilla("TIDE's excess on a fifth of the tokens (arXiv 2608.09836)", weights=("tide_excess",)),
+    "iw-opd": _vanilla("weights that fall along the answer (IW-OPD)", weights=("iw_opd",)),
+    "uc-mopd": _vanilla("UC-MOPD's random mask (arXiv 2608.26735), without its explorations", weights=("uc_mopd",)),
+    "hardest": _vanilla("the half of the tokens with the largest gaps (after AdaKD, arXiv 2510.11615)",
+                        weights=("hardest",)),
+    "no-teacher": _vanilla("advantage -0.5 on the fifth least likely for the student: no teacher",
+                           weights=("unlikely",)),
+    # -------------------------------------------------------------------------- updates of branches
+    "dn-mopd": NamedMethod("vanilla with branches scaled by the spread of their gaps (DN-MOPD)",
+                           {**_VANILLA, "method.balance": "gap_spread"}),
+    "clip-2-1": NamedMethod("CaMOPD with a clip of its own for recovery, at the norm 2",
+                            {"branches.recovery.clip_norm": 2.0}),
+    "up-mopd": NamedMethod("CaMOPD without clipping, recoveries projected against the last review gradient (UP-MOPD)",
+                           {"branches.recovery.project_against": "review", "optimizer.clip_norm": None}),
+}  # fmt: skip
+
+# Options for more recovery, alone
+_OPTIONS = {
+    "start-0.1": NamedMethod("CaMOPD from a start with 10 % of the original model", _START),
+    "vanilla-start-0.1": NamedMethod("vanilla from a start with 10 % of the original model", {**_VANILLA, **_START}),
+    "warm-up": NamedMethod("CaMOPD, the first 20 steps of it cross-entropy on teachers' answers", _WARM_UP),
+    "vanilla-warm-up": NamedMethod("vanilla, the first 20 steps of it cross-entropy on teachers' answers",
+                                   {**_VANILLA, **_WARM_UP}),
+    "average": NamedMethod("CaMOPD, its result the exponential average of the weights", _AVERAGE),
+    "vanilla-average": NamedMethod("vanilla, its result the exponential average of the weights",
+                                   {**_VANILLA, **_AVERAGE}),
+}  # fmt: skip
+
+METHODS = _STUDY | _NEIGHBOURS | _OPTIONS
 QUICK = ("camopd", "vanilla", "alternating", "random", "recovery-only", "distillation")
 
 INTERPOLATION = "interpolation"  # of the two models' parameters: compared like a method, but needs no run
 METHOD_NAMES = (*METHODS, INTERPOLATION)
+STUDY_METHODS = (*_STUDY, INTERPOLATION)
 REFERENCE_METHODS = ("vanilla", "camopd")  # every method is compared with these two
 
 
-_BLOCKS = ("method", "start", "warm_up", "branches")  # of a config, that make its method
+_BLOCKS = {"method": Method, "start": Start, "warm_up": WarmUp}  # that make a method, with `branches`
 
 
 def method_of(config: dict[str, Any]) -> str | None:
     """The name of the method in `METHODS` that a run's resolved config describes; None if there is none."""
     if "branches" not in config:
         return None  # a config of an earlier version
-    actual = {block: config.get(block) for block in _BLOCKS}
-    actual["branches"] = _without_prompts(config["branches"])
+    # A field or block that an earlier version did not have has its default
+    branches = {name: asdict(BranchConfig()) | branch for name, branch in config["branches"].items()}
+    blocks = {name: asdict(of()) | config.get(name, {}) for name, of in _BLOCKS.items()}
+    actual = _plain({**blocks, "branches": _without_prompts(branches)})
     clips, average = config["optimizer"].get("clip_norm") is not None, config["optimizer"].get("average")
+    top_p = config.get("rollout", {}).get("top_p", 1.0)
     for name, method in METHODS.items():
-        of_method = "optimizer.clip_norm" not in method.changes, method.changes.get("optimizer.average")
-        if (clips, average) == of_method and actual == _settings(method):
+        of_optimizer = "optimizer.clip_norm" not in method.changes, method.changes.get("optimizer.average")
+        of_rollout = method.changes.get("rollout.top_p", top_p)
+        if (clips, average, top_p) == (*of_optimizer, of_rollout) and actual == _settings(method):
             return name
     return None
 
@@ -130,8 +181,7 @@ def description(config: TrainConfig) -> str:
 def _settings(method: NamedMethod) -> dict[str, Any]:
     """The defaults of the config's blocks that make a method, with the method's changes."""
     defaults = asdict(TrainConfig("", ""))
-    settings = {block: defaults[block] for block in _BLOCKS}
-    settings["branches"] = _without_prompts(defaults["branches"])
+    settings = {block: defaults[block] for block in _BLOCKS} | {"branches": _without_prompts(defaults["branches"])}
     for name, value in method.changes.items():
         block, *path, last = name.split(".")
         if block in settings:
@@ -139,7 +189,12 @@ def _settings(method: NamedMethod) -> dict[str, Any]:
             for step in path:
                 part = part[step]
             part[last] = value
-    return settings
+    return _plain(settings)
+
+
+def _plain(settings: dict[str, Any]) -> dict[str, Any]:
+    """The settings as JSON values, as in a stored config."""
+    return json.loads(json.dumps(settings))
 
 
 def _without_prompts(branches: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:

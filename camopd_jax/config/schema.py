@@ -115,13 +115,20 @@ class BranchConfig:
     prompts: Stream = Stream()
     # "general" or "specialised": that model of the config; else a Hugging Face folder or hub name
     teacher: str = "general"
-    # The loss toward the teacher: sampled_token, cross_entropy, reverse_kl, forward_kl or jsd, with options in
-    # parentheses, as in "jsd(beta=0.1)" (camopd_jax/method/objectives)
+    # The loss toward the teacher: sampled_token, cross_entropy, reverse_kl, forward_kl, jsd or a top-K objective, with
+    # options in parentheses, as in "jsd(beta=0.1)" (docs/objectives.md)
     objective: str = "sampled_token"
+    # Constant weights and masks of tokens, in this order: top_d, reopold, tide_excess, overlong, unlikely, iw_opd,
+    # uc_mopd, hardest or exclude, as in ("reopold(lam=0.17)", "iw_opd") (docs/objectives.md)
+    weights: tuple[str, ...] = ()
     selection: SelectionConfig = SelectionConfig()
     scale: Annotated[float, Gt(0)] = 1.0  # r: factor on the loss (Eq 9)
     # n: consecutive steps in each cycle (Eq 5); with config.method.schedule "mixed", the share of each batch
     steps: Annotated[int, Ge(0)] = 1
+    # Global norm to which this branch's gradients are clipped, so that a scale above 1 is not cancelled
+    clip_norm: Annotated[float, Gt(0), "None: config.optimizer.clip_norm"] | None = None
+    # Another branch: what raises its loss, by its last gradient, is removed from each update (UP-MOPD); "": off
+    project_against: str = ""
 
 
 def _paper() -> dict[str, BranchConfig]:
@@ -153,6 +160,9 @@ class Method:
     # How a mixed step combines the branches' gradients: their sum; or PCGrad, which first removes from each gradient
     # the components that oppose the others
     conflict: Literal["sum", "pcgrad"] = "sum"
+    # How a mixed step scales the branches' gradients, besides by `scale`. gap_spread: by the standard deviation of all
+    # gaps over that of the branch's gaps, within 1/4 and 4 (DN-MOPD)
+    balance: Literal["none", "gap_spread"] = "none"
 
 
 @dataclass(frozen=True)
@@ -197,8 +207,9 @@ class Optimizer:
     # exported in place of the weights, which the updates continue to use
     average: Annotated[float, Gt(0), Lt(1), "None: no average"] | None = None
     micro_batch: Free[Count] = 8  # sequences in one forward and backward
-    # Which parameters are trained: "all", or a regular expression that is searched for in names such as
-    # layers.attention.query.kernel. The others are frozen: they have no gradients and no moments and are not saved
+    # Which parameters are trained: "all" (but the routers of mixtures of experts), or a regular expression that is
+    # searched for in names such as layers.attention.query.kernel. The others are frozen: they have no gradients and no
+    # moments and are not saved. ".": all, with routers
     trained: str = "all"
 
 
@@ -300,6 +311,8 @@ class Log:
     samples: Annotated[int, Ge(0)] = 2  # answers of each step written to samples.jsonl
     # A line per step in selection.jsonl, with prompt, gap mass, length, entropy and losses of every answer
     selection: bool = True
+    # k of the monitors of agreement between student and teacher on their k likeliest tokens (method/agreement.py)
+    agreement: Annotated[int, Ge(0), "0: off"] = 0
     tensorboard: bool = True
     report: bool = True  # report.html at the end
 

@@ -5,8 +5,9 @@ is added to the sum in place (`models/stack.py`). The tree structure of the sum 
 """
 
 import itertools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import jax
@@ -14,6 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import struct
 
+from camopd_jax.method.agreement import MONITORS, Agreement
 from camopd_jax.method.objectives import Objective
 from camopd_jax.models.partition import merge, subset
 from camopd_jax.rollout.head import TokenFunction, map_tokens
@@ -29,6 +31,7 @@ class Gradient(struct.PyTreeNode):
 
     loss: jax.Array  # float32[]
     of: Params  # float32, a tree like the trained parameters
+    monitors: Record = struct.field(default_factory=dict)  # sums over tokens, float32[], by name; if measured
 
 
 class LossInputs(struct.PyTreeNode):
@@ -56,10 +59,17 @@ class Loss:
     model: LanguageModel
     objective: Objective
     teacher: LanguageModel | None = None  # if the objective needs the teacher's logits
+    agreement: Agreement | None = None  # monitors to measure
+
+    def of_tokens(self, logits: jax.Array, targets: Record) -> Record:
+        """Each token's "loss" and monitors, float32[...] by name; arguments as for `Objective.loss`."""
+        measured = {} if self.agreement is None else self.agreement.measure(logits, targets)
+        return {"loss": self.objective.loss(logits, targets)} | measured
 
 
-def zero_gradient(params: Params) -> Gradient:
-    return Gradient(jnp.float32(0), jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params))
+def zero_gradient(params: Params, monitors: Sequence[str] = ()) -> Gradient:
+    zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
+    return Gradient(jnp.float32(0), zeros, {name: jnp.float32(0) for name in monitors})
 
 
 def weighted_loss(
@@ -69,8 +79,8 @@ def weighted_loss(
     teacher_head: Params,
     widths: Widths,
     layers_so_far: Params | None = None,
-) -> jax.Array:
-    """`sum weight loss` over the tokens of all rows, float32[].
+) -> tuple[jax.Array, Record]:
+    """`sum weight loss` over the tokens of all rows, float32[]; and each row's sums of monitors, float32[B] by name.
 
     Args:
       teacher_head: parameters of the teacher's output head, if `loss` has a teacher.
@@ -80,10 +90,12 @@ def weighted_loss(
     sequences = sequences.replace(tokens=sequences.tokens[:, :cut])
     hidden = predicting_states(loss.model, params, sequences, widths.slots, layers_so_far, inputs.residuals)
     targets = {name: array[:, :cut] for name, array in inputs.record.items()} | {"tokens": sequences.tokens}
-    function = TokenFunction(loss.model, loss.objective.loss, loss.teacher)
-    losses = map_tokens(function, params, hidden, targets, widths.chunk, teacher_head)
-    losses = jnp.where(length_mask(sequences.lengths, cut), losses, 0)
-    return jnp.sum(inputs.weights[:, :cut] * losses)
+    function = TokenFunction(loss.model, loss.of_tokens, loss.teacher)
+    values = map_tokens(function, params, hidden, targets, widths.chunk, teacher_head)
+    mask = length_mask(sequences.lengths, cut)
+    losses = jnp.where(mask, values.pop("loss"), 0)
+    monitors = {name: jnp.sum(jnp.where(mask, value, 0), axis=1) for name, value in values.items()}
+    return jnp.sum(inputs.weights[:, :cut] * losses), monitors
 
 
 def add_gradient(
@@ -105,19 +117,21 @@ def add_gradient(
     batch_rows = len(inputs.sequences.lengths)
     others = subset(params, {name: tree for name, tree in so_far.of.items() if name != "layers"})
 
-    def of_rows(others: Params, layers_so_far: Params, rows_M: jax.Array) -> jax.Array:
-        part = take_rows(inputs, rows_M, loss.model.mesh)
-        part = part.replace(weights=jnp.where((rows_M < batch_rows)[:, None], part.weights, 0))
-        return weighted_loss(loss, merge(params, others), part, teacher_head, widths, layers_so_far)
+    def of_rows(others: Params, layers_so_far: Params, rows_M: jax.Array) -> tuple[jax.Array, Record]:
+        part, present_M = take_rows(inputs, rows_M, loss.model.mesh), rows_M < batch_rows
+        part = part.replace(weights=jnp.where(present_M[:, None], part.weights, 0))
+        value, monitors = weighted_loss(loss, merge(params, others), part, teacher_head, widths, layers_so_far)
+        return value, {name: jnp.sum(jnp.where(present_M, sums, 0)) for name, sums in monitors.items()}
 
     def add(k: jax.Array | int, so_far: Gradient) -> Gradient:
         layers_so_far = so_far.of.get("layers", {})
-        differentiate = jax.value_and_grad(of_rows, argnums=(0, 1))
-        value, (grads, layers) = differentiate(others, layers_so_far, micro_batches.rows[k])
+        differentiate = jax.value_and_grad(of_rows, argnums=(0, 1), has_aux=True)
+        (value, monitors), (grads, layers) = differentiate(others, layers_so_far, micro_batches.rows[k])
+        sums = {name: so_far.monitors[name] + monitors[name] for name in monitors}
         total = {
             name: jax.tree.map(lambda a, g: a + g.astype(jnp.float32), so_far.of[name], grads[name]) for name in grads
         }
-        return Gradient(so_far.loss + value, total | ({"layers": layers} if "layers" in so_far.of else {}))
+        return Gradient(so_far.loss + value, total | ({"layers": layers} if "layers" in so_far.of else {}), sums)
 
     if len(micro_batches.rows) == 1:
         return add(0, so_far)
@@ -143,8 +157,9 @@ class GradientAccumulator:
         self.loss, self._chunk = loss, chunk
         self._in_one_call = platform(mesh) == "cpu" if in_one_call is None else in_one_call
         everywhere: Any = None if mesh is None else sharding(mesh)
-        place = None if mesh is None else Gradient(everywhere, shardings)
-        self.begin = jax.jit(zero_gradient, out_shardings=place)
+        names = () if loss.agreement is None else MONITORS
+        place = None if mesh is None else Gradient(everywhere, shardings, dict.fromkeys(names, everywhere))
+        self.begin = jax.jit(partial(zero_gradient, monitors=names), out_shardings=place)
         self.add = jax.jit(
             add_gradient, static_argnums=0, static_argnames="widths", donate_argnums=2, out_shardings=place
         )

@@ -15,11 +15,19 @@ from camopd_jax.types import Params, TrainState
 _DECAYED = ("kernel", "embedding", "head")
 
 
+LAST_GRADIENT = "gradient@"  # before a branch's name, which has no @
+
+
 def moment_names(config: TrainConfig | SftConfig) -> tuple[str, ...]:
-    """Names of a run's Adam states: one that all branches share, or one for each branch."""
-    if isinstance(config, SftConfig) or config.method.moments == "shared":
+    """Names of a run's Adam states, one that all branches share or one for each branch; and of its stored gradients.
+
+    A gradient is stored of each branch against which another one is projected.
+    """
+    if isinstance(config, SftConfig):
         return ("shared",)
-    return tuple(config.branches)
+    against = {branch.project_against for branch in config.branches.values()} - {""}
+    gradients = tuple(LAST_GRADIENT + name for name in config.branches if name in against)
+    return (("shared",) if config.method.moments == "shared" else tuple(config.branches)) + gradients
 
 
 def run_state(params: Params, config: TrainConfig | SftConfig) -> TrainState:
@@ -35,7 +43,8 @@ def init_state(params: Params, moments: Sequence[str] = ("shared",), average: bo
 
     Args:
       params: the trained parameters.
-      moments: names of the Adam states (`moment_names`), which are float32; empty if nothing is updated.
+      moments: names of the Adam states and stored gradients (`moment_names`), which are float32; empty if nothing is
+        updated.
       average: whether there is an average of the parameters.
     """
     rest = abstract_state(params, moments).replace(params=None)
@@ -51,7 +60,8 @@ def abstract_state(params: Params, moments: Sequence[str] = ("shared",), average
     adam = _placed(jax.eval_shape(optax.scale_by_adam().init, like), params)
     zero = _placed(jax.ShapeDtypeStruct((), jnp.int32), params)
     averages = _placed(like, params) if average else {}
-    return TrainState(zero, params, dict.fromkeys(moments, adam), averages)
+    of_names = {name: like if name.startswith(LAST_GRADIENT) else adam for name in moments}
+    return TrainState(zero, params, of_names, averages)
 
 
 def learning_rate(config: Optimizer, steps: int, step: jax.Array) -> jax.Array:
@@ -64,7 +74,13 @@ def learning_rate(config: Optimizer, steps: int, step: jax.Array) -> jax.Array:
 
 
 def apply(
-    params: Params, moments: Any, grads: Params, rate: jax.Array, config: Optimizer, finite: jax.Array
+    params: Params,
+    moments: Any,
+    grads: Params,
+    rate: jax.Array,
+    config: Optimizer,
+    finite: jax.Array,
+    against: Params | None = None,
 ) -> tuple[Params, Any, dict[str, jax.Array]]:
     """One AdamW step if `finite` is true and the gradient is finite; else parameters and moments stay unchanged.
 
@@ -73,6 +89,9 @@ def apply(
 
     A skipped step is computed with decays of 1 and a gradient of 0, so that old and new values are never both in
     memory.
+
+    Args:
+      against: a gradient; the displacement of the parameters is projected so that it does not climb along it.
 
     Returns:
       New parameters and moments, and {"grad_norm", "grad_clipped" (0 or 1), "learning_rate", "finite"}.
@@ -89,13 +108,15 @@ def apply(
     updates, new = optax.scale_by_adam(**decays, eps=config.eps).update(grads, moments)
     moments = new._replace(count=jnp.where(finite, new.count, moments.count))
 
-    def move(path: tuple[jax.tree_util.DictKey, ...], p: jax.Array, u: jax.Array) -> jax.Array:
-        wide = p.astype(jnp.float32)
+    def displacement(path: tuple[jax.tree_util.DictKey, ...], p: jax.Array, u: jax.Array) -> jax.Array:
         if path[-1].key in _DECAYED:
-            u = u + config.weight_decay * wide
-        return (wide - jnp.where(finite, rate * u, 0)).astype(p.dtype)
+            u = u + config.weight_decay * p.astype(jnp.float32)
+        return -jnp.where(finite, rate * u, 0)
 
-    params = jax.tree_util.tree_map_with_path(move, params, updates)
+    moved = jax.tree_util.tree_map_with_path(displacement, params, updates)
+    if against is not None:
+        moved = project(moved, against)
+    params = jax.tree.map(lambda p, d: (p.astype(jnp.float32) + d).astype(p.dtype), params, moved)
     stats = {"grad_norm": norm, "grad_clipped": clipped.astype(jnp.float32), "learning_rate": jnp.asarray(rate),
              "finite": finite}  # fmt: skip
     return params, moments, stats
@@ -115,6 +136,14 @@ def averaged(average: Params, params: Params, decay: float, updates: jax.Array, 
     """
     weight = jnp.where(finite, (1 - decay) / (1 - decay ** updates.astype(jnp.float32)), 0)
     return jax.tree.map(lambda a, p: a + weight * (p.astype(jnp.float32) - a), average, params)
+
+
+def project(displacement: Params, gradient: Params) -> Params:
+    """`d - max(g . d, 0) / (g . g) g`: a displacement d that, to first order, does not raise the loss of gradient g."""
+    climb = jnp.maximum(optax.tree.vdot(gradient, displacement), 0)
+    square = optax.tree.vdot(gradient, gradient)
+    factor = jnp.where(square > 0, climb / jnp.where(square > 0, square, 1), 0)
+    return jax.tree.map(lambda d, g: d - factor * g, displacement, gradient)
 
 
 def _placed(shapes: Any, params: Params) -> Any:

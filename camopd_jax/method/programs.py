@@ -13,7 +13,6 @@ from camopd_jax.inference.loading import Loaded
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import Branch
 from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, LossInputs
-from camopd_jax.method.objectives import TeacherReading
 from camopd_jax.method.select import select
 from camopd_jax.method.setup import Setup
 from camopd_jax.method.update import Metrics, branch_update, mixed_update
@@ -44,6 +43,8 @@ from camopd_jax.types import (
 
 # If the student's log-probabilities are those from sampling: steps between two comparisons with a forward pass
 COMPARE_EVERY = 16
+# Folded into the random keys of token weights, with the branch's number; those of sampling have a token's slot there
+WEIGHT_KEYS = 2**30
 
 
 class Programs:
@@ -93,10 +94,9 @@ class Programs:
         for name, branch in config.branches.items():
             objective = setup.objectives[name]
             rule = partial(_select, seed=config.seed, rule=branch.selection)
-            weigh = partial(token_weights, method=config.method, objective=objective, scale=branch.scale)
-            loss = Loss(model, objective, teachers[name] if objective.teacher_logits else None)
+            loss = Loss(model, objective, teachers[name] if objective.teacher_logits else None, setup.agreement)
             self.selecting[name] = jax.jit(rule, out_shardings=selection)
-            self.weighing[name] = jax.jit(weigh, out_shardings=rows)
+            self.weighing[name] = jax.jit(partial(weigh, setup=setup, branch=name), out_shardings=rows)
             self.accumulators[name] = GradientAccumulator(loss, shardings.params, config.compute.logits_chunk)
         self.updates = {
             phase: jax.jit(update, donate_argnums=0, out_shardings=kept) for phase, update in _updates(setup).items()
@@ -165,7 +165,7 @@ class Programs:
             teacher, objective = branch.teacher, branch.objective
             params = teacher.fetch()
             sequences = answers.after(prompts.teacher)
-            record = self.forward(teacher.model, params, sequences, TeacherReading(objective))
+            record = self.forward(teacher.model, params, sequences, self.setup.reading(branch.name))
             student = answers.log_probs
             if forward:
                 sequences = answers.after(prompts.student)
@@ -228,7 +228,7 @@ class Programs:
         config, sequences = self.setup.config, batch.rollout.after(batch.prompts)
         size, smallest = config.optimizer.micro_batch, config.rollout.smallest_bucket
         parts = micro_batches(self.model.mesh, sequences, size, smallest, order[:count])
-        weights = self.weighing[name](batch.after_gradient())
+        weights = self.weighing[name](batch, state.step)
         inputs = LossInputs(sequences, weights, batch.teacher.tokens, batch.rollout.residuals)
         return self.accumulators[name](self.params(state), state.params, inputs, parts, batch.teacher.head)
 
@@ -244,6 +244,15 @@ def student_programs(setup: Setup, student: Loaded, state: TrainState, branches:
 
 def _select(log_probs: LogProbs, lengths: jax.Array, draw: jax.Array, *, seed: int, rule: Any) -> Selection:
     return select(log_probs, lengths, jax.random.fold_in(jax.random.key(seed), draw), rule)
+
+
+def weigh(batch: Batch, step: jax.Array, *, setup: Setup, branch: str) -> jax.Array:
+    """`token_weights` of a branch's batch, float32[B, T]."""
+    config, changes = setup.config, setup.weights[branch]
+    keys = row_keys(config.seed, step, batch.index)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, WEIGHT_KEYS + list(config.branches).index(branch))
+    scale = config.branches[branch].scale
+    return token_weights(batch, config.method, setup.objectives[branch], scale, changes, keys)
 
 
 def _updates(setup: Setup) -> dict[str, Callable[..., tuple[TrainState, Metrics]]]:

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from camopd_jax.config.schema import SelectionConfig, SftConfig, TrainConfig
+from camopd_jax.config.schema import BranchConfig, SelectionConfig, SftConfig, TrainConfig
 
 MIXED = "mixed"  # the phase of a step that trains all branches
 
@@ -18,9 +18,9 @@ def parts(config: TrainConfig) -> list[TrainConfig]:
 
 def _warm_up(config: TrainConfig) -> TrainConfig:
     """The same run up to the end of its warm-up: cross-entropy on every answer, which the teachers give."""
-    every = SelectionConfig(mass=1.0)
+    plain = BranchConfig(objective="cross_entropy", selection=SelectionConfig(mass=1.0))
     branches = {
-        name: replace(branch, objective="cross_entropy", selection=every, scale=1.0)
+        name: replace(plain, prompts=branch.prompts, teacher=branch.teacher, steps=branch.steps)
         for name, branch in config.branches.items()
     }
     rate, remat = config.warm_up.learning_rate, config.compute.remat
@@ -28,7 +28,7 @@ def _warm_up(config: TrainConfig) -> TrainConfig:
         config,
         steps=config.warm_up.steps,
         branches=branches,
-        method=replace(config.method, answers="teacher", importance_gate=None),
+        method=replace(config.method, answers="teacher", importance_gate=None, balance="none"),
         optimizer=config.optimizer if rate is None else replace(config.optimizer, learning_rate=rate),
         compute=replace(config.compute, remat="block" if remat == "rollout" else remat),
     )

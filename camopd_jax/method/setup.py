@@ -15,7 +15,9 @@ from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
 from camopd_jax.inference.interpolation import check_architectures
 from camopd_jax.method import schedule
-from camopd_jax.method.objectives import Objective, objective
+from camopd_jax.method.agreement import Agreement
+from camopd_jax.method.objectives import Objective, TeacherReading, objective
+from camopd_jax.method.token_weights import TokenWeight, branch_weights
 from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.weights import shardings
@@ -34,12 +36,23 @@ class Setup:
     teacher_dtype: str  # of the teachers' weights
     rows: dict[str, int]  # prompts of each branch in a step that trains it
     objectives: dict[str, Objective]  # of each branch
+    weights: dict[str, tuple[TokenWeight, ...]]  # of each branch
     trusts_sampler: bool  # whether log-probabilities from sampling replace the student's forward pass
 
     @property
     def score_batch(self) -> int:
         """Answers scored in one forward pass."""
         return self.config.rollout.score_batch or self.config.optimizer.micro_batch
+
+    @property
+    def agreement(self) -> Agreement | None:
+        """The monitors of agreement, if the config has them."""
+        return Agreement(self.config.log.agreement) if self.config.log.agreement else None
+
+    def reading(self, branch: str) -> TeacherReading:
+        """The teacher's values that a branch needs."""
+        monitors = () if self.agreement is None else (self.agreement,)
+        return TeacherReading(self.objectives[branch], self.weights[branch] + monitors)
 
     @property
     def keep_residuals(self) -> bool:
@@ -69,6 +82,7 @@ def resolve(config: TrainConfig, devices: Any = None) -> Setup:
     wanted = config.rollout.mesh
     tensor = wanted.tensor or mesh.shape["tensor"]
     dtype = loading.matmul_dtype(config.compute, platform(mesh))
+    objectives = {name: _objective(config, name) for name in config.branches}
     setup = Setup(
         config=config,
         mesh=mesh,
@@ -76,7 +90,8 @@ def resolve(config: TrainConfig, devices: Any = None) -> Setup:
         dtype=dtype,
         teacher_dtype=loading.teacher_dtype(config.compute, platform(mesh)),
         rows=schedule.batch_rows(config),
-        objectives={name: _objective(config, name) for name in config.branches},
+        objectives=objectives,
+        weights={name: branch_weights(config, name, of) for name, of in objectives.items()},
         trusts_sampler=_trusts_sampler(config, dtype),
     )
     _check_batches(setup)

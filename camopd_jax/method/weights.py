@@ -3,15 +3,18 @@
     L = 1/|S| sum_{i in S} 1/T_i sum_t w_t r c_t loss_t
 
 with |S| the number of selected answers, T_i the length of answer i, w_t the importance weight of a token, r the
-branch's scale, c_t the objective's coefficient (for the sampled-token objective, the advantage A_t) and loss_t the
-objective's loss.
+branch's scale, c_t the objective's coefficient (for the sampled-token objective, the advantage A_t), as changed by the
+branch's token weights, and loss_t the objective's loss.
 """
+
+from collections.abc import Sequence
 
 import jax
 import jax.numpy as jnp
 
 from camopd_jax.config.schema import Method
 from camopd_jax.method.objectives.base import Objective
+from camopd_jax.method.token_weights import Tokens, TokenWeight
 from camopd_jax.rollout.masks import length_mask
 from camopd_jax.types import Batch, LogProbs, Rollout
 
@@ -24,20 +27,40 @@ def importance(log_probs: LogProbs, rollout: Rollout, gate: tuple[float, float] 
     return jnp.where((ratio_BT >= gate[0]) & (ratio_BT <= gate[1]), ratio_BT, 0)
 
 
-def token_weights(batch: Batch, method: Method, objective: Objective, scale: float) -> jax.Array:
+def selected_tokens(batch: Batch) -> jax.Array:
+    """bool[B, T], the tokens of the selected answers."""
+    rollout = batch.rollout
+    return length_mask(rollout.lengths, rollout.tokens.shape[1]) & (batch.selection.weights > 0)[:, None]
+
+
+def token_weights(
+    batch: Batch,
+    method: Method,
+    objective: Objective,
+    scale: float,
+    changes: Sequence[TokenWeight] = (),
+    keys: jax.Array | None = None,
+) -> jax.Array:
     """The weight of each token's loss, float32[B, T]; 0 outside the selected answers.
 
     With `method.normalise == "token"`, the sum over all selected tokens is divided by their number, instead of the two
     means.
+
+    Args:
+      changes: the branch's token weights, in their order; the batch has the teacher's values that they read.
+      keys: a random key for each row, for `changes` that are random.
     """
     rollout, selection = batch.rollout, batch.selection
-    pull_BT = scale * objective.coefficient(batch.log_probs, method.advantage_clip)
-    weight_BT = importance(batch.log_probs, rollout, method.importance_gate) * pull_BT
+    selected_BT = selected_tokens(batch)
+    own_BT = objective.coefficient(batch.log_probs, method.advantage_clip)
+    tokens = Tokens(rollout.tokens, selected_BT, rollout.lengths, batch.log_probs, batch.teacher.tokens, keys)
+    for change in changes:
+        own_BT = change.apply(own_BT, tokens)
+    weight_BT = importance(batch.log_probs, rollout, method.importance_gate) * (scale * own_BT)
     if method.normalise == "sequence":
         share_B = selection.weights / (selection.count * jnp.maximum(rollout.lengths, 1))
     else:
         share_B = selection.weights / jnp.maximum(jnp.sum(selection.weights * rollout.lengths), 1)
-    selected_BT = length_mask(rollout.lengths, rollout.tokens.shape[1]) & (selection.weights > 0)[:, None]
     return jax.lax.stop_gradient(jnp.where(selected_BT, weight_BT * share_B[:, None], 0))
 
 

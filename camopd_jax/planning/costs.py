@@ -14,10 +14,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from camopd_jax.method import schedule
-from camopd_jax.method.optimizer import moment_names
+from camopd_jax.method.optimizer import LAST_GRADIENT, moment_names
 from camopd_jax.method.setup import Setup
 from camopd_jax.models.config import ModelConfig
-from camopd_jax.models.partition import ALL, trained
+from camopd_jax.models.partition import trained
 from camopd_jax.models.weights import table, tree_of
 from camopd_jax.planning.arrays import Models
 from camopd_jax.planning.topology import Chip
@@ -30,24 +30,34 @@ PASSES = {"none": 3, "dots": 3, "block": 4, "rollout": 3}
 
 
 @cache
-def weights(config: ModelConfig, rule: str = ALL) -> int:
+def weights(config: ModelConfig, rule: str | None = None) -> int:
     """Parameters of a model; with a rule, those that it trains (`config.optimizer.trained`)."""
     sizes = tree_of({row.path: math.prod(row.shape(config.num_layers)) for row in table(config)})
-    return sum(jax.tree.leaves(trained(sizes, rule)))
+    return sum(jax.tree.leaves(sizes if rule is None else trained(sizes, rule)))
 
 
 @cache
-def matrix_weights(config: ModelConfig) -> int:
-    """Weights in the matrix products of a token: all kernels and the head, without the embedding's look-up."""
-    kernels = (math.prod(row.shape(config.num_layers)) for row in table(config) if row.path[-1] == "kernel")
-    return sum(kernels) + config.vocab_size * config.hidden_size
+def matrix_weights(config: ModelConfig, per_token: bool = False) -> int:
+    """Weights in matrix products: all kernels and the head, without the embedding's look-up.
+
+    Args:
+      per_token: of the experts, count only those of one token.
+    """
+    kernels = 0
+    for row in table(config):
+        if row.path[-1] == "kernel":
+            size = math.prod(row.shape(config.num_layers))
+            if per_token and row.experts and config.routing:
+                size = size * config.routing.per_token // row.experts
+            kernels += size
+    return kernels + config.vocab_size * config.hidden_size
 
 
 def forward_flops(config: ModelConfig, batch: int, start: int, end: int, logits: int) -> float:
     """Of `batch` rows, positions start..end, with logits at `logits` positions of each."""
     pairs = (end - start) * (start + 1 + end) // 2
     head = config.vocab_size * config.hidden_size
-    dense = 2 * ((matrix_weights(config) - head) * (end - start) + head * logits)
+    dense = 2 * ((matrix_weights(config, per_token=True) - head) * (end - start) + head * logits)
     return batch * (dense + 4 * config.num_layers * config.num_heads * config.head_dim * pairs)
 
 
@@ -122,7 +132,8 @@ class Share:
         # Received for a token of the batch: activations are summed twice a layer, there and back around a ring
         self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / self.tensor) / self.shards
         # Activations of a token in the middle of a layer: those of the widths that are split, and all
-        self.wide = 2 * (model.intermediate_size + model.num_heads * model.head_dim) / self.tensor * self.item
+        feed_forward = model.intermediate_size * (model.routing.per_token if model.routing else 1)
+        self.wide = 2 * (feed_forward + model.num_heads * model.head_dim) / self.tensor * self.item
         self.live = 4 * model.hidden_size * self.item + self.wide
 
     def work(self, flops: float, calls: int, tokens: int, read: float = 0) -> Work:
@@ -199,7 +210,7 @@ def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
     counted exactly, activations roughly, and code, teachers' hidden states and a kept residual stream not at all.
     """
     config, gradients = setup.config, _trained_bytes(setup, models)
-    moments = 2 * gradients * len(moment_names(config))
+    moments = gradients * sum(1 if name.startswith(LAST_GRADIENT) else 2 for name in moment_names(config))
     moments += gradients if config.optimizer.average is not None else 0  # the average is kept and offloaded with them
     gradients *= len(config.branches) if config.method.schedule == schedule.MIXED else 1
     teachers = [Share(shape, setup.mesh, setup.teacher_dtype).weights for shape in models.shapes.values()]

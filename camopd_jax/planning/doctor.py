@@ -25,7 +25,7 @@ from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.method.optimizer import moment_names
 from camopd_jax.method.setup import check_model, check_start, resolve
 from camopd_jax.models import hf
-from camopd_jax.models.config import ModelConfig
+from camopd_jax.models.config import ModelConfig, text_config
 from camopd_jax.planning.arrays import Models
 from camopd_jax.planning.costs import memory_estimate, weights
 from camopd_jax.planning.memory import check_memory, device_memory
@@ -112,7 +112,7 @@ class Examination:
         self.good(about, f"{values['model_type']}, {weights(model) / 1e6:,.1f} M parameters in {', '.join(kinds)}")
         if warning := hf.stale_index(folder):
             self.odd(about, warning)
-        positions = values.get("max_position_embeddings") or context
+        positions = text_config(values)[0].get("max_position_embeddings") or context
         if context > positions:
             self.odd(
                 about,

@@ -16,7 +16,6 @@ import numpy as np
 
 from camopd_jax.method import schedule
 from camopd_jax.method.gradient import Gradient, LossInputs
-from camopd_jax.method.objectives import TeacherReading
 from camopd_jax.planning.arrays import Plan, chip_bytes, rows
 from camopd_jax.planning.costs import kept_rows, lanes_of, refills, waves_of
 from camopd_jax.rollout import generate
@@ -132,7 +131,7 @@ class _Step:
         prompts = rows(self.setup.mesh, PromptBatch(tokens, tokens, tokens.lengths))
         answers = self.rollout(name, prompts)
         self.chip["residuals"] = self.chip["residuals"], answers.residuals
-        sequences, reading = answers.after(prompts.teacher), TeacherReading(objective)
+        sequences, reading = answers.after(prompts.teacher), self.setup.reading(name)
         record = self.score(f"score: {name} teacher", teacher, params, sequences, reading)
         of_teacher = record.pop("log_prob")
         head = head_params(teacher, params) if objective.teacher_logits else {}
@@ -215,7 +214,7 @@ class _Step:
         accumulator, total = self.run.accumulators[name], self.setup.rows[name]
         parts = self.micro_batches(total, kept_rows(self.setup, name), self.config.optimizer.micro_batch)
         (part, first), *others = accumulator.calls(parts, total)
-        weights = self.run.weighing[name].eval_shape(batch.after_gradient())
+        weights = self.run.weighing[name].eval_shape(batch, _numbers())
         inputs = LossInputs(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens, batch.rollout.residuals)
         so_far = accumulator.begin.eval_shape(self.p.state.params)
         numbers = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), first)

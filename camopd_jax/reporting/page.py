@@ -23,6 +23,8 @@ ABOUT = {
     "the specialised model.",
     "gaps": "The gap of a token is log teacher - log student: above 0, the token is more likely for the teacher. The "
     "gap mass of an answer is the mean of its absolute or positive gaps; answers are selected by it.",
+    "agreement": "Means over the tokens that are trained, for the k of config.log.agreement. The advantage is "
+    "log teacher - log student, weighted by the student's probability.",
     "answers": "Answers that the student sampled. The colour of a token shows its gap: the token is more likely for "
     "the teacher, or less likely (underlined). Each pair has answers to the same prompt from the first and the last "
     "quarter of the run; if no prompt occurs in both, the answers with the largest gaps.",
@@ -58,6 +60,7 @@ def page(directories: Sequence[Directory], now: datetime.datetime) -> str:
         Section("Recovery and retention over steps", ABOUT["over steps"], panels=sections.over_steps(chosen)),
         Section("Selection", "The answers that are trained on.", panels=metric_panels(sections.SELECTION, chosen)),
         Section("Gaps", ABOUT["gaps"], panels=metric_panels(sections.GAPS, chosen)),
+        Section("Agreement", ABOUT["agreement"], panels=metric_panels(sections.AGREEMENT, chosen)),
         Section("Gradients", gradients.ABOUT, panels=gradients.panels(chosen)),
         Section("Answers", "All answers of the student.", panels=metric_panels(sections.ANSWERS, chosen)),
         Section("Optimisation", panels=metric_panels(sections.OPTIMISATION, chosen)),

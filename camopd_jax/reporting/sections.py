@@ -66,6 +66,11 @@ ANSWERS = (
     Metric("entropy", "Entropy of the student", "nats per token"),
     Metric("repetition", "Repetition in the answers", "of all 4-grams of tokens", True, bins=curves.RATE_BINS),
 )
+AGREEMENT = (
+    Metric("overlap_ratio", "Likeliest tokens that student and teacher share", "of the top k", percent=True),
+    Metric("overlap_advantage", "Advantage on the shared tokens", "nats", from_zero=False),
+    Metric("entropy_gap", "Difference of the entropies of teacher and student", "nats per token"),
+)
 OPTIMISATION = (
     Metric("loss", "Loss", "nats", from_zero=False),
     Metric("grad_norm", "Gradient norm before clipping", "norm"),

@@ -6,7 +6,9 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
+import jax
 from etils import epath
 from safetensors import SafetensorError
 
@@ -35,6 +37,8 @@ _COPIED = (
     "vocab.*",
     "merges.txt",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "LICENSE*",
     "NOTICE*",
 )
@@ -60,12 +64,25 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
                     shutil.copyfile(file, copy)
                 (part / "README.md").write_text(model_card(out.parent.name, provenance))
             config = loaded.model.config
-            hf.save(part, loaded.params, config, hf.read_config(original), hf.tensor_dtypes(original, config))
+            values = _with_architecture(hf.read_config(original))
+            dtypes, others = hf.tensor_dtypes(original, config), hf.other_tensors(original, config)
+            hf.save(part, loaded.params, config, values, dtypes, hf.MAX_SHARD_BYTES, others)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"{out}: cannot write ({reason}); free disk space, then export with python -m camopd_jax.export"
         ) from error
+
+
+def _with_architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that names the class with a head, which is what is written.
+
+    The original may name another one (a model that AutoModel saved) or none.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES  # slow to import
+
+    name = CLASSES.get(config["model_type"])  # None: the installed version does not have the family
+    return config if name is None or config.get("architectures") == [name] else config | {"architectures": [name]}
 
 
 @contextlib.contextmanager
@@ -163,7 +180,8 @@ def _initial_student(config: Config, workdir: epath.Path) -> Loaded:
     if not isinstance(config, TrainConfig):
         return load(config.model, "config.model")
     student = load(config.specialised_model, "config.specialised_model")
-    if config.start.interpolation == 0 or config.optimizer.trained == partition.ALL:
+    trained = jax.tree.leaves(partition.trained(student.params, config.optimizer.trained))
+    if config.start.interpolation == 0 or len(trained) == len(jax.tree.leaves(student.params)):
         return student
     general = load(config.general_model, "config.general_model")
     return student.with_params(interpolated(general.params, student.params, chosen_weight(config, workdir)))

@@ -196,11 +196,36 @@ def test_a_mixed_batch_must_be_divisible():
         ({"rollout__batch_size": 8, "branches__recovery__steps": 2}, "give a multiple of 3"),
         ({"branches__review__steps": 0}, r"every branch needs a share .* branches\.review\.steps > 0"),
         ({"method__moments": "separate"}, 'give "shared"'),
+        (
+            {"branches__recovery__clip_norm": 2.0},
+            r"branches\.recovery\.clip_norm is 2\.0; a mixed step has one gradient",
+        ),
+        ({"branches__recovery__project_against": "review"}, r"project_against is 'review'; a mixed step"),
     ):
         with pytest.raises(UserError, match=message):
             built(method__schedule="mixed", **changes)
     with pytest.raises(UserError, match="it combines gradients of a mixed step"):
         built(method__conflict="pcgrad")
+    with pytest.raises(UserError, match="balance is 'gap_spread'; it compares the branches of a mixed step"):
+        built(method__balance="gap_spread")
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"branches__recovery__project_against": "law"}, "is 'law'; name another branch with steps > 0, of review"),
+        ({"branches__recovery__project_against": "recovery"}, "name another branch with steps > 0, of review"),
+        (
+            {"branches__recovery__project_against": "review", "branches__review__steps": 0},
+            "is 'review'; no other branch has steps > 0",
+        ),
+        ({"branches__review__clip_norm": 0.0}, r"clip_norm is 0\.0; give a number > 0 \(None: config\.optimizer"),
+    ],
+)
+def test_settings_of_a_branchs_update(changes, message):
+    assert built(branches__recovery__project_against="review").branches["recovery"].project_against == "review"
+    with pytest.raises(UserError, match=rf"config\.branches\.\w+\.\w+ .*{message}|{message}"):
+        built(**changes)
 
 
 def test_a_third_branch():

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+import jax
 import pytest
 from builders import train_config
 
@@ -9,6 +10,7 @@ from camopd_jax.config.identity import changed, to_json
 from camopd_jax.config.methods import METHODS, QUICK, description, method_of
 from camopd_jax.config.schema import Method, Optimizer, RolloutConfig
 from camopd_jax.method import schedule
+from camopd_jax.method.setup import resolve
 
 BASE = train_config(rollout=RolloutConfig(batch_size=64), optimizer=Optimizer(micro_batch=8))
 
@@ -22,7 +24,8 @@ def test_each_method_is_a_different_run_with_the_same_budget():
     assert made["camopd"] == BASE and BASE.method == Method()
     assert len({str(to_json(config)) for config in made.values()}) == len(METHODS)
     for config in made.values():
-        assert (config.steps, config.rollout, config.seed) == (BASE.steps, BASE.rollout, BASE.seed)
+        sampled = dataclasses.replace(config.rollout, top_p=1.0)  # not the same in teacher-top-k
+        assert (config.steps, sampled, config.seed) == (BASE.steps, BASE.rollout, BASE.seed)
         rows = schedule.batch_rows(config)
         assert sum(rows[name] for name in schedule.active_branches(config, 0)) == 64
     assert set(QUICK) < set(METHODS)
@@ -77,6 +80,13 @@ def test_each_method_is_a_different_run_with_the_same_budget():
             "distillation",
             {"answers": "teacher", "review.steps": 0, "recovery.scale": 1, "recovery.objective": "cross_entropy"},
         ),
+        ("corrected-top-k", {"schedule": "mixed", "recovery.objective": "corrected_top_k", "recovery.weights": ()}),
+        ("teacher-top-k", {"review.objective": "teacher_top_k", "schedule": "mixed"}),
+        ("reopold", {"recovery.objective": "sampled_token", "recovery.weights": ("reopold",)}),
+        ("no-teacher", {"schedule": "mixed", "review.weights": ("unlikely",), "review.mass": 1}),
+        ("dn-mopd", {"schedule": "mixed", "balance": "gap_spread"}),
+        ("clip-2-1", {"schedule": "alternate", "recovery.clip_norm": 2.0, "review.clip_norm": None}),
+        ("up-mopd", {"recovery.project_against": "review", "review.project_against": "", "recovery.scale": 2}),
         ("replay-12", {"answers": "teacher", "schedule": "mixed", "recovery.steps": 1, "review.steps": 7}),
     ],
 )
@@ -89,9 +99,15 @@ def test_a_method_has_the_settings_in_its_name(name, wanted):
         assert getattr(block, name) == value, field
 
 
+def test_every_objective_and_weight_of_a_method_exists():
+    for name in METHODS:
+        setup = resolve(of(name), jax.devices()[:1])
+        assert list(setup.objectives) == list(setup.weights) == ["recovery", "review"], name
+
+
 def test_clipping_is_off_for_no_clip_methods():
     unclipped = {name for name in METHODS if of(name).optimizer.clip_norm is None}
-    assert unclipped == {"no-clip", "no-clip-r1", "vanilla-no-clip"}
+    assert unclipped == {"no-clip", "no-clip-r1", "vanilla-no-clip", "up-mopd"}
     assert of("vanilla-no-clip").method == of("vanilla").method and of("no-clip").method == Method()
 
 
@@ -109,4 +125,9 @@ def test_a_config_is_recognised_as_its_method():
     assert description(other) == (
         "on-policy distillation with the branches recovery (reverse_kl), review (sampled_token) in alternation"
     )
+    assert method_of(to_json(changed(of("teacher-top-k"), {"rollout.top_p": 1.0}))) is None
+    earlier = to_json(BASE)
+    for branch in earlier["branches"].values():
+        del branch["weights"]
+    assert method_of(earlier) == "camopd", "a field that an earlier version did not have"
     assert method_of({"method": {"schedule": "alternate"}, "optimizer": {}}) is None, "of an earlier version"

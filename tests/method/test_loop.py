@@ -297,6 +297,23 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
     jax.tree.map(np.testing.assert_array_equal, rest.params, whole.params)
 
 
+def test_a_resumed_run_has_the_same_masks_and_stored_gradient(tiny):
+    """UC-MOPD's random mask, with a top-K objective in one branch, against which the other is projected."""
+    masks = {"weights": ("uc_mopd", "iw_opd"), "steps": 1}
+    recovery = masks | {"project_against": "review", "clip_norm": 2.0}
+    config = train_config(recovery, masks | {"objective": "teacher_top_k(k=5)"}, steps=4, rollout=ROLLOUT,
+                          optimizer=CONFIG.optimizer)  # fmt: skip
+    once = begin(tiny, config).go()
+    twice = begin(tiny, config)
+    state = twice.go(Watcher(milestones=(2,), last=4, end_at=2))
+    assert int(state.step) == 2
+    state = twice.go(state=state)
+    jax.tree.map(np.testing.assert_array_equal, state, once)
+    plain = begin(tiny, dataclasses.replace(config, branches=CONFIG.branches)).go()
+    moved = jax.tree.map(lambda a, b: float(np.max(np.abs(a - b))), once.params, plain.params)
+    assert max(jax.tree.leaves(moved)) > 1e-3, "the weights have an effect"
+
+
 def test_every_step_is_logged_once_and_before_a_pause(tiny):
     watcher = Watcher(milestones=(2, 5), last=8)
     begin(tiny).go(watcher)
@@ -360,6 +377,28 @@ def test_frozen_parameters_have_no_gradient_and_no_moments(tiny):
     np.testing.assert_array_equal(
         params["layers"]["mlp"]["up"]["kernel"], state.params["layers"]["mlp"]["up"]["kernel"]
     )
+
+
+@pytest.mark.slow
+def test_routers_of_experts_are_frozen_by_default():
+    """In one cycle every other parameter changes."""
+    fields = dict(model_type="mixtral", vocab_size=14, hidden_size=12, intermediate_size=20, num_hidden_layers=2)
+    fields |= dict(num_attention_heads=2, num_key_value_heads=2, num_local_experts=3, initializer_range=0.6)
+    model = Model(from_hf(fields), mesh=make_mesh(1, devices=jax.devices()[:1]))
+    places = shardings(model.config, model.mesh)
+    student, general = (jax.device_put(model.init(jax.random.key(seed)), places) for seed in (0, 1))
+    run = make_run(
+        dataclasses.replace(CONFIG, steps=4),
+        model,
+        student,
+        {"recovery": general, "review": student},
+        {"recovery": Prompter(0), "review": Prompter(1)},
+    )
+    before = jax.tree.map(np.array, run.programs.params(run.state))
+    after = run.programs.params(run.go())
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
+    assert changed["layers"]["mlp"].pop("router") == {"kernel": False}
+    assert all(jax.tree.leaves(changed))
 
 
 @pytest.mark.parametrize("rule", ["final_norm|embedding", "attention_norm|head"])
@@ -455,9 +494,14 @@ def test_moments_are_fetched_before_or_after_the_gradient(tiny, when, order, mon
 
 
 @pytest.mark.parametrize(
-    "name, compute", [("reverse_kl", Compute(offload="late")), ("jsd(beta=0.1)", Compute(logits_chunk=8))]
+    "name, compute",
+    [
+        ("reverse_kl", Compute(offload="late")),
+        ("jsd(beta=0.1)", Compute(logits_chunk=8)),
+        ("binned_top_k(k=5)", Compute(offload="late", logits_chunk=8)),
+    ],
 )
-def test_full_vocabulary_objectives_with_offloading_and_chunks(tiny, name, compute):
+def test_objectives_over_many_words_with_offloading_and_chunks(tiny, name, compute):
     config = train_config(
         {"objective": name}, {"objective": name}, steps=4, rollout=ROLLOUT, optimizer=CONFIG.optimizer, compute=compute
     )

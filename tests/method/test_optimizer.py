@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from camopd_jax.config.schema import Optimizer
-from camopd_jax.method.optimizer import apply, averaged, init_state, learning_rate
+from camopd_jax.method.optimizer import apply, averaged, init_state, learning_rate, project
 from camopd_jax.runtime.mesh import make_mesh, sharding
 
 CONFIG = Optimizer(learning_rate=0.1, weight_decay=0.01, b1=0.8, b2=0.9, eps=1e-4)
@@ -45,6 +45,17 @@ def test_three_steps_equal_optax(clip_norm, clipped):
         assert stats["grad_clipped"] == clipped
         np.testing.assert_allclose(stats["grad_norm"], optax.global_norm(grads), rtol=1e-6)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), ours, theirs)
+
+
+@pytest.mark.parametrize(
+    "displacement, expected", [((-1.0, 0.5), (-1.0, 0.5)), ((1.0, -0.5), (0.0, -0.5)), ((0.0, 2.0), (0.0, 2.0))]
+)
+def test_a_displacement_does_not_climb_along_a_gradient(displacement, expected):
+    for gradient in ((1.0, 0.0), (3.0, 0.0)):
+        d, g = ({"a": jnp.float32(a), "b": jnp.float32(b)} for a, b in (displacement, gradient))
+        np.testing.assert_allclose([*project(d, g).values()], expected, atol=1e-6)
+    nothing = {"a": jnp.float32(0), "b": jnp.float32(0)}
+    np.testing.assert_array_equal([*project(d, nothing).values()], displacement)
 
 
 def test_warm_up_then_constant():

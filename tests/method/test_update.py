@@ -13,9 +13,9 @@ from builders import train_config as make_config
 from camopd_jax.config.schema import Method, Optimizer, Sampling, SelectionConfig, SftConfig, Stream
 from camopd_jax.method.gradient import GradientAccumulator, Loss, LossInputs, join_micro_batches
 from camopd_jax.method.objectives import OBJECTIVES
-from camopd_jax.method.optimizer import init_state, moment_names
+from camopd_jax.method.optimizer import init_state, moment_names, project
 from camopd_jax.method.select import select
-from camopd_jax.method.update import branch_update, mixed_update, pcgrad, sft_update
+from camopd_jax.method.update import branch_update, gap_spread, mixed_update, pcgrad, sft_update
 from camopd_jax.method.weights import cross_entropy_weights, token_weights
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
@@ -199,6 +199,43 @@ def test_a_mixed_update_uses_the_weighted_sum_of_gradients(tiny, batch):
     np.testing.assert_allclose(metrics["loss"], 0.75 * told["loss"] + 0.25 * of_domain["loss"], rtol=1e-5)
     assert metrics["response_tokens"] == jnp.sum(batch[1].lengths)
     np.testing.assert_allclose(metrics["review"]["gap_mean"], of_domain["gap_mean"], rtol=1e-6)
+
+
+def gaps(values):
+    """A batch of answers of one token with these gaps; a last answer is not selected, and every row has padding."""
+    rows = len(values) + 1
+    gap = jnp.stack([jnp.asarray([*values, 7.0]), jnp.full(rows, 9.0)], axis=1)
+    rollout = Rollout(jnp.zeros((rows, 2), jnp.int32), jnp.ones(rows, jnp.int32), None, None, None)
+    selection = Selection(None, None, None, jnp.asarray([1.0] * len(values) + [0.0]))
+    return Batch(None, None, rollout, LogProbs(jnp.zeros((rows, 2)), gap), selection)
+
+
+def test_the_spread_of_gaps_by_hand():
+    """sigma_all is .626276."""
+    general, domain = gaps([-2, 0, 0, 0, 0.5, -0.5, 0.5, -0.5]), gaps([0.1, 0.1, -0.1, -0.1])
+    factors = gap_spread({"recovery": general, "review": domain})
+    np.testing.assert_allclose([factors["recovery"], factors["review"]], [0.835035, 4], atol=1e-5)
+    factors = gap_spread({"recovery": general, "review": gaps([0, 0])})
+    assert factors["review"] == 4, "student and teacher are equal"
+    factors = gap_spread({"recovery": gaps([0, 0]), "review": gaps([0])})
+    assert factors == {"recovery": 1, "review": 1}
+
+
+def test_a_mixed_update_balanced_by_the_spread_of_gaps(tiny, batch):
+    plain, balanced = (train_config(Method(schedule="mixed", balance=by), clip_norm=None)
+                       for by in ("none", "gap_spread"))  # fmt: skip
+    cut = {"recovery": slice(0, 6), "review": slice(6, 8)}
+    parts = {name: jax.tree.map(lambda a, rows=rows: a[rows], batch) for name, rows in cut.items()}
+    batches = {name: ranked(part, name, plain) for name, part in parts.items()}
+    factors = gap_spread(batches)
+    assert all(0.3 < float(f) < 3.5 and abs(float(f) - 1) > 0.01 for f in factors.values())
+    state = init_state(tiny[1])
+    moved, metrics = take_step(tiny[0], balanced, state, batches)
+    alone = {n: take_step(tiny[0], train_config(clip_norm=None), state, {n: b})[0] for n, b in batches.items()}
+    general, domain = (alone[name].moments["shared"].mu for name in batches)
+    expected = jax.tree.map(lambda g, d: 0.75 * factors["recovery"] * g + 0.25 * factors["review"] * d, general, domain)
+    same(moved.moments["shared"].mu, expected, atol=1e-6)
+    np.testing.assert_allclose(metrics["review"]["balance"], factors["review"], rtol=1e-6)
 
 
 def test_pcgrad_by_hand():
@@ -390,6 +427,38 @@ def test_clipping_every_gradient_cancels_the_scale(tiny, batch):
         jax.tree.leaves(jax.tree.map(lambda a, b: float(jnp.max(jnp.abs(a - b))), hundredfold.params, once.params))
     )
     assert moved > 1e-3
+
+
+def test_a_clip_of_each_branch_keeps_its_scale(tiny, batch):
+    """With recovery's norm clipped to 2e-3 and review's to the shared 1e-3, Adam's first moments have these norms."""
+    config = train_config(recovery={"clip_norm": 2e-3}, clip_norm=1e-3)
+    for branch, norm in (("recovery", 2e-3), ("review", 1e-3)):
+        state, metrics = update(tiny, batch, config=config, branch=branch)
+        assert metrics["grad_norm"] > norm and metrics["grad_clipped"] == 1
+        np.testing.assert_allclose(optax.global_norm(state.moments["shared"].mu), 0.1 * norm, rtol=1e-5)
+
+
+def test_an_update_is_projected_against_the_last_gradient_of_another_branch(tiny, batch):
+    """Weight decay is part of the displacement. Before the first review, nothing changes."""
+    config = train_config(recovery={"project_against": "review"}, clip_norm=None)
+    plain = train_config(clip_norm=None)
+    start = init_state(tiny[1], moment_names(config))
+    first, _ = update(tiny, batch, config=config, state=start)
+    same(first.params, update(tiny, batch, config=plain)[0].params, rtol=0, atol=1e-7)
+    # a review whose gradient opposes the recovery's: the same answers, with opposite gaps
+    prompts, rollout, scores = batch
+    opposed = (prompts, rollout, LogProbs(scores.student, 2 * scores.student - scores.teacher))
+    every = Selection(jnp.ones(8), jnp.arange(8), jnp.int32(8), jnp.ones(8))
+    reviewed, metrics = update(tiny, opposed, every, config=config, branch="review", state=first)
+    gradient = reviewed.moments["gradient@review"]
+    np.testing.assert_allclose(optax.global_norm(gradient), metrics["grad_norm"], rtol=1e-6)
+    after, _ = update(tiny, batch, every, config=config, state=reviewed)
+    free, _ = update(tiny, batch, every, config=plain, state=reviewed)
+    moved, unprojected = (jax.tree.map(lambda a, b: a - b, s.params, reviewed.params) for s in (after, free))
+    assert optax.tree.vdot(gradient, unprojected) > 1e-3
+    assert abs(float(optax.tree.vdot(gradient, moved))) < 1e-5
+    same(moved, project(unprojected, gradient), atol=1e-6)
+    same(after.moments, free.moments, rtol=1e-6)
 
 
 @pytest.mark.parametrize("spoiled", [jnp.nan, -jnp.inf])

@@ -304,6 +304,19 @@ def test_a_mixed_step_whose_teachers_answer():
     assert of["gradient: review"].holds["gradient"] > 2 * one
 
 
+def test_the_record_of_top_k_objectives_and_token_weights():
+    branches = {
+        "recovery": BranchConfig(objective="binned_top_k(k=3)", weights=("iw_opd",)),
+        "review": BranchConfig(teacher="specialised", weights=("uc_mopd",)),
+    }
+    of = by_name(planned(branches=branches))
+    records = {name: of[f"gradient: {name}"].args[3].record for name in branches}
+    assert {name: array.shape[2:] for name, array in records["recovery"].items()} == {
+        "top_ids": (3,), "top_log_probs": (3,), "rest": ()
+    }  # fmt: skip
+    assert list(records["review"]) == ["entropy"]
+
+
 THREE = {
     "recovery": BranchConfig(objective="reverse_kl", steps=3),
     "review": BranchConfig(teacher="specialised"),

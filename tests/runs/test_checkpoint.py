@@ -80,6 +80,16 @@ def test_another_mesh_gets_the_same_bits(tmp_path):
     assert (positions, provenance) == (POSITIONS, PROVENANCE)
 
 
+def test_a_stored_gradient_is_restored(tmp_path):
+    """As `branches.NAME.project_against` adds to the moments."""
+    state = state_at(3)
+    state = state.replace(moments=state.moments | {"gradient@review": state.moments["shared"].mu})
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(3, state, POSITIONS, PROVENANCE)
+    checkpoints.wait()
+    same_bits(checkpoints.restore(3, jax.tree.map(jnp.zeros_like, state))[0], state)
+
+
 def test_an_update_during_a_save_does_not_change_the_checkpoint(tmp_path):
     update = jax.jit(lambda state: jax.tree.map(lambda x: x + 1, state), donate_argnums=0)
     state = state_at(1, width=40_000)

@@ -1,12 +1,13 @@
 """The base class of objectives: the loss of a token, and the teacher's values that it needs.
 
 A branch's loss is `sum_{i,t} weight_{i,t} loss_{i,t}` over its selected answers. The weights are constants: the product
-of scale, selection, normalisation, importance (all in `method.weights`) and the objective's `coefficient`. The loss of
-a token is a function of the student's logits and of values stored from the teacher.
+of scale, selection, normalisation, importance (all in `method.weights`) and the objective's `coefficient`, as changed
+by the branch's token weights. The loss of a token is a function of the student's logits and of values stored from the
+teacher.
 """
 
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -22,6 +23,8 @@ class Objective:
     # Whether `targets` of `loss` has the teacher's logits, float32[..., V] as "teacher_logits". They are computed from
     # the teacher's stored hidden states [B, T, D], for one chunk of tokens at a time
     teacher_logits: ClassVar[bool] = False
+    # Whether its coefficient is the advantage, which weights may then change (method/token_weights.py)
+    has_advantage: ClassVar[bool] = False
     # Whether it is valid for answers that the student did not sample
     off_policy: ClassVar[bool] = True
 
@@ -51,15 +54,28 @@ class Objective:
         raise NotImplementedError
 
 
+class ReadsTeacher(Protocol):
+    """What needs values of the teacher: an objective or a token weight."""
+
+    def read(self, logits: jax.Array, targets: Record) -> Record:
+        """As `Objective.read`. Values of the same name are the same."""
+
+
 @dataclass(frozen=True)
 class TeacherReading:
-    """Reads a teacher's logits: the token's log-probability, for the gap mass, and the values for the objective."""
+    """Reads a teacher's logits: the token's log-probability, for the gap mass, and the values for the objective and the
+    branch's token weights.
+    """
 
     objective: Objective
+    weights: tuple[ReadsTeacher, ...] = ()
 
     @property
     def keeps_hidden(self) -> bool:
         return self.objective.teacher_logits
 
     def __call__(self, logits: jax.Array, targets: Record) -> Record:
-        return LOG_PROB(logits, targets) | self.objective.read(logits, targets)
+        record = LOG_PROB(logits, targets) | self.objective.read(logits, targets)
+        for weight in self.weights:
+            record |= weight.read(logits, targets)
+        return record

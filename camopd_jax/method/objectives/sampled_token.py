@@ -27,6 +27,7 @@ class SampledToken(CrossEntropy):
     objective: it stores only one number per token from the teacher.
     """
 
+    has_advantage: ClassVar[bool] = True
     off_policy: ClassVar[bool] = False
 
     def coefficient(self, log_probs: LogProbs, clip: float | None) -> jax.Array:

@@ -1,4 +1,4 @@
-"""Full-vocabulary objectives with the chunked head, against full logits, for every mesh and chunk size."""
+"""Objectives over many words with the chunked head, against full logits, for every mesh and chunk size."""
 
 import itertools
 
@@ -19,7 +19,8 @@ from camopd_jax.types import Prompts, Sequences
 CONFIG = from_hf(dict(model_type="qwen3", vocab_size=44, hidden_size=24, intermediate_size=20, num_hidden_layers=1,
                       num_attention_heads=4, num_key_value_heads=4, head_dim=6, tie_word_embeddings=False,
                       initializer_range=0.6))  # fmt: skip
-NAMES = ["reverse_kl", "forward_kl", "jsd(beta=0.3)"]
+NAMES = ["reverse_kl", "forward_kl", "jsd(beta=0.3)", "teacher_top_k(k=5)", "corrected_top_k(k=5)",
+         "binned_top_k(k=5)", "student_top_k(k=5)"]  # fmt: skip
 EVERY = [(d, f, t) for d, f, t in itertools.product((1, 2, 4, 8), repeat=3) if d * f * t == 8 and t <= 4]
 
 
@@ -49,7 +50,7 @@ def student_gradient(name, case, mesh=None, chunk=0, size=8):
     record = score_batch(model, teacher, sequences, parts, chunk, TeacherReading(of))
     record.pop("log_prob")
     inputs = LossInputs(sequences, jnp.asarray(weights), record)
-    accumulator = GradientAccumulator(Loss(model, of, model), places, chunk)
+    accumulator = GradientAccumulator(Loss(model, of, model if of.teacher_logits else None), places, chunk)
     return accumulator(student, student, inputs, parts, {name: teacher[name] for name in model.head_axes})
 
 
@@ -64,7 +65,8 @@ def direct(name, case):
             p, t = int(sequences.prompts.lengths[i]), int(sequences.lengths[i])
             ids = np.concatenate([sequences.prompts.tokens[i, :p], sequences.tokens[i, :t]])[None]
             ours, theirs = (model.logits(w, model.hidden(w, ids))[0, p - 1 : p + t - 1] for w in (params, teacher))
-            total += jnp.sum(weights[i, :t] * of.loss(ours, {"tokens": None, "teacher_logits": theirs}))
+            targets = {"tokens": None, "teacher_logits": theirs} | of.read(theirs, {})
+            total += jnp.sum(weights[i, :t] * of.loss(ours, targets))
         return total
 
     return jax.value_and_grad(loss)(student)
@@ -80,24 +82,30 @@ def same(gradient, expected, tolerance=2e-5):
     jax.tree.map(compare, gradient.of, expected[1])
 
 
-@pytest.mark.parametrize("name", NAMES)
+SLOW = {"forward_kl", "teacher_top_k(k=5)", "corrected_top_k(k=5)"}  # like others of the list
+
+
+@pytest.mark.parametrize("name", [pytest.param(n, marks=[pytest.mark.slow] if n in SLOW else []) for n in NAMES])
 def test_the_gradient_equals_that_of_full_logits(name, case):
     same(student_gradient(name, case), direct(name, case))
 
 
-@pytest.mark.parametrize("chunk, size", [(1, 8), (16, 8), (24, 2), (10_000, 4)])
-def test_chunks_and_micro_batches_change_nothing(case, chunk, size):
-    expected = student_gradient("jsd(beta=0.3)", case)
-    same(student_gradient("jsd(beta=0.3)", case, chunk=chunk, size=size), (expected.loss, expected.of))
-
-
 JSD = "jsd(beta=0.3)"  # has both divergences
+BINNED = "binned_top_k(k=5)"  # stores all that a top-K objective stores
+
+
+@pytest.mark.parametrize(
+    "name, chunk, size", [(JSD, 1, 8), (JSD, 16, 8), (JSD, 24, 2), (JSD, 10_000, 4), (BINNED, 16, 2)]
+)
+def test_chunks_and_micro_batches_change_nothing(name, case, chunk, size):
+    expected = student_gradient(name, case)
+    same(student_gradient(name, case, chunk=chunk, size=size), (expected.loss, expected.of))
 
 
 @pytest.mark.parametrize(
     "name, shape",
     [
-        pytest.param(name, shape, marks=[] if (name, shape) == (JSD, (2, 2, 2)) else pytest.mark.slow)
+        pytest.param(name, shape, marks=[] if name in (JSD, BINNED) and shape == (2, 2, 2) else pytest.mark.slow)
         for name, shape in [*((JSD, shape) for shape in EVERY), *((name, (2, 2, 2)) for name in NAMES if name != JSD)]
     ],
 )
@@ -107,12 +115,13 @@ def test_a_mesh_changes_nothing(name, shape, case):
         same(student_gradient(name, case, make_mesh(*shape), chunk), (expected.loss, expected.of), 3e-5)
 
 
-def test_padding_has_no_effect(case):
+@pytest.mark.parametrize("name", ["reverse_kl", BINNED])
+def test_padding_has_no_effect(name, case):
     student, teacher, sequences, weights = case
     beyond = np.arange(13) >= sequences.lengths[:, None]
     other = sequences.replace(tokens=np.where(beyond, 43 - sequences.tokens, sequences.tokens))
-    expected = student_gradient("reverse_kl", case)
-    same(student_gradient("reverse_kl", (student, teacher, other, weights)), (expected.loss, expected.of), 0)
+    expected = student_gradient(name, case)
+    same(student_gradient(name, (student, teacher, other, weights)), (expected.loss, expected.of), 0)
 
 
 def test_the_teachers_hidden_states_keep_their_dtype(case):
