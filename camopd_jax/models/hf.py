@@ -3,6 +3,7 @@
 import hashlib
 import json
 import warnings
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -28,12 +29,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads config.json in a folder, or the given file.
 
     Raises:
-      UserError: if it is missing, is not JSON, or needs code from the checkpoint; if the folder has a PEFT adapter.
+      UserError: if it is missing, is not JSON, or needs code from the checkpoint; if the folder has a PEFT adapter,
+        whose config.json is its base model's (`peft_settings.base_folder`).
     """
     file = folder if folder.is_file() else folder / "config.json"
     if (adapter := folder / "adapter_config.json").exists():
         raise UserError(
-            f"{adapter}: a PEFT adapter, which is not read; merge it into its base model and give that folder "
+            f"{adapter}: a PEFT adapter, which is not read here; merge it into its base model and give that folder "
             "(AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), or delete this "
             "file if the weights beside it are merged already"
         )
@@ -57,10 +59,20 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     check_checksums(folder)
     if warning := stale_index(folder):
         warnings.warn(warning, stacklevel=2)
-    on_disk = matching(folder, config)
+    return load_rows(table(config), matching(folder, config), config, mesh, dtype)
+
+
+def load_rows(
+    rows: Iterable[WeightRow], on_disk: Mapping[str, Tensor], config: ModelConfig, mesh: Mesh, dtype: str
+) -> Params:
+    """Reads the parameters of some rows of a model's table onto the mesh, from tensors by standard name.
+
+    Raises:
+      UserError: for a value that is not finite, with the name of its tensor.
+    """
     sharding_of = shardings(config, mesh)
     leaves = {}
-    for row in table(config):
+    for row in rows:
         stored = [(name, on_disk[name]) for name in row.names(config.num_layers)]
         shard = partial(_shard, stored, row, dtype)
         leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), shard)

@@ -3,6 +3,7 @@
 The table defines shardings, import and export. A parameter without a row and a tensor without a parameter are errors.
 """
 
+import dataclasses
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -39,6 +40,9 @@ MODULE_NAMES = {
     "post_mlp_norm": "post_feedforward_layernorm",
 }
 
+LORA_A, LORA_B, LORA_SCALE = "lora_a", "lora_b", "lora_scale"  # the leaves of an adapter beside a kernel
+PEFT_PREFIX = "base_model.model."  # before the names of all tensors of a PEFT adapter
+
 
 @dataclass(frozen=True)
 class WeightRow:
@@ -61,6 +65,11 @@ class WeightRow:
     def stacked(self) -> bool:
         return "{}" in self.hf_name
 
+    @property
+    def module(self) -> str:
+        """The module in a layer, as in `MODULE_NAMES`."""
+        return ".".join(self.path[1:-1])
+
     def shape(self, layers: int) -> tuple[int, ...]:
         """The shape of the parameter in a model with this number of layers."""
         shape = tuple(self.split[i] for i in self.order)
@@ -80,8 +89,33 @@ class WeightRow:
 
 
 def table(c: ModelConfig) -> tuple[WeightRow, ...]:
-    """The rows of all parameters of a model."""
-    return tuple(_rows(c))
+    """The rows of all parameters of a model, those of its adapter last."""
+    return (*_rows(c), *adapter_rows(c))
+
+
+def adapter_rows(c: ModelConfig) -> tuple[WeightRow, ...]:
+    """The rows of an adapter's leaves (`models.adapters`), by the names of PEFT. No file has a `lora_scale`.
+
+    A is split like the kernel's inputs and B like its outputs; the rank is not split.
+    """
+    kernels = {row.module: row for row in _rows(c) if row.path[-1] == "kernel"}
+    return tuple(row for module, rank in c.adapter for row in _low_rank_rows(kernels[module], rank))
+
+
+def _low_rank_rows(kernel: WeightRow, rank: int) -> Iterator[WeightRow]:
+    """The rows of one kernel's adapter. The kernel's inputs are its first axes, but the last ones of its tensor."""
+    outputs = kernel.order[0]  # the number of output axes
+    inputs, (wide, narrow) = len(kernel.order) - outputs, kernel.hf_shape
+    axes, module = kernel.axes[1:], PEFT_PREFIX + kernel.hf_name.removesuffix(".weight")
+
+    def row(leaf: str, name: str, axes: tuple[str | None, ...], *shape: tuple[int, ...]) -> WeightRow:
+        return WeightRow((*kernel.path[:-1], leaf), f"{module}.{name}", ("layers", *axes), *shape)
+
+    a_split, a_order = (rank, *kernel.split[outputs:]), (*range(1, inputs + 1), 0)
+    yield row(LORA_A, "lora_A.weight", (*axes[:inputs], None), a_split, a_order, (rank, narrow))
+    b_split, b_order = (*kernel.split[:outputs], rank), (outputs, *range(outputs))
+    yield row(LORA_B, "lora_B.weight", (None, *axes[inputs:]), b_split, b_order, (wide, rank))
+    yield row(LORA_SCALE, LORA_SCALE, (), (), (), ())
 
 
 def _rows(c: ModelConfig) -> Iterator[WeightRow]:
@@ -164,8 +198,11 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
 
 
 def decoding_shardings(c: ModelConfig, mesh: Mesh) -> Params:
-    """`shardings` of the parameters for decoding, where "layers" is a tuple with one tree for each layer."""
-    tree = shardings(c, mesh)
+    """`shardings` of the parameters for decoding, where "layers" is a tuple with one tree for each layer.
+
+    Adapters are merged into the kernels.
+    """
+    tree = shardings(dataclasses.replace(c, adapter=()), mesh)
     layer = jax.tree.map(lambda stacked: NamedSharding(mesh, PartitionSpec(*stacked.spec[1:])), tree["layers"])
     return tree | {"layers": (layer,) * c.num_layers}
 
