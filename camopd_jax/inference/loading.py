@@ -15,7 +15,7 @@ from camopd_jax.data.templates import Reader
 from camopd_jax.errors import UserError
 from camopd_jax.models import adapters, hf, peft
 from camopd_jax.models.config import ModelConfig, from_hf
-from camopd_jax.models.disk import CHECKPOINT, find_folder
+from camopd_jax.models.disk import CHECKPOINT, find_folder, hub_revision
 from camopd_jax.models.partition import merge
 from camopd_jax.models.peft_settings import AdapterSettings, base_folder, is_adapter, new_settings, read_settings
 from camopd_jax.models.transformer import Model
@@ -127,6 +127,21 @@ def model_config(folder: Path, context: int | None = None) -> ModelConfig:
     return config
 
 
+def stored_dtypes(folder: Path, config: ModelConfig) -> set[str]:
+    """The dtypes of a checkpoint's weights, all of which are checked by name and shape.
+
+    Args:
+      config: as `model_config` returns it.
+
+    Raises:
+      UserError: for missing or additional tensors and wrong shapes.
+    """
+    tensors = list(hf.matching(base_folder(folder), config).values())
+    if is_adapter(folder):
+        tensors += peft.matching(folder, read_settings(folder, config), config).values()
+    return {str(tensor.dtype) for tensor in tensors}
+
+
 def fingerprint(folder: Path) -> str:
     """`hf.fingerprint` of a checkpoint; of a PEFT adapter, a hash of its files and of its base model's fingerprint."""
     if not is_adapter(folder):
@@ -180,7 +195,7 @@ def with_new_adapter(base: Loaded, adapter: Adapter, base_name: str, seed: int, 
       dtype: of the adapter's matrices.
     """
     config = base.model.config
-    settings = new_settings(adapter, config, base_name)
+    settings = new_settings(adapter, config, base_name, hub_revision(base.folder))
     model = dataclasses.replace(base.model, config=settings.model_config(config))
     places = adapters.all_leaves(shardings(model.config, base.mesh))
 

@@ -57,6 +57,11 @@ def find_folder(name: str, field: str, files: Sequence[str] = CHECKPOINT, revisi
         ) from error
 
 
+def hub_revision(folder: Path) -> str | None:
+    """The revision of a folder that `find_folder` took from the hub; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
 @functools.cache
 def _from_hub(name: str, files: tuple[str, ...], revision: str | None) -> Path:
     from huggingface_hub import snapshot_download  # slow to import, and only needed here

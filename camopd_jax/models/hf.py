@@ -184,6 +184,14 @@ def save(
     files.close(hf_config)
 
 
+def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file with the permissions of a new file: safetensors' own lets only the owner read it."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
 class _Files:
     """Writes the safetensors files of a folder: tensors are added to a file until it is full."""
 
@@ -222,9 +230,6 @@ class _Files:
     def _flush(self) -> None:
         if self._writes:
             file = self._folder / f"part-{len(self._names)}"
-            file.touch()
-            mode = file.stat().st_mode
-            save_file(self._pending, file, metadata={"format": "pt"})
-            file.chmod(mode)  # safetensors creates files that only the owner can read
+            write_tensors(file, self._pending)
         self._names.append(list(self._pending))
         self._pending.clear()

@@ -126,25 +126,35 @@ def place(leaves: Leaves, config: ModelConfig, mesh: Mesh) -> Params:
     })  # fmt: skip
 
 
-def tensors_to_save(params: Params, settings: AdapterSettings, config: ModelConfig) -> dict[str, np.ndarray]:
-    """An adapter's tensors by PEFT's names: each layer's own rank of A and B, and the parameters it replaces.
+def save(folder: Path, params: Params, settings: AdapterSettings, config: ModelConfig, original: Path) -> None:
+    """Writes adapter_config.json and adapter_model.safetensors. Every process must call it; process 0 writes.
 
-    Every process must call it.
+    Args:
+      original: the folder from which the adapter was read; the parameters that it has in full are copied from there.
     """
-    saved: dict[str, np.ndarray] = {}
-    for row in (*adapter_rows(config), *settings.saved):
+    saved = tensors(params, settings, config)
+    if jax.process_index() != 0:
+        return
+    if settings.saved:
+        on_disk = read_header(original / WEIGHTS)
+        names = [PEFT_PREFIX + name for row in settings.saved for name in row.names(config.num_layers)]
+        saved |= {name: on_disk[name].map() for name in names}
+    fields = {**settings.fields, "inference_mode": True}
+    (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
+    hf.write_tensors(folder / WEIGHTS, saved)
+
+
+def tensors(params: Params, settings: AdapterSettings, config: ModelConfig) -> dict[str, np.ndarray]:
+    """The matrices of an adapter by PEFT's names, each with the rank of its own layer. Every process must call it."""
+    named: dict[str, np.ndarray] = {}
+    for row in adapter_rows(config):
         if row.path[-1] == LORA_SCALE:
             continue
-        whole = multihost_utils.process_allgather(leaf_of(params, row.path), tiled=True)
-        layers = np.asarray(whole) if row.stacked else np.asarray(whole)[None]
-        if row in settings.saved:
-            names = row.names(config.num_layers)
-            saved |= {PEFT_PREFIX + name: row.to_hf(layer) for name, layer in zip(names, layers, strict=True)}
-            continue
+        layers = np.asarray(multihost_utils.process_allgather(leaf_of(params, row.path), tiled=True))
         for i, name, rank in _stored(row, settings):
             tensor = row.to_hf(layers[i])
-            saved[name] = tensor[:rank] if row.path[-1] == LORA_A else tensor[:, :rank]
-    return {name: np.ascontiguousarray(tensor) for name, tensor in saved.items()}
+            named[name] = np.ascontiguousarray(tensor[:rank] if row.path[-1] == LORA_A else tensor[:, :rank])
+    return named
 
 
 def fingerprint(folder: Path, base: str) -> str:

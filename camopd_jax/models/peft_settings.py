@@ -17,6 +17,7 @@ from camopd_jax.models.names import EMBEDDING, HEAD
 from camopd_jax.models.weights import MODULE_NAMES, PEFT_PREFIX, WeightRow, table
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+_BASE = "base_model_name_or_path"
 ALL_LINEAR = "all-linear"  # as a target: the matrices of all layers
 MERGE = "merge the adapter into its base model (merge_and_unload of PEFT) and give that folder"
 
@@ -66,7 +67,7 @@ class AdapterSettings:
 
     @property
     def base_name(self) -> str:
-        return str(self.fields["base_model_name_or_path"])
+        return str(self.fields[_BASE])
 
     def model_config(self, base: ModelConfig) -> ModelConfig:
         """The config of the base model with this adapter."""
@@ -93,17 +94,20 @@ def base_folder(folder: Path, files: tuple[str, ...] = CHECKPOINT) -> Path:
         return folder
     file = folder / CONFIG
     fields = read_json(file)
-    name, revision, field = fields.get("base_model_name_or_path"), fields.get("revision"), "base_model_name_or_path"
-    if not isinstance(name, str) or not name:
-        raise UserError(f"{file}: field {field} is {name!r}; give the base model's folder or hub name")
-    beside = folder / name
-    if not Path(name).expanduser().is_dir() and beside.is_dir():
-        base = beside
-    else:
-        base = find_folder(name, f"{file}: {field}", files, revision)
+    name, field = _base_name(fields, file), f"{file}: {_BASE}"
+    base = find_folder(name, field, files, fields.get("revision"))
     if is_adapter(base):
-        raise UserError(f"{file}: {field} is {name!r}, which is an adapter too; merge that one into its own base first")
+        raise UserError(f"{field} is {name!r}, which is an adapter too; merge that one into its own base first")
     return base
+
+
+def _base_name(fields: Mapping[str, Any], file: Path) -> str:
+    """The name of the base model that adapter_config.json gives; an absolute path, if only its own folder has it."""
+    name = fields.get(_BASE)
+    if not isinstance(name, str) or not name:
+        raise UserError(f"{file}: field {_BASE} is {name!r}; give the base model's folder or hub name")
+    beside = file.parent / name
+    return str(beside.resolve()) if not Path(name).expanduser().is_dir() and beside.is_dir() else name
 
 
 # --------------------------------------------------------------------------------------- the settings
@@ -133,11 +137,16 @@ def read_settings(folder: Path, base: ModelConfig) -> AdapterSettings:
             f"{file}: field init_lora_weights is {initial!r}, which changes the base model when the adapter is loaded; "
             + MERGE
         )
+    fields = fields | {_BASE: _base_name(fields, file)}
     return _resolve(fields, base, str(file), read_header(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {})
 
 
-def new_settings(adapter: Adapter, base: ModelConfig, base_name: str) -> AdapterSettings:
+def new_settings(adapter: Adapter, base: ModelConfig, base_name: str, revision: str | None = None) -> AdapterSettings:
     """The settings of a new adapter, with the fields that PEFT needs to load it.
+
+    Args:
+      base_name: folder or hub name of the model on which it is trained.
+      revision: of that model, if it is from the hub.
 
     Raises:
       UserError: naming a target that the model does not have.
@@ -153,7 +162,8 @@ def new_settings(adapter: Adapter, base: ModelConfig, base_name: str) -> Adapter
     fields = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base_name,
+        _BASE: base_name,
+        "revision": revision,
         "r": adapter.rank,
         "lora_alpha": adapter.alpha,
         "target_modules": targets,

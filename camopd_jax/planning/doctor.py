@@ -26,6 +26,7 @@ from camopd_jax.method.optimizer import moment_names
 from camopd_jax.method.setup import check_model, resolve
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig
+from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.planning.arrays import Models
 from camopd_jax.planning.costs import memory_estimate, weights
 from camopd_jax.planning.topology import Topology
@@ -104,17 +105,19 @@ class Examination:
     def model(self, about: str, name: str, field: str) -> None:
         folder = find_model(self.config, name, field)
         context = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
-        model, values = loading.model_config(folder, context), hf.read_config(folder)
-        kinds = sorted({str(tensor.dtype) for tensor in hf.matching(folder, model).values()})
+        model, base = loading.model_config(folder, context), base_folder(folder)
+        values, kinds = hf.read_config(base), sorted(loading.stored_dtypes(folder, model))
+        if name == "specialised":
+            loading.check_adapter(self.config.adapter, folder, field)
         checked = self.models[name] = Checked(folder, model, templates.load_tokenizer(folder))
         self.good(about, f"{values['model_type']}, {weights(model) / 1e6:,.1f} M parameters in {', '.join(kinds)}")
-        if warning := hf.stale_index(folder):
+        if warning := hf.stale_index(base):
             self.odd(about, warning)
         positions = values.get("max_position_embeddings") or context
         if context > positions:
             self.odd(
                 about,
-                f"{folder / 'config.json'}: max_position_embeddings is {positions}, but prompt and answer may have "
+                f"{base / 'config.json'}: max_position_embeddings is {positions}, but prompt and answer may have "
                 f"{context} tokens; lower config.rollout.max_response_tokens",
             )
         beyond = {i: t for t, i in checked.tokenizer.get_vocab().items() if i >= model.vocab_size}
@@ -132,7 +135,7 @@ class Examination:
         self.good(about, f"one tokenizer of {shared.size or len(student.tokenizer)} tokens")
         for warning in shared.warnings:
             self.odd(about, warning)
-        if hf.fingerprint(self.models["general"].folder) == hf.fingerprint(student.folder):
+        if loading.fingerprint(self.models["general"].folder) == loading.fingerprint(student.folder):
             same = "config.general_model and config.specialised_model hold the same weights"
             self.odd(about, f"{same}: there is no lost ability to recover")
         for warning in filter(None, {self._eos_warning(branch.prompts.template) for branch in branches}):
