@@ -68,7 +68,7 @@ def find(name: str, field: str, files: Sequence[str] = CHECKPOINT) -> Path:
         that of a supported model.
     """
     folder = find_folder(name, field, files)
-    model_config(folder)
+    model_config(folder, files=files)
     return folder
 
 
@@ -115,12 +115,13 @@ def load(
     return Loaded(folder, mesh, model, params, tokenizer, templates.eos_ids(folder, tokenizer))
 
 
-def model_config(folder: Path, context: int | None = None) -> ModelConfig:
+def model_config(folder: Path, context: int | None = None, files: Sequence[str] = CHECKPOINT) -> ModelConfig:
     """Reads the architecture from a folder's config.json, for sequences of up to `context` tokens (None: any).
 
-    For a PEFT adapter this is the architecture of its base model; its adapter_config.json is checked too.
+    For a PEFT adapter this is the architecture of its base model, of which `files` are downloaded if it is on the hub;
+    its adapter_config.json is checked too.
     """
-    base = base_folder(folder)
+    base = base_folder(folder, files)
     config = from_hf(hf.read_config(base), context=context, where=str(base / "config.json"))
     if is_adapter(folder):
         read_settings(folder, config)

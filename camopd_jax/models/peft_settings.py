@@ -3,7 +3,7 @@
 import contextlib
 import dataclasses
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,7 +81,7 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).exists()
 
 
-def base_folder(folder: Path, files: tuple[str, ...] = CHECKPOINT) -> Path:
+def base_folder(folder: Path, files: Sequence[str] = CHECKPOINT) -> Path:
     """The folder of an adapter's base model, from the hub if necessary; any other folder itself.
 
     Args:

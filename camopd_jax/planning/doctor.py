@@ -27,7 +27,7 @@ from camopd_jax.method.setup import check_model, resolve
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.peft_settings import base_folder
-from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.arrays import make_models, model_shape
 from camopd_jax.planning.costs import memory_estimate, weights
 from camopd_jax.planning.topology import Topology
 from camopd_jax.runs.workdir import check_owner
@@ -217,7 +217,9 @@ class Examination:
         self.good(about, f"{devices}; all batch sizes and models divide evenly")
         if not complete:
             return
-        least = memory_estimate(setup, Models(shapes))["update"]
+        as_loaded = {name: model_shape(model.folder, setup.context) for name, model in self.models.items()}
+        folders = {name: model.folder for name, model in self.models.items()}
+        least = memory_estimate(setup, make_models(self.config, as_loaded, folders))["update"]
         text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} GiB per device"
         if where.hbm and least > where.hbm:
             advice = "" if compute.offloads else " or config.compute.offload=late"
