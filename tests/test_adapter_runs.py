@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 
 import jax
@@ -166,6 +167,21 @@ def test_a_new_adapter_on_a_full_model_also_offloaded(command, tmp_path):
     np.testing.assert_allclose(our_log_probs(tmp_path / "run" / "export", tokens), expected, atol=2e-5, rtol=0)
 
 
+@pytest.mark.slow
+def test_two_processes_on_a_mesh_equal_one(command, pair, tmp_path):
+    """A new adapter, whose matrices are split over fsdp and tensor: each process has half of a matrix."""
+    flags = [*SMALL, "--config.adapter.rank=3", "--config.optimizer.eps=1e-5", "--config.compute.remat=none"]
+    split = ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"]
+    for process in pair("train", f"--workdir={tmp_path / 'two'}", *flags, *split).wait():
+        assert process.code == 0, process.err
+    ended = command("train", f"--workdir={tmp_path / 'one'}", *flags)
+    assert ended.code == 0, ended.err
+    ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():  # a step moves a weight by 1e-3
+        np.testing.assert_allclose(tensor, theirs[name], rtol=0, atol=5e-5, err_msg=name)
+
+
 def config(**fields):
     branches = {
         "recovery": BranchConfig(prompts=Stream("g"), teacher="general"),
@@ -217,6 +233,17 @@ def test_what_is_trained_is_never_two_adapters(adapted, tmp_path, command):
         load_models(resolve(wrong, devices=jax.devices()[:1]))
     ended = command("doctor", *SMALL, f"--config.specialised_model={adapted / 'export'}", "--config.adapter.rank=4")
     assert ended.code == 2 and "is an adapter itself" in " ".join(ended.out.split())
+
+
+def test_damage_to_an_exported_adapter(adapted, tmp_path):
+    folder = shutil.copytree(adapted / "export", tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    mesh = make_mesh(data=1, devices=jax.devices()[:1])
+    with pytest.raises(UserError, match="adapter_model.safetensors: not the file whose checksum SHA256SUMS has"):
+        loading.load(folder, mesh, Compute(), dtype="float32", context=32)
 
 
 def test_another_base_has_another_fingerprint(adapted, tmp_path):

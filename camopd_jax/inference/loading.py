@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
 from camopd_jax.config.schema import Adapter, Compute, Config, TrainConfig
@@ -200,11 +201,11 @@ def with_new_adapter(base: Loaded, adapter: Adapter, base_name: str, seed: int, 
     model = dataclasses.replace(base.model, config=settings.model_config(config))
     places = adapters.all_leaves(shardings(model.config, base.mesh))
 
-    def leaves(key: jax.Array) -> Params:
-        new = adapters.init(model.config, key, adapter.alpha / adapter.rank)
+    def leaves(seed: jax.Array) -> Params:
+        new = adapters.init(model.config, jax.random.key(seed), adapter.alpha / adapter.rank)
         return adapters.attach(new, jax.tree.map(lambda p: p.astype(dtype), adapters.matrices(new)))
 
-    new = jax.jit(leaves, out_shardings=places)(jax.random.key(seed))
+    new = jax.jit(leaves, out_shardings=places)(np.int32(seed))
     return dataclasses.replace(base, model=model, params=adapters.attach(base.params, new), adapter=settings)
 
 

@@ -15,6 +15,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.errors import UserError
 from camopd_jax.models import hf
+from camopd_jax.models.checksums import check_checksums, write_checksums
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.disk import Tensor, read_header, read_json
 from camopd_jax.models.names import EMBEDDING, HEAD
@@ -82,8 +83,9 @@ def load_matrices(folder: Path, settings: AdapterSettings, base: ModelConfig, me
     """Reads an adapter's matrices A and B onto the mesh.
 
     Raises:
-      UserError: as `matching`; for a value that is not finite, with the name of its tensor.
+      UserError: as `check_checksums` and `matching`; for a value that is not finite, with the name of its tensor.
     """
+    check_checksums(folder)
     on_disk, file, config = matching(folder, settings, base), folder / WEIGHTS, settings.model_config(base)
     leaves: Leaves = {}
     for row in adapter_rows(config):
@@ -142,6 +144,7 @@ def save(folder: Path, params: Params, settings: AdapterSettings, config: ModelC
     fields = {**settings.fields, "inference_mode": True}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     hf.write_tensors(folder / WEIGHTS, saved)
+    write_checksums(folder)
 
 
 def tensors(params: Params, settings: AdapterSettings, config: ModelConfig) -> dict[str, np.ndarray]:
