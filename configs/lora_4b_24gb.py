@@ -15,7 +15,7 @@ def get_config():
     config = default(TrainConfig)
     config.general_model = "Qwen/Qwen3-4B-Instruct-2507"
     config.specialised_model = (
-        "models/medical_lora"  # adapter_config.json names Qwen/Qwen3-4B-Instruct-2507 as its base
+        "models/medical_lora"  # adapter_config.json names the general model as its base
     )
     config.branches.recovery.prompts.source = "data/general/general.jsonl"
     config.branches.review.prompts.source = "data/medical/medical.jsonl"
