@@ -14,9 +14,7 @@ from camopd_jax.config import TrainConfig, default
 def get_config():
     config = default(TrainConfig)
     config.general_model = "Qwen/Qwen3-4B-Instruct-2507"
-    config.specialised_model = (
-        "models/medical_lora"  # adapter_config.json names the general model as its base
-    )
+    config.specialised_model = "models/medical_lora"  # adapter_config.json names the general model as its base
     config.branches.recovery.prompts.source = "data/general/general.jsonl"
     config.branches.review.prompts.source = "data/medical/medical.jsonl"
     config.steps = 120
