@@ -2,7 +2,7 @@
 
 Command    python -m camopd_jax.train --config=configs/lora_4b_24gb.py --workdir=runs/lora_4b
 Models     Qwen3-4B-Instruct-2507, and a PEFT adapter of it: r 16 on all matrices of the layers.
-Memory     by the estimate of `plan` (arithmetic, not compiled): 8 GiB for weights and Adam, 15 GiB in the gradient, at
+Memory     by the estimate of `plan`, which is not compiled: 8 GiB for weights and Adam, 15 GiB in the gradient, at
            most 20 GiB, while the student answers: the weights with the adapter merged, and a cache of 32 x 1,024
            tokens. A new adapter on a full fine-tune does not fit: 28 GiB.
 Not run    on a GPU, nor with these models; the tests run configs of this form on tiny models.

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import runpy
 import shutil
 from pathlib import Path
@@ -14,6 +15,8 @@ from rows import add_tokens, chat_row, edit_json, swap_tokens, write_lines
 from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.config.identity import changed
 from camopd_jax.config.schema import TrainConfig
+from camopd_jax.errors import UserError
+from camopd_jax.inference import loading
 from camopd_jax.method.setup import resolve
 from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
@@ -21,6 +24,7 @@ from camopd_jax.models.transformer import Model
 from camopd_jax.planning import doctor, topology
 from camopd_jax.planning.arrays import Models
 from camopd_jax.planning.costs import memory_estimate
+from camopd_jax.planning.memory import check_memory, device_memory
 from camopd_jax.runs.workdir import claim_workdir
 
 ROOT = Path(__file__).parents[1]
@@ -151,6 +155,22 @@ def test_a_mesh_and_memory_that_do_not_fit(config, here):
     small = dataclasses.replace(here, hbm=2**20)
     findings, _ = doctor.examine(config, None, small)
     assert "config.compute.offload=late" in texts(findings, "wrong", "devices")[0]
+
+
+def test_what_certainly_does_not_fit_is_refused_and_what_may_fit_is_not(config):
+    """Weights, gradient and moments are counted exactly; a stage with activations may take half of its estimate."""
+    setup = resolve(changed(config, {"rollout.max_response_tokens": 4096}))
+    models = Models({name: loading.model_config(QUICKSTART / "specialist") for name in ("general", "specialised")})
+    estimate = memory_estimate(setup, models)
+    stage, most = max(estimate.items(), key=lambda item: item[1])
+    check_memory(setup, models, most / 2)
+    with pytest.raises(UserError, match=f"{stage} takes about .* or use more devices"):
+        check_memory(setup, models, most / 2 - 1)
+    with pytest.raises(UserError, match="parameters, gradient, Adam's moments and teachers take"):
+        check_memory(setup, models, estimate["update"] - 1)
+    assert (
+        2**30 < device_memory() * jax.local_device_count() <= os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    )
 
 
 def test_the_minimum_memory_is_the_sum_of_its_parts(config, here):

@@ -353,6 +353,11 @@ def one_line(ended, *parts):
         (["--config.branches.review.teacher=/no/where"], "config.branches.review.teacher: no folder /no/where"),
         (["--config.optimizer.trained=mpl"], "config.optimizer.trained is 'mpl', which matches no parameter name"),
         (["--config.rollout.max_prompt_tokens=3"], "none of its prompts fits config.rollout.max_prompt_tokens = 3"),
+        (
+            ["--config.rollout.max_response_tokens=99999999"],
+            "lower config.rollout.max_response_tokens, or use more devices",
+        ),
+        (["--config.rollout.batch_size=80000000"], "prefill takes about 3"),
         (["--confg.steps=3"], "Unknown command line flag"),
         (["steps=3"], "'steps=3' is not a flag"),
     ],

@@ -168,8 +168,9 @@ class Optimizer:
     weight_decay: Annotated[float, Ge(0)] = 0.0
     clip_norm: Annotated[float, Gt(0), "None: no clipping"] | None = 1.0  # global gradient norm
     micro_batch: Free[Count] = 8  # sequences in one forward and backward
-    # Which parameters are trained: "all", or a regular expression that is searched for in names such as
-    # layers.attention.query.kernel. The others are frozen: they have no gradients and no moments and are not saved
+    # Which parameters are trained: "all" (but the routers of mixtures of experts), or a regular expression that is
+    # searched for in names such as layers.attention.query.kernel. The others are frozen: they have no gradients and no
+    # moments and are not saved. ".": all, with routers
     trained: str = "all"
 
 

@@ -31,9 +31,13 @@ class Setup:
     dtype: str  # of activations and matrix products
     teacher_dtype: str  # of the teachers' weights
     rows: dict[str, int]  # prompts of each branch in a step that trains it
-    score_batch: int  # answers scored in one forward pass
     objectives: dict[str, Objective]  # of each branch
     trusts_sampler: bool  # whether log-probabilities from sampling replace the student's forward pass
+
+    @property
+    def score_batch(self) -> int:
+        """Answers scored in one forward pass."""
+        return self.config.rollout.score_batch or self.config.optimizer.micro_batch
 
     @property
     def keep_residuals(self) -> bool:
@@ -70,7 +74,6 @@ def resolve(config: TrainConfig, devices: Any = None) -> Setup:
         dtype=dtype,
         teacher_dtype=loading.teacher_dtype(config.compute, platform(mesh)),
         rows=schedule.batch_rows(config),
-        score_batch=config.rollout.score_batch or config.optimizer.micro_batch,
         objectives={name: _objective(config, name) for name in config.branches},
         trusts_sampler=_trusts_sampler(config, dtype),
     )

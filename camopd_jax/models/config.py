@@ -3,7 +3,6 @@
 The layers depend only on these properties, never on the name of a model family.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Literal
 
@@ -11,22 +10,21 @@ from jax.sharding import Mesh
 
 from camopd_jax.errors import UserError
 from camopd_jax.models import fields as limits
-from camopd_jax.models.families import FAMILIES, Family, Fields, QKNorm
+from camopd_jax.models import rope
+from camopd_jax.models.families import FAMILIES, MULTIMODAL, Family, Fields, NormKind, QKNorm
+from camopd_jax.models.rope import NO_ROTATION, Rope
 
-Activation = Literal["silu", "gelu_tanh"]
+Activation = Literal["silu", "gelu_tanh", "relu2"]
 Implementation = Literal["auto", "xla", "fused"]
 
 
 @dataclass(frozen=True)
-class Rope:
-    """Rotary position embedding: the angle of pair i at position p is `p * frequency_i`."""
+class Routing:
+    """The router of a mixture of experts."""
 
-    theta: float
-    scaling: Literal["default", "linear", "llama3"] = "default"
-    factor: float = 1.0
-    low_freq_factor: float = 1.0  # this and the next two only for llama3
-    high_freq_factor: float = 4.0
-    original_context: int = 8192
+    experts: int
+    per_token: int  # experts of a token
+    normalized: bool  # whether the weights of a token's experts are divided by their sum
 
 
 @dataclass(frozen=True)
@@ -35,7 +33,7 @@ class ModelConfig:
 
     vocab_size: int
     hidden_size: int
-    intermediate_size: int
+    intermediate_size: int  # of a feed-forward, or of one expert
     num_layers: int
     num_heads: int
     num_kv_heads: int
@@ -45,11 +43,20 @@ class ModelConfig:
     activation: Activation
     ropes: tuple[Rope, ...]
     layer_rope: tuple[int, ...]  # for each layer, an index in `ropes`
+    rotary_dim: int  # how many numbers of a head are rotated: the first ones
     windows: tuple[int | None, ...]  # for each layer, the attention window in positions, the token's own included
     query_scale: float  # factor on q.k
+    interleaved_rope: bool = False  # rotated are the pairs (2i, 2i + 1), not (i, i + rotary_dim / 2)
+    # (b, n): queries at position p are multiplied by 1 + b log(1 + floor(p / n))
+    query_growth: tuple[float, int] | None = None
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False
+    routing: Routing | None = None  # of a mixture of experts
+    gated_mlp: bool = True  # whether the feed-forward is down(activation(gate x) * up x), not down(activation(up x))
+    parallel: bool = False  # whether attention and feed-forward have the same input, the layer's first norm
+    norm: NormKind = "rms"
+    norm_bias: bool = False
     qk_norm: QKNorm | None = None
     pre_norms: bool = True  # whether norms precede attention and feed-forward
     post_norms: bool = False  # whether norms follow attention and feed-forward
@@ -62,6 +69,8 @@ class ModelConfig:
     initializer_range: float = 0.02
     output_vocab_size: int | None = None  # logits are cut to this; None: vocab_size
     module_names: tuple[tuple[str, str], ...] = ()  # Hugging Face names that differ from `weights.MODULE_NAMES`
+    # Of the names of all its tensors, if the checkpoint has other tensors too; `weights` and `names` are without it
+    tensor_prefix: str = ""
     adapter: tuple[tuple[str, int], ...] = ()  # modules with an adapter (`models.adapters`), and its largest rank
 
     @property
@@ -88,8 +97,9 @@ class AttentionSpec:
     mesh: Mesh | None = None  # rows and heads are split over it; None: one device
 
 
-_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
+_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
 _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
+_REPLACED = {"sliding_window_pattern"}  # fields that are not read if there are layer_types
 
 
 def from_hf(config: Fields, *, context: int | None = None, where: str = "config.json") -> ModelConfig:
@@ -103,48 +113,99 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     Raises:
       UserError: for an unknown architecture, and for an unknown field that may change the output.
     """
+    prefix = MULTIMODAL[config["model_type"]].prefix if is_multimodal(config) else ""
+    config, where = text_config(config, where)
     fields, family = _checked_fields(config, where)
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     head_dim = fields["head_dim"] or width // heads
     activation = fields[family.activation_field]
+    activation = family.activations.get(activation, activation)
     if activation not in _ACTIVATIONS:
         raise UserError(f"{where}: activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
     types = _layer_types(fields, family, where)
-    rope_of_type = _ropes(config, fields, family, head_dim, context, where)
-    if lacking := set(types) - rope_of_type.keys():
+    windows = tuple(fields["sliding_window"] if t == "sliding_attention" else None for t in types)
+    blocks = rope.blocks(fields, family)
+    if lacking := set(types) - blocks.keys():
         raise UserError(f"{where}: rope_parameters has no block for layers of type {min(lacking)}; add it")
-    ropes = tuple(dict.fromkeys(rope_of_type.values()))
+    rotary_dim = rope.rotary_dim(blocks[types[0]], fields, family, head_dim, where)
+    rope_of_type = {t: rope.read(block, fields, family, rotary_dim, context, where) for t, block in blocks.items()}
+    layer_ropes = [
+        rope_of_type[t] if family.rotates(i, window is not None, fields) else NO_ROTATION
+        for i, (t, window) in enumerate(zip(types, windows, strict=True))
+    ]
+    ropes = tuple(dict.fromkeys(layer_ropes))
     bias = fields["attention_bias"]
     return ModelConfig(
         vocab_size=fields["vocab_size"],
         hidden_size=width,
-        intermediate_size=fields["intermediate_size"],
+        intermediate_size=fields.get("moe_intermediate_size", fields["intermediate_size"]),
         num_layers=fields["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=fields["num_key_value_heads"] or heads,
         head_dim=head_dim,
-        norm_eps=fields["rms_norm_eps"],
+        norm_eps=fields[family.eps_field],
         tied_head=fields["tie_word_embeddings"],
         activation=_ACTIVATIONS[activation],
         ropes=ropes,
-        layer_rope=tuple(ropes.index(rope_of_type[t]) for t in types),
-        windows=tuple(fields["sliding_window"] if t == "sliding_attention" else None for t in types),
+        layer_rope=tuple(map(ropes.index, layer_ropes)),
+        rotary_dim=rotary_dim,
+        windows=windows,
         query_scale=fields.get("attention_multiplier", fields.get("query_pre_attn_scalar", head_dim) ** -0.5),
+        interleaved_rope=family.interleaved_rope,
+        query_growth=rope.query_growth(blocks[types[0]], fields, family, where),
         qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
-        output_bias=bias if family.output_bias is None else family.output_bias,
+        output_bias=fields.get("attention_out_bias", bias) if family.output_bias is None else family.output_bias,
         mlp_bias=fields["mlp_bias"],
+        routing=_routing(fields, family, where),
+        gated_mlp=family.gated_mlp,
+        parallel=family.parallel,
+        norm=family.norm,
+        norm_bias=family.norm_bias,
         qk_norm=family.qk_norm,
         pre_norms=family.pre_norms,
         post_norms=family.post_norms,
         norm_offset=family.norm_offset,
         embed_scale=width**0.5 if family.scales_embedding else fields.get("embedding_multiplier", 1.0),
         residual_scale=fields.get("residual_multiplier", 1.0),
-        logits_divisor=fields.get("logits_scaling", 1.0),
+        logits_divisor=fields.get("logits_scaling", 1.0) / fields.get("logit_scale", 1.0),
         attention_softcap=fields.get("attn_logit_softcapping"),
         final_softcap=fields.get("final_logit_softcapping"),
         initializer_range=fields["initializer_range"],
         module_names=tuple(family.module_names.items()),
+        tensor_prefix=prefix,
     )
+
+
+def _routing(fields: Fields, family: Family, where: str) -> Routing | None:
+    """The router of a mixture of experts; None for other families."""
+    if family.experts_field is None:
+        return None
+    experts, per_token = fields[family.experts_field], fields["num_experts_per_tok"]
+    if per_token > experts:
+        raise UserError(f"{where}: num_experts_per_tok is {per_token}; {family.experts_field} is only {experts}")
+    return Routing(experts, per_token, fields.get("norm_topk_prob", True))
+
+
+def is_multimodal(config: Fields) -> bool:
+    """Whether the model of a config.json has modalities besides text."""
+    return isinstance(config.get("model_type"), str) and config["model_type"] in MULTIMODAL
+
+
+def text_config(config: Fields, where: str = "config.json") -> tuple[Fields, str]:
+    """The fields of the text model of a config.json, and their place for error messages."""
+    if not is_multimodal(config):
+        return config, where
+    multimodal, text = MULTIMODAL[config["model_type"]], config.get("text_config")
+    if not isinstance(text, dict):
+        raise UserError(f"{where}: field text_config is {text!r}; give an object")
+    known = multimodal.fields | limits.HARMLESS | {"text_config"}
+    if odd := [f for f, value in config.items() if f not in known and value not in (None, False, [], {})]:
+        raise UserError(
+            f"{where}: field {odd[0]} = {config[odd[0]]!r} is not known for {config['model_type']}; if it does not "
+            "change the model's output, delete it from the file, else this model is not supported"
+        )
+    tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
+    return {"model_type": multimodal.text} | text | tied, f"{where}: text_config"
 
 
 def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
@@ -155,11 +216,19 @@ def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
-        raise UserError(f"{where}: model_type {name!r} is not supported; supported are {', '.join(FAMILIES)}")
+        raise UserError(
+            f"{where}: model_type {name!r} is not supported; supported are {', '.join([*FAMILIES, *MULTIMODAL])}"
+        )
     family = FAMILIES[name]
     known = family.defaults.keys() | {*limits.REQUIRED} | limits.HARMLESS | _ROPE_FIELDS
+    config = {family.renamed.get(field, field): value for field, value in config.items()}
+    if config.get("layer_types") is not None:
+        config = {field: value for field, value in config.items() if field not in _REPLACED}
     for field, value in config.items():
-        if field not in known and value not in (None, False, [], {}):
+        if field in family.fixed:
+            if value not in (None, family.fixed[field]):
+                raise UserError(f"{where}: field {field} is {value!r}; {name} supports only {family.fixed[field]!r}")
+        elif field not in known and value not in (None, False, [], {}):
             raise UserError(
                 f"{where}: field {field} = {value!r} is not known for {name}; if it does not change the model's "
                 "output, delete it from the file, else this model is not supported"
@@ -178,62 +247,5 @@ def _layer_types(fields: Fields, family: Family, where: str) -> list[str]:
         raise UserError(
             f"{where}: layer_types {types} must name full_attention or sliding_attention for {layers} layers"
         )
-    off = fields.get("sliding_window") is None or not fields.get("use_sliding_window", True)
-    return ["full_attention"] * layers if off else types
-
-
-def _ropes(
-    config: Fields, fields: Fields, family: Family, head_dim: int, context: int | None, where: str
-) -> dict[str, Rope]:
-    """The RoPE of each layer type."""
-    given = config.get("rope_parameters") or {}
-    per_type = {t: given[t] for t in ("full_attention", "sliding_attention") if isinstance(given.get(t), dict)}
-    if not per_type:
-        full = {"rope_theta": fields["rope_theta"]} | (config.get("rope_scaling") or {}) | given
-        local = {"rope_theta": fields[family.local_rope_field]} if family.local_rope_field else full
-        per_type = {"full_attention": full, "sliding_attention": local}
-    max_positions = fields["max_position_embeddings"]
-    return {t: _rope(rope, head_dim, max_positions, context, where) for t, rope in per_type.items()}
-
-
-def _rope(fields: Fields, head_dim: int, max_positions: int, context: int | None, where: str) -> Rope:
-    scaling = fields.get("rope_type", fields.get("type", "default"))
-    supported: dict[str, set[str]] = {
-        "default": set(),
-        "linear": {"factor"},
-        "dynamic": {"factor"},
-        "llama3": {"factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"},
-    }
-    if not isinstance(scaling, str) or scaling not in supported:
-        raise UserError(f"{where}: RoPE scaling {scaling!r} is not supported; supported are {', '.join(supported)}")
-    limits.NUMBER.check(fields.get("rope_theta"), "rope_theta", where)
-    for name, value in fields.items():
-        if name not in supported[scaling] | {"rope_type", "type", "rope_theta"} and value not in (None, 1.0):
-            raise UserError(f"{where}: RoPE field {name} = {value!r} is not supported for scaling {scaling!r}")
-    missing = [name for name in sorted(supported[scaling]) if fields.get(name) is None]
-    if missing:
-        raise UserError(f"{where}: RoPE scaling {scaling!r} needs the field {missing[0]}")
-    for name in sorted(supported[scaling]):
-        kind = limits.COUNT if name == "original_max_position_embeddings" else limits.NUMBER
-        kind.check(fields[name], name, where)
-    rope = Rope(theta=float(fields["rope_theta"]))
-    if scaling == "linear":
-        return dataclasses.replace(rope, scaling="linear", factor=float(fields["factor"]))
-    if scaling == "dynamic":
-        # NTK-aware scaling ("dynamic" in transformers), for the fixed length `context`.
-        stretch = max(context or 0, max_positions) / max_positions
-        growth = float(fields["factor"]) * stretch - (float(fields["factor"]) - 1)
-        return dataclasses.replace(rope, theta=rope.theta * growth ** (head_dim / (head_dim - 2)))
-    if scaling == "llama3":
-        if fields["low_freq_factor"] >= fields["high_freq_factor"]:
-            low, high = fields["low_freq_factor"], fields["high_freq_factor"]
-            raise UserError(f"{where}: field low_freq_factor is {low}; give a number < high_freq_factor = {high}")
-        return dataclasses.replace(
-            rope,
-            scaling="llama3",
-            factor=float(fields["factor"]),
-            low_freq_factor=float(fields["low_freq_factor"]),
-            high_freq_factor=float(fields["high_freq_factor"]),
-            original_context=int(fields["original_max_position_embeddings"]),
-        )
-    return rope
+    window, used = fields.get("sliding_window"), fields.get("use_sliding_window", True)
+    return types if used and window is not None else ["full_attention"] * layers

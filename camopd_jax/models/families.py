@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
 Fields = Mapping[str, Any]  # of a config.json
+NormKind = Literal["rms", "layer"]  # with the root mean square, or with mean and standard deviation
 QKNorm = Literal["head", "projection"]  # queries and keys are normalised over each head, or over all heads together
 
 
@@ -20,17 +21,60 @@ class Family:
     defaults: Fields  # the defaults of transformers; a field of config.json without a default is refused
     # Whether layer i has an attention window, if config.json has no layer_types
     slides: Callable[[int, Fields], bool] = lambda i, fields: False
+    # Whether layer i has RoPE; the second argument is whether it has an attention window
+    rotates: Callable[[int, bool, Fields], bool] = lambda i, windowed, fields: True
+    rope_fields: frozenset[str] = frozenset()  # fields of a RoPE that only some families have
+    interleaved_rope: bool = False  # rotated are the pairs (2i, 2i + 1), not (i, i + K / 2)
     activation_field: str = "hidden_act"
+    activations: Mapping[str, str] = field(default_factory=dict)  # other names of activations, and what they mean here
+    experts_field: str | None = None  # field with the number of experts, in mixtures of experts
+    gated_mlp: bool = True  # whether the feed-forward has a gate
+    parallel: bool = False  # whether attention and feed-forward have the same input
     qkv_bias: bool | None = None  # None: the value of attention_bias
     output_bias: bool | None = None  # of the attention's output projection; None: the value of attention_bias
     qk_norm: QKNorm | None = None
+    norm: NormKind = "rms"
+    norm_bias: bool = False
+    eps_field: str = "rms_norm_eps"
     pre_norms: bool = True  # whether norms precede attention and feed-forward
     post_norms: bool = False  # whether norms follow attention and feed-forward
     norm_offset: float = 0.0  # added to a norm's weight
     scales_embedding: bool = False  # whether embeddings are multiplied by the square root of the model width
     local_rope_field: str | None = None  # field with the RoPE base of layers with a window, if it is different
-    # Hugging Face names of modules that differ from `weights.MODULE_NAMES`
+    renamed: Mapping[str, str] = field(default_factory=dict)  # `attribute_map` of transformers: other names of fields
+    fixed: Fields = field(default_factory=dict)  # fields that transformers ignores, with the values that are supported
+    # Class in the `auto_map` of checkpoints that are older than the family in transformers: code that is not needed
+    published_code: str | None = None
+    # Hugging Face names of modules that differ from `weights.MODULE_NAMES`. Modules with the same name are parts of one
+    # tensor, in the order of the table.
     module_names: Mapping[str, str] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Multimodal:
+    """A checkpoint with other modalities. Only its text model is read; its other tensors stay as they are."""
+
+    text: str  # model_type of the text model, if its config has none
+    fields: frozenset[str]  # the fields of config.json beside `text_config`
+    prefix: str = "language_model."  # of the names of the text model's tensors
+
+
+MULTIMODAL: dict[str, Multimodal] = {  # by the model_type of config.json
+    "gemma3": Multimodal(
+        "gemma3_text",
+        frozenset(
+            "vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index initializer_range "
+            "tie_word_embeddings".split()
+        ),
+    ),
+    "mistral3": Multimodal(
+        "mistral",
+        frozenset(
+            "vision_config image_token_index projector_hidden_act vision_feature_layer multimodal_projector_bias "
+            "spatial_merge_size tie_word_embeddings".split()
+        ),
+    ),
+}
 
 
 def _like(base: Family, defaults: Fields, **properties: Any) -> Family:
@@ -38,10 +82,9 @@ def _like(base: Family, defaults: Fields, **properties: Any) -> Family:
     return replace(base, defaults={**base.defaults, **defaults}, **properties)
 
 
-_LLAMA = Family(
+_COMMON = Family(
     {
         "hidden_act": "silu",
-        "rms_norm_eps": 1e-6,
         "tie_word_embeddings": False,
         "rope_theta": 10_000.0,
         "max_position_embeddings": 2048,
@@ -52,6 +95,15 @@ _LLAMA = Family(
         "initializer_range": 0.02,
     }
 )
+_LLAMA = _like(_COMMON, {"rms_norm_eps": 1e-6})
+
+
+def _smollm3_rotates(i: int, windowed: bool, fields: Fields) -> bool:
+    """Whether layer i of SmolLM3 has RoPE."""
+    layers, interval = fields["no_rope_layers"], fields["no_rope_layer_interval"]
+    return bool(layers[i]) if layers is not None else (i + 1) % interval != 0
+
+
 _QWEN = _like(
     _LLAMA,
     {
@@ -85,6 +137,41 @@ _GEMMA = _like(
     scales_embedding=True,
     module_names={"mlp_norm": "pre_feedforward_layernorm"},
 )
+_OLMO2 = _like(_LLAMA, {"rms_norm_eps": 1e-5}, qk_norm="projection", pre_norms=False, post_norms=True)
+_FUSED_MLP = {"mlp.gate": "mlp.gate_up_proj", "mlp.up": "mlp.gate_up_proj"}
+_EXPERTS = {"mlp.router": "mlp.gate"} | {
+    f"mlp.{name}": f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")
+}
+_PARTIAL = frozenset({"partial_rotary_factor"})
+_GLM = _like(
+    _LLAMA,
+    {
+        "rms_norm_eps": 1.5625e-7,
+        "max_position_embeddings": 131_072,
+        "num_key_value_heads": 2,
+        "head_dim": 128,
+        "attention_bias": True,
+        "partial_rotary_factor": 0.5,
+    },
+    output_bias=False,
+    rope_fields=_PARTIAL,
+    interleaved_rope=True,
+    module_names=_FUSED_MLP,
+)
+_COHERE = _like(
+    _COMMON,
+    {
+        "layer_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_theta": 500_000.0,
+        "max_position_embeddings": 8192,
+        "logit_scale": 0.0625,
+    },
+    norm="layer",
+    eps_field="layer_norm_eps",
+    parallel=True,
+    interleaved_rope=True,
+)
 
 FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "llama": _LLAMA,
@@ -99,6 +186,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "gemma3_text": _like(
         _GEMMA,
         {
+            "vocab_size": 262_208,
+            "num_attention_heads": 8,
             "rope_theta": 1_000_000.0,
             "rope_local_base_freq": 10_000.0,
             "sliding_window_pattern": 6,
@@ -110,6 +199,56 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
         qk_norm="head",
         local_rope_field="rope_local_base_freq",
     ),
+    "qwen3_moe": _like(
+        _QWEN,
+        {
+            "head_dim": None,
+            "num_key_value_heads": 4,
+            "moe_intermediate_size": 768,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        qk_norm="head",
+        experts_field="num_experts",
+        renamed={"num_local_experts": "num_experts"},
+        fixed={"decoder_sparse_step": 1},
+        module_names=_EXPERTS,
+    ),
+    "olmoe": _like(
+        _LLAMA,
+        {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "num_experts": 64,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": False,
+        },
+        qk_norm="projection",
+        experts_field="num_experts",
+        renamed={"num_local_experts": "num_experts"},
+        module_names=_EXPERTS,
+    ),
+    "mixtral": _like(
+        _LLAMA,
+        {
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 8,
+            "max_position_embeddings": 131_072,
+            "sliding_window": None,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+        },
+        slides=lambda i, fields: True,
+        experts_field="num_local_experts",
+        renamed={"num_experts": "num_local_experts"},
+        module_names={
+            "mlp.router": "block_sparse_moe.gate",
+            "mlp.gate": "block_sparse_moe.experts.{}.w1",
+            "mlp.up": "block_sparse_moe.experts.{}.w3",
+            "mlp.down": "block_sparse_moe.experts.{}.w2",
+        },
+    ),
     "granite": _like(
         _LLAMA,
         {
@@ -119,5 +258,156 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
             "logits_scaling": 1.0,
         },
     ),
-    "olmo2": _like(_LLAMA, {"rms_norm_eps": 1e-5}, qk_norm="projection", pre_norms=False, post_norms=True),
+    "olmo2": _OLMO2,
+    "olmo3": _like(
+        _OLMO2,
+        {"rope_theta": 500_000.0, "sliding_window": 4096, "layer_types": None},
+        slides=lambda i, fields: (i + 1) % 4 != 0,
+        local_rope_field="rope_theta",  # rope_scaling is only for layers without a window
+    ),
+    "gemma": _like(
+        _LLAMA,
+        {
+            "hidden_act": "gelu_pytorch_tanh",
+            "tie_word_embeddings": True,
+            "head_dim": 256,
+            "max_position_embeddings": 8192,
+            "num_key_value_heads": 16,
+        },
+        activations={"gelu": "gelu_pytorch_tanh"},
+        norm_offset=1.0,
+        scales_embedding=True,
+        fixed={"hidden_activation": "gelu_pytorch_tanh"},
+    ),
+    "seed_oss": _like(
+        _LLAMA,
+        {
+            "max_position_embeddings": 524_288,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "attention_bias": True,
+            "attention_out_bias": False,
+        },
+    ),
+    "ministral": _like(
+        _LLAMA,
+        {"sliding_window": 4096, "num_key_value_heads": 8, "max_position_embeddings": 131_072, "layer_types": None},
+        slides=lambda i, fields: True,
+    ),
+    "ministral3": _like(
+        _LLAMA,
+        {
+            "rms_norm_eps": 1e-5,
+            "sliding_window": None,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "max_position_embeddings": 262_144,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "rope_theta": 1_000_000.0,
+                "factor": 16.0,
+                "original_max_position_embeddings": 16_384,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "mscale_all_dim": 1.0,
+                "mscale": 1.0,
+                "llama_4_scaling_beta": 0.1,
+            },
+        },
+        slides=lambda i, fields: True,
+        rope_fields=frozenset({"llama_4_scaling_beta", "max_position_embeddings"}),
+    ),
+    "smollm3": _like(
+        _LLAMA,
+        {
+            "tie_word_embeddings": True,
+            "rope_theta": 2_000_000.0,
+            "max_position_embeddings": 32_768,
+            "num_key_value_heads": 4,
+            "use_sliding_window": False,
+            "sliding_window": None,
+            "layer_types": None,
+            "no_rope_layers": None,
+            "no_rope_layer_interval": 4,
+        },
+        slides=lambda i, fields: not _smollm3_rotates(i, False, fields),
+        rotates=_smollm3_rotates,
+        fixed={"max_window_layers": 28},
+    ),
+    "exaone4": _like(
+        _LLAMA,
+        {
+            "rms_norm_eps": 1e-5,
+            "num_key_value_heads": 32,
+            "sliding_window": 4096,
+            "sliding_window_pattern": 4,
+            "layer_types": None,
+        },
+        slides=lambda i, fields: (i + 1) % fields["sliding_window_pattern"] != 0,
+        rotates=lambda i, windowed, fields: windowed or fields["sliding_window"] is None,
+        qk_norm="head",
+        pre_norms=False,
+        post_norms=True,
+    ),
+    "glm": _GLM,
+    "glm4": _like(
+        _GLM,
+        {},
+        post_norms=True,
+        module_names={
+            **_FUSED_MLP,
+            "post_attention_norm": "post_self_attn_layernorm",
+            "post_mlp_norm": "post_mlp_layernorm",
+        },
+    ),
+    "phi3": _like(
+        _LLAMA,
+        {
+            "rms_norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "original_max_position_embeddings": 4096,
+            "partial_rotary_factor": 1.0,
+            "sliding_window": None,
+        },
+        slides=lambda i, fields: True,
+        rope_fields=_PARTIAL,
+        fixed={"full_attn_mod": 1, "interpolate_factor": 1},
+        published_code="modeling_phi3.Phi3ForCausalLM",
+        module_names={
+            **dict.fromkeys(("attention.query", "attention.key", "attention.value"), "self_attn.qkv_proj"),
+            **_FUSED_MLP,
+        },
+    ),
+    "cohere": _COHERE,
+    "cohere2": _like(
+        _COHERE,
+        {"rope_theta": 10_000.0, "sliding_window": 4096, "sliding_window_pattern": 4, "layer_types": None},
+        slides=lambda i, fields: (i + 1) % fields["sliding_window_pattern"] != 0,
+        rotates=lambda i, windowed, fields: windowed,
+        fixed={
+            "position_embedding_type": "rope_gptj",
+            "rotary_pct": 1.0,
+            "order_of_interleaved_layers": "local_attn_first",
+            "layer_switch": 4,
+            "use_gated_activation": True,
+            "use_parallel_block": True,
+            "use_embedding_sharing": True,
+        },
+    ),
+    "nemotron": _like(
+        _COMMON,
+        {
+            "hidden_act": "relu2",
+            "norm_eps": 1e-5,
+            "max_position_embeddings": 4096,
+            "initializer_range": 0.0134,
+            "partial_rotary_factor": 0.5,
+        },
+        norm="layer",
+        norm_bias=True,
+        norm_offset=1.0,
+        eps_field="norm_eps",
+        gated_mlp=False,
+        rope_fields=_PARTIAL,
+    ),
 }

@@ -19,7 +19,8 @@ _RECORDS = """
     chunk_size_feed_forward is_encoder_decoder is_decoder unsloth_version unsloth_fixed hidden_act
     _sliding_window_pattern task_specific_params _commit_hash max_sequence_length gradient_checkpointing torchscript
     use_bfloat16 tf_legacy_loss finetuning_task prefix cross_attention_hidden_size tie_encoder_decoder
-    tie_last_hidden_states
+    tie_last_hidden_states resid_pdrop embd_pdrop residual_dropout use_parallel_embedding
+    output_router_logits router_aux_loss_coef router_jitter_noise
 """
 # Fields of GenerationConfig, which earlier versions of transformers save in config.json. A test compares them with the
 # installed version. They are not read from it, since a field of a later version may change a model's output.
@@ -66,16 +67,18 @@ def _is_number(value: Any) -> bool:
 
 COUNT = Kind("an integer > 0", lambda value: _is_integer(value) and value > 0)
 NUMBER = Kind("a finite number > 0", lambda value: _is_number(value) and value > 0)
-_FLAG = Kind("true or false", lambda value: isinstance(value, bool))
-_NOT_NEGATIVE = Kind("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
+FLAG = Kind("true or false", lambda value: isinstance(value, bool))
+FRACTION = Kind("a number > 0 and <= 1", lambda value: _is_number(value) and 0 < value <= 1)
+NOT_NEGATIVE = Kind("a finite number >= 0", lambda value: _is_number(value) and value >= 0)
 _INDEX = Kind("an integer >= 0", lambda value: _is_integer(value) and value >= 0)
 _TEXT = Kind("a string", lambda value: isinstance(value, str))
 _TEXTS = Kind("a list of strings", lambda value: isinstance(value, list) and all(map(_TEXT.holds, value)))
 _BLOCK = Kind("an object", lambda value: isinstance(value, dict))
 _TOKENS = Kind("an integer or a list of them", lambda v: all(map(_is_integer, v if isinstance(v, list) else [v])))
+_BITS = Kind("a list of 0 and 1", lambda value: isinstance(value, list) and all(bit in (0, 1) for bit in value))
 _ANY = Kind("anything", lambda value: True)
 
-_OF_DEFAULT = {bool: _FLAG, int: COUNT, float: NUMBER, str: _TEXT.or_null()}
+_OF_DEFAULT = {bool: FLAG, int: COUNT, float: NUMBER, str: _TEXT.or_null()}
 _KINDS = {  # of fields whose kind is not the type of their default
     **dict.fromkeys(REQUIRED, COUNT),
     **dict.fromkeys(("num_key_value_heads", "head_dim", "sliding_window"), COUNT.or_null()),
@@ -83,8 +86,10 @@ _KINDS = {  # of fields whose kind is not the type of their default
     **dict.fromkeys(("rope_scaling", "rope_parameters"), _BLOCK.or_null()),
     **dict.fromkeys(("rope_theta", "rope_local_base_freq"), _ANY),  # checked in `config._rope`
     "query_pre_attn_scalar": NUMBER,
+    "partial_rotary_factor": FRACTION,
+    "no_rope_layers": _BITS.or_null(),
     "max_window_layers": _INDEX,
-    "initializer_range": _NOT_NEGATIVE,
+    "initializer_range": NOT_NEGATIVE,
     "layer_types": _TEXTS.or_null(),
     "eos_token_id": _TOKENS.or_null(),
 }
@@ -106,6 +111,9 @@ def check(fields: Fields, defaults: Fields, where: str) -> None:
     for field, value in fields.items():
         kind = _KINDS.get(field) or _OF_DEFAULT.get(type(defaults.get(field)), _ANY)
         kind.check(value, field, where)
+    layers, bits = fields["num_hidden_layers"], fields.get("no_rope_layers")
+    if bits is not None and len(bits) != layers:
+        raise UserError(f"{where}: no_rope_layers has {len(bits)} numbers; give {layers}, one for each layer")
     width, heads, head_dim = fields["hidden_size"], fields["num_attention_heads"], fields["head_dim"]
     if head_dim is None and width % heads:
         raise UserError(f"{where}: num_attention_heads is {heads}, which does not divide hidden_size = {width}")

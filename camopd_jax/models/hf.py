@@ -18,8 +18,9 @@ from camopd_jax.errors import UserError
 from camopd_jax.models.checksums import check_checksums, write_checksums
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.disk import INDEX, SINGLE, Tensor, read_json, stale_index, tensors
+from camopd_jax.models.families import FAMILIES
 from camopd_jax.models.names import EMBEDDING, HEAD, check_names, standard_names
-from camopd_jax.models.weights import WeightRow, check_rows_cover, leaf_of, shardings, table, tree_of
+from camopd_jax.models.weights import WeightRow, check_rows_cover, leaf_of, shardings, table, tensor_rows, tree_of
 from camopd_jax.types import Params
 
 # --------------------------------------------------------------------------------------- reading
@@ -40,12 +41,21 @@ def read_config(folder: Path) -> dict[str, Any]:
             "file if the weights beside it are merged already"
         )
     config = read_json(file)
+    if "auto_map" in config and _is_published(config["auto_map"], config.get("model_type")):
+        del config["auto_map"]
     if "auto_map" in config:
         raise UserError(
             f"{file}: auto_map asks for code from the checkpoint, which is never run; "
             "use a checkpoint of a built-in architecture"
         )
     return config
+
+
+def _is_published(auto_map: Any, model_type: Any) -> bool:
+    """Whether `auto_map` asks for code that transformers has in the meantime."""
+    family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
+    code = auto_map.get("AutoModelForCausalLM") if isinstance(auto_map, dict) else None
+    return family is not None and code is not None and code == family.published_code
 
 
 def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
@@ -74,13 +84,15 @@ def load_rows(
     leaves = {}
     for row in rows:
         stored = [(name, on_disk[name]) for name in row.names(config.num_layers)]
-        shard = partial(_shard, stored, row, dtype)
+        shard = partial(_shard, stored, row, config.num_layers, dtype)
         leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), shard)
         leaves[row.path] = jax.block_until_ready(leaf)  # else this shard is in host memory while the next is read
     return tree_of(leaves)
 
 
-def _shard(stored: list[tuple[str, Tensor]], row: WeightRow, dtype: str, index: tuple[slice, ...] | None) -> np.ndarray:
+def _shard(
+    stored: list[tuple[str, Tensor]], row: WeightRow, layers: int, dtype: str, index: tuple[slice, ...] | None
+) -> np.ndarray:
     """One device's shard of a parameter, read from the tensors that it consists of.
 
     Args:
@@ -91,14 +103,18 @@ def _shard(stored: list[tuple[str, Tensor]], row: WeightRow, dtype: str, index: 
       UserError: for a value that is not finite.
     """
     assert index is not None
-    layers, within = (stored[index[0]], index[1:]) if row.stacked else (stored, index)
-    views = [row.from_hf(tensor.map())[within] for _, tensor in layers]
-    out = np.empty((len(views), *views[0].shape), dtype)
-    for layer, view, (name, tensor) in zip(out, views, layers, strict=True):
-        layer[...] = view
-        if not np.isfinite(layer).all():
+    numbers = np.arange(len(stored)).reshape(row.stack(layers))
+    numbers, within = numbers[index[: numbers.ndim]], index[numbers.ndim :]
+    out: np.ndarray | None = None
+    for i in np.ndindex(numbers.shape):
+        name, tensor = stored[numbers[i]]
+        view = row.from_hf(tensor.map())[within]
+        out = np.empty((*numbers.shape, *view.shape), dtype) if out is None else out
+        out[i] = view
+        if not np.isfinite(out[i]).all():
             raise UserError(f"{tensor.file}: tensor {name} has values that are not finite; give another checkpoint")
-    return out if row.stacked else out[0]
+    assert out is not None
+    return out
 
 
 def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
@@ -108,7 +124,7 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
       UserError: for missing or additional tensors and wrong shapes, and as `tensors`.
     """
     shapes = {name: row.hf_shape for row in table(config) for name in row.names(config.num_layers)}
-    on_disk = standard_names(tensors(folder), shapes, config.tied_head, folder)
+    on_disk = standard_names(_divided(folder, config)[0], shapes, config.tied_head, folder)
     if config.tied_head and HEAD in on_disk:
         _check_tied(on_disk, folder)
         shapes[HEAD] = (config.vocab_size, config.hidden_size)
@@ -120,6 +136,22 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
                 f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"
             )
     return on_disk
+
+
+def _divided(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The tensors of a folder: those of the model, without the prefix of their names, and others."""
+    prefix, model, others = config.tensor_prefix, dict[str, Tensor](), dict[str, Tensor]()
+    for name, tensor in tensors(folder).items():
+        if name.startswith(prefix):
+            model[name.removeprefix(prefix)] = tensor
+        else:
+            others[name] = tensor
+    return model, others
+
+
+def other_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
+    """The tensors of a folder that are not the model's, such as those of a vision model, by name."""
+    return _divided(folder, config)[1]
 
 
 def tensor_dtypes(folder: Path, config: ModelConfig) -> dict[str, np.dtype]:
@@ -155,13 +187,17 @@ def _check_tied(on_disk: dict[str, Tensor], folder: Path) -> None:
 # --------------------------------------------------------------------------------------- writing
 
 
+MAX_SHARD_BYTES = 4 * 2**30
+
+
 def save(
     folder: Path,
     params: Params,
     config: ModelConfig,
     hf_config: dict[str, Any],
     dtypes: dict[str, np.dtype],
-    max_shard_bytes: int = 4 * 2**30,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+    others: Mapping[str, Tensor] | None = None,
 ) -> None:
     """Writes config.json and sharded safetensors. Every process must call it; process 0 writes.
 
@@ -169,18 +205,21 @@ def save(
       hf_config: the contents of config.json.
       dtypes: of the tensors, by Hugging Face name: as in the checkpoint that training started from.
       max_shard_bytes: maximum size of a file, which also limits the host memory needed.
+      others: tensors that are not the model's, which are copied.
     """
     check_rows_cover(params, config)
     files = _Files(folder, max_shard_bytes)
-    for row in table(config):
-        array = leaf_of(params, row.path)
-        for i, name in enumerate(row.names(config.num_layers)):
-            gathered = multihost_utils.process_allgather(array[i] if row.stacked else array, tiled=True)
-            tensor = np.ascontiguousarray(row.to_hf(np.asarray(gathered)).astype(dtypes[name]))
+    for rows in tensor_rows(config):
+        indices = np.ndindex(rows[0].stack(config.num_layers))
+        for index, name in zip(indices, rows[0].names(config.num_layers), strict=True):
+            parts = [_gathered(leaf_of(params, row.path), row, index).astype(dtypes[name]) for row in rows]
+            tensor = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
             copies = (name, HEAD) if config.tied_head and name == EMBEDDING else (name,)
             for copy in copies:
                 if copy in dtypes:
-                    files.add(copy, tensor)
+                    files.add(config.tensor_prefix + copy, tensor)
+    for name, other in (others or {}).items():
+        files.add(name, np.array(other.map()))
     files.close(hf_config)
 
 
@@ -190,6 +229,16 @@ def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
     mode = file.stat().st_mode
     save_file(tensors, file, metadata={"format": "pt"})
     file.chmod(mode)
+
+
+def _gathered(array: jax.Array, row: WeightRow, index: tuple[int, ...]) -> np.ndarray:
+    """A parameter's part of a Hugging Face tensor, from all devices.
+
+    Args:
+      index: of the tensor in the stack of the parameter's tensors.
+    """
+    gathered = multihost_utils.process_allgather(array[index] if index else array, tiled=True)
+    return row.to_hf(np.asarray(gathered))
 
 
 class _Files:

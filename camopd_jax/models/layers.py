@@ -14,13 +14,17 @@ from flax import struct
 from jax.sharding import Mesh
 
 from camopd_jax.models.attention import attend
-from camopd_jax.models.config import AttentionSpec, Implementation, ModelConfig, Rope
+from camopd_jax.models.config import AttentionSpec, Implementation, ModelConfig
+from camopd_jax.models.experts import Experts
+from camopd_jax.models.rope import Rope, frequencies
 from camopd_jax.models.weights import LORA_A, LORA_B, LORA_SCALE
 from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
+from camopd_jax.types import Params
 
 ACTIVATIONS: dict[str, Callable[[jax.Array], jax.Array]] = {
     "silu": jax.nn.silu,
     "gelu_tanh": partial(jax.nn.gelu, approximate=True),
+    "relu2": lambda x: jnp.square(jax.nn.relu(x)),
 }
 
 
@@ -28,7 +32,7 @@ class Positions(struct.PyTreeNode):
     """Positions of the tokens in their rows, the same for every layer."""
 
     tokens: jax.Array  # int32[B or 1, S]
-    rotation: tuple[jax.Array, jax.Array]  # cosines and sines of the model's R RoPEs, float32[R, B or 1, S, K / 2]
+    rotation: tuple[jax.Array, jax.Array]  # cosines and sines of the model's RoPEs, float32[., B or 1, S, R / 2]
 
 
 class LayerKind(struct.PyTreeNode):
@@ -50,27 +54,35 @@ class LayerCache(struct.PyTreeNode):
 KeysValues = tuple[jax.Array, jax.Array]  # [B, G, S', K] each
 
 
-class RMSNorm(nn.Module):
-    """`rms_norm` with a trained weight."""
+class Norm(nn.Module):
+    """`normalized` with trained weights."""
 
-    eps: float
-    offset: float
+    config: ModelConfig
     axes: int = 1  # the last so many, which are normalised together
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        initial = nn.initializers.constant(1.0 - self.offset)
-        return rms_norm(x, self.param("scale", initial, x.shape[-self.axes :]), self.eps, self.offset)
+        c, shape = self.config, x.shape[-self.axes :]
+        weights = {"scale": self.param("scale", nn.initializers.constant(1.0 - c.norm_offset), shape)}
+        if c.norm_bias:
+            weights["shift"] = self.param("shift", nn.initializers.zeros, shape)
+        return normalized(x, weights, c)
 
 
-def rms_norm(x: jax.Array, scale: jax.Array, eps: float, offset: float) -> jax.Array:
-    """`x / rms(x) * (offset + scale)` in float32, over as many last axes as `scale` has.
+def normalized(x: jax.Array, weights: Params, c: ModelConfig) -> jax.Array:
+    """`x / rms(x) * (offset + scale) + shift` in float32, over as many last axes as `scale` has.
 
-    https://arxiv.org/abs/1910.07467, Eq 4.
+    https://arxiv.org/abs/1910.07467, Eq 4; with the norm "layer", the mean is subtracted from x first.
     """
-    y = x.astype(jnp.float32)
-    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=range(-scale.ndim, 0), keepdims=True) + eps)
-    return (y * jnp.broadcast_to(offset + scale.astype(jnp.float32), y.shape)).astype(x.dtype)
+    y, scale = x.astype(jnp.float32), weights["scale"]
+    axes = range(-scale.ndim, 0)
+    if c.norm == "layer":
+        y -= jnp.mean(y, axis=axes, keepdims=True)
+    y *= jax.lax.rsqrt(jnp.mean(y * y, axis=axes, keepdims=True) + c.norm_eps)
+    y *= jnp.broadcast_to(c.norm_offset + scale.astype(jnp.float32), y.shape)
+    if "shift" in weights:
+        y += jnp.broadcast_to(weights["shift"].astype(jnp.float32), y.shape)
+    return y.astype(x.dtype)
 
 
 _Operands = tuple[jax.Array, jax.Array]  # the operands of a product, or their gradients
@@ -165,10 +177,12 @@ class Attention(nn.Module):
         value = project("value", c.num_kv_heads, "kv_heads")
         if c.qk_norm is not None:
             axes = 1 if c.qk_norm == "head" else 2
-            query = RMSNorm(c.norm_eps, c.norm_offset, axes, name="query_norm")(query)
-            key = RMSNorm(c.norm_eps, c.norm_offset, axes, name="key_norm")(key)
+            query = Norm(c, axes, name="query_norm")(query)
+            key = Norm(c, axes, name="key_norm")(key)
         cos, sin = (table[kind.rope] for table in positions.rotation)
-        query, key = rotate(query, cos, sin), rotate(key, cos, sin)
+        query, key = (rotate(x, cos, sin, c.interleaved_rope) for x in (query, key))
+        if c.query_growth is not None:
+            query = _grown(query, positions.tokens, *c.query_growth)
 
         key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
         if cache is not None:
@@ -184,7 +198,7 @@ class Attention(nn.Module):
 
 
 class FeedForward(nn.Module):
-    """`down(activation(gate x) * up x)`."""
+    """`down(activation(gate x) * up x)`, or without a gate `down(activation(up x))`."""
 
     config: ModelConfig
     mesh: Mesh | None
@@ -194,9 +208,13 @@ class FeedForward(nn.Module):
         c = self.config
         d, f, std = c.hidden_size, c.intermediate_size, c.initializer_range
         wide, narrow = ((f,), (d,)) if c.mlp_bias else (None, None)
-        gate = Linear("bsd,df->bsf", (d, f), wide, std, name="gate")(x_BSD)
-        up = Linear("bsd,df->bsf", (d, f), wide, std, name="up")(x_BSD)
-        y = constrain(ACTIVATIONS[c.activation](gate) * up, self.mesh, "batch", "sequence", "mlp")
+        activation = ACTIVATIONS[c.activation]
+
+        def project(name: str) -> jax.Array:
+            return Linear("bsd,df->bsf", (d, f), wide, std, name=name)(x_BSD)
+
+        y = activation(project("gate")) * project("up") if c.gated_mlp else activation(project("up"))
+        y = constrain(y, self.mesh, "batch", "sequence", "mlp")
         return Linear("bsf,fd->bsd", (f, d), narrow, std, name="down")(y)
 
 
@@ -217,7 +235,7 @@ class Block(nn.Module):
         c = self.config
 
         def norm(name: str, x: jax.Array) -> jax.Array:
-            return RMSNorm(c.norm_eps, c.norm_offset, name=name)(x)
+            return Norm(c, name=name)(x)
 
         def entering(x: jax.Array, pre_norm: str) -> jax.Array:
             return constrain(norm(pre_norm, x) if c.pre_norms else x, self.mesh, *ACTIVATION)
@@ -230,9 +248,14 @@ class Block(nn.Module):
             return split(x + scaled(norm(post_norm, y) if c.post_norms else y, c.residual_scale))
 
         attention = Attention(c, self.mesh, self.implementation, name="attention")
-        y, keys_values = attention(entering(x_BSD, "attention_norm"), positions, kind, cache)
+        first = entering(x_BSD, "attention_norm")
+        y, keys_values = attention(first, positions, kind, cache)
         x_BSD = added(x_BSD, y, "post_attention_norm")
-        y = FeedForward(c, self.mesh, name="mlp")(entering(x_BSD, "mlp_norm"))
+        second = first if c.parallel else entering(x_BSD, "mlp_norm")
+        if c.routing is None:
+            y = FeedForward(c, self.mesh, name="mlp")(second)
+        else:
+            y = Experts(c, self.mesh, ACTIVATIONS[c.activation], name="mlp")(second)
         return added(x_BSD, y, "post_mlp_norm"), keys_values
 
 
@@ -241,28 +264,32 @@ def scaled(x: jax.Array, factor: float) -> jax.Array:
     return x if factor == 1.0 else (x.astype(jnp.float32) * factor).astype(x.dtype)
 
 
-def rotate(x_BSHK: jax.Array, cos_BSK: jax.Array, sin_BSK: jax.Array) -> jax.Array:
-    """Rotates the pairs (i, i + K/2) of each head by their angles."""
-    first, second = jnp.split(x_BSHK.astype(jnp.float32), 2, axis=-1)
-    cos, sin = cos_BSK[:, :, None, :], sin_BSK[:, :, None, :]
-    return jnp.concatenate([first * cos - second * sin, second * cos + first * sin], axis=-1).astype(x_BSHK.dtype)
+def _grown(query_BSHK: jax.Array, positions_BS: jax.Array, rate: float, context: int) -> jax.Array:
+    """Queries times `1 + rate log(1 + floor(position / context))`, as in Llama 4."""
+    growth_BS = 1 + rate * jnp.log1p((positions_BS // context).astype(jnp.float32))
+    return (query_BSHK.astype(jnp.float32) * growth_BS[:, :, None, None]).astype(query_BSHK.dtype)
 
 
-def rotation(ropes: tuple[Rope, ...], head_dim: int, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """Cosines and sines of every RoPE of the model, float32[R, B, S, K / 2] each."""
-    frequencies = jnp.asarray(np.stack([rope_frequencies(rope, head_dim) for rope in ropes]), jnp.float32)
-    angles = positions_BS[None, :, :, None].astype(jnp.float32) * frequencies[:, None, None, :]
-    return jnp.cos(angles), jnp.sin(angles)
+def rotate(x_BSHK: jax.Array, cos_BSR: jax.Array, sin_BSR: jax.Array, interleaved: bool = False) -> jax.Array:
+    """Rotates pairs of the first R numbers of each head by R / 2 angles: (i, i + R/2), or interleaved (2i, 2i + 1)."""
+    rotary, cos, sin = 2 * cos_BSR.shape[-1], cos_BSR[:, :, None, :], sin_BSR[:, :, None, :]
+    x = x_BSHK.astype(jnp.float32)
+    x, rest = (x[..., :rotary], [x[..., rotary:]]) if rotary < x.shape[-1] else (x, [])
+    if interleaved:
+        first, second = x[..., 0::2], x[..., 1::2]
+        turned = jnp.stack([first * cos - second * sin, second * cos + first * sin], axis=-1).reshape(x.shape)
+        return jnp.concatenate([turned, *rest], axis=-1).astype(x_BSHK.dtype)
+    first, second = jnp.split(x, 2, axis=-1)
+    halves = [first * cos - second * sin, second * cos + first * sin]
+    return jnp.concatenate([*halves, *rest], axis=-1).astype(x_BSHK.dtype)
 
 
-def rope_frequencies(rope: Rope, head_dim: int) -> np.ndarray:
-    """Radians per position of each pair, float[K / 2]. llama3: the frequency scaling of Llama 3.1."""
-    frequencies = 1.0 / rope.theta ** (np.arange(0, head_dim, 2) / head_dim)
-    if rope.scaling == "linear":
-        return frequencies / rope.factor
-    if rope.scaling == "llama3":
-        turns = rope.original_context * frequencies / (2 * np.pi)  # in the original context
-        unstretched = (turns - rope.low_freq_factor) / (rope.high_freq_factor - rope.low_freq_factor)
-        unstretched = np.clip(unstretched, 0.0, 1.0)
-        return frequencies * unstretched + frequencies / rope.factor * (1 - unstretched)
-    return frequencies
+def rotation(ropes: tuple[Rope, ...], rotary_dim: int, positions_BS: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """Cosines and sines of every RoPE of the model, float32[., B, S, R / 2] each."""
+    of_ropes = jnp.asarray(np.stack([frequencies(rope, rotary_dim) for rope in ropes]), jnp.float32)
+    angles = positions_BS[None, :, :, None].astype(jnp.float32) * of_ropes[:, None, None, :]
+    cos, sin = jnp.cos(angles), jnp.sin(angles)
+    if any(rope.attention_factor != 1.0 for rope in ropes):
+        factors = jnp.asarray([rope.attention_factor for rope in ropes], jnp.float32)[:, None, None, None]
+        cos, sin = cos * factors, sin * factors
+    return cos, sin

@@ -11,24 +11,26 @@ import jax
 
 from camopd_jax.errors import UserError
 from camopd_jax.models import adapters
+from camopd_jax.models.config import ModelConfig
 from camopd_jax.types import Params
 
-ALL = "all"
+ALL = "all"  # all parameters but the routers of mixtures of experts
+ROUTER = "router"
 
 
 def trained(params: Params, rule: str) -> Params:
     """The trained parameters of a tree of parameters, or the same leaves of a tree like it.
 
     Args:
-      rule: "all", or a regular expression that is searched for in names such as layers.attention.query.kernel. It
-        never selects the frozen parameters of a tree with an adapter.
+      rule: "all", which leaves out the routers of mixtures of experts, or a regular expression that is searched for in
+        names such as layers.attention.query.kernel. It never selects the frozen parameters of a tree with an adapter.
 
     Raises:
       UserError: if it matches no parameter.
     """
     params = adapters.matrices(params) or params
     if rule == ALL:
-        return params
+        return _without_routers(params)
     part = _matching(params, re.compile(rule), "")
     if not part:
         names = (".".join(key.key for key in path) for path, _ in jax.tree_util.tree_leaves_with_path(params))
@@ -36,6 +38,17 @@ def trained(params: Params, rule: str) -> Params:
             f"config.optimizer.trained is {rule!r}, which matches no parameter name; the names are {', '.join(names)}"
         )
     return part
+
+
+def frozen_routers(config: ModelConfig, rule: str) -> bool:
+    """Whether a model has routers that are not trained."""
+    return config.routing is not None and (rule == ALL or not re.search(rule, f"layers.mlp.{ROUTER}.kernel"))
+
+
+def _without_routers(tree: Params) -> Params:
+    if not isinstance(tree, dict):
+        return tree
+    return {name: _without_routers(node) for name, node in tree.items() if name != ROUTER}
 
 
 def _matching(tree: Params, pattern: re.Pattern[str], prefix: str) -> Params:

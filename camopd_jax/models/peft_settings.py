@@ -18,6 +18,7 @@ from camopd_jax.models.weights import MODULE_NAMES, PEFT_PREFIX, WeightRow, tabl
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE = "base_model_name_or_path"
+ROUTER = "router"
 ALL_LINEAR = "all-linear"  # as a target: the matrices of all layers
 MERGE = "merge the adapter into its base model (merge_and_unload of PEFT) and give that folder"
 
@@ -152,7 +153,7 @@ def new_settings(adapter: Adapter, base: ModelConfig, base_name: str, revision: 
       UserError: naming a target that the model does not have.
     """
     names = MODULE_NAMES | dict(base.module_names)
-    known = {names[row.module].split(".")[-1] for row in table(base) if row.path[-1] == "kernel"}
+    known = {names[row.module].split(".")[-1] for row in table(base) if _may_have_adapter(row)}
     for target in adapter.targets:
         if target not in known and target != ALL_LINEAR:
             raise UserError(
@@ -182,6 +183,8 @@ def _resolve(
     rank_pattern, alpha_pattern = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
     ranks: dict[str, tuple[int, ...]] = {}
     scales: dict[str, tuple[float, ...]] = {}
+    if base.tensor_prefix:
+        raise UserError(f"{where}: an adapter of a multimodal model is not supported; {MERGE}")
     with _naming_patterns(where):
         for row in table(base):
             modules = [name.removesuffix(".weight") for name in row.names(base.num_layers)]
@@ -190,8 +193,11 @@ def _resolve(
                 if row.path in (("embedding",), ("head",)) and any(targeted) and not _all_linear(fields):
                     raise UserError(f"{where}: an adapter of {modules[0]} is not supported; {MERGE}")
                 continue
-            if not any(targeted):
+            if not any(targeted) or not _may_have_adapter(row, fused=True):
                 continue
+            if row.part is not None:
+                fused = f"{where}: an adapter of {modules[0]}, one tensor of several matrices, is not supported"
+                raise UserError(f"{fused}; {MERGE}")
             of_layers = [_by_pattern(rank_pattern, module, rank) for module in modules]
             alphas = [_by_pattern(alpha_pattern, module, alpha) for module in modules]
             for r, a in zip(of_layers, alphas, strict=True):
@@ -205,6 +211,16 @@ def _resolve(
     if not ranks:
         raise UserError(f"{where}: field target_modules = {fields.get('target_modules')!r} matches no module")
     return AdapterSettings(fields, ranks, scales, tuple(_saved_rows(fields, base, where, on_disk)))
+
+
+def _may_have_adapter(row: WeightRow, fused: bool = False) -> bool:
+    """Whether a row is a layer's matrix outside routers and experts, which are no linear modules for PEFT.
+
+    Args:
+      fused: whether one of several matrices in one tensor counts.
+    """
+    alone = not row.experts and ROUTER not in row.path
+    return row.path[-1] == "kernel" and alone and (fused or row.part is None)
 
 
 @contextlib.contextmanager

@@ -11,7 +11,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.models import adapters, fused
 from camopd_jax.models.config import Implementation, ModelConfig
-from camopd_jax.models.layers import Block, LayerCache, LayerKind, Positions, RMSNorm, rms_norm, rotation
+from camopd_jax.models.layers import Block, LayerCache, LayerKind, Norm, Positions, normalized, rotation
 from camopd_jax.models.stack import LayerFunction, run_layers
 from camopd_jax.models.weights import decoding_shardings, table
 from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
@@ -84,7 +84,7 @@ class Model:
         return Block(self.config, self.mesh, "xla" if plain else self.attention)
 
     def _positions(self, positions_BS: jax.Array) -> Positions:
-        return Positions(positions_BS, rotation(self.config.ropes, self.config.head_dim, positions_BS))
+        return Positions(positions_BS, rotation(self.config.ropes, self.config.rotary_dim, positions_BS))
 
     def _embed(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
         x = jnp.take(params["embedding"], tokens_BS, axis=0).astype(self.dtype)
@@ -93,7 +93,7 @@ class Model:
         return constrain_even(x, self.mesh, *RESIDUAL)
 
     def _final_norm(self, params: Params, x_BSD: jax.Array) -> jax.Array:
-        return rms_norm(x_BSD, params["final_norm"]["scale"], self.config.norm_eps, self.config.norm_offset)
+        return normalized(x_BSD, params["final_norm"], self.config)
 
     # ------------------------------------------------------------------------------ prefill and decoding
 
@@ -108,7 +108,8 @@ class Model:
 
     def others_for_decoding(self, others: Params) -> Params:
         def cast(path: tuple[jax.tree_util.DictKey, ...], p: jax.Array) -> jax.Array:
-            return p if path[-1].key == "scale" else p.astype(self.dtype)  # norms are computed in float32
+            of_norm = path[-1].key in ("scale", "shift")  # computed in float32
+            return p if of_norm else p.astype(self.dtype)
 
         return jax.tree_util.tree_map_with_path(cast, others)
 
@@ -209,6 +210,6 @@ class _Parameters(nn.Module):
             length=c.num_layers,
         )
         x = jnp.zeros((1, 1, c.hidden_size))
-        positions = Positions(position, rotation(c.ropes, c.head_dim, position))
+        positions = Positions(position, rotation(c.ropes, c.rotary_dim, position))
         x, _ = stack(c, name="layers")(x, positions, LayerKind(0, 0))
-        RMSNorm(c.norm_eps, c.norm_offset, name="final_norm")(x)
+        Norm(c, name="final_norm")(x)

@@ -4,6 +4,7 @@ The table defines shardings, import and export. A parameter without a row and a 
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -42,11 +43,20 @@ MODULE_NAMES = {
 
 LORA_A, LORA_B, LORA_SCALE = "lora_a", "lora_b", "lora_scale"  # the leaves of an adapter beside a kernel
 PEFT_PREFIX = "base_model.model."  # before the names of all tensors of a PEFT adapter
+# Hugging Face names of the leaves of a module, and of the parameters that are no module's
+_LEAVES = {
+    "kernel": "weight",
+    "bias": "bias",
+    "scale": "weight",
+    "shift": "bias",
+    "embedding": "weight",
+    "head": "weight",
+}
 
 
 @dataclass(frozen=True)
 class WeightRow:
-    """One parameter: the Hugging Face tensor, viewed as `split` and transposed by `order`.
+    """One parameter: the Hugging Face tensor or a part of it, viewed as `split` and transposed by `order`.
 
     >>> row = WeightRow(("layers", "attention", "query", "kernel"), "model.layers.{}.self_attn.q_proj.weight",
     ...           ("layers", "embed", "heads", "head_dim"), split=(9, 64, 576), order=(2, 0, 1), hf_shape=(576, 576))
@@ -59,7 +69,9 @@ class WeightRow:
     axes: tuple[str | None, ...]  # logical axes of the parameter, "layers" first if it is stacked
     split: tuple[int, ...]  # the tensor's dimensions, with heads and head width as two dimensions
     order: tuple[int, ...]
-    hf_shape: tuple[int, ...]
+    hf_shape: tuple[int, ...]  # of the tensor
+    experts: int = 0  # how many experts have a tensor each; they are an axis of the parameter, after "layers"
+    part: tuple[int, int] | None = None  # (first, last + 1) of the tensor's first dimension; None: all of it
 
     @property
     def stacked(self) -> bool:
@@ -72,25 +84,52 @@ class WeightRow:
 
     def shape(self, layers: int) -> tuple[int, ...]:
         """The shape of the parameter in a model with this number of layers."""
-        shape = tuple(self.split[i] for i in self.order)
-        return (layers, *shape) if self.stacked else shape
+        return (*self.stack(layers), *(self.split[i] for i in self.order))
+
+    def stack(self, layers: int) -> tuple[int, ...]:
+        """The first dimensions of the parameter: over these, its Hugging Face tensors are stacked."""
+        if not self.stacked:
+            return ()
+        return (layers, self.experts) if self.experts else (layers,)
 
     def names(self, layers: int) -> list[str]:
-        """Names of the Hugging Face tensors of the parameter: one for each layer, or only one."""
-        return [self.hf_name.format(i) for i in range(layers if self.stacked else 1)]
+        """Names of the Hugging Face tensors of the parameter: one for each layer, each of its experts, or only one."""
+        return [self.hf_name.format(*index) for index in np.ndindex(self.stack(layers))]
+
+    def part_of(self, tensor: np.ndarray) -> np.ndarray:
+        """The parameter's part of a Hugging Face tensor."""
+        return tensor if self.part is None else tensor[slice(*self.part)]
 
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
         """A view of a Hugging Face tensor with the parameter's shape; nothing is read or copied."""
-        return tensor.reshape(self.split).transpose(self.order)
+        return self.part_of(tensor).reshape(self.split).transpose(self.order)
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
-        """The inverse of `from_hf`."""
-        return array.transpose(np.argsort(self.order)).reshape(self.hf_shape)
+        """The inverse of `from_hf`: the parameter's part of the tensor."""
+        return array.transpose(np.argsort(self.order)).reshape(-1, *self.hf_shape[1:])
 
 
 def table(c: ModelConfig) -> tuple[WeightRow, ...]:
     """The rows of all parameters of a model, those of its adapter last."""
-    return (*_rows(c), *adapter_rows(c))
+    return (*(row for rows in tensor_rows(c) for row in rows), *adapter_rows(c))
+
+
+def tensor_rows(c: ModelConfig) -> list[tuple[WeightRow, ...]]:
+    """The rows of each Hugging Face tensor: several, in their order in the tensor, if it has several parameters."""
+    rows_of: dict[str, list[WeightRow]] = {}
+    for row in _rows(c):
+        rows_of.setdefault(row.hf_name, []).append(row)
+    return [_parts(rows) for rows in rows_of.values()]
+
+
+def _parts(rows: list[WeightRow]) -> tuple[WeightRow, ...]:
+    """The rows of one tensor, each with its part."""
+    if len(rows) == 1:
+        return tuple(rows)
+    stops = list(itertools.accumulate(row.hf_shape[0] for row in rows))
+    shape = (stops[-1], *rows[0].hf_shape[1:])
+    parts = zip([0, *stops], stops, strict=False)
+    return tuple(dataclasses.replace(row, hf_shape=shape, part=part) for row, part in zip(rows, parts, strict=True))
 
 
 def adapter_rows(c: ModelConfig) -> tuple[WeightRow, ...]:
@@ -108,14 +147,21 @@ def _low_rank_rows(kernel: WeightRow, rank: int) -> Iterator[WeightRow]:
     inputs, (wide, narrow) = len(kernel.order) - outputs, kernel.hf_shape
     axes, module = kernel.axes[1:], PEFT_PREFIX + kernel.hf_name.removesuffix(".weight")
 
-    def row(leaf: str, name: str, axes: tuple[str | None, ...], *shape: tuple[int, ...]) -> WeightRow:
-        return WeightRow((*kernel.path[:-1], leaf), f"{module}.{name}", ("layers", *axes), *shape)
+    def row(
+        leaf: str,
+        name: str,
+        axes: tuple[str | None, ...] = (),
+        split: tuple[int, ...] = (),
+        order: tuple[int, ...] = (),
+        hf_shape: tuple[int, ...] = (),
+    ) -> WeightRow:
+        return WeightRow((*kernel.path[:-1], leaf), f"{module}.{name}", ("layers", *axes), split, order, hf_shape)
 
     a_split, a_order = (rank, *kernel.split[outputs:]), (*range(1, inputs + 1), 0)
     yield row(LORA_A, "lora_A.weight", (*axes[:inputs], None), a_split, a_order, (rank, narrow))
     b_split, b_order = (*kernel.split[:outputs], rank), (outputs, *range(outputs))
     yield row(LORA_B, "lora_B.weight", (None, *axes[inputs:]), b_split, b_order, (wide, rank))
-    yield row(LORA_SCALE, LORA_SCALE, (), (), (), ())
+    yield row(LORA_SCALE, LORA_SCALE)
 
 
 def _rows(c: ModelConfig) -> Iterator[WeightRow]:
@@ -123,7 +169,7 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
     names = MODULE_NAMES | dict(c.module_names)
 
     def top(path: Path, axes: tuple[str | None, ...], split: tuple[int, ...], order: tuple[int, ...]) -> WeightRow:
-        return WeightRow(path, f"{names[path[0]]}.weight", axes, split, order, split)
+        return WeightRow(path, f"{names[path[0]]}.{_LEAVES[path[-1]]}", axes, split, order, split)
 
     def layer(
         module: str,
@@ -133,19 +179,29 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
         order: tuple[int, ...] = (0,),
         hf_shape: tuple[int, ...] | None = None,
     ) -> WeightRow:
-        hf_name = f"model.layers.{{}}.{names[module]}.{'bias' if leaf == 'bias' else 'weight'}"
+        experts = c.routing.experts if c.routing is not None and "{}" in names[module] else 0
+        hf_name = f"model.layers.{{}}.{names[module]}.{_LEAVES[leaf]}"
         return WeightRow(
-            ("layers", *module.split("."), leaf), hf_name, ("layers", *axes), split, order, hf_shape or split
+            ("layers", *module.split("."), leaf),
+            hf_name,
+            ("layers", *((None,) if experts else ()), *axes),
+            split,
+            order,
+            hf_shape or split,
+            experts,
         )
 
     yield top(("embedding",), ("vocab", "embed"), (v, d), (0, 1))
     if not c.tied_head:
         yield top(("head",), ("embed", "vocab"), (v, d), (1, 0))
-    yield top(("final_norm", "scale"), (None,), (d,), (0,))
+    of_norm = ("scale", "shift") if c.norm_bias else ("scale",)
+    for leaf in of_norm:
+        yield top(("final_norm", leaf), (None,), (d,), (0,))
 
     for norm in ("attention_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm"):
-        if c.post_norms if norm.startswith("post_") else c.pre_norms:
-            yield layer(norm, "scale", (None,), (d,))
+        if (c.post_norms if norm.startswith("post_") else c.pre_norms) and not (c.parallel and norm == "mlp_norm"):
+            for leaf in of_norm:
+                yield layer(norm, leaf, (None,), (d,))
 
     projections = {
         "query": (c.num_heads, "heads", c.qk_norm),
@@ -166,7 +222,11 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
     if c.output_bias:
         yield layer("attention.output", "bias", (None,), (d,))
 
+    if c.routing is not None:
+        yield layer("mlp.router", "kernel", ("embed", None), (c.routing.experts, d), (1, 0))
     feed_forward = {"gate": (f, d, "embed", "mlp"), "up": (f, d, "embed", "mlp"), "down": (d, f, "mlp", "embed")}
+    if not c.gated_mlp:
+        del feed_forward["gate"]
     for name, (outputs, inputs, in_axis, out_axis) in feed_forward.items():
         yield layer(f"mlp.{name}", "kernel", (in_axis, out_axis), (outputs, inputs), (1, 0))
         if c.mlp_bias:

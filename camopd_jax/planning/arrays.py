@@ -13,6 +13,7 @@ from camopd_jax.config.schema import TrainConfig
 from camopd_jax.inference import loading
 from camopd_jax.method.branches import teacher_names
 from camopd_jax.method.optimizer import abstract_state, moment_names
+from camopd_jax.method.programs import Programs
 from camopd_jax.method.setup import Setup, check_model, resolve
 from camopd_jax.models import adapters
 from camopd_jax.models.config import ModelConfig
@@ -60,6 +61,11 @@ def make_models(
     return Models(shapes, eos_ids, shared_bases(folders), new)
 
 
+def read_folders(config: TrainConfig, folders: dict[str, Path], context: int) -> Models:
+    """The models of a config, from their folders."""
+    return make_models(config, {name: model_shape(folder, context) for name, folder in folders.items()}, folders)
+
+
 def shared_bases(folders: dict[str, Path]) -> dict[str, str]:
     """The adapters among the models whose base model is another one of them: {adapter: base}.
 
@@ -78,14 +84,14 @@ def model_shape(folder: Path, context: int) -> ModelConfig:
 
 @dataclass(frozen=True)
 class Plan:
-    """A run's set-up, its models and their parameters as shapes."""
+    """A run's set-up and programs, its models and their parameters as shapes."""
 
     setup: Setup
     student: Model
     params: Params  # all of the student
     state: TrainState
     teachers: dict[str, tuple[Model, Params]]  # all models that a run loads beside the student
-    eos_ids: tuple[int, ...]
+    run: Programs
 
     def teacher(self, branch: str) -> tuple[Model, Params]:
         return self.teachers[self.setup.config.branches[branch].teacher]
@@ -115,7 +121,9 @@ def plan(config: TrainConfig, models: Models, devices: Any) -> Plan:
         params = adapters.attach(frozen["specialised"], adapters.all_leaves(params))
     state = abstract_state(trained(params, config.optimizer.trained), moment_names(config))
     teachers = {name: (of, frozen[name]) for name, of in made.items()}
-    return Plan(setup, student, params, state, teachers, models.eos_ids)
+    of_branches: Any = {name: made[branch.teacher] for name, branch in config.branches.items()}
+    run = Programs(setup, student, params, models.eos_ids, state, of_branches)
+    return Plan(setup, student, params, state, teachers, run)
 
 
 def without_shared(tree: Params, *others: Params) -> Params:
@@ -141,8 +149,7 @@ def chip_bytes(tree: Any) -> int:
     """Bytes on one device of the `jax.ShapeDtypeStruct`s in a tree."""
 
     def size(leaf: Any) -> int:
-        place = getattr(leaf, "sharding", None)
-        shape = leaf.shape if place is None else place.shard_shape(leaf.shape)
+        shape = leaf.sharding.shard_shape(leaf.shape) if leaf.sharding else leaf.shape
         return math.prod(shape) * leaf.dtype.itemsize
 
     return sum(size(leaf) for leaf in jax.tree.leaves(tree) if isinstance(leaf, jax.ShapeDtypeStruct))

@@ -4,13 +4,12 @@ import contextlib
 import re
 import tempfile
 import time
-from collections.abc import Hashable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import jax
 from jax.experimental.compilation_cache import compilation_cache
-from rich.console import Console
 
 from camopd_jax.planning import hlo
 from camopd_jax.planning.programs import Program
@@ -68,21 +67,6 @@ def peak(resident: int, reports: Sequence[Report]) -> Peak:
     """The highest peak of several programs, a refused one first; `resident`: bytes there through the whole run."""
     high = max(reports, key=lambda report: (report.refused is not None, report.needs))
     return Peak(high.name, resident + high.needs, high.refused is not None)
-
-
-def compile_all(programs: Iterable[Program], console: Console) -> Iterator[list[Report]]:
-    """The reports so far, after each program. Programs that are the same are compiled once."""
-    first: dict[Hashable, Report] = {}
-    reports: list[Report] = []
-    for program in programs:
-        if same := first.get(program.key):
-            name, runs, holds = program.name, program.runs, dict(program.holds)
-            reports.append(replace(same, name=name, runs=runs, holds=holds, same_as=same.name))
-        else:
-            with console.status(f"{program.name} …"):
-                reports.append(compile_program(program))
-            first[program.key] = reports[-1]
-        yield reports
 
 
 def compile_program(program: Program) -> Report:

@@ -43,17 +43,27 @@ def base_weights(config: ModelConfig) -> int:
 
 
 @cache
-def matrix_weights(config: ModelConfig) -> int:
-    """Weights in the matrix products of a token: all kernels and the head, without the embedding's look-up."""
-    kernels = (math.prod(row.shape(config.num_layers)) for row in table(config) if row.path[-1] == "kernel")
-    return sum(kernels) + config.vocab_size * config.hidden_size
+def matrix_weights(config: ModelConfig, per_token: bool = False) -> int:
+    """Weights in matrix products: all kernels and the head, without the embedding's look-up.
+
+    Args:
+      per_token: of the experts, count only those of one token.
+    """
+    kernels = 0
+    for row in table(config):
+        if row.path[-1] == "kernel":
+            size = math.prod(row.shape(config.num_layers))
+            if per_token and row.experts and config.routing:
+                size = size * config.routing.per_token // row.experts
+            kernels += size
+    return kernels + config.vocab_size * config.hidden_size
 
 
 def forward_flops(config: ModelConfig, batch: int, start: int, end: int, logits: int) -> float:
     """Of `batch` rows, positions start..end, with logits at `logits` positions of each."""
     pairs = (end - start) * (start + 1 + end) // 2
     head = config.vocab_size * config.hidden_size
-    dense = 2 * ((matrix_weights(config) - head) * (end - start) + head * logits)
+    dense = 2 * ((matrix_weights(config, per_token=True) - head) * (end - start) + head * logits)
     return batch * (dense + 4 * config.num_layers * config.num_heads * config.head_dim * pairs)
 
 
@@ -128,7 +138,8 @@ class Share:
         # Received for a token of the batch: activations are summed twice a layer, there and back around a ring
         self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / self.tensor) / self.shards
         # Activations of a token in the middle of a layer: those of the widths that are split, and all
-        self.wide = 2 * (model.intermediate_size + model.num_heads * model.head_dim) / self.tensor * self.item
+        feed_forward = model.intermediate_size * (model.routing.per_token if model.routing else 1)
+        self.wide = 2 * (feed_forward + model.num_heads * model.head_dim) / self.tensor * self.item
         self.live = 4 * model.hidden_size * self.item + self.wide
 
     def work(self, flops: float, calls: int, tokens: int, read: float = 0) -> Work:

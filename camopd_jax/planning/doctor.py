@@ -25,10 +25,11 @@ from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.method.optimizer import moment_names
 from camopd_jax.method.setup import check_model, resolve
 from camopd_jax.models import hf
-from camopd_jax.models.config import ModelConfig
+from camopd_jax.models.config import ModelConfig, text_config
 from camopd_jax.models.peft_settings import base_folder
-from camopd_jax.planning.arrays import make_models, model_shape
+from camopd_jax.planning.arrays import read_folders
 from camopd_jax.planning.costs import memory_estimate, weights
+from camopd_jax.planning.memory import check_memory, device_memory
 from camopd_jax.planning.topology import Topology
 from camopd_jax.runs.workdir import check_owner
 
@@ -113,7 +114,7 @@ class Examination:
         self.good(about, f"{values['model_type']}, {weights(model) / 1e6:,.1f} M parameters in {', '.join(kinds)}")
         if warning := hf.stale_index(base):
             self.odd(about, warning)
-        positions = values.get("max_position_embeddings") or context
+        positions = text_config(values)[0].get("max_position_embeddings") or context
         if context > positions:
             self.odd(
                 about,
@@ -217,14 +218,12 @@ class Examination:
         self.good(about, f"{devices}; all batch sizes and models divide evenly")
         if not complete:
             return
-        as_loaded = {name: model_shape(model.folder, setup.context) for name, model in self.models.items()}
-        folders = {name: model.folder for name, model in self.models.items()}
-        least = memory_estimate(setup, make_models(self.config, as_loaded, folders))["update"]
-        text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} GiB per device"
-        if where.hbm and least > where.hbm:
-            advice = "" if compute.offloads else " or config.compute.offload=late"
-            raise UserError(f"{text}, which has {where.hbm / GIB:.2f} GiB; use more devices{advice}")
-        self.good(about, f"{text}, before caches and activations")
+        models = read_folders(self.config, {name: model.folder for name, model in self.models.items()}, setup.context)
+        limit = where.hbm or device_memory()
+        check_memory(setup, models, limit)
+        least = memory_estimate(setup, models)["update"]
+        text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} of {limit / GIB:.2f} GiB"
+        self.good(about, f"{text} per device, before caches and activations")
 
     def workdir(self, about: str, workdir: str) -> None:
         config, model = self.config, self.models["specialised"].config

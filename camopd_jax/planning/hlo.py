@@ -46,10 +46,20 @@ class Instruction:
         sizes = [n * math.prod(dims) // 8 for n, (_, dims) in zip(bits, self.arrays, strict=True)]
         return max(sizes, default=0) if self.opcode.endswith("-start") else sum(sizes)
 
-    def attribute(self, pattern: str) -> str:
-        """The pattern's group in the text of operands and attributes; "" if there is none."""
-        match = re.search(pattern, self.rest)
+    def attribute(self, name: str) -> str:
+        """An attribute's value, a number or a name; "" if there is none."""
+        match = re.search(rf"\b{name}=%?([\w.\-]+)", self.rest)
         return match[1] if match else ""
+
+    @property
+    def number(self) -> int:
+        """The value of an integer constant."""
+        return int(self.rest.partition(")")[0])
+
+    @property
+    def starts(self) -> bool:
+        """Whether it is a fusion that starts a collective, which other fusions, perhaps in a loop, continue."""
+        return self.name.startswith("async-collective-start")
 
 
 @dataclass
@@ -102,7 +112,8 @@ class Module:
         computation = self.computations.get(name, {})
         for i in computation.values():
             kind = i.opcode.removesuffix("-start")
-            if kind in COLLECTIVES and not self._continues(i, fusion):
+            continues = fusion and not fusion.starts and i.attribute("channel_id") in self._started
+            if kind in COLLECTIVES and not continues:
                 operands = sum(computation[operand].bytes for operand in i.operands if operand in computation)
                 scatters = fusion is not None and fusion.called[0].startswith("all-reduce-scatter")
                 yield "reduce-scatter" if scatters else kind, max(i.bytes, operands), times
@@ -112,22 +123,18 @@ class Module:
 
     @cached_property
     def _started(self) -> set[str]:
-        """Channels of collectives that one fusion starts and others, perhaps in a loop, continue."""
-        parts = (part for i in self.instructions() if _starts(i) for part in i.called)
-        return {_channel(i) for part in parts for i in self.computations[part].values()} - {""}
-
-    def _continues(self, i: Instruction, fusion: Instruction | None) -> bool:
-        """Whether a collective is the continuation of one that another fusion started, and is counted there."""
-        return fusion is not None and not _starts(fusion) and _channel(i) in self._started
+        """Channels of collectives that a fusion starts, where they are counted."""
+        parts = (part for i in self.instructions() if i.starts for part in i.called)
+        return {i.attribute("channel_id") for part in parts for i in self.computations[part].values()} - {""}
 
     def _trips(self, loop: Instruction, of_data: int) -> int:
         """The most iterations of a while loop: from 0 on, while a counter is less than a constant."""
-        condition, body = (self.computations[loop.attribute(rf"{part}=%?([\w.\-]+)")] for part in ("condition", "body"))
+        condition, body = (self.computations[loop.attribute(part)] for part in ("condition", "body"))
         for i in condition.values():
             if i.opcode == "compare" and "direction=LT" in i.rest and i.shape.startswith("pred[]"):
                 left, right = (condition[operand] for operand in i.operands)
                 if left.opcode == "get-tuple-element" and right.opcode == "constant":
-                    return -(-_number(right) // self._step(body, int(left.attribute(r"index=(\d+)"))))
+                    return -(-right.number // self._step(body, int(left.attribute("index"))))
         return of_data
 
     def _step(self, body: dict[str, Instruction], index: int) -> int:
@@ -138,16 +145,4 @@ class Module:
         constants = (i for i in [*map(body.get, value.operands), *inside.values()] if i and i.opcode == "constant")
         added = next(constants, None)
         adds = next((i.opcode for i in inside.values() if i.root), value.opcode) == "add"
-        return _number(added) if adds and added else 1
-
-
-def _starts(fusion: Instruction) -> bool:
-    return fusion.name.startswith("async-collective-start")
-
-
-def _channel(i: Instruction) -> str:
-    return i.attribute(r"channel_id=(\d+)")
-
-
-def _number(constant: Instruction) -> int:
-    return int(constant.rest.partition(")")[0])
+        return added.number if adds and added else 1

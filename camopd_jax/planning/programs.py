@@ -14,7 +14,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from camopd_jax.method import programs as method
 from camopd_jax.method import schedule
 from camopd_jax.method.gradient import Gradient, LossInputs
 from camopd_jax.method.objectives import TeacherReading
@@ -28,17 +27,6 @@ from camopd_jax.runtime.buckets import MicroBatch, split_by_length
 from camopd_jax.runtime.mesh import batch_shards
 from camopd_jax.types import Batch, LogProbs, Params, PromptBatch, Prompts, Record, Rollout, Sequences, TeacherRecord
 
-Held = Counter[str]  # bytes on one chip, by kind
-
-
-def held(**trees: Any) -> Held:
-    """Bytes on one chip of arrays of each kind.
-
-    Kinds of a part of a step are the "weights" and the "cache" of the model that answers; the "residuals" and the
-    teacher's "record", from the answers to the gradient; the "gradient"; and copies of what is "offloaded".
-    """
-    return Counter({kind: chip_bytes(tree) for kind, tree in trees.items()})
-
 
 @dataclass(frozen=True)
 class Program:
@@ -47,7 +35,7 @@ class Program:
     name: str
     jitted: Any
     args: tuple[Any, ...]
-    holds: Held  # during a call, arguments included, without `residents`
+    holds: Counter[str]  # bytes on one chip by kind, during a call, arguments included, without `residents`
     options: dict[str, Any] = field(default_factory=dict)  # static arguments
     runs: int = 1  # calls for one batch, at most
     trips: int = 1  # iterations of a loop whose bound is data, at most
@@ -68,13 +56,10 @@ class Program:
 
 def programs(p: Plan) -> list[Program]:
     """The programs of a run, in the order of its steps; of those of one name, which branches share, the largest."""
-    config = p.setup.config
-    teachers: Any = {branch: p.teacher(branch)[0] for branch in config.branches}
-    run = method.Programs(p.setup, p.student, p.params, p.eos_ids, p.state, teachers)
     largest: dict[str, Program] = {}
-    for phase in schedule.phases(config):
-        step = _Step(p, run)
-        step.take(phase, list(config.branches) if phase == schedule.MIXED else [phase])
+    for phase in schedule.phases(p.setup.config):
+        step = _Step(p)
+        step.take(phase)
         for program in step.programs:
             largest[program.name] = max(largest.get(program.name, program), program, key=_bytes)
     return list(largest.values())
@@ -90,14 +75,14 @@ def residents(p: Plan, several: Sequence[Program]) -> dict[str, int]:
     """
     config, phases = p.setup.config, schedule.phases(p.setup.config)
     acting = {of.teacher for name, of in config.branches.items() if name in phases or schedule.MIXED in phases}
-    kept: dict[str, Any] = {}
+    kept: dict[str, Any] = {"parameters": p.params}
     for name, (_, params) in p.teachers.items():
-        kept[f"{name}_teacher"] = without_shared(params, p.params, *kept.values())
+        kept[f"{name}_teacher"] = without_shared(params, *kept.values())
     kept |= {"optimizer": (p.state.moments, p.state.step)}
     if config.compute.offloads:
         kept |= {"optimizer": (), **{f"{name}_teacher": () for name in acting}}
     batches = [chip_bytes(program.args[-1]) for program in several if program.name.startswith("update")]
-    return dict(held(parameters=p.params, **kept), answers=2 * max(batches))
+    return {kind: chip_bytes(arrays) for kind, arrays in kept.items()} | {"answers": 2 * max(batches)}
 
 
 def _numbers(*shape: int) -> Any:
@@ -105,78 +90,97 @@ def _numbers(*shape: int) -> Any:
 
 
 class _Step:
-    """A step on shapes. The methods are those of the run; each notes the programs that it calls."""
+    """A step on shapes. The methods are those of the run; each notes the programs that it calls.
 
-    def __init__(self, p: Plan, run: method.Programs):
-        self.p, self.run, self.setup, self.config = p, run, p.setup, p.setup.config
+    `chip` has the arrays that only a part of a step needs, while they are in memory: the "weights" and the "cache" of
+    the model that answers; the "residuals" and the teacher's "record", from the answers to the gradient; the
+    "gradient"; and copies of what is "offloaded".
+    """
+
+    def __init__(self, p: Plan):
+        self.p, self.run, self.setup, self.config = p, p.run, p.setup, p.setup.config
+        self.chip: dict[str, Any] = dict.fromkeys(("residuals", "record", "offloaded"), ())
         self.programs: list[Program] = []
 
-    def note(self, *fields: Any, **more: Any) -> Program:
-        self.programs.append(Program(*fields, **more))
+    def note(self, name: str, jitted: Any, args: tuple[Any, ...], chip: Any = (), **more: Any) -> Program:
+        """Adds a program. `chip`: kinds that have other arrays during this call. `more`: other fields of `Program`."""
+        arrays = self.chip | dict(chip)
+        holds = Counter({kind: n for kind, tree in arrays.items() if (n := chip_bytes(tree))})
+        self.programs.append(Program(name, jitted, args, holds, **more))
         return self.programs[-1]
 
-    def take(self, phase: str, branches: list[str]) -> None:
+    def take(self, phase: str) -> None:
         """One turn of `loop.run`."""
-        kept, compute = Held(), self.config.compute
-        batches: dict[str, Batch] = {}
+        compute, state = self.config.compute, self.p.state
+        branches = self.config.branches if phase == schedule.MIXED else [phase]
+        batches = {name: self.collect(name) for name in branches}
+        moments = state.moments if compute.offloads else ()
         gradients: dict[str, Gradient] = {}
-        for name in branches:
-            batches[name], kept = self.collect(name, kept)
-        moments = held(offloaded=self.p.state.moments if compute.offloads else ())
+        self.chip |= {"offloaded": moments if compute.offload == "ahead" else (), "gradient": gradients}
         for name, batch in batches.items():
-            holds = kept + held(gradient=gradients) + (moments if compute.offload == "ahead" else Held())
-            gradients[name] = self.gradient(name, batch, holds)
+            gradients[name] = self.gradient(name, batch)
         batches = {name: batch.after_gradient() for name, batch in batches.items()}
         of_branches = (gradients, batches) if phase == schedule.MIXED else (gradients[phase], batches[phase])
-        args = self.p.state, *of_branches
-        self.note(f"update: {phase}", self.run.updates[phase], args, held(gradient=gradients) + moments)
+        self.chip = {"offloaded": moments, "gradient": gradients}
+        self.note(f"update: {phase}", self.run.updates[phase], (state, *of_branches))
 
-    def collect(self, name: str, kept: Held) -> tuple[Batch, Held]:
-        """`loop.collect`: a branch's batch, and the arrays kept until the gradient."""
+    def collect(self, name: str) -> Batch:
+        """`loop.collect`: a branch's batch. `chip` keeps its residual stream and record."""
         objective, (teacher, params) = self.setup.objectives[name], self.p.teacher(name)
         offloads, total = self.config.compute.offloads, self.setup.rows[name]
-        copy = held(offloaded=without_shared(params, self.p.params) if offloads else ())
+        self.chip["offloaded"] = without_shared(params, self.p.params) if offloads else ()
         tokens = Prompts(_numbers(total, self.setup.prompt_slots), _numbers(total))
         prompts = rows(self.setup.mesh, PromptBatch(tokens, tokens, tokens.lengths))
-        answers = self.rollout(name, prompts, kept + copy)
-        kept = kept + held(residuals=answers.residuals)
+        answers = self.rollout(name, prompts)
+        self.chip["residuals"] = self.chip["residuals"], answers.residuals
         sequences, reading = answers.after(prompts.teacher), TeacherReading(objective)
-        record = self.score(f"score: {name} teacher", (teacher, params), sequences, reading, kept + copy)
+        record = self.score(f"score: {name} teacher", teacher, params, sequences, reading)
         of_teacher = record.pop("log_prob")
         head = head_params(teacher, params) if objective.teacher_logits else {}
-        kept = kept + held(record=(record, head if offloads else ()))  # without offloading, it is the teacher's own
+        copied = head if offloads else ()  # without offloading, it is the teacher's own
+        self.chip["record"] = self.chip["record"], record, copied
         sequences = answers.after(prompts.student)
-        of_student = self.score("score: student", (self.p.student, self.p.params), sequences, LOG_PROB, kept + copy)
+        of_student = self.score("score: student", self.p.student, self.p.params, sequences, LOG_PROB)
+        self.chip["offloaded"] = ()
         log_probs = LogProbs(of_student["log_prob"], of_teacher)
-        select = self.note(f"select: {name}", self.run.selecting[name], (log_probs, answers.lengths, _numbers()), kept)
-        batch = Batch(prompts.student, prompts.index, answers, log_probs, select.returns(), TeacherRecord(record, head))
-        return batch, kept
+        select = self.note(f"select: {name}", self.run.selecting[name], (log_probs, answers.lengths, _numbers()))
+        return Batch(prompts.student, prompts.index, answers, log_probs, select.returns(), TeacherRecord(record, head))
 
-    def rollout(self, name: str, prompts: PromptBatch, holds: Held) -> Rollout:
+    def rollout(self, name: str, prompts: PromptBatch) -> Rollout:
         """`method.Programs.generate` and `rollout.generate.answers`."""
         setup, how, of, total = self.setup, self.run.decode, "", self.setup.rows[name]
         tokens, model, params = prompts.student, self.p.student, self.p.params
         if self.config.method.answers == "teacher":
             tokens, of, (model, params) = prompts.teacher, f": {name} teacher", self.p.teacher(name)
         model, compiled = model.on(setup.rollout_mesh), generate.programs(setup.rollout_mesh)
-        weights = self.for_decoding(model, params, of, holds)
-        holds = holds + held(weights=weights)
+        self.chip["weights"] = weights = self.for_decoding(model, params, of)
         drawing = {"sampling": how.sampling, "eos_ids": how.eos_ids}
         options = drawing | {"max_new": how.max_new, "keep_residuals": how.keep_residuals}
         args = (model, weights, tokens, self.run.keys.eval_shape(_numbers(), prompts.index))
         lanes, (times, entering) = lanes_of(setup, total), refills(setup, total)
-        begin = self.note(f"prefill{of}", compiled.begin, (*args, _numbers(lanes)), holds, options)
-        full = self.grow(compiled, begin.returns(), of, holds)
-        holds = holds + held(cache=full)
+        begin = self.note(f"prefill{of}", compiled.begin, (*args, _numbers(lanes)), options=options)
+        self.chip["cache"] = full = self.grow(compiled, begin.returns(), of)
         if times:
-            self.note(f"refill{of}", compiled.begin, (*args, _numbers(entering)), holds, options, runs=times)
+            self.note(f"refill{of}", compiled.begin, (*args, _numbers(entering)), options=options, runs=times)
         trips, options = waves_of(setup, total) * how.max_new, drawing | {"prompt_slots": setup.prompt_slots}
-        state = (model, weights, full, _numbers())
-        self.note(f"decode{of}", compiled.advance, state, holds, options, trips=trips)
+        self.note(f"decode{of}", compiled.advance, (model, weights, full, _numbers()), options=options, trips=trips)
+        del self.chip["weights"], self.chip["cache"]
         answers = compiled.collect.eval_shape(None, full, rows=total)
         return self.run.move_answers.eval_shape(answers.replace(residuals=full.cache.residuals))
 
-    def grow(self, compiled: generate.RolloutPrograms, begun: Decoding, of: str, holds: Held) -> Decoding:
+    def for_decoding(self, model: Any, params: Params, of: str) -> Params:
+        """`generate.for_decoding`: each part as the last to move, when all others have moved."""
+        count = jax.tree.leaves(params["layers"])[0].shape[0]
+        moves = generate.moves(model, tuple(params))
+        args = {part: (params[part], _numbers()) if part == "layers" else (params[part],) for part in moves}
+        moved = {part: (move.eval_shape(*args[part]),) for part, move in moves.items()}
+        moved["layers"] *= count
+        for part, move in moves.items():
+            others = moved | {part: moved[part][1:]}
+            self.note(f"reshard{of}: {part}", move, args[part], {"weights": others}, runs=len(moved[part]))
+        return {part: arrays if part == "layers" else arrays[0] for part, arrays in moved.items()}
+
+    def grow(self, compiled: generate.RolloutPrograms, begun: Decoding, of: str) -> Decoding:
         """The cache up to the answers' cap, an array at a time: the widest last, when all others have grown."""
         *_, before, last = 0, *generate.rings(self.run.decode.max_new)
         slots = self.setup.prompt_slots
@@ -189,37 +193,25 @@ class _Step:
         shorter, longer = ([grown(array, ring) for array in arrays] for ring in (before, last))
         full: Decoding = begun.replace(cache=jax.tree.unflatten(structure, longer))
         new, old = max(zip(longer, shorter, strict=True), key=chip_bytes)
-        holds = holds + held(cache=(full, old)) - held(cache=new)  # the new array is an output
+        others = jax.tree.leaves(full)
+        others.remove(new)  # an output of the program
         options, alike = {"prompt_slots": slots, "slots": slots + last}, sum(x.shape == old.shape for x in shorter)
-        args = old, begun.slot
-        self.note(f"grow{of}", compiled.grow[old.ndim == 4], args, holds, options, runs=alike)
+        program = compiled.grow[old.ndim == 4]
+        self.note(f"grow{of}", program, (old, begun.slot), {"cache": (others, old)}, options=options, runs=alike)
         return full
 
-    def for_decoding(self, model: Any, params: Params, of: str, holds: Held) -> Params:
-        """`generate.for_decoding`: each part as the last to move, when all others have moved."""
-        count = jax.tree.leaves(params["layers"])[0].shape[0]
-        moves = generate.moves(model, tuple(params))
-        args = {part: (params[part], _numbers()) if part == "layers" else (params[part],) for part in moves}
-        moved = {part: move.eval_shape(*args[part]) for part, move in moves.items()}
-        weights = moved | {"layers": (moved["layers"],) * count}
-        for part, move in moves.items():
-            others = holds + held(weights=weights) - held(weights=moved[part])
-            self.note(f"reshard{of}: {part}", move, args[part], others, runs=count if part == "layers" else 1)
-        return weights
-
-    def score(
-        self, name: str, scorer: tuple[Any, Params], sequences: Sequences, reading: Reading, holds: Held
-    ) -> Record:
+    def score(self, name: str, model: Any, params: Params, sequences: Sequences, reading: Reading) -> Record:
         """`score.score_batch`."""
-        (model, params), total = scorer, len(sequences.lengths)
+        total = len(sequences.lengths)
         parts = self.micro_batches(total, total, self.setup.score_batch)
         record = rows(self.setup.mesh, jax.eval_shape(partial(empty_record, model, reading=reading), params, sequences))
         args = (model, params, record, sequences, _numbers(*parts[0].rows.shape))
         options = {"widths": parts[0].widths(self.config.compute.logits_chunk), "reading": reading}
-        holds = holds + held(record={kind: array for kind, array in record.items() if kind != "log_prob"})
-        return self.note(name, scoring(self.setup.mesh), args, holds, options, runs=len(parts)).returns()
+        more = {kind: array for kind, array in record.items() if kind != "log_prob"}
+        chip = {"record": (self.chip["record"], more)}
+        return self.note(name, scoring(self.setup.mesh), args, chip, options=options, runs=len(parts)).returns()
 
-    def gradient(self, name: str, batch: Batch, holds: Held) -> Gradient:
+    def gradient(self, name: str, batch: Batch) -> Gradient:
         """`method.gradient.GradientAccumulator`, over as many answers as can be selected."""
         accumulator, total = self.run.accumulators[name], self.setup.rows[name]
         parts = self.micro_batches(total, kept_rows(self.setup, name), self.config.optimizer.micro_batch)
@@ -229,9 +221,9 @@ class _Step:
         so_far = accumulator.begin.eval_shape(self.p.state.params)
         numbers = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), first)
         args = (accumulator.loss, self.p.params, so_far, inputs, batch.teacher.head, numbers)
-        holds = holds + held(gradient=(so_far, weights))
+        chip = {"gradient": (self.chip["gradient"], so_far, weights)}
         more = {"options": {"widths": part.widths(self.config.compute.logits_chunk)}, "runs": 1 + len(others)}
-        return self.note(f"gradient: {name}", accumulator.add, args, holds, trips=int(first.count), **more).returns()
+        return self.note(f"gradient: {name}", accumulator.add, args, chip, trips=int(first.count), **more).returns()
 
     def micro_batches(self, total: int, taken: int, size: int) -> list[MicroBatch]:
         """Of `taken` of a batch's `total` rows, all of the largest length."""

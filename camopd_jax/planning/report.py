@@ -1,7 +1,7 @@
 """A plan: compiles a run's programs, prints what they need, and searches for flags that fit. Bytes are of one chip."""
 
-from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Hashable, Iterator, Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +19,7 @@ from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import costs, search
 from camopd_jax.planning.arrays import FILES, Models, Plan, chip_bytes, make_models, model_shape, plan
-from camopd_jax.planning.compiling import Peak, Report, compile_all, peak
+from camopd_jax.planning.compiling import Peak, Report, compile_program, peak
 from camopd_jax.planning.programs import Program, programs, residents
 from camopd_jax.planning.search import Candidate
 from camopd_jax.planning.topology import Chip, Topology
@@ -71,7 +71,10 @@ def read_models(config: TrainConfig, general: str | None, specialised: str | Non
 
 
 def _compile(made: Plan, several: Sequence[Program], request: Request) -> Iterator[tuple[dict[str, int], list[Report]]]:
-    """After each wanted program: bytes on a chip through the whole run, and the reports so far.
+    """Compiles the wanted programs, those that are the same once.
+
+    Yields:
+      After each program: bytes on a chip through the whole run by what takes them, and the reports so far.
 
     Raises:
       UserError: if the run has no wanted program.
@@ -80,10 +83,16 @@ def _compile(made: Plan, several: Sequence[Program], request: Request) -> Iterat
     if not chosen:
         wanted = ",".join(request.wanted)
         raise UserError(f"--programs={wanted}: the run has no such program; give some of {', '.join(KINDS)}")
-    kept = residents(made, several)
-    for reports in compile_all(chosen, request.console):
-        code = sum(report.memory.get("code", 0) for report in reports if not report.same_as)
-        yield kept | {"code": code}, reports
+    kept, reports, first = residents(made, several), list[Report](), dict[Hashable, Report]()
+    for program in chosen:
+        if same := first.get(program.key):
+            name, runs, holds = program.name, program.runs, dict(program.holds)
+            reports.append(replace(same, name=name, runs=runs, holds=holds, same_as=same.name))
+        else:
+            with request.console.status(f"{program.name} …"):
+                reports.append(compile_program(program))
+            first[program.key] = reports[-1]
+        yield kept | {"code": sum(report.memory.get("code", 0) for report in first.values())}, reports
 
 
 # ------------------------------------------------------------------------------------------ a report

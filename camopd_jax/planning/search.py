@@ -77,8 +77,7 @@ def candidates(config: TrainConfig, models: Models, topology: Topology, answer: 
                 "compute.offload": offload,
                 "evaluation.batch_size": setup.config.evaluation.batch_size,
             }
-            score_batch = config.rollout.score_batch or micro
-            tried = dataclasses.replace(setup, config=changed(config, changes), score_batch=score_batch)
+            tried = dataclasses.replace(setup, config=changed(config, changes))
             seconds = step_seconds(tried, models, answer, topology.chip) if topology.chip else 0.0
             several.append(Candidate(changes, memory_estimate(tried, models), seconds))
 

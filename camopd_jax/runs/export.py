@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from etils import epath
 from safetensors import SafetensorError
@@ -35,6 +36,8 @@ _COPIED = (
     "vocab.*",
     "merges.txt",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "LICENSE*",
     "NOTICE*",
 )
@@ -64,7 +67,9 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
             if loaded.adapter is not None:
                 peft.save(part, loaded.params, loaded.adapter, config, original)
             else:
-                hf.save(part, loaded.params, config, hf.read_config(base), hf.tensor_dtypes(base, config))
+                values = _with_architecture(hf.read_config(base))
+                dtypes, others = hf.tensor_dtypes(base, config), hf.other_tensors(base, config)
+                hf.save(part, loaded.params, config, values, dtypes, hf.MAX_SHARD_BYTES, others)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
@@ -77,6 +82,17 @@ def _copy_files(folder: Path, part: Path) -> None:
         copy = part / file.relative_to(folder)
         copy.parent.mkdir(exist_ok=True)
         shutil.copyfile(file, copy)
+
+
+def _with_architecture(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that names the class with a head, which is what is written.
+
+    The original may name another one (a model that AutoModel saved) or none.
+    """
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES  # slow to import
+
+    name = CLASSES.get(config["model_type"])  # None: the installed version does not have the family
+    return config if name is None or config.get("architectures") == [name] else config | {"architectures": [name]}
 
 
 @contextlib.contextmanager

@@ -14,6 +14,7 @@ from camopd_jax.evals import runner
 from camopd_jax.evals.comparison import Rank, out_of_patience, rank_row
 from camopd_jax.evals.results import AXES, Result, axis_mean
 from camopd_jax.inference.loading import Loaded
+from camopd_jax.models import partition
 from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint
 from camopd_jax.runs.export import write_folder
 from camopd_jax.runs.lock import lock
@@ -115,6 +116,8 @@ class Run:
             self.display.print(f"warning: {text}")
         if last is not None:
             self.display.print(f"continuing from step {last}")
+        if partition.frozen_routers(self.student.model.config, self.config.optimizer.trained):
+            self.display.print("the routers of the experts are frozen; config.optimizer.trained='.' trains them too")
         for line in runner.notices(self.config.evaluation):
             self.display.print(line)
         if not is_distributed():  # with several processes, JAX handles the signal and informs the others

@@ -59,6 +59,9 @@ def train(config: TrainConfig, workdir: str) -> None:
 
         run.diagnosis = Diagnosis(setup, models, teachers, programs)
     if not run.evaluate_student(int(state.step), state):  # an evaluation may have been interrupted
+        if (step := int(state.step)) < config.steps:
+            rows = config.rollout.batch_size
+            run.display.progress(f"step {step + 1}: compiling, then {rows} answers; later steps are faster")
         state = loop.run(branches, programs, state, Recorder(programs, run))
     if run.terminated:
         return

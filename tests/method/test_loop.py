@@ -322,6 +322,28 @@ def test_frozen_parameters_have_no_gradient_and_no_moments(tiny):
     )
 
 
+@pytest.mark.slow
+def test_routers_of_experts_are_frozen_by_default():
+    """In one cycle every other parameter changes."""
+    fields = dict(model_type="mixtral", vocab_size=14, hidden_size=12, intermediate_size=20, num_hidden_layers=2)
+    fields |= dict(num_attention_heads=2, num_key_value_heads=2, num_local_experts=3, initializer_range=0.6)
+    model = Model(from_hf(fields), mesh=make_mesh(1, devices=jax.devices()[:1]))
+    places = shardings(model.config, model.mesh)
+    student, general = (jax.device_put(model.init(jax.random.key(seed)), places) for seed in (0, 1))
+    run = make_run(
+        dataclasses.replace(CONFIG, steps=4),
+        model,
+        student,
+        {"recovery": general, "review": student},
+        {"recovery": Prompter(0), "review": Prompter(1)},
+    )
+    before = jax.tree.map(np.array, run.programs.params(run.state))
+    after = run.programs.params(run.go())
+    changed = jax.tree.map(lambda a, b: not np.array_equal(a, b), before, after)
+    assert changed["layers"]["mlp"].pop("router") == {"kernel": False}
+    assert all(jax.tree.leaves(changed))
+
+
 @pytest.mark.parametrize("rule", ["final_norm|embedding", "attention_norm|head"])
 def test_any_subset_of_the_parameters_can_be_trained(tiny, rule):
     """Subsets without layers and mixed subsets: after two cycles, the other parameters are unchanged."""

@@ -17,6 +17,7 @@ SIZES = dict(
 )
 HEADS = dict(num_attention_heads=6, num_key_value_heads=2)
 GEMMA = dict(head_dim=14, query_pre_attn_scalar=11, sliding_window=5, **HEADS)
+YARN = dict(rope_type="yarn", factor=4.0, rope_theta=1e4, original_max_position_embeddings=16)
 
 FAMILIES = {
     "llama": ("Llama", HEADS | dict(head_dim=14)),
@@ -83,20 +84,98 @@ FAMILIES = {
         ),
     ),
     "olmo2": ("Olmo2", HEADS),
+    "llama-yarn": ("Llama", HEADS | dict(head_dim=14, rope_parameters=YARN)),
+    "qwen3-yarn": (
+        "Qwen3",
+        HEADS | dict(head_dim=14, rope_parameters=YARN | dict(attention_factor=1.3, beta_fast=5.0)),
+    ),
+    "olmo3": (
+        "Olmo3",
+        HEADS
+        | dict(
+            num_hidden_layers=5,
+            sliding_window=5,
+            rope_parameters={
+                "full_attention": YARN,
+                "sliding_attention": dict(rope_type="default", rope_theta=1e4),
+            },
+        ),
+    ),
+    "seed_oss": ("SeedOss", HEADS | dict(head_dim=14)),
+    "ministral": ("Ministral", HEADS | dict(head_dim=14, sliding_window=5)),
+    "ministral3": (
+        "Ministral3",
+        HEADS
+        | dict(
+            head_dim=14,
+            rope_parameters=YARN | dict(mscale=1.0, mscale_all_dim=0.7, beta_fast=3.0, llama_4_scaling_beta=0.2),
+        ),
+    ),
+    "gemma": ("Gemma", HEADS | dict(head_dim=14)),
+    "smollm3": (
+        "SmolLM3",
+        HEADS | dict(num_hidden_layers=5, use_sliding_window=True, sliding_window=5, no_rope_layers=[1, 0, 1, 0, 1]),
+    ),
+    "exaone4": ("Exaone4", HEADS | dict(num_hidden_layers=5, sliding_window=5)),
+    "glm": ("Glm", HEADS | dict(head_dim=12)),
+    "glm4": (
+        "Glm4",
+        HEADS
+        | dict(head_dim=14, attention_bias=False, rope_parameters=dict(partial_rotary_factor=0.75, rope_theta=1e4)),
+    ),
+    "phi3": ("Phi3", HEADS | dict(sliding_window=5)),
+    "phi3-long": (
+        "Phi3",
+        HEADS
+        | dict(
+            original_max_position_embeddings=16,
+            rope_parameters=dict(
+                rope_type="longrope",
+                rope_theta=1e4,
+                partial_rotary_factor=0.8,
+                short_factor=[1.0, 1.1, 1.3, 1.4],
+                long_factor=[1.5, 2.5, 4.5, 6.5],
+            ),
+        ),
+    ),
+    "cohere": ("Cohere", HEADS | dict(attention_bias=True)),
+    "cohere2": ("Cohere2", HEADS | dict(num_hidden_layers=5, sliding_window=5, logit_scale=0.3)),
+    "qwen3_moe": (
+        "Qwen3Moe",
+        HEADS | dict(head_dim=14, num_experts=5, num_experts_per_tok=2, moe_intermediate_size=20, norm_topk_prob=True),
+    ),
+    "olmoe": ("Olmoe", HEADS | dict(num_experts=5, num_experts_per_tok=2)),
+    "mixtral": ("Mixtral", HEADS | dict(head_dim=14, sliding_window=5, num_local_experts=5, num_experts_per_tok=3)),
+    "nemotron": ("Nemotron", HEADS | dict(head_dim=12, mlp_bias=True)),
 }
 
 
 OWN_ROW = [name for name in FAMILIES if name != "vaultgemma"]  # families in camopd_jax/models/families.py
-FEW = ("qwen3", "gemma3", "olmo2")  # between them all that layers do
+FEW = ("qwen3", "gemma3", "olmo2", "cohere2", "nemotron", "qwen3_moe")  # between them nearly all that layers do
+SIMILAR = (
+    "qwen3-yarn",
+    "olmoe",
+    "mixtral",
+    "seed_oss",
+    "ministral",
+    "gemma",
+    "glm",
+    "phi3",
+    "cohere",
+)  # like others, in the slow suite
 
 
-@pytest.fixture(params=[pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in OWN_ROW])
+def _slow_unless(condition: bool):
+    return [] if condition else pytest.mark.slow
+
+
+@pytest.fixture(params=[pytest.param(name, marks=_slow_unless(name in FEW)) for name in OWN_ROW])
 def family_or_slow(request):
     """Every family, most of them in the slow suite."""
     return request.param
 
 
-@pytest.fixture(params=OWN_ROW)
+@pytest.fixture(params=[pytest.param(name, marks=_slow_unless(name not in SIMILAR)) for name in OWN_ROW])
 def family(request):
     """Each family in turn, for the tests that every family has to pass."""
     return request.param

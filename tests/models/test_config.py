@@ -51,6 +51,24 @@ def test_gemma3_configs_of_transformers_4_and_5_are_equal():
     assert from_hf(four).windows == (5, 5, None, 5, 5, None, 5)
 
 
+def test_layer_types_replace_the_pattern():
+    """EXAONE 4 has both, and its pattern is no number."""
+    types = ["sliding_attention", "full_attention"] * 3 + ["full_attention"]
+    config = from_hf(SIZES | dict(model_type="exaone4", layer_types=types, sliding_window_pattern="LLLG"))
+    assert config.windows == (4096, None) * 3 + (None,)
+    assert [config.ropes[i].scaling for i in config.layer_rope] == ["default", "none"] * 3 + ["none"]
+    full = SIZES | dict(model_type="exaone4", layer_types=["full_attention"] * 7, sliding_window_pattern=None)
+    config = from_hf(full | dict(sliding_window=None))  # the 1.2B model: without windows, every layer has RoPE
+    assert [config.ropes[i].scaling for i in config.layer_rope] == ["default"] * 7
+
+
+def test_gelu_of_gemma_is_the_approximation():
+    gemma = SIZES | dict(model_type="gemma")
+    assert from_hf(gemma | {"hidden_act": "gelu"}) == from_hf(gemma)
+    with pytest.raises(UserError, match="activation 'gelu' is not supported"):
+        from_hf(SIZES | dict(model_type="llama", hidden_act="gelu"))
+
+
 def test_old_llama_2_scaling_type():
     old = from_hf(SIZES | dict(model_type="llama", rope_scaling={"type": "linear", "factor": 4.0}))
     assert old.ropes[0].scaling == "linear" and old.ropes[0].factor == 4.0
@@ -78,11 +96,18 @@ def test_windows():
     ("changes", "message"),
     [
         ({"model_type": "gpt2"}, "model_type 'gpt2' is not supported; supported are llama, mistral"),
-        ({"model_type": "gemma3"}, "model_type 'gemma3' is not supported"),
+        ({"model_type": "gemma3"}, "field text_config is None; give an object"),
+        ({"model_type": "qwen3_next"}, "model_type 'qwen3_next' is not supported; supported are llama"),
+        ({"model_type": "qwen3_5_text"}, "model_type 'qwen3_5_text' is not supported; supported are llama"),
+        (
+            {"model_type": "cohere2", "use_parallel_block": False},
+            "field use_parallel_block is False; cohere2 supports only True",
+        ),
+        ({"model_type": "cohere", "use_qk_norm": True}, "field use_qk_norm = True is not known for cohere"),
         ({"num_experts": 8}, "field num_experts = 8 is not known for llama"),
         ({"hidden_act": "relu"}, "activation 'relu' is not supported"),
         ({"hidden_size": None}, "field hidden_size is None"),
-        ({"rope_scaling": {"rope_type": "yarn", "factor": 4.0}}, "RoPE scaling 'yarn' is not supported"),
+        ({"rope_scaling": {"rope_type": "proportional"}}, "RoPE scaling 'proportional' is not supported"),
         ({"rope_scaling": {"rope_type": "linear"}}, "'linear' needs the field factor"),
         ({"rope_scaling": {"rope_type": "linear", "factor": 2.0, "beta_fast": 32}}, "RoPE field beta_fast = 32"),
         ({"rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 0.5}}, "partial_rotary_factor = 0.5"),
@@ -113,7 +138,7 @@ def test_every_field_with_a_default_is_read(family, monkeypatch):
         return Recorder(fields), row
 
     monkeypatch.setattr(config, "_checked_fields", recorded)
-    from_hf(SIZES | dict(model_type=family))
+    from_hf(SIZES | dict(model_type=family, head_dim=12))
     unread = FAMILIES[family].defaults.keys() - read
     assert unread == ({"hidden_act"} if "hidden_activation" in read else set())  # Gemma has the second in its place
 

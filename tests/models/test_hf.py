@@ -234,6 +234,37 @@ def test_index_with_missing_tensors(folder, mesh):
 def test_remote_code(folder, mesh):
     edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling.Mine"})
     refused(folder, mesh, "auto_map asks for code")
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"})
+    refused(folder, mesh, "auto_map asks for code")  # this model is a Llama
+
+
+def test_code_that_transformers_has_in_the_meantime_is_not_needed(checkpoint, mesh, tmp_path):
+    """As in the checkpoints of Phi-3 and Phi-4-mini."""
+    folder = shutil.copytree(checkpoint("phi3")[1], tmp_path / "model")
+    code = {"AutoConfig": "configuration_phi3.Phi3Config", "AutoModelForCausalLM": "modeling_phi3.Phi3ForCausalLM"}
+    edit_json(folder / "config.json", auto_map=code, full_attn_mod=1, interpolate_factor=1, lm_head_bias=False)
+    read(folder, mesh)
+    assert "auto_map" not in hf.read_config(folder)
+    edit_json(folder / "config.json", auto_map={"AutoModelForCausalLM": "modeling_mine.Phi3ForCausalLM"})
+    refused(folder, mesh, "auto_map asks for code")
+    edit_json(folder / "config.json", auto_map=code, full_attn_mod=2)
+    refused(folder, mesh, "field full_attn_mod is 2; phi3 supports only 1")
+
+
+def test_parts_of_a_tensor_are_stored_in_their_order(checkpoint, mesh, tmp_path):
+    """qkv_proj of Phi-3: queries of 6 heads of 10, keys of 2, values of 2."""
+    folder = checkpoint("phi3")[1]
+    params = read(folder, mesh)[1]
+    stored = load_file(folder / "model.safetensors")["model.layers.1.self_attn.qkv_proj.weight"]
+    attention = params["layers"]["attention"]
+    parts = [np.asarray(attention[name]["kernel"])[1].reshape(60, -1).T for name in ("query", "key", "value")]
+    assert [len(part) for part in parts] == [60, 20, 20]
+    np.testing.assert_array_equal(np.concatenate(parts), stored)
+    tensors = load_file(folder / "model.safetensors")
+    short = shutil.copytree(folder, tmp_path / "short")
+    name = "model.layers.1.self_attn.qkv_proj.weight"
+    save_file(tensors | {name: tensors[name][:-1]}, short / "model.safetensors")
+    refused(short, mesh, r"qkv_proj.weight has shape \[99, 60\], config.json asks for \[100, 60\]")
 
 
 def test_config_missing_or_broken(folder, mesh):

@@ -53,6 +53,27 @@ def torch_logprobs(model, tokens):
     return np.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
 
 
+def gradients(torch_model) -> dict:
+    """The gradient of each tensor, by its name in safetensors. transformers stacks experts, and saves each alone."""
+    by_name = {}
+    for name, parameter in torch_model.named_parameters():
+        grad = parameter.grad.numpy()
+        if "experts" not in name:
+            by_name[name] = grad
+            by_name[name.replace("mlp.gate.", "block_sparse_moe.gate.")] = grad  # Mixtral's
+            continue
+        parts = (
+            dict(zip(("gate", "up"), np.split(grad, 2, axis=1), strict=True)) if "gate_up" in name else {"down": grad}
+        )
+        prefix = name.rsplit("mlp.", 1)[0]
+        for part, stacked in parts.items():
+            old = {"gate": "w1", "up": "w3", "down": "w2"}[part]
+            for e, one in enumerate(stacked):
+                by_name[f"{prefix}mlp.experts.{e}.{part}_proj.weight"] = one
+                by_name[f"{prefix}block_sparse_moe.experts.{e}.{old}.weight"] = one
+    return by_name
+
+
 def test_float32_logprobs_equal_transformers(family, checkpoint, mesh, tokens):
     torch_model, folder = checkpoint(family)
     model, params = load(folder, mesh)
@@ -107,11 +128,11 @@ def test_scores_and_gradients_on_a_mesh_equal_transformers(family_or_slow, check
     expected = torch.stack([row[range(n - 1, n - 1 + answer), ids] for row, n, ids in answers])
     np.testing.assert_allclose(log_probs_BT, expected.detach(), atol=2e-5, rtol=0)
     expected.mean().backward()
-    tensors = dict(torch_model.named_parameters())
+    tensors, layers = gradients(torch_model), model.config.num_layers
     for row in table(model.config):
         ours = np.asarray(leaf_of(gradient, row.path))
-        for i, name in enumerate(row.names(model.config.num_layers)):
-            theirs, same = tensors[name].grad.numpy(), row.to_hf(ours[i] if row.stacked else ours)
+        for place, name in zip(np.ndindex(row.stack(layers)), row.names(layers), strict=True):
+            theirs, same = row.part_of(tensors[name]), row.to_hf(ours[place])
             np.testing.assert_allclose(same, theirs, atol=2e-5 * np.abs(theirs).max(), rtol=0, err_msg=name)
 
 

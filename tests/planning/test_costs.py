@@ -47,17 +47,33 @@ def test_weights_and_flops_by_hand():
 
 
 @pytest.mark.parametrize(
-    "name, count",  # 4.0B, 8.2B, 32.8B, 8.2B, 1.5B
+    "name, count",
     [
         ("qwen3-4b-2507", 4_022_468_096),
         ("qwen3-8b", 8_190_735_360),
         ("qwen3-32b", 32_762_123_264),
+        ("qwen3-30b-a3b", 30_532_122_624),
         ("granite-3.3-8b", 8_170_864_640),
         ("olmo2-1b", 1_484_916_736),
+        ("olmo3-7b", 7_298_011_136),
+        ("phi-4-mini", 3_836_021_760),
+        ("glm4-9b", 9_400_279_040),
+        ("smollm3-3b", 3_075_098_624),
     ],
 )
 def test_shapes_have_the_sizes_of_their_cards(name, count):
     assert costs.weights(from_hf(SHAPES[name])) == count
+
+
+def test_a_token_costs_only_its_experts():
+    """3.3 billion parameters of Qwen3-30B-A3B: by hand, without norms and the embedding, 48 layers of 8 experts."""
+    config = from_hf(SHAPES["qwen3-30b-a3b"])
+    attention, expert, router, head = 2048 * 128 * (32 + 4 + 4 + 32), 3 * 2048 * 768, 2048 * 128, 151936 * 2048
+    assert costs.matrix_weights(config) == 48 * (attention + router + 128 * expert) + head
+    assert costs.matrix_weights(config, per_token=True) == 48 * (attention + router + 8 * expert) + head
+    scores = 48 * 4 * 32 * 128 * (1 + 2 + 3)
+    assert costs.forward_flops(config, 1, 0, 3, 0) == 3 * 2 * 48 * (attention + router + 8 * expert) + scores
+    assert costs.weights(config) - costs.weights(config, "all") == 48 * router, "routers are frozen"
 
 
 def test_a_stage_takes_as_long_as_its_slowest_limit():

@@ -117,6 +117,19 @@ def test_a_collective_that_fusions_take_further_is_one():
     assert gathers(text).runs == 7 + 1 + 1
 
 
+def test_a_collective_in_an_asynchronous_call_counts_where_the_call_starts():
+    inside = """
+%wrapped (q: bf16[4,16]) -> bf16[16,16] {
+  %q = bf16[4,16] parameter(0)
+  ROOT %again = bf16[16,16] all-gather(%q), channel_id=9, dimensions={0}
+}
+"""
+    begun = "  %begun = ((bf16[4,16]), bf16[16,16]) async-start(%weights), calls=%wrapped\n"
+    ended = "  %ended = bf16[16,16] async-done(%begun), calls=%wrapped\n"
+    text = TEXT.replace("\n%body (", inside + "\n%body (").replace("  %product = ", begun + ended + "  %product = ")
+    assert gathers(text) == Traffic(count=3, runs=7 + 7 + 1, bytes=2 * 512 + 128, bytes_run=14 * 512 + 128)
+
+
 def test_an_all_reduce_whose_fusion_keeps_a_part_is_a_reduce_scatter():
     inside = """
 %all-reduce-scatter.1 (input: bf16[8,16]) -> bf16[2,16] {

@@ -1,7 +1,9 @@
 """Exported folders: there as a whole or not at all, whatever stops an export."""
 
+import dataclasses
 import json
 import resource
+import shutil
 import subprocess
 from functools import partial
 from pathlib import Path
@@ -9,6 +11,7 @@ from pathlib import Path
 import jax
 import pytest
 from etils import epath
+from rows import edit_json
 from safetensors.numpy import load_file
 
 from camopd_jax.config.schema import Compute
@@ -65,6 +68,16 @@ def test_a_flipped_bit_in_exported_weights_is_named(out, loaded):
         load()
     (out / "SHA256SUMS").unlink()
     load()
+
+
+@pytest.mark.parametrize("named", [["LlamaModel"], None])
+def test_architectures_name_the_class_that_is_written(named, out, loaded, tmp_path):
+    """A model that AutoModel saved is one without a head; an export has it."""
+    source = shutil.copytree(GENERALIST, tmp_path / "source")
+    edit_json(source / "config.json", architectures=named)
+    write(out, dataclasses.replace(loaded, folder=source))
+    assert hf.read_config(source).get("architectures") == named
+    assert hf.read_config(Path(out)) == hf.read_config(source) | {"architectures": ["LlamaForCausalLM"]}
 
 
 @pytest.mark.parametrize("error", [KeyboardInterrupt, RuntimeError("lost")])
