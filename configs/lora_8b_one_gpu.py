@@ -4,9 +4,9 @@ Command    python -m camopd_jax.train --config=configs/lora_8b_one_gpu.py --work
 Models     Qwen3-8B, and a PEFT adapter of it: r 16 on all matrices of the layers.
 Full       if your specialised model is a complete fine-tune, give its folder as specialised_model and set
            config.adapter = dict(rank=16): a new adapter is trained on it. It is in memory beside the original then.
-Memory     what `plan` says, compiled for one TPU chip: 15.9 GiB through the whole run, at most 19.0 GiB in the gradient.
-           By its estimate, which is not compiled, 45 GiB while the student answers, with 64 x 1,536 tokens in its cache;
-           60 GiB with a new adapter on a full fine-tune; 166 GiB if all weights were trained.
+Memory     what `plan` says, compiled for one TPU chip: 15.9 GiB through the whole run, at most 19.0 in the gradient.
+           By its estimate, which is not compiled, 45 GiB while the student answers, with 64 x 1,536 tokens in its
+           cache; 60 GiB with a new adapter on a full fine-tune; 166 GiB if all weights were trained.
 Not run    on a GPU, nor with these models; the tests run configs of this form on tiny models.
 """
 
