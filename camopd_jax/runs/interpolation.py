@@ -6,7 +6,6 @@ from etils import epath
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
-from camopd_jax.models import hf
 from camopd_jax.runs.export import write_folder
 from camopd_jax.runtime.mesh import mesh_of
 
@@ -34,8 +33,8 @@ def interpolate(config: TrainConfig, weight: float, out: str) -> None:
     provenance = {
         "method": f"interpolation with {weight:g} of the original model",
         "general_model": config.general_model,
-        "general_fingerprint": hf.fingerprint(general.folder),
+        "general_fingerprint": loading.fingerprint(general.folder),
         "specialised_model": config.specialised_model,
-        "specialised_fingerprint": hf.fingerprint(specialised.folder),
+        "specialised_fingerprint": loading.fingerprint(specialised.folder),
     }
     write_folder(epath.Path(out), specialised.with_params(mean(general.params, specialised.params)), provenance)
