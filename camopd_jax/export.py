@@ -3,10 +3,12 @@
     python -m camopd_jax.export --workdir=runs/medqa --out=recovered
     python -m camopd_jax.export --workdir=runs/medqa --out=recovered --step=110
     python -m camopd_jax.export --workdir=runs/medqa --out=recovered --best
+    python -m camopd_jax.export --workdir=runs/medqa --out=recovered --merge
 
 The folder holds the configuration, tokenizer, chat template and generation settings of the model the
 run started from, the trained weights as sharded safetensors in that model's dtypes, and a model card
 that names their sources. A run exports its last or best checkpoint to workdir/export by itself.
+Of a run that trains an adapter, it is a PEFT folder; with --merge, the whole model.
 """
 
 from absl import flags
@@ -25,7 +27,7 @@ def main() -> None:
     workdir, out = cli.required("workdir", "runs/medqa"), cli.required("out", "recovered")
     if epath.Path(out).exists():
         raise UserError(f"--out: {out} exists; give a new folder")
-    loaded, provenance = restore_model(workdir, values.step, values.best)
+    loaded, provenance = restore_model(workdir, values.step, values.best, values.merge)
     write_folder(epath.Path(out), loaded, provenance)
     if is_primary():
         print(f"exported step {provenance['steps']}: {out}")
@@ -36,5 +38,6 @@ if __name__ == "__main__":
     flags.DEFINE_string("out", None, "Folder to write; must not exist.")
     flags.DEFINE_integer("step", None, "Checkpoint to export; default: the last.")
     flags.DEFINE_bool("best", False, "Export the best of the evaluated checkpoints.")
+    flags.DEFINE_bool("merge", False, "Merge a trained adapter into its base model.")
     cli.define_processes()
     cli.run(main)

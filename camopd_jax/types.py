@@ -172,7 +172,9 @@ class LanguageModel(Protocol):
         """
 
     def for_decoding(self, params: Params) -> Params:
-        """The parameters in the form for `prefill`, `decode` and `logits`: cast once, with the layers unstacked."""
+        """The parameters in the form for `prefill`, `decode` and `logits`: cast once, with the layers unstacked and
+        adapters merged.
+        """
 
     def layer_for_decoding(self, layers: Params, i: jax.Array | int) -> Params:
         """Layer i of `for_decoding`, from the stacked parameters of all layers."""

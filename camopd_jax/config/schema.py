@@ -214,6 +214,16 @@ class Optimizer:
 
 
 @dataclass(frozen=True)
+class Adapter:
+    """A new LoRA adapter (arXiv 2106.09685): W + alpha / rank A B replaces a matrix W; only A and B are trained."""
+
+    rank: Count = 16
+    alpha: Annotated[float, Gt(0)] = 32.0
+    # Hugging Face names of the modules with an adapter, such as "q_proj"; "all-linear": all matrices of the layers
+    targets: tuple[str, ...] = ("all-linear",)
+
+
+@dataclass(frozen=True)
 class Compute:
     """Precision and memory. "auto" is bfloat16 on TPU and GPU and float32 on CPU."""
 
@@ -331,6 +341,9 @@ class TrainConfig:
     start: Start = Start()
     warm_up: WarmUp = WarmUp()
     optimizer: Optimizer = Optimizer()
+    # Trains a new adapter on the specialised model, which stays as it is. A specialised model that is an adapter itself
+    # needs none: its matrices are trained. The frozen weights have the dtype compute.teacher
+    adapter: Adapter | None = None
     compute: Compute = Compute()
     mesh: Free[MeshConfig] = MeshConfig()
     checkpoints: Free[Checkpoints] = Checkpoints()
@@ -353,6 +366,7 @@ class SftConfig:
     max_tokens: Count = 512  # prompt and answer together; longer rows are dropped and counted
     smallest_bucket: Count = 64
     optimizer: Optimizer = Optimizer(learning_rate=1e-5)
+    adapter: Adapter | None = None  # as in TrainConfig
     compute: Compute = Compute()
     mesh: Free[MeshConfig] = MeshConfig()
     checkpoints: Free[Checkpoints] = Checkpoints()

@@ -14,6 +14,7 @@ from camopd_jax.config.schema import Template
 from camopd_jax.data import sources
 from camopd_jax.data.columns import Row
 from camopd_jax.errors import UserError
+from camopd_jax.models.peft_settings import base_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -88,8 +89,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides the warning that torch is missing
     from transformers import AutoTokenizer, __version__  # slow to import
 
+    if not _has_vocabulary(folder):
+        folder = base_folder(folder)  # a PEFT adapter may have no tokenizer of its own
     # Without these files transformers may return a tokenizer with an empty vocabulary.
-    if not any(all((folder / name).exists() for name in names) for names in _FILES):
+    if not _has_vocabulary(folder):
         raise UserError(f"{folder}: no tokenizer.json; copy the original model's tokenizer files into this folder")
     if not (folder / "tokenizer.json").exists() and (folder / "tokenizer.model").exists() and not _has_sentencepiece():
         raise UserError(
@@ -107,6 +110,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         ) from error
 
 
+def _has_vocabulary(folder: Path) -> bool:
+    return any(all((folder / name).exists() for name in names) for names in _FILES)
+
+
 def _has_sentencepiece() -> bool:
     return all(importlib.util.find_spec(name) for name in ("sentencepiece", "google.protobuf"))
 
@@ -114,9 +121,10 @@ def _has_sentencepiece() -> bool:
 def eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
     """All tokens that end an answer, from generation_config.json, config.json and the tokenizer."""
     ids: set[int] = set()
+    base = base_folder(folder)  # of a PEFT adapter, the model's
     for name in ("generation_config.json", "config.json"):
-        if (folder / name).exists():
-            value = json.loads((folder / name).read_text()).get("eos_token_id")
+        if (base / name).exists():
+            value = json.loads((base / name).read_text()).get("eos_token_id")
             ids |= set(value if isinstance(value, list) else [] if value is None else [value])
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)

@@ -24,6 +24,7 @@ from camopd_jax.inference.answer import answer
 from camopd_jax.inference.log_probs import score_responses
 from camopd_jax.models import hf
 from camopd_jax.models.config import text_config
+from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_distributed
 from camopd_jax.runtime.mesh import make_mesh
@@ -70,7 +71,8 @@ class CamopdLM(TemplateLM):
         if dtype not in DTYPES:
             raise UserError(f"--model_args dtype={dtype}: give {', '.join(DTYPES)}")
         folder = loading.find(path, "--model_args path")
-        positions = int(text_config(hf.read_config(folder))[0].get("max_position_embeddings", MAX_LENGTH))
+        fields = text_config(hf.read_config(base_folder(folder)))[0]
+        positions = int(fields.get("max_position_embeddings", MAX_LENGTH))
         self.max_length = int(max_length) if max_length else min(MAX_LENGTH, positions)
         self.batch_size = 16 if str(batch_size).startswith("auto") else int(batch_size)
         self.max_gen_toks, self.seed = int(max_gen_toks), int(seed)

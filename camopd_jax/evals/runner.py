@@ -20,10 +20,10 @@ from camopd_jax.evals.answer_file import AnswerFile, AnswerRow, Save, answer_key
 from camopd_jax.evals.questions import prompts, read_questions
 from camopd_jax.evals.results import Result, summarise
 from camopd_jax.evals.task import Grade, Row, Task
+from camopd_jax.inference import loading
 from camopd_jax.inference.answer import answer
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.inference.log_probs import score_responses
-from camopd_jax.models import hf
 from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import broadcast
 from camopd_jax.runtime.jsonl import read_rows
@@ -53,7 +53,7 @@ def notices(evaluation: Evaluation) -> list[str]:
 
 def model_key(loaded: Loaded) -> str:
     """The key of a checkpoint's answers, from its files and its compute dtype."""
-    return f"{loaded.folder.name}-{hf.fingerprint(loaded.folder)}-{loaded.model.dtype}"
+    return f"{loaded.folder.name}-{loading.fingerprint(loaded.folder)}-{loaded.model.dtype}"
 
 
 def run_key(config_fingerprint: str, step: int) -> str:

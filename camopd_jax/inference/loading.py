@@ -7,19 +7,21 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jax.sharding import Mesh
 
-from camopd_jax.config.schema import Compute
+from camopd_jax.config.schema import Adapter, Compute, Config, TrainConfig
 from camopd_jax.data import templates
 from camopd_jax.data.templates import Reader
 from camopd_jax.errors import UserError
-from camopd_jax.models import hf
+from camopd_jax.models import adapters, hf, peft
 from camopd_jax.models.config import ModelConfig, from_hf
+from camopd_jax.models.disk import CHECKPOINT, find_folder, hub_revision
 from camopd_jax.models.partition import merge
+from camopd_jax.models.peft_settings import AdapterSettings, base_folder, is_adapter, new_settings, read_settings
 from camopd_jax.models.transformer import Model
+from camopd_jax.models.weights import shardings
 from camopd_jax.types import Params
-
-CHECKPOINT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # the files of a checkpoint to download
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class Loaded:
     params: Params
     tokenizer: Any  # a tokenizer of transformers
     eos_ids: tuple[int, ...]  # every token that ends an answer
+    adapter: AdapterSettings | None = None  # of an adapter whose leaves are among `params`, not merged
 
     @property
     def reader(self) -> Reader:
@@ -41,12 +44,20 @@ class Loaded:
         """The same model with these parameters in place of its own; the others, such as frozen ones, stay."""
         return dataclasses.replace(self, params=merge(self.params, params))
 
+    def merged(self) -> "Loaded":
+        """The same model with its adapter merged into the weights, which keep their dtype."""
+        if self.adapter is None:
+            return self
+        model = dataclasses.replace(self.model, config=dataclasses.replace(self.model.config, adapter=()))
+        return dataclasses.replace(self, model=model, params=adapters.merge(self.params), adapter=None)
+
 
 def find(name: str, field: str, files: Sequence[str] = CHECKPOINT) -> Path:
     """The folder of a checkpoint: `name` itself, or the local copy of a repository of the Hugging Face hub.
 
     Its config.json is checked here, before anything else of the folder is read: other readers, the tokenizer's among
-    them, would call a mistake in it their own.
+    them, would call a mistake in it their own. For a PEFT adapter, its adapter_config.json and its base model's
+    config.json are checked.
 
     Args:
       name: a folder, or a hub name like Qwen/Qwen3-8B, which is downloaded.
@@ -57,26 +68,9 @@ def find(name: str, field: str, files: Sequence[str] = CHECKPOINT) -> Path:
       UserError: if there is no such folder and the hub has no such repository, and for a config.json that is not
         that of a supported model.
     """
-    folder = _find(name, field, files)
-    model_config(folder)
+    folder = find_folder(name, field, files)
+    model_config(folder, files=files)
     return folder
-
-
-def _find(name: str, field: str, files: Sequence[str]) -> Path:
-    """The folder that `find` checks."""
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
-    if name.startswith((".", "/", "~")) or name.count("/") != 1:
-        raise UserError(f"{field}: no folder {name}; give a Hugging Face folder or a hub name like Qwen/Qwen3-8B")
-    from huggingface_hub import snapshot_download  # slow to import, and only needed here
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=list(files)))
-    except Exception as error:  # the hub's client raises its own, requests' and OS errors
-        raise UserError(
-            f"{field}: no folder {name}, and it cannot be fetched from the hub ({type(error).__name__}); "
-            "check the name, log in with `hf auth login`, or give a local folder"
-        ) from error
 
 
 def matmul_dtype(compute: Compute, platform: str | None = None) -> str:
@@ -98,7 +92,7 @@ def teacher_dtype(compute: Compute, platform: str | None = None) -> str:
 def load(
     folder: Path, mesh: Mesh, compute: Compute, *, dtype: str, context: int, output_vocab_size: int | None = None
 ) -> Loaded:
-    """Loads a checkpoint onto the mesh.
+    """Loads a checkpoint onto the mesh. A PEFT adapter is merged into its base model.
 
     Args:
       dtype: of the parameters.
@@ -108,6 +102,11 @@ def load(
     Raises:
       UserError: naming the file, for a checkpoint that is incomplete or has an unknown architecture.
     """
+    if is_adapter(folder):
+        base = load(
+            base_folder(folder), mesh, compute, dtype=dtype, context=context, output_vocab_size=output_vocab_size
+        )
+        return with_adapter(base, folder, dtype).merged()
     config = model_config(folder, context)
     if output_vocab_size is not None:
         config = dataclasses.replace(config, output_vocab_size=output_vocab_size)
@@ -117,6 +116,137 @@ def load(
     return Loaded(folder, mesh, model, params, tokenizer, templates.eos_ids(folder, tokenizer))
 
 
-def model_config(folder: Path, context: int | None = None) -> ModelConfig:
-    """Reads the architecture from a folder's config.json, for sequences of up to `context` tokens (None: any)."""
-    return from_hf(hf.read_config(folder), context=context, where=str(folder / "config.json"))
+def model_config(folder: Path, context: int | None = None, files: Sequence[str] = CHECKPOINT) -> ModelConfig:
+    """Reads the architecture from a folder's config.json, for sequences of up to `context` tokens (None: any).
+
+    For a PEFT adapter this is the architecture of its base model, of which `files` are downloaded if it is on the hub;
+    its adapter_config.json is checked too.
+    """
+    base = base_folder(folder, files)
+    config = from_hf(hf.read_config(base), context=context, where=str(base / "config.json"))
+    if is_adapter(folder):
+        read_settings(folder, config)
+    return config
+
+
+def stored_dtypes(folder: Path, config: ModelConfig) -> set[str]:
+    """The dtypes of a checkpoint's weights, all of which are checked by name and shape.
+
+    Args:
+      config: as `model_config` returns it.
+
+    Raises:
+      UserError: for missing or additional tensors and wrong shapes.
+    """
+    tensors = list(hf.matching(base_folder(folder), config).values())
+    if is_adapter(folder):
+        tensors += peft.matching(folder, read_settings(folder, config), config).values()
+    return {str(tensor.dtype) for tensor in tensors}
+
+
+def fingerprint(folder: Path) -> str:
+    """`hf.fingerprint` of a checkpoint; of a PEFT adapter, a hash of its files and of its base model's fingerprint."""
+    if not is_adapter(folder):
+        return hf.fingerprint(folder)
+    return peft.fingerprint(folder, hf.fingerprint(base_folder(folder)))
+
+
+# ------------------------------------------------------------------------------------------ adapters
+
+
+def with_adapter(base: Loaded, folder: Path, dtype: str) -> Loaded:
+    """The model of a PEFT adapter on the arrays of its base model, which are not copied.
+
+    Args:
+      base: the loaded base model.
+      folder: of the adapter.
+      dtype: of its matrices.
+    """
+    config, mesh = base.model.config, base.mesh
+    settings = read_settings(folder, config)
+    params = adapters.attach(base.params, peft.scales(settings, config, mesh))
+    params = adapters.attach(params, peft.load_matrices(folder, settings, config, mesh, dtype))
+    if settings.saved:
+        stored = jax.tree.leaves(base.params)[0].dtype.name
+        params = adapters.attach(params, peft.load_saved(folder, settings, config, mesh, stored))
+    tokenizer = templates.load_tokenizer(folder)
+    return Loaded(
+        folder,
+        mesh,
+        dataclasses.replace(base.model, config=settings.model_config(config)),
+        params,
+        tokenizer,
+        templates.eos_ids(folder, tokenizer),
+        settings,
+    )
+
+
+def with_trained_matrices(loaded: Loaded, dtype: str) -> Loaded:
+    """A model of `with_adapter` with its own copy of the adapter's matrices, which an update may replace."""
+    assert loaded.adapter is not None
+    base = dataclasses.replace(loaded.model.config, adapter=())
+    return loaded.with_params(peft.load_matrices(loaded.folder, loaded.adapter, base, loaded.mesh, dtype))
+
+
+def with_new_adapter(base: Loaded, adapter: Adapter, base_name: str, seed: int, dtype: str) -> Loaded:
+    """A model with a new adapter, which changes nothing until it is trained, on the arrays of `base`.
+
+    Args:
+      base_name: the model's name in the config, for the adapter_config.json of an export.
+      seed: for the random matrices A.
+      dtype: of the adapter's matrices.
+    """
+    config = base.model.config
+    settings = new_settings(adapter, config, base_name, hub_revision(base.folder))
+    model = dataclasses.replace(base.model, config=settings.model_config(config))
+    places = adapters.all_leaves(shardings(model.config, base.mesh))
+
+    def leaves(seed: jax.Array) -> Params:
+        new = adapters.init(model.config, jax.random.key(seed), adapter.alpha / adapter.rank)
+        return adapters.attach(new, jax.tree.map(lambda p: p.astype(dtype), adapters.matrices(new)))
+
+    new = jax.jit(leaves, out_shardings=places)(np.int32(seed))
+    return dataclasses.replace(base, model=model, params=adapters.attach(base.params, new), adapter=settings)
+
+
+def check_adapter(adapter: Adapter | None, folder: Path, field: str) -> None:
+    """Checks `config.adapter` for the model that a run starts from.
+
+    Args:
+      field: the config field that names the model.
+
+    Raises:
+      UserError: if the model is an adapter itself, or lacks a target.
+    """
+    if adapter is None:
+        return
+    if is_adapter(folder):
+        raise UserError(
+            f"config.adapter: {field} is an adapter itself, which is what is trained; leave config.adapter out, or "
+            "merge that adapter into its base model first"
+        )
+    new_settings(adapter, model_config(folder), "")
+
+
+def load_trained(folder: Path, mesh: Mesh, config: Config, *, context: int, frozen_dtype: str | None = None) -> Loaded:
+    """The model that a run trains, at its start: with its adapter, if it has one, else all of it.
+
+    Args:
+      folder: of the model that the config names.
+      context: as in `load`.
+      frozen_dtype: of the weights that an adapter leaves frozen; None: as `config.compute.teacher` says.
+    """
+    compute = config.compute
+    if config.adapter is None and not is_adapter(folder):
+        return load(folder, mesh, compute, dtype=compute.params, context=context)
+    base = load(base_folder(folder), mesh, compute, dtype=frozen_dtype or teacher_dtype(compute), context=context)
+    return with_trained_adapter(base, folder, config)
+
+
+def with_trained_adapter(base: Loaded, folder: Path, config: Config) -> Loaded:
+    """The model that a run trains on the frozen arrays of `base`: its own adapter, or the new one of the config."""
+    if is_adapter(folder):
+        return with_adapter(base, folder, config.compute.params)
+    name = config.specialised_model if isinstance(config, TrainConfig) else config.model
+    assert config.adapter is not None
+    return with_new_adapter(base, config.adapter, name, config.seed, config.compute.params)

@@ -1,9 +1,11 @@
 """The models of a run, and its branches."""
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+
+import jax
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.data import templates
@@ -15,6 +17,7 @@ from camopd_jax.inference.model_check import check_log_probs
 from camopd_jax.method.objectives import Objective
 from camopd_jax.method.setup import Setup, check_model, check_start
 from camopd_jax.models import hf
+from camopd_jax.models.peft_settings import base_folder, is_adapter
 from camopd_jax.runtime.mesh import rows_of_process
 from camopd_jax.runtime.offload import Offloaded
 from camopd_jax.types import LanguageModel, Params
@@ -25,17 +28,33 @@ class Teacher:
 
     def __init__(self, model: LanguageModel, params: Params):
         self.model = model
-        self._params = params
+        self._params = params  # if offloaded, those that stay on the devices; None in place of the others
         self._offloaded: Offloaded | None = None
 
-    def offload(self) -> None:
-        """Moves the parameters to host memory, unless they are there."""
-        if self._offloaded is None:
-            self._offloaded, self._params = Offloaded(self._params), None
+    def offload(self, others: Sequence[Params] = ()) -> None:
+        """Moves the parameters to host memory, unless they are there.
+
+        Args:
+          others: all parameters of the other models. Arrays that are among them too stay on the devices.
+        """
+        if self._offloaded is not None:
+            return
+        shared = {id(array) for array in jax.tree.leaves(others)}
+        own = jax.tree.map(lambda array: None if id(array) in shared else array, self._params)
+        self._params = jax.tree.map(lambda array: array if id(array) in shared else None, self._params)
+        self._offloaded = Offloaded(own)
 
     def fetch(self) -> Params:
         """The parameters on the devices. Returns at once; a copy from the host runs in the background."""
-        return self._params if self._offloaded is None else self._offloaded.fetch()
+        if self._offloaded is None:
+            return self._params
+        own, shared = self._offloaded.fetch(), self._params
+        return jax.tree.map(lambda a, b: b if a is None else a, own, shared, is_leaf=lambda leaf: leaf is None)
+
+    @property
+    def params(self) -> Params:
+        """The parameters, or if it is offloaded, those that stay on the devices."""
+        return self._params
 
     def release(self) -> None:
         """Frees the parameters' memory on the devices, if they are offloaded."""
@@ -71,13 +90,16 @@ class Models:
         """Names and fingerprints of the models, for checkpoints and model cards."""
         facts = {
             "general_model": config.general_model,
-            "general_fingerprint": hf.fingerprint(self.general.folder),
+            "general_fingerprint": loading.fingerprint(self.general.folder),
             "specialised_model": config.specialised_model,
-            "specialised_fingerprint": hf.fingerprint(self.specialised.folder),
+            "specialised_fingerprint": loading.fingerprint(self.specialised.folder),
         }
         for name, loaded in self.others.items():
             branches = [branch for branch, of in config.branches.items() if of.teacher == name]
-            facts |= {f"teacher_of_{branches[0]}": name, f"{branches[0]}_fingerprint": hf.fingerprint(loaded.folder)}
+            facts |= {
+                f"teacher_of_{branches[0]}": name,
+                f"{branches[0]}_fingerprint": loading.fingerprint(loaded.folder),
+            }
         return facts
 
 
@@ -117,12 +139,13 @@ def load_models(setup: Setup) -> Models:
     config = setup.config
     folders = find_models(config)
     student = folders["specialised"]
+    loading.check_adapter(config.adapter, student, "config.specialised_model")
     others = [folder for name, folder in folders.items() if name != "specialised"]
     shared = templates.shared_vocabulary(student, others)
     configs = {name: loading.model_config(folder, setup.context) for name, folder in folders.items()}
     for model in configs.values():
         check_model(model, setup.mesh, config.compute, setup.dtype)
-    check_start(config, configs)
+    check_start(config, folders, configs)
     vocab = min(model.vocab_size for model in configs.values())
     vocab = vocab if shared.size is None else min(vocab, shared.size)
 
@@ -131,14 +154,38 @@ def load_models(setup: Setup) -> Models:
             folder, setup.mesh, config.compute, dtype=dtype, context=setup.context, output_vocab_size=vocab
         )
 
-    teachers = {name: load(folder, setup.teacher_dtype) for name, folder in folders.items()}
+    teachers = load_teachers(folders, setup.teacher_dtype, load)
+    if config.adapter is not None:
+        trained = loading.with_trained_adapter(teachers["specialised"], student, config)
+    elif teachers["specialised"].adapter is not None:
+        trained = loading.with_trained_matrices(teachers["specialised"], config.compute.params)
+    else:
+        trained = load(student, config.compute.params)
     return Models(
         general=teachers.pop("general"),
         specialised=teachers.pop("specialised"),
-        student=load(student, config.compute.params),
+        student=trained,
         others=teachers,
         warnings=shared.warnings,
     )
+
+
+def load_teachers(folders: dict[str, Path], dtype: str, load: Callable[[Path, str], Loaded]) -> dict[str, Loaded]:
+    """Loads frozen models. Adapters of the same base model share its arrays, also with that model itself.
+
+    Args:
+      folders: by name.
+      load: loads a folder that is no adapter, in a dtype.
+    """
+    loaded = {name: load(folder, dtype) for name, folder in folders.items() if not is_adapter(folder)}
+    bases = {} if len(loaded) == len(folders) else {hf.fingerprint(of.folder): of for of in loaded.values()}
+    for name, folder in folders.items():
+        if is_adapter(folder):
+            base = base_folder(folder)
+            key = hf.fingerprint(base)
+            bases[key] = bases.get(key) or load(base, dtype)
+            loaded[name] = loading.with_adapter(bases[key], folder, dtype)
+    return {name: loaded[name] for name in folders}
 
 
 def check_models(setup: Setup, models: Models, branches: dict[str, Branch]) -> None:
@@ -164,6 +211,13 @@ def make_teachers(config: TrainConfig, models: Models) -> dict[str, Teacher]:
     by_name = {branch.teacher: models.teacher(branch.teacher) for branch in config.branches.values()}
     teachers = {name: Teacher(loaded.model, loaded.params) for name, loaded in by_name.items()}
     return {name: teachers[branch.teacher] for name, branch in config.branches.items()}
+
+
+def offload_teachers(teachers: Iterable[Teacher], student: Params) -> None:
+    """Moves teachers to host memory, except for the arrays that they share with each other or the student."""
+    every = {teacher: teacher.params for teacher in teachers}
+    for teacher in every:
+        teacher.offload([student, *(params for other, params in every.items() if other is not teacher)])
 
 
 def make_branches(

@@ -9,10 +9,11 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from camopd_jax.config.schema import Optimizer, SftConfig, TrainConfig
+from camopd_jax.models.weights import LORA_A, LORA_B
 from camopd_jax.types import Params, TrainState
 
 # Weight decay applies to these parameters, not to norms and biases.
-_DECAYED = ("kernel", "embedding", "head")
+_DECAYED = ("kernel", "embedding", "head", LORA_A, LORA_B)
 
 
 LAST_GRADIENT = "gradient@"  # before a branch's name, which has no @

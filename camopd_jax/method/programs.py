@@ -11,7 +11,7 @@ import numpy as np
 from camopd_jax.config.schema import Sampling
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method import schedule
-from camopd_jax.method.branches import Branch
+from camopd_jax.method.branches import Branch, offload_teachers
 from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, LossInputs
 from camopd_jax.method.select import select
 from camopd_jax.method.setup import Setup
@@ -236,8 +236,7 @@ class Programs:
 def student_programs(setup: Setup, student: Loaded, state: TrainState, branches: dict[str, Branch]) -> Programs:
     """The programs of a run. Also moves the teachers to host memory if the config says so."""
     if setup.config.compute.offloads:
-        for branch in branches.values():
-            branch.teacher.offload()
+        offload_teachers({branch.teacher for branch in branches.values()}, student.params)
     teachers = {name: branch.teacher.model for name, branch in branches.items()}
     return Programs(setup, student.model, student.params, student.eos_ids, state, teachers)
 

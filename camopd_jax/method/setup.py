@@ -5,6 +5,7 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -20,6 +21,7 @@ from camopd_jax.method.objectives import Objective, TeacherReading, objective
 from camopd_jax.method.token_weights import TokenWeight, branch_weights
 from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
+from camopd_jax.models.peft_settings import is_adapter
 from camopd_jax.models.weights import shardings
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import check_rows, mesh_of, platform, reshape_mesh
@@ -106,13 +108,18 @@ def check_model(config: ModelConfig, mesh: Mesh, compute: Compute, dtype: str) -
         fused.check(config, mesh, dtype)
 
 
-def check_start(config: TrainConfig, shapes: Mapping[str, ModelConfig]) -> None:
-    """Raises UserError if the student starts between two models whose architectures differ.
+def check_start(config: TrainConfig, folders: Mapping[str, Path], shapes: Mapping[str, ModelConfig]) -> None:
+    """Raises UserError if the student starts between two models that cannot be averaged.
 
     Args:
-      shapes: of the models, by their names in branches.
+      folders, shapes: of the models, by their names in branches.
     """
     if config.start.interpolation != 0:
+        if config.adapter is not None or any(is_adapter(folders[name]) for name in ("general", "specialised")):
+            raise UserError(
+                f"config.start.interpolation is {config.start.interpolation!r}, which averages complete weights, but a "
+                "model has an adapter; give 0, or merge the adapter into its base model first"
+            )
         check_architectures(shapes["general"], shapes["specialised"], config.general_model)
 
 

@@ -1,6 +1,8 @@
 """Finds the tensors of a Hugging Face folder in its safetensors files. Only the headers are read."""
 
+import functools
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from camopd_jax.errors import UserError
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+CHECKPOINT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # the files of a checkpoint to download
 
 
 @dataclass(frozen=True)
@@ -30,6 +33,42 @@ class Tensor:
         return np.memmap(self.file, self.dtype, "r", self.offset, self.shape)
 
 
+def find_folder(name: str, field: str, files: Sequence[str] = CHECKPOINT, revision: str | None = None) -> Path:
+    """The folder `name`, or the local copy of a repository of the Hugging Face hub.
+
+    Args:
+      field: the flag or field that holds the name, for error messages.
+      files: patterns of the files to download.
+      revision: of the repository; None: its main branch.
+
+    Raises:
+      UserError: if there is no such folder and the hub has no such repository.
+    """
+    if Path(name).expanduser().is_dir():
+        return Path(name).expanduser()
+    if name.startswith((".", "/", "~")) or name.count("/") != 1:
+        raise UserError(f"{field}: no folder {name}; give a Hugging Face folder or a hub name like Qwen/Qwen3-8B")
+    try:
+        return _from_hub(name, tuple(files), revision)
+    except Exception as error:  # the hub's client raises its own, requests' and OS errors
+        raise UserError(
+            f"{field}: no folder {name}, and it cannot be fetched from the hub ({type(error).__name__}); "
+            "check the name, log in with `hf auth login`, or give a local folder"
+        ) from error
+
+
+def hub_revision(folder: Path) -> str | None:
+    """The revision of a folder that `find_folder` took from the hub; None for any other folder."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+@functools.cache
+def _from_hub(name: str, files: tuple[str, ...], revision: str | None) -> Path:
+    from huggingface_hub import snapshot_download  # slow to import, and only needed here
+
+    return Path(snapshot_download(name, allow_patterns=list(files), revision=revision))
+
+
 def tensors(folder: Path) -> dict[str, Tensor]:
     """All tensors of a folder by name, read from the file headers. Rotary tables of old checkpoints are left out.
 
@@ -40,7 +79,7 @@ def tensors(folder: Path) -> dict[str, Tensor]:
         the index names a file outside the folder.
     """
     if (folder / SINGLE).exists():
-        on_disk = _header(folder / SINGLE)
+        on_disk = read_header(folder / SINGLE)
     elif (folder / INDEX).exists():
         on_disk = _indexed(folder)
     else:
@@ -73,7 +112,7 @@ def _indexed(folder: Path) -> dict[str, Tensor]:
     for name in sorted(set(weight_map.values())):
         if not (folder / name).exists():
             raise UserError(f"{folder / name} is missing, though {INDEX} names it; fetch the checkpoint again")
-        of_file = _header(folder / name)
+        of_file = read_header(folder / name)
         twice = on_disk.keys() & of_file.keys()
         if twice:
             raise UserError(f"{folder / name}: tensor {min(twice)} is in another file too; fetch the checkpoint again")
@@ -94,7 +133,7 @@ def _weight_map(index: Path) -> dict[str, str]:
     return weight_map
 
 
-def _header(file: Path) -> dict[str, Tensor]:
+def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one file: 8 bytes of length, a JSON header, then the bytes that it describes."""
     size = file.stat().st_size
     try:

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import warnings
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -30,12 +30,13 @@ def read_config(folder: Path) -> dict[str, Any]:
     """Reads config.json in a folder, or the given file.
 
     Raises:
-      UserError: if it is missing, is not JSON, or needs code from the checkpoint; if the folder has a PEFT adapter.
+      UserError: if it is missing, is not JSON, or needs code from the checkpoint; if the folder has a PEFT adapter,
+        whose config.json is its base model's (`peft_settings.base_folder`).
     """
     file = folder if folder.is_file() else folder / "config.json"
     if (adapter := folder / "adapter_config.json").exists():
         raise UserError(
-            f"{adapter}: a PEFT adapter, which is not read; merge it into its base model and give that folder "
+            f"{adapter}: a PEFT adapter, which is not read here; merge it into its base model and give that folder "
             "(AutoPeftModelForCausalLM.from_pretrained(...).merge_and_unload().save_pretrained(...)), or delete this "
             "file if the weights beside it are merged already"
         )
@@ -68,10 +69,20 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     check_checksums(folder)
     if warning := stale_index(folder):
         warnings.warn(warning, stacklevel=2)
-    on_disk = matching(folder, config)
+    return load_rows(table(config), matching(folder, config), config, mesh, dtype)
+
+
+def load_rows(
+    rows: Iterable[WeightRow], on_disk: Mapping[str, Tensor], config: ModelConfig, mesh: Mesh, dtype: str
+) -> Params:
+    """Reads the parameters of some rows of a model's table onto the mesh, from tensors by standard name.
+
+    Raises:
+      UserError: for a value that is not finite, with the name of its tensor.
+    """
     sharding_of = shardings(config, mesh)
     leaves = {}
-    for row in table(config):
+    for row in rows:
         stored = [(name, on_disk[name]) for name in row.names(config.num_layers)]
         shard = partial(_shard, stored, row, config.num_layers, dtype)
         leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), shard)
@@ -212,6 +223,14 @@ def save(
     files.close(hf_config)
 
 
+def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
+    """Writes a safetensors file with the permissions of a new file: safetensors' own lets only the owner read it."""
+    file.touch()
+    mode = file.stat().st_mode
+    save_file(tensors, file, metadata={"format": "pt"})
+    file.chmod(mode)
+
+
 def _gathered(array: jax.Array, row: WeightRow, index: tuple[int, ...]) -> np.ndarray:
     """A parameter's part of a Hugging Face tensor, from all devices.
 
@@ -260,9 +279,6 @@ class _Files:
     def _flush(self) -> None:
         if self._writes:
             file = self._folder / f"part-{len(self._names)}"
-            file.touch()
-            mode = file.stat().st_mode
-            save_file(self._pending, file, metadata={"format": "pt"})
-            file.chmod(mode)  # safetensors creates files that only the owner can read
+            write_tensors(file, self._pending)
         self._names.append(list(self._pending))
         self._pending.clear()

@@ -17,6 +17,7 @@ from camopd_jax.models.attention import attend
 from camopd_jax.models.config import AttentionSpec, Implementation, ModelConfig
 from camopd_jax.models.experts import Experts
 from camopd_jax.models.rope import Rope, frequencies
+from camopd_jax.models.weights import LORA_A, LORA_B, LORA_SCALE
 from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
 from camopd_jax.types import Params
 
@@ -113,7 +114,7 @@ multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 class Linear(nn.Module):
-    """`einsum(equation, x, kernel) + bias`."""
+    """`einsum(equation, x, kernel) + bias`, and `low_rank` of an adapter if there is one beside the kernel."""
 
     equation: str
     kernel_shape: tuple[int, ...]
@@ -127,7 +128,27 @@ class Linear(nn.Module):
         if self.bias_shape is not None:
             bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
             y += jnp.broadcast_to(bias.astype(x.dtype), y.shape)
+        if self.has_variable("params", LORA_A):
+            leaves: list[jax.Array] = [self.get_variable("params", name) for name in (LORA_A, LORA_B, LORA_SCALE)]
+            y += low_rank(self.equation, x, *leaves)
         return y
+
+
+def low_rank(equation: str, x: jax.Array, a: jax.Array, b: jax.Array, scale: jax.Array) -> jax.Array:
+    """`scale (x A) B`, what an adapter adds to a layer's output (arXiv 2106.09685, Eq 3).
+
+    Args:
+      equation: of x and the kernel, whose inputs are A's first axes and whose outputs are B's last axes.
+      scale: float32[].
+    """
+    left_right, output = equation.split("->")
+    left, right = left_right.split(",")
+    rows = "".join(axis for axis in left if axis not in right)
+    inputs = "".join(axis for axis in right if axis in left)
+    outputs = right.removeprefix(inputs)
+    narrow = multiply(f"{left},{inputs}r->{rows}r", x, a.astype(x.dtype))
+    narrow = (narrow.astype(jnp.float32) * scale).astype(x.dtype)
+    return multiply(f"{rows}r,r{outputs}->{output}", narrow, b.astype(x.dtype))
 
 
 class Attention(nn.Module):

@@ -1,7 +1,8 @@
 """Splits parameters into trained and frozen ones.
 
-The tree of trained parameters is the tree of all parameters without the frozen leaves and without empty subtrees. A
-run's state, gradient, moments and checkpoints have only this tree.
+In a tree with an adapter, its matrices are trained and nothing else. The tree of trained parameters is the tree of all
+parameters without the frozen leaves and without empty subtrees. A run's state, gradient, moments and checkpoints have
+only this tree.
 """
 
 import re
@@ -9,6 +10,7 @@ import re
 import jax
 
 from camopd_jax.errors import UserError
+from camopd_jax.models import adapters
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.types import Params
 
@@ -21,11 +23,12 @@ def trained(params: Params, rule: str) -> Params:
 
     Args:
       rule: "all", which leaves out the routers of mixtures of experts, or a regular expression that is searched for in
-        names such as layers.attention.query.kernel.
+        names such as layers.attention.query.kernel. It never selects the frozen parameters of a tree with an adapter.
 
     Raises:
       UserError: if it matches no parameter.
     """
+    params = adapters.matrices(params) or params
     if rule == ALL:
         return _without_routers(params)
     part = _matching(params, re.compile(rule), "")

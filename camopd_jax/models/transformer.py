@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from camopd_jax.models import fused
+from camopd_jax.models import adapters, fused
 from camopd_jax.models.config import Implementation, ModelConfig
 from camopd_jax.models.layers import Block, LayerCache, LayerKind, Norm, Positions, normalized, rotation
 from camopd_jax.models.stack import LayerFunction, run_layers
@@ -41,8 +41,8 @@ class Model:
             fused.check(self.config, self.mesh, self.dtype)
 
     def init(self, key: jax.Array) -> Params:
-        """Random float32 parameters."""
-        return _Parameters(self.config).init(key)["params"]
+        """Random float32 parameters. An adapter changes nothing yet: its matrices B are zero."""
+        return adapters.attach(_Parameters(self.config).init(key)["params"], adapters.init(self.config, key))
 
     def on(self, mesh: Mesh | None) -> "Model":
         return dataclasses.replace(self, mesh=mesh)
@@ -103,9 +103,8 @@ class Model:
         return self.others_for_decoding(others) | {"layers": tuple(layers)}
 
     def layer_for_decoding(self, layers: Params, i: jax.Array | int) -> Params:
-        return self.others_for_decoding(
-            jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), layers)
-        )
+        layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), layers)
+        return self.others_for_decoding(adapters.merge_layer(layer))
 
     def others_for_decoding(self, others: Params) -> Params:
         def cast(path: tuple[jax.tree_util.DictKey, ...], p: jax.Array) -> jax.Array:

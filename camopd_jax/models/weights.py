@@ -41,6 +41,8 @@ MODULE_NAMES = {
     "post_mlp_norm": "post_feedforward_layernorm",
 }
 
+LORA_A, LORA_B, LORA_SCALE = "lora_a", "lora_b", "lora_scale"  # the leaves of an adapter beside a kernel
+PEFT_PREFIX = "base_model.model."  # before the names of all tensors of a PEFT adapter
 # Hugging Face names of the leaves of a module, and of the parameters that are no module's
 _LEAVES = {
     "kernel": "weight",
@@ -75,6 +77,11 @@ class WeightRow:
     def stacked(self) -> bool:
         return "{}" in self.hf_name
 
+    @property
+    def module(self) -> str:
+        """The module in a layer, as in `MODULE_NAMES`."""
+        return ".".join(self.path[1:-1])
+
     def shape(self, layers: int) -> tuple[int, ...]:
         """The shape of the parameter in a model with this number of layers."""
         return (*self.stack(layers), *(self.split[i] for i in self.order))
@@ -103,8 +110,8 @@ class WeightRow:
 
 
 def table(c: ModelConfig) -> tuple[WeightRow, ...]:
-    """The rows of all parameters of a model."""
-    return tuple(row for rows in tensor_rows(c) for row in rows)
+    """The rows of all parameters of a model, those of its adapter last."""
+    return (*(row for rows in tensor_rows(c) for row in rows), *adapter_rows(c))
 
 
 def tensor_rows(c: ModelConfig) -> list[tuple[WeightRow, ...]]:
@@ -123,6 +130,38 @@ def _parts(rows: list[WeightRow]) -> tuple[WeightRow, ...]:
     shape = (stops[-1], *rows[0].hf_shape[1:])
     parts = zip([0, *stops], stops, strict=False)
     return tuple(dataclasses.replace(row, hf_shape=shape, part=part) for row, part in zip(rows, parts, strict=True))
+
+
+def adapter_rows(c: ModelConfig) -> tuple[WeightRow, ...]:
+    """The rows of an adapter's leaves (`models.adapters`), by the names of PEFT. No file has a `lora_scale`.
+
+    A is split like the kernel's inputs and B like its outputs; the rank is not split.
+    """
+    kernels = {row.module: row for row in _rows(c) if row.path[-1] == "kernel"}
+    return tuple(row for module, rank in c.adapter for row in _low_rank_rows(kernels[module], rank))
+
+
+def _low_rank_rows(kernel: WeightRow, rank: int) -> Iterator[WeightRow]:
+    """The rows of one kernel's adapter. The kernel's inputs are its first axes, but the last ones of its tensor."""
+    outputs = kernel.order[0]  # the number of output axes
+    inputs, (wide, narrow) = len(kernel.order) - outputs, kernel.hf_shape
+    axes, module = kernel.axes[1:], PEFT_PREFIX + kernel.hf_name.removesuffix(".weight")
+
+    def row(
+        leaf: str,
+        name: str,
+        axes: tuple[str | None, ...] = (),
+        split: tuple[int, ...] = (),
+        order: tuple[int, ...] = (),
+        hf_shape: tuple[int, ...] = (),
+    ) -> WeightRow:
+        return WeightRow((*kernel.path[:-1], leaf), f"{module}.{name}", ("layers", *axes), split, order, hf_shape)
+
+    a_split, a_order = (rank, *kernel.split[outputs:]), (*range(1, inputs + 1), 0)
+    yield row(LORA_A, "lora_A.weight", (*axes[:inputs], None), a_split, a_order, (rank, narrow))
+    b_split, b_order = (*kernel.split[:outputs], rank), (outputs, *range(outputs))
+    yield row(LORA_B, "lora_B.weight", (None, *axes[inputs:]), b_split, b_order, (wide, rank))
+    yield row(LORA_SCALE, LORA_SCALE)
 
 
 def _rows(c: ModelConfig) -> Iterator[WeightRow]:
@@ -219,8 +258,11 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
 
 
 def decoding_shardings(c: ModelConfig, mesh: Mesh) -> Params:
-    """`shardings` of the parameters for decoding, where "layers" is a tuple with one tree for each layer."""
-    tree = shardings(c, mesh)
+    """`shardings` of the parameters for decoding, where "layers" is a tuple with one tree for each layer.
+
+    Adapters are merged into the kernels.
+    """
+    tree = shardings(dataclasses.replace(c, adapter=()), mesh)
     layer = jax.tree.map(lambda stacked: NamedSharding(mesh, PartitionSpec(*stacked.spec[1:])), tree["layers"])
     return tree | {"layers": (layer,) * c.num_layers}
 

@@ -2,23 +2,29 @@
 
 import dataclasses
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import jax
 from jax.sharding import Mesh
 
 from camopd_jax.config.schema import TrainConfig
+from camopd_jax.inference import loading
 from camopd_jax.method.branches import teacher_names
 from camopd_jax.method.optimizer import abstract_state, moment_names
 from camopd_jax.method.programs import Programs
 from camopd_jax.method.setup import Setup, check_model, resolve
+from camopd_jax.models import adapters
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.partition import trained
+from camopd_jax.models.peft_settings import CONFIG, base_folder, is_adapter, new_settings, read_settings
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.runtime.mesh import sharding
 from camopd_jax.types import Params, TrainState
+
+FILES = ("config.json", CONFIG)  # all that is read of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -27,10 +33,53 @@ class Models:
 
     shapes: dict[str, ModelConfig]  # "general", "specialised" and further teachers, as branches name them
     eos_ids: tuple[int, ...] = ()
+    bases: dict[str, str] = field(default_factory=dict)  # of each adapter, the other model whose arrays it shares
+
+    trained: ModelConfig | None = None  # the student, where the config gives it a new adapter
 
     @property
     def student(self) -> ModelConfig:
-        return self.shapes["specialised"]
+        return self.trained or self.shapes["specialised"]
+
+    @property
+    def base_of_student(self) -> str | None:
+        """The model whose arrays an adapter of the student leaves frozen."""
+        return self.bases.get("specialised", "specialised") if self.student.adapter else None
+
+
+def make_models(
+    config: TrainConfig, shapes: dict[str, ModelConfig], folders: dict[str, Path], eos_ids: tuple[int, ...] = ()
+) -> Models:
+    """The models of a config.
+
+    Args:
+      shapes: of each model. folders: of those that have one.
+    """
+    new = None
+    if config.adapter is not None:
+        new = new_settings(config.adapter, shapes["specialised"], "").model_config(shapes["specialised"])
+    return Models(shapes, eos_ids, shared_bases(folders), new)
+
+
+def read_folders(config: TrainConfig, folders: dict[str, Path], context: int) -> Models:
+    """The models of a config, from their folders."""
+    return make_models(config, {name: model_shape(folder, context) for name, folder in folders.items()}, folders)
+
+
+def shared_bases(folders: dict[str, Path]) -> dict[str, str]:
+    """The adapters among the models whose base model is another one of them: {adapter: base}.
+
+    A run also shares equal weights in different folders, which are not compared here.
+    """
+    names = {folder.resolve(): name for name, folder in folders.items() if not is_adapter(folder)}
+    bases = {name: base_folder(folder, FILES).resolve() for name, folder in folders.items() if is_adapter(folder)}
+    return {name: names[base] for name, base in bases.items() if base in names}
+
+
+def model_shape(folder: Path, context: int) -> ModelConfig:
+    """The architecture of a checkpoint as a run loads it: an adapter is not merged."""
+    config = loading.model_config(folder, context, FILES)
+    return read_settings(folder, config).model_config(config) if is_adapter(folder) else config
 
 
 @dataclass(frozen=True)
@@ -63,14 +112,25 @@ def plan(config: TrainConfig, models: Models, devices: Any) -> Plan:
         return Model(shape, mesh=setup.mesh, dtype=setup.dtype, remat=compute.remat, attention=compute.attention)
 
     made = {name: model(models.shapes[name]) for name in teacher_names(config)}
-    student = made["specialised"]
+    frozen = {name: abstract_params(of, setup.mesh, setup.teacher_dtype) for name, of in made.items()}
+    for name, base in models.bases.items():  # the shapes of arrays that are one array are one object
+        frozen[name] = adapters.attach(frozen[base], adapters.all_leaves(frozen[name]))
+    student = model(models.student)
     params = abstract_params(student, setup.mesh, compute.params)
+    if student.config.adapter:
+        params = adapters.attach(frozen["specialised"], adapters.all_leaves(params))
     averages = config.optimizer.average is not None
     state = abstract_state(trained(params, config.optimizer.trained), moment_names(config), averages)
-    teachers = {name: (of, abstract_params(of, setup.mesh, setup.teacher_dtype)) for name, of in made.items()}
+    teachers = {name: (of, frozen[name]) for name, of in made.items()}
     of_branches: Any = {name: made[branch.teacher] for name, branch in config.branches.items()}
     run = Programs(setup, student, params, models.eos_ids, state, of_branches)
     return Plan(setup, student, params, state, teachers, run)
+
+
+def without_shared(tree: Params, *others: Params) -> Params:
+    """The arrays of a tree that are not among those of other trees too; None in place of these."""
+    shared = {id(leaf) for leaf in jax.tree.leaves(others)}
+    return jax.tree.map(lambda leaf: None if id(leaf) in shared else leaf, tree)
 
 
 def abstract_params(model: Model, mesh: Mesh, dtype: str) -> Params:

@@ -4,6 +4,7 @@ FLOPs are counted from the model, not by the compiler: 2 per weight of a matrix 
 backward pass), and 4 x heads x head width per pair of positions in attention.
 """
 
+import dataclasses
 import math
 from functools import cache
 from typing import NamedTuple
@@ -34,6 +35,11 @@ def weights(config: ModelConfig, rule: str | None = None) -> int:
     """Parameters of a model; with a rule, those that it trains (`config.optimizer.trained`)."""
     sizes = tree_of({row.path: math.prod(row.shape(config.num_layers)) for row in table(config)})
     return sum(jax.tree.leaves(sizes if rule is None else trained(sizes, rule)))
+
+
+def base_weights(config: ModelConfig) -> int:
+    """Parameters of a model without its adapter."""
+    return weights(dataclasses.replace(config, adapter=()))
 
 
 @cache
@@ -213,8 +219,15 @@ def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
     moments = gradients * sum(1 if name.startswith(LAST_GRADIENT) else 2 for name in moment_names(config))
     moments += gradients if config.optimizer.average is not None else 0  # the average is kept and offloaded with them
     gradients *= len(config.branches) if config.method.schedule == schedule.MIXED else 1
-    teachers = [Share(shape, setup.mesh, setup.teacher_dtype).weights for shape in models.shapes.values()]
-    parameters = Share(models.student, setup.mesh, config.compute.params).weights
+    split, student = setup.mesh.shape["fsdp"] * setup.mesh.shape["tensor"], models.student
+    teacher_item, item = jnp.dtype(setup.teacher_dtype).itemsize, jnp.dtype(config.compute.params).itemsize
+    shared = {*models.bases, models.base_of_student}  # models whose base weights are counted elsewhere
+    teachers = [
+        (weights(shape) - (base_weights(shape) if name in shared else 0)) * teacher_item / split
+        for name, shape in models.shapes.items()
+    ]
+    own = (weights(student) - base_weights(student)) if student.adapter else weights(student)
+    parameters = (own * item + (base_weights(student) * teacher_item if student.adapter else 0)) / split
     answering = _rollout_memory(setup, models.student)
     learning = {"gradient": gradients + _gradient_memory(setup, models.student), "update": gradients}
     if not config.compute.offloads:

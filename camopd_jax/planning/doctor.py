@@ -26,7 +26,8 @@ from camopd_jax.method.optimizer import moment_names
 from camopd_jax.method.setup import check_model, check_start, resolve
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, text_config
-from camopd_jax.planning.arrays import Models
+from camopd_jax.models.peft_settings import base_folder
+from camopd_jax.planning.arrays import read_folders
 from camopd_jax.planning.costs import memory_estimate, weights
 from camopd_jax.planning.memory import check_memory, device_memory
 from camopd_jax.planning.topology import Topology
@@ -106,17 +107,19 @@ class Examination:
     def model(self, about: str, name: str, field: str) -> None:
         folder = find_model(self.config, name, field)
         context = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
-        model, values = loading.model_config(folder, context), hf.read_config(folder)
-        kinds = sorted({str(tensor.dtype) for tensor in hf.matching(folder, model).values()})
+        model, base = loading.model_config(folder, context), base_folder(folder)
+        values, kinds = hf.read_config(base), sorted(loading.stored_dtypes(folder, model))
+        if name == "specialised":
+            loading.check_adapter(self.config.adapter, folder, field)
         checked = self.models[name] = Checked(folder, model, templates.load_tokenizer(folder))
         self.good(about, f"{values['model_type']}, {weights(model) / 1e6:,.1f} M parameters in {', '.join(kinds)}")
-        if warning := hf.stale_index(folder):
+        if warning := hf.stale_index(base):
             self.odd(about, warning)
         positions = text_config(values)[0].get("max_position_embeddings") or context
         if context > positions:
             self.odd(
                 about,
-                f"{folder / 'config.json'}: max_position_embeddings is {positions}, but prompt and answer may have "
+                f"{base / 'config.json'}: max_position_embeddings is {positions}, but prompt and answer may have "
                 f"{context} tokens; lower config.rollout.max_response_tokens",
             )
         beyond = {i: t for t, i in checked.tokenizer.get_vocab().items() if i >= model.vocab_size}
@@ -134,14 +137,15 @@ class Examination:
         self.good(about, f"one tokenizer of {shared.size or len(student.tokenizer)} tokens")
         for warning in shared.warnings:
             self.odd(about, warning)
-        if hf.fingerprint(self.models["general"].folder) == hf.fingerprint(student.folder):
+        if loading.fingerprint(self.models["general"].folder) == loading.fingerprint(student.folder):
             same = "config.general_model and config.specialised_model hold the same weights"
             self.odd(about, f"{same}: there is no lost ability to recover")
         for warning in filter(None, {self._eos_warning(branch.prompts.template) for branch in branches}):
             self.odd(about, warning)
 
     def start(self, about: str) -> None:
-        check_start(self.config, {name: model.config for name, model in self.models.items()})
+        folders = {name: model.folder for name, model in self.models.items()}
+        check_start(self.config, folders, {name: model.config for name, model in self.models.items()})
         if weight := self.config.start.interpolation:
             self.good(about, f"{weight if weight == 'auto' else f'{weight:g}'} of the original model")
 
@@ -223,9 +227,10 @@ class Examination:
         self.good(about, f"{devices}; all batch sizes and models divide evenly")
         if not complete:
             return
+        models = read_folders(self.config, {name: model.folder for name, model in self.models.items()}, setup.context)
         limit = where.hbm or device_memory()
-        check_memory(setup, Models(shapes), limit)
-        least = memory_estimate(setup, Models(shapes))["update"]
+        check_memory(setup, models, limit)
+        least = memory_estimate(setup, models)["update"]
         text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} of {limit / GIB:.2f} GiB"
         self.good(about, f"{text} per device, before caches and activations")
 

@@ -10,7 +10,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
 from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.method.setup import Setup, resolve
-from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.arrays import FILES, Models, read_folders
 from camopd_jax.planning.costs import memory_estimate
 
 GIB = 2**30
@@ -24,9 +24,9 @@ def check_run(config: TrainConfig) -> None:
       UserError: as `check_memory`, and for models, meshes and batches that `train` refuses too.
     """
     setup = resolve(config)
-    folders = {n: find_model(config, n, field, files=("config.json",)) for n, field in teacher_names(config).items()}
-    shapes = {name: loading.model_config(folder, setup.context) for name, folder in folders.items()}
-    check_memory(setup, Models(shapes), device_memory())
+    folders = {name: find_model(config, name, field, files=FILES) for name, field in teacher_names(config).items()}
+    loading.check_adapter(config.adapter, folders["specialised"], "config.specialised_model")
+    check_memory(setup, read_folders(config, folders, setup.context), device_memory())
 
 
 def check_memory(setup: Setup, models: Models, limit: float) -> None:

@@ -16,7 +16,7 @@ import numpy as np
 
 from camopd_jax.method import schedule
 from camopd_jax.method.gradient import Gradient, LossInputs
-from camopd_jax.planning.arrays import Plan, chip_bytes, rows
+from camopd_jax.planning.arrays import Plan, chip_bytes, rows, without_shared
 from camopd_jax.planning.costs import kept_rows, lanes_of, refills, waves_of
 from camopd_jax.rollout import generate
 from camopd_jax.rollout.decode import Decoding
@@ -75,7 +75,8 @@ def residents(p: Plan, several: Sequence[Program]) -> dict[str, int]:
     config, phases = p.setup.config, schedule.phases(p.setup.config)
     acting = {of.teacher for name, of in config.branches.items() if name in phases or schedule.MIXED in phases}
     kept: dict[str, Any] = {"parameters": p.params}
-    kept |= {f"{name}_teacher": params for name, (_, params) in p.teachers.items()}
+    for name, (_, params) in p.teachers.items():
+        kept[f"{name}_teacher"] = without_shared(params, *kept.values())
     kept |= {"optimizer": (p.state.moments, p.state.average, p.state.step)}
     if config.compute.offloads:
         kept |= {"optimizer": (), **{f"{name}_teacher": () for name in acting}}
@@ -126,7 +127,7 @@ class _Step:
         """`loop.collect`: a branch's batch. `chip` keeps its residual stream and record."""
         objective, (teacher, params) = self.setup.objectives[name], self.p.teacher(name)
         offloads, total = self.config.compute.offloads, self.setup.rows[name]
-        self.chip["offloaded"] = params if offloads else ()
+        self.chip["offloaded"] = without_shared(params, self.p.params) if offloads else ()
         tokens = Prompts(_numbers(total, self.setup.prompt_slots), _numbers(total))
         prompts = rows(self.setup.mesh, PromptBatch(tokens, tokens, tokens.lengths))
         answers = self.rollout(name, prompts)

@@ -11,12 +11,14 @@ from rich.table import Table
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
+from camopd_jax.inference import loading
 from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, from_hf
+from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import costs, search
-from camopd_jax.planning.arrays import Models, Plan, chip_bytes, plan
+from camopd_jax.planning.arrays import FILES, Models, Plan, chip_bytes, make_models, model_shape, plan
 from camopd_jax.planning.compiling import Peak, Report, compile_program, peak
 from camopd_jax.planning.programs import Program, programs, residents
 from camopd_jax.planning.search import Candidate
@@ -43,20 +45,29 @@ def read_models(config: TrainConfig, general: str | None, specialised: str | Non
     """The models' shapes; files, folders or names of shapes replace the two that every config names."""
     instead = {"general": general, "specialised": specialised}
     context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens
-    shapes, eos = dict[str, ModelConfig](), None
+    shapes: dict[str, ModelConfig] = {}
+    folders: dict[str, Path] = {}
+    values: dict[str, dict[str, Any]] = {}  # the config.json of each model
     for name, field in teacher_names(config).items():
         given = instead.get(name)
         if given in SHAPES:
-            where, values = f"shape {given}", SHAPES[given]
+            values[name] = SHAPES[given]
+            shapes[name] = from_hf(values[name], context=context, where=f"shape {given}")
         elif given and not Path(given).expanduser().exists():
             names = f"the shapes are {', '.join(SHAPES)}"
             raise UserError(f"--{name}_config: {given} is neither a file, a folder nor a known shape; {names}")
+        elif given and (file := Path(given).expanduser()).is_file():
+            values[name] = hf.read_config(file)
+            shapes[name] = from_hf(values[name], context=context, where=str(file))
         else:
-            folder = Path(given).expanduser() if given else find_model(config, name, field, files=("config.json",))
-            where, values = str(folder if folder.is_file() else folder / "config.json"), hf.read_config(folder)
-        shapes[name] = from_hf(values, context=context, where=where)
-        eos = values.get("eos_token_id") if name == "specialised" else eos
-    return Models(shapes, tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,))
+            folders[name] = Path(given).expanduser() if given else find_model(config, name, field, files=FILES)
+            values[name] = hf.read_config(base_folder(folders[name], FILES))
+            shapes[name] = model_shape(folders[name], context)
+    eos = values["specialised"].get("eos_token_id")
+    eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
+    if "specialised" in folders:
+        loading.check_adapter(config.adapter, folders["specialised"], "config.specialised_model")
+    return make_models(config, shapes, folders, eos_ids)
 
 
 def _compile(made: Plan, several: Sequence[Program], request: Request) -> Iterator[tuple[dict[str, int], list[Report]]]:

@@ -83,12 +83,19 @@ def for_decoding(model: LanguageModel, params: Params) -> Params:
 
 
 def _readable_in_place(model: LanguageModel, stacks: Params) -> bool:
-    """Whether the parameters are on the CPU device that samples, in its dtype."""
+    """Whether the parameters are on the CPU device that samples, in its dtype, without an adapter to merge."""
     arrays, dtype = jax.tree.leaves(stacks), np.dtype(model.dtype)
     devices = arrays[0].devices()
     answering = devices if model.mesh is None else set(model.mesh.devices.flat)
     one_cpu = [device.platform for device in devices] == ["cpu"]
-    return one_cpu and all(array.devices() == answering and array.dtype == dtype for array in arrays)
+    alike = all(array.devices() == answering and array.dtype == dtype for array in arrays)
+    return one_cpu and alike and _keeps_leaves(model, stacks)
+
+
+def _keeps_leaves(model: LanguageModel, stacks: Params) -> bool:
+    """Whether a layer for decoding has the stacked leaves, none of them merged into another."""
+    layer: Any = jax.tree.structure(jax.eval_shape(model.layer_for_decoding, stacks, 0))
+    return bool(layer == jax.tree.structure(stacks))
 
 
 def _views(model: LanguageModel, stacks: Params, count: int) -> tuple[Params, ...]:

@@ -21,7 +21,9 @@ from camopd_jax.inference import loading
 from camopd_jax.inference.interpolation import interpolated
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.optimizer import run_state
-from camopd_jax.models import hf, partition
+from camopd_jax.models import hf, partition, peft
+from camopd_jax.models.disk import hub_revision
+from camopd_jax.models.peft_settings import CONFIG, base_folder
 from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint
 from camopd_jax.runs.start import chosen_weight
 from camopd_jax.runtime.distributed import barrier, is_primary
@@ -47,31 +49,42 @@ _COPIED = (
 def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) -> None:
     """Writes weights, configuration, tokenizer and model card. Replaces `out` only when everything is written.
 
+    A model with an adapter that is not merged becomes a PEFT folder, which needs its base model.
+
     Args:
-      loaded: the model; files that training does not change, and the tensors' dtypes, are taken from its `folder`.
+      loaded: the model; files that training does not change, and the tensors' dtypes, are taken from its `folder` and
+        its base model's.
       provenance: facts for the model card, by name.
 
     Raises:
       UserError: if it cannot be written.
     """
-    original = loaded.folder
+    original, base = loaded.folder, base_folder(loaded.folder)
     try:
         with _part(out) as part:
             if is_primary():
-                for file in (file for pattern in _COPIED for file in original.glob(pattern) if file.is_file()):
-                    copy = part / file.relative_to(original)
-                    copy.parent.mkdir(exist_ok=True)
-                    shutil.copyfile(file, copy)
-                (part / "README.md").write_text(model_card(out.parent.name, provenance))
+                for folder in dict.fromkeys((base, original)):
+                    _copy_files(folder, part)
+                (part / "README.md").write_text(model_card(out.parent.name, provenance, loaded))
             config = loaded.model.config
-            values = _with_architecture(hf.read_config(original))
-            dtypes, others = hf.tensor_dtypes(original, config), hf.other_tensors(original, config)
-            hf.save(part, loaded.params, config, values, dtypes, hf.MAX_SHARD_BYTES, others)
+            if loaded.adapter is not None:
+                peft.save(part, loaded.params, loaded.adapter, config, original)
+            else:
+                values = _with_architecture(hf.read_config(base))
+                dtypes, others = hf.tensor_dtypes(base, config), hf.other_tensors(base, config)
+                hf.save(part, loaded.params, config, values, dtypes, hf.MAX_SHARD_BYTES, others)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"{out}: cannot write ({reason}); free disk space, then export with python -m camopd_jax.export"
         ) from error
+
+
+def _copy_files(folder: Path, part: Path) -> None:
+    for file in (file for pattern in _COPIED for file in folder.glob(pattern) if file.is_file()):
+        copy = part / file.relative_to(folder)
+        copy.parent.mkdir(exist_ok=True)
+        shutil.copyfile(file, copy)
 
 
 def _with_architecture(config: dict[str, Any]) -> dict[str, Any]:
@@ -118,35 +131,44 @@ def _replace(part: Path, out: Path) -> None:
 
 
 def _upload(folder: Path, out: epath.Path) -> None:
-    """Moves a folder's files to a bucket: config.json, without which nothing loads a folder, as the last one."""
+    """Moves a folder's files to a bucket: its config, without which nothing loads a folder, as the last one."""
     if out.exists():
         out.rmtree()
     out.mkdir(parents=True)
     files = [file for file in folder.rglob("*") if file.is_file()]
-    for file in sorted(files, key=lambda file: file.name == "config.json"):
+    for file in sorted(files, key=lambda file: file.name in ("config.json", CONFIG)):
         target = out / file.relative_to(folder).as_posix()
         target.parent.mkdir(exist_ok=True)
         epath.Path(file).copy(target)
     shutil.rmtree(folder)
 
 
-def model_card(name: str, provenance: dict[str, str]) -> str:
+def model_card(name: str, provenance: dict[str, str], loaded: Loaded) -> str:
     """README.md of an exported folder."""
-    base = provenance.get("specialised_model", provenance.get("model"))
+    made_from = base = provenance.get("specialised_model", provenance.get("model"))
+    library = "transformers"
+    if loaded.adapter is not None:
+        base, library, folder = loaded.adapter.base_name, "peft", base_folder(loaded.folder)
+        provenance = provenance | {"base_model": base, "base_fingerprint": hf.fingerprint(folder)}
+        if revision := hub_revision(folder):
+            provenance["base_revision"] = revision
     facts = "\n".join(f"| {name.replace('_', ' ')} | `{value}` |" for name, value in provenance.items())
-    front = f"---\nlibrary_name: transformers\npipeline_tag: text-generation\nbase_model: {json.dumps(base)}\n---\n"
+    front = f"---\nlibrary_name: {library}\npipeline_tag: text-generation\nbase_model: {json.dumps(base)}\n---\n"
     return (
-        f"{front}\n# {name}\n\nMade from `{base}` by {provenance['method']} with camopd_jax {__version__}.\n\n"
+        f"{front}\n# {name}\n\nMade from `{made_from}` by {provenance['method']} with camopd_jax {__version__}.\n\n"
         f"| | |\n|---|---|\n{facts}\n\nThe base model's licence applies.\n"
     )
 
 
-def restore_model(workdir: str, step: int | None = None, best: bool = False) -> tuple[Loaded, dict[str, str]]:
+def restore_model(
+    workdir: str, step: int | None = None, best: bool = False, merge: bool = False
+) -> tuple[Loaded, dict[str, str]]:
     """Loads the model of a run's checkpoint. Also returns its provenance for a model card, with "steps".
 
     Args:
       step: of the checkpoint; None: the last one.
       best: use the best checkpoint if `step` is None.
+      merge: merge an adapter into its base model, in float32.
 
     Raises:
       UserError: if there is no such checkpoint.
@@ -161,27 +183,26 @@ def restore_model(workdir: str, step: int | None = None, best: bool = False) -> 
             f"{folder / 'checkpoints'}: no checkpoint{'' if step is None else f' {step}'} there, only "
             f"{checkpoints.steps()}; give one of them with --step"
         )
-    loaded = _initial_student(config, folder)
+    loaded = _initial_student(config, folder, "float32" if merge else None)
     trained = partition.trained(loaded.params, config.optimizer.trained)
     try:
         state, _, provenance = checkpoints.restore(step, run_state(trained, config))
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; the run has checkpoints {checkpoints.steps()}: give another one") from error
-    return loaded.with_params(state.evaluated), provenance | {"steps": str(step)}
+    loaded = loaded.with_params(state.evaluated)
+    return loaded.merged() if merge else loaded, provenance | {"steps": str(step)}
 
 
-def _initial_student(config: Config, workdir: epath.Path) -> Loaded:
+def _initial_student(config: Config, workdir: epath.Path, frozen_dtype: str | None) -> Loaded:
     """The student before the first step of a run. Only its frozen parameters matter: the others are in checkpoints."""
-    mesh = mesh_of(config.mesh)
-
-    def load(name: str, field: str) -> Loaded:
-        return loading.load(loading.find(name, field), mesh, config.compute, dtype=config.compute.params, context=1)
-
-    if not isinstance(config, TrainConfig):
-        return load(config.model, "config.model")
-    student = load(config.specialised_model, "config.specialised_model")
-    trained = jax.tree.leaves(partition.trained(student.params, config.optimizer.trained))
-    if config.start.interpolation == 0 or len(trained) == len(jax.tree.leaves(student.params)):
+    mesh, field = mesh_of(config.mesh), "specialised_model" if isinstance(config, TrainConfig) else "model"
+    folder = loading.find(getattr(config, field), f"config.{field}")
+    student = loading.load_trained(folder, mesh, config, context=1, frozen_dtype=frozen_dtype)
+    if not isinstance(config, TrainConfig) or config.start.interpolation == 0:
         return student
-    general = load(config.general_model, "config.general_model")
+    trained = jax.tree.leaves(partition.trained(student.params, config.optimizer.trained))
+    if len(trained) == len(jax.tree.leaves(student.params)):
+        return student
+    folder = loading.find(config.general_model, "config.general_model")
+    general = loading.load(folder, mesh, config.compute, dtype=config.compute.params, context=1)
     return student.with_params(interpolated(general.params, student.params, chosen_weight(config, workdir)))

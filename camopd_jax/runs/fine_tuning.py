@@ -19,7 +19,7 @@ from camopd_jax.method.optimizer import run_state
 from camopd_jax.method.setup import resolve_fine_tuning
 from camopd_jax.method.update import sft_update
 from camopd_jax.method.weights import cross_entropy_weights
-from camopd_jax.models import hf, partition
+from camopd_jax.models import partition
 from camopd_jax.rollout.score import micro_batches
 from camopd_jax.runs.run import Run
 from camopd_jax.runtime.distributed import run_on_all
@@ -34,7 +34,8 @@ def sft(config: SftConfig, workdir: str) -> None:
 
     def begin() -> tuple[Loaded, SftStream]:
         folder = loading.find(config.model, "config.model")
-        loaded = loading.load(folder, mesh, config.compute, dtype=config.compute.params, context=config.max_tokens)
+        loading.check_adapter(config.adapter, folder, "config.model")
+        loaded = loading.load_trained(folder, mesh, config, context=config.max_tokens)
         return loaded, SftStream(config, loaded.reader, rows_of_process(mesh, config.batch_size))
 
     student, stream = run_on_all(begin)
@@ -42,7 +43,7 @@ def sft(config: SftConfig, workdir: str) -> None:
     provenance = {
         "method": "supervised fine-tuning",
         "model": config.model,
-        "fingerprint": hf.fingerprint(student.folder),
+        "fingerprint": loading.fingerprint(student.folder),
     }
     run = Run(config, workdir)
     state = run_state(partition.trained(student.params, config.optimizer.trained), config)

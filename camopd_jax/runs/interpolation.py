@@ -5,7 +5,6 @@ from etils import epath
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.inference import loading
 from camopd_jax.inference.interpolation import check_architectures, interpolated
-from camopd_jax.models import hf
 from camopd_jax.runs.export import write_folder
 from camopd_jax.runtime.mesh import mesh_of
 
@@ -28,9 +27,9 @@ def interpolate(config: TrainConfig, weight: float, out: str) -> None:
     provenance = {
         "method": f"interpolation with {weight:g} of the original model",
         "general_model": config.general_model,
-        "general_fingerprint": hf.fingerprint(general.folder),
+        "general_fingerprint": loading.fingerprint(general.folder),
         "specialised_model": config.specialised_model,
-        "specialised_fingerprint": hf.fingerprint(specialised.folder),
+        "specialised_fingerprint": loading.fingerprint(specialised.folder),
     }
     mean = interpolated(general.params, specialised.params, weight)
     write_folder(epath.Path(out), specialised.with_params(mean), provenance)

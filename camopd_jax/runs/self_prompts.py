@@ -23,7 +23,6 @@ from camopd_jax.inference import loading
 from camopd_jax.inference.answer import Answer, answer
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.statistics import repetition
-from camopd_jax.models import hf
 from camopd_jax.runtime.mesh import check_rows, make_mesh
 
 FILE = "prompts.jsonl"
@@ -85,7 +84,7 @@ def build(settings: SelfPrompting, evaluations: Sequence[tuple[str, str]], out: 
             f"--model={settings.model}: none of {selected.read} texts that it wrote is a prompt ({reasons}); give a "
             "model that was trained on users' turns too, or a larger --longest"
         )
-    origin = {"source": settings.model, "revision": f"weights:{hf.fingerprint(folder)}", "licence": None}
+    origin = {"source": settings.model, "revision": f"weights:{loading.fingerprint(folder)}", "licence": None}
     parts = [prompt_set.part_facts(part, origin, selected)]
     facts = {"recipe": NAME, "seed": settings.seed, "sampling": vars(settings.sampling), "system": settings.system}
     return prompt_set.write(out, {FILE: selected.prompts.values()}, facts, parts, evaluation_facts)

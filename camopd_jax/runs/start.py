@@ -19,7 +19,6 @@ from camopd_jax.inference.loading import Loaded
 from camopd_jax.inference.log_probs import score_responses
 from camopd_jax.method.branches import Branch, Models
 from camopd_jax.method.setup import Setup
-from camopd_jax.models import hf
 from camopd_jax.runs.teacher_answers import teacher_answers
 from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import broadcast, is_primary
@@ -109,7 +108,7 @@ def _choose(
         measure(model, runner.model_key(model)) for model in (models.general, models.specialised)
     )
     for weight in missing:
-        key = f"start-{weight:g}-{'-'.join(map(hf.fingerprint, folders))}-{models.student.model.dtype}"
+        key = f"start-{weight:g}-{'-'.join(map(loading.fingerprint, folders))}-{models.student.model.dtype}"
         results = measure(_at(models, general, weight), key) if weight else of_specialised
         rank = rank_of_student(of_general, of_specialised, results) or Rank(True, 0.0)
         rows[weight] = {"interpolation": weight, "keeps": rank.keeps_domain, "merit": rank.value}

@@ -1,0 +1,90 @@
+"""The plan of a run with adapters: one set of base weights, and the shapes that the run itself has."""
+
+from pathlib import Path
+
+import jax
+import numpy as np
+import peft
+import pytest
+import transformers
+
+from camopd_jax.config.schema import Adapter, BranchConfig, Compute, Stream, TrainConfig
+from camopd_jax.method.branches import load_models
+from camopd_jax.method.setup import resolve
+from camopd_jax.models.weights import LORA_A
+from camopd_jax.planning.arrays import chip_bytes, plan
+from camopd_jax.planning.costs import memory_estimate, weights
+from camopd_jax.planning.programs import programs, residents
+from camopd_jax.planning.report import read_models
+
+QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
+BASE = 52 * 96 + 96 + 3 * (2 * 96 + 4 * 96 * 96 + 3 * 96 * 256)  # parameters of the quickstart's models
+# Of rank 5 on q_proj and up_proj in 3 layers, and 3 scales for each
+MATRICES, SCALES = 3 * 5 * (96 + 96 + 96 + 256), 2 * 3
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A PEFT adapter of the generalist."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(QUICKSTART / "generalist")
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=5, target_modules=["q_proj", "up_proj"])
+    folder = tmp_path_factory.mktemp("adapter")
+    peft.get_peft_model(model, settings).save_pretrained(folder)
+    return folder
+
+
+def configured(specialised, **fields):
+    branches = {
+        "recovery": BranchConfig(prompts=Stream("g"), teacher="general"),
+        "review": BranchConfig(prompts=Stream("d"), teacher="specialised"),
+    }
+    return TrainConfig(str(QUICKSTART / "generalist"), str(specialised), branches, **fields)
+
+
+def planned(config):
+    """The models and the plan on one device."""
+    models = read_models(config, None, None)
+    return models, plan(config, models, jax.devices()[:1])
+
+
+def shapes(tree):
+    return jax.tree.map(lambda x: (x.shape, x.dtype.name), tree)
+
+
+@pytest.mark.parametrize("teacher, item", [("float32", 4), ("bfloat16", 2)])
+def test_an_adapter_on_the_original_needs_the_base_once(folder, teacher, item):
+    config = configured(folder, compute=Compute(teacher=teacher))
+    models, made = planned(config)
+    assert weights(models.shapes["general"]) == BASE and weights(models.student) == BASE + MATRICES + SCALES
+    run = load_models(resolve(config, jax.devices()[:1]))
+    matrices = {name: leaf for name, leaf in flat(made.params).items() if "lora_scale" not in name}
+    real = flat(run.student.params)
+    assert {name: (x.shape, x.dtype.name) for name, x in matrices.items()} == {
+        name: (real[name].shape, real[name].dtype.name) for name in matrices
+    }
+    assert shapes(made.state.params).keys() == {"layers"} and chip_bytes(made.state.params) == 4 * MATRICES
+    several = programs(made)
+    kept = residents(made, several)
+    assert kept["parameters"] == BASE * item + MATRICES * 4 + SCALES * 4
+    assert kept["general_teacher"] == 0 and kept["specialised_teacher"] == (MATRICES + SCALES) * item
+    assert kept["optimizer"] == 2 * 4 * MATRICES + 8
+    (decode,) = (program for program in several if program.name == "decode")
+    assert not any(LORA_A in name for name in flat(decode.args[1])), "decoding has merged weights"
+    estimate = memory_estimate(made.setup, models)["update"]
+    trained = 4 * MATRICES  # gradient, two moments, parameters
+    np.testing.assert_allclose(estimate, BASE * item + 4 * trained + 4 * SCALES + (MATRICES + SCALES) * item)
+
+
+def test_a_new_adapter_shares_the_specialised_model():
+    config = configured(QUICKSTART / "specialist", adapter=Adapter(rank=5, targets=("q_proj", "up_proj")))
+    models, made = planned(config)
+    kept = residents(made, programs(made))
+    assert kept["parameters"] == BASE * 4 + (MATRICES + SCALES) * 4
+    assert kept["general_teacher"] == BASE * 4 and kept["specialised_teacher"] == 0
+    estimate = memory_estimate(made.setup, models)["update"]
+    assert estimate == 2 * BASE * 4 + 4 * 4 * MATRICES + 4 * SCALES
+
+
+def flat(tree):
+    """Leaves by name."""
+    return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}

@@ -1,0 +1,259 @@
+"""Runs with LoRA adapters: `sft` makes one, `train` trains it, `export` writes it for PEFT; one set of base weights."""
+
+import dataclasses
+import json
+import shutil
+from pathlib import Path
+
+import jax
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from rows import edit_json, read_lines, write_lines
+from safetensors.numpy import load_file
+
+from camopd_jax.config.schema import Adapter, BranchConfig, Compute, Stream, TrainConfig
+from camopd_jax.errors import UserError
+from camopd_jax.inference import loading
+from camopd_jax.method.branches import load_models, make_teachers, offload_teachers
+from camopd_jax.method.setup import resolve
+from camopd_jax.models import partition
+from camopd_jax.runtime.mesh import make_mesh
+
+ROOT = Path(__file__).parents[1]
+QUICKSTART = ROOT / "examples" / "quickstart"
+GENERALIST, SPECIALIST = QUICKSTART / "generalist", QUICKSTART / "specialist"
+SFT = f"""
+from camopd_jax.config import SftConfig, default
+
+def get_config():
+    config = default(SftConfig)
+    config.model = "{GENERALIST}"
+    config.data.source = "{QUICKSTART / "eval_domain.jsonl"}"
+    config.answer = "Final answer: {{letter}}"
+    config.steps = 6
+    config.batch_size = 16
+    config.max_tokens = 128
+    config.optimizer.learning_rate = 1e-2
+    config.adapter = dict(rank=5, alpha=8, targets=("q_proj", "o_proj", "down_proj"))
+    config.log.report = False
+    return config
+"""
+SMALL = [
+    f"--config={ROOT / 'configs/quickstart.py'}", "--config.steps=4", "--config.rollout.batch_size=16",
+    "--config.optimizer.micro_batch=8", "--config.checkpoints.every=2", "--config.evaluation.benchmarks=()",
+    "--config.log.report=false", "--config.optimizer.schedule=constant", "--config.optimizer.learning_rate=1e-3",
+]  # fmt: skip
+ROWS = [{"messages": [{"role": "user", "content": "reverse abcd"}], "response": "dcba"},
+        {"messages": [{"role": "user", "content": "sort zxy"}], "response": "xyz and more"}]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def adapted(tmp_path_factory, command):
+    """The work directory of `sft` with an adapter."""
+    folder = tmp_path_factory.mktemp("sft")
+    (folder / "config.py").write_text(SFT)
+    ended = command("sft", f"--workdir={folder / 'run'}", f"--config={folder / 'config.py'}")
+    assert ended.code == 0, ended.err
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def recovered(tmp_path_factory, command, adapted):
+    """The work directory of `train`, whose specialised model is that adapter."""
+    workdir = tmp_path_factory.mktemp("train") / "run"
+    ended = command("train", f"--workdir={workdir}", *SMALL, f"--config.specialised_model={adapted / 'export'}")
+    assert ended.code == 0, ended.err
+    return workdir
+
+
+def torch_log_probs(model, tokens):
+    with torch.no_grad():
+        logp = torch.log_softmax(model(torch.tensor(tokens)).logits, -1).numpy()
+    return np.take_along_axis(logp[:, :-1], np.array(tokens)[:, 1:, None], axis=-1)[..., 0]
+
+
+def our_log_probs(folder, tokens):
+    mesh = make_mesh(data=1, devices=jax.devices()[:1])
+    loaded = loading.load(folder, mesh, Compute(), dtype="float32", context=32)
+    logits = loaded.model.logits(loaded.params, loaded.model.hidden(loaded.params, np.array(tokens, np.int32)))
+    logp = np.asarray(jax.nn.log_softmax(logits))
+    return np.take_along_axis(logp[:, :-1], np.array(tokens)[:, 1:, None], axis=-1)[..., 0]
+
+
+def weights(workdir):
+    return load_file(workdir / "export" / "adapter_model.safetensors")
+
+
+def same(ours, theirs):
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():
+        np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
+
+
+def from_peft(folder, base):
+    model = transformers.AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    return peft.PeftModel.from_pretrained(model, folder).eval()
+
+
+def test_peft_and_transformers_give_the_logits_of_a_model_of_sft_and_train(adapted, recovered, command, tmp_path):
+    assert read_lines(adapted / "metrics.jsonl")[-1]["loss"] < 0.6 * read_lines(adapted / "metrics.jsonl")[0]["loss"]
+    changed = [(weights(adapted)[name] != tensor).mean() for name, tensor in weights(recovered).items()]
+    assert len(changed) == 2 * 3 * 3 and min(changed) > 0.9
+    tokens = np.random.default_rng(0).integers(6, 52, (2, 17)).tolist()
+    expected = torch_log_probs(from_peft(recovered / "export", GENERALIST), tokens)
+    base = transformers.AutoModelForCausalLM.from_pretrained(GENERALIST, dtype=torch.float32)
+    assert np.abs(torch_log_probs(base, tokens) - expected).mean() > 0.1
+    np.testing.assert_allclose(our_log_probs(recovered / "export", tokens), expected, atol=2e-5, rtol=0)
+
+    ended = command("export", f"--workdir={recovered}", f"--out={tmp_path / 'merged'}", "--merge")
+    assert ended.code == 0, ended.err
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    np.testing.assert_allclose(torch_log_probs(merged, tokens), expected, atol=2e-5, rtol=0)
+    np.testing.assert_allclose(our_log_probs(tmp_path / "merged", tokens), expected, atol=2e-5, rtol=0)
+    card = (recovered / "export" / "README.md").read_text()
+    assert f'base_model: "{GENERALIST}"' in card and "library_name: peft" in card
+    assert "library_name: transformers" in (tmp_path / "merged" / "README.md").read_text()
+    transformers.AutoTokenizer.from_pretrained(recovered / "export")
+
+
+@pytest.mark.slow
+def test_a_run_continues_with_the_same_bits_and_saves_the_adapter_alone(recovered, adapted, command, tmp_path):
+    flags = [f"--workdir={tmp_path / 'run'}", *SMALL, f"--config.specialised_model={adapted / 'export'}"]
+    assert command("train", *flags, "--config.steps=2").code == 0
+    ended = command("train", *flags)
+    assert ended.code == 0 and "continuing from step 2" in ended.out
+    same(weights(tmp_path / "run"), weights(recovered))
+    names = json.loads((tmp_path / "run" / "checkpoints" / "4" / "digests" / "metadata").read_text()).keys()
+    assert {name for name in names if "kernel" in name or "embedding" in name or "lora_scale" in name} == set()
+    assert sum("lora_a" in name for name in names) == 3 * 3  # three matrices, each with two moments
+
+
+def test_commands_read_the_folder_of_an_adapter(recovered, adapted, command, tmp_path):
+    source = write_lines(tmp_path / "rows.jsonl", ROWS)
+    assert command("export", f"--workdir={recovered}", f"--out={tmp_path / 'merged'}", "--merge").code == 0
+    scores = []
+    for name, model in (("apart", recovered / "export"), ("merged", tmp_path / "merged")):
+        flags = [f"--model={model}", f"--input={source}", f"--output={tmp_path / f'{name}.jsonl'}", "--batch_size=2"]
+        ended = command("score", *flags)
+        assert ended.code == 0, ended.err
+        scores.append([row["logprobs"] for row in read_lines(tmp_path / f"{name}.jsonl")])
+    for ours, theirs in zip(*scores, strict=True):
+        np.testing.assert_allclose(ours, theirs, atol=2e-5)
+    models = f"--config.specialised_model={recovered / 'export'}"
+    ended = command("interpolate", *SMALL, models, "--weight=0.5", f"--out={tmp_path / 'mean'}")
+    assert ended.code == 0, ended.err
+    mean, general, merged = (
+        load_file(folder / "model.safetensors") for folder in (tmp_path / "mean", GENERALIST, tmp_path / "merged")
+    )
+    for name, tensor in mean.items():
+        np.testing.assert_allclose(tensor, 0.5 * general[name] + 0.5 * merged[name], atol=1e-6)
+
+
+@pytest.mark.slow
+def test_a_new_adapter_on_a_full_model_also_offloaded(command, tmp_path):
+    """The specialist's weights, which the student shares with it, stay where they are while the teachers are moved."""
+    flags = [*SMALL, "--config.steps=4", "--config.adapter.rank=3", '--config.adapter.targets=("v_proj", "up_proj")']
+    for name, offload in (("run", "off"), ("offloaded", "late")):
+        ended = command("train", f"--workdir={tmp_path / name}", *flags, f"--config.compute.offload={offload}")
+        assert ended.code == 0, ended.err
+    same(weights(tmp_path / "offloaded"), weights(tmp_path / "run"))
+    review = read_lines(tmp_path / "run" / "metrics.jsonl")[3]
+    assert review["phase"] == "review" and review["gap_abs_mean"] > 0
+    tokens = np.random.default_rng(0).integers(6, 52, (2, 17)).tolist()
+    expected = torch_log_probs(from_peft(tmp_path / "run" / "export", SPECIALIST), tokens)
+    np.testing.assert_allclose(our_log_probs(tmp_path / "run" / "export", tokens), expected, atol=2e-5, rtol=0)
+
+
+@pytest.mark.slow
+def test_two_processes_on_a_mesh_equal_one(command, pair, tmp_path):
+    """A new adapter, whose matrices are split over fsdp and tensor: each process has half of a matrix."""
+    flags = [*SMALL, "--config.adapter.rank=3", "--config.optimizer.eps=1e-5", "--config.compute.remat=none"]
+    split = ["--config.mesh.data=1", "--config.mesh.fsdp=4", "--config.mesh.tensor=2"]
+    for process in pair("train", f"--workdir={tmp_path / 'two'}", *flags, *split).wait():
+        assert process.code == 0, process.err
+    ended = command("train", f"--workdir={tmp_path / 'one'}", *flags)
+    assert ended.code == 0, ended.err
+    ours, theirs = weights(tmp_path / "two"), weights(tmp_path / "one")
+    assert ours.keys() == theirs.keys()
+    for name, tensor in ours.items():  # a step moves a weight by 1e-3
+        np.testing.assert_allclose(tensor, theirs[name], rtol=0, atol=5e-5, err_msg=name)
+
+
+def config(**fields):
+    branches = {
+        "recovery": BranchConfig(prompts=Stream("g"), teacher="general"),
+        "review": BranchConfig(prompts=Stream("d"), teacher="specialised"),
+    }
+    return TrainConfig(**{"general_model": str(GENERALIST), "branches": branches, **fields})
+
+
+def live_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
+def size(tree):
+    return sum(array.nbytes for array in jax.tree.leaves(tree))
+
+
+def test_one_set_of_base_weights_serves_all_roles(adapted):
+    """What the devices hold after loading: one base model, and the adapter of the teacher and of the student."""
+    setup = resolve(config(specialised_model=str(adapted / "export")), devices=jax.devices()[:1])
+    before = live_bytes()
+    models = load_models(setup)
+    base, both = size(models.general.params), size(partition.trained(models.student.params, "all"))
+    scales = 3 * 3 * 4  # float32 for three modules of three layers
+    assert both > 10_000 and live_bytes() - before == base + 2 * both + scales
+    teachers = make_teachers(setup.config, models)
+    offload_teachers(set(teachers.values()), models.student.params)
+    assert not any(array.is_deleted() for array in jax.tree.leaves(models.student.params))
+    assert live_bytes() - before == base + 2 * both + scales  # the teacher's matrices, which are now in host memory
+
+
+def test_a_new_adapter_shares_the_weights_of_the_specialised_model():
+    setup = resolve(config(specialised_model=str(SPECIALIST), adapter=Adapter(rank=3)), devices=jax.devices()[:1])
+    before = live_bytes()
+    models = load_models(setup)
+    matrices = size(partition.trained(models.student.params, "all"))
+    assert live_bytes() - before == 2 * size(models.general.params) + matrices + 7 * 3 * 4
+    assert (
+        models.specialised.adapter is None
+        and models.student.params["embedding"] is models.specialised.params["embedding"]
+    )
+
+
+def test_what_is_trained_is_never_two_adapters(adapted, tmp_path, command):
+    both = config(specialised_model=str(adapted / "export"), adapter=Adapter())
+    with pytest.raises(UserError, match=r"^config.adapter: config.specialised_model is an adapter itself"):
+        load_models(resolve(both, devices=jax.devices()[:1]))
+    wrong = dataclasses.replace(both, specialised_model=str(SPECIALIST), adapter=Adapter(targets=("query",)))
+    with pytest.raises(UserError, match=r"config.adapter.targets names 'query'; give some of down_proj, gate_proj, "):
+        load_models(resolve(wrong, devices=jax.devices()[:1]))
+    ended = command("doctor", *SMALL, f"--config.specialised_model={adapted / 'export'}", "--config.adapter.rank=4")
+    assert ended.code == 2 and "is an adapter itself" in " ".join(ended.out.split())
+
+
+def test_damage_to_an_exported_adapter(adapted, tmp_path):
+    folder = shutil.copytree(adapted / "export", tmp_path / "adapter")
+    file = folder / "adapter_model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    mesh = make_mesh(data=1, devices=jax.devices()[:1])
+    with pytest.raises(UserError, match="adapter_model.safetensors: not the file whose checksum SHA256SUMS has"):
+        loading.load(folder, mesh, Compute(), dtype="float32", context=32)
+
+
+def test_another_base_has_another_fingerprint(adapted, tmp_path):
+    """Which model an adapter is applied to is a part of what it is, but not the path of that model."""
+    folder = adapted / "export"
+    first = loading.fingerprint(folder)
+    fields = json.loads((folder / "adapter_config.json").read_text())
+    try:
+        edit_json(folder / "adapter_config.json", base_model_name_or_path=str(SPECIALIST))
+        assert loading.fingerprint(folder) != first
+    finally:
+        (folder / "adapter_config.json").write_text(json.dumps(fields))
+    assert loading.fingerprint(folder) == first
