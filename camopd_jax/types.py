@@ -33,14 +33,6 @@ class Prompts(struct.PyTreeNode):
     lengths: jax.Array  # int32[B], at least 1
 
 
-class PromptBatch(struct.PyTreeNode):
-    """One batch of a prompt stream. The teacher may get the same request in another chat template."""
-
-    student: Prompts  # with the student's template
-    teacher: Prompts  # the same requests with the teacher's template; often equal
-    index: jax.Array  # int32[B], row number of each prompt in its source; part of the row's random key
-
-
 class Sequences(struct.PyTreeNode):
     """Prompts with given answers, which a model scores or is trained on."""
 
@@ -50,7 +42,7 @@ class Sequences(struct.PyTreeNode):
 
 
 class Rollout(struct.PyTreeNode):
-    """Answers that the student sampled."""
+    """Sampled answers."""
 
     tokens: jax.Array  # int32[B, T], right-padded, with the final EOS if there is one
     lengths: jax.Array  # int32[B], 1..T
@@ -62,6 +54,15 @@ class Rollout(struct.PyTreeNode):
     def after(self, prompts: Prompts) -> Sequences:
         """The answers together with their prompts."""
         return Sequences(prompts, self.tokens, self.lengths)
+
+
+class PromptBatch(struct.PyTreeNode):
+    """One batch of a prompt stream. The teacher may get the same request in another chat template."""
+
+    student: Prompts  # with the student's template
+    teacher: Prompts  # the same requests with the teacher's template; often equal
+    index: jax.Array  # int32[B], row number of each prompt in its source; part of the row's random key
+    answers: Rollout | None = None  # given ones; None: answers are sampled
 
 
 class LogProbs(struct.PyTreeNode):
@@ -113,6 +114,14 @@ class TrainState(struct.PyTreeNode):
     step: jax.Array  # int32[], updates done or skipped
     params: Params  # the trained parameters; frozen ones are not included
     moments: dict[str, Any]  # Adam states: {"shared": ...}, or one for each branch by name; and stored gradients
+    average: Params = struct.field(default_factory=dict)  # float32, of the parameters over the updates; {}: none
+
+    @property
+    def evaluated(self) -> Params:
+        """The trained parameters that are evaluated and exported: their average, if there is one, in their dtype."""
+        if not self.average:
+            return self.params
+        return jax.tree.map(lambda average, p: average.astype(p.dtype), self.average, self.params)
 
 
 class KVCache(struct.PyTreeNode):

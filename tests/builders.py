@@ -10,7 +10,7 @@ import numpy as np
 from camopd_jax.config.schema import BranchConfig, SelectionConfig, Stream, TrainConfig
 from camopd_jax.method import loop
 from camopd_jax.method.branches import Branch, Teacher
-from camopd_jax.method.optimizer import init_state, moment_names
+from camopd_jax.method.optimizer import run_state
 from camopd_jax.method.programs import Programs
 from camopd_jax.method.recorder import Recorder
 from camopd_jax.method.setup import resolve
@@ -102,6 +102,6 @@ def make_run(config, model, student, teachers, prompters, eos_ids=(2,)):
         for teacher in made.values():
             teacher.offload()
     branches = {name: Branch(name, prompters[name], made[name], setup.objectives[name]) for name in config.branches}
-    state = init_state(partition.trained(student, config.optimizer.trained), moment_names(config))
+    state = run_state(partition.trained(student, config.optimizer.trained), config)
     programs = Programs(setup, model, student, eos_ids, state, {name: model for name in config.branches})
     return Run(branches, programs, state)

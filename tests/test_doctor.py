@@ -51,6 +51,17 @@ def texts(findings, kind, about=""):
     return [one.text for one in findings if one.kind == kind and one.about.startswith(about)]
 
 
+def test_a_start_between_models_of_different_architectures(config, here, model):
+    """The check of a run itself (`load_models`)."""
+    edit_json(model / "config.json", rope_theta=5000.0)
+    between = changed(config, {"general_model": str(model), "start.interpolation": 0.1})
+    findings, _ = doctor.examine(between, None, here)
+    line = f"config.specialised_model: its architecture is not that of {model}; only a model made from the original"
+    assert texts(findings, "wrong")[0].startswith(line)
+    same = changed(config, {"start.interpolation": "auto"})
+    assert texts(doctor.examine(same, None, here)[0], "good", "start") == ["auto of the original model"]
+
+
 def test_a_valid_config_has_no_errors_or_warnings(config, here, tmp_path):
     findings, prompts = doctor.examine(config, str(tmp_path / "run"), here)
     assert texts(findings, "wrong") == texts(findings, "odd") == []

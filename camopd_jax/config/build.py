@@ -22,6 +22,9 @@ _LIMITS = {
 }
 
 
+_UNIONS = (typing.Union, types.UnionType)
+
+
 def default(cls: type) -> ml_collections.ConfigDict:
     """A ConfigDict with the default of every field of a config class, for a config file to change.
 
@@ -51,6 +54,8 @@ def _to_config(value: Any, hint: Any) -> Any:
         return _config_dict({name: _to_config(part, typing.get_args(hint)[1]) for name, part in value.items()})
     if value is None or type(None) in typing.get_args(hint):
         return config_dict.FieldReference(value, field_type=_reference_type(hint))
+    if typing.get_origin(hint) in _UNIONS:  # a number or a word
+        return config_dict.FieldReference(value, field_type=object)
     return value
 
 
@@ -180,7 +185,7 @@ def unknown_field(where: str, name: str, fields: Iterable[str], moved: Mapping[s
 def _convert(hint: Any, value: Any, where: str, moved: Mapping[str, str]) -> Any:
     """`value` converted to the type `hint`; raises a UserError that names the field."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (typing.Union, types.UnionType):
+    if origin in _UNIONS:
         return _convert_optional(args, value, where, moved)
     if origin is Annotated:
         return _within_limits(_convert(args[0], value, where, moved), args[1:], where)
@@ -221,7 +226,12 @@ def _convert_optional(options: tuple[Any, ...], value: Any, where: str, moved: M
             return _convert(option, value, where, moved)
         except UserError:
             continue
-    return _convert(options[-1], value, where, moved)
+    try:
+        return _convert(options[-1], value, where, moved)
+    except UserError as error:
+        literals = [option for option in options[:-1] if typing.get_origin(option) is Literal]
+        words = [repr(word) for option in literals for word in typing.get_args(option)]
+        raise UserError(" or ".join([str(error), *words])) from None
 
 
 def _within_limits(value: Any, limits: tuple[Any, ...], where: str) -> Any:

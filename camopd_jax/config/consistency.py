@@ -91,6 +91,8 @@ def _check_train(config: TrainConfig) -> None:
     _need(gate is None or 0 <= gate[0] <= 1 <= gate[1], "method.importance_gate", gate, advice)
     advice = "it needs answers of the student, but method.answers is 'teacher'; give None"
     _need(gate is None or by_student, "method.importance_gate", gate, advice)
+    advice = f"give less than steps = {config.steps}, the first of which are the warm-up"
+    _need(config.warm_up.steps < config.steps, "warm_up.steps", config.warm_up.steps, advice)
     rows, at_once = config.diagnostics.rows, config.diagnostics.micro_batch
     advice = f"give a divisor of diagnostics.rows = {rows}"
     _need(rows % at_once == 0, "diagnostics.micro_batch", at_once, advice)

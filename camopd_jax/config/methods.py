@@ -1,10 +1,10 @@
 """The methods that CaMOPD is compared with. Each is the same run with other values in some fields of its config."""
 
 import json
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from camopd_jax.config.schema import BranchConfig, Method, TrainConfig
+from camopd_jax.config.schema import BranchConfig, Method, Start, TrainConfig, WarmUp
 
 
 @dataclass(frozen=True)
@@ -28,6 +28,9 @@ _EVERY_ANSWER = _both("selection.mass", 1.0)
 _EQUAL_PULL = {"branches.recovery.scale": 1.0}
 _CROSS_ENTROPY = {"method.answers": "teacher", **_both("objective", "cross_entropy")}
 _TEACHERS_ANSWERS = {**_CROSS_ENTROPY, **_EVERY_ANSWER, **_EQUAL_PULL}
+_AVERAGE = {"optimizer.average": 0.95}
+_WARM_UP = {"warm_up.steps": 20}
+_START = {"start.interpolation": 0.1}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 
 
@@ -115,7 +118,19 @@ _NEIGHBOURS = {
                            {"branches.recovery.project_against": "review", "optimizer.clip_norm": None}),
 }  # fmt: skip
 
-METHODS = _STUDY | _NEIGHBOURS
+# Options for more recovery, alone
+_OPTIONS = {
+    "start-0.1": NamedMethod("CaMOPD from a start with 10 % of the original model", _START),
+    "vanilla-start-0.1": NamedMethod("vanilla from a start with 10 % of the original model", {**_VANILLA, **_START}),
+    "warm-up": NamedMethod("CaMOPD, the first 20 steps of it cross-entropy on teachers' answers", _WARM_UP),
+    "vanilla-warm-up": NamedMethod("vanilla, the first 20 steps of it cross-entropy on teachers' answers",
+                                   {**_VANILLA, **_WARM_UP}),
+    "average": NamedMethod("CaMOPD, its result the exponential average of the weights", _AVERAGE),
+    "vanilla-average": NamedMethod("vanilla, its result the exponential average of the weights",
+                                   {**_VANILLA, **_AVERAGE}),
+}  # fmt: skip
+
+METHODS = _STUDY | _NEIGHBOURS | _OPTIONS
 QUICK = ("camopd", "vanilla", "alternating", "random", "recovery-only", "distillation")
 
 INTERPOLATION = "interpolation"  # of the two models' parameters: compared like a method, but needs no run
@@ -124,18 +139,23 @@ STUDY_METHODS = (*_STUDY, INTERPOLATION)
 REFERENCE_METHODS = ("vanilla", "camopd")  # every method is compared with these two
 
 
+_BLOCKS = {"method": Method, "start": Start, "warm_up": WarmUp}  # that make a method, with `branches`
+
+
 def method_of(config: dict[str, Any]) -> str | None:
     """The name of the method in `METHODS` that a run's resolved config describes; None if there is none."""
     if "branches" not in config:
         return None  # a config of an earlier version
-    # A field that an earlier version did not have has its default
+    # A field or block that an earlier version did not have has its default
     branches = {name: asdict(BranchConfig()) | branch for name, branch in config["branches"].items()}
-    actual = _plain({"method": asdict(Method()) | config["method"], "branches": _without_prompts(branches)})
-    clips = config["optimizer"].get("clip_norm") is not None
+    blocks = {name: asdict(of()) | config.get(name, {}) for name, of in _BLOCKS.items()}
+    actual = _plain({**blocks, "branches": _without_prompts(branches)})
+    clips, average = config["optimizer"].get("clip_norm") is not None, config["optimizer"].get("average")
     top_p = config.get("rollout", {}).get("top_p", 1.0)
     for name, method in METHODS.items():
-        clip_is_right = clips == ("optimizer.clip_norm" not in method.changes)
-        if clip_is_right and method.changes.get("rollout.top_p", top_p) == top_p and actual == _settings(method):
+        of_optimizer = "optimizer.clip_norm" not in method.changes, method.changes.get("optimizer.average")
+        of_rollout = method.changes.get("rollout.top_p", top_p)
+        if (clips, average, top_p) == (*of_optimizer, of_rollout) and actual == _settings(method):
             return name
     return None
 
@@ -145,6 +165,13 @@ def description(config: TrainConfig) -> str:
     name = method_of(asdict(config))
     if name is not None:
         return "CaMOPD (arXiv 2605.27115)" if name == "camopd" else METHODS[name].about
+    if config.optimizer.average is not None:
+        updates = replace(config, optimizer=replace(config.optimizer, average=None))
+        return f"{description(updates)}, averaged over its updates"
+    if config.warm_up != WarmUp():
+        return f"{description(replace(config, warm_up=WarmUp()))}, after a warm-up on the teachers' answers"
+    if config.start != Start():
+        return f"{description(replace(config, start=Start()))}, from a start between the two models"
     order = "in alternation" if config.method.schedule == "alternate" else "in every step"
     teachers = ", ".join(f"{name} ({branch.objective})" for name, branch in config.branches.items())
     answers = "on-policy distillation" if config.method.answers == "student" else "distillation on teachers' answers"
@@ -152,9 +179,9 @@ def description(config: TrainConfig) -> str:
 
 
 def _settings(method: NamedMethod) -> dict[str, Any]:
-    """The defaults of the config's blocks `method` and `branches`, with the method's changes."""
+    """The defaults of the config's blocks that make a method, with the method's changes."""
     defaults = asdict(TrainConfig("", ""))
-    settings = {"method": defaults["method"], "branches": _without_prompts(defaults["branches"])}
+    settings = {block: defaults[block] for block in _BLOCKS} | {"branches": _without_prompts(defaults["branches"])}
     for name, value in method.changes.items():
         block, *path, last = name.split(".")
         if block in settings:

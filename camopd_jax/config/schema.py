@@ -166,6 +166,32 @@ class Method:
 
 
 @dataclass(frozen=True)
+class Start:
+    """The student's weights before the first step."""
+
+    # lambda: the student begins at specialised + lambda (original - specialised); the teachers are unchanged. auto: a
+    # few values are tried first, and the one with the highest recovery among those that keep the domain up to one
+    # standard error is used, by the run's benchmarks or, without any, by the likelihood of both teachers' answers to
+    # prompts of their branches. The trials are in workdir/start.jsonl
+    interpolation: Literal["auto"] | Annotated[float, Ge(0), Le(1), "0: the specialised model"] = 0.0
+
+
+@dataclass(frozen=True)
+class WarmUp:
+    """The first steps of a run: cross-entropy on answers that each branch's teacher gave to prompts of the branch.
+
+    The branches take turns as in the other steps; every answer is used, with equal pull of the branches. The answers
+    are sampled once, as in a rollout, into workdir/teacher_answers. The steps after the warm-up begin with the first
+    branch and at the start of the learning rate's schedule; Adam's moments go on.
+    """
+
+    steps: Annotated[int, Ge(0), "0: no warm-up"] = 0  # of config.steps, the first ones
+    # In the warm-up, with the optimizer's schedule over its steps
+    learning_rate: Annotated[float, Ge(0), "None: that of config.optimizer"] | None = None
+    prompts: Count = 1024  # of each branch, that its teacher answers; only as many as the steps use
+
+
+@dataclass(frozen=True)
 class Optimizer:
     """AdamW with a warm-up and a constant or cosine learning rate."""
 
@@ -177,6 +203,9 @@ class Optimizer:
     eps: Annotated[float, Gt(0)] = 1e-8
     weight_decay: Annotated[float, Ge(0)] = 0.0
     clip_norm: Annotated[float, Gt(0), "None: no clipping"] | None = 1.0  # global gradient norm
+    # Decay of an exponential average of the trained weights, such as 0.99. The average is evaluated, ranked and
+    # exported in place of the weights, which the updates continue to use
+    average: Annotated[float, Gt(0), Lt(1), "None: no average"] | None = None
     micro_batch: Free[Count] = 8  # sequences in one forward and backward
     # Which parameters are trained: "all" (but the routers of mixtures of experts), or a regular expression that is
     # searched for in names such as layers.attention.query.kernel. The others are frozen: they have no gradients and no
@@ -303,12 +332,14 @@ class TrainConfig:
     """`python -m camopd_jax.train`."""
 
     general_model: str  # Hugging Face folder or hub name of the original model
-    specialised_model: str  # the same for the specialised model; the student starts as a copy of it
+    specialised_model: str  # the same for the specialised model; the student starts as a copy of it (see `Start`)
     branches: dict[str, BranchConfig] = field(default_factory=_paper)  # by name, in the order of a cycle
     steps: Free[Count] = 120  # where the learning rate is constant
     seed: Seed = 0
     rollout: RolloutConfig = RolloutConfig()
     method: Method = Method()
+    start: Start = Start()
+    warm_up: WarmUp = WarmUp()
     optimizer: Optimizer = Optimizer()
     # Trains a new adapter on the specialised model, which stays as it is. A specialised model that is an adapter itself
     # needs none: its matrices are trained. The frozen weights have the dtype compute.teacher

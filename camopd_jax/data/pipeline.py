@@ -19,7 +19,7 @@ from camopd_jax.data.answers import Unlearnable
 from camopd_jax.data.templates import Reader, Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket
-from camopd_jax.types import PromptBatch, Prompts, Sequences
+from camopd_jax.types import PromptBatch, Prompts, Rollout, Sequences
 
 FIRST = 16  # rows of a stream that are kept as examples
 
@@ -91,8 +91,8 @@ class TokenisedPrompt:
 class PromptStream(BatchStream[PromptBatch]):
     """A stream of `PromptBatch`es with this process's rows.
 
-    `counts` has the numbers of kept, dropped and truncated prompts. `lengths`, int[kept], has the prompts' lengths in
-    tokens with the student's template. `digest` identifies the rows, `first` has a few of the prompts.
+    `prompts` has all prompts, `first` a few of them. `counts` has the numbers of kept, dropped and truncated prompts.
+    `lengths`, int[kept], has the prompts' lengths in tokens with the student's template. `digest` identifies the rows.
     """
 
     def __init__(
@@ -117,23 +117,73 @@ class PromptStream(BatchStream[PromptBatch]):
         """
         cap = rollout.max_prompt_tokens
         prompts, self.counts = tokenise(stream, tokenizers, cap, field)
+        self.prompts = prompts
         self.lengths = np.asarray([len(prompt.student) for prompt in prompts])
         self.digest = _digest(astuple(prompt) for prompt in prompts)
         self.first = prompts[:FIRST]
 
         def make(numbers: np.ndarray) -> PromptBatch:
-            batch = [prompts[i] for i in numbers]
-            own = [batch[i] for i in own_rows]
-
-            def padded(side: str) -> Prompts:
-                longest = max(len(getattr(prompt, side)) for prompt in batch)  # the width is the same on all processes
-                width = min(cap, bucket(longest, rollout.smallest_bucket))
-                return pad_prompts([getattr(prompt, side) for prompt in own], width)
-
-            index = np.asarray([prompt.index for prompt in own], np.int32)
-            return PromptBatch(padded("student"), padded("teacher"), index)  # type: ignore[arg-type]  # a host array
+            return _prompt_batch([prompts[i] for i in numbers], own_rows, rollout)
 
         super().__init__(len(prompts), rollout.batch_size, seed, make)
+
+
+def _prompt_batch(
+    batch: Sequence[TokenisedPrompt], own_rows: Sequence[int] | np.ndarray, rollout: RolloutConfig
+) -> PromptBatch:
+    """This process's rows of a global batch."""
+    own = [batch[i] for i in own_rows]
+
+    def padded(side: str) -> Prompts:
+        longest = max(len(getattr(prompt, side)) for prompt in batch)  # the width is the same on all processes
+        width = min(rollout.max_prompt_tokens, bucket(longest, rollout.smallest_bucket))
+        return pad_prompts([getattr(prompt, side) for prompt in own], width)
+
+    index = np.asarray([prompt.index for prompt in own], np.int32)
+    return PromptBatch(padded("student"), padded("teacher"), index)  # type: ignore[arg-type]  # a host array
+
+
+@dataclass(frozen=True)
+class AnsweredPrompt:
+    """A prompt with an answer that its branch's teacher sampled."""
+
+    prompt: TokenisedPrompt
+    ids: list[int]  # of the answer, with a final EOS if there is one
+    entropy: float  # of the next-token distribution in nats, mean over the answer's tokens
+    stopped: bool  # True: ended with EOS; False: cut at the maximum length
+
+
+class AnsweredStream(BatchStream[PromptBatch]):
+    """A stream of `PromptBatch`es with given answers; attributes as of `PromptStream`."""
+
+    def __init__(
+        self,
+        rows: Sequence[AnsweredPrompt],
+        rollout: RolloutConfig,
+        seed: int,
+        own_rows: Sequence[int] | np.ndarray,
+    ):
+        """Arguments as of `PromptStream`."""
+        self.prompts, self.counts = [row.prompt for row in rows], {"answered": len(rows)}
+        self.digest = _digest((*astuple(row.prompt), row.ids) for row in rows)
+        self.first = self.prompts[:FIRST]
+
+        def make(numbers: np.ndarray) -> PromptBatch:
+            batch = [rows[i] for i in numbers]
+            own = [batch[i] for i in own_rows]
+            width = bucket(max(len(row.ids) for row in batch), rollout.smallest_bucket)
+            width = min(width, rollout.max_response_tokens)
+            arrays: dict[str, Any] = {  # on the host
+                "tokens": pad([row.ids for row in own], width),
+                "lengths": np.asarray([len(row.ids) for row in own], np.int32),
+                "log_probs": np.zeros((len(own), width), np.float32),  # not known, and not needed for given answers
+                "entropy": np.asarray([row.entropy for row in own], np.float32),
+                "stopped": np.asarray([row.stopped for row in own]),
+            }
+            prompts = _prompt_batch([row.prompt for row in batch], own_rows, rollout)
+            return prompts.replace(answers=Rollout(**arrays))
+
+        super().__init__(len(rows), rollout.batch_size, seed, make)
 
 
 def tokenise(

@@ -8,7 +8,7 @@ import heapq
 import itertools
 import json
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -132,27 +132,43 @@ def build(recipe: Recipe, name: str, out: Path, evaluations: Sequence[tuple[str,
         selected = select_prompts(part, rows, excluded, seed)
         prompts += selected.prompts.values()
         rest.append(_conversations_left(part, source, excluded.questions, selected.prompts.keys()))
-        parts.append(_part_facts(part, origin_facts, selected))
+        parts.append(part_facts(part, origin_facts, selected))
     if not prompts:
         first = next((f"; first {part['first_malformed']}" for part in parts if "first_malformed" in part), "")
         raise UserError(
             f"{name}: no row of its sources contains a prompt; docs/inputs.md describes the forms of rows{first}"
         )
+    files: dict[str, Iterable[Row]] = {recipe.file: prompts}
+    files |= {recipe.rest: itertools.chain(*rest)} if recipe.rest else {}
+    return write(out, files, {"recipe": name, "seed": seed}, parts, evaluation_facts)
+
+
+def write(
+    out: Path,
+    files: Mapping[str, Iterable[Row]],
+    facts: Manifest,
+    parts: Sequence[dict[str, Any]],
+    evaluation_facts: Sequence[dict[str, Any]],
+) -> Manifest:
+    """Writes the files of a prompt set and its manifest.json to a folder; returns the manifest.
+
+    Args:
+      facts: the first fields of the manifest.
+      parts, evaluation_facts: results of `part_facts` and `exclude`.
+    """
     out.mkdir(parents=True, exist_ok=True)
-    write_rows(out / recipe.file, prompts)
-    if recipe.rest:
-        write_rows(out / recipe.rest, itertools.chain(*rest))
+    for file, rows in files.items():
+        write_rows(out / file, rows)
     manifest = {
-        "recipe": name,
-        "seed": seed,
+        **facts,
         "camopd_jax": __version__,
-        "files": {file: _sha256(out / file) for file in (recipe.file, recipe.rest) if file},
+        "files": {file: _sha256(out / file) for file in files},
         "removed_as_evaluation": sum(part["dropped"].get("an evaluation question", 0) for part in parts),
         "parts": parts,
         "against": evaluation_facts,
     }
-    with atomic_file(out / "manifest.json") as file:
-        file.write(json.dumps(manifest, indent=2) + "\n")
+    with atomic_file(out / "manifest.json") as stream:
+        stream.write(json.dumps(manifest, indent=2) + "\n")
     return manifest
 
 
@@ -195,7 +211,8 @@ def origin(source: str, field: str) -> tuple[str, dict[str, Any]]:
     return source, {"source": source, "revision": f"sha256:{digest.hexdigest()}", "licence": None}
 
 
-def _part_facts(part: Part, origin_facts: dict[str, Any], selected: SelectedPrompts) -> dict[str, Any]:
+def part_facts(part: Part, origin_facts: dict[str, Any], selected: SelectedPrompts) -> dict[str, Any]:
+    """A part's entry in the manifest. `origin_facts`: its "source", "revision" and "licence"."""
     facts = {
         "part": part.name,
         **origin_facts,

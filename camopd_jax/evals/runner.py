@@ -71,12 +71,17 @@ def broadcast_ranks(workdir: epath.Path) -> dict[int, comparison.Rank]:
     return comparison.ranks(broadcast(lambda: read_rows(workdir / "eval.jsonl")))
 
 
+def answers_folder(evaluation: Evaluation, workdir: epath.Path) -> epath.Path:
+    """The folder of the answers of a run's models."""
+    return epath.Path(evaluation.answers) if evaluation.answers else workdir / "answers"
+
+
 @dataclass(frozen=True)
 class Evaluator:
     """Runs a config's benchmarks on models, and writes the results to eval.jsonl."""
 
     evaluation: Evaluation
-    workdir: epath.Path  # answers are stored in its folder `answers`, unless the config names another
+    workdir: epath.Path
     writer: MetricsWriter
     display: Display
 
@@ -94,7 +99,7 @@ class Evaluator:
         if not self.evaluation.benchmarks:
             return []
         key = key or model_key(loaded)
-        folder = epath.Path(self.evaluation.answers) if self.evaluation.answers else self.workdir / "answers"
+        folder = answers_folder(self.evaluation, self.workdir)
         results = []
         for benchmark in self.evaluation.benchmarks:
             result = run_benchmark(benchmark, loaded, self.evaluation, folder / key, limit, self.display.progress)

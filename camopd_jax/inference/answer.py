@@ -28,6 +28,7 @@ class Answer:
     log_probs: list[float]
     text: str  # decoded, without special tokens
     stopped: bool  # True: ended with EOS; False: cut at the maximum length
+    entropy: float  # of the next-token distribution in nats, mean over the answer's tokens
 
 
 def answer(
@@ -66,15 +67,16 @@ def answer(
         index = global_rows(loaded.mesh, row[rows_of_process(loaded.mesh, len(row))], len(row))
         tokens = global_batch(loaded.mesh, [prompts[i] for i in batch], smallest_bucket)
         out = generate.answers(model, params, tokens, _keys(seed, np.int32(draw), index), decode)
-        arrays = gather((out.tokens, out.lengths, out.log_probs, out.stopped))
+        arrays = gather((out.tokens, out.lengths, out.log_probs, out.stopped, out.entropy))
         done = {
             int(number): Answer(
                 ids[:length].tolist(),
                 log_probs[:length].tolist(),
                 loaded.tokenizer.decode(ids[:length], skip_special_tokens=True),
                 bool(stopped),
+                float(entropy),
             )
-            for number, ids, length, log_probs, stopped in zip(row, *arrays, strict=True)
+            for number, ids, length, log_probs, stopped, entropy in zip(row, *arrays, strict=True)
         }
         answers |= done
         on_batch(done)

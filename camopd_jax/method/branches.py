@@ -9,13 +9,13 @@ import jax
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.data import templates
-from camopd_jax.data.pipeline import PromptStream
+from camopd_jax.data.pipeline import AnsweredStream, PromptStream
 from camopd_jax.data.templates import Tokenizers
 from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.inference.model_check import check_log_probs
 from camopd_jax.method.objectives import Objective
-from camopd_jax.method.setup import Setup, check_model
+from camopd_jax.method.setup import Setup, check_model, check_start
 from camopd_jax.models import hf
 from camopd_jax.models.peft_settings import base_folder, is_adapter
 from camopd_jax.runtime.mesh import rows_of_process
@@ -67,14 +67,14 @@ class Branch:
     """The prompts, teacher and objective of a branch."""
 
     name: str
-    prompts: PromptStream  # this process's rows of each batch
+    prompts: PromptStream | AnsweredStream  # this process's rows of each batch
     teacher: Teacher
     objective: Objective
 
 
 @dataclass(frozen=True)
 class Models:
-    """The models of a run. The student starts as a copy of the specialised model."""
+    """The models of a run. The student is a copy of the specialised model, until `runs.start` moves it to its start."""
 
     general: Loaded
     specialised: Loaded
@@ -145,6 +145,7 @@ def load_models(setup: Setup) -> Models:
     configs = {name: loading.model_config(folder, setup.context) for name, folder in folders.items()}
     for model in configs.values():
         check_model(model, setup.mesh, config.compute, setup.dtype)
+    check_start(config, configs, student)
     vocab = min(model.vocab_size for model in configs.values())
     vocab = vocab if shared.size is None else min(vocab, shared.size)
 

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from camopd_jax.config.schema import Optimizer, TrainConfig
+from camopd_jax.config.schema import Optimizer, SftConfig, TrainConfig
 from camopd_jax.models.weights import LORA_A, LORA_B
 from camopd_jax.types import Params, TrainState
 
@@ -19,17 +19,24 @@ _DECAYED = ("kernel", "embedding", "head", LORA_A, LORA_B)
 LAST_GRADIENT = "gradient@"  # before a branch's name, which has no @
 
 
-def moment_names(config: TrainConfig) -> tuple[str, ...]:
+def moment_names(config: TrainConfig | SftConfig) -> tuple[str, ...]:
     """Names of a run's Adam states, one that all branches share or one for each branch; and of its stored gradients.
 
     A gradient is stored of each branch against which another one is projected.
     """
+    if isinstance(config, SftConfig):
+        return ("shared",)
     against = {branch.project_against for branch in config.branches.values()} - {""}
     gradients = tuple(LAST_GRADIENT + name for name in config.branches if name in against)
     return (("shared",) if config.method.moments == "shared" else tuple(config.branches)) + gradients
 
 
-def init_state(params: Params, moments: Sequence[str] = ("shared",)) -> TrainState:
+def run_state(params: Params, config: TrainConfig | SftConfig) -> TrainState:
+    """`init_state` with the moments and the average of a run."""
+    return init_state(params, moment_names(config), config.optimizer.average is not None)
+
+
+def init_state(params: Params, moments: Sequence[str] = ("shared",), average: bool = False) -> TrainState:
     """The state before the first update, on the devices of the parameters.
 
     The paper uses one Adam state for all branches. Its moments are means over the gradients of all branches, so a
@@ -39,19 +46,23 @@ def init_state(params: Params, moments: Sequence[str] = ("shared",)) -> TrainSta
       params: the trained parameters.
       moments: names of the Adam states and stored gradients (`moment_names`), which are float32; empty if nothing is
         updated.
+      average: whether there is an average of the parameters.
     """
     rest = abstract_state(params, moments).replace(params=None)
     zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), rest)
-    return zeros.replace(params=params)
+    copies = jax.tree.map(lambda p: jnp.copy(p.astype(jnp.float32)), params) if average else {}
+    return zeros.replace(params=params, average=copies)
 
 
-def abstract_state(params: Params, moments: Sequence[str] = ("shared",)) -> TrainState:
+def abstract_state(params: Params, moments: Sequence[str] = ("shared",), average: bool = False) -> TrainState:
     """The state of `init_state` as shapes with shardings; `params` may be shapes with shardings too."""
     params = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, p.dtype, sharding=p.sharding), params)
     like = jax.tree.map(lambda p: jax.ShapeDtypeStruct(p.shape, jnp.float32, sharding=p.sharding), params)
     adam = _placed(jax.eval_shape(optax.scale_by_adam().init, like), params)
     zero = _placed(jax.ShapeDtypeStruct((), jnp.int32), params)
-    return TrainState(zero, params, {name: like if name.startswith(LAST_GRADIENT) else adam for name in moments})
+    averages = _placed(like, params) if average else {}
+    of_names = {name: like if name.startswith(LAST_GRADIENT) else adam for name in moments}
+    return TrainState(zero, params, of_names, averages)
 
 
 def learning_rate(config: Optimizer, steps: int, step: jax.Array) -> jax.Array:
@@ -110,6 +121,22 @@ def apply(
     stats = {"grad_norm": norm, "grad_clipped": clipped.astype(jnp.float32), "learning_rate": jnp.asarray(rate),
              "finite": finite}  # fmt: skip
     return params, moments, stats
+
+
+def averaged(average: Params, params: Params, decay: float, updates: jax.Array, finite: jax.Array) -> Params:
+    """The exponential average of the parameters after one more update.
+
+    `a_t = a_(t-1) + (1 - d) / (1 - d^t) (p_t - a_(t-1))`: the parameters after update i have a weight proportional to
+    d^(t-i), those before the first update none (the bias correction of Adam, arXiv 1412.6980, on weights).
+
+    Args:
+      average: a_(t-1), float32.
+      params: p_t.
+      updates: int32[], t, from 1.
+      finite: whether the update was done; False: the average stays unchanged.
+    """
+    weight = jnp.where(finite, (1 - decay) / (1 - decay ** updates.astype(jnp.float32)), 0)
+    return jax.tree.map(lambda a, p: a + weight * (p.astype(jnp.float32) - a), average, params)
 
 
 def project(displacement: Params, gradient: Params) -> Params:

@@ -70,7 +70,8 @@ class Programs:
         """
         config = setup.config
         self.setup, self.model, self.stages = setup, model, Stages()
-        self._params, self._moments = params, OffloadSlot()
+        self._params = params
+        self._idle = OffloadSlot()  # of the optimizer's arrays, which only the update needs
         self.decode = Decode(
             Sampling.of(config.rollout),
             eos_ids,
@@ -124,7 +125,7 @@ class Programs:
         draw: np.int32,
         meanwhile: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Answers to a batch of prompts, by the student or (`config.method.answers`) by the branch's teacher.
+        """Answers to a batch of prompts: by the student, by the branch's teacher (`config.method.answers`), or given.
 
         The weights are cast once and moved to the rollout mesh; the answers are moved back to the training mesh.
 
@@ -133,9 +134,13 @@ class Programs:
           meanwhile: called once, while the devices sample.
         """
         if self.setup.config.compute.offloads:
-            self._moments.put(state.moments)
+            self._idle.put((state.moments, state.average))
         teacher_params = branch.teacher.fetch()
         with self.stages("rollout"):
+            if prompts.answers is not None:
+                if meanwhile is not None:
+                    meanwhile()
+                return _cut_to_bucket(prompts.answers, self.setup.config.rollout.smallest_bucket)
             model, params, tokens = self.model, self.params(state), prompts.student
             if self.setup.config.method.answers == "teacher":
                 model, params, tokens = branch.teacher.model, teacher_params, prompts.teacher
@@ -192,7 +197,7 @@ class Programs:
         """The gradient of each batch, and the batches without the arrays that only the gradient needs."""
         with self.stages("update"):
             if self.setup.config.compute.offload == "ahead":
-                self._moments.fetch()
+                self._idle.fetch()
             gradients = {name: self._gradient(name, state, batch) for name, batch in batches.items()}
             if self.setup.config.compute.offload == "late":
                 jax.block_until_ready(gradients)
@@ -204,11 +209,18 @@ class Programs:
         """One step of the optimizer with the gradients."""
         with self.stages("update"):
             if self.setup.config.compute.offloads:
-                state = state.replace(moments=self._moments.take())
+                state = self.fetch(state)
             if self.setup.config.method.schedule == schedule.MIXED:
                 return jax.block_until_ready(self.updates[schedule.MIXED](state, gradients, batches))
             (name,) = batches
             return jax.block_until_ready(self.updates[name](state, gradients[name], batches[name]))
+
+    def fetch(self, state: TrainState) -> TrainState:
+        """The state with all its arrays on the devices, after the last step: a diagnosis may have offloaded some."""
+        if self._idle.is_empty:
+            return state
+        moments, average = self._idle.take()
+        return state.replace(moments=moments, average=average)
 
     def _gradient(self, name: str, state: TrainState, batch: Batch) -> Gradient:
         """The gradient of Eq 9. Only the selected answers are computed, so it takes less time if fewer are selected."""

@@ -20,6 +20,7 @@ class StepRecord:
 
     step: int
     phase: str
+    prefix: str  # what precedes the names of branches in the files
     batches: dict[str, Batch]  # of each branch that the step trains
     metrics: dict[str, Any]  # scalars, and the table of answers; in a mixed step also each branch's, under its name
     seconds: dict[str, float]  # by stage
@@ -44,6 +45,7 @@ class Recorder:
     def __init__(self, programs: Programs, observer: Observer):
         self._programs, self._observer = programs, observer
         self._last: StepRecord | None = None
+        self.ended = False  # whether the run has ended
 
     def record(self, step: int, batches: dict[str, Batch], metrics: dict[str, Any], state: TrainState) -> bool:
         """Checks a step and stores it for the observer. Returns whether the run ends here.
@@ -54,12 +56,13 @@ class Recorder:
         config = self._programs.setup.config
         for name in batches:
             self._check_sampler(step, metrics if config.method.schedule != schedule.MIXED else metrics[name])
-        phase = schedule.phase(config, step)
-        self._last = StepRecord(step, phase, batches, metrics, self._programs.stages.finish())
+        phase, prefix = schedule.phase(config, step), schedule.prefix(config)
+        self._last = StepRecord(step, phase, prefix, batches, metrics, self._programs.stages.finish())
         if not self._observer.pauses_after(step + 1):
             return False
         self.log_last()
-        return self._observer.pause(step + 1, state)
+        self.ended = self._observer.pause(step + 1, state)
+        return self.ended
 
     def log_last(self) -> None:
         """Passes the last step to the observer, unless that has been done."""

@@ -1,21 +1,66 @@
-"""Which branches a step trains (Eq 5)."""
+"""The parts of a run, and which branches a step trains (Eq 5)."""
+
+from dataclasses import replace
 
 import numpy as np
 
-from camopd_jax.config.schema import TrainConfig
+from camopd_jax.config.schema import BranchConfig, SelectionConfig, SftConfig, TrainConfig
 
 MIXED = "mixed"  # the phase of a step that trains all branches
 
 
+def parts(config: TrainConfig) -> list[TrainConfig]:
+    """The configs of a run's parts, each for the steps up to its own `steps`: the warm-up, if there is one, and the
+    on-policy steps after it.
+    """
+    return [_warm_up(config), config] if config.warm_up.steps else [config]
+
+
+def _warm_up(config: TrainConfig) -> TrainConfig:
+    """The same run up to the end of its warm-up: cross-entropy on every answer, which the teachers give."""
+    plain = BranchConfig(objective="cross_entropy", selection=SelectionConfig(mass=1.0))
+    branches = {
+        name: replace(plain, prompts=branch.prompts, teacher=branch.teacher, steps=branch.steps)
+        for name, branch in config.branches.items()
+    }
+    rate, remat = config.warm_up.learning_rate, config.compute.remat
+    return replace(
+        config,
+        steps=config.warm_up.steps,
+        branches=branches,
+        method=replace(config.method, answers="teacher", importance_gate=None, balance="none"),
+        optimizer=config.optimizer if rate is None else replace(config.optimizer, learning_rate=rate),
+        compute=replace(config.compute, remat="block" if remat == "rollout" else remat),
+    )
+
+
+def first_step(config: TrainConfig | SftConfig) -> int:
+    """The first step of a part of a run, from its config."""
+    return 0 if isinstance(config, SftConfig) or _warms_up(config) else config.warm_up.steps
+
+
+def _warms_up(config: TrainConfig) -> bool:
+    """Whether a part of a run is its warm-up: its config ends with the warm-up."""
+    return 0 < config.steps <= config.warm_up.steps
+
+
+def prefix(config: TrainConfig) -> str:
+    """What precedes the names of branches in a run's files in the steps of a part, from its config."""
+    return "warm_up/" if _warms_up(config) else ""
+
+
 def active_branches(config: TrainConfig, step: int) -> list[str]:
     """Names of the branches that step `step` (from 0) trains.
+
+    Args:
+      config: of the step's part of the run.
 
     Eq 5: a cycle has `steps` consecutive steps of each branch, in the order of the config. With the "mixed" schedule,
     every step trains all branches.
     """
     if config.method.schedule == MIXED:
         return list(config.branches)
-    within = step % sum(branch.steps for branch in config.branches.values())
+    within = (step - first_step(config)) % sum(branch.steps for branch in config.branches.values())
     for name, branch in config.branches.items():
         if within < branch.steps:
             return [name]
@@ -30,8 +75,8 @@ def draw_number(config: TrainConfig, step: int, branch: str) -> np.int32:
 
 
 def phase(config: TrainConfig, step: int) -> str:
-    """The `phase` of a step in metrics.jsonl: the name of its branch, or "mixed"."""
-    return MIXED if config.method.schedule == MIXED else active_branches(config, step)[0]
+    """The `phase` of a step in metrics.jsonl: the name of its branch, or "mixed", after its part's prefix."""
+    return prefix(config) + (MIXED if config.method.schedule == MIXED else active_branches(config, step)[0])
 
 
 def phases(config: TrainConfig) -> dict[str, float]:

@@ -3,7 +3,9 @@
 `train`, `doctor` and `plan` use the same functions.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
@@ -12,12 +14,14 @@ from jax.sharding import Mesh
 from camopd_jax.config.schema import Compute, Evaluation, SftConfig, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
+from camopd_jax.inference.interpolation import check_architectures
 from camopd_jax.method import schedule
 from camopd_jax.method.agreement import Agreement
 from camopd_jax.method.objectives import Objective, TeacherReading, objective
 from camopd_jax.method.token_weights import TokenWeight, branch_weights
 from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
+from camopd_jax.models.peft_settings import is_adapter
 from camopd_jax.models.weights import shardings
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import check_rows, mesh_of, platform, reshape_mesh
@@ -102,6 +106,22 @@ def check_model(config: ModelConfig, mesh: Mesh, compute: Compute, dtype: str) -
     shardings(config, mesh)
     if compute.attention == "fused":
         fused.check(config, mesh, dtype)
+
+
+def check_start(config: TrainConfig, shapes: Mapping[str, ModelConfig], student: Path) -> None:
+    """Raises UserError if the student starts between two models whose architectures differ, or has an adapter.
+
+    Args:
+      shapes: of the models, by their names in branches.
+      student: folder of the specialised model.
+    """
+    if config.start.interpolation != 0:
+        if config.adapter is not None or is_adapter(student):
+            raise UserError(
+                f"config.start.interpolation is {config.start.interpolation!r}, but the student is trained by an "
+                "adapter, beside which the base weights are frozen; give 0"
+            )
+        check_architectures(shapes["general"], shapes["specialised"], config.general_model)
 
 
 def check_evaluation(evaluation: Evaluation, mesh: Mesh) -> None:

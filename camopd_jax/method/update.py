@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from camopd_jax.config.schema import SftConfig, TrainConfig
-from camopd_jax.method import optimizer
+from camopd_jax.method import optimizer, schedule
 from camopd_jax.method.gradient import Gradient
 from camopd_jax.method.optimizer import LAST_GRADIENT
 from camopd_jax.method.statistics import answer_table, step_statistics
@@ -129,10 +129,15 @@ def _take_step(
     against: Params | None = None,
 ) -> tuple[TrainState, Metrics]:
     """One AdamW step if loss and gradient are finite; else the step is skipped and counted."""
-    rate = optimizer.learning_rate(config.optimizer, config.steps, state.step)
+    first = schedule.first_step(config)
+    rate = optimizer.learning_rate(config.optimizer, config.steps - first, state.step - first)
     finite &= jnp.isfinite(gradient.loss)
     params, adam, stats = optimizer.apply(
         state.params, state.moments[moments], gradient.of, rate, config.optimizer, finite, against
     )
-    skipped = 1 - stats.pop("finite").astype(jnp.int32)
-    return TrainState(state.step + 1, params, state.moments | {moments: adam}), stats | {"skipped": skipped}
+    finite = stats.pop("finite")
+    average, decay = state.average, config.optimizer.average
+    if decay is not None:
+        average = optimizer.averaged(average, params, decay, state.step + 1, finite)
+    state = TrainState(state.step + 1, params, state.moments | {moments: adam}, average)
+    return state, stats | {"skipped": 1 - finite.astype(jnp.int32)}

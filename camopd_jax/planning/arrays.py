@@ -119,7 +119,8 @@ def plan(config: TrainConfig, models: Models, devices: Any) -> Plan:
     params = abstract_params(student, setup.mesh, compute.params)
     if student.config.adapter:
         params = adapters.attach(frozen["specialised"], adapters.all_leaves(params))
-    state = abstract_state(trained(params, config.optimizer.trained), moment_names(config))
+    averages = config.optimizer.average is not None
+    state = abstract_state(trained(params, config.optimizer.trained), moment_names(config), averages)
     teachers = {name: (of, frozen[name]) for name, of in made.items()}
     of_branches: Any = {name: made[branch.teacher] for name, branch in config.branches.items()}
     run = Programs(setup, student, params, models.eos_ids, state, of_branches)

@@ -217,6 +217,7 @@ def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
     """
     config, gradients = setup.config, _trained_bytes(setup, models)
     moments = gradients * sum(1 if name.startswith(LAST_GRADIENT) else 2 for name in moment_names(config))
+    moments += gradients if config.optimizer.average is not None else 0  # the average is kept and offloaded with them
     gradients *= len(config.branches) if config.method.schedule == schedule.MIXED else 1
     split, student = setup.mesh.shape["fsdp"] * setup.mesh.shape["tensor"], models.student
     teacher_item, item = jnp.dtype(setup.teacher_dtype).itemsize, jnp.dtype(config.compute.params).itemsize

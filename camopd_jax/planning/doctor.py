@@ -23,7 +23,7 @@ from camopd_jax.inference import loading
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.method.optimizer import moment_names
-from camopd_jax.method.setup import check_model, resolve
+from camopd_jax.method.setup import check_model, check_start, resolve
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, text_config
 from camopd_jax.models.peft_settings import base_folder
@@ -69,6 +69,7 @@ def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[
     complete = len(look.models) == len(names)
     if complete:
         look.at("models", look.tokenizers)
+        look.at("start", look.start)
         for branch in config.branches:
             look.at(f"{branch} prompts", look.prompts, branch)
     look.findings += [Finding("config", "odd", text) for text in warnings(config)]
@@ -142,6 +143,12 @@ class Examination:
         for warning in filter(None, {self._eos_warning(branch.prompts.template) for branch in branches}):
             self.odd(about, warning)
 
+    def start(self, about: str) -> None:
+        shapes = {name: model.config for name, model in self.models.items()}
+        check_start(self.config, shapes, self.models["specialised"].folder)
+        if weight := self.config.start.interpolation:
+            self.good(about, f"{weight if weight == 'auto' else f'{weight:g}'} of the original model")
+
     def _eos_warning(self, template: Template) -> str | None:
         student = self.models["specialised"]
         try:
@@ -159,7 +166,8 @@ class Examination:
         rows = schedule.batch_rows(config)[branch]
         prompts = PromptStream(of.prompts, config.rollout, tokenizers, config.seed, range(rows), name)
         kept, dropped, truncated = (prompts.counts[count] for count in ("kept", "dropped", "truncated"))
-        acts = sum(branch in schedule.active_branches(config, step) for step in range(config.steps))
+        first = schedule.first_step(config)
+        acts = sum(branch in schedule.active_branches(config, step) for step in range(first, config.steps))
         low, middle, high = (int(np.quantile(prompts.lengths, q)) for q in (0, 0.5, 1))
         steps = f"{acts} steps of {rows} use each {acts * rows / kept:.3g} times"
         self.good(about, f"{kept} prompts of {low} to {high} tokens, median {middle}; {steps}")
@@ -209,7 +217,8 @@ class Examination:
     # ------------------------------------------------------------------- the machine, the folder
 
     def devices(self, about: str, where: Topology, complete: bool) -> None:
-        setup, compute = resolve(self.config, where.devices), self.config.compute
+        *_, setup = (resolve(part, where.devices) for part in schedule.parts(self.config))
+        compute = self.config.compute
         shapes = {name: model.config for name, model in self.models.items()}
         for shape in shapes.values():
             check_model(shape, setup.mesh, compute, setup.dtype)
@@ -231,7 +240,8 @@ class Examination:
         text = f"{workdir}: " + ("a run of this config, which will continue" if goes_on else "new")
         if "://" not in workdir:
             kept = config.checkpoints.keep_last + 1 + (config.checkpoints.keep_best if config.evaluation.every else 0)
-            state = weights(model, config.optimizer.trained) * (4 + 8 * len(moment_names(config)))
+            arrays = 1 + 2 * len(moment_names(config)) + (config.optimizer.average is not None)
+            state = 4 * arrays * weights(model, config.optimizer.trained)
             needs, folder = state * kept + weights(model) * 4, Path(workdir).absolute()
             free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
             text += f"; {needs / GIB:.1f} GiB for {kept} checkpoints and the export, {free / GIB:.1f} GiB are free"

@@ -77,7 +77,7 @@ def residents(p: Plan, several: Sequence[Program]) -> dict[str, int]:
     kept: dict[str, Any] = {"parameters": p.params}
     for name, (_, params) in p.teachers.items():
         kept[f"{name}_teacher"] = without_shared(params, *kept.values())
-    kept |= {"optimizer": (p.state.moments, p.state.step)}
+    kept |= {"optimizer": (p.state.moments, p.state.average, p.state.step)}
     if config.compute.offloads:
         kept |= {"optimizer": (), **{f"{name}_teacher": () for name in acting}}
     batches = [chip_bytes(program.args[-1]) for program in several if program.name.startswith("update")]
@@ -113,7 +113,7 @@ class _Step:
         compute, state = self.config.compute, self.p.state
         branches = self.config.branches if phase == schedule.MIXED else [phase]
         batches = {name: self.collect(name) for name in branches}
-        moments = state.moments if compute.offloads else ()
+        moments = (state.moments, state.average) if compute.offloads else ()
         gradients: dict[str, Gradient] = {}
         self.chip |= {"offloaded": moments if compute.offload == "ahead" else (), "gradient": gradients}
         for name, batch in batches.items():

@@ -55,12 +55,13 @@ def _method(run: LoadedRun) -> str | None:
 def _run(folder: epath.Path, teachers: Sequence[FileRow] = ()) -> LoadedRun:
     """Reads a run. `teachers`: rows of eval.jsonl with the teachers' results, used if the run has none."""
     _, config = read_stored(folder / "config.json")
-    metrics, samples, selection, evaluations, diagnostics = (
-        read_rows(folder / f"{name}.jsonl") for name in ("metrics", "samples", "selection", "eval", "diagnostics")
+    metrics, samples, selection, evaluations, diagnostics, trials = (
+        read_rows(folder / f"{name}.jsonl")
+        for name in ("metrics", "samples", "selection", "eval", "diagnostics", "start")
     )
     gap_masses = [_quantiles(row) for row in selection]
     exported = (folder / "export").exists()
-    return LoadedRun(config, metrics, gap_masses, samples, [*teachers, *evaluations], diagnostics, exported)
+    return LoadedRun(config, metrics, gap_masses, samples, [*teachers, *evaluations], diagnostics, trials, exported)
 
 
 def _quantiles(row: FileRow) -> FileRow:

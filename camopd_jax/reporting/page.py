@@ -20,7 +20,7 @@ ABOUT = {
     "results": "Results of a grid exclude the questions that were used to choose learning rates. “tuning”: learning "
     "rates are still being compared; the row is one run with the best learning rate so far.",
     "over steps": "Bands: ± one standard error, over seeds or, for a single run, over questions. Dashed: the value of "
-    "the specialised model, from which the student starts.",
+    "the specialised model.",
     "gaps": "The gap of a token is log teacher - log student: above 0, the token is more likely for the teacher. The "
     "gap mass of an answer is the mean of its absolute or positive gaps; answers are selected by it.",
     "agreement": "Means over the tokens that are trained, for the k of config.log.agreement. The advantage is "
@@ -29,7 +29,7 @@ ABOUT = {
     "the teacher, or less likely (underlined). Each pair has answers to the same prompt from the first and the last "
     "quarter of the run; if no prompt occurs in both, the answers with the largest gaps.",
     "pareto": "Up and to the right is better. Bars: ± one standard error. Dashed: the domain ability is fully kept. "
-    "Hollow: the specialised model, from which every student starts. Squares: interpolations of the two models.",
+    "Hollow: the specialised model. Squares: interpolations of the two models.",
 }
 
 
@@ -48,7 +48,13 @@ def page(directories: Sequence[Directory], now: datetime.datetime) -> str:
     """The report as HTML. `now`: the time in its header."""
     chosen = styles.assign_styles([group for directory in directories for group in directory.groups])
     sweeps = map(tables.sweep, directories)
-    settings = [tables.runs(chosen.groups), tables.configs(chosen.groups), *sweeps, tables.failed(directories)]
+    settings = [
+        tables.runs(chosen.groups),
+        tables.configs(chosen.groups),
+        tables.starts(chosen.groups),
+        *sweeps,
+        tables.failed(directories),
+    ]
     shown = [
         _results(directories, chosen),
         Section("Recovery and retention over steps", ABOUT["over steps"], panels=sections.over_steps(chosen)),

@@ -29,6 +29,7 @@ class LoadedRun:
     samples: list[FileRow]
     evaluations: list[FileRow]
     diagnostics: list[FileRow]
+    trials: list[FileRow]  # of the student's start
     exported: bool
 
     @property

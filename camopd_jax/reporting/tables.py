@@ -9,8 +9,9 @@ from markupsafe import Markup
 from camopd_jax.analysis import study
 from camopd_jax.analysis.study import Mean
 from camopd_jax.config.identity import field_differences
+from camopd_jax.evals.comparison import rank_of
 from camopd_jax.reporting.results import columns, difference, reference
-from camopd_jax.reporting.runs import Directory, Group
+from camopd_jax.reporting.runs import Directory, FileRow, Group
 
 TITLES = {"recovery": "back", "retention": "kept"}
 EMPTY = "\u2013"  # a dash
@@ -82,6 +83,29 @@ def sweep(directory: Directory) -> PageTable | None:
         f"Bold: the best{'' if directory.study else ' so far'}."
     )
     return PageTable(caption, [], rows) if rows else None
+
+
+def starts(groups: Sequence[Group]) -> PageTable | None:
+    """Recovery and retention of each tried start, one row for each run; None if no run tried any."""
+    tried = [(group, run.trials) for group in groups for run in group.distinct if run.trials]
+    weights = sorted({row["interpolation"] for _, trials in tried for row in trials})
+    rows: list[list[Group | str]] = []
+    for group, trials in tried:
+        by_weight = {row["interpolation"]: row for row in trials}
+        best = max(by_weight, key=lambda weight: (rank_of(by_weight[weight]), -weight))
+        rows.append([group, *(_bold(_trial(by_weight.get(weight)), weight == best) for weight in weights)])
+    caption = (
+        "Trials of the student's start. Each column is a weight of the original model; its cells have recovery and "
+        "retention in % before the first step. Bold: the start of the run, which has the highest recovery of those "
+        "that keep the domain up to one standard error."
+    )
+    return PageTable(caption, ["", *(f"{weight:g}" for weight in weights)], rows) if rows else None
+
+
+def _trial(row: FileRow | None) -> str:
+    """Recovery and retention of a start, such as "52.3 / 95.0"."""
+    means = [row[measure].get("mean") for measure in TITLES] if row else []
+    return " / ".join(f"{100 * mean[0]:.1f}" if mean else EMPTY for mean in means) or EMPTY
 
 
 def runs(groups: Sequence[Group]) -> PageTable:

@@ -8,21 +8,24 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import jax
 from etils import epath
 from safetensors import SafetensorError
 
 from camopd_jax import __version__
 from camopd_jax.config.identity import from_json
-from camopd_jax.config.schema import TrainConfig
+from camopd_jax.config.schema import Config, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.evals.runner import read_ranks
 from camopd_jax.inference import loading
+from camopd_jax.inference.interpolation import interpolated
 from camopd_jax.inference.loading import Loaded
-from camopd_jax.method.optimizer import init_state, moment_names
+from camopd_jax.method.optimizer import run_state
 from camopd_jax.models import hf, partition, peft
 from camopd_jax.models.disk import hub_revision
 from camopd_jax.models.peft_settings import CONFIG, base_folder
 from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint
+from camopd_jax.runs.start import chosen_weight
 from camopd_jax.runtime.distributed import barrier, is_primary
 from camopd_jax.runtime.mesh import mesh_of
 
@@ -180,16 +183,29 @@ def restore_model(
             f"{folder / 'checkpoints'}: no checkpoint{'' if step is None else f' {step}'} there, only "
             f"{checkpoints.steps()}; give one of them with --step"
         )
-    if isinstance(config, TrainConfig):
-        start, field, moments = config.specialised_model, "config.specialised_model", moment_names(config)
-    else:
-        start, field, moments = config.model, "config.model", ("shared",)
-    folder, mesh, dtype = loading.find(start, field), mesh_of(config.mesh), "float32" if merge else None
-    loaded = loading.load_trained(folder, mesh, config, context=1, frozen_dtype=dtype)
+    loaded = _initial_student(config, folder, "float32" if merge else None)
     trained = partition.trained(loaded.params, config.optimizer.trained)
     try:
-        state, _, provenance = checkpoints.restore(step, init_state(trained, moments))
+        state, _, provenance = checkpoints.restore(step, run_state(trained, config))
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; the run has checkpoints {checkpoints.steps()}: give another one") from error
-    loaded = loaded.with_params(state.params)
+    loaded = loaded.with_params(state.evaluated)
     return loaded.merged() if merge else loaded, provenance | {"steps": str(step)}
+
+
+def _initial_student(config: Config, workdir: epath.Path, frozen_dtype: str | None) -> Loaded:
+    """The student before the first step of a run. Only its frozen parameters matter: the others are in checkpoints."""
+    mesh = mesh_of(config.mesh)
+
+    def load(name: str, field: str) -> Loaded:
+        folder = loading.find(name, field)
+        return loading.load_trained(folder, mesh, config, context=1, frozen_dtype=frozen_dtype)
+
+    if not isinstance(config, TrainConfig):
+        return load(config.model, "config.model")
+    student = load(config.specialised_model, "config.specialised_model")
+    trained = jax.tree.leaves(partition.trained(student.params, config.optimizer.trained))
+    if config.start.interpolation == 0 or len(trained) == len(jax.tree.leaves(student.params)):
+        return student
+    general = load(config.general_model, "config.general_model")
+    return student.with_params(interpolated(general.params, student.params, chosen_weight(config, workdir)))

@@ -15,7 +15,7 @@ from camopd_jax.inference.loading import Loaded
 from camopd_jax.inference.model_check import check_log_probs
 from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, LossInputs
 from camopd_jax.method.objectives import OBJECTIVES
-from camopd_jax.method.optimizer import init_state
+from camopd_jax.method.optimizer import run_state
 from camopd_jax.method.setup import resolve_fine_tuning
 from camopd_jax.method.update import sft_update
 from camopd_jax.method.weights import cross_entropy_weights
@@ -45,8 +45,9 @@ def sft(config: SftConfig, workdir: str) -> None:
         "model": config.model,
         "fingerprint": loading.fingerprint(student.folder),
     }
-    run = Run(config, workdir, student, {"data": stream}, provenance)
-    state = run.restore(init_state(partition.trained(student.params, config.optimizer.trained)))
+    run = Run(config, workdir)
+    state = run_state(partition.trained(student.params, config.optimizer.trained), config)
+    state = run.restore(state, student, {"data": stream}, provenance)
     of_ends = answers.end_warnings(student.folder, student.tokenizer, config.data.template)
     for warning in (*warnings(config), *of_ends, *stream.warnings):
         run.display.print(f"warning: {warning}")
@@ -72,7 +73,7 @@ def sft(config: SftConfig, workdir: str) -> None:
         return
     state = run.state_to_export(state)
     steps = int(state.step)
-    run.evaluate("student", steps, student.with_params(state.params), run.student_key(steps))
+    run.evaluate("student", steps, student.with_params(state.evaluated), run.student_key(steps))
     run.finish(state)
 
 

@@ -1,11 +1,10 @@
-"""Interpolates the original and the specialised model: the weighted mean of their parameters (arXiv 2109.01903)."""
+"""Writes an interpolation of the original and the specialised model."""
 
-import jax
 from etils import epath
 
 from camopd_jax.config.schema import TrainConfig
-from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
+from camopd_jax.inference.interpolation import check_architectures, interpolated
 from camopd_jax.runs.export import write_folder
 from camopd_jax.runtime.mesh import mesh_of
 
@@ -24,12 +23,7 @@ def interpolate(config: TrainConfig, weight: float, out: str) -> None:
         loading.load(loading.find(name, f"config.{field}"), mesh, config.compute, dtype="float32", context=1)
         for field, name in (("general_model", config.general_model), ("specialised_model", config.specialised_model))
     )
-    if general.model.config != specialised.model.config:
-        raise UserError(
-            f"config.specialised_model: its architecture is not that of {config.general_model}; only a model made "
-            "from the original can be averaged with it"
-        )
-    mean = jax.jit(lambda a, b: jax.tree.map(lambda x, y: weight * x + (1 - weight) * y, a, b))
+    check_architectures(general.model.config, specialised.model.config, config.general_model)
     provenance = {
         "method": f"interpolation with {weight:g} of the original model",
         "general_model": config.general_model,
@@ -37,4 +31,5 @@ def interpolate(config: TrainConfig, weight: float, out: str) -> None:
         "specialised_model": config.specialised_model,
         "specialised_fingerprint": loading.fingerprint(specialised.folder),
     }
-    write_folder(epath.Path(out), specialised.with_params(mean(general.params, specialised.params)), provenance)
+    mean = interpolated(general.params, specialised.params, weight)
+    write_folder(epath.Path(out), specialised.with_params(mean), provenance)

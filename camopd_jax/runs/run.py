@@ -43,22 +43,40 @@ class ResumableStream(Protocol):
 class Run:
     """Claims a work directory, restores its last checkpoint, writes metrics, saves, evaluates and exports.
 
-    Call `restore`; then for every step `record`, and `pause` if `pauses_after` returns True; then `state_to_export` and
+    Call `restore`, then for every step `record`, and `pause` if `pauses_after` returns True; then `state_to_export` and
     `finish`.
     """
 
-    writer: MetricsWriter  # `restore` sets these two
+    writer: MetricsWriter  # `restore` sets these
     display: Display
+    student: Loaded
+    streams: Mapping[str, ResumableStream]
+    provenance: dict[str, str]
 
-    def __init__(
+    def __init__(self, config: Config, workdir: str) -> None:
+        """Claims the work directory.
+
+        Raises:
+          UserError: if the work directory belongs to a run with another config.
+        """
+        self.config = config
+        self.workdir = epath.Path(workdir)
+        self.terminated = False  # whether this process got a signal to end
+        self._skipped: dict[str, int] = {}  # consecutive skipped updates, by phase
+        run_on_all(lambda: runner.check(config.evaluation))
+        self._lock = run_on_all(lambda: lock(self.workdir) if is_primary() else None)
+        claim_workdir(self.workdir, config)
+        self.ranks = runner.broadcast_ranks(self.workdir)  # of the evaluated checkpoints, by step
+        self.checkpoints = CheckpointStore(workdir, config.checkpoints, self.ranks)
+
+    def restore(
         self,
-        config: Config,
-        workdir: str,
+        state: TrainState,
         student: Loaded,
         streams: Mapping[str, ResumableStream],
         provenance: dict[str, str],
-    ) -> None:
-        """Claims the work directory.
+    ) -> TrainState:
+        """Restores the last checkpoint with the shardings of `state`; without a checkpoint, returns `state`.
 
         Args:
           student: the model to train, with its initial `params`.
@@ -66,27 +84,12 @@ class Run:
           provenance: names and fingerprints of the run's models, for checkpoints and the model card.
 
         Raises:
-          UserError: if the work directory belongs to a run with another config.
+          UserError: if the checkpoint cannot be read, or was made with other models or prompts.
         """
-        self.config, self.student, self.streams = config, student, streams
-        self.provenance = provenance | {"config_fingerprint": fingerprint(config)}
-        self.workdir = epath.Path(workdir)
-        self.terminated = False  # whether this process got a signal to end
-        self._skipped: dict[str, int] = {}  # consecutive skipped updates, by phase
-        run_on_all(lambda: runner.check(config.evaluation))
-        self._lock = run_on_all(lambda: lock(self.workdir) if is_primary() else None)
-        claim_workdir(self.workdir, config)
+        self.student, self.streams = student, streams
+        self.provenance = provenance | {"config_fingerprint": fingerprint(self.config)}
         digests = broadcast(lambda: {name: stream.digest for name, stream in streams.items()})
         run_on_all(lambda: _check_same_rows(streams, digests))
-        self.ranks = runner.broadcast_ranks(self.workdir)  # of the evaluated checkpoints, by step
-        self.checkpoints = CheckpointStore(workdir, config.checkpoints, self.ranks)
-
-    def restore(self, state: TrainState) -> TrainState:
-        """Restores the last checkpoint with the shardings of `state`; without a checkpoint, returns `state`.
-
-        Raises:
-          UserError: if the checkpoint cannot be read, or was made with other models.
-        """
         damaged: list[str] = []
         while (last := self.checkpoints.latest()) is not None:
             try:
@@ -222,7 +225,7 @@ class Run:
 
     def _rank_student(self, steps_done: int, state: TrainState) -> bool:
         """Evaluates the student and ranks its checkpoint; returns False if there are no benchmarks."""
-        student, key = self.student.with_params(state.params), self.student_key(steps_done)
+        student, key = self.student.with_params(state.evaluated), self.student_key(steps_done)
         results = self.evaluate("student", steps_done, student, key, self.config.evaluation.questions)
         rank = self.rank(results)
         if rank is None:
@@ -270,7 +273,8 @@ class Run:
         self.writer.close()
         self.display.close()
         export, report = self.workdir / "export", self.workdir / "report.html"
-        write_folder(export, self.student.with_params(state.params), self.provenance | {"steps": str(int(state.step))})
+        student = self.student.with_params(state.evaluated)
+        write_folder(export, student, self.provenance | {"steps": str(int(state.step))})
         self.display.print(f"exported: {export}")
         if self.config.log.report and is_primary():
             from camopd_jax.reporting.page import write_page  # slow to import, and only needed here

@@ -12,14 +12,16 @@ from camopd_jax.config.schema import TrainConfig
 from camopd_jax.evals import tables
 from camopd_jax.evals.comparison import Rank, comparison, rank_student
 from camopd_jax.evals.results import Result, on_questions
-from camopd_jax.method import loop
+from camopd_jax.method import loop, schedule
 from camopd_jax.method.branches import check_models, load_models, make_branches, make_teachers
-from camopd_jax.method.optimizer import init_state, moment_names
+from camopd_jax.method.optimizer import run_state
 from camopd_jax.method.programs import student_programs
 from camopd_jax.method.recorder import Recorder, StepRecord
 from camopd_jax.method.setup import resolve
 from camopd_jax.method.statistics import repetition
 from camopd_jax.models import partition
+from camopd_jax.runs import start, warm_up
+from camopd_jax.runs.convergence import not_converged
 from camopd_jax.runs.run import Run
 from camopd_jax.runtime.distributed import run_on_all
 from camopd_jax.runtime.jsonl import read_rows
@@ -33,19 +35,26 @@ if TYPE_CHECKING:
 
 def train(config: TrainConfig, workdir: str) -> None:
     """Runs `train`: load, evaluate, train with CaMOPD, evaluate, export."""
-    setup = resolve(config)
+    setups = [resolve(part) for part in schedule.parts(config)]
+    setup = setups[-1]  # of the on-policy steps; the warm-up's is before it
     models = run_on_all(lambda: load_models(setup))
-    student = models.student
     teachers = make_teachers(config, models)
     branches = run_on_all(lambda: make_branches(setup, models, teachers, setup.rows, config.seed))
-    streams = {name: branch.prompts for name, branch in branches.items()}
     check_models(setup, models, branches)
 
     # ------------------------------------------------------------------------- state and steps
+    run = TrainingRun(config, workdir)
+    models, of_start = start.begin(setup, models, branches, run.workdir)
+    student = models.student
+    of_parts = [warm_up.make_branches(part, models, branches, run.workdir) for part in setups[:-1]] + [branches]
+    streams = {
+        f"{schedule.prefix(part.config)}{name}": branch.prompts
+        for part, of_part in zip(setups, of_parts, strict=True)
+        for name, branch in of_part.items()
+    }
     trained = partition.trained(student.params, config.optimizer.trained)
-    provenance = {"method": description(config)} | models.provenance(config)
-    run = TrainingRun(config, workdir, student, streams, provenance)
-    state = run.restore(init_state(trained, moment_names(config)))
+    provenance = {"method": description(config)} | models.provenance(config) | of_start
+    state = run.restore(run_state(trained, config), student, streams, provenance)
     for warning in (*warnings(config), *models.warnings):
         run.display.print(f"warning: {warning}")
     run.display.print(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
@@ -53,23 +62,30 @@ def train(config: TrainConfig, workdir: str) -> None:
         "general": run.evaluate("general", 0, models.general),
         "specialised": run.evaluate("specialised", 0, models.specialised),
     }
-    programs = student_programs(setup, student, state, branches)
+    programs = [student_programs(part, student, state, of_part) for part, of_part in zip(setups, of_parts, strict=True)]
     if config.diagnostics.every:
         from camopd_jax.analysis.diagnosis import Diagnosis  # imports scipy.stats, which is slow
 
-        run.diagnosis = Diagnosis(setup, models, teachers, programs)
-    if not run.evaluate_student(int(state.step), state):  # an evaluation may have been interrupted
-        if (step := int(state.step)) < config.steps:
-            rows = config.rollout.batch_size
-            run.display.progress(f"step {step + 1}: compiling, then {rows} answers; later steps are faster")
-        state = loop.run(branches, programs, state, Recorder(programs, run))
+        run.diagnosis = Diagnosis(setup, models, teachers, programs[-1])
+    ended = run.evaluate_student(int(state.step), state)  # an evaluation may have been interrupted
+    for of_part, compiled in zip(of_parts, programs, strict=True):
+        step, part = int(state.step), compiled.setup.config
+        if ended or step >= part.steps:
+            continue
+        rows = part.rollout.batch_size
+        run.display.progress(f"step {step + 1}: compiling, then {rows} answers; later steps are faster")
+        recorder = Recorder(compiled, run)
+        state = loop.run(of_part, compiled, state, recorder)
+        ended = recorder.ended
     if run.terminated:
         return
-    state = run.state_to_export(state)
+    state = run.state_to_export(programs[-1].fetch(state))
     steps = int(state.step)
-    results = run.evaluate("student", steps, student.with_params(state.params), run.student_key(steps))
+    results = run.evaluate("student", steps, student.with_params(state.evaluated), run.student_key(steps))
     run.finish(state)
-    run.display.print(clip_rates(read_rows(run.workdir / "metrics.jsonl")))
+    metrics = read_rows(run.workdir / "metrics.jsonl")
+    for line in (clip_rates(metrics), *not_converged(metrics, list(config.branches))):
+        run.display.print(line)
     if results:
         run.display.print(tables.accuracies(run.baselines | {"student": results}))
 
@@ -85,15 +101,20 @@ class TrainingRun(Run):
         return super().pauses_after(steps_done) or self._diagnosis_due(steps_done)
 
     def evaluate_student(self, steps_done: int, state: TrainState) -> bool:
+        ended = super().evaluate_student(steps_done, state)  # before the diagnosis, which may offload the average
         if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
             self.display.progress("measuring gradients")
             assert self.diagnosis is not None  # `train` sets it if config.diagnostics.every > 0
             self.writer.add_diagnosis(self.diagnosis(steps_done, state)[0])
-        return super().evaluate_student(steps_done, state)
+        return ended
 
     def _diagnosis_due(self, steps_done: int) -> bool:
-        every = self.config.diagnostics.every
-        return every > 0 and (steps_done % every == 0 or steps_done == self.config.steps)
+        every, config = self.config.diagnostics.every, self.config
+        due = every > 0 and (steps_done % every == 0 or steps_done == config.steps)
+        return due and steps_done >= config.warm_up.steps  # it measures the gradients of on-policy steps
+
+    def _saves_after(self, steps_done: int) -> bool:
+        return super()._saves_after(steps_done) or steps_done == self.config.warm_up.steps
 
     def rank(self, results: Sequence[Result]) -> Rank | None:
         return rank_student(*self._baselines(results), results)
@@ -113,8 +134,10 @@ class TrainingRun(Run):
 
     def log(self, record: StepRecord) -> None:
         metrics = jax.tree.map(lambda value: np.asarray(value).tolist(), record.metrics)
-        answer_tables = {name: metrics.get(name, metrics).pop("answers") for name in record.batches}
-        answers = [(batch.rollout.tokens, batch.rollout.lengths) for batch in record.batches.values()]
+        batches = {f"{record.prefix}{name}": batch for name, batch in record.batches.items()}
+        metrics = {f"{record.prefix if name in record.batches else ''}{name}": of for name, of in metrics.items()}
+        answer_tables = {name: metrics.get(name, metrics).pop("answers") for name in batches}
+        answers = [(batch.rollout.tokens, batch.rollout.lengths) for batch in batches.values()]
         row = {
             "step": record.step,
             "phase": record.phase,
@@ -124,7 +147,7 @@ class TrainingRun(Run):
             "tokens_per_second": metrics["response_tokens"] / sum(record.seconds.values()),
             "memory_gib": memory_gib(),
         }
-        samples = [self._samples(record.step, name, batch) for name, batch in record.batches.items()]
+        samples = [self._samples(record.step, name, batch) for name, batch in batches.items()]
         self.record(row, [sample for of_branch in samples for sample in of_branch])
         if self.config.log.selection:
             self.writer.add_selection([

@@ -40,6 +40,10 @@ class OffloadSlot:
         self._tree: Any = None
         self._on_host = False
 
+    @property
+    def is_empty(self) -> bool:
+        return self._tree is None
+
     def put(self, tree: Any) -> None:
         """Moves the arrays to the host, unless a tree is already stored; the given arrays are deleted."""
         if self._tree is None:

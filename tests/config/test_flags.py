@@ -59,6 +59,7 @@ def test_fields_of_blocks_that_the_config_leaves_out_and_none(run):
         "method.advantage_clip=5",
         "method.importance_gate=(0, 2)",
         "evaluation.questions=None",
+        "start.interpolation=auto",
     )
     config = json.loads(ended.stdout)
     prompts = {name: branch["prompts"] for name, branch in config["branches"].items()}
@@ -68,6 +69,7 @@ def test_fields_of_blocks_that_the_config_leaves_out_and_none(run):
     assert prompts["law"]["template"]["system"] == "42"
     assert [one["limit"] for one in prompts.values()] == [10, None, 7]
     assert config["branches"]["law"]["selection"]["keep"] == "random" and config["branches"]["law"]["scale"] == 3.0
+    assert config["start"]["interpolation"] == "auto"
     assert config["optimizer"]["clip_norm"] is None and config["evaluation"]["questions"] is None
     assert config["method"]["advantage_clip"] == 5.0 and config["method"]["importance_gate"] == [0.0, 2.0]
 
@@ -79,6 +81,11 @@ def test_fields_of_blocks_that_the_config_leaves_out_and_none(run):
         ("branches.recovry.steps=1", "--config.branches.recovry.steps is not a field of the config"),
         ("branches.recovery.prompts.teacher_template.sys=1", "teacher_template.sys is not a field of the config"),
         ("optimizer.learning_rate=None", "--config.optimizer.learning_rate=None: could not convert"),
+        (
+            "start.interpolation=1.5",
+            "config.start.interpolation is 1.5; give a number >= 0 and <= 1 (0: the special",
+        ),
+        ("start.interpolation=nearly", "is 'nearly'; it must be of type float or 'auto'"),
         ("optimizer.clip_norm=much", "--config.optimizer.clip_norm=much: could not convert"),
     ],
 )

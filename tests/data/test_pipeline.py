@@ -14,7 +14,15 @@ from rows import add_tokens, chat_row
 
 from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream, Template
 from camopd_jax.data import templates
-from camopd_jax.data.pipeline import BatchStream, PromptStream, SftStream, pad
+from camopd_jax.data.pipeline import (
+    AnsweredPrompt,
+    AnsweredStream,
+    BatchStream,
+    PromptStream,
+    SftStream,
+    TokenisedPrompt,
+    pad,
+)
 from camopd_jax.data.templates import Reader, Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket, length_batches
@@ -223,3 +231,22 @@ def test_a_row_that_the_template_refuses_is_named(tokenizer, write, monkeypatch,
 def test_a_stream_of_anything():
     made = BatchStream(5, 3, 0, lambda numbers: numbers.sum())
     assert isinstance(made.get_state(), dict) and next(made) >= 3
+
+
+def test_given_answers_come_with_their_prompts():
+    """Two of the three rows of a batch belong to this process; the widths are those of the complete batch."""
+    rows = [
+        AnsweredPrompt(TokenisedPrompt(7 + i, [i + 1] * (i + 1), [9]), [i, 8] * (i + 1), 0.5 * i, i != 1)
+        for i in range(3)
+    ]
+    rollout = RolloutConfig(batch_size=3, max_prompt_tokens=8, max_response_tokens=6, smallest_bucket=4)
+    batch = next(AnsweredStream(rows, rollout, 0, [0, 2]))
+    answers = batch.answers
+    assert batch.student.tokens.shape == (2, 4) and answers.tokens.shape == answers.log_probs.shape == (2, 6)
+    for i, index in enumerate(batch.index):
+        row = rows[index - 7]
+        assert batch.student.tokens[i, : batch.student.lengths[i]].tolist() == row.prompt.student
+        assert answers.tokens[i].tolist()[: answers.lengths[i]] == row.ids and answers.lengths[i] == len(row.ids)
+        assert (answers.entropy[i], answers.stopped[i]) == (row.entropy, row.stopped)
+    other = AnsweredStream([*rows[:2], dataclasses.replace(rows[2], ids=[4])], rollout, 0, [0, 2])
+    assert other.digest != AnsweredStream(rows, rollout, 0, [0]).digest

@@ -16,6 +16,7 @@ from camopd_jax.config.schema import (
     RolloutConfig,
     SelectionConfig,
     Stream,
+    WarmUp,
 )
 from camopd_jax.errors import UserError
 from camopd_jax.method import programs as programs_module
@@ -205,6 +206,30 @@ def test_distillation_on_a_teachers_answers(tiny):
         resolve(sampled, jax.devices()[:1])
 
 
+def test_a_warm_up_is_the_loop_on_given_answers(tiny):
+    """A step on answers that were sampled before equals the step that samples them."""
+    method = Method(importance_gate=(0.5, 2.0))
+    config = dataclasses.replace(CONFIG, warm_up=WarmUp(3, learning_rate=3e-2), method=method)
+    warm_up, rest = schedule.parts(config)
+    assert rest == config and (schedule.first_step(warm_up), schedule.first_step(rest)) == (0, 3)
+    assert warm_up.steps == 3 and warm_up.optimizer == dataclasses.replace(CONFIG.optimizer, learning_rate=3e-2)
+    assert [schedule.phase(warm_up, step) for step in range(3)] == ["warm_up/recovery"] * 3
+    assert [schedule.phase(rest, step) for step in range(3, 8)] == ["recovery"] * 3 + ["review", "recovery"]
+    sampling, watcher = begin(tiny, dataclasses.replace(warm_up, steps=1)), Watcher(milestones=(1,))
+    wanted = sampling.go(watcher)
+    batch = watcher.records[0].batches["recovery"]
+
+    class Answered(Prompter):
+        def __next__(self):
+            prompts = super().__next__()
+            return prompts.replace(answers=jax.tree.map(np.asarray, batch.rollout.replace(residuals=())))
+
+    given = begin(tiny, dataclasses.replace(warm_up, steps=1))
+    answered = dataclasses.replace(given.branches["recovery"], prompts=Answered(0))
+    given.branches = given.branches | {"recovery": answered}
+    jax.tree.map(np.testing.assert_array_equal, given.go().params, wanted.params)
+
+
 def with_student_logprobs(way):
     return dataclasses.replace(CONFIG, rollout=dataclasses.replace(ROLLOUT, student_logprobs=way))
 
@@ -310,6 +335,21 @@ def test_separate_moments(tiny):
     config = dataclasses.replace(CONFIG, method=Method(moments="separate"))
     state = begin(tiny, config).go()
     assert (int(state.moments["recovery"].count), int(state.moments["review"].count)) == (6, 2)
+
+
+def test_the_average_of_the_weights_changes_no_update(tiny):
+    """After three updates it has their weights in proportion to .81, .9 and 1, and none of the start."""
+    steps = {n: begin(tiny, dataclasses.replace(CONFIG, steps=n)).go() for n in (1, 2, 3)}
+    config = dataclasses.replace(CONFIG, steps=3, optimizer=dataclasses.replace(CONFIG.optimizer, average=0.9))
+    state = begin(tiny, config).go()
+    jax.tree.map(np.testing.assert_array_equal, state.params, steps[3].params)
+
+    def close(average, *params):
+        wanted = sum(w * np.asarray(p, float) for w, p in zip((0.81, 0.9, 1.0), params, strict=True)) / 2.71
+        np.testing.assert_allclose(average, wanted, rtol=1e-5, atol=1e-6)
+
+    jax.tree.map(close, state.average, *(steps[n].params for n in (1, 2, 3)))
+    assert state.evaluated is not state.params and steps[3].evaluated is steps[3].params
 
 
 # ------------------------------------------------------------------------------- trained and frozen
@@ -425,12 +465,14 @@ def test_offloaded_arrays_use_no_device_memory(tiny, when, monkeypatch):
 def test_offloading_does_not_change_results(tiny, when, schedule):
     """Results are bit-identical, and arrays are on the devices when they are used."""
     config = dataclasses.replace(CONFIG, steps=4, method=Method(schedule=schedule))
+    config = dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, average=0.9))
     plain = begin(tiny, config).go()
     other = begin(tiny, dataclasses.replace(config, compute=Compute(offload=when))).go()
-    kinds = {x.sharding.memory_kind for x in jax.tree.leaves((other.params, other.moments))}
+    kinds = {x.sharding.memory_kind for x in jax.tree.leaves(other)}
     assert "pinned_host" not in kinds
     jax.tree.map(np.testing.assert_array_equal, other.params, plain.params)
     jax.tree.map(np.testing.assert_array_equal, other.moments, plain.moments)
+    jax.tree.map(np.testing.assert_array_equal, other.average, plain.average)
 
 
 @pytest.mark.parametrize("when, order", [("ahead", ["moments", "gradient"]), ("late", ["gradient", "moments"])])

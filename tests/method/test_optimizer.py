@@ -9,7 +9,7 @@ import optax
 import pytest
 
 from camopd_jax.config.schema import Optimizer
-from camopd_jax.method.optimizer import apply, init_state, learning_rate, project
+from camopd_jax.method.optimizer import apply, averaged, init_state, learning_rate, project
 from camopd_jax.runtime.mesh import make_mesh, sharding
 
 CONFIG = Optimizer(learning_rate=0.1, weight_decay=0.01, b1=0.8, b2=0.9, eps=1e-4)
@@ -91,3 +91,23 @@ def test_bfloat16_parameters_are_updated_in_float32():
     moved, _, _ = apply(kernel, moments, {"kernel": jnp.ones((2, 2))}, jnp.float32(0.01), config, jnp.bool_(True))
     assert moved["kernel"].dtype == jnp.bfloat16
     np.testing.assert_array_equal(moved["kernel"].astype(jnp.float32), jnp.float32(jnp.bfloat16(0.99)))
+
+
+def test_the_average_by_hand():
+    """Decay .5 and parameters 1, 3, then a step that is skipped: the average of 1 and 3 with weights 1/3 and 2/3."""
+    average = {"kernel": jnp.full(2, 100.0)}
+    for update, (value, finite) in enumerate([(1.0, True), (3.0, True), (9.0, False)], 1):
+        params = {"kernel": jnp.full(2, value, jnp.bfloat16)}
+        average = averaged(average, params, 0.5, jnp.int32(update), jnp.bool_(finite))
+        np.testing.assert_allclose(average["kernel"], [1.0, 7 / 3, 7 / 3][update - 1], rtol=1e-6)
+    state = init_state(params, average=True).replace(average=average)
+    assert state.evaluated["kernel"].dtype == jnp.bfloat16 and average["kernel"].dtype == jnp.float32
+    np.testing.assert_array_equal(state.evaluated["kernel"], jnp.bfloat16(7 / 3))
+
+
+def test_the_average_begins_as_a_copy_with_the_parameters_shardings():
+    place = sharding(make_mesh(2, 2, 2), "embed", "heads")
+    kernel = jax.device_put(jnp.ones((4, 6)), place)
+    state = init_state({"kernel": kernel}, average=True)
+    assert state.average["kernel"].sharding == place and not init_state({"kernel": kernel}).average
+    jax.jit(lambda state: state, donate_argnums=0)(state)  # no buffer is donated twice

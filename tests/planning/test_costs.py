@@ -171,6 +171,16 @@ def test_what_is_frozen_has_no_moments_and_no_gradient():
     assert separate["decode"] - some["decode"] == 8 * part
 
 
+def test_an_average_takes_as_much_as_the_parameters_and_is_offloaded_with_the_moments():
+    every, average = estimated(), estimated(**{"optimizer.average": 0.99})
+    assert {name: average[name] - every[name] for name in every} == dict.fromkeys(every, 4 * N)
+    late = {"compute.offload": "late"}
+    offloaded = estimated(**late), estimated(**late, **{"optimizer.average": 0.99})
+    assert {name: offloaded[1][name] - offloaded[0][name] for name in every} == dict.fromkeys(every, 0) | {
+        "update": 4 * N
+    }
+
+
 def test_all_teachers_are_there_or_under_offload_the_one_that_scores():
     large = from_hf(SHAPES["tiny"])
     three = Models({"general": MODEL, "specialised": MODEL, "law": large})

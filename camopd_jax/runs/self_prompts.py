@@ -1,0 +1,184 @@
+"""Prompts that a model writes itself: it continues an open user turn of its own chat template (arXiv 2406.08464).
+
+They are spread as the model's own training data was, so they reach skills that no dataset of prompts at hand covers.
+"""
+
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+
+from camopd_jax.config.schema import Compute, Sampling, Template
+from camopd_jax.data import prompt_set, templates
+from camopd_jax.data.files import RawRow
+from camopd_jax.data.prompt_set import Manifest
+from camopd_jax.data.questions import normalised
+from camopd_jax.data.recipes import Part, request
+from camopd_jax.data.templates import Tokenizer
+from camopd_jax.errors import UserError
+from camopd_jax.inference import loading
+from camopd_jax.inference.answer import Answer, answer
+from camopd_jax.inference.loading import Loaded
+from camopd_jax.method.statistics import repetition
+from camopd_jax.runtime.mesh import check_rows, make_mesh
+
+FILE = "prompts.jsonl"
+NAME = "self"  # of the recipe, and of the source of its rows
+MARK = "MARK0TEXT"  # stands for a user's text in the template
+ATTEMPTS = 8  # texts that are sampled at most, for each prompt that is wanted
+BATCHES = 4  # batches sampled at a time
+REPEATED = 0.3  # largest share of a prompt's 4-grams of tokens that occurred earlier in it
+GRAM = 5  # words of the n-grams by which near-duplicates are recognised
+SHARED = 0.5  # largest share of a prompt's n-grams that earlier prompts have
+# How assistants begin, and users do not: the model has answered instead of asking
+ANSWERS = re.compile(
+    r"(i'?m sorry|i am sorry|i apologi[sz]e|sorry, (but )?i|i can('?t|not)|as an ai|i'?m an ai|i am an ai|sure[,!]|"
+    r"certainly[,!]|of course[,!])",
+    re.IGNORECASE,
+)
+
+
+@dataclass(frozen=True)
+class SelfPrompting:
+    """The settings of a set of such prompts."""
+
+    model: str  # Hugging Face folder or hub name
+    rows: int  # prompts wanted
+    longest: int  # tokens; longer texts are dropped
+    shortest: int  # words; shorter texts are dropped
+    sampling: Sampling
+    system: str | None  # system prompt before the user's turn
+    batch_size: int
+    seed: int
+
+
+def build(settings: SelfPrompting, evaluations: Sequence[tuple[str, str]], out: Path) -> Manifest:
+    """Writes the prompts and manifest.json to a folder.
+
+    Args:
+      evaluations: (source, split) of evaluation questions, which are left out.
+
+    Returns:
+      The manifest, as of a recipe of `data.recipe`.
+
+    Raises:
+      UserError: for a model that cannot be loaded or whose template has no user turn, and if no text is a prompt.
+    """
+    check_rows(make_mesh(), "--batch_size", settings.batch_size)
+    excluded, evaluation_facts = prompt_set.exclude(evaluations)
+    folder = loading.find(settings.model, "--model")
+    turn = open_turn(templates.load_tokenizer(folder), settings.system)
+    compute = Compute()
+    context = len(turn.ids) + settings.longest
+    loaded = loading.load(folder, make_mesh(), compute, dtype=loading.teacher_dtype(compute), context=context)
+    filters = Filters(settings)
+    part = Part(NAME, settings.model, settings.rows, request, split="", window=1)
+    selected = prompt_set.select_prompts(part, filters.rows(_texts(loaded, turn, settings)), excluded, settings.seed)
+    selected.read, selected.dropped = filters.read, selected.dropped + filters.dropped
+    if not selected.prompts:
+        reasons = ", ".join(f"{count} {reason}" for reason, count in selected.dropped.items())
+        raise UserError(
+            f"--model={settings.model}: none of {selected.read} texts that it wrote is a prompt ({reasons}); give a "
+            "model that was trained on users' turns too, or a larger --longest"
+        )
+    origin = {"source": settings.model, "revision": f"weights:{loading.fingerprint(folder)}", "licence": None}
+    parts = [prompt_set.part_facts(part, origin, selected)]
+    facts = {"recipe": NAME, "seed": settings.seed, "sampling": vars(settings.sampling), "system": settings.system}
+    return prompt_set.write(out, {FILE: selected.prompts.values()}, facts, parts, evaluation_facts)
+
+
+# --------------------------------------------------------------------------------------- sampling
+
+
+@dataclass(frozen=True)
+class OpenTurn:
+    """The start of a conversation, up to where the user's text begins, and what ends the text."""
+
+    ids: list[int]
+    end: str  # the template's text after the user's
+    end_id: int | None  # the token that ends the text, if it is a special one
+
+
+def open_turn(tokenizer: Tokenizer, system: str | None) -> OpenTurn:
+    """The open user turn of a chat template.
+
+    Raises:
+      UserError: for a tokenizer without chat template, and for a template in which nothing precedes a user's text.
+    """
+    row = {"messages": [{"role": "user", "content": MARK}]}
+    text = templates.render(tokenizer, row, Template(system=system), open_answer=False)
+    before, mark, after = text.partition(MARK)
+    ids = templates.tokens(tokenizer, before)
+    if not mark or not ids:
+        raise UserError(f"{tokenizer.name_or_path}: its chat template has no beginning of a user's turn to continue")
+    first = templates.tokens(tokenizer, after)[:1]
+    special = [i for i in first if i in tokenizer.all_special_ids]
+    return OpenTurn(ids, after.strip(), special[0] if special else None)
+
+
+def _texts(loaded: Loaded, turn: OpenTurn, settings: SelfPrompting) -> Iterator[tuple[Answer, str]]:
+    """Sampled texts, up to the end of the turn: `ATTEMPTS` for each prompt that is wanted."""
+    ends = loaded.eos_ids if turn.end_id is None else tuple(sorted({*loaded.eos_ids, turn.end_id}))
+    loaded, size = replace(loaded, eos_ids=ends), BATCHES * settings.batch_size
+    for start in range(0, ATTEMPTS * settings.rows, size):
+        answers = answer(
+            loaded,
+            [turn.ids] * size,
+            max_new=settings.longest,
+            batch_size=settings.batch_size,
+            sampling=settings.sampling,
+            seed=settings.seed,
+            rows=range(start, start + size),
+        )
+        for one in answers:
+            yield cut(one, turn)
+
+
+def cut(one: Answer, turn: OpenTurn) -> tuple[Answer, str]:
+    """A text without what follows the end of the turn, if that is in it as plain text."""
+    text, end, _ = one.text.partition(turn.end) if turn.end else (one.text, "", "")
+    return (replace(one, stopped=True) if end else one), text.strip()
+
+
+# -------------------------------------------------------------------------------------- filtering
+
+
+@dataclass
+class Filters:
+    """Leaves out texts that are no good prompts, and counts them by reason."""
+
+    settings: SelfPrompting
+    read: int = 0
+    dropped: Counter[str] = field(default_factory=Counter)
+    grams: set[str] = field(default_factory=set)  # of the prompts so far
+
+    def rows(self, texts: Iterator[tuple[Answer, str]]) -> Iterator[RawRow]:
+        """The rows of the texts that are prompts, with their numbers as places."""
+        for one, text in texts:
+            self.read += 1
+            if reason := self.reason(one, text):
+                self.dropped[reason] += 1
+            else:
+                yield {"messages": [{"role": "user", "content": text}]}, f"text {self.read}"
+
+    def reason(self, one: Answer, text: str) -> str | None:
+        """Why a text is not a prompt; None if it is one, whose n-grams are then remembered."""
+        words = normalised(text).split()
+        if not one.stopped:
+            return "not ended"
+        if len(words) < self.settings.shortest:
+            return "too short"
+        if "\ufffd" in text or any(not c.isprintable() and not c.isspace() for c in text):
+            return "unreadable"
+        if repetition(np.asarray([one.ids]), np.asarray([len(one.ids)])) > REPEATED:
+            return "repetitive"
+        if ANSWERS.match(text):
+            return "an answer"
+        grams = {" ".join(words[i : i + GRAM]) for i in range(len(words) - GRAM + 1)}
+        if grams and len(grams & self.grams) > SHARED * len(grams):
+            return "a near-duplicate"
+        self.grams |= grams
+        return None
