@@ -60,7 +60,7 @@ def test_a_start_between_models_of_different_architectures(config, here, model):
     assert texts(findings, "wrong")[0].startswith(line)
     adapter = changed(config, {"adapter": {"rank": 2}, "start.interpolation": 0.1})
     findings, _ = doctor.examine(adapter, None, here)
-    assert "config.start.interpolation is 0.1, which averages complete weights" in texts(findings, "wrong")[0]
+    assert "config.start.interpolation is 0.1, but the student is trained by an adapter" in texts(findings, "wrong")[0]
     same = changed(config, {"start.interpolation": "auto"})
     assert texts(doctor.examine(same, None, here)[0], "good", "start") == ["auto of the original model"]
 

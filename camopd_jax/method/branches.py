@@ -145,7 +145,7 @@ def load_models(setup: Setup) -> Models:
     configs = {name: loading.model_config(folder, setup.context) for name, folder in folders.items()}
     for model in configs.values():
         check_model(model, setup.mesh, config.compute, setup.dtype)
-    check_start(config, folders, configs)
+    check_start(config, configs, student)
     vocab = min(model.vocab_size for model in configs.values())
     vocab = vocab if shared.size is None else min(vocab, shared.size)
 

@@ -108,17 +108,18 @@ def check_model(config: ModelConfig, mesh: Mesh, compute: Compute, dtype: str) -
         fused.check(config, mesh, dtype)
 
 
-def check_start(config: TrainConfig, folders: Mapping[str, Path], shapes: Mapping[str, ModelConfig]) -> None:
-    """Raises UserError if the student starts between two models that cannot be averaged.
+def check_start(config: TrainConfig, shapes: Mapping[str, ModelConfig], student: Path) -> None:
+    """Raises UserError if the student starts between two models whose architectures differ, or has an adapter.
 
     Args:
-      folders, shapes: of the models, by their names in branches.
+      shapes: of the models, by their names in branches.
+      student: folder of the specialised model.
     """
     if config.start.interpolation != 0:
-        if config.adapter is not None or any(is_adapter(folders[name]) for name in ("general", "specialised")):
+        if config.adapter is not None or is_adapter(student):
             raise UserError(
-                f"config.start.interpolation is {config.start.interpolation!r}, which averages complete weights, but a "
-                "model has an adapter; give 0, or merge the adapter into its base model first"
+                f"config.start.interpolation is {config.start.interpolation!r}, but the student is trained by an "
+                "adapter, beside which the base weights are frozen; give 0"
             )
         check_architectures(shapes["general"], shapes["specialised"], config.general_model)
 

@@ -144,8 +144,8 @@ class Examination:
             self.odd(about, warning)
 
     def start(self, about: str) -> None:
-        folders = {name: model.folder for name, model in self.models.items()}
-        check_start(self.config, folders, {name: model.config for name, model in self.models.items()})
+        shapes = {name: model.config for name, model in self.models.items()}
+        check_start(self.config, shapes, self.models["specialised"].folder)
         if weight := self.config.start.interpolation:
             self.good(about, f"{weight if weight == 'auto' else f'{weight:g}'} of the original model")
 

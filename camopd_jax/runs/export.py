@@ -195,14 +195,17 @@ def restore_model(
 
 def _initial_student(config: Config, workdir: epath.Path, frozen_dtype: str | None) -> Loaded:
     """The student before the first step of a run. Only its frozen parameters matter: the others are in checkpoints."""
-    mesh, field = mesh_of(config.mesh), "specialised_model" if isinstance(config, TrainConfig) else "model"
-    folder = loading.find(getattr(config, field), f"config.{field}")
-    student = loading.load_trained(folder, mesh, config, context=1, frozen_dtype=frozen_dtype)
-    if not isinstance(config, TrainConfig) or config.start.interpolation == 0:
-        return student
+    mesh = mesh_of(config.mesh)
+
+    def load(name: str, field: str) -> Loaded:
+        folder = loading.find(name, field)
+        return loading.load_trained(folder, mesh, config, context=1, frozen_dtype=frozen_dtype)
+
+    if not isinstance(config, TrainConfig):
+        return load(config.model, "config.model")
+    student = load(config.specialised_model, "config.specialised_model")
     trained = jax.tree.leaves(partition.trained(student.params, config.optimizer.trained))
-    if len(trained) == len(jax.tree.leaves(student.params)):
+    if config.start.interpolation == 0 or len(trained) == len(jax.tree.leaves(student.params)):
         return student
-    folder = loading.find(config.general_model, "config.general_model")
-    general = loading.load(folder, mesh, config.compute, dtype=config.compute.params, context=1)
+    general = load(config.general_model, "config.general_model")
     return student.with_params(interpolated(general.params, student.params, chosen_weight(config, workdir)))
