@@ -58,7 +58,13 @@ def model(tmp_path):
     return shutil.copytree(QUICKSTART / "specialist", tmp_path / "model")
 
 
-@pytest.mark.parametrize(("name", "spoil"), zip(FLAGS, [*BROKEN] * 3, strict=True))
+@pytest.mark.parametrize(
+    ("name", "spoil"),
+    [
+        pytest.param(*pair, marks=[pytest.mark.slow] if pair[0] == "lm_eval" else [])  # which imports torch
+        for pair in zip(FLAGS, [*BROKEN] * 3, strict=True)
+    ],
+)
 def test_every_command_names_the_field_of_config_json(name, spoil, model, command, tmp_path):
     spoil(model / "config.json")
     (tmp_path / "sft.py").write_text(SFT.replace("MODEL", str(model)))

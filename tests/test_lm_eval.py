@@ -182,6 +182,7 @@ def test_the_command_runs_a_local_task(command, tmp_path):
     assert [row["filtered_resps"][0] for row in read_lines(samples)] == ["dcba", "acb", "badc"]
 
 
+@pytest.mark.slow
 def test_a_missing_folder_is_one_line(command):
     ended = command("lm_eval", "--model", "camopd_jax", "--model_args", "path=/no/such", "--tasks", "arc_easy")
     assert ended.code == 2 and "--model_args path: no folder /no/such" in ended.err.splitlines()[-1]

@@ -112,10 +112,12 @@ def last_line(process, seconds=10):
 # ------------------------------------------------------------------------------ a whole run
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(two, one):
     same_run(two[0], one)
 
 
+@pytest.mark.slow
 def test_only_process_0_writes_and_prints(two):
     workdir, (leader, other) = two
     assert {p.name for p in workdir.iterdir()} == {
@@ -138,6 +140,7 @@ def test_only_process_0_writes_and_prints(two):
         assert words in leader.out and words not in other.out
 
 
+@pytest.mark.slow
 def test_a_checkpoint_of_two_processes_is_read_by_one(two, command, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(two[0], workdir, ignore=shutil.ignore_patterns("export"))

@@ -42,6 +42,7 @@ def same(ours, theirs):
         np.testing.assert_array_equal(tensor, theirs[name], err_msg=name)
 
 
+@pytest.mark.slow
 def test_frozen_parameters_stay_at_the_start_through_resume_and_export(command, tmp_path):
     workdir = tmp_path / "run"
     flags = [*SMALL, "--config.start.interpolation=0.2", FROZEN, "--config.steps=3", "--config.checkpoints.every=2"]

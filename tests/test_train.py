@@ -103,6 +103,7 @@ def test_diagnostics_do_not_change_the_run_and_resume_after_a_kill(whole, comman
     assert list(rows[1]["layers"]) == ["embedding", "final_norm", "layer 0", "layer 1", "layer 2"]
 
 
+@pytest.mark.slow
 def test_analyze_a_run(whole, command, tmp_path):
     out = tmp_path / "x.jsonl"
     ended = command("analyze", f"--checkpoint={whole[0]}", "--source_field=skill", f"--out={out}", *SMALL,
@@ -151,7 +152,7 @@ def test_the_export_gives_the_same_answers_in_transformers(whole, command, tmp_p
         assert row["finish_reason"] == ("stop" if row["response_ids"][-1] == tokenizer.eos_token_id else "length")
 
 
-@pytest.mark.parametrize("moment", ["between", "while saving"])
+@pytest.mark.parametrize("moment", [pytest.param("between", marks=pytest.mark.slow), "while saving"])
 def test_killed_and_started_again_gives_the_same_bits(whole, command, tmp_path, moment):
     workdir = tmp_path / "run"
     seen = {
@@ -267,7 +268,7 @@ def test_a_truncated_checkpoint_is_one_line(command, spoilt_run, tmp_path, part)
 
 
 @pytest.mark.parametrize("item", ["provenance", "positions", "digests"])
-@pytest.mark.parametrize("content", ["{}", "[]"])
+@pytest.mark.parametrize("content", ["{}", pytest.param("[]", marks=pytest.mark.slow)])
 def test_a_damaged_small_file_of_a_checkpoint(command, spoilt_run, tmp_path, item, content):
     run, checkpoint = spoilt_run
     (checkpoint / item / "metadata").write_text(content)

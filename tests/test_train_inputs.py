@@ -21,6 +21,7 @@ def with_a_third_branch(folder, **law):
     return [f"--config={file}", *SMALL[1:]]
 
 
+@pytest.mark.slow
 def test_three_branches_with_two_specialists(command, tmp_path):
     """A run with a third branch and teacher is killed and resumed with equal results; the report has all branches."""
     specialist = tmp_path / "lawyer"
@@ -51,6 +52,7 @@ def test_three_branches_with_two_specialists(command, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_frozen_parameters_are_not_in_checkpoints_and_do_not_change(command, tmp_path):
     """Only feed-forward blocks are trained, resumed and changed in the export; other tensors are unchanged."""
     workdir, flags = tmp_path / "run", [*SMALL, "--config.optimizer.trained=layers[.]mlp[.]"]

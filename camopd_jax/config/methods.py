@@ -144,7 +144,7 @@ _BLOCKS = {"method": Method, "start": Start, "warm_up": WarmUp}  # that make a m
 
 def method_of(config: dict[str, Any]) -> str | None:
     """The name of the method in `METHODS` that a run's resolved config describes; None if there is none."""
-    if "branches" not in config:
+    if "branches" not in config or "method" not in config:
         return None  # a config of an earlier version
     # A field or block that an earlier version did not have has its default
     branches = {name: asdict(BranchConfig()) | branch for name, branch in config["branches"].items()}

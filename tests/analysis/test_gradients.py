@@ -134,6 +134,7 @@ def test_the_micro_batch_changes_nothing(tiny, batch):
     jax.tree.map(partial(np.testing.assert_allclose, rtol=2e-4, atol=1e-5), ours, theirs)
 
 
+@pytest.mark.slow
 def test_projections_approximate_the_gradients(tiny, batch):
     """With the gradients of the batch: the error depends on the width, and the answers' norms are exact."""
     whole = measured(tiny, two_batches(batch))

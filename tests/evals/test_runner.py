@@ -271,6 +271,7 @@ def test_a_checkpoint_is_compared_with_stored_teacher_results(teachers, few, com
     }
 
 
+@pytest.mark.slow
 def test_evaluating_a_run_equals_the_runs_own_evaluation(few, command, tmp_path):
     run = tmp_path / "run"
     flags = [*few, "--config.log.report=false", "--config.steps=2", "--config.checkpoints.every=1"]
@@ -397,6 +398,7 @@ def test_teachers_answer_once_and_students_at_each_evaluation(measured):
     assert {f[-6:] for f in folders if not f.endswith("-float32")} <= {"000002", "000004", "000006"}
 
 
+@pytest.mark.slow
 def test_patience_ends_a_run(measured, command, tmp_path):
     """With a learning rate of 0 nothing improves, so the second evaluation is the last."""
     workdir, flags, _ = measured

@@ -74,7 +74,7 @@ def direct(student, teacher, batch, k):
     return np.mean(values, axis=0)
 
 
-@pytest.mark.parametrize("compute", [Compute(), Compute(logits_chunk=8)])
+@pytest.mark.parametrize("compute", [Compute(), pytest.param(Compute(logits_chunk=8), marks=pytest.mark.slow)])
 def test_a_run_measures_its_trained_tokens_and_nothing_else_changes(compute):
     student, general, state, records = run(dataclasses.replace(CONFIG, compute=compute))
     first = records[0].metrics
@@ -87,6 +87,7 @@ def test_a_run_measures_its_trained_tokens_and_nothing_else_changes(compute):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), state.params, plain.params)
 
 
+@pytest.mark.slow
 def test_a_mixed_run_measures_each_branch():
     """With all words and every answer, the advantage is minus the reverse KL, which is the loss over the scale 2."""
     every = {"selection": SelectionConfig(mass=1.0), "steps": 1}

@@ -140,6 +140,7 @@ def test_each_branch_has_its_own_stream_and_teacher(tiny):
     assert set(first.seconds) == {"rollout", "score", "select", "update", "other"}
 
 
+@pytest.mark.slow
 def test_three_branches_alternate_in_the_order_of_the_config(tiny):
     """Two domains, each with its own specialist: separate streams, teachers, updates and moments."""
     law = BranchConfig(Stream("l"), "models/law", selection=SelectionConfig("positive_gap"), steps=2)
@@ -247,7 +248,9 @@ def test_log_probs_from_sampling_equal_a_forward_pass(tiny):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), other.params, states[0].params)
 
 
-@pytest.mark.parametrize("schedule, shrinks", [("alternate", True), ("mixed", False)])
+@pytest.mark.parametrize(
+    "schedule, shrinks", [("alternate", True), pytest.param("mixed", False, marks=pytest.mark.slow)]
+)
 def test_remat_rollout_gives_the_same_gradient(tiny, schedule, shrinks):
     """And the residual stream is freed before the next step."""
     rollout = dataclasses.replace(ROLLOUT, shrinks=shrinks)
@@ -497,8 +500,8 @@ def test_moments_are_fetched_before_or_after_the_gradient(tiny, when, order, mon
     "name, compute",
     [
         ("reverse_kl", Compute(offload="late")),
-        ("jsd(beta=0.1)", Compute(logits_chunk=8)),
-        ("binned_top_k(k=5)", Compute(offload="late", logits_chunk=8)),
+        pytest.param("jsd(beta=0.1)", Compute(logits_chunk=8), marks=pytest.mark.slow),
+        pytest.param("binned_top_k(k=5)", Compute(offload="late", logits_chunk=8), marks=pytest.mark.slow),
     ],
 )
 def test_objectives_over_many_words_with_offloading_and_chunks(tiny, name, compute):

@@ -35,6 +35,7 @@ USUAL = [(1, 4, 2), (2, 2, 2)]
 
 def run(config, mesh):
     """(state, records) of a run on a mesh."""
+    config = dataclasses.replace(config, mesh=MeshConfig(*mesh.devices.shape))
     model, places = Model(MODEL, mesh=mesh), shardings(MODEL, mesh)
     specialised, general = (jax.device_put(Model(MODEL).init(jax.random.key(seed)), places) for seed in (0, 1))
     teachers = {"recovery": general, "review": specialised}

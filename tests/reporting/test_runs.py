@@ -19,8 +19,8 @@ def only_run(folder):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_method_is_recognised_by_its_config(method):
-    assert method_of(to_json(config(method))) == method
-    assert method_of(to_json(config(method, **{"method.advantage_clip": 3.0}))) is None
+    assert method_of(to_json(config(method, steps=24))) == method
+    assert method_of(to_json(config(method, steps=24, **{"method.advantage_clip": 3.0}))) is None
 
 
 @pytest.mark.parametrize("change", [{"branches": None}, {"method": None}, {"branches": {"a": {}}}])

@@ -96,7 +96,7 @@ def loops(module):
                 yield from inside(part)
 
     whiles = (i for i in module.instructions() if i.opcode == "while")
-    return {i.name: list(inside(i.attribute(r"body=%?([\w.\-]+)"))) for i in whiles}
+    return {i.name: list(inside(i.attribute("body"))) for i in whiles}
 
 
 @pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 4, 2), (1, 2, 4), (8, 1, 1)])
