@@ -22,7 +22,7 @@ from absl import app, flags
 from camopd_jax.config.schema import Compute, Evaluation, MeshConfig, Optimizer, RolloutConfig, TrainConfig
 from camopd_jax.models.config import from_hf
 from camopd_jax.planning import topology
-from camopd_jax.planning.arrays import Models, plan
+from camopd_jax.planning.arrays import ModelShapes, plan
 from camopd_jax.planning.compiling import Report, compile_program
 from camopd_jax.planning.costs import PASSES, forward_flops
 from camopd_jax.planning.programs import programs
@@ -82,7 +82,7 @@ def compiled(point: Point) -> Iterator[tuple[str, Report, float, float]]:
         mesh=MeshConfig(1, point.chips, 1), compute=Compute(remat="block"),
     )  # fmt: skip
     where = topology.describe(f"v5e:{SLICES[point.chips]}")
-    made = plan(config, Models({"general": shape, "specialised": shape}, (2,)), where.devices)
+    made = plan(config, ModelShapes({"general": shape, "specialised": shape}, (2,)), where.devices)
     forward = forward_flops(shape, 1, 0, point.slots, answer) / point.slots
     turn = forward_flops(shape, 1, point.slots - 1, point.slots, 1)
     flops = {"scoring": forward, "gradient": PASSES["block"] * forward, "decoding": turn}

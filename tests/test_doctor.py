@@ -22,7 +22,7 @@ from camopd_jax.models import hf
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.planning import doctor, topology
-from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.arrays import ModelShapes
 from camopd_jax.planning.costs import memory_estimate
 from camopd_jax.planning.memory import check_memory, device_memory
 from camopd_jax.runs.workdir import claim_workdir
@@ -174,7 +174,7 @@ def test_a_mesh_and_memory_that_do_not_fit(config, here):
 def test_what_certainly_does_not_fit_is_refused_and_what_may_fit_is_not(config):
     """Weights, gradient and moments are counted exactly; a stage with activations may take half of its estimate."""
     setup = resolve(changed(config, {"rollout.max_response_tokens": 4096}))
-    models = Models({name: loading.model_config(QUICKSTART / "specialist") for name in ("general", "specialised")})
+    models = ModelShapes({name: loading.model_config(QUICKSTART / "specialist") for name in ("general", "specialised")})
     estimate = memory_estimate(setup, models)
     stage, most = max(estimate.items(), key=lambda item: item[1])
     check_memory(setup, models, most / 2)
@@ -194,7 +194,7 @@ def test_the_minimum_memory_is_the_sum_of_its_parts(config, here):
 
     def least(**changes):
         setup = resolve(changed(config, {"mesh.data": 1} | changes), jax.devices()[:1])
-        return memory_estimate(setup, Models({"general": model, "specialised": model}))["update"]
+        return memory_estimate(setup, ModelShapes({"general": model, "specialised": model}))["update"]
 
     bfloat16 = {"compute.matmul": "bfloat16"}
     assert least() == n * (4 + 4 + 8 + 4 + 4)

@@ -106,12 +106,12 @@ def _stop(tokenizer: Tokenizer, closing: str) -> tuple[int, int] | None:
 
 def _tokens_after(tokenizer: Tokenizer, prompt: list[int], opened: str, text: str) -> list[int]:
     """The tokens of a text after a prompt: tokenised with it, or alone if a token would belong to both."""
-    whole = templates.tokens(tokenizer, opened + text)
-    if whole[: len(prompt)] == prompt:
-        return whole[len(prompt) :]
+    complete = templates.tokens(tokenizer, opened + text)
+    if complete[: len(prompt)] == prompt:
+        return complete[len(prompt) :]
     apart = templates.tokens(tokenizer, text)
     as_text = partial(tokenizer.decode, clean_up_tokenization_spaces=False)
-    if as_text([*prompt, *apart]) != as_text(whole):
+    if as_text([*prompt, *apart]) != as_text(complete):
         raise Unlearnable("the answer's first token cannot be separated from the prompt")
     return apart
 

@@ -199,13 +199,13 @@ def with_new_adapter(base: Loaded, adapter: Adapter, base_name: str, seed: int, 
     config = base.model.config
     settings = new_settings(adapter, config, base_name, hub_revision(base.folder))
     model = dataclasses.replace(base.model, config=settings.model_config(config))
-    places = adapters.all_leaves(shardings(model.config, base.mesh))
+    of_leaves = adapters.all_leaves(shardings(model.config, base.mesh))
 
     def leaves(seed: jax.Array) -> Params:
         new = adapters.init(model.config, jax.random.key(seed), adapter.alpha / adapter.rank)
         return adapters.attach(new, jax.tree.map(lambda p: p.astype(dtype), adapters.matrices(new)))
 
-    new = jax.jit(leaves, out_shardings=places)(np.int32(seed))
+    new = jax.jit(leaves, out_shardings=of_leaves)(np.int32(seed))
     return dataclasses.replace(base, model=model, params=adapters.attach(base.params, new), adapter=settings)
 
 

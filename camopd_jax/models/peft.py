@@ -117,13 +117,13 @@ def load_saved(folder: Path, settings: AdapterSettings, base: ModelConfig, mesh:
 
 def place(leaves: Leaves, config: ModelConfig, mesh: Mesh) -> Params:
     """Puts arrays that every process has onto the mesh, as a tree."""
-    places = shardings(config, mesh)
+    of_leaves = shardings(config, mesh)
 
     def piece(array: np.ndarray, index: Any) -> np.ndarray:
         return array[index]
 
     return tree_of({
-        path: jax.make_array_from_callback(array.shape, leaf_of(places, path), partial(piece, array))
+        path: jax.make_array_from_callback(array.shape, leaf_of(of_leaves, path), partial(piece, array))
         for path, array in leaves.items()
     })  # fmt: skip
 

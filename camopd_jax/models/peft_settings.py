@@ -259,8 +259,8 @@ def _is_target(fields: Mapping[str, Any], module: str) -> bool:
     if module in targets or layers is None or layers == []:
         return True
     patterns = [patterns] if isinstance(patterns, str) and patterns else patterns or [r"[^.]*"]
-    found = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
-    number = next((int(match[1]) for match in found if match), None)
+    matches = (re.match(rf"(?:^|.*?\.){pattern}\.(\d+)\.", module) for pattern in patterns)
+    number = next((int(match[1]) for match in matches if match), None)
     return number is not None and number in (layers if isinstance(layers, list) else [layers])
 
 

@@ -28,13 +28,12 @@ FILES = ("config.json", CONFIG)  # all that is read of a checkpoint
 
 
 @dataclass(frozen=True)
-class Models:
+class ModelShapes:
     """The checkpoints of a run, of which only config.json is known."""
 
     shapes: dict[str, ModelConfig]  # "general", "specialised" and further teachers, as branches name them
     eos_ids: tuple[int, ...] = ()
     bases: dict[str, str] = field(default_factory=dict)  # of each adapter, the other model whose arrays it shares
-
     trained: ModelConfig | None = None  # the student, where the config gives it a new adapter
 
     @property
@@ -49,7 +48,7 @@ class Models:
 
 def make_models(
     config: TrainConfig, shapes: dict[str, ModelConfig], folders: dict[str, Path], eos_ids: tuple[int, ...] = ()
-) -> Models:
+) -> ModelShapes:
     """The models of a config.
 
     Args:
@@ -58,10 +57,10 @@ def make_models(
     new = None
     if config.adapter is not None:
         new = new_settings(config.adapter, shapes["specialised"], "").model_config(shapes["specialised"])
-    return Models(shapes, eos_ids, shared_bases(folders), new)
+    return ModelShapes(shapes, eos_ids, shared_bases(folders), new)
 
 
-def read_folders(config: TrainConfig, folders: dict[str, Path], context: int) -> Models:
+def read_folders(config: TrainConfig, folders: dict[str, Path], context: int) -> ModelShapes:
     """The models of a config, from their folders."""
     return make_models(config, {name: model_shape(folder, context) for name, folder in folders.items()}, folders)
 
@@ -97,7 +96,7 @@ class Plan:
         return self.teachers[self.setup.config.branches[branch].teacher]
 
 
-def plan(config: TrainConfig, models: Models, devices: Any) -> Plan:
+def plan(config: TrainConfig, models: ModelShapes, devices: Any) -> Plan:
     """The run on these devices.
 
     Raises:
@@ -136,8 +135,8 @@ def without_shared(tree: Params, *others: Params) -> Params:
 def abstract_params(model: Model, mesh: Mesh, dtype: str) -> Params:
     """A model's parameters with their shardings on a mesh."""
     shapes = jax.eval_shape(model.on(None).init, jax.random.key(0))
-    places = shardings(model.config, mesh)
-    return jax.tree.map(lambda s, place: jax.ShapeDtypeStruct(s.shape, dtype, sharding=place), shapes, places)
+    of_leaves = shardings(model.config, mesh)
+    return jax.tree.map(lambda s, leaf: jax.ShapeDtypeStruct(s.shape, dtype, sharding=leaf), shapes, of_leaves)
 
 
 def rows(mesh: Mesh, shapes: Any) -> Any:

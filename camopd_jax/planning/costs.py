@@ -20,7 +20,7 @@ from camopd_jax.method.setup import Setup
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.partition import trained
 from camopd_jax.models.weights import table, tree_of
-from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.arrays import ModelShapes
 from camopd_jax.planning.topology import Chip
 from camopd_jax.rollout.generate import refill_size, rings
 from camopd_jax.rollout.head import tokens_at_once
@@ -148,7 +148,7 @@ class Share:
         return Work(flops, flops, calls * self.multiplied + read, received)
 
 
-def step_work(setup: Setup, models: Models, answer: int) -> dict[str, Work]:
+def step_work(setup: Setup, models: ModelShapes, answer: int) -> dict[str, Work]:
     """The stages of a step, the mean over the cycle of the branches, where every prompt has its cap's length and every
     answer `answer` tokens. The move of the weights to the rollout's mesh is left out: it takes a small part of a step.
     """
@@ -162,18 +162,18 @@ def step_work(setup: Setup, models: Models, answer: int) -> dict[str, Work]:
     return total | {"update": Work(0, 0, read, 0)}
 
 
-def step_seconds(setup: Setup, models: Models, answer: int, chip: Chip) -> float:
+def step_seconds(setup: Setup, models: ModelShapes, answer: int, chip: Chip) -> float:
     """Of a step at the chips' limits."""
     return sum(work.seconds(chip, setup.mesh.size) for work in step_work(setup, models, answer).values())
 
 
-def _trained_bytes(setup: Setup, models: Models) -> float:
+def _trained_bytes(setup: Setup, models: ModelShapes) -> float:
     """Of the trained parameters, in float32, on one chip."""
     split = setup.mesh.shape["fsdp"] * setup.mesh.shape["tensor"]
     return 4 * weights(models.student, setup.config.optimizer.trained) / split
 
 
-def _branch_work(setup: Setup, models: Models, branch: str, answer: int) -> dict[str, Work]:
+def _branch_work(setup: Setup, models: ModelShapes, branch: str, answer: int) -> dict[str, Work]:
     """Weights that are split over fsdp are gathered in every call: at every turn of decoding, for every micro-batch."""
     config, prompt, rows = setup.config, setup.config.rollout.max_prompt_tokens, setup.rows[branch]
     student, teacher, length = models.student, models.shapes[config.branches[branch].teacher], prompt + answer
@@ -209,7 +209,7 @@ def _branch_work(setup: Setup, models: Models, branch: str, answer: int) -> dict
 # ------------------------------------------------------------------------------------------ memory
 
 
-def memory_estimate(setup: Setup, models: Models) -> dict[str, float]:
+def memory_estimate(setup: Setup, models: ModelShapes) -> dict[str, float]:
     """Bytes on one chip while each of the largest programs runs, from sizes alone.
 
     Good for leaving out what cannot fit; the compiler has the last word. Weights, caches, gradients and moments are

@@ -10,7 +10,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
 from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.method.setup import Setup, resolve
-from camopd_jax.planning.arrays import FILES, Models, read_folders
+from camopd_jax.planning.arrays import FILES, ModelShapes, read_folders
 from camopd_jax.planning.costs import memory_estimate
 
 GIB = 2**30
@@ -29,7 +29,7 @@ def check_run(config: TrainConfig) -> None:
     check_memory(setup, read_folders(config, folders, setup.context), device_memory())
 
 
-def check_memory(setup: Setup, models: Models, limit: float) -> None:
+def check_memory(setup: Setup, models: ModelShapes, limit: float) -> None:
     """Checks the largest programs of a run.
 
     Args:

@@ -18,7 +18,7 @@ from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import costs, search
-from camopd_jax.planning.arrays import FILES, Models, Plan, chip_bytes, make_models, model_shape, plan
+from camopd_jax.planning.arrays import FILES, ModelShapes, Plan, chip_bytes, make_models, model_shape, plan
 from camopd_jax.planning.compiling import Peak, Report, compile_program, peak
 from camopd_jax.planning.programs import Program, programs, residents
 from camopd_jax.planning.search import Candidate
@@ -34,14 +34,14 @@ class Request:
     """What a plan is made of."""
 
     config: TrainConfig
-    models: Models
+    models: ModelShapes
     topology: Topology
     answer: int  # length of answers for the seconds, in tokens
     wanted: tuple[str, ...]  # beginnings of programs' names
     console: Console
 
 
-def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> Models:
+def read_models(config: TrainConfig, general: str | None, specialised: str | None) -> ModelShapes:
     """The models' shapes; files, folders or names of shapes replace the two that every config names."""
     instead = {"general": general, "specialised": specialised}
     context = config.rollout.max_prompt_tokens + config.rollout.max_response_tokens

@@ -10,7 +10,7 @@ from typing import Any
 from camopd_jax.config.schema import MeshConfig, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.method.setup import Setup, check_model, resolve
-from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.arrays import ModelShapes
 from camopd_jax.planning.compiling import Peak
 from camopd_jax.planning.costs import memory_estimate, step_seconds
 from camopd_jax.planning.topology import Topology
@@ -51,7 +51,7 @@ def changed(config: Any, changes: Changes) -> Any:
     return config
 
 
-def candidates(config: TrainConfig, models: Models, topology: Topology, answer: int) -> list[Candidate]:
+def candidates(config: TrainConfig, models: ModelShapes, topology: Topology, answer: int) -> list[Candidate]:
     """Every valid choice: first those that by the estimate fit, the quickest first, then the others by their memory.
 
     Those that move arrays to host memory, if the config does not, come after all others that fit.
@@ -93,7 +93,7 @@ def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def _setup(config: TrainConfig, models: Models, topology: Topology, sizes: tuple[int, ...]) -> Setup | None:
+def _setup(config: TrainConfig, models: ModelShapes, topology: Topology, sizes: tuple[int, ...]) -> Setup | None:
     """The run on meshes of such sizes (`ALWAYS`), with the smallest micro-batch; None if the run refuses them."""
     *mesh, answering = sizes
     shards = mesh[0] * mesh[1]

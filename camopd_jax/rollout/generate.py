@@ -101,10 +101,10 @@ def _keeps_leaves(model: LanguageModel, stacks: Params) -> bool:
 def _views(model: LanguageModel, stacks: Params, count: int) -> tuple[Params, ...]:
     """Views of each layer of stacked arrays. If a stacked array is donated while views of it exist, JAX copies it."""
     shardings = model.decoding_shardings
-    places = jax.tree.leaves(stacks)[0].device if shardings is None else shardings["layers"]
+    targets = jax.tree.leaves(stacks)[0].device if shardings is None else shardings["layers"]
     arrays = jax.tree.map(np.asarray, stacks)
     layers = tuple(jax.tree.map(lambda array, i=i: array[i], arrays) for i in range(count))
-    return jax.device_put(layers, places, may_alias=True)
+    return jax.device_put(layers, targets, may_alias=True)
 
 
 @functools.cache
@@ -114,12 +114,12 @@ def moves(model: LanguageModel, names: tuple[str, ...]) -> dict[str, Any]:
     They use `out_shardings`, because JAX ignores a sharding constraint inside a function on a mesh other than the
     arguments'.
     """
-    places = model.decoding_shardings or dict.fromkeys(names)
+    targets = model.decoding_shardings or dict.fromkeys(names)
 
     def alone(name: str) -> Any:
-        return jax.jit(lambda array: model.others_for_decoding({name: array})[name], out_shardings=places[name])
+        return jax.jit(lambda array: model.others_for_decoding({name: array})[name], out_shardings=targets[name])
 
-    layer = places["layers"] and places["layers"][0]
+    layer = targets["layers"] and targets["layers"][0]
     others = {name: alone(name) for name in names if name != "layers"}
     return others | {"layers": jax.jit(model.layer_for_decoding, out_shardings=layer)}
 

@@ -12,14 +12,14 @@ from camopd_jax.method.setup import resolve
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import costs
-from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.arrays import ModelShapes
 from camopd_jax.planning.costs import Work, step_work
 from camopd_jax.planning.search import changed
 from camopd_jax.planning.topology import CHIPS
 
 MODEL = from_hf(dict(model_type="llama", vocab_size=11, hidden_size=40, intermediate_size=60, num_hidden_layers=2,
                      num_attention_heads=10, num_key_value_heads=5, head_dim=2, tie_word_embeddings=False))  # fmt: skip
-MODELS = Models({"general": MODEL, "specialised": MODEL})
+MODELS = ModelShapes({"general": MODEL, "specialised": MODEL})
 CONFIG = TrainConfig(
     "g",
     "s",
@@ -120,7 +120,7 @@ def test_the_stages_of_a_step():
 
 def test_each_teacher_scores_with_its_own_shape_and_frozen_parameters_cost_no_gradient():
     small = from_hf(SHAPES["tiny"])
-    work = work_of(models=Models({"general": small, "specialised": MODEL}))
+    work = work_of(models=ModelShapes({"general": small, "specialised": MODEL}))
     assert work["score teacher"].flops == costs.forward_flops(small, 10, 0, 5, 2)
     part = costs.weights(MODEL, "mlp") / N
     frozen = work_of(**{"optimizer.trained": "mlp"})
@@ -183,7 +183,7 @@ def test_an_average_takes_as_much_as_the_parameters_and_is_offloaded_with_the_mo
 
 def test_all_teachers_are_there_or_under_offload_the_one_that_scores():
     large = from_hf(SHAPES["tiny"])
-    three = Models({"general": MODEL, "specialised": MODEL, "law": large})
+    three = ModelShapes({"general": MODEL, "specialised": MODEL, "law": large})
     kept, offloaded = estimated(models=three), estimated(models=three, **{"compute.offload": "late"})
     ahead = estimated(models=three, **{"compute.offload": "ahead"})
     teachers = 2 * (2 * N + costs.weights(large))
@@ -204,7 +204,7 @@ def test_a_mixed_step_learns_from_all_branches():
 
 def test_an_alternating_step_is_the_mean_of_its_branches():
     small, chip = from_hf(SHAPES["tiny"]), CHIPS["v5e"]
-    models = Models({"general": small, "specialised": MODEL})
+    models = ModelShapes({"general": small, "specialised": MODEL})
     work = step_work(setup(), models, 2)
     flops = [costs.forward_flops(model, 10, 0, 5, 2) for model in (small, MODEL)]
     assert work["score teacher"].flops == pytest.approx(0.75 * flops[0] + 0.25 * flops[1])

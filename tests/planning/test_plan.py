@@ -28,7 +28,7 @@ from camopd_jax.method import programs as method
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import hlo, topology
-from camopd_jax.planning.arrays import Models, abstract_params, chip_bytes, plan
+from camopd_jax.planning.arrays import ModelShapes, abstract_params, chip_bytes, plan
 from camopd_jax.planning.compiling import compile_program, peak, refusal
 from camopd_jax.planning.hlo import Module
 from camopd_jax.planning.programs import programs, residents
@@ -44,7 +44,7 @@ LAYERS, VOCAB = 3, 1536
 FIELDS = dict(model_type="llama", vocab_size=VOCAB, hidden_size=128, intermediate_size=256, num_hidden_layers=LAYERS,
               num_attention_heads=4, num_key_value_heads=2, head_dim=128, tie_word_embeddings=False)  # fmt: skip
 MODEL, DEEPER = from_hf(FIELDS), from_hf(FIELDS | {"num_hidden_layers": 5, "vocab_size": VOCAB + 128})
-MODELS = Models({"general": MODEL, "specialised": MODEL}, (2,))
+MODELS = ModelShapes({"general": MODEL, "specialised": MODEL}, (2,))
 CONFIG = TrainConfig(
     "g",
     "s",
@@ -201,7 +201,7 @@ def test_a_residual_stream_lies_there_from_the_answers_to_the_gradient(schedule,
 
 @pytest.mark.parametrize("when", ["ahead", "late"])
 def test_what_waits_in_host_memory_is_there_for_its_stage_alone(when):
-    made = planned(Models({"general": DEEPER, "specialised": MODEL}), **BFLOAT16, **{"compute.offload": when})
+    made = planned(ModelShapes({"general": DEEPER, "specialised": MODEL}), **BFLOAT16, **{"compute.offload": when})
     several = programs(made)
     resident = residents(made, several)
     assert sum(resident.values()) == resident["parameters"] + resident["answers"] > 0
@@ -230,7 +230,7 @@ def test_a_step_on_shapes_is_the_runs_own(tmp_path):
         "mesh": MeshConfig(1, 8, 1), "optimizer.micro_batch": 8, "rollout.mesh.tensor": 2, "rollout.concurrency": 0,
         "rollout.max_prompt_tokens": 8, "rollout.max_response_tokens": 6,
     })  # fmt: skip
-    made = plan(config, Models(MODELS.shapes), jax.devices())
+    made = plan(config, ModelShapes(MODELS.shapes), jax.devices())
     decode = by_name(made)["decode"]
     model, weights, state, _ = decode.args
     params = jax.jit(made.student.init, out_shardings=jax.tree.map(lambda s: s.sharding, made.params))(
@@ -289,8 +289,8 @@ def test_a_mixed_step_whose_teachers_answer():
     branches = {name: dataclasses.replace(of, objective="cross_entropy") for name, of in CONFIG.branches.items()}
     other = from_hf(FIELDS | {"num_hidden_layers": 2, "num_key_value_heads": 4, "vocab_size": VOCAB + 128})
     made = planned(
-        Models({"general": other, "specialised": other}), mesh=MeshConfig(1, 2, 4), rollout=short, branches=branches,
-        method=Method(schedule="mixed", answers="teacher"), evaluation=Evaluation(batch_size=8),
+        ModelShapes({"general": other, "specialised": other}), mesh=MeshConfig(1, 2, 4), rollout=short,
+        branches=branches, method=Method(schedule="mixed", answers="teacher"), evaluation=Evaluation(batch_size=8),
     )  # fmt: skip
     of = by_name(made)
     assert "refill" not in of and made.setup.rows == {"recovery": 6, "review": 2}
@@ -326,7 +326,7 @@ THREE = {
 
 def test_three_branches_with_three_teachers_and_whole_distributions(capsys):
     """Nothing in the plan knows of it: teachers' hidden states and heads are in the shapes."""
-    models = Models({"general": DEEPER, "specialised": MODEL, "/models/law": MODEL}, (2,))
+    models = ModelShapes({"general": DEEPER, "specialised": MODEL, "/models/law": MODEL}, (2,))
     made = planned(models, branches=THREE, **BFLOAT16)
     of = by_name(made)
     resident = residents(made, list(of.values()))
@@ -393,7 +393,7 @@ def test_a_program_that_the_compiler_refuses_does_not_fit():
         CONFIG, {"compute.remat": "dots", "rollout.max_response_tokens": 2**14, "optimizer.micro_batch": 16}
     )
     wide = from_hf(FIELDS | {"intermediate_size": 2**16, "num_hidden_layers": 12})
-    made = plan(config, Models({"general": wide, "specialised": wide}), where.devices)
+    made = plan(config, ModelShapes({"general": wide, "specialised": wide}), where.devices)
     report = compile_program(by_name(made)["gradient: recovery"])
     assert "Ran out of memory" in report.refused and report.memory["temporaries"] > where.hbm
     high = peak(0, [report, dataclasses.replace(report, refused=None, memory={"temporaries": 2**50})])

@@ -8,14 +8,14 @@ from camopd_jax.config.schema import Compute, Evaluation, MeshConfig, Optimizer,
 from camopd_jax.method.setup import resolve
 from camopd_jax.models.config import from_hf
 from camopd_jax.planning import search
-from camopd_jax.planning.arrays import Models
+from camopd_jax.planning.arrays import ModelShapes
 from camopd_jax.planning.compiling import Peak
 from camopd_jax.planning.search import Candidate, changed, choose
 from camopd_jax.planning.topology import CHIPS, Topology
 
 MODEL = from_hf(dict(model_type="llama", vocab_size=64, hidden_size=64, intermediate_size=96, num_hidden_layers=2,
                      num_attention_heads=8, num_key_value_heads=4))  # fmt: skip
-MODELS = Models({"general": MODEL, "specialised": MODEL})
+MODELS = ModelShapes({"general": MODEL, "specialised": MODEL})
 CONFIG = TrainConfig(
     "g",
     "s",
@@ -46,7 +46,7 @@ def test_meshes_divide_what_they_split():
     assert {t for _, _, t in meshes} == {1, 2, 4}, "4 key-value heads"
     assert {(1, 8, 1), (8, 1, 1), (1, 2, 4)} < meshes
     teacher = dataclasses.replace(MODEL, num_kv_heads=2)
-    three = Models(MODELS.shapes | {"/models/law": teacher})
+    three = ModelShapes(MODELS.shapes | {"/models/law": teacher})
     assert {mesh_of(one)[2] for one in candidates(models=three)} == {1, 2}, "every teacher's too"
 
 
