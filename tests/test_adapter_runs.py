@@ -131,6 +131,7 @@ def test_a_run_continues_with_the_same_bits_and_saves_the_adapter_alone(recovere
     assert sum("lora_a" in name for name in names) == 3 * 3  # three matrices, each with two moments
 
 
+@pytest.mark.slow
 def test_commands_read_the_folder_of_an_adapter(recovered, adapted, command, tmp_path):
     source = write_lines(tmp_path / "rows.jsonl", ROWS)
     assert command("export", f"--workdir={recovered}", f"--out={tmp_path / 'merged'}", "--merge").code == 0

@@ -49,6 +49,7 @@ def test_sft_learns_the_form_of_the_answers(whole):
     assert "supervised fine-tuning" in (whole[0] / "export" / "README.md").read_text()
 
 
+@pytest.mark.slow
 def test_killed_and_started_again_gives_the_same_bits(whole, command, tmp_path):
     def reached():
         file = tmp_path / "run" / "metrics.jsonl"

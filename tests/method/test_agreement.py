@@ -74,7 +74,8 @@ def direct(student, teacher, batch, k):
     return np.mean(values, axis=0)
 
 
-@pytest.mark.parametrize("compute", [Compute(), pytest.param(Compute(logits_chunk=8), marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("compute", [Compute(), Compute(logits_chunk=8)])
 def test_a_run_measures_its_trained_tokens_and_nothing_else_changes(compute):
     student, general, state, records = run(dataclasses.replace(CONFIG, compute=compute))
     first = records[0].metrics

@@ -300,6 +300,7 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
     jax.tree.map(np.testing.assert_array_equal, rest.params, whole.params)
 
 
+@pytest.mark.slow
 def test_a_resumed_run_has_the_same_masks_and_stored_gradient(tiny):
     """UC-MOPD's random mask, with a top-K objective in one branch, against which the other is projected."""
     masks = {"weights": ("uc_mopd", "iw_opd"), "steps": 1}
@@ -464,7 +465,9 @@ def test_offloaded_arrays_use_no_device_memory(tiny, when, monkeypatch):
         assert off - offloaded == pytest.approx(params, rel=0.02), (seen, params)
 
 
-@pytest.mark.parametrize("when, schedule", [("ahead", "alternate"), ("late", "mixed")])
+@pytest.mark.parametrize(
+    "when, schedule", [("ahead", "alternate"), pytest.param("late", "mixed", marks=pytest.mark.slow)]
+)
 def test_offloading_does_not_change_results(tiny, when, schedule):
     """Results are bit-identical, and arrays are on the devices when they are used."""
     config = dataclasses.replace(CONFIG, steps=4, method=Method(schedule=schedule))

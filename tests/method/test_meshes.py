@@ -30,7 +30,7 @@ CONFIG = train_config(
     optimizer=Optimizer(learning_rate=1e-2, micro_batch=8, eps=1e-4),
 )  # fmt: skip
 EVERY = [(d, f, t) for d, f, t in itertools.product((1, 2, 4, 8), repeat=3) if d * f * t == 8 and t <= 4]
-USUAL = [(1, 4, 2), (2, 2, 2)]
+USUAL = [(1, 4, 2)]
 
 
 def run(config, mesh):
