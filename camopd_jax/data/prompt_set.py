@@ -21,6 +21,7 @@ from camopd_jax.data.questions import normalised, question_keys
 from camopd_jax.data.recipes import Part, Recipe
 from camopd_jax.data.templates import Messages
 from camopd_jax.errors import UserError
+from camopd_jax.models.checksums import sha256
 from camopd_jax.runtime.jsonl import atomic_file, write_rows
 
 Manifest = dict[str, Any]
@@ -162,7 +163,7 @@ def write(
     manifest = {
         **facts,
         "camopd_jax": __version__,
-        "files": {file: _sha256(out / file) for file in files},
+        "files": {file: sha256(out / file) for file in files},
         "removed_as_evaluation": sum(part["dropped"].get("an evaluation question", 0) for part in parts),
         "parts": parts,
         "against": evaluation_facts,
@@ -238,11 +239,6 @@ def _conversations_left(part: Part, source: str, evaluated: set[str], selected: 
         if is_left and evaluated.isdisjoint(question_keys(row)):
             tools = {"tools": row["tools"]} if "tools" in row else {}
             yield {"id": f"{part.name}-{number}", "source": part.name, "messages": row["messages"], **tools}
-
-
-def _sha256(file: Path) -> str:
-    with file.open("rb") as stream:
-        return hashlib.file_digest(stream, "sha256").hexdigest()
 
 
 def summary(manifest: Manifest, out: Path) -> str:

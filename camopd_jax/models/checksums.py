@@ -11,7 +11,7 @@ FILE = "SHA256SUMS"
 def write_checksums(folder: Path) -> None:
     """Writes the checksums of a folder's safetensors files."""
     files = sorted(folder.glob("*.safetensors"))
-    (folder / FILE).write_text("".join(f"{_checksum(file)}  {file.name}\n" for file in files))
+    (folder / FILE).write_text("".join(f"{sha256(file)}  {file.name}\n" for file in files))
 
 
 def check_checksums(folder: Path) -> None:
@@ -25,13 +25,14 @@ def check_checksums(folder: Path) -> None:
     for line in (folder / FILE).read_text(errors="replace").splitlines():
         checksum, _, name = line.partition("  ")
         file = folder / Path(name).name
-        if not file.is_file() or _checksum(file) != checksum:
+        if not file.is_file() or sha256(file) != checksum:
             raise UserError(
                 f"{file}: not the file whose checksum {FILE} has, so it is damaged or was replaced; export or fetch it "
                 f"again, or delete {folder / FILE} if the change was intended"
             )
 
 
-def _checksum(file: Path) -> str:
+def sha256(file: Path) -> str:
+    """The SHA-256 of a file's content, as 64 hexadecimal digits."""
     with file.open("rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
