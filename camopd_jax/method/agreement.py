@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from camopd_jax.method.objectives.top_k import top_k
+from camopd_jax.rollout.sampling import entropy
 from camopd_jax.types import Record
 
 MONITORS = ("overlap_ratio", "overlap_advantage", "entropy_gap")
@@ -50,9 +51,3 @@ class Agreement:
             "overlap_advantage": jnp.where(mass > 0, advantage / jnp.where(mass > 0, mass, 1), 0),
             "entropy_gap": jnp.abs(targets["entropy"] - entropy(log_probs)),
         }
-
-
-def entropy(log_probs: jax.Array) -> jax.Array:
-    """The entropy in nats over the last axis, float32[...]; tokens with probability 0 add 0."""
-    probability = jnp.exp(log_probs)
-    return -jnp.sum(jnp.where(probability > 0, probability * log_probs, 0), axis=-1)

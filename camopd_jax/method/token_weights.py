@@ -16,9 +16,9 @@ from flax import struct
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.method.agreement import entropy
 from camopd_jax.method.named import named
 from camopd_jax.method.objectives import Objective
+from camopd_jax.rollout.sampling import entropy
 from camopd_jax.types import LogProbs, Record
 
 

@@ -18,7 +18,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from camopd_jax.config.schema import Sampling
-from camopd_jax.rollout.sampling import sample
+from camopd_jax.rollout.sampling import entropy, sample
 from camopd_jax.runtime.mesh import sharding, take_rows
 from camopd_jax.types import EMPTY, KVCache, LanguageModel, Params, Prompts, Rollout
 
@@ -151,13 +151,12 @@ def _draw(
     token_N = sample(logits_NV, jax.vmap(jax.random.fold_in)(state.keys, t_N), sampling)
     logp_NV = jax.nn.log_softmax(logits_NV, axis=-1)
     logp_N = jnp.take_along_axis(logp_NV, token_N[:, None], axis=1)[:, 0]
-    entropy_N = -jnp.sum(jnp.where(logp_NV > -jnp.inf, jnp.exp(logp_NV) * logp_NV, 0), axis=-1)
     ended_N = jnp.isin(token_N, jnp.asarray(eos_ids, jnp.int32))
     slot_N = jnp.arange(len(t_N)), jnp.where(running_N, t_N, state.tokens.shape[1])  # T: dropped by mode="drop"
     return state.replace(
         tokens=state.tokens.at[slot_N].set(token_N, mode="drop"),
         log_probs=state.log_probs.at[slot_N].set(logp_N, mode="drop"),
-        entropy=state.entropy + jnp.where(running_N, entropy_N, 0),
+        entropy=state.entropy + jnp.where(running_N, entropy(logp_NV), 0),
         lengths=state.lengths + running_N,
         stopped=state.stopped | (running_N & ended_N),
     )

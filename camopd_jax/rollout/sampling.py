@@ -65,3 +65,9 @@ def filtered(logits_BV: jax.Array, sampling: Sampling) -> jax.Array:
         best_B1 = jnp.max(logits_BV, axis=-1, keepdims=True)
         logits_BV = jnp.where(logits_BV >= best_B1 + jnp.log(sampling.min_p), logits_BV, -jnp.inf)
     return logits_BV
+
+
+def entropy(log_probs: jax.Array) -> jax.Array:
+    """The entropy in nats over the last axis, float32[...]; tokens with probability 0 add 0."""
+    probability = jnp.exp(log_probs)
+    return -jnp.sum(jnp.where(probability > 0, probability * log_probs, 0), axis=-1)
