@@ -28,7 +28,7 @@ from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, text_config
 from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.planning.arrays import read_folders
-from camopd_jax.planning.costs import memory_estimate, weights
+from camopd_jax.planning.costs import weights
 from camopd_jax.planning.memory import check_memory, device_memory
 from camopd_jax.planning.topology import Topology
 from camopd_jax.runs.workdir import check_owner
@@ -229,8 +229,7 @@ class Examination:
             return
         models = read_folders(self.config, {name: model.folder for name, model in self.models.items()}, setup.context)
         limit = where.hbm or device_memory()
-        check_memory(setup, models, limit)
-        least = memory_estimate(setup, models)["update"]
+        least = check_memory(setup, models, limit)
         text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} of {limit / GIB:.2f} GiB"
         self.good(about, f"{text} per device, before caches and activations")
 

@@ -29,11 +29,14 @@ def check_run(config: TrainConfig) -> None:
     check_memory(setup, read_folders(config, folders, setup.context), device_memory())
 
 
-def check_memory(setup: Setup, models: ModelShapes, limit: float) -> None:
+def check_memory(setup: Setup, models: ModelShapes, limit: float) -> float:
     """Checks the largest programs of a run.
 
     Args:
       limit: bytes of one device.
+
+    Returns:
+      The bytes of parameters, gradient, Adam's moments and teachers on one device.
 
     Raises:
       UserError: naming the stage that certainly needs more than a device has.
@@ -53,6 +56,7 @@ def check_memory(setup: Setup, models: ModelShapes, limit: float) -> None:
             f"{stage} takes about {estimate[stage] / GIB:.4g} GiB per device, which has {limit / GIB:.2f} GiB; give a "
             f"smaller {lower}, lower config.rollout.max_response_tokens, or use more devices"
         )
+    return least
 
 
 def device_memory() -> float:
