@@ -13,6 +13,7 @@ import torch
 import transformers
 from rows import edit_json, read_lines, write_lines
 from safetensors.numpy import load_file
+from scoring import log_probs, torch_log_probs
 
 from camopd_jax.config.schema import Adapter, BranchConfig, Compute, Stream, TrainConfig
 from camopd_jax.errors import UserError
@@ -69,18 +70,10 @@ def recovered(tmp_path_factory, command, adapted):
     return workdir
 
 
-def torch_log_probs(model, tokens):
-    with torch.no_grad():
-        logp = torch.log_softmax(model(torch.tensor(tokens)).logits, -1).numpy()
-    return np.take_along_axis(logp[:, :-1], np.array(tokens)[:, 1:, None], axis=-1)[..., 0]
-
-
 def our_log_probs(folder, tokens):
     mesh = make_mesh(data=1, devices=jax.devices()[:1])
     loaded = loading.load(folder, mesh, Compute(), dtype="float32", context=32)
-    logits = loaded.model.logits(loaded.params, loaded.model.hidden(loaded.params, np.array(tokens, np.int32)))
-    logp = np.asarray(jax.nn.log_softmax(logits))
-    return np.take_along_axis(logp[:, :-1], np.array(tokens)[:, 1:, None], axis=-1)[..., 0]
+    return log_probs(loaded.model, loaded.params, tokens)
 
 
 def weights(workdir):
@@ -102,7 +95,7 @@ def test_peft_and_transformers_give_the_logits_of_a_model_of_sft_and_train(adapt
     assert read_lines(adapted / "metrics.jsonl")[-1]["loss"] < 0.6 * read_lines(adapted / "metrics.jsonl")[0]["loss"]
     changed = [(weights(adapted)[name] != tensor).mean() for name, tensor in weights(recovered).items()]
     assert len(changed) == 2 * 3 * 3 and min(changed) > 0.9
-    tokens = np.random.default_rng(0).integers(6, 52, (2, 17)).tolist()
+    tokens = np.random.default_rng(0).integers(6, 52, (2, 17)).astype(np.int32)
     expected = torch_log_probs(from_peft(recovered / "export", GENERALIST), tokens)
     base = transformers.AutoModelForCausalLM.from_pretrained(GENERALIST, dtype=torch.float32)
     assert np.abs(torch_log_probs(base, tokens) - expected).mean() > 0.1
@@ -163,7 +156,7 @@ def test_a_new_adapter_on_a_full_model_also_offloaded(command, tmp_path):
     same(weights(tmp_path / "offloaded"), weights(tmp_path / "run"))
     review = read_lines(tmp_path / "run" / "metrics.jsonl")[3]
     assert review["phase"] == "review" and review["gap_abs_mean"] > 0
-    tokens = np.random.default_rng(0).integers(6, 52, (2, 17)).tolist()
+    tokens = np.random.default_rng(0).integers(6, 52, (2, 17)).astype(np.int32)
     expected = torch_log_probs(from_peft(tmp_path / "run" / "export", SPECIALIST), tokens)
     np.testing.assert_allclose(our_log_probs(tmp_path / "run" / "export", tokens), expected, atol=2e-5, rtol=0)
 

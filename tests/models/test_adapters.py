@@ -11,6 +11,7 @@ import pytest
 import torch
 from rows import edit_json
 from safetensors.numpy import load_file, save_file
+from scoring import log_probs, torch_log_probs
 
 from camopd_jax.config.schema import Adapter, Optimizer
 from camopd_jax.errors import UserError
@@ -74,19 +75,6 @@ def load(folder, mesh, dtype="float32"):
     ):
         params = adapters.attach(params, leaves)
     return Model(settings.model_config(base), mesh=mesh, dtype=dtype), params, settings
-
-
-def log_probs(model, params, tokens):
-    """The log-probability of each token except the first."""
-    logits = jax.jit(lambda p, t: model.logits(p, model.hidden(p, t)))(params, tokens)
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    return np.take_along_axis(np.asarray(logp)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-
-
-def torch_log_probs(model, tokens):
-    with torch.no_grad():
-        logp = torch.log_softmax(model(torch.tensor(tokens, dtype=torch.long)).logits.float(), -1).numpy()
-    return np.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
 
 
 def without_adapter(model):

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
+from scoring import log_probs, torch_log_probs
 
 from camopd_jax.config.schema import Sampling
 from camopd_jax.models import families, hf
@@ -40,19 +41,6 @@ def load(folder, mesh, dtype="float32", **fields):
     return Model(config, mesh=mesh, dtype=dtype, **fields), hf.load(folder, config, mesh, dtype)
 
 
-def log_probs(model, params, tokens):
-    """The log-probability of each token except the first."""
-    logits = jax.jit(lambda p, t: model.logits(p, model.hidden(p, t)))(params, tokens)
-    logp = jax.nn.log_softmax(logits, axis=-1)
-    return np.take_along_axis(np.asarray(logp)[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-
-
-def torch_logprobs(model, tokens):
-    with torch.no_grad():
-        logp = torch.log_softmax(model(torch.tensor(tokens, dtype=torch.long)).logits.float(), -1).numpy()
-    return np.take_along_axis(logp[:, :-1], tokens[:, 1:, None], axis=-1)[..., 0]
-
-
 def gradients(torch_model) -> dict:
     """The gradient of each tensor, by its name in safetensors. transformers stacks experts, and saves each alone."""
     by_name = {}
@@ -77,7 +65,9 @@ def gradients(torch_model) -> dict:
 def test_float32_logprobs_equal_transformers(family, checkpoint, mesh, tokens):
     torch_model, folder = checkpoint(family)
     model, params = load(folder, mesh)
-    np.testing.assert_allclose(log_probs(model, params, tokens), torch_logprobs(torch_model, tokens), atol=2e-5, rtol=0)
+    np.testing.assert_allclose(
+        log_probs(model, params, tokens), torch_log_probs(torch_model, tokens), atol=2e-5, rtol=0
+    )
 
 
 def test_greedy_answers_equal_transformers(family_or_slow, checkpoint, mesh, tokens):
@@ -93,7 +83,7 @@ def test_greedy_answers_equal_transformers(family_or_slow, checkpoint, mesh, tok
         with torch.no_grad():
             likeliest = torch_model(torch.tensor(ids, dtype=torch.long)).logits.argmax(-1).numpy()
         ids[[0, 1], lengths + t] = likeliest[[0, 1], lengths + t - 1]
-    expected = torch_logprobs(torch_model, ids)
+    expected = torch_log_probs(torch_model, ids)
     for row, length in enumerate(lengths):
         end = length + GREEDY.max_new
         assert answers.tokens[row].tolist() == ids[row, length:end].tolist()
@@ -142,18 +132,20 @@ def test_a_new_family_needs_one_row(checkpoint, mesh, tokens, monkeypatch):
     monkeypatch.setitem(families.FAMILIES, "vaultgemma", row)
     torch_model, folder = checkpoint("vaultgemma")
     model, params = load(folder, mesh)
-    np.testing.assert_allclose(log_probs(model, params, tokens), torch_logprobs(torch_model, tokens), atol=2e-5, rtol=0)
+    np.testing.assert_allclose(
+        log_probs(model, params, tokens), torch_log_probs(torch_model, tokens), atol=2e-5, rtol=0
+    )
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
 def test_bfloat16_logprobs_are_as_accurate_as_transformers(family, checkpoint, mesh, tokens):
     """bfloat16 has 8 bits of precision: the error is at most twice that of torch in bfloat16."""
     torch_model, folder = checkpoint(family)
-    truth = torch_logprobs(torch_model, tokens)
+    truth = torch_log_probs(torch_model, tokens)
     rounded = type(torch_model).from_pretrained(folder, dtype=torch.bfloat16, attn_implementation="eager")
     model, params = load(folder, mesh, "bfloat16")
     our_error = np.abs(log_probs(model, params, tokens) - truth).mean()
-    assert our_error < 2 * np.abs(torch_logprobs(rounded, tokens) - truth).mean()
+    assert our_error < 2 * np.abs(torch_log_probs(rounded, tokens) - truth).mean()
     assert our_error < 0.05
 
 
