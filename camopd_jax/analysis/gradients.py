@@ -26,6 +26,7 @@ from camopd_jax.method.select import random_subset
 from camopd_jax.method.token_weights import branch_weights
 from camopd_jax.method.weights import token_weights
 from camopd_jax.models import partition
+from camopd_jax.models.products import einsum
 from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.runtime.buckets import Widths
 from camopd_jax.types import Batch, Params
@@ -63,7 +64,8 @@ def measure(
         sums, lengths_B = set_gradients(losses[branch], params, inputs, batch.teacher.head, sets_AB, key, config)
         counts = jnp.sum(sets_AB, axis=1)
         squares = jax.vmap(lambda one: total(products(one, one)))(sums)
-        result["branches"][branch] = {"sum": jnp.sqrt(squares), "lengths": sets_AB @ lengths_B, "count": counts}
+        lengths_A = einsum("ab,b->a", sets_AB, lengths_B)
+        result["branches"][branch] = {"sum": jnp.sqrt(squares), "lengths": lengths_A, "count": counts}
         means[branch] = [{name: s[i] / counts[i] for name, s in sums.items()} for i in range(len(SETS))]
         result["squares"][branch] = {name: products(m, m) for name, m in zip(SETS, means[branch], strict=True)}
     if len(means) > 1:
@@ -120,7 +122,7 @@ def set_gradients(
         squares_M = sum(jnp.sum(jnp.square(g).reshape(micro, -1), axis=1) for g in grads.values())
         if settings.sketch:
             grads = sketch(grads, settings.sketch, key)
-        sums = {name: sums[name] + jnp.tensordot(member_MA.T, g, axes=1) for name, g in grads.items()}
+        sums = {name: sums[name] + einsum("ma,m...->a...", member_MA, g) for name, g in grads.items()}
         return sums, jnp.sqrt(squares_M)
 
     one = jax.eval_shape(lambda: {name: jnp.zeros((1, *p.shape), jnp.float32) for name, p in chosen.items()})

@@ -229,6 +229,7 @@ class Compute:
 
     params: Literal["float32", "bfloat16"] = "float32"  # the student's master weights
     teacher: Literal["auto", "float32", "bfloat16"] = "auto"  # the teachers' weights
+    # Of matrix products. float32 is float32 on every platform, not TF32 or bfloat16, and so slow on GPUs and TPUs
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
     # What the backward pass recomputes. none: nothing; dots: all but matrix products; block: every layer; rollout:
     # every layer, from its input during sampling, so that no forward pass is needed. These inputs are kept from the

@@ -8,6 +8,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.models import fused
 from camopd_jax.models.config import AttentionSpec
+from camopd_jax.models.products import einsum, multiply_to_float32
 from camopd_jax.runtime.mesh import batch_shards, platform
 from camopd_jax.types import EMPTY
 
@@ -121,7 +122,7 @@ def _attend(
     batch, length, heads, width = query.shape
     groups = key.shape[1]
     query = query.reshape(batch, length, groups, heads // groups, width)
-    scores = jnp.einsum("bsgrk,bgtk->bgrst", query, key, preferred_element_type=jnp.float32) * spec.scale
+    scores = multiply_to_float32("bsgrk,bgtk->bgrst", query, key) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
     seen = key_positions[:, None, :] <= query_positions[:, :, None]
@@ -130,5 +131,5 @@ def _attend(
     # A finite minimum: a query without visible keys (padding) gets the mean of all values, not NaN.
     scores = jnp.where(seen[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
-    out = jnp.einsum("bgrst,bgtk->bgrsk", weights, value)  # batch axes first: ten times faster on a CPU
+    out = einsum("bgrst,bgtk->bgrsk", weights, value)  # batch axes first: ten times faster on a CPU
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)

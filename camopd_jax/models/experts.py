@@ -9,6 +9,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh
 
 from camopd_jax.models.config import ModelConfig, Routing
+from camopd_jax.models.products import einsum, multiply_to_float32, precision
 from camopd_jax.runtime.mesh import batch_shards, spec
 
 Kernels = dict[str, jax.Array]
@@ -68,15 +69,15 @@ def _routed(
     sizes = jnp.bincount(experts_NE.reshape(-1), length=routing.experts)
 
     def product(x: jax.Array, kernel: jax.Array) -> jax.Array:
-        return jax.lax.ragged_dot(x, kernel, sizes)
+        return jax.lax.ragged_dot(x, kernel, sizes, precision=precision(x.dtype))
 
     y = activation(product(sorted_ND, kernels["gate"])) * product(sorted_ND, kernels["up"])
     y_NED = product(y, kernels["down"])[jnp.argsort(order)].reshape(*experts_NE.shape, -1)
-    return jnp.einsum("ne,ned->nd", weights_NE.astype(y.dtype), y_NED).reshape(x_BSD.shape)
+    return einsum("ne,ned->nd", weights_NE.astype(y.dtype), y_NED).reshape(x_BSD.shape)
 
 
 def route(x_ND: jax.Array, router_DE: jax.Array, routing: Routing) -> tuple[jax.Array, jax.Array]:
     """Each token's experts: their weights, float32[N, per_token], and indices, int32[N, per_token]."""
-    logits = jnp.einsum("nd,de->ne", x_ND, router_DE, preferred_element_type=jnp.float32)
+    logits = multiply_to_float32("nd,de->ne", x_ND, router_DE)
     weights, experts = jax.lax.top_k(jax.nn.softmax(logits, axis=-1), routing.per_token)
     return (weights / jnp.sum(weights, axis=-1, keepdims=True) if routing.normalized else weights), experts

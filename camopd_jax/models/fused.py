@@ -36,6 +36,8 @@ def unsupported_reason(config: ModelConfig, mesh: Mesh | None, dtype: str) -> st
     target = platform(mesh)
     if mesh is None or target not in ("tpu", "gpu"):
         return "only TPUs and NVIDIA GPUs have a kernel"
+    if dtype not in ("bfloat16", "float16"):
+        return f"the kernels multiply bfloat16, not {dtype}; give config.compute.matmul=bfloat16"
     if target == "tpu":
         wide = config.head_dim % 64 == 0
         return None if wide else f"the TPU's kernel needs a head_dim that is a multiple of 64, not {config.head_dim}"
@@ -43,8 +45,6 @@ def unsupported_reason(config: ModelConfig, mesh: Mesh | None, dtype: str) -> st
     if re.fullmatch(r"\d+\.\d+", capability) is None or float(capability) < 8:
         return "cuDNN's kernel needs an NVIDIA GPU of compute capability 8.0 or later"
     widest = 256 if float(capability) >= 9 else 128
-    if dtype not in ("bfloat16", "float16"):
-        return f"cuDNN's kernel needs bfloat16 products, not {dtype}; give config.compute.matmul=bfloat16"
     if config.head_dim % 8 or config.head_dim > widest:
         return f"cuDNN's kernel needs a head_dim that is a multiple of 8 up to {widest}, not {config.head_dim}"
     if config.attention_softcap is not None:

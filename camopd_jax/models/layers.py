@@ -16,6 +16,7 @@ from jax.sharding import Mesh
 from camopd_jax.models.attention import attend
 from camopd_jax.models.config import AttentionSpec, Implementation, ModelConfig
 from camopd_jax.models.experts import Experts
+from camopd_jax.models.products import multiply
 from camopd_jax.models.rope import Rope, frequencies
 from camopd_jax.models.weights import LORA_A, LORA_B, LORA_SCALE
 from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
@@ -83,34 +84,6 @@ def normalized(x: jax.Array, weights: Params, c: ModelConfig) -> jax.Array:
     if "shift" in weights:
         y += jnp.broadcast_to(weights["shift"].astype(jnp.float32), y.shape)
     return y.astype(x.dtype)
-
-
-_Operands = tuple[jax.Array, jax.Array]  # the operands of a product, or their gradients
-
-
-@partial(jax.custom_vjp, nondiff_argnums=(0,))
-def multiply(equation: str, x: jax.Array, kernel: jax.Array) -> jax.Array:
-    """`einsum(equation, x, kernel)`, with `x` as the left operand of the product for the kernel's gradient.
-
-    XLA fuses the transpose of a left operand with the operations that compute it. JAX's own order has the gradient of
-    an activation there, which takes longer than the product: on 2 CPU cores, an update would take a fifth longer.
-    """
-    return jnp.einsum(equation, x, kernel)
-
-
-def _multiply_forward(equation: str, x: jax.Array, kernel: jax.Array) -> tuple[jax.Array, _Operands]:
-    return jnp.einsum(equation, x, kernel), (x, kernel)
-
-
-def _multiply_backward(equation: str, saved: _Operands, gradient: jax.Array) -> _Operands:
-    x, kernel = saved
-    inputs, output = equation.split("->")
-    left, right = inputs.split(",")
-    to_x = jnp.einsum(f"{output},{right}->{left}", gradient, kernel)
-    return to_x, jnp.einsum(f"{left},{output}->{right}", x, gradient)
-
-
-multiply.defvjp(_multiply_forward, _multiply_backward)
 
 
 class Linear(nn.Module):

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from camopd_jax.models import adapters, fused
 from camopd_jax.models.config import Implementation, ModelConfig
 from camopd_jax.models.layers import Block, LayerCache, LayerKind, Norm, Positions, normalized, rotation
+from camopd_jax.models.products import multiply_to_float32
 from camopd_jax.models.stack import LayerFunction, run_layers
 from camopd_jax.models.weights import decoding_shardings, table
 from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
@@ -183,7 +184,7 @@ class Model:
             kernel, equation = params["embedding"][:vocab], "...d,vd->...v"
         else:
             kernel, equation = params["head"][:, :vocab], "...d,dv->...v"
-        logits = jnp.einsum(equation, hidden, kernel.astype(self.dtype), preferred_element_type=jnp.float32)
+        logits = multiply_to_float32(equation, hidden, kernel.astype(self.dtype))
         if c.logits_divisor != 1.0:
             logits /= c.logits_divisor
         return logits if c.final_softcap is None else c.final_softcap * jnp.tanh(logits / c.final_softcap)

@@ -83,8 +83,9 @@ def test_splash_with_few_rows_at_a_time(tpu, monkeypatch):
         np.testing.assert_allclose(kernel, plain, atol=2e-5)
 
 
-def test_a_model_with_fused_attention_gives_the_same_results(tpu):
-    """With a scan, remat and a mesh, alternating windows and arbitrary values in the padding."""
+def test_a_model_with_fused_attention_gives_the_same_results(tpu, monkeypatch):
+    """With a scan, remat and a mesh, alternating windows and arbitrary values in the padding; in float32."""
+    monkeypatch.setattr(fused, "unsupported_reason", lambda config, mesh, dtype: None if mesh else "no mesh")
     config, mesh = from_hf(FIELDS), make_mesh(2, 2, 2)
     model = Model(config, mesh=mesh, attention="fused")
     plain = dataclasses.replace(model, mesh=None)  # as diagnostics use it
@@ -160,9 +161,10 @@ def test_unsupported_models_are_an_error_or_use_plain_attention(monkeypatch):
         mesh = types.SimpleNamespace(devices=np.array([device]))
         return fused.unsupported_reason(from_hf(plain | fields), mesh, dtype)
 
-    assert why() is None and why(platform="tpu", dtype="float32") is None
+    assert why() is None and why(platform="tpu") is None
+    assert "multiply bfloat16, not float32" in why(platform="tpu", dtype="float32")
     assert "multiple of 64, not 80" in why(platform="tpu", head_dim=80)
-    assert "needs bfloat16 products" in why(dtype="float32")
+    assert "multiply bfloat16, not float32" in why(dtype="float32")
     assert "up to 128, not 256" in why(capability="8.6", head_dim=256) and why(head_dim=256) is None
     assert "multiple of 8 up to 256, not 84" in why(head_dim=84)
     assert "8.0 or later" in why(capability="7.5") and "8.0 or later" in why(capability="gfx942")
