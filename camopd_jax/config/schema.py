@@ -235,9 +235,12 @@ class Compute:
     # every layer, from its input during sampling, so that no forward pass is needed. These inputs are kept from the
     # rollout to the gradient: 4 bytes x (layers + 1) x model width for every token of the batch
     remat: Free[Literal["none", "dots", "block", "rollout"]] = "block"
-    # Attention over full rows (scoring, updates, prefill; decoding is always plain). fused: Pallas on TPU, cuDNN on
-    # GPU, an error if neither supports the model; xla: plain; auto: fused if supported and rows are long enough
+    # Attention over full rows (scoring, updates, prefill). fused: Pallas on TPU, cuDNN on GPU, an error if neither
+    # supports the model; xla: plain; auto: fused if supported and rows are long enough
     attention: Literal["auto", "xla", "fused"] = "auto"
+    # Attention of a new token over the cache, in decoding. fused: a Pallas kernel for GPUs that reads only blocks with
+    # tokens that a row sees; tested in Pallas' interpreter, not measured on a GPU yet
+    decode_attention: Free[Literal["xla", "fused"]] = "xla"
     # Keeps teachers (except while they score) and Adam's moments (except during the update) in host memory. ahead: each
     # is copied back during the stage before its use; late: moments only when the gradient is complete, so that they are
     # never in memory together with its activations, but their copy takes additional time

@@ -110,7 +110,14 @@ def load(
     config = model_config(folder, context)
     if output_vocab_size is not None:
         config = dataclasses.replace(config, output_vocab_size=output_vocab_size)
-    model = Model(config, mesh=mesh, dtype=matmul_dtype(compute), remat=compute.remat, attention=compute.attention)
+    model = Model(
+        config,
+        mesh=mesh,
+        dtype=matmul_dtype(compute),
+        remat=compute.remat,
+        attention=compute.attention,
+        decode_attention=compute.decode_attention,
+    )
     tokenizer = templates.load_tokenizer(folder)
     params = hf.load(folder, config, mesh, dtype)
     return Loaded(folder, mesh, model, params, tokenizer, templates.eos_ids(folder, tokenizer))

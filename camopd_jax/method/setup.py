@@ -19,7 +19,7 @@ from camopd_jax.method import schedule
 from camopd_jax.method.agreement import Agreement
 from camopd_jax.method.objectives import Objective, TeacherReading, objective
 from camopd_jax.method.token_weights import TokenWeight, branch_weights
-from camopd_jax.models import fused
+from camopd_jax.models import cached, fused
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.peft_settings import is_adapter
 from camopd_jax.models.weights import shardings
@@ -106,6 +106,8 @@ def check_model(config: ModelConfig, mesh: Mesh, compute: Compute, dtype: str) -
     shardings(config, mesh)
     if compute.attention == "fused":
         fused.check(config, mesh, dtype)
+    if compute.decode_attention == "fused":
+        cached.check(config, mesh, dtype)
 
 
 def check_start(config: TrainConfig, shapes: Mapping[str, ModelConfig], student: Path) -> None:

@@ -1,4 +1,4 @@
-"""Attention in one function: plain matrix products, or the platform's fused kernel (fused.py)."""
+"""Attention in one function: plain matrix products, or the platform's kernel (fused.py, and cached.py over a cache)."""
 
 from collections.abc import Callable
 
@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from camopd_jax.models import fused
+from camopd_jax.models import cached, fused
 from camopd_jax.models.config import AttentionSpec
 from camopd_jax.models.products import einsum, multiply_to_float32
 from camopd_jax.runtime.mesh import batch_shards, platform
@@ -44,6 +44,8 @@ def attend(
     if key_positions is None and _takes_kernel(query, spec):
         return fused.attend_rows(query, key, value, spec, window_index)
     window = _window(spec.windows, window_index)
+    if key_positions is not None and _takes_cache_kernel(query, key, spec):
+        return cached.attend_cache(query, key, value, _seen(query_positions, key_positions, window)[:, 0], spec)
     batch, length, heads, _ = query.shape
     queries = max(1, _MAX_SCORES // (_local_heads(batch, heads, spec.mesh) * key.shape[2]))  # per row, at a time
     if key_positions is None and _HALVED_FROM <= length <= queries and platform(spec.mesh) == "cpu":
@@ -63,6 +65,20 @@ def _takes_kernel(query: jax.Array, spec: AttentionSpec) -> bool:
         raise ValueError(f"fused attention: {rows} rows do not divide by data x fsdp = {shards} of the mesh")
     long_enough = spec.implementation == "auto" and rows % shards == 0 and length >= fused.SHORTEST
     return long_enough or spec.implementation == "fused"
+
+
+def _takes_cache_kernel(query: jax.Array, key: jax.Array, spec: AttentionSpec) -> bool:
+    """Whether the kernel over a cache computes the attention of one token `[B, 1, H, K]` per row."""
+    rows, readable = query.shape[0], query.shape[1] == 1 and cached.block_size(key.shape[2]) is not None
+    return spec.over_cache == "fused" and readable and spec.mesh is not None and rows % batch_shards(spec.mesh) == 0
+
+
+def _seen(query_positions: jax.Array, key_positions: jax.Array, window: jax.Array | int | None) -> jax.Array:
+    """bool[B or 1, S, S'], the keys that each query attends to."""
+    seen = key_positions[:, None, :] <= query_positions[:, :, None]
+    if window is not None:
+        seen &= key_positions[:, None, :] > query_positions[:, :, None] - window
+    return seen
 
 
 def _window(windows: tuple[int | None, ...], index: jax.Array | int) -> jax.Array | int | None:
@@ -125,9 +141,7 @@ def _attend(
     scores = multiply_to_float32("bsgrk,bgtk->bgrst", query, key) * spec.scale
     if spec.softcap is not None:
         scores = spec.softcap * jnp.tanh(scores / spec.softcap)
-    seen = key_positions[:, None, :] <= query_positions[:, :, None]
-    if window is not None:
-        seen &= key_positions[:, None, :] > query_positions[:, :, None] - window
+    seen = _seen(query_positions, key_positions, window)
     # A finite minimum: a query without visible keys (padding) gets the mean of all values, not NaN.
     scores = jnp.where(seen[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
     weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)

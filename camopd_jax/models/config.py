@@ -92,9 +92,10 @@ class AttentionSpec:
     scale: float  # factor on q.k, before `softcap * tanh(scores / softcap)`
     softcap: float | None = None
     # For complete rows. "fused": the platform's kernel; "auto": the kernel if rows are long enough and divide over the
-    # mesh; "xla": plain matrix products. Attention over a cache is always plain.
+    # mesh; "xla": plain matrix products.
     implementation: Implementation = "xla"
     mesh: Mesh | None = None  # rows and heads are split over it; None: one device
+    over_cache: Implementation = "xla"  # for one new token of each row: plain, or "fused": the kernel of `cached`
 
 
 _ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}

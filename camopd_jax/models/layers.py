@@ -130,6 +130,7 @@ class Attention(nn.Module):
     config: ModelConfig
     mesh: Mesh | None
     implementation: Implementation  # of attention over complete rows
+    over_cache: Implementation  # of attention over a cache
 
     @nn.compact
     def __call__(
@@ -162,7 +163,8 @@ class Attention(nn.Module):
             start = (0, 0, cache.slot, 0)
             key = jax.lax.dynamic_update_slice(cache.keys, key, start)
             value = jax.lax.dynamic_update_slice(cache.values, value, start)
-        spec = AttentionSpec(c.distinct_windows, c.query_scale, c.attention_softcap, self.implementation, self.mesh)
+        settings = c.distinct_windows, c.query_scale, c.attention_softcap
+        spec = AttentionSpec(*settings, self.implementation, self.mesh, self.over_cache)
         key_positions = None if cache is None else cache.positions
         out = attend(query, key, value, positions.tokens, key_positions, spec, kind.window)
         bias = (c.hidden_size,) if c.output_bias else None
@@ -199,6 +201,7 @@ class Block(nn.Module):
     config: ModelConfig
     mesh: Mesh | None = None
     implementation: Implementation = "xla"  # of attention over complete rows
+    over_cache: Implementation = "xla"  # of attention over a cache
 
     @nn.compact
     def __call__(
@@ -220,7 +223,7 @@ class Block(nn.Module):
             y = split(y)
             return split(x + scaled(norm(post_norm, y) if c.post_norms else y, c.residual_scale))
 
-        attention = Attention(c, self.mesh, self.implementation, name="attention")
+        attention = Attention(c, self.mesh, self.implementation, self.over_cache, name="attention")
         first = entering(x_BSD, "attention_norm")
         y, keys_values = attention(first, positions, kind, cache)
         x_BSD = added(x_BSD, y, "post_attention_norm")

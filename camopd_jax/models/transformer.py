@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from camopd_jax.models import adapters, fused
+from camopd_jax.models import adapters, cached, fused
 from camopd_jax.models.config import Implementation, ModelConfig
 from camopd_jax.models.layers import Block, LayerCache, LayerKind, Norm, Positions, normalized, rotation
 from camopd_jax.models.products import multiply_to_float32
@@ -34,12 +34,15 @@ class Model:
     mesh: Mesh | None = None
     dtype: str = "float32"  # of activations and matrix products
     remat: str = "block"  # what the backward pass recomputes: `config.Compute.remat`
-    attention: Implementation = "auto"  # for complete rows; it is always plain over a cache and without a mesh
+    attention: Implementation = "auto"  # for complete rows; it is always plain without a mesh
+    decode_attention: Implementation = "xla"  # over a cache
 
     def __post_init__(self) -> None:
         """Raises UserError if attention is "fused" and no fused kernel supports the model."""
         if self.attention == "fused" and self.mesh is not None:
             fused.check(self.config, self.mesh, self.dtype)
+        if self.decode_attention == "fused" and self.mesh is not None:
+            cached.check(self.config, self.mesh, self.dtype)
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters. An adapter changes nothing yet: its matrices B are zero."""
@@ -82,7 +85,7 @@ class Model:
     @property
     def _block(self) -> Block:
         plain = fused.unsupported_reason(self.config, self.mesh, self.dtype) is not None
-        return Block(self.config, self.mesh, "xla" if plain else self.attention)
+        return Block(self.config, self.mesh, "xla" if plain else self.attention, self.decode_attention)
 
     def _positions(self, positions_BS: jax.Array) -> Positions:
         return Positions(positions_BS, rotation(self.config.ropes, self.config.rotary_dim, positions_BS))
