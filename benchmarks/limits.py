@@ -4,10 +4,12 @@ import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import jax
 import jax.numpy as jnp
 
+from camopd_jax.models.products import precision
 from camopd_jax.planning.topology import CHIPS
 
 # Dense bfloat16 FLOP/s and bytes/s of the vendors' data sheets, by how JAX names a device.
@@ -47,7 +49,7 @@ def limits(dtype: str) -> Limits:
 def _measured(dtype: jnp.dtype) -> tuple[float, float]:
     """Of one device: a product of [2048, 4096] and [4096, 4096], and the sum of 512 MiB."""
     left, right = jnp.ones((ROWS, WIDTH), dtype), jnp.ones((WIDTH, WIDTH), dtype)
-    product = _seconds(jax.jit(jnp.matmul), left, right)
+    product = _seconds(jax.jit(partial(jnp.matmul, precision=precision(dtype))), left, right)
     reading = _seconds(jax.jit(jnp.sum), jnp.ones(BYTES // 4, jnp.float32))
     return 2 * ROWS * WIDTH * WIDTH / product, BYTES / reading
 

@@ -44,8 +44,7 @@ from camopd_jax.config.schema import (
 from camopd_jax.data import templates
 from camopd_jax.data.pipeline import pad
 from camopd_jax.method import schedule
-from camopd_jax.method.branches import Branch, Teacher
-from camopd_jax.method.objectives import TeacherReading
+from camopd_jax.method.branches import Branch, Teacher, offload_teachers
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.programs import Programs
 from camopd_jax.method.setup import resolve
@@ -55,13 +54,12 @@ from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.planning.costs import cache_bytes, forward_flops, matrix_weights
-from camopd_jax.rollout.head import head_params
 from camopd_jax.rollout.score import LOG_PROB
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.mesh import global_rows
 from camopd_jax.runtime.start import start
-from camopd_jax.types import Batch, LogProbs, PromptBatch, Prompts, TeacherRecord
+from camopd_jax.types import Batch, LogProbs, PromptBatch, Prompts
 
 HISTORY = Path(__file__).parent / "history.jsonl"
 
@@ -87,6 +85,8 @@ flags.DEFINE_integer(
 flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of matrix products and teachers.")
 flags.DEFINE_enum("teacher_dtype", None, ["float32", "bfloat16"], "Of the teachers' weights; default: --dtype.")
 flags.DEFINE_enum("remat", "block", ["none", "dots", "block", "rollout"], "What the backward pass computes again.")
+flags.DEFINE_enum("decode_attention", "xla", ["xla", "fused"], "Attention over the cache.")
+flags.DEFINE_enum("offload", "off", ["off", "ahead", "late"], "Whether idle arrays are in host memory.")
 flags.DEFINE_float("mass", 0.8, "Share of the gap mass that is trained on; 1: every answer.", 0.01, 1.0)
 flags.DEFINE_string("objective", "sampled_token", "Of both branches: a name of camopd_jax/method/objectives.")
 flags.DEFINE_string("mesh", "-1,1,1", "data,fsdp,tensor.")
@@ -100,7 +100,8 @@ def build():
     """(setup, student model, student parameters, teacher parameters) on the mesh."""
     values = flags.FLAGS
     compute = Compute(teacher=values.teacher_dtype or values.dtype, matmul=values.dtype, remat=values.remat,
-                      logits_chunk=values.logits_chunk)  # fmt: skip
+                      logits_chunk=values.logits_chunk, offload=values.offload,
+                      decode_attention=values.decode_attention)  # fmt: skip
     length = values.prompt + values.answer
     rules = [SelectionConfig(by, values.mass) for by in ("absolute_gap", "positive_gap")]
     branches = {
@@ -116,7 +117,8 @@ def build():
     )  # fmt: skip
     setup = resolve(config)
     shape = hf.read_config(Path(values.model)) if values.model else SHAPES[values.shape]
-    model = Model(from_hf(shape, context=length), mesh=setup.mesh, dtype=setup.dtype, remat=values.remat)
+    model = Model(from_hf(shape, context=length), mesh=setup.mesh, dtype=setup.dtype, remat=values.remat,
+                  decode_attention=values.decode_attention)  # fmt: skip
     if values.model:
         student = hf.load(Path(values.model), model.config, setup.mesh, compute.params)
         teacher = hf.load(Path(values.teacher or values.model), model.config, setup.mesh, setup.teacher_dtype)
@@ -160,18 +162,16 @@ def one_step(programs: Programs, branch: Branch, state):
 
     host = next(branch.prompts)
     prompts = global_rows(model.mesh, PromptBatch(host, host, np.arange(batch, dtype=np.int32)), batch)
-    draw, teacher = np.int32(state.step), branch.teacher
+    draw = np.int32(state.step)
     answers = timed("rollout", lambda: programs.generate(branch, state, prompts, draw))
-    sequences, reading = answers.after(prompts.student), TeacherReading(branch.objective)
-    record = timed("score_teacher", lambda: programs.forward(teacher.model, teacher.fetch(), sequences, reading))
-    student = answers.log_probs
+    score = partial(programs.score, branch, state, prompts, answers, forward=False)
+    log_probs, record = timed("score_teacher", score)
     if not programs.setup.trusts_sampler:
-        params = programs.params(state)
+        params, sequences = programs.params(state), answers.after(prompts.student)
         student = timed("score_student", lambda: programs.forward(model, params, sequences, LOG_PROB))["log_prob"]
-    log_probs = LogProbs(student, record.pop("log_prob"))
+        log_probs = LogProbs(student, log_probs.teacher)
     selection = timed("select", lambda: programs.select(branch, log_probs, answers, draw))
-    kept = TeacherRecord(record, head_params(teacher.model, teacher.fetch()) if branch.objective.teacher_logits else {})
-    batches = {branch.name: Batch(prompts.student, prompts.index, answers, log_probs, selection, kept)}
+    batches = {branch.name: Batch(prompts.student, prompts.index, answers, log_probs, selection, record)}
     gradients, batches = timed("gradient", lambda: programs.gradients({branch.name: branch}, state, batches))
     answers = answers.replace(residuals=())  # as a run, which gives them up before the update
     after, _ = timed("update", lambda: programs.update(state, gradients, batches))
@@ -221,6 +221,8 @@ def main(_) -> None:
         own = hf.load(Path(v.model), model.config, model.mesh, setup.teacher_dtype)
         branches["review"] = Branch("review", questions(v.domain, vocab), Teacher(model, own), objectives["review"])
         cycle = [schedule.phase(config, step) for step in range(4)]
+    if config.compute.offloads:
+        offload_teachers({branch.teacher for branch in branches.values()}, student)
     before = np.asarray(student["final_norm"]["scale"])
     eos_ids = templates.eos_ids(Path(v.model), templates.load_tokenizer(Path(v.model))) if v.ends else ()
     programs = Programs(setup, model, student, eos_ids, state, dict.fromkeys(config.branches, model))
@@ -254,7 +256,8 @@ def main(_) -> None:
         "model": Path(v.model).name if v.model else v.shape,
         "batch": v.batch, "prompt": v.prompt, "answer": v.answer, "micro_batch": v.micro_batch,
         "score_batch": setup.score_batch, "mesh": v.mesh, "dtype": str(model.dtype),
-        "teacher_dtype": setup.teacher_dtype, "remat": v.remat, "logits_chunk": v.logits_chunk,
+        "teacher_dtype": setup.teacher_dtype, "remat": v.remat, "offload": v.offload,
+        "decode_attention": v.decode_attention, "logits_chunk": v.logits_chunk,
         "mass": v.mass, "objective": v.objective, "ends": v.ends, "shrinks": v.shrinks, "cycle": cycle,
         "steps": v.steps,
         "selected": kept,
