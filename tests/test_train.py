@@ -1,5 +1,6 @@
 """The command `train` with the quickstart's models: its files, kills and damaged checkpoints."""
 
+import re
 import shutil
 import signal
 
@@ -7,9 +8,11 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from quickstart import QUICKSTART, SMALL, STEPS, checkpoints, one_line, same_weights
+from quickstart import QUICKSTART, ROOT, SMALL, STEPS, checkpoints, one_line, same_weights
 from rows import read_lines, write_lines
 from safetensors.numpy import load_file
+
+from camopd_jax.method.agreement import MONITORS
 
 KEYS = """
 step phase loss gap_mean gap_abs_mean gap_pos_mean selected_fraction selected_mass selected_length_mean
@@ -51,6 +54,17 @@ def test_the_files_of_a_run(whole):
         and "report: " in ended.out
         and not ended.err.strip()
     )
+
+
+@pytest.mark.parametrize("file", ["metrics", "samples", "selection"])
+def test_every_key_of_a_file_is_documented(whole, file):
+    text = (ROOT / "docs" / "metrics.md").read_text()
+    section = text[text.index(f"\n## {file}.jsonl") :].split("\n## ")[1]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    documented = {name for cell in cells for name in re.findall(r"`(\w+)`", cell)}
+    written = {key for row in read_lines(whole[0] / f"{file}.jsonl") for key in row}
+    optional = {*MONITORS, "balance"} if file == "metrics" else set()
+    assert documented == written | optional
 
 
 def test_samples_have_the_gap_of_every_token(whole):

@@ -1,0 +1,45 @@
+"""Checks of the documentation site's pages against the code."""
+
+import ast
+import doctest
+import re
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+ELLIPSIS = "…"
+
+
+def texts(file):
+    """The texts in a Python file, with an ellipsis for each value of an f-string."""
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.JoinedStr):
+            yield "".join(part.value if isinstance(part, ast.Constant) else ELLIPSIS for part in node.values)
+        elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+            yield node.value
+
+
+def quoted_messages(page):
+    """The first cells of the tables, without their backticks."""
+    return [m[1].replace(r"\|", "|") for m in re.finditer(r"^\| `((?:[^`])+)` \|", page.read_text(), re.M)]
+
+
+def test_every_message_in_troubleshooting_is_in_the_code():
+    source = "\n".join(text for file in (ROOT / "camopd_jax").rglob("*.py") for text in texts(file))
+    messages = quoted_messages(DOCS / "troubleshooting.md")
+    assert len(messages) > 30
+    for message in messages:
+        assert message.strip(f"{ELLIPSIS}:; ") in source, message
+
+
+def test_every_page_is_in_the_navigation():
+    text = (ROOT / "mkdocs.yml").read_text()
+    pages = [page for part in yaml.safe_load(text)["nav"] for of_part in part.values() for page in of_part]
+    assert sorted(pages) == sorted(page.name for page in DOCS.glob("*.md"))
+
+
+def test_the_example_of_the_method_page():
+    failed, tried = doctest.testfile(str(DOCS / "method.md"), module_relative=False)
+    assert tried >= 3 and not failed
