@@ -43,3 +43,25 @@ def test_every_page_is_in_the_navigation():
 def test_the_example_of_the_method_page():
     failed, tried = doctest.testfile(str(DOCS / "method.md"), module_relative=False)
     assert tried >= 3 and not failed
+
+
+def quickstart_rows(text):
+    """Of each benchmark in a table of the quickstart: the accuracies of the three models, and what is back or kept."""
+    cells = {}
+    for m in re.finditer(r"^ *(?:general|domain): (\w+) +(\S.*)$", text, re.M):
+        values = re.findall(r"\d[\d.]* ± [\d.]+", m[2])
+        if len(values) == 4:
+            cells[m[1]] = values
+    return cells
+
+
+def test_the_tables_of_the_quickstart_have_the_same_numbers():
+    """Those of the README, of the quickstart's page and of the results."""
+    readme = quickstart_rows((ROOT / "README.md").read_text())
+    assert set(readme) == {"covered", "uncovered", "mean", "domain"}
+    assert quickstart_rows((DOCS / "quickstart.md").read_text()) == readme
+    section = (DOCS / "results.md").read_text().split("\n## ")[1]
+    rows = [line for line in section.splitlines() if line.startswith("| ") and "%" in line]
+    for name, row in zip(("covered", "uncovered", "domain"), rows, strict=True):
+        share = readme[name].pop()
+        assert re.findall(r"[\d.]+ ± [\d.]+", row) == readme[name] and f"{share.split()[0]} %" in row
