@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from documented import documented_keys
 from rows import chat_row, edit_json, read_lines, write_lines
 from safetensors.numpy import load_file
 
@@ -42,6 +43,8 @@ def whole(tmp_path_factory, command):
 
 def test_sft_learns_the_form_of_the_answers(whole):
     metrics, scores = read_lines(whole[0] / "metrics.jsonl"), read_lines(whole[0] / "eval.jsonl")
+    assert {key for row in metrics for key in row} < documented_keys("metrics")
+    assert {key for row in scores for key in row} == documented_keys("eval")
     assert [row["step"] for row in metrics] == list(range(6)) and {row["phase"] for row in metrics} == {"sft"}
     assert metrics[-1]["loss"] < 0.5 * metrics[0]["loss"]
     before, after = ({r["model"]: r for r in scores}[name] for name in ("start", "student"))
