@@ -173,7 +173,7 @@ class LanguageModel(Protocol):
 
     def for_decoding(self, params: Params) -> Params:
         """The parameters in the form for `prefill`, `decode` and `logits`: cast once, with the layers unstacked and
-        adapters merged.
+        adapters merged. Kernels in int8 stay as they are, and adapters beside them too.
         """
 
     def layer_for_decoding(self, layers: Params, i: jax.Array | int) -> Params:

@@ -228,7 +228,9 @@ class Compute:
     """Precision and memory. "auto" is bfloat16 on TPU and GPU and float32 on CPU."""
 
     params: Literal["float32", "bfloat16"] = "float32"  # the student's master weights
-    teacher: Literal["auto", "float32", "bfloat16"] = "auto"  # the teachers' weights
+    # Frozen weights: of the teachers, and of the base model beside an adapter. int8: the matrices of the layers, with a
+    # scale for each output; everything else as matmul says
+    teacher: Literal["auto", "float32", "bfloat16", "int8"] = "auto"
     # Of matrix products. float32 is float32 on every platform, not TF32 or bfloat16, and so slow on GPUs and TPUs
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
     # What the backward pass recomputes. none: nothing; dots: all but matrix products; block: every layer; rollout:

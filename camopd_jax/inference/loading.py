@@ -19,6 +19,7 @@ from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.disk import CHECKPOINT, find_folder, hub_revision
 from camopd_jax.models.partition import merge
 from camopd_jax.models.peft_settings import AdapterSettings, base_folder, is_adapter, new_settings, read_settings
+from camopd_jax.models.quantised import INT8
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.types import Params
@@ -85,17 +86,17 @@ def matmul_dtype(compute: Compute, platform: str | None = None) -> str:
 
 
 def teacher_dtype(compute: Compute, platform: str | None = None) -> str:
-    """The dtype of a teacher's weights: "auto" is the dtype of matrix products."""
+    """The dtype of frozen weights, of teachers and beside an adapter: "auto" is the dtype of matrix products."""
     return compute.teacher if compute.teacher != "auto" else matmul_dtype(compute, platform)
 
 
 def load(
     folder: Path, mesh: Mesh, compute: Compute, *, dtype: str, context: int, output_vocab_size: int | None = None
 ) -> Loaded:
-    """Loads a checkpoint onto the mesh. A PEFT adapter is merged into its base model.
+    """Loads a checkpoint onto the mesh. A PEFT adapter is merged into its base model, if that is not in int8.
 
     Args:
-      dtype: of the parameters.
+      dtype: of the parameters; "int8" as in `models.quantised`.
       context: the longest sequence of the run in tokens, prompt and answer.
       output_vocab_size: logits are cut to this size, for models whose vocabularies are padded differently.
 
@@ -106,8 +107,9 @@ def load(
         base = load(
             base_folder(folder), mesh, compute, dtype=dtype, context=context, output_vocab_size=output_vocab_size
         )
-        return with_adapter(base, folder, dtype).merged()
-    config = model_config(folder, context)
+        loaded = with_adapter(base, folder, dtype)
+        return loaded if dtype == INT8 else loaded.merged()
+    config = dataclasses.replace(model_config(folder, context), int8=dtype == INT8)
     if output_vocab_size is not None:
         config = dataclasses.replace(config, output_vocab_size=output_vocab_size)
     model = Model(
@@ -119,7 +121,7 @@ def load(
         decode_attention=compute.decode_attention,
     )
     tokenizer = templates.load_tokenizer(folder)
-    params = hf.load(folder, config, mesh, dtype)
+    params = hf.load(folder, config, mesh, model.dtype if dtype == INT8 else dtype)
     return Loaded(folder, mesh, model, params, tokenizer, templates.eos_ids(folder, tokenizer))
 
 
@@ -167,9 +169,9 @@ def with_adapter(base: Loaded, folder: Path, dtype: str) -> Loaded:
     Args:
       base: the loaded base model.
       folder: of the adapter.
-      dtype: of its matrices.
+      dtype: of its matrices; for "int8", which is for the base model, that of matrix products.
     """
-    config, mesh = base.model.config, base.mesh
+    config, mesh, dtype = base.model.config, base.mesh, base.model.dtype if dtype == INT8 else dtype
     settings = read_settings(folder, config)
     params = adapters.attach(base.params, peft.scales(settings, config, mesh))
     params = adapters.attach(params, peft.load_matrices(folder, settings, config, mesh, dtype))

@@ -71,6 +71,7 @@ class ModelConfig:
     module_names: tuple[tuple[str, str], ...] = ()  # Hugging Face names that differ from `weights.MODULE_NAMES`
     # Of the names of all its tensors, if the checkpoint has other tensors too; `weights` and `names` are without it
     tensor_prefix: str = ""
+    int8: bool = False  # whether the kernels of the layers, but of routers, are int8 (`models.quantised`)
     adapter: tuple[tuple[str, int], ...] = ()  # modules with an adapter (`models.adapters`), and its largest rank
 
     @property

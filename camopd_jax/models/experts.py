@@ -10,6 +10,7 @@ from jax.sharding import Mesh
 
 from camopd_jax.models.config import ModelConfig, Routing
 from camopd_jax.models.products import einsum, multiply_to_float32, precision
+from camopd_jax.models.weights import KERNEL_SCALE
 from camopd_jax.runtime.mesh import batch_shards, spec
 
 Kernels = dict[str, jax.Array]
@@ -32,7 +33,7 @@ class Experts(nn.Module):
         assert c.routing is not None
         d, f, e, std = c.hidden_size, c.intermediate_size, c.routing.experts, c.initializer_range
         shapes = {"router": (d, e), "gate": (e, d, f), "up": (e, d, f), "down": (e, f, d)}
-        kernels = {name: _Kernel(shape, std, name=name)().astype(x_BSD.dtype) for name, shape in shapes.items()}
+        kernels = {name: _Kernel(shape, std, name=name)(x_BSD.dtype) for name, shape in shapes.items()}
         compute = partial(_routed, routing=c.routing, activation=self.activation)
         if self.mesh is None or x_BSD.shape[0] % batch_shards(self.mesh):
             return compute(x_BSD, kernels)
@@ -53,9 +54,13 @@ class _Kernel(nn.Module):
     initializer_range: float
 
     @nn.compact
-    def __call__(self) -> jax.Array:
+    def __call__(self, dtype: jnp.dtype) -> jax.Array:
+        """The kernel in a dtype; one in int8 is multiplied by its scale."""
         kernel: jax.Array = self.param("kernel", nn.initializers.normal(self.initializer_range), self.shape)
-        return kernel
+        if self.has_variable("params", KERNEL_SCALE):
+            scale = jnp.broadcast_to(self.get_variable("params", KERNEL_SCALE)[..., None, :], self.shape)
+            kernel = kernel.astype(jnp.float32) * scale
+        return kernel.astype(dtype)
 
 
 def _routed(

@@ -20,7 +20,8 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.disk import INDEX, SINGLE, Tensor, read_json, stale_index, tensors
 from camopd_jax.models.families import FAMILIES
 from camopd_jax.models.names import EMBEDDING, HEAD, check_names, standard_names
-from camopd_jax.models.weights import WeightRow, check_rows_cover, leaf_of, shardings, table, tensor_rows, tree_of
+from camopd_jax.models.quantised import StoredLeaf, stored_leaves
+from camopd_jax.models.weights import WeightRow, check_rows_cover, file_rows, leaf_of, shardings, tensor_rows, tree_of
 from camopd_jax.types import Params
 
 # --------------------------------------------------------------------------------------- reading
@@ -63,13 +64,16 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
 
     The host has one shard of one stacked parameter in memory at a time.
 
+    Args:
+      dtype: of the parameters, except kernels in int8 (`ModelConfig.int8`), which are quantised as they are read.
+
     Raises:
       UserError: as `check_checksums` and `matching`; for a value that is not finite, with the name of its tensor.
     """
     check_checksums(folder)
     if warning := stale_index(folder):
         warnings.warn(warning, stacklevel=2)
-    return load_rows(table(config), matching(folder, config), config, mesh, dtype)
+    return load_rows(file_rows(config), matching(folder, config), config, mesh, dtype)
 
 
 def load_rows(
@@ -84,14 +88,16 @@ def load_rows(
     leaves = {}
     for row in rows:
         stored = [(name, on_disk[name]) for name in row.names(config.num_layers)]
-        shard = partial(_shard, stored, row, config.num_layers, dtype)
-        leaf = jax.make_array_from_callback(row.shape(config.num_layers), leaf_of(sharding_of, row.path), shard)
-        leaves[row.path] = jax.block_until_ready(leaf)  # else this shard is in host memory while the next is read
+        for leaf in stored_leaves(row, dtype, config.int8):
+            path, shape = leaf.row.path, leaf.row.shape(config.num_layers)
+            shard = partial(_shard, stored, leaf, config.num_layers)
+            array = jax.make_array_from_callback(shape, leaf_of(sharding_of, path), shard)
+            leaves[path] = jax.block_until_ready(array)  # else this shard is in host memory while the next is read
     return tree_of(leaves)
 
 
 def _shard(
-    stored: list[tuple[str, Tensor]], row: WeightRow, layers: int, dtype: str, index: tuple[slice, ...] | None
+    stored: list[tuple[str, Tensor]], leaf: StoredLeaf, layers: int, index: tuple[slice, ...] | None
 ) -> np.ndarray:
     """One device's shard of a parameter, read from the tensors that it consists of.
 
@@ -103,13 +109,13 @@ def _shard(
       UserError: for a value that is not finite.
     """
     assert index is not None
-    numbers = np.arange(len(stored)).reshape(row.stack(layers))
+    numbers = np.arange(len(stored)).reshape(leaf.row.stack(layers))
     numbers, within = numbers[index[: numbers.ndim]], index[numbers.ndim :]
     out: np.ndarray | None = None
     for i in np.ndindex(numbers.shape):
         name, tensor = stored[numbers[i]]
-        view = row.from_hf(tensor.map())[within]
-        out = np.empty((*numbers.shape, *view.shape), dtype) if out is None else out
+        view = leaf.read(tensor.map(), within)
+        out = np.empty((*numbers.shape, *view.shape), leaf.dtype) if out is None else out
         out[i] = view
         if not np.isfinite(out[i]).all():
             raise UserError(f"{tensor.file}: tensor {name} has values that are not finite; give another checkpoint")
@@ -123,7 +129,7 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     Raises:
       UserError: for missing or additional tensors and wrong shapes, and as `tensors`.
     """
-    shapes = {name: row.hf_shape for row in table(config) for name in row.names(config.num_layers)}
+    shapes = {name: row.hf_shape for row in file_rows(config) for name in row.names(config.num_layers)}
     on_disk = standard_names(_divided(folder, config)[0], shapes, config.tied_head, folder)
     if config.tied_head and HEAD in on_disk:
         _check_tied(on_disk, folder)

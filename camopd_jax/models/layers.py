@@ -18,7 +18,7 @@ from camopd_jax.models.config import AttentionSpec, Implementation, ModelConfig
 from camopd_jax.models.experts import Experts
 from camopd_jax.models.products import multiply
 from camopd_jax.models.rope import Rope, frequencies
-from camopd_jax.models.weights import LORA_A, LORA_B, LORA_SCALE
+from camopd_jax.models.weights import KERNEL_SCALE, LORA_A, LORA_B, LORA_SCALE
 from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
 from camopd_jax.types import Params
 
@@ -87,7 +87,10 @@ def normalized(x: jax.Array, weights: Params, c: ModelConfig) -> jax.Array:
 
 
 class Linear(nn.Module):
-    """`einsum(equation, x, kernel) + bias`, and `low_rank` of an adapter if there is one beside the kernel."""
+    """`einsum(equation, x, kernel) + bias`, and `low_rank` of an adapter if there is one beside the kernel.
+
+    With a kernel in int8, the product is multiplied by the scale of each output (`models.quantised`).
+    """
 
     equation: str
     kernel_shape: tuple[int, ...]
@@ -98,6 +101,9 @@ class Linear(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         kernel = self.param("kernel", nn.initializers.normal(self.initializer_range), self.kernel_shape)
         y = multiply(self.equation, x, kernel.astype(x.dtype))
+        if self.has_variable("params", KERNEL_SCALE):
+            scale = jnp.broadcast_to(self.get_variable("params", KERNEL_SCALE), y.shape)
+            y = (y.astype(jnp.float32) * scale).astype(x.dtype)
         if self.bias_shape is not None:
             bias = self.param("bias", nn.initializers.zeros, self.bias_shape)
             y += jnp.broadcast_to(bias.astype(x.dtype), y.shape)

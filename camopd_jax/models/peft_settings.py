@@ -14,7 +14,7 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.disk import CHECKPOINT, Tensor, find_folder, read_header, read_json
 from camopd_jax.models.fields import COUNT, NUMBER, Kind
 from camopd_jax.models.names import EMBEDDING, HEAD
-from camopd_jax.models.weights import MODULE_NAMES, PEFT_PREFIX, WeightRow, table
+from camopd_jax.models.weights import MODULE_NAMES, PEFT_PREFIX, WeightRow, file_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE = "base_model_name_or_path"
@@ -153,7 +153,7 @@ def new_settings(adapter: Adapter, base: ModelConfig, base_name: str, revision: 
       UserError: naming a target that the model does not have.
     """
     names = MODULE_NAMES | dict(base.module_names)
-    known = {names[row.module].split(".")[-1] for row in table(base) if _may_have_adapter(row)}
+    known = {names[row.module].split(".")[-1] for row in file_rows(base) if _may_have_adapter(row)}
     for target in adapter.targets:
         if target not in known and target != ALL_LINEAR:
             raise UserError(
@@ -186,7 +186,7 @@ def _resolve(
     if base.tensor_prefix:
         raise UserError(f"{where}: an adapter of a multimodal model is not supported; {MERGE}")
     with _naming_patterns(where):
-        for row in table(base):
+        for row in file_rows(base):
             modules = [name.removesuffix(".weight") for name in row.names(base.num_layers)]
             targeted = [_is_target(fields, module) for module in modules]
             if row.path[-1] != "kernel":
@@ -285,7 +285,7 @@ def _saved_rows(
             f"{where}: modules_to_save has the embedding or the head of a model in which they are one tensor "
             f"(tie_word_embeddings); {MERGE}"
         )
-    for row in table(base):
+    for row in file_rows(base):
         names = row.names(base.num_layers)
         saved = [_saves(listed, name) or name in present for name in names]
         if any(saved) and not all(saved):

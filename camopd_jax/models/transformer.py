@@ -14,7 +14,7 @@ from camopd_jax.models.config import Implementation, ModelConfig
 from camopd_jax.models.layers import Block, LayerCache, LayerKind, Norm, Positions, normalized, rotation
 from camopd_jax.models.products import multiply_to_float32
 from camopd_jax.models.stack import LayerFunction, run_layers
-from camopd_jax.models.weights import decoding_shardings, table
+from camopd_jax.models.weights import KERNEL_SCALE, LORA_SCALE, decoding_shardings, table
 from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
 from camopd_jax.types import EMPTY, KVCache, Params, Residuals
 
@@ -108,12 +108,12 @@ class Model:
 
     def layer_for_decoding(self, layers: Params, i: jax.Array | int) -> Params:
         layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), layers)
-        return self.others_for_decoding(adapters.merge_layer(layer))
+        return self.others_for_decoding(layer if self.config.int8 else adapters.merge_layer(layer))
 
     def others_for_decoding(self, others: Params) -> Params:
         def cast(path: tuple[jax.tree_util.DictKey, ...], p: jax.Array) -> jax.Array:
-            of_norm = path[-1].key in ("scale", "shift")  # computed in float32
-            return p if of_norm else p.astype(self.dtype)
+            kept = path[-1].key in ("scale", "shift", LORA_SCALE, KERNEL_SCALE)  # computed in float32
+            return p if kept or p.dtype == jnp.int8 else p.astype(self.dtype)
 
         return jax.tree_util.tree_map_with_path(cast, others)
 

@@ -42,6 +42,7 @@ MODULE_NAMES = {
 }
 
 LORA_A, LORA_B, LORA_SCALE = "lora_a", "lora_b", "lora_scale"  # the leaves of an adapter beside a kernel
+KERNEL_SCALE = "kernel_scale"  # beside a kernel in int8 (`models.quantised`)
 PEFT_PREFIX = "base_model.model."  # before the names of all tensors of a PEFT adapter
 # Hugging Face names of the leaves of a module, and of the parameters that are no module's
 _LEAVES = {
@@ -82,6 +83,11 @@ class WeightRow:
         """The module in a layer, as in `MODULE_NAMES`."""
         return ".".join(self.path[1:-1])
 
+    @property
+    def outputs(self) -> int:
+        """The number of a kernel's output axes, its last ones, which are the first dimensions of `split`."""
+        return self.order[0]
+
     def shape(self, layers: int) -> tuple[int, ...]:
         """The shape of the parameter in a model with this number of layers."""
         return (*self.stack(layers), *(self.split[i] for i in self.order))
@@ -110,8 +116,14 @@ class WeightRow:
 
 
 def table(c: ModelConfig) -> tuple[WeightRow, ...]:
-    """The rows of all parameters of a model, those of its adapter last."""
-    return (*(row for rows in tensor_rows(c) for row in rows), *adapter_rows(c))
+    """The rows of all parameters of a model: those in its files, the scales of int8 kernels, and its adapter's."""
+    scales = (scale_row(row) for row in _rows(c) if in_int8(row)) if c.int8 else ()
+    return (*file_rows(c), *scales, *adapter_rows(c))
+
+
+def file_rows(c: ModelConfig) -> tuple[WeightRow, ...]:
+    """The rows of the parameters that are in a model's files."""
+    return tuple(row for rows in tensor_rows(c) for row in rows)
 
 
 def tensor_rows(c: ModelConfig) -> list[tuple[WeightRow, ...]]:
@@ -132,6 +144,33 @@ def _parts(rows: list[WeightRow]) -> tuple[WeightRow, ...]:
     return tuple(dataclasses.replace(row, hf_shape=shape, part=part) for row, part in zip(rows, parts, strict=True))
 
 
+def in_int8(row: WeightRow) -> bool:
+    """Whether a parameter is int8 in a model with `ModelConfig.int8`: all kernels, but those of routers."""
+    return row.path[-1] == "kernel" and "router" not in row.path
+
+
+def scale_row(kernel: WeightRow) -> WeightRow:
+    """The row of the scales of a kernel in int8, which are split like its outputs. No file has them."""
+    stack, split = kernel.axes[: -len(kernel.order)], kernel.split[: kernel.outputs]
+    return dataclasses.replace(
+        kernel,
+        path=(*kernel.path[:-1], KERNEL_SCALE),
+        hf_name=f"{kernel.hf_name.removesuffix('.weight')}.{KERNEL_SCALE}",
+        axes=(*stack, *kernel.axes[-kernel.outputs :]),
+        split=split,
+        order=tuple(range(kernel.outputs)),
+        hf_shape=kernel.hf_shape[:1],
+        part=None,
+    )
+
+
+def leaf_dtype(c: ModelConfig, row: WeightRow, dtype: str) -> str:
+    """The dtype of a parameter of a model whose other parameters have this dtype, if its kernels may be int8."""
+    if row.path[-1] == KERNEL_SCALE:
+        return "float32"
+    return "int8" if c.int8 and in_int8(row) else dtype
+
+
 def adapter_rows(c: ModelConfig) -> tuple[WeightRow, ...]:
     """The rows of an adapter's leaves (`models.adapters`), by the names of PEFT. No file has a `lora_scale`.
 
@@ -143,8 +182,8 @@ def adapter_rows(c: ModelConfig) -> tuple[WeightRow, ...]:
 
 def _low_rank_rows(kernel: WeightRow, rank: int) -> Iterator[WeightRow]:
     """The rows of one kernel's adapter. The kernel's inputs are its first axes, but the last ones of its tensor."""
-    outputs = kernel.order[0]  # the number of output axes
-    inputs, (wide, narrow) = len(kernel.order) - outputs, kernel.hf_shape
+    outputs, (wide, narrow) = kernel.outputs, kernel.hf_shape
+    inputs = len(kernel.order) - outputs
     axes, module = kernel.axes[1:], PEFT_PREFIX + kernel.hf_name.removesuffix(".weight")
 
     def row(
@@ -260,9 +299,9 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
 def decoding_shardings(c: ModelConfig, mesh: Mesh) -> Params:
     """`shardings` of the parameters for decoding, where "layers" is a tuple with one tree for each layer.
 
-    Adapters are merged into the kernels.
+    Adapters are merged into the kernels, except into those in int8.
     """
-    tree = shardings(dataclasses.replace(c, adapter=()), mesh)
+    tree = shardings(c if c.int8 else dataclasses.replace(c, adapter=()), mesh)
     layer = jax.tree.map(lambda stacked: NamedSharding(mesh, PartitionSpec(*stacked.spec[1:])), tree["layers"])
     return tree | {"layers": (layer,) * c.num_layers}
 

@@ -19,8 +19,9 @@ from camopd_jax.models import adapters
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.partition import trained
 from camopd_jax.models.peft_settings import CONFIG, base_folder, is_adapter, new_settings, read_settings
+from camopd_jax.models.quantised import INT8
 from camopd_jax.models.transformer import Model
-from camopd_jax.models.weights import shardings
+from camopd_jax.models.weights import WeightRow, leaf_dtype, leaf_of, shardings, table, tree_of
 from camopd_jax.runtime.mesh import sharding
 from camopd_jax.types import Params, TrainState
 
@@ -34,7 +35,7 @@ class ModelShapes:
     shapes: dict[str, ModelConfig]  # "general", "specialised" and further teachers, as branches name them
     eos_ids: tuple[int, ...] = ()
     bases: dict[str, str] = field(default_factory=dict)  # of each adapter, the other model whose arrays it shares
-    trained: ModelConfig | None = None  # the student, where the config gives it a new adapter
+    trained: ModelConfig | None = None  # the student, if it is not as the specialised model is
 
     @property
     def student(self) -> ModelConfig:
@@ -54,10 +55,12 @@ def make_models(
     Args:
       shapes: of each model. folders: of those that have one.
     """
-    new = None
+    student, int8 = shapes["specialised"], config.compute.teacher == INT8
     if config.adapter is not None:
-        new = new_settings(config.adapter, shapes["specialised"], "").model_config(shapes["specialised"])
-    return ModelShapes(shapes, eos_ids, shared_bases(folders), new)
+        student = new_settings(config.adapter, student, "").model_config(student)
+    frozen = {name: dataclasses.replace(shape, int8=int8) for name, shape in shapes.items()}
+    student = dataclasses.replace(student, int8=int8 and bool(student.adapter))
+    return ModelShapes(frozen, eos_ids, shared_bases(folders), student)
 
 
 def read_folders(config: TrainConfig, folders: dict[str, Path], context: int) -> ModelShapes:
@@ -140,10 +143,19 @@ def without_shared(tree: Params, *others: Params) -> Params:
 
 
 def abstract_params(model: Model, mesh: Mesh, dtype: str) -> Params:
-    """A model's parameters with their shardings on a mesh."""
-    shapes = jax.eval_shape(model.on(None).init, jax.random.key(0))
-    of_leaves = shardings(model.config, mesh)
-    return jax.tree.map(lambda s, leaf: jax.ShapeDtypeStruct(s.shape, dtype, sharding=leaf), shapes, of_leaves)
+    """A model's parameters with their shardings on a mesh.
+
+    Args:
+      dtype: of them; "int8" as in `models.quantised`.
+    """
+    config, dtype = model.config, model.dtype if dtype == INT8 else dtype
+    of_leaves = shardings(config, mesh)
+
+    def leaf(row: WeightRow) -> jax.ShapeDtypeStruct:
+        shape, stored = row.shape(config.num_layers), leaf_dtype(config, row, dtype)
+        return jax.ShapeDtypeStruct(shape, stored, sharding=leaf_of(of_leaves, row.path))
+
+    return tree_of({row.path: leaf(row) for row in table(config)})
 
 
 def rows(mesh: Mesh, shapes: Any) -> Any:

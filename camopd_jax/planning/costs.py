@@ -19,7 +19,8 @@ from camopd_jax.method.optimizer import LAST_GRADIENT, moment_names
 from camopd_jax.method.setup import Setup
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.partition import trained
-from camopd_jax.models.weights import table, tree_of
+from camopd_jax.models.quantised import INT8
+from camopd_jax.models.weights import WeightRow, leaf_dtype, table, tree_of
 from camopd_jax.planning.arrays import ModelShapes
 from camopd_jax.planning.topology import Chip
 from camopd_jax.rollout.generate import refill_size, rings
@@ -37,9 +38,25 @@ def weights(config: ModelConfig, rule: str | None = None) -> int:
     return sum(jax.tree.leaves(sizes if rule is None else trained(sizes, rule)))
 
 
-def base_weights(config: ModelConfig) -> int:
-    """Parameters of a model without its adapter."""
-    return weights(dataclasses.replace(config, adapter=()))
+def without_adapter(config: ModelConfig) -> ModelConfig:
+    return dataclasses.replace(config, adapter=())
+
+
+@cache
+def weight_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of a model's parameters in a dtype, except its kernels in int8 and their scales."""
+    return sum(_bytes(row, config, dtype) for row in table(config))
+
+
+def _bytes(row: WeightRow, config: ModelConfig, dtype: str) -> int:
+    return math.prod(row.shape(config.num_layers)) * jnp.dtype(leaf_dtype(config, row, dtype)).itemsize
+
+
+@cache
+def matrix_bytes(config: ModelConfig, dtype: str) -> int:
+    """Bytes of the weights in matrix products, as `matrix_weights` counts them."""
+    kernels = sum(_bytes(row, config, dtype) for row in table(config) if row.path[-1] == "kernel")
+    return kernels + config.vocab_size * config.hidden_size * jnp.dtype(dtype).itemsize
 
 
 @cache
@@ -132,8 +149,8 @@ class Share:
     def __init__(self, model: ModelConfig, mesh: Mesh, dtype: str):
         self.item, self.shards = jnp.dtype(dtype).itemsize, batch_shards(mesh)
         self.fsdp, self.tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-        self.weights = weights(model) * self.item / (self.fsdp * self.tensor)
-        self.multiplied = matrix_weights(model) * self.item / self.tensor  # weights in a chip's products
+        self.weights = weight_bytes(model, dtype) / (self.fsdp * self.tensor)
+        self.multiplied = matrix_bytes(model, dtype) / self.tensor  # weights in a chip's products
         self.gathered = self.multiplied * (1 - 1 / self.fsdp)  # of these, what other chips send
         # Received for a token of the batch: activations are summed twice a layer, there and back around a ring
         self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / self.tensor) / self.shards
@@ -220,14 +237,16 @@ def memory_estimate(setup: Setup, models: ModelShapes) -> dict[str, float]:
     moments += gradients if config.optimizer.average is not None else 0  # the average is kept and offloaded with them
     gradients *= len(config.branches) if config.method.schedule == schedule.MIXED else 1
     split, student = setup.mesh.shape["fsdp"] * setup.mesh.shape["tensor"], models.student
-    teacher_item, item = jnp.dtype(setup.teacher_dtype).itemsize, jnp.dtype(config.compute.params).itemsize
     shared = {*models.bases, models.base_of_student}  # models whose base weights are counted elsewhere
+    frozen = setup.dtype if setup.teacher_dtype == INT8 else setup.teacher_dtype  # of weights that are not in int8
     teachers = [
-        (weights(shape) - (base_weights(shape) if name in shared else 0)) * teacher_item / split
+        (weight_bytes(shape, frozen) - (weight_bytes(without_adapter(shape), frozen) if name in shared else 0)) / split
         for name, shape in models.shapes.items()
     ]
-    own = (weights(student) - base_weights(student)) if student.adapter else weights(student)
-    parameters = (own * item + (base_weights(student) * teacher_item if student.adapter else 0)) / split
+    parameters = weight_bytes(student, config.compute.params) / split
+    if student.adapter:
+        base = without_adapter(student)
+        parameters += (weight_bytes(base, frozen) - weight_bytes(base, config.compute.params)) / split
     answering = _rollout_memory(setup, models.student)
     learning = {"gradient": gradients + _gradient_memory(setup, models.student), "update": gradients}
     if not config.compute.offloads:
@@ -255,7 +274,7 @@ def _gradient_memory(setup: Setup, model: ModelConfig) -> float:
     rows, enters = config.optimizer.micro_batch / on.shards, model.hidden_size * on.item / on.tensor
     saved = {"none": 4 * enters + 2 * on.wide, "dots": enters + on.wide}.get(config.compute.remat, enters)
     head = model.vocab_size * model.hidden_size / on.tensor
-    layers = 2 * (on.multiplied / on.item - head) / model.num_layers
+    layers = 2 * (matrix_weights(model) / on.tensor - head) / model.num_layers
     chunk = tokens_at_once(config.compute.logits_chunk, model.vocab_size, on.tensor)
     logits = min(chunk, rows * config.rollout.max_response_tokens) * 8 * model.vocab_size / on.tensor
     gathered = (layers + head) * (on.item + 4) + 8 * head / on.fsdp

@@ -85,6 +85,37 @@ def test_a_new_adapter_shares_the_specialised_model():
     assert estimate == 2 * BASE * 4 + 4 * 4 * MATRICES + 4 * SCALES
 
 
+def test_an_adapter_on_the_original_in_int8(folder):
+    """The arrays of a run on one device: matrices in a byte, a float32 scale for each output, the rest in float32."""
+    config = configured(folder, compute=Compute(teacher="int8"))
+    models, made = planned(config)
+    matrices, outputs = 3 * (4 * 96 * 96 + 3 * 96 * 256), 3 * (4 * 96 + 2 * 256 + 96)
+    base, adapter = matrices + 4 * outputs + 4 * (BASE - matrices), 4 * (MATRICES + SCALES)
+    assert chip_bytes(made.params) == base + adapter
+    gradient = 4 * MATRICES  # as the two moments
+    assert memory_estimate(made.setup, models)["update"] == base + 2 * adapter + 3 * gradient
+    before = live_bytes()
+    run = load_models(resolve(config, jax.devices()[:1]))
+    assert live_bytes() - before == base + 2 * adapter - 4 * SCALES  # teacher and student have one array of scales
+    assert shapes(flat(run.student.params)) == shapes(flat(made.params))
+    assert run.general.params["layers"]["mlp"]["up"]["kernel"] is run.student.params["layers"]["mlp"]["up"]["kernel"]
+
+
+def test_teachers_in_int8_beside_a_student_that_is_trained_in_full():
+    config = configured(QUICKSTART / "specialist", compute=Compute(teacher="int8"))
+    models, made = planned(config)
+    run = load_models(resolve(config, jax.devices()[:1]))
+    for name, ours in {"student": made.params, **{name: of[1] for name, of in made.teachers.items()}}.items():
+        assert shapes(flat(getattr(run, name).params)) == shapes(flat(ours))
+    assert chip_bytes(made.params) == 4 * BASE and chip_bytes(made.state.params) == 4 * BASE
+    teacher = chip_bytes(made.teachers["general"][1])
+    assert memory_estimate(made.setup, models)["update"] == 4 * 4 * BASE + 2 * teacher < 6 * 4 * BASE
+
+
+def live_bytes():
+    return sum(array.nbytes for array in jax.live_arrays())
+
+
 def flat(tree):
     """Leaves by name."""
     return {jax.tree_util.keystr(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
