@@ -125,6 +125,34 @@ def test_a_run_continues_with_the_same_bits_and_saves_the_adapter_alone(recovere
 
 
 @pytest.mark.slow
+def test_a_run_on_a_base_in_int8(adapted, command, tmp_path):
+    """It continues with the same bits, decoding agrees with scoring, and what is exported knows nothing of int8."""
+    models = f"--config.specialised_model={adapted / 'export'}"
+    flags = [*SMALL, models, "--config.compute.teacher=int8", "--config.rollout.student_logprobs=forward"]
+    for name, steps in (("once", 4), ("twice", 2), ("twice", 4)):
+        ended = command("train", f"--workdir={tmp_path / name}", *flags, f"--config.steps={steps}")
+        assert ended.code == 0, ended.err
+    assert "continuing from step 2" in ended.out
+    same(weights(tmp_path / "twice"), weights(tmp_path / "once"))
+    for row in read_lines(tmp_path / "once" / "metrics.jsonl"):
+        assert row["sampler_gap"] < 1e-5
+    before, after = weights(adapted), weights(tmp_path / "once")
+    assert min((before[name] != after[name]).mean() for name in before) > 0.9
+
+    ended = command("export", f"--workdir={tmp_path / 'once'}", f"--out={tmp_path / 'merged'}", "--merge")
+    assert ended.code == 0, ended.err
+    base, merged = (load_file(folder / "model.safetensors") for folder in (GENERALIST, tmp_path / "merged"))
+    prefix = "base_model.model."
+    for name, tensor in base.items():
+        module = prefix + name.removesuffix(".weight")
+        if f"{module}.lora_A.weight" not in after:
+            np.testing.assert_array_equal(merged[name], tensor, err_msg=name)
+            continue
+        product = after[f"{module}.lora_B.weight"] @ after[f"{module}.lora_A.weight"]
+        np.testing.assert_allclose(merged[name], tensor + 8 / 5 * product, atol=1e-6, rtol=0, err_msg=name)
+
+
+@pytest.mark.slow
 def test_commands_read_the_folder_of_an_adapter(recovered, adapted, command, tmp_path):
     source = write_lines(tmp_path / "rows.jsonl", ROWS)
     assert command("export", f"--workdir={recovered}", f"--out={tmp_path / 'merged'}", "--merge").code == 0
