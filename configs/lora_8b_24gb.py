@@ -1,4 +1,4 @@
-"""A LoRA fine-tune of an 8B model, recovered on one card of 24 GB: one set of base weights, in int8, for all three roles.
+"""A LoRA fine-tune of an 8B model, recovered on one card of 24 GB: one set of base weights in int8 serves all roles.
 
 Command    python -m camopd_jax.train --config=configs/lora_8b_24gb.py --workdir=runs/lora_8b
 Models     Qwen3-8B, and a PEFT adapter of it: r 16 on all matrices of the layers.
