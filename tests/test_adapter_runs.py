@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import shutil
+import signal
 from pathlib import Path
 
 import jax
@@ -11,12 +12,14 @@ import peft
 import pytest
 import torch
 import transformers
+from lm_eval.api.instance import Instance
 from rows import edit_json, read_lines, write_lines
 from safetensors.numpy import load_file
 from scoring import log_probs, torch_log_probs
 
 from camopd_jax.config.schema import Adapter, BranchConfig, Compute, Stream, TrainConfig
 from camopd_jax.errors import UserError
+from camopd_jax.evals.harness import CamopdLM
 from camopd_jax.inference import loading
 from camopd_jax.method.branches import load_models, make_teachers, offload_teachers
 from camopd_jax.method.setup import resolve
@@ -150,6 +153,50 @@ def test_a_run_on_a_base_in_int8(adapted, command, tmp_path):
             continue
         product = after[f"{module}.lora_B.weight"] @ after[f"{module}.lora_A.weight"]
         np.testing.assert_allclose(merged[name], tensor + 8 / 5 * product, atol=1e-6, rtol=0, err_msg=name)
+
+
+def test_lm_eval_reads_the_folder_of_an_adapter(adapted):
+    model = CamopdLM(str(adapted / "export"), batch_size=8, max_length=48)
+    texts = [("reverse: abc", " cba"), ("sort: cab", " abc and more")]
+    requests = [Instance("loglikelihood", {}, text, i) for i, text in enumerate(texts)]
+    torch_model = from_peft(adapted / "export", GENERALIST)
+    for (context, continuation), (value, _) in zip(texts, model.loglikelihood(requests), strict=True):
+        before, ids = model.tok_encode(context), model.tok_encode(context + continuation)
+        expected = torch_log_probs(torch_model, np.array([ids]))[0, len(before) - 1 :].sum()
+        assert value == pytest.approx(float(expected), abs=1e-4)
+
+
+@pytest.mark.slow
+def test_generate_and_evaluate_read_the_folder_of_an_adapter(adapted, command, tmp_path):
+    """Greedy answers are those of PEFT. A base in int8 is evaluated as it is, beside the adapter."""
+    folder, source = adapted / "export", write_lines(tmp_path / "rows.jsonl", [{"prompt": "reverse: abcd"}])
+    flags = [f"--input={source}", f"--output={tmp_path / 'answers.jsonl'}", "--max_new_tokens=12", "--batch_size=1"]
+    ended = command("generate", f"--model={folder}", *flags)
+    assert ended.code == 0, ended.err
+    (row,) = read_lines(tmp_path / "answers.jsonl")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    ids = torch.tensor([tokenizer("reverse: abcd")["input_ids"]])
+    answer = from_peft(folder, GENERALIST).generate(input_ids=ids, max_new_tokens=12, do_sample=False)
+    assert row["response_ids"] == answer[0, ids.shape[1] :].tolist()
+
+    config = f"--config={ROOT / 'configs/quickstart.py'}"
+    results = {}
+    for teacher in ("float32", "int8"):
+        flags = [f"--workdir={tmp_path / teacher}", f"--checkpoint={folder}", f"--config.compute.teacher={teacher}"]
+        ended = command("evaluate", config, *flags)
+        assert ended.code == 0, ended.err
+        results[teacher] = read_lines(tmp_path / teacher / "eval.jsonl")
+    assert [row.keys() for row in results["int8"]] == [row.keys() for row in results["float32"]]
+
+
+@pytest.mark.slow
+def test_a_killed_run_continues_with_the_same_bits(recovered, adapted, command, tmp_path):
+    workdir = tmp_path / "run"
+    flags = [f"--workdir={workdir}", *SMALL, f"--config.specialised_model={adapted / 'export'}"]
+    command.start("train", *flags).when((workdir / "checkpoints" / "2" / "digests").exists, signal.SIGKILL)
+    ended = command("train", *flags)
+    assert ended.code == 0 and "continuing from step" in ended.out
+    same(weights(workdir), weights(recovered))
 
 
 @pytest.mark.slow

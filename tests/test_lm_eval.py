@@ -183,6 +183,11 @@ def test_the_command_runs_a_local_task(command, tmp_path):
 
 
 @pytest.mark.slow
+def test_a_batch_that_the_devices_do_not_divide_is_one_line():
+    with pytest.raises(UserError, match=r"^--batch_size is 12, which is not a multiple of data x fsdp = 8 of --model"):
+        CamopdLM(str(FOLDER), batch_size=12)
+
+
 def test_a_missing_folder_is_one_line(command):
     ended = command("lm_eval", "--model", "camopd_jax", "--model_args", "path=/no/such", "--tasks", "arc_easy")
     assert ended.code == 2 and "--model_args path: no folder /no/such" in ended.err.splitlines()[-1]

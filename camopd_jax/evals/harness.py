@@ -27,7 +27,7 @@ from camopd_jax.models.config import text_config
 from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_distributed
-from camopd_jax.runtime.mesh import make_mesh
+from camopd_jax.runtime.mesh import check_rows, make_mesh
 from camopd_jax.runtime.start import start
 
 MAX_LENGTH = 4096  # tokens, prompt and answer, where the model allows more
@@ -78,6 +78,7 @@ class CamopdLM(TemplateLM):
         self.max_gen_toks, self.seed = int(max_gen_toks), int(seed)
         compute = Compute(teacher=dtype, matmul=dtype)  # type: ignore[arg-type]  # one of DTYPES
         mesh, weights = make_mesh(int(data), int(fsdp), int(tensor)), loading.teacher_dtype(compute)
+        check_rows(mesh, "--batch_size", self.batch_size, "--model_args")
         self.loaded = loading.load(folder, mesh, compute, dtype=weights, context=self.max_length)
         self.tokenizer = self.loaded.tokenizer
 
