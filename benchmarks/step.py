@@ -13,6 +13,7 @@ FLOPs and bytes are counted from the model, not by the compiler: see camopd_jax/
 with limits that are published for the device or measured after the steps: benchmarks/limits.py.
 """
 
+import dataclasses
 import datetime
 import itertools
 import json
@@ -33,6 +34,7 @@ from prompts import tokenised
 
 from camopd_jax import __version__
 from camopd_jax.config.schema import (
+    Adapter,
     BranchConfig,
     Compute,
     MeshConfig,
@@ -48,8 +50,10 @@ from camopd_jax.method.branches import Branch, Teacher, offload_teachers
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.programs import Programs
 from camopd_jax.method.setup import resolve
-from camopd_jax.models import hf
+from camopd_jax.models import adapters, hf
 from camopd_jax.models.config import ModelConfig, from_hf
+from camopd_jax.models.partition import trained
+from camopd_jax.models.peft_settings import new_settings
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
@@ -90,6 +94,9 @@ flags.DEFINE_enum("offload", "off", ["off", "ahead", "late"], "Whether idle arra
 flags.DEFINE_float("mass", 0.8, "Share of the gap mass that is trained on; 1: every answer.", 0.01, 1.0)
 flags.DEFINE_string("objective", "sampled_token", "Of both branches: a name of camopd_jax/method/objectives.")
 flags.DEFINE_string("mesh", "-1,1,1", "data,fsdp,tensor.")
+flags.DEFINE_integer(
+    "adapter", 0, "Rank of an adapter of all matrices, which alone is trained, on the teacher; 0: none.", lower_bound=0
+)
 flags.DEFINE_integer("steps", 3, "Steps timed (with --domain: cycles), after those that compile.", lower_bound=1)
 flags.DEFINE_integer("warm_up", 1, "Steps (or cycles) that compile.", lower_bound=1)
 flags.DEFINE_bool("record", False, f"Append the line to {HISTORY.name}.")
@@ -97,7 +104,7 @@ flags.DEFINE_string("profile", None, "Folder for an XProf trace of one more step
 
 
 def build():
-    """(setup, student model, student parameters, teacher parameters) on the mesh."""
+    """(setup, student and its parameters, teacher and its parameters) on the mesh."""
     values = flags.FLAGS
     compute = Compute(teacher=values.teacher_dtype or values.dtype, matmul=values.dtype, remat=values.remat,
                       logits_chunk=values.logits_chunk, offload=values.offload,
@@ -128,7 +135,17 @@ def build():
         student = make(jax.random.key(0))
         cast = jax.jit(partial(jax.tree.map, lambda p: p.astype(setup.teacher_dtype)), out_shardings=places)
         teacher = cast(make(jax.random.key(1)))
-    return setup, model, student, teacher
+    if values.adapter:
+        settings = new_settings(Adapter(values.adapter), model.config, "")
+        adapted = dataclasses.replace(model, config=settings.model_config(model.config))
+        return (
+            setup,
+            adapted,
+            adapters.attach(teacher, adapters.init(adapted.config, jax.random.key(2))),
+            model,
+            teacher,
+        )
+    return setup, model, student, model, teacher
 
 
 def questions(file: str | None, vocab: int) -> Iterator[Prompts]:
@@ -187,7 +204,7 @@ def counted(c: ModelConfig, seconds: dict[str, float], kept: float, dtype: str) 
         "rollout": forward_flops(c, v.batch, 0, v.prompt, 0) + forward_flops(c, v.batch, v.prompt, length, v.answer),
         "score_teacher": forward,
         "score_student": forward,
-        "gradient": 3 * forward * kept / v.batch,
+        "gradient": (2 if v.adapter else 3) * forward * kept / v.batch,  # frozen weights have none of their own
     }
     # The least that decoding reads: weights once a turn, keys and values of the tokens before
     before = (v.prompt + length - 1) * v.answer // 2
@@ -204,28 +221,33 @@ def counted(c: ModelConfig, seconds: dict[str, float], kept: float, dtype: str) 
     }  # fmt: skip
 
 
+def smallest(params):
+    """A small array among the trained ones: the final norm's, if there is no adapter."""
+    return min(jax.tree.leaves(params), key=np.size)
+
+
 def main(_) -> None:
     start()
     v = flags.FLAGS
     if (v.general or v.domain or v.ends) and not v.model:
         raise app.UsageError("--general, --domain and --ends take a model's tokenizer; give --model")
-    setup, model, student, teacher = build()
+    setup, model, student, base, teacher = build()
     config = setup.config
-    state = init_state(student)
+    state = init_state(trained(student, "all"))
     vocab, cycle = model.config.vocab_size, ["recovery"]
     objectives = setup.objectives
     branches = {
-        "recovery": Branch("recovery", questions(v.general, vocab), Teacher(model, teacher), objectives["recovery"])
+        "recovery": Branch("recovery", questions(v.general, vocab), Teacher(base, teacher), objectives["recovery"])
     }
     if v.domain:
-        own = hf.load(Path(v.model), model.config, model.mesh, setup.teacher_dtype)
-        branches["review"] = Branch("review", questions(v.domain, vocab), Teacher(model, own), objectives["review"])
+        own = hf.load(Path(v.model), base.config, model.mesh, setup.teacher_dtype)
+        branches["review"] = Branch("review", questions(v.domain, vocab), Teacher(base, own), objectives["review"])
         cycle = [schedule.phase(config, step) for step in range(4)]
     if config.compute.offloads:
         offload_teachers({branch.teacher for branch in branches.values()}, student)
-    before = np.asarray(student["final_norm"]["scale"])
+    before = np.asarray(smallest(state.params))
     eos_ids = templates.eos_ids(Path(v.model), templates.load_tokenizer(Path(v.model))) if v.ends else ()
-    programs = Programs(setup, model, student, eos_ids, state, dict.fromkeys(config.branches, model))
+    programs = Programs(setup, model, student, eos_ids, state, dict.fromkeys(config.branches, base))
     middle = statistics.mean if v.ends else statistics.median
 
     started = time.perf_counter()
@@ -259,10 +281,10 @@ def main(_) -> None:
         "teacher_dtype": setup.teacher_dtype, "remat": v.remat, "offload": v.offload,
         "decode_attention": v.decode_attention, "logits_chunk": v.logits_chunk,
         "mass": v.mass, "objective": v.objective, "ends": v.ends, "shrinks": v.shrinks, "cycle": cycle,
-        "steps": v.steps,
+        "adapter": v.adapter, "steps": v.steps,
         "selected": kept,
         "tokens_sampled_per_step": middle(sampled),
-        "largest_move": float(np.max(np.abs(np.asarray(state.params["final_norm"]["scale"]) - before))),
+        "largest_move": float(np.max(np.abs(np.asarray(smallest(state.params)) - before))),
         "seconds_per_step": round(total, 4),
         "seconds": {phase: {name: round(s, 4) for name, s in of.items()} for phase, of in stages.items()},
         "answer_tokens_per_second": round(middle(sampled) / total, 1),
