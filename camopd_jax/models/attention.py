@@ -25,6 +25,7 @@ def attend(
     key_positions: jax.Array | None,
     spec: AttentionSpec,
     window_index: jax.Array | int = 0,
+    sinks: jax.Array | None = None,
 ) -> jax.Array:
     """Softmax attention of grouped heads, `[B, S, H, K]`.
 
@@ -37,6 +38,7 @@ def attend(
       query_positions: int32[B or 1, S].
       key_positions: int32[B or 1, S']; None: each row attends to itself, and slot i has position i.
       window_index: index in `spec.windows`, an int or int32[].
+      sinks: [H], a score of each head that is in its softmax beside those of the keys, but has no value.
 
     Raises:
       ValueError: for the implementation "fused" if the mesh does not divide the rows.
@@ -49,11 +51,11 @@ def attend(
     batch, length, heads, _ = query.shape
     queries = max(1, _MAX_SCORES // (_local_heads(batch, heads, spec.mesh) * key.shape[2]))  # per row, at a time
     if key_positions is None and _HALVED_FROM <= length <= queries and platform(spec.mesh) == "cpu":
-        return _attend_by_halves(query, key, value, query_positions, window, spec)
+        return _attend_by_halves(query, key, value, query_positions, window, spec, sinks)
     key_positions = query_positions if key_positions is None else key_positions
 
     def block(query: jax.Array, query_positions: jax.Array) -> jax.Array:
-        return _attend(query, key, value, query_positions, key_positions, window, spec)
+        return _attend(query, key, value, query_positions, key_positions, window, spec, sinks)
 
     return block(query, query_positions) if length <= queries else _in_chunks(block, query, query_positions, queries)
 
@@ -117,12 +119,13 @@ def _attend_by_halves(
     positions: jax.Array,
     window: jax.Array | int | None,
     spec: AttentionSpec,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     """`_attend` of rows to themselves, without products of the first half of queries and the second half of keys."""
     half = query.shape[1] // 2
     early, late = positions[:, :half], positions[:, half:]
-    first = _attend(query[:, :half], key[:, :, :half], value[:, :, :half], early, early, window, spec)
-    second = _attend(query[:, half:], key, value, late, positions, window, spec)
+    first = _attend(query[:, :half], key[:, :, :half], value[:, :, :half], early, early, window, spec, sinks)
+    second = _attend(query[:, half:], key, value, late, positions, window, spec, sinks)
     return jnp.concatenate([first, second], axis=1)
 
 
@@ -134,6 +137,7 @@ def _attend(
     key_positions: jax.Array,
     window: jax.Array | int | None,
     spec: AttentionSpec,
+    sinks: jax.Array | None,
 ) -> jax.Array:
     batch, length, heads, width = query.shape
     groups = key.shape[1]
@@ -144,6 +148,15 @@ def _attend(
     seen = _seen(query_positions, key_positions, window)
     # A finite minimum: a query without visible keys (padding) gets the mean of all values, not NaN.
     scores = jnp.where(seen[:, None, None, :, :], scores, jnp.finfo(jnp.float32).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(query.dtype)
+    weights = _softmax(scores, sinks).astype(query.dtype)
     out = einsum("bgrst,bgtk->bgrsk", weights, value)  # batch axes first: ten times faster on a CPU
     return jnp.moveaxis(out, 3, 1).reshape(batch, length, heads, width)
+
+
+def _softmax(scores_BGRST: jax.Array, sinks: jax.Array | None) -> jax.Array:
+    """The softmax over keys; sinks [H] are scores without a key, so that the weights sum to less than 1."""
+    if sinks is None:
+        return jax.nn.softmax(scores_BGRST, axis=-1)
+    of_heads = sinks.astype(jnp.float32).reshape(1, *scores_BGRST.shape[1:3], 1, 1)
+    of_keys = jax.nn.logsumexp(scores_BGRST, axis=-1, keepdims=True)
+    return jnp.exp(scores_BGRST - jnp.logaddexp(of_keys, of_heads))

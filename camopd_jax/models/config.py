@@ -25,6 +25,8 @@ class Routing:
     experts: int
     per_token: int  # experts of a token
     normalized: bool  # whether the weights of a token's experts are divided by their sum
+    # Whether a checkpoint has all experts of a layer in one tensor, with the columns of gate and up in turn
+    stacked: bool = False
 
 
 @dataclass(frozen=True)
@@ -51,13 +53,16 @@ class ModelConfig:
     query_growth: tuple[float, int] | None = None
     qkv_bias: bool = False
     output_bias: bool = False  # of the attention's output projection
-    mlp_bias: bool = False
+    mlp_bias: bool = False  # of the feed-forward, or of router and experts
     routing: Routing | None = None  # of a mixture of experts
     gated_mlp: bool = True  # whether the feed-forward is down(activation(gate x) * up x), not down(activation(up x))
     parallel: bool = False  # whether attention and feed-forward have the same input, the layer's first norm
     norm: NormKind = "rms"
     norm_bias: bool = False
     qk_norm: QKNorm | None = None
+    attention_sinks: bool = False  # whether each head has a trained score, without a value, beside those of the keys
+    # (a, m): the feed-forward is down((up x + 1) * g * sigmoid(a g)), g = gate x, with g <= m and |up x| <= m
+    clamped_swiglu: tuple[float, float] | None = None
     pre_norms: bool = True  # whether norms precede attention and feed-forward
     post_norms: bool = False  # whether norms follow attention and feed-forward
     norm_offset: float = 0.0  # added to a norm's weight
@@ -164,6 +169,8 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         norm=family.norm,
         norm_bias=family.norm_bias,
         qk_norm=family.qk_norm,
+        attention_sinks=family.attention_sinks,
+        clamped_swiglu=(fields["swiglu_alpha"], fields["swiglu_limit"]) if "swiglu_limit" in fields else None,
         pre_norms=family.pre_norms,
         post_norms=family.post_norms,
         norm_offset=family.norm_offset,
@@ -185,7 +192,7 @@ def _routing(fields: Fields, family: Family, where: str) -> Routing | None:
     experts, per_token = fields[family.experts_field], fields["num_experts_per_tok"]
     if per_token > experts:
         raise UserError(f"{where}: num_experts_per_tok is {per_token}; {family.experts_field} is only {experts}")
-    return Routing(experts, per_token, fields.get("norm_topk_prob", True))
+    return Routing(experts, per_token, fields.get("norm_topk_prob", True), family.stacked_experts)
 
 
 def is_multimodal(config: Fields) -> bool:

@@ -28,11 +28,13 @@ class Family:
     activation_field: str = "hidden_act"
     activations: Mapping[str, str] = field(default_factory=dict)  # other names of activations, and what they mean here
     experts_field: str | None = None  # field with the number of experts, in mixtures of experts
+    stacked_experts: bool = False  # `config.Routing.stacked`
     gated_mlp: bool = True  # whether the feed-forward has a gate
     parallel: bool = False  # whether attention and feed-forward have the same input
     qkv_bias: bool | None = None  # None: the value of attention_bias
     output_bias: bool | None = None  # of the attention's output projection; None: the value of attention_bias
     qk_norm: QKNorm | None = None
+    attention_sinks: bool = False  # `config.ModelConfig.attention_sinks`
     norm: NormKind = "rms"
     norm_bias: bool = False
     eps_field: str = "rms_norm_eps"
@@ -45,8 +47,8 @@ class Family:
     fixed: Fields = field(default_factory=dict)  # fields that transformers ignores, with the values that are supported
     # Class in the `auto_map` of checkpoints that are older than the family in transformers: code that is not needed
     published_code: str | None = None
-    # Hugging Face names of modules that differ from `weights.MODULE_NAMES`. Modules with the same name are parts of one
-    # tensor, in the order of the table.
+    # Hugging Face names of modules that differ from `weights.MODULE_NAMES`, and complete names of single parameters
+    # (module.leaf). Those with the same name are parts of one tensor, in the order of the table.
     module_names: Mapping[str, str] = field(default_factory=dict)
 
 
@@ -247,6 +249,48 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
             "mlp.gate": "block_sparse_moe.experts.{}.w1",
             "mlp.up": "block_sparse_moe.experts.{}.w3",
             "mlp.down": "block_sparse_moe.experts.{}.w2",
+        },
+    ),
+    "gpt_oss": _like(
+        _LLAMA,
+        {
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 150_000.0,
+            "rope_parameters": {
+                "rope_type": "yarn",
+                "factor": 32.0,
+                "beta_fast": 32.0,
+                "beta_slow": 1.0,
+                "truncate": False,
+                "original_max_position_embeddings": 4096,
+            },
+            "max_position_embeddings": 131_072,
+            "num_key_value_heads": 8,
+            "head_dim": 64,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "sliding_window": 128,
+            "layer_types": None,
+            "num_local_experts": 128,
+            "num_experts_per_tok": 4,
+            "swiglu_alpha": 1.702,
+            "swiglu_limit": 7.0,
+        },
+        slides=lambda i, fields: i % 2 == 0,
+        experts_field="num_local_experts",
+        renamed={"num_experts": "num_local_experts"},
+        stacked_experts=True,
+        attention_sinks=True,
+        fixed={"experts_per_token": 4, "initial_context_length": 4096},
+        module_names={
+            "attention.sinks": "self_attn.sinks",
+            "mlp.router": "mlp.router",
+            "mlp.gate.kernel": "mlp.experts.gate_up_proj",
+            "mlp.up.kernel": "mlp.experts.gate_up_proj",
+            "mlp.down.kernel": "mlp.experts.down_proj",
+            "mlp.gate.bias": "mlp.experts.gate_up_proj_bias",
+            "mlp.up.bias": "mlp.experts.gate_up_proj_bias",
+            "mlp.down.bias": "mlp.experts.down_proj_bias",
         },
     ),
     "granite": _like(

@@ -34,6 +34,8 @@ def unsupported_reason(config: ModelConfig, mesh: Mesh | None, dtype: str) -> st
       One clause for an error message, without a full stop.
     """
     target = platform(mesh)
+    if config.attention_sinks:
+        return "no kernel has the attention sinks of this model"
     if mesh is None or target not in ("tpu", "gpu"):
         return "only TPUs and NVIDIA GPUs have a kernel"
     if dtype not in ("bfloat16", "float16"):

@@ -218,8 +218,9 @@ def save(
     for rows in tensor_rows(config):
         indices = np.ndindex(rows[0].stack(config.num_layers))
         for index, name in zip(indices, rows[0].names(config.num_layers), strict=True):
-            parts = [_gathered(leaf_of(params, row.path), row, index).astype(dtypes[name]) for row in rows]
-            tensor = np.ascontiguousarray(parts[0] if len(parts) == 1 else np.concatenate(parts))
+            tensor = np.empty(rows[0].hf_shape, dtypes[name])
+            for row in rows:
+                row.part_of(tensor)[...] = _gathered(leaf_of(params, row.path), row, index)
             copies = (name, HEAD) if config.tied_head and name == EMBEDDING else (name,)
             for copy in copies:
                 if copy in dtypes:

@@ -172,10 +172,27 @@ class Attention(nn.Module):
         settings = c.distinct_windows, c.query_scale, c.attention_softcap
         spec = AttentionSpec(*settings, self.implementation, self.mesh, self.over_cache)
         key_positions = None if cache is None else cache.positions
-        out = attend(query, key, value, positions.tokens, key_positions, spec, kind.window)
+        sinks = None
+        if c.attention_sinks:
+            sinks = self.param("sinks", nn.initializers.normal(std), (c.num_heads,))
+        out = attend(query, key, value, positions.tokens, key_positions, spec, kind.window, sinks)
         bias = (c.hidden_size,) if c.output_bias else None
         out = Linear("bshk,hkd->bsd", (c.num_heads, c.head_dim, c.hidden_size), bias, std, name="output")(out)
         return out, (key, value)
+
+
+def gated_activation(c: ModelConfig) -> Callable[[jax.Array, jax.Array], jax.Array]:
+    """The product of a feed-forward's gate and up, as a function of both."""
+    if c.clamped_swiglu is None:
+        activation = ACTIVATIONS[c.activation]
+        return lambda gate, up: activation(gate) * up
+    slope, limit = c.clamped_swiglu
+
+    def clamped(gate: jax.Array, up: jax.Array) -> jax.Array:
+        gate, up = jnp.minimum(gate, limit), jnp.clip(up, -limit, limit)
+        return gate * jax.nn.sigmoid(slope * gate) * (up + 1)
+
+    return clamped
 
 
 class FeedForward(nn.Module):
@@ -237,7 +254,7 @@ class Block(nn.Module):
         if c.routing is None:
             y = FeedForward(c, self.mesh, name="mlp")(second)
         else:
-            y = Experts(c, self.mesh, ACTIVATIONS[c.activation], name="mlp")(second)
+            y = Experts(c, self.mesh, gated_activation(c), name="mlp")(second)
         return added(x_BSD, y, "post_mlp_norm"), keys_values
 
 

@@ -195,7 +195,7 @@ def _resolve(
                 continue
             if not any(targeted) or not _may_have_adapter(row, fused=True):
                 continue
-            if row.part is not None:
+            if row.part:
                 fused = f"{where}: an adapter of {modules[0]}, one tensor of several matrices, is not supported"
                 raise UserError(f"{fused}; {MERGE}")
             of_layers = [_by_pattern(rank_pattern, module, rank) for module in modules]
@@ -220,7 +220,7 @@ def _may_have_adapter(row: WeightRow, fused: bool = False) -> bool:
       fused: whether one of several matrices in one tensor counts.
     """
     alone = not row.experts and ROUTER not in row.path
-    return row.path[-1] == "kernel" and alone and (fused or row.part is None)
+    return row.path[-1] == "kernel" and alone and (fused or not row.part)
 
 
 @contextlib.contextmanager

@@ -74,7 +74,10 @@ _ALIASES = {"su": "longrope"}  # the name in early checkpoints of Phi-3
 
 def blocks(fields: Fields, family: Family) -> dict[str, Fields]:
     """The RoPE fields of each layer type, from `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
-    given = fields.get("rope_parameters") or family.defaults.get("rope_parameters") or {}
+    default = family.defaults.get("rope_parameters") or {}
+    given = fields.get("rope_parameters") or default
+    if given == default and fields.get("rope_scaling"):
+        given = {}
     per_type = {t: given[t] for t in ("full_attention", "sliding_attention") if isinstance(given.get(t), dict)}
     if per_type:  # transformers does not read `truncate` there
         return {t: {name: value for name, value in b.items() if name != "truncate"} for t, b in per_type.items()}

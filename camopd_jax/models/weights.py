@@ -52,7 +52,7 @@ _LEAVES = {
     "shift": "bias",
     "embedding": "weight",
     "head": "weight",
-}
+}  # of others, `module_names` has the complete name
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class WeightRow:
     split: tuple[int, ...]  # the tensor's dimensions, with heads and head width as two dimensions
     order: tuple[int, ...]
     hf_shape: tuple[int, ...]  # of the tensor
-    experts: int = 0  # how many experts have a tensor each; they are an axis of the parameter, after "layers"
-    part: tuple[int, int] | None = None  # (first, last + 1) of the tensor's first dimension; None: all of it
+    experts: int = 0  # how many experts the parameter has; they are its axis after "layers"
+    part: tuple[slice, ...] = ()  # of the tensor's dimensions; (): all of it
 
     @property
     def stacked(self) -> bool:
@@ -94,9 +94,7 @@ class WeightRow:
 
     def stack(self, layers: int) -> tuple[int, ...]:
         """The first dimensions of the parameter: over these, its Hugging Face tensors are stacked."""
-        if not self.stacked:
-            return ()
-        return (layers, self.experts) if self.experts else (layers,)
+        return (layers, self.experts)[: self.hf_name.count("{}")]
 
     def names(self, layers: int) -> list[str]:
         """Names of the Hugging Face tensors of the parameter: one for each layer, each of its experts, or only one."""
@@ -104,7 +102,7 @@ class WeightRow:
 
     def part_of(self, tensor: np.ndarray) -> np.ndarray:
         """The parameter's part of a Hugging Face tensor."""
-        return tensor if self.part is None else tensor[slice(*self.part)]
+        return tensor[self.part]
 
     def from_hf(self, tensor: np.ndarray) -> np.ndarray:
         """A view of a Hugging Face tensor with the parameter's shape; nothing is read or copied."""
@@ -112,7 +110,8 @@ class WeightRow:
 
     def to_hf(self, array: np.ndarray) -> np.ndarray:
         """The inverse of `from_hf`: the parameter's part of the tensor."""
-        return array.transpose(np.argsort(self.order)).reshape(-1, *self.hf_shape[1:])
+        shape = self.part_of(np.broadcast_to(False, self.hf_shape)).shape
+        return array.transpose(np.argsort(self.order)).reshape(shape)
 
 
 def table(c: ModelConfig) -> tuple[WeightRow, ...]:
@@ -136,12 +135,12 @@ def tensor_rows(c: ModelConfig) -> list[tuple[WeightRow, ...]]:
 
 def _parts(rows: list[WeightRow]) -> tuple[WeightRow, ...]:
     """The rows of one tensor, each with its part."""
-    if len(rows) == 1:
+    if len(rows) == 1 or rows[0].part:
         return tuple(rows)
     stops = list(itertools.accumulate(row.hf_shape[0] for row in rows))
     shape = (stops[-1], *rows[0].hf_shape[1:])
-    parts = zip([0, *stops], stops, strict=False)
-    return tuple(dataclasses.replace(row, hf_shape=shape, part=part) for row, part in zip(rows, parts, strict=True))
+    parts = map(slice, [0, *stops[:-1]], stops)
+    return tuple(dataclasses.replace(row, hf_shape=shape, part=(part,)) for row, part in zip(rows, parts, strict=True))
 
 
 def in_int8(row: WeightRow) -> bool:
@@ -218,17 +217,21 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
         order: tuple[int, ...] = (0,),
         hf_shape: tuple[int, ...] | None = None,
     ) -> WeightRow:
-        experts = c.routing.experts if c.routing is not None and "{}" in names[module] else 0
-        hf_name = f"model.layers.{{}}.{names[module]}.{_LEAVES[leaf]}"
-        return WeightRow(
-            ("layers", *module.split("."), leaf),
-            hf_name,
-            ("layers", *((None,) if experts else ()), *axes),
-            split,
-            order,
-            hf_shape or split,
-            experts,
-        )
+        name = names.get(f"{module}.{leaf}") or f"{names[module]}.{_LEAVES[leaf]}"
+        path = ("layers", *module.split("."), leaf)
+        return WeightRow(path, f"model.layers.{{}}.{name}", ("layers", *axes), split, order, hf_shape or split)
+
+    def of_experts(row: WeightRow, experts: int, stacked: bool) -> WeightRow:
+        """A feed-forward's row for all experts of a layer; `stacked` is `Routing.stacked`."""
+        row = dataclasses.replace(row, experts=experts, axes=("layers", None, *row.axes[1:]))
+        if not stacked:
+            return row
+        order, shape = tuple(range(1 + len(row.order))), (experts, *(row.split[i] for i in row.order))
+        part: tuple[slice, ...] = ()
+        if row.path[-2] != "down":
+            part = (*(slice(None) for _ in shape[1:]), slice(int(row.path[-2] == "up"), None, 2))
+        hf_shape = (*shape[:-1], 2 * shape[-1]) if part else shape
+        return dataclasses.replace(row, split=shape, order=order, hf_shape=hf_shape, part=part)
 
     yield top(("embedding",), ("vocab", "embed"), (v, d), (0, 1))
     if not c.tied_head:
@@ -256,6 +259,8 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
             yield layer(f"{module}_norm", "scale", (None,), (k,))
         elif normed == "projection":
             yield layer(f"{module}_norm", "scale", (axis, "head_dim"), (heads, k), (0, 1), (heads * k,))
+    if c.attention_sinks:
+        yield layer("attention", "sinks", ("heads",), (c.num_heads,))
     heads_split, shape = (d, c.num_heads, k), (d, c.num_heads * k)
     yield layer("attention.output", "kernel", ("heads", "head_dim", "embed"), heads_split, (1, 2, 0), shape)
     if c.output_bias:
@@ -263,13 +268,17 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
 
     if c.routing is not None:
         yield layer("mlp.router", "kernel", ("embed", None), (c.routing.experts, d), (1, 0))
+        if c.mlp_bias:
+            yield layer("mlp.router", "bias", (None,), (c.routing.experts,))
     feed_forward = {"gate": (f, d, "embed", "mlp"), "up": (f, d, "embed", "mlp"), "down": (d, f, "mlp", "embed")}
     if not c.gated_mlp:
         del feed_forward["gate"]
     for name, (outputs, inputs, in_axis, out_axis) in feed_forward.items():
-        yield layer(f"mlp.{name}", "kernel", (in_axis, out_axis), (outputs, inputs), (1, 0))
+        rows = [layer(f"mlp.{name}", "kernel", (in_axis, out_axis), (outputs, inputs), (1, 0))]
         if c.mlp_bias:
-            yield layer(f"mlp.{name}", "bias", ("mlp" if out_axis == "mlp" else None,), (outputs,))
+            rows.append(layer(f"mlp.{name}", "bias", ("mlp" if out_axis == "mlp" else None,), (outputs,)))
+        for row in rows:
+            yield row if c.routing is None else of_experts(row, c.routing.experts, c.routing.stacked)
 
 
 def shardings(c: ModelConfig, mesh: Mesh) -> Params:

@@ -146,6 +146,20 @@ FAMILIES = {
     ),
     "olmoe": ("Olmoe", HEADS | dict(num_experts=5, num_experts_per_tok=2)),
     "mixtral": ("Mixtral", HEADS | dict(head_dim=14, sliding_window=5, num_local_experts=5, num_experts_per_tok=3)),
+    "gpt_oss": (
+        "GptOss",
+        HEADS
+        | dict(
+            head_dim=14,
+            sliding_window=5,
+            num_local_experts=5,
+            num_experts_per_tok=2,
+            intermediate_size=20,
+            swiglu_alpha=1.3,
+            swiglu_limit=0.4,
+            rope_parameters=YARN | dict(truncate=False),
+        ),
+    ),
     "nemotron": ("Nemotron", HEADS | dict(head_dim=12, mlp_bias=True)),
 }
 

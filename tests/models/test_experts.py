@@ -38,7 +38,7 @@ FIELDS = dict(
 def test_a_token_goes_to_its_likeliest_experts(normalized, weights):
     """Probabilities of the experts of one token: 0.1, 0.5, 0.1, 0.3."""
     router = jnp.log(jnp.array([[0.1, 0.5, 0.1, 0.3]]))
-    got, experts = route(jnp.ones((1, 1)), router, Routing(experts=4, per_token=2, normalized=normalized))
+    got, experts = route(jnp.ones((1, 1)), {"kernel": router}, Routing(experts=4, per_token=2, normalized=normalized))
     assert experts.tolist() == [[1, 3]]
     np.testing.assert_allclose(got, [weights], rtol=1e-6)
 

@@ -46,8 +46,8 @@ def gradients(torch_model) -> dict:
     by_name = {}
     for name, parameter in torch_model.named_parameters():
         grad = parameter.grad.numpy()
+        by_name[name] = grad  # of gpt-oss's experts too
         if "experts" not in name:
-            by_name[name] = grad
             by_name[name.replace("mlp.gate.", "block_sparse_moe.gate.")] = grad  # Mixtral's
             continue
         parts = (
