@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from camopd_jax.errors import UserError
 
 _DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of the two tensors that an MXFP4 tensor consists of
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 CHECKPOINT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # the files of a checkpoint to download
@@ -155,12 +156,14 @@ def read_header(file: Path) -> dict[str, Tensor]:
 def _entry(file: Path, name: str, entry: dict[str, Any], data: int, size: int) -> Tensor:
     """One tensor of a header. `data`: offset of the first tensor in the file; `size`: of the file; both in bytes."""
     start, stop = entry["data_offsets"]
-    if entry["dtype"] not in _DTYPES:
+    dtype = np.dtype(np.uint8) if entry["dtype"] == "U8" and name.endswith((BLOCKS, SCALES)) else None
+    dtype = dtype or _DTYPES.get(entry["dtype"])
+    if dtype is None:
         raise UserError(
             f"{file}: tensor {name} has dtype {entry['dtype']}; only {', '.join(_DTYPES)} are read "
             "(quantised checkpoints: give the original)"
         )
-    dtype, shape = _DTYPES[entry["dtype"]], tuple(entry["shape"])
+    shape = tuple(entry["shape"])
     if stop - start != dtype.itemsize * int(np.prod(shape)) or start < 0:
         raise ValueError(f"tensor {name} has {stop - start} bytes for shape {list(shape)}")
     if data + stop > size:

@@ -19,6 +19,7 @@ from camopd_jax.models.checksums import check_checksums, write_checksums
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.disk import INDEX, SINGLE, Tensor, read_json, stale_index, tensors
 from camopd_jax.models.families import FAMILIES
+from camopd_jax.models.mxfp4 import MXFP4, dequantized
 from camopd_jax.models.names import EMBEDDING, HEAD, check_names, standard_names
 from camopd_jax.models.quantised import StoredLeaf, stored_leaves
 from camopd_jax.models.weights import WeightRow, check_rows_cover, file_rows, leaf_of, shardings, tensor_rows, tree_of
@@ -42,6 +43,14 @@ def read_config(folder: Path) -> dict[str, Any]:
             "file if the weights beside it are merged already"
         )
     config = read_json(file)
+    quantization = config.get("quantization_config")
+    if isinstance(quantization, dict) and (method := quantization.get("quant_method")):
+        if method != MXFP4:
+            raise UserError(
+                f"{file}: quantization_config says that the checkpoint is quantised ({method}); give the original, "
+                f"whose weights training needs (of quantised ones only {MXFP4} is read)"
+            )
+        del config["quantization_config"]  # its values are read as bfloat16, and saved so
     if "auto_map" in config and _is_published(config["auto_map"], config.get("model_type")):
         del config["auto_map"]
     if "auto_map" in config:
@@ -147,7 +156,7 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 def _divided(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a folder: those of the model, without the prefix of their names, and others."""
     prefix, model, others = config.tensor_prefix, dict[str, Tensor](), dict[str, Tensor]()
-    for name, tensor in tensors(folder).items():
+    for name, tensor in dequantized(tensors(folder), folder).items():
         if name.startswith(prefix):
             model[name.removeprefix(prefix)] = tensor
         else:

@@ -176,6 +176,7 @@ SIMILAR = (
     "glm",
     "phi3",
     "cohere",
+    "gpt_oss",
 )  # like others, in the slow suite
 
 
