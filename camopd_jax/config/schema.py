@@ -53,6 +53,7 @@ class MeshConfig:
     data: int = -1
     fsdp: int = 1
     tensor: int = 1
+    expert: int = 1  # of mixtures of experts: each group of devices has some of the experts, and all of its rows
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,9 +87,9 @@ class RolloutConfig(Sampling):
     # computed during sampling, compared with a forward pass every 16 steps; auto: sampler if products are float32, else
     # forward
     student_logprobs: Literal["auto", "forward", "sampler"] = "auto"
-    # The mesh during sampling; tensor 0: the same as config.mesh.tensor. Weights sharded by fsdp would be gathered for
-    # every token, so by default each group of tensor devices has a full copy
-    mesh: Free[MeshConfig] = MeshConfig(tensor=0)
+    # The mesh during sampling; tensor or expert 0: the same as in config.mesh. Weights sharded by fsdp would be
+    # gathered for every token, so by default each group of tensor and expert devices has a full copy
+    mesh: Free[MeshConfig] = MeshConfig(tensor=0, expert=0)
     # Answers in progress at a time; the other prompts wait, and each starts when an answer ends
     concurrency: Free[Annotated[int, Ge(0), "0: the whole batch"]] = 0
     shrinks: Free[bool] = False  # whether the batch is halved when half of its answers are complete

@@ -13,7 +13,7 @@ from camopd_jax.rollout import generate
 from camopd_jax.rollout.generate import Decode
 from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.runtime.buckets import length_batches
-from camopd_jax.runtime.mesh import gather, global_rows, reshape_mesh, rows_of_process
+from camopd_jax.runtime.mesh import expert_shards, gather, global_rows, reshape_mesh, rows_of_process
 
 GREEDY = Sampling(temperature=0.0)
 
@@ -59,7 +59,8 @@ def answer(
     """
     answers: dict[int, Answer] = {}
     numbers = np.arange(len(prompts)) if rows is None else np.asarray(rows)
-    model = loaded.model.on(reshape_mesh(loaded.mesh, -1, 1, loaded.mesh.shape["tensor"], "config.mesh"))
+    tensor, expert = loaded.mesh.shape["tensor"], expert_shards(loaded.mesh)
+    model = loaded.model.on(reshape_mesh(loaded.mesh, -1, 1, tensor, "config.mesh", expert))
     params = generate.for_decoding(model, loaded.params)
     decode = Decode(sampling, loaded.eos_ids, max_new)
     for batch in length_batches([len(prompt) for prompt in prompts], batch_size):

@@ -24,7 +24,7 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.peft_settings import is_adapter
 from camopd_jax.models.weights import shardings
 from camopd_jax.runtime.buckets import bucket
-from camopd_jax.runtime.mesh import check_rows, mesh_of, platform, reshape_mesh
+from camopd_jax.runtime.mesh import check_rows, expert_shards, mesh_of, platform, reshape_mesh
 
 
 @dataclass(frozen=True)
@@ -82,13 +82,13 @@ def resolve(config: TrainConfig, devices: Any = None) -> Setup:
     """
     mesh = mesh_of(config.mesh, devices)
     wanted = config.rollout.mesh
-    tensor = wanted.tensor or mesh.shape["tensor"]
+    tensor, expert = wanted.tensor or mesh.shape["tensor"], wanted.expert or expert_shards(mesh)
     dtype = loading.matmul_dtype(config.compute, platform(mesh))
     objectives = {name: _objective(config, name) for name in config.branches}
     setup = Setup(
         config=config,
         mesh=mesh,
-        rollout_mesh=reshape_mesh(mesh, wanted.data, wanted.fsdp, tensor, "config.rollout.mesh"),
+        rollout_mesh=reshape_mesh(mesh, wanted.data, wanted.fsdp, tensor, "config.rollout.mesh", expert),
         dtype=dtype,
         teacher_dtype=loading.teacher_dtype(config.compute, platform(mesh)),
         rows=schedule.batch_rows(config),

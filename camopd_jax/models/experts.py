@@ -6,12 +6,12 @@ from functools import partial
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jax.sharding import Mesh
+from jax.sharding import Mesh, PartitionSpec
 
 from camopd_jax.models.config import ModelConfig, Routing
 from camopd_jax.models.products import einsum, multiply_to_float32, precision
 from camopd_jax.models.weights import KERNEL_SCALE
-from camopd_jax.runtime.mesh import batch_shards, spec
+from camopd_jax.runtime.mesh import EXPERT, batch_shards, sharding
 from camopd_jax.types import Params
 
 Weights = dict[str, Params]  # of the router and the experts' matrices: kernels, and biases if there are any
@@ -22,7 +22,8 @@ class Experts(nn.Module):
     """The sum of `down(gated(gate x, up x))` over each token's experts, times their weights.
 
     No token is dropped: tokens are sorted by expert, and products of groups of rows (`jax.lax.ragged_dot`) compute all
-    experts at once. Every device does this for its own rows and its own part of each expert's width.
+    experts at once. Every device does this for its own rows, its own experts and its part of each expert's width; the
+    results are summed over devices.
     """
 
     config: ModelConfig
@@ -39,23 +40,36 @@ class Experts(nn.Module):
         compute = partial(_routed, routing=c.routing, gated=self.gated)
         if self.mesh is None or x_BSD.shape[0] % batch_shards(self.mesh):
             return compute(x_BSD, weights)
-        wide, rows = spec(None, None, "mlp"), spec("batch", "sequence", None)
-        of_kernels = {"router": spec(None, None), "gate": wide, "up": wide, "down": spec(None, "mlp", None)}
-        of_biases = {"router": spec(None), "gate": spec(None, "mlp"), "up": spec(None, "mlp"), "down": spec(None, None)}
-        of_leaves = {"kernel": of_kernels, "bias": of_biases}
-        specs = {name: {leaf: of_leaves[leaf][name] for leaf in leaves} for name, leaves in weights.items()}
-        tensor = self.mesh.shape["tensor"]
+        rows, specs = sharding(self.mesh, "batch", "sequence", None).spec, _specs(weights, self.mesh)
+        axes = [axis for axis in (EXPERT, "tensor") if self.mesh.shape.get(axis, 1) > 1]
 
         def local(x_BSD: jax.Array, weights: Weights) -> jax.Array:
-            if tensor > 1 and c.mlp_bias:  # one device adds the bias of the sum
-                first = jax.lax.axis_index("tensor") == 0
-                down = weights["down"]
+            if "tensor" in axes and c.mlp_bias:  # one device adds the bias of the sum
+                first, down = jax.lax.axis_index("tensor") == 0, weights["down"]
                 weights = weights | {"down": down | {"bias": jnp.where(first, down["bias"], 0)}}
-            y = compute(x_BSD, weights)
-            return jax.lax.psum(y, "tensor") if tensor > 1 else y
+            y = compute(x_BSD, weights, shard=jax.lax.axis_index(EXPERT) if EXPERT in axes else 0)
+            return jax.lax.psum(y, axes) if axes else y
 
         split = jax.shard_map(local, mesh=self.mesh, in_specs=(rows, specs), out_specs=rows, check_vma=False)
         return split(x_BSD, weights)
+
+
+_AXES = {  # logical axes of the kernels; the model width is complete
+    "router": (None, None),
+    "gate": ("experts", None, "mlp"),
+    "up": ("experts", None, "mlp"),
+    "down": ("experts", "mlp", None),
+}
+
+
+def _specs(weights: Weights, mesh: Mesh) -> dict[str, dict[str, PartitionSpec]]:
+    """How a layer's weights are divided; a bias has the axes of its kernel but the inputs."""
+
+    def of(name: str, leaf: str) -> PartitionSpec:
+        axes = _AXES[name] if leaf == "kernel" else (*_AXES[name][:-2], _AXES[name][-1])
+        return sharding(mesh, *axes).spec
+
+    return {name: {leaf: of(name, leaf) for leaf in leaves} for name, leaves in weights.items()}
 
 
 class _Linear(nn.Module):
@@ -79,21 +93,33 @@ class _Linear(nn.Module):
         return leaves
 
 
-def _routed(x_BSD: jax.Array, weights: Weights, routing: Routing, gated: Gated) -> jax.Array:
-    """`Experts` of one device. Its part of the experts' width makes the result a part of the sum over devices."""
+def _routed(
+    x_BSD: jax.Array, weights: Weights, *, routing: Routing, gated: Gated, shard: jax.Array | int = 0
+) -> jax.Array:
+    """`Experts` of one device. Its part of the experts and of their width makes the result a part of the sum.
+
+    Args:
+      shard: the number of the device's part of the experts.
+    """
+    present = weights["gate"]["kernel"].shape[0]  # experts, of all `routing.experts`
     x_ND = x_BSD.reshape(-1, x_BSD.shape[-1])
     weights_NE, experts_NE = route(x_ND, weights["router"], routing)  # E: the experts of a token
+    experts_NE -= shard * present
+    experts_NE = jnp.where((experts_NE >= 0) & (experts_NE < present), experts_NE, present)  # others last
     order = jnp.argsort(experts_NE.reshape(-1))  # pairs of token and expert, sorted by expert
     sorted_ND = x_ND[order // routing.per_token]
     of_pairs = experts_NE.reshape(-1)[order]
-    sizes = jnp.bincount(of_pairs, length=routing.experts)
+    sizes = jnp.bincount(of_pairs, length=present)
 
     def product(x: jax.Array, name: str) -> jax.Array:
         y = jax.lax.ragged_dot(x, weights[name]["kernel"], sizes, precision=precision(x.dtype))
-        return y + weights[name]["bias"][of_pairs] if "bias" in weights[name] else y
+        return y + weights[name]["bias"].at[of_pairs].get(mode="clip") if "bias" in weights[name] else y
 
     y = gated(product(sorted_ND, "gate"), product(sorted_ND, "up"))
-    y_NED = product(y, "down")[jnp.argsort(order)].reshape(*experts_NE.shape, -1)
+    y = product(y, "down")
+    if present < routing.experts:
+        y = jnp.where((of_pairs < present)[:, None], y, 0)
+    y_NED = y[jnp.argsort(order)].reshape(*experts_NE.shape, -1)
     return einsum("ne,ned->nd", weights_NE.astype(y.dtype), y_NED).reshape(x_BSD.shape)
 
 

@@ -16,7 +16,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import ModelConfig
-from camopd_jax.runtime.mesh import RULES, sharding
+from camopd_jax.runtime.mesh import RULES, expert_shards, sharding
 from camopd_jax.types import Params
 
 Path = tuple[str, ...]  # of a parameter in the tree
@@ -223,7 +223,7 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
 
     def of_experts(row: WeightRow, experts: int, stacked: bool) -> WeightRow:
         """A feed-forward's row for all experts of a layer; `stacked` is `Routing.stacked`."""
-        row = dataclasses.replace(row, experts=experts, axes=("layers", None, *row.axes[1:]))
+        row = dataclasses.replace(row, experts=experts, axes=("layers", "experts", *row.axes[1:]))
         if not stacked:
             return row
         order, shape = tuple(range(1 + len(row.order))), (experts, *(row.split[i] for i in row.order))
@@ -285,8 +285,11 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
     """The sharding of every parameter, as a tree like the parameters.
 
     Raises:
-      UserError: if a mesh axis does not divide a dimension, with the sizes that do.
+      UserError: if a mesh axis does not divide a dimension, with the sizes that do; if experts are to be divided and
+        the model has none.
     """
+    if (shards := expert_shards(mesh)) > 1 and c.routing is None:
+        raise UserError(f"config.mesh.expert is {shards}, but a model has no experts; give 1")
     sizes: dict[str, dict[str, int]] = {}  # mesh axis -> logical axes that it splits -> their sizes
     for row in table(c):
         for axis, size in zip(row.axes, row.shape(c.num_layers), strict=True):
@@ -294,7 +297,7 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
             if isinstance(rule, str) and axis is not None:
                 sizes.setdefault(rule, {})[axis] = size
     for mesh_axis, split in sizes.items():
-        given, common = mesh.shape[mesh_axis], math.gcd(*split.values())
+        given, common = mesh.shape.get(mesh_axis, 1), math.gcd(*split.values())
         if common % given:
             odd = ", ".join(f"{axis} = {size}" for axis, size in split.items() if size % given)
             fit = ", ".join(str(n) for n in range(1, mesh.size + 1) if common % n == 0)

@@ -25,7 +25,7 @@ from camopd_jax.planning.arrays import ModelShapes
 from camopd_jax.planning.topology import Chip
 from camopd_jax.rollout.generate import refill_size, rings
 from camopd_jax.rollout.head import tokens_at_once
-from camopd_jax.runtime.mesh import batch_shards
+from camopd_jax.runtime.mesh import batch_shards, expert_shards
 
 # FLOPs of a forward and a backward pass, in forward passes, by config.compute.remat
 PASSES = {"none": 3, "dots": 3, "block": 4, "rollout": 3}
@@ -38,14 +38,14 @@ def weights(config: ModelConfig, rule: str | None = None) -> int:
     return sum(jax.tree.leaves(sizes if rule is None else trained(sizes, rule)))
 
 
-def without_adapter(config: ModelConfig) -> ModelConfig:
-    return dataclasses.replace(config, adapter=())
-
-
 @cache
-def weight_bytes(config: ModelConfig, dtype: str) -> int:
-    """Bytes of a model's parameters in a dtype, except its kernels in int8 and their scales."""
-    return sum(_bytes(row, config, dtype) for row in table(config))
+def weight_bytes(config: ModelConfig, dtype: str, experts: bool = False) -> int:
+    """Bytes of a model's parameters in a dtype, except its kernels in int8 and their scales.
+
+    Args:
+      experts: count only those of experts.
+    """
+    return sum(_bytes(row, config, dtype) for row in table(config) if row.experts or not experts)
 
 
 def _bytes(row: WeightRow, config: ModelConfig, dtype: str) -> int:
@@ -74,6 +74,29 @@ def matrix_weights(config: ModelConfig, per_token: bool = False) -> int:
                 size = size * config.routing.per_token // row.experts
             kernels += size
     return kernels + config.vocab_size * config.hidden_size
+
+
+@cache
+def expert_weights(config: ModelConfig, rule: str | None = None) -> int:
+    """Of `weights`, those of experts."""
+    rows = {row.path: math.prod(row.shape(config.num_layers)) * (row.experts > 0) for row in table(config)}
+    sizes = tree_of(rows)
+    return sum(jax.tree.leaves(sizes if rule is None else trained(sizes, rule)))
+
+
+def weights_on_chip(config: ModelConfig, mesh: Mesh, rule: str | None = None) -> float:
+    """The mean of `weights` that one chip has, of parameters that the mesh splits."""
+    return _on_chip(weights(config, rule), expert_weights(config, rule), mesh)
+
+
+def bytes_on_chip(config: ModelConfig, mesh: Mesh, dtype: str) -> float:
+    """The mean of `weight_bytes` that one chip has."""
+    return _on_chip(weight_bytes(config, dtype), weight_bytes(config, dtype, experts=True), mesh)
+
+
+def _on_chip(everything: int, of_experts: int, mesh: Mesh) -> float:
+    others = everything - of_experts
+    return (others + of_experts / expert_shards(mesh)) / (mesh.shape["fsdp"] * mesh.shape["tensor"])
 
 
 def forward_flops(config: ModelConfig, batch: int, start: int, end: int, logits: int) -> float:
@@ -149,11 +172,14 @@ class Share:
     def __init__(self, model: ModelConfig, mesh: Mesh, dtype: str):
         self.item, self.shards = jnp.dtype(dtype).itemsize, batch_shards(mesh)
         self.fsdp, self.tensor = mesh.shape["fsdp"], mesh.shape["tensor"]
-        self.weights = weight_bytes(model, dtype) / (self.fsdp * self.tensor)
-        self.multiplied = matrix_bytes(model, dtype) / self.tensor  # weights in a chip's products
+        self.expert, self.model = expert_shards(mesh), model
+        self.weights = bytes_on_chip(model, mesh, dtype)
+        absent = weight_bytes(model, dtype, experts=True) * (1 - 1 / self.expert)
+        self.multiplied = (matrix_bytes(model, dtype) - absent) / self.tensor  # weights in a chip's products
         self.gathered = self.multiplied * (1 - 1 / self.fsdp)  # of these, what other chips send
         # Received for a token of the batch: activations are summed twice a layer, there and back around a ring
-        self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / self.tensor) / self.shards
+        ring = self.tensor * self.expert
+        self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / ring) / self.shards
         # Activations of a token in the middle of a layer: those of the widths that are split, and all
         feed_forward = model.intermediate_size * (model.routing.per_token if model.routing else 1)
         self.wide = 2 * (feed_forward + model.num_heads * model.head_dim) / self.tensor * self.item
@@ -162,7 +188,15 @@ class Share:
     def work(self, flops: float, calls: int, tokens: int, read: float = 0) -> Work:
         """Forward passes in `calls` calls over `tokens` tokens in all, which also read `read` bytes of the cache."""
         received = calls * self.gathered + tokens * self.summed
-        return Work(flops, flops, calls * self.multiplied + read, received)
+        return Work(flops, self.done(flops, tokens), calls * self.multiplied + read, received)
+
+    def done(self, flops: float, tokens: int) -> float:
+        """FLOPs on all chips: groups of chips with other experts repeat what is not the experts'."""
+        of_experts = 0
+        if self.model.routing is not None:
+            active = expert_weights(self.model) * self.model.routing.per_token // self.model.routing.experts
+            of_experts = 2 * active * tokens
+        return flops + (self.expert - 1) * (flops - of_experts)
 
 
 def step_work(setup: Setup, models: ModelShapes, answer: int) -> dict[str, Work]:
@@ -186,8 +220,7 @@ def step_seconds(setup: Setup, models: ModelShapes, answer: int, chip: Chip) -> 
 
 def _trained_bytes(setup: Setup, models: ModelShapes) -> float:
     """Of the trained parameters, in float32, on one chip."""
-    split = setup.mesh.shape["fsdp"] * setup.mesh.shape["tensor"]
-    return 4 * weights(models.student, setup.config.optimizer.trained) / split
+    return 4 * weights_on_chip(models.student, setup.mesh, setup.config.optimizer.trained)
 
 
 def _branch_work(setup: Setup, models: ModelShapes, branch: str, answer: int) -> dict[str, Work]:
@@ -197,7 +230,7 @@ def _branch_work(setup: Setup, models: ModelShapes, branch: str, answer: int) ->
 
     answering = teacher if config.method.answers == "teacher" else student
     on, waves = Share(answering, setup.rollout_mesh, setup.dtype), waves_of(setup, rows)
-    slot = cache_bytes(answering, on.item) * lanes_of(setup, rows) / setup.mesh.size  # of all lanes
+    slot = cache_bytes(answering, on.item) * lanes_of(setup, rows) / (on.tensor * on.shards)  # of all lanes
     slots = slots_read(waves, prompt, answer, config.rollout.max_response_tokens)
     prefill = forward_flops(answering, rows, 0, prompt, 0)
     decode = forward_flops(answering, rows, prompt, length, answer)
@@ -220,7 +253,8 @@ def _branch_work(setup: Setup, models: ModelShapes, branch: str, answer: int) ->
     exchanged = gradient * (on.fsdp - 1 + 2 * (1 - on.fsdp / on.shards))
     read = calls * (3 * on.multiplied + 2 * gradient)
     received = calls * (2 * on.gathered + exchanged) + passes * kept * length * on.summed
-    return work | {"gradient": Work((3 - frozen) * forward, passes * forward, read, received)}
+    done = passes * on.done(forward, kept * length)
+    return work | {"gradient": Work((3 - frozen) * forward, done, read, received)}
 
 
 # ------------------------------------------------------------------------------------------ memory
@@ -236,17 +270,20 @@ def memory_estimate(setup: Setup, models: ModelShapes) -> dict[str, float]:
     moments = gradients * sum(1 if name.startswith(LAST_GRADIENT) else 2 for name in moment_names(config))
     moments += gradients if config.optimizer.average is not None else 0  # the average is kept and offloaded with them
     gradients *= len(config.branches) if config.method.schedule == schedule.MIXED else 1
-    split, student = setup.mesh.shape["fsdp"] * setup.mesh.shape["tensor"], models.student
+    mesh, student = setup.mesh, models.student
     shared = {*models.bases, models.base_of_student}  # models whose base weights are counted elsewhere
     frozen = setup.dtype if setup.teacher_dtype == INT8 else setup.teacher_dtype  # of weights that are not in int8
+
+    def base(shape: ModelConfig, dtype: str) -> float:
+        return bytes_on_chip(dataclasses.replace(shape, adapter=()), mesh, dtype)
+
     teachers = [
-        (weight_bytes(shape, frozen) - (weight_bytes(without_adapter(shape), frozen) if name in shared else 0)) / split
+        bytes_on_chip(shape, mesh, frozen) - (base(shape, frozen) if name in shared else 0)
         for name, shape in models.shapes.items()
     ]
-    parameters = weight_bytes(student, config.compute.params) / split
+    parameters = bytes_on_chip(student, mesh, config.compute.params)
     if student.adapter:
-        base = without_adapter(student)
-        parameters += (weight_bytes(base, frozen) - weight_bytes(base, config.compute.params)) / split
+        parameters += base(student, frozen) - base(student, config.compute.params)
     answering = _rollout_memory(setup, models.student)
     learning = {"gradient": gradients + _gradient_memory(setup, models.student), "update": gradients}
     if not config.compute.offloads:

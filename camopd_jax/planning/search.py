@@ -60,15 +60,19 @@ def candidates(config: TrainConfig, models: ModelShapes, topology: Topology, ans
     remats, offloads = dict.fromkeys((*REMATS, config.compute.remat)), dict.fromkeys((config.compute.offload, "late"))
     lanes = [0, *(batch >> k for k in range(1, batch.bit_length()))]
     several = []
-    for fsdp, tensor, answering in itertools.product(_divisors(chips), repeat=3):
-        sizes = (chips // (fsdp * tensor), fsdp, tensor, answering)
-        setup = _setup(config, models, topology, sizes) if chips % (fsdp * tensor) == 0 else None
+    experts = _divisors(chips) if models.student.routing else [1]
+    for fsdp, tensor, answering, expert in itertools.product(*[_divisors(chips)] * 3, experts):
+        split = fsdp * tensor * expert
+        sizes = (chips // split, fsdp, tensor, answering)
+        setup = _setup(config, models, topology, sizes, expert) if chips % split == 0 else None
         if setup is None:
             continue
         for micro, n, remat, offload in itertools.product(_divisors(batch), lanes, remats, offloads):
             if micro % batch_shards(setup.mesh) or n % batch_shards(setup.rollout_mesh) or (remat == "rollout" and n):
                 continue
             changes = dict(zip(ALWAYS, sizes, strict=True)) | {
+                "mesh.expert": expert,
+                "rollout.mesh.expert": 0,
                 "rollout.mesh.data": -1,
                 "rollout.mesh.fsdp": 1,
                 "rollout.concurrency": n,
@@ -93,12 +97,17 @@ def _divisors(n: int) -> list[int]:
     return [i for i in range(1, n + 1) if n % i == 0]
 
 
-def _setup(config: TrainConfig, models: ModelShapes, topology: Topology, sizes: tuple[int, ...]) -> Setup | None:
-    """The run on meshes of such sizes (`ALWAYS`), with the smallest micro-batch; None if the run refuses them."""
+def _setup(
+    config: TrainConfig, models: ModelShapes, topology: Topology, sizes: tuple[int, ...], expert: int
+) -> Setup | None:
+    """The run on meshes of such sizes (`ALWAYS`, and for experts), with the smallest micro-batch; None if the run
+    refuses them.
+    """
     *mesh, answering = sizes
     shards = mesh[0] * mesh[1]
     evaluated = -(-config.evaluation.batch_size // shards) * shards
-    changes = {"mesh": MeshConfig(*mesh), "rollout.mesh": MeshConfig(tensor=answering), "rollout.concurrency": 0}
+    changes = {"mesh": MeshConfig(*mesh, expert), "rollout.mesh": MeshConfig(tensor=answering, expert=0)}
+    changes |= {"rollout.concurrency": 0}
     changes |= {"optimizer.micro_batch": shards, "evaluation.batch_size": evaluated}
     try:
         setup = resolve(changed(config, changes), topology.devices)

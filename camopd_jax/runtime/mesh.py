@@ -15,7 +15,8 @@ from camopd_jax.errors import UserError
 
 T = TypeVar("T")  # a tree of arrays
 
-MESH_AXES = ("data", "fsdp", "tensor")
+MESH_AXES = ("data", "fsdp", "tensor")  # and EXPERT, before "tensor", where it has several devices
+EXPERT = "expert"
 
 RULES: dict[str, str | tuple[str, ...] | None] = {
     "batch": ("data", "fsdp"),  # rows of prompts, answers, activations, KV cache
@@ -28,6 +29,7 @@ RULES: dict[str, str | tuple[str, ...] | None] = {
     "kv_heads": "tensor",
     "head_dim": None,
     "mlp": "tensor",
+    "experts": EXPERT,
 }
 
 # Logical axes of activations [B, S, D]. The model width is not split, because the rows are already split over "fsdp".
@@ -37,10 +39,12 @@ RESIDUAL = ("batch", "residual", None)  # between the products: the arrays store
 
 def mesh_of(config: MeshConfig, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of a config; `devices` and errors as in `make_mesh`."""
-    return make_mesh(config.data, config.fsdp, config.tensor, devices)
+    return make_mesh(config.data, config.fsdp, config.tensor, devices, config.expert)
 
 
-def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
+def make_mesh(
+    data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[jax.Device] | None = None, expert: int = 1
+) -> Mesh:
     """A mesh of all devices. One of the sizes may be -1: all remaining devices.
 
     Args:
@@ -50,19 +54,26 @@ def make_mesh(data: int = -1, fsdp: int = 1, tensor: int = 1, devices: Sequence[
       UserError: if the product of the sizes is not the number of devices.
     """
     devices = jax.devices() if devices is None else devices
-    sizes = [data, fsdp, tensor]
+    axes, sizes = _axes(data, fsdp, tensor, expert)
     if sizes.count(-1) > 1 or any(n == 0 or n < -1 for n in sizes):
-        raise UserError(f"mesh {dict(zip(MESH_AXES, sizes, strict=True))}: give sizes >= 1, at most one of them -1")
+        raise UserError(f"mesh {dict(zip(axes, sizes, strict=True))}: give sizes >= 1, at most one of them -1")
     sizes = fill_sizes(sizes, len(devices))
     if math.prod(sizes) != len(devices):
-        wanted = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, sizes, strict=True))
+        wanted = " x ".join(f"{axis} {n}" for axis, n in zip(axes, sizes, strict=True))
         raise UserError(f"mesh {wanted} needs {math.prod(sizes)} devices, not {len(devices)}; change config.mesh")
-    types = (AxisType.Auto,) * len(MESH_AXES)
+    types = (AxisType.Auto,) * len(axes)
     try:
-        return jax.make_mesh(sizes, MESH_AXES, devices=devices, axis_types=types)
+        return jax.make_mesh(sizes, axes, devices=devices, axis_types=types)
     except NotImplementedError:  # a mesh axis needs a part of a TPU torus axis, as tensor 2 on 4x4x4
         split = mesh_utils.create_device_mesh(sizes, devices, allow_split_physical_axes=True)
-        return Mesh(split, MESH_AXES, axis_types=types)
+        return Mesh(split, axes, axis_types=types)
+
+
+def _axes(data: int, fsdp: int, tensor: int, expert: int) -> tuple[tuple[str, ...], list[int]]:
+    """The names and sizes of a mesh's axes."""
+    if expert == 1:
+        return MESH_AXES, [data, fsdp, tensor]
+    return ("data", "fsdp", EXPERT, "tensor"), [data, fsdp, expert, tensor]
 
 
 def fill_sizes(sizes: Iterable[int], devices: int) -> list[int]:
@@ -72,16 +83,17 @@ def fill_sizes(sizes: Iterable[int], devices: int) -> list[int]:
     return [left if n == -1 else n for n in sizes]
 
 
-def reshape_mesh(mesh: Mesh, data: int, fsdp: int, tensor: int, field: str) -> Mesh:
+def reshape_mesh(mesh: Mesh, data: int, fsdp: int, tensor: int, field: str, expert: int = 1) -> Mesh:
     """A mesh of the same devices in the same order with other axis sizes, one of which may be -1.
 
     Raises:
       UserError: naming `field`, if the product of the sizes is not the number of devices.
     """
+    axes, shape = _axes(data, fsdp, tensor, expert)
     try:
-        return Mesh(mesh.devices.reshape(data, fsdp, tensor), MESH_AXES, axis_types=(AxisType.Auto,) * len(MESH_AXES))
+        return Mesh(mesh.devices.reshape(shape), axes, axis_types=(AxisType.Auto,) * len(axes))
     except ValueError as error:
-        sizes = " x ".join(f"{axis} {n}" for axis, n in zip(MESH_AXES, (data, fsdp, tensor), strict=True))
+        sizes = " x ".join(f"{axis} {n}" for axis, n in zip(axes, shape, strict=True))
         raise UserError(
             f"{field} is {sizes}, but there are {mesh.size} devices; give sizes whose product is {mesh.size}"
         ) from error
@@ -110,7 +122,13 @@ def _flat(entry: str | tuple[str, ...] | None) -> tuple[str, ...]:
 
 def sharding(mesh: Mesh, *axes: str | None) -> NamedSharding:
     """The sharding of an array with these logical axes; without axes, it is replicated."""
-    return NamedSharding(mesh, spec(*axes))
+    present = (None if entry == EXPERT and EXPERT not in mesh.shape else entry for entry in spec(*axes))
+    return NamedSharding(mesh, PartitionSpec(*present))
+
+
+def expert_shards(mesh: Mesh) -> int:
+    """Number of groups of devices over which experts are divided."""
+    return int(mesh.shape.get(EXPERT, 1))
 
 
 def constrain(array: jax.Array, mesh: Mesh | None, *axes: str | None) -> jax.Array:

@@ -16,6 +16,7 @@ from camopd_jax.planning.arrays import ModelShapes
 from camopd_jax.planning.costs import Work, step_work
 from camopd_jax.planning.search import changed
 from camopd_jax.planning.topology import CHIPS
+from camopd_jax.runtime.mesh import make_mesh
 
 MODEL = from_hf(dict(model_type="llama", vocab_size=11, hidden_size=40, intermediate_size=60, num_hidden_layers=2,
                      num_attention_heads=10, num_key_value_heads=5, head_dim=2, tie_word_embeddings=False))  # fmt: skip
@@ -75,6 +76,18 @@ def test_a_token_costs_only_its_experts():
     scores = 48 * 4 * 32 * 128 * (1 + 2 + 3)
     assert costs.forward_flops(config, 1, 0, 3, 0) == 3 * 2 * 48 * (attention + router + 8 * expert) + scores
     assert costs.weights(config) - costs.weights(config, "all") == 48 * router, "routers are frozen"
+
+
+def test_experts_are_divided_over_their_axis():
+    """Qwen3-30B-A3B on 2 groups of rows with 4 groups of experts each: every group repeats what is not the experts'."""
+    config, mesh = from_hf(SHAPES["qwen3-30b-a3b"]), make_mesh(1, 2, 1, expert=4)
+    every, expert = costs.weights(config), 48 * 128 * 3 * 2048 * 768
+    assert costs.weights_on_chip(config, mesh) == (every - expert + expert / 4) / 2
+    assert costs.weights_on_chip(config, mesh, "router") == 48 * 128 * 2048 / 2
+    share = costs.Share(config, mesh, "bfloat16")
+    assert share.multiplied == 2 * (costs.matrix_weights(config) - expert * 3 / 4)
+    active, flops = 2 * expert * 8 / 128, costs.forward_flops(config, 1, 0, 3, 0)
+    assert share.done(flops, 3) == 4 * (flops - 3 * active) + 3 * active
 
 
 def test_a_stage_takes_as_long_as_its_slowest_limit():

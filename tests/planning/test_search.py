@@ -102,7 +102,7 @@ def test_flags_name_what_differs():
     flags = [*(f"--config.mesh.{axis}={n}" for axis, n in wanted.items()), "--config.rollout.mesh.tensor=4"]
     assert one.flags(CONFIG) == [*flags, "--config.rollout.concurrency=8", "--config.evaluation.batch_size=8"]
     applied = changed(CONFIG, one.changes)
-    assert applied.rollout.mesh == MeshConfig(-1, 1, 4) and applied.rollout.concurrency == 8
+    assert applied.rollout.mesh == MeshConfig(-1, 1, 4, 0) and applied.rollout.concurrency == 8
     assert one.flags(applied) == flags
     assert (applied.mesh.fsdp, applied.evaluation.batch_size, applied.optimizer.micro_batch) == (4, 8, 4)
 

@@ -20,6 +20,7 @@ from camopd_jax.runtime.mesh import (
 def test_minus_one_means_all_remaining_devices():
     assert dict(make_mesh(-1, 2, 2).shape) == {"data": 2, "fsdp": 2, "tensor": 2}
     assert dict(make_mesh(1, -1, 1).shape) == {"data": 1, "fsdp": 8, "tensor": 1}
+    assert dict(make_mesh(1, -1, 1, expert=4).shape) == {"data": 1, "fsdp": 2, "expert": 4, "tensor": 1}
     assert mesh_of(MeshConfig(1, -1, 1)) == make_mesh(1, -1, 1)
 
 
