@@ -1,6 +1,7 @@
 """Checkpoints: identical bits, other meshes, kills, and errors for damaged files."""
 
 import asyncio
+import gc
 import resource
 import shutil
 import signal
@@ -305,7 +306,10 @@ def test_the_error_for_another_models_state(whole):
         checkpoints.restore(7, like.replace(moments={"recovery": like.moments["shared"]}))
 
 
-def test_a_full_disk(tmp_path):
+def test_a_full_disk(tmp_path, monkeypatch, caplog):
+    """One error, and no traceback of the other arrays' writes, which end after it."""
+    unseen = []
+    monkeypatch.setattr(sys, "unraisablehook", unseen.append)
     save(tmp_path, 1)
     checkpoints = open_at(tmp_path)
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -317,6 +321,8 @@ def test_a_full_disk(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert open_at(tmp_path).steps() == [1]
+    gc.collect()  # a task that has never been awaited says so when it is deleted
+    assert unseen == [] and not [record for record in caplog.records if record.name == "asyncio"]
 
 
 def test_the_folder_is_absolute_or_a_bucket(tmp_path, monkeypatch):
