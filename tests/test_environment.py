@@ -29,16 +29,17 @@ CLOCK_SET_BACK = "import time\nreal = time.time\ntime.time = lambda: real() - 40
 needs_rights = pytest.mark.skipif(bool(ORDINARY) and not shutil.which("setpriv"), reason="root without setpriv")
 
 
-def start(workdir, *flags, steps=STEPS, env=(), **options):
-    """`python -m camopd_jax.train` in a new interpreter, without the rights of root."""
+def start(workdir, *flags, steps=STEPS, env=(), root=ROOT, **options):
+    """`python -m camopd_jax.train` of a checkout in a new interpreter, without the rights of root."""
     environment = {
         "PATH": os.environ["PATH"],
-        "PYTHONPATH": str(ROOT),
+        "PYTHONPATH": str(root),
         "JAX_PLATFORMS": "cpu",
         "XLA_FLAGS": QUICKLY_COMPILED,
         "XDG_CACHE_HOME": str(workdir.parent / "cache"),
     } | dict(env)
-    call = [*ORDINARY, sys.executable, "-m", "camopd_jax.train", *SMALL, f"--config.steps={steps}", *flags]
+    small = [flag.replace(str(ROOT), str(root)) for flag in SMALL]
+    call = [*ORDINARY, sys.executable, "-m", "camopd_jax.train", *small, f"--config.steps={steps}", *flags]
     pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     return subprocess.Popen([*call, f"--workdir={workdir}"], env=environment, text=True, **pipes, **options)
 
@@ -76,6 +77,23 @@ def test_locale_home_cache_and_file_descriptors(plain, tmp_path):
     out, _ = run.communicate(timeout=240)
     assert run.returncode == 0 and "Traceback" not in out, out
     assert model(workdir) == model(plain)
+
+
+@needs_rights
+def test_a_checkout_that_cannot_be_written(plain, tmp_path):
+    root = tmp_path / "checkout"
+    for name in ("camopd_jax", "configs", "examples"):
+        shutil.copytree(ROOT / name, root / name, ignore=shutil.ignore_patterns("__pycache__"))
+    files = [root, *root.rglob("*")]
+    for file in files:
+        file.chmod(file.stat().st_mode & ~0o222)
+    workdir = tmp_path / "run"
+    out, _ = (run := start(workdir, root=root, cwd=root)).communicate(timeout=240)
+    assert run.returncode == 0 and "Traceback" not in out, out
+    assert model(workdir) == model(plain)
+    assert sorted([root, *root.rglob("*")]) == sorted(files), "nothing is added"
+    for folder in filter(Path.is_dir, files):  # pytest deletes them later
+        folder.chmod(0o755)
 
 
 @needs_rights
