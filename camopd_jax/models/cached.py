@@ -23,6 +23,8 @@ _LOWEST = jnp.finfo(jnp.float32).min
 
 def unsupported_reason(config: ModelConfig, mesh: Mesh | None, dtype: str) -> str | None:
     """The reason why the kernel does not support a model on a mesh; None if it does. As in `fused`."""
+    if config.attention_sinks:
+        return "no kernel has the attention sinks of this model"
     if mesh is None or platform(mesh) != "gpu":
         return "only GPUs have a kernel"
     if dtype not in ("bfloat16", "float16"):

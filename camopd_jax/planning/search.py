@@ -106,7 +106,10 @@ def _setup(
     *mesh, answering = sizes
     shards = mesh[0] * mesh[1]
     evaluated = -(-config.evaluation.batch_size // shards) * shards
-    changes = {"mesh": MeshConfig(*mesh, expert), "rollout.mesh": MeshConfig(tensor=answering, expert=0)}
+    changes: Changes = {
+        "mesh": MeshConfig(*mesh, expert=expert),
+        "rollout.mesh": MeshConfig(tensor=answering, expert=0),
+    }
     changes |= {"rollout.concurrency": 0}
     changes |= {"optimizer.micro_batch": shards, "evaluation.batch_size": evaluated}
     try:

@@ -1,4 +1,4 @@
-"""Experts in 4-bit floats, as published checkpoints of gpt-oss have them, against transformers' dequantisation."""
+"""What is special to gpt-oss: attention sinks, and experts in 4-bit floats, as transformers dequantises them."""
 
 import json
 import re
@@ -15,8 +15,9 @@ from transformers import GptOssForCausalLM
 from transformers.integrations.mxfp4 import convert_moe_packed_tensors
 
 from camopd_jax.errors import UserError
-from camopd_jax.models import hf
+from camopd_jax.models import cached, fused, hf
 from camopd_jax.models.config import from_hf
+from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.runtime.mesh import make_mesh
 
@@ -73,6 +74,12 @@ def test_they_are_dequantised_as_by_transformers_and_saved_in_bfloat16(model, me
     for name, expected in torch_model.bfloat16().state_dict().items():
         assert saved[name].dtype == torch.bfloat16 and torch.equal(saved[name], expected), name
     assert "quantization_config" not in json.loads((tmp_path / "config.json").read_text())
+
+
+def test_kernels_without_sinks_are_refused():
+    for kernel in (fused, cached):
+        with pytest.raises(UserError, match="is 'fused'; no kernel has the attention sinks of this model; give"):
+            kernel.check(from_hf(SHAPES["gpt-oss-20b"]), None, "bfloat16")
 
 
 def test_mistakes_are_named(model, mesh, tmp_path):
