@@ -144,6 +144,7 @@ _FUSED_MLP = {"mlp.gate": "mlp.gate_up_proj", "mlp.up": "mlp.gate_up_proj"}
 _EXPERTS = {"mlp.router": "mlp.gate"} | {
     f"mlp.{name}": f"mlp.experts.{{}}.{name}_proj" for name in ("gate", "up", "down")
 }
+_STACKED = {"gate": "gate_up_proj", "up": "gate_up_proj", "down": "down_proj"}  # tensors with all experts of a layer
 _PARTIAL = frozenset({"partial_rotary_factor"})
 _GLM = _like(
     _LLAMA,
@@ -256,14 +257,9 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
         {
             "rms_norm_eps": 1e-5,
             "rope_theta": 150_000.0,
-            "rope_parameters": {
-                "rope_type": "yarn",
-                "factor": 32.0,
-                "beta_fast": 32.0,
-                "beta_slow": 1.0,
-                "truncate": False,
-                "original_max_position_embeddings": 4096,
-            },
+            "rope_parameters": dict(
+                rope_type="yarn", factor=32.0, original_max_position_embeddings=4096, beta_fast=32.0, truncate=False
+            ),
             "max_position_embeddings": 131_072,
             "num_key_value_heads": 8,
             "head_dim": 64,
@@ -285,12 +281,8 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
         module_names={
             "attention.sinks": "self_attn.sinks",
             "mlp.router": "mlp.router",
-            "mlp.gate.kernel": "mlp.experts.gate_up_proj",
-            "mlp.up.kernel": "mlp.experts.gate_up_proj",
-            "mlp.down.kernel": "mlp.experts.down_proj",
-            "mlp.gate.bias": "mlp.experts.gate_up_proj_bias",
-            "mlp.up.bias": "mlp.experts.gate_up_proj_bias",
-            "mlp.down.bias": "mlp.experts.down_proj_bias",
+            **{f"mlp.{name}.kernel": f"mlp.experts.{tensor}" for name, tensor in _STACKED.items()},
+            **{f"mlp.{name}.bias": f"mlp.experts.{tensor}_bias" for name, tensor in _STACKED.items()},
         },
     ),
     "granite": _like(

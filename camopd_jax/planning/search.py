@@ -103,11 +103,11 @@ def _setup(
     """The run on meshes of such sizes (`ALWAYS`, and for experts), with the smallest micro-batch; None if the run
     refuses them.
     """
-    *mesh, answering = sizes
-    shards = mesh[0] * mesh[1]
+    data, fsdp, tensor, answering = sizes
+    shards = data * fsdp
     evaluated = -(-config.evaluation.batch_size // shards) * shards
     changes: Changes = {
-        "mesh": MeshConfig(*mesh, expert=expert),
+        "mesh": MeshConfig(data, fsdp, tensor, expert),
         "rollout.mesh": MeshConfig(tensor=answering, expert=0),
     }
     changes |= {"rollout.concurrency": 0}
