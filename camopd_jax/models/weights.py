@@ -159,7 +159,7 @@ def scale_row(kernel: WeightRow) -> WeightRow:
         split=split,
         order=tuple(range(kernel.outputs)),
         hf_shape=kernel.hf_shape[:1],
-        part=None,
+        part=(),
     )
 
 
