@@ -1,22 +1,30 @@
-"""Prompts that a model writes itself, for the branch whose teacher it is.
+"""Prompts that a model writes itself, and a map of what a fine-tune changed over the prompts of a branch.
 
     python -m camopd_jax.prompts self --model=ORIGINAL --out=data/self --rows=10000
+    python -m camopd_jax.prompts map --config=configs/mine.py --out=map.json
 
-The model continues an open user turn of its own chat template until the turn ends. Texts that are cut, short,
+self: the model continues an open user turn of its own chat template until the turn ends. Texts that are cut, short,
 repetitive, unreadable, duplicates or answers are left out, and so are evaluation questions. The folder gets
 manifest.json, as from `data.recipe`, and prompts.jsonl, which is a value for config.branches.recovery.prompts.source.
 The same command gives the same prompts.
+
+map: the specialised model answers --answered prompts of a branch, and the divergence from the original at each token
+shows for which prompts it has changed most: by --field of the prompts' rows, or by clusters of the original model's
+hidden states. The file is a value for config.branches.BRANCH.prompts.weights, by which prompts are drawn in proportion
+to the divergence. The work directory of a run with weights="gap" has such a file too.
 """
 
 from pathlib import Path
 
 from absl import flags
+from rich.console import Console
 
-from camopd_jax.config.schema import Sampling
+from camopd_jax.config.schema import Sampling, TrainConfig
+from camopd_jax.data import prompt_map as maps
 from camopd_jax.data import prompt_set
 from camopd_jax.errors import UserError
 from camopd_jax.evals import tasks
-from camopd_jax.runs import self_prompts
+from camopd_jax.runs import prompt_map, self_prompts
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.start import start
 
@@ -38,10 +46,27 @@ if __name__ == "__main__":
         "from the hub. --against= : none.",
     )
 
+    flags.DEFINE_string("branch", "recovery", "map: the branch whose prompts are mapped.")
+    flags.DEFINE_string("field", "source", "map: field of a prompt's row that names its group.")
+    flags.DEFINE_integer("clusters", 0, "map: group by this many clusters; 0: by --field, if rows have it.", 0)
+    flags.DEFINE_integer("answered", prompt_map.ANSWERED, "map: prompts that are answered.", lower_bound=2)
+    read_config = cli.config_flag(TrainConfig)
+
     def main(kind: str) -> None:
-        if kind != self_prompts.NAME:
-            raise UserError(f"{kind} is not a kind of prompts; give {self_prompts.NAME}")
-        values = flags.FLAGS
+        kinds = {self_prompts.NAME: write_prompts, "map": write_map}
+        if kind not in kinds:
+            raise UserError(f"{kind} is neither of the two kinds {' and '.join(kinds)}")
+        kinds[kind](flags.FLAGS)
+
+    def write_map(values: flags.FlagValues) -> None:
+        config, out = read_config(), cli.required("out", "map.json")
+        settings = prompt_map.MapSettings(values.field, values.clusters, values.answered)
+        start(None)
+        made = prompt_map.map_branch(config, values.branch, settings)
+        maps.write(Path(out), made)
+        Console(highlight=False).print(prompt_map.table(made))
+
+    def write_prompts(values: flags.FlagValues) -> None:
         model, out = cli.required("model", "ORIGINAL"), Path(cli.required("out", "data/self"))
         sampling = Sampling(temperature=values.temperature, top_p=values.top_p)
         settings = self_prompts.SelfPrompting(

@@ -60,6 +60,7 @@ def _check_sft(config: SftConfig) -> None:
     micro = config.optimizer.micro_batch
     advice = f"give a divisor of batch_size = {config.batch_size}"
     _need(config.batch_size % micro == 0, "optimizer.micro_batch", micro, advice)
+    _need(not config.data.weights, "data.weights", config.data.weights, "fine-tuning uses all rows equally; give ''")
     _check_trained(config.optimizer.trained)
 
 

@@ -44,6 +44,10 @@ class Stream:
     template: Template = Template()  # of the student
     teacher_template: Template | None = None  # None: the same as the student's
     too_long: Literal["drop", "truncate"] = "drop"  # prompts longer than the cap: drop (and count), or cut their start
+    # How often prompts are drawn. "": all equally; gap: in proportion to the gap between the two models, mean over the
+    # prompt's source or cluster, which the run measures first (workdir/prompt_map_BRANCH.json); else a file that
+    # `prompts map` wrote
+    weights: str = ""
 
 
 @dataclass(frozen=True)

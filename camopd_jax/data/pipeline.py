@@ -12,15 +12,18 @@ from typing import Any, Generic, TypeVar
 
 import grain
 import numpy as np
+from etils import epath
 
 from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream
-from camopd_jax.data import answers, sources, templates
+from camopd_jax.data import answers, prompt_map, sources, templates
 from camopd_jax.data.answers import Unlearnable
+from camopd_jax.data.prompt_map import PromptMap
 from camopd_jax.data.templates import Reader, Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.types import PromptBatch, Prompts, Rollout, Sequences
 
+GAP = "gap"  # value of a stream's `weights`: by a map that the run makes
 FIRST = 16  # rows of a stream that are kept as examples
 
 BatchT = TypeVar("BatchT")
@@ -49,8 +52,16 @@ class BatchStream(Generic[BatchT]):
         Args:
           make: makes a batch from the row numbers of the global batch, int[batch_size].
         """
-        order = grain.MapDataset.range(rows).seed(seed).shuffle().repeat(None)
-        batches = order.batch(batch_size).map(lambda numbers: make(np.asarray(numbers)))
+        self._batch_size, self._seed, self._make = batch_size, seed, make
+        self._serve(self._shuffled(range(rows)))
+
+    def _shuffled(self, numbers: Sequence[int]) -> grain.MapDataset[int]:
+        """Row numbers without end, shuffled in every epoch."""
+        return grain.MapDataset.source(numbers).seed(self._seed).shuffle().repeat(None)
+
+    def _serve(self, order: grain.MapDataset[int]) -> None:
+        """Starts with the first batch of this order of row numbers."""
+        batches = order.batch(self._batch_size).map(lambda numbers: self._make(np.asarray(numbers)))
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
     def __iter__(self) -> "BatchStream[BatchT]":
@@ -126,6 +137,28 @@ class PromptStream(BatchStream[PromptBatch]):
             return _prompt_batch([prompts[i] for i in numbers], own_rows, rollout)
 
         super().__init__(len(prompts), rollout.batch_size, seed, make)
+        if stream.weights not in ("", GAP):
+            self.weigh(prompt_map.read(epath.Path(stream.weights).expanduser(), f"{field}.weights"), f"{field}.weights")
+
+    def weigh(self, made: PromptMap, field: str) -> None:
+        """Draws from the groups of a map in proportion to their size times their gap, starting anew.
+
+        The groups are interleaved, so that every part of the stream has their proportions; the prompts of each one are
+        shuffled in every epoch of its own.
+
+        Raises:
+          UserError: if the map is not one of these prompts.
+        """
+        if made.digest != self.digest:
+            raise UserError(
+                f"{field}: the map was made for other prompts, templates or tokenizers than these; make it again with "
+                "`python -m camopd_jax.prompts map`"
+            )
+        draws, group_of = made.draws(), np.asarray(made.group_of)
+        drawn = [number for number, count in enumerate(draws) if count]
+        groups = [self._shuffled(np.flatnonzero(group_of == number).tolist()) for number in drawn]
+        self.digest = _digest([self.digest, made.group_of, draws])
+        self._serve(grain.MapDataset.mix(groups, [draws[number] for number in drawn]))
 
 
 def _prompt_batch(

@@ -20,7 +20,7 @@ from camopd_jax.method.recorder import Recorder, StepRecord
 from camopd_jax.method.setup import resolve
 from camopd_jax.method.statistics import repetition
 from camopd_jax.models import partition
-from camopd_jax.runs import start, warm_up
+from camopd_jax.runs import prompt_map, start, warm_up
 from camopd_jax.runs.convergence import not_converged
 from camopd_jax.runs.run import Run
 from camopd_jax.runtime.distributed import run_on_all
@@ -44,6 +44,7 @@ def train(config: TrainConfig, workdir: str) -> None:
 
     # ------------------------------------------------------------------------- state and steps
     run = TrainingRun(config, workdir)
+    run_on_all(lambda: prompt_map.weigh_streams(setup, models, branches, run.workdir))
     models, of_start = start.begin(setup, models, branches, run.workdir)
     student = models.student
     of_parts = [warm_up.make_branches(part, models, branches, run.workdir) for part in setups[:-1]] + [branches]

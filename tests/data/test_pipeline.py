@@ -23,6 +23,7 @@ from camopd_jax.data.pipeline import (
     TokenisedPrompt,
     pad,
 )
+from camopd_jax.data.prompt_map import Group, PromptMap
 from camopd_jax.data.templates import Reader, Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket, length_batches
@@ -250,3 +251,34 @@ def test_given_answers_come_with_their_prompts():
         assert (answers.entropy[i], answers.stopped[i]) == (row.entropy, row.stopped)
     other = AnsweredStream([*rows[:2], dataclasses.replace(rows[2], ids=[4])], rollout, 0, [0, 2])
     assert other.digest != AnsweredStream(rows, rollout, 0, [0]).digest
+
+
+def test_a_weighted_stream_has_the_proportions_of_its_map_and_resumes(tokenizer, write):
+    """56 prompts in three groups, draws 28 : 28 : 0. Each group serves all of its prompts before it repeats one."""
+    path = write([chat_row(f"{'ab' * (i % 3)}{i}") for i in range(56)])
+    plain, weighted = stream(tokenizer, path), stream(tokenizer, path)
+    order = np.random.default_rng(0).permutation(np.repeat(range(3), (10, 40, 6)))
+    groups = tuple(Group(str(i), n, 2, gap, 0.0, ("a",)) for i, (n, gap) in enumerate(((10, 2.0), (40, 0.5), (6, 0.0))))
+    made = PromptMap("recovery", path, plain.digest, {}, groups, tuple(order.tolist()))
+    weighted.weigh(made, "config.general.weights")
+    assert weighted.digest != plain.digest
+    batches = indices(itertools.islice(weighted, 20))
+    served = list(itertools.chain(*batches))
+    for end in range(1, len(served) + 1):
+        counts = np.bincount(order[served[:end]], minlength=3)
+        assert abs(counts[0] - end / 2) <= 1 and counts[2] == 0
+    for group, size in ((0, 10), (1, 40)):
+        of_group = [i for i in served if order[i] == group]
+        assert len(of_group) == 40
+        for start in range(0, 40, size):
+            assert len(set(of_group[start : start + size])) == size
+    again = stream(tokenizer, path)
+    again.weigh(made, "config.general.weights")
+    assert indices(itertools.islice(again, 7)) == batches[:7]
+    state = json.loads(json.dumps(again.get_state()))
+    resumed = stream(tokenizer, path)
+    resumed.weigh(made, "config.general.weights")
+    resumed.set_state(state)
+    assert indices(itertools.islice(resumed, 13)) == batches[7:]
+    with pytest.raises(UserError, match=re.escape("config.general.weights: the map was made for other prompts")):
+        stream(tokenizer, path, limit=55).weigh(made, "config.general.weights")
