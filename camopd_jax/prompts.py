@@ -6,7 +6,8 @@
 self: the model continues an open user turn of its own chat template until the turn ends. Texts that are cut, short,
 repetitive, unreadable, duplicates or answers are left out, and so are evaluation questions. The folder gets
 manifest.json, as from `data.recipe`, and prompts.jsonl, which is a value for config.branches.recovery.prompts.source.
-The same command gives the same prompts.
+The same command gives the same prompts. With --clusters, twice as many are written, and those kept are spread over
+clusters of the model's hidden states; with --scripts, texts in other scripts are left out.
 
 map: the specialised model answers --answered prompts of a branch, and the divergence from the original at each token
 shows for which prompts it has changed most: by --field of the prompts' rows, or by clusters of the original model's
@@ -45,10 +46,10 @@ if __name__ == "__main__":
         "Evaluation questions to remove: files or datasets (split test). Default: every benchmark's own dataset, "
         "from the hub. --against= : none.",
     )
-
+    flags.DEFINE_list("scripts", [], "self: scripts of the letters, such as latin,greek; default: any.")
+    flags.DEFINE_integer("clusters", 0, "self: spread over this many clusters. map: group by them, not by --field.", 0)
     flags.DEFINE_string("branch", "recovery", "map: the branch whose prompts are mapped.")
     flags.DEFINE_string("field", "source", "map: field of a prompt's row that names its group.")
-    flags.DEFINE_integer("clusters", 0, "map: group by this many clusters; 0: by --field, if rows have it.", 0)
     flags.DEFINE_integer("answered", prompt_map.ANSWERED, "map: prompts that are answered.", lower_bound=2)
     read_config = cli.config_flag(TrainConfig)
 
@@ -69,8 +70,9 @@ if __name__ == "__main__":
     def write_prompts(values: flags.FlagValues) -> None:
         model, out = cli.required("model", "ORIGINAL"), Path(cli.required("out", "data/self"))
         sampling = Sampling(temperature=values.temperature, top_p=values.top_p)
+        lengths, about = (values.longest, values.shortest), (tuple(values.scripts), values.clusters)
         settings = self_prompts.SelfPrompting(
-            model, values.rows, values.longest, values.shortest, sampling, values.system, values.batch_size, values.seed
+            model, values.rows, *lengths, sampling, values.system, values.batch_size, values.seed, *about
         )
         given = None if values.against is None else [(source, "test") for source in values.against if source]
         start(None)

@@ -4,6 +4,7 @@ They are spread as the model's own training data was, so they reach skills that 
 """
 
 import re
+import unicodedata
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,14 +14,16 @@ import numpy as np
 
 from camopd_jax.config.schema import Compute, Sampling, Template
 from camopd_jax.data import prompt_set, templates
+from camopd_jax.data.clusters import cluster, spread
 from camopd_jax.data.files import RawRow
-from camopd_jax.data.prompt_set import Manifest
+from camopd_jax.data.prompt_set import Manifest, SelectedPrompts
 from camopd_jax.data.questions import normalised
 from camopd_jax.data.recipes import Part, request
 from camopd_jax.data.templates import Tokenizer
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
 from camopd_jax.inference.answer import Answer, answer
+from camopd_jax.inference.features import prompt_features
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.statistics import repetition
 from camopd_jax.runtime.mesh import check_rows, make_mesh
@@ -31,6 +34,8 @@ MARK = "MARK0TEXT"  # stands for a user's text in the template
 ATTEMPTS = 8  # texts that are sampled at most, for each prompt that is wanted
 BATCHES = 4  # batches sampled at a time
 REPEATED = 0.3  # largest share of a prompt's 4-grams of tokens that occurred earlier in it
+LETTERS = 0.9  # smallest share of a prompt's letters that are in the wanted scripts
+CANDIDATES = 2  # prompts that are written for each one that is kept, if they are spread over clusters
 GRAM = 5  # words of the n-grams by which near-duplicates are recognised
 SHARED = 0.5  # largest share of a prompt's n-grams that earlier prompts have
 # How assistants begin, and users do not: the model has answered instead of asking
@@ -53,6 +58,8 @@ class SelfPrompting:
     system: str | None  # system prompt before the user's turn
     batch_size: int
     seed: int
+    scripts: tuple[str, ...] = ()  # of the letters, such as "latin", as Unicode names begin; (): any
+    clusters: int = 0  # the prompts are spread over this many clusters; 0: as they are written
 
 
 def build(settings: SelfPrompting, evaluations: Sequence[tuple[str, str]], out: Path) -> Manifest:
@@ -75,7 +82,8 @@ def build(settings: SelfPrompting, evaluations: Sequence[tuple[str, str]], out: 
     context = len(turn.ids) + settings.longest
     loaded = loading.load(folder, make_mesh(), compute, dtype=loading.teacher_dtype(compute), context=context)
     filters = Filters(settings)
-    part = Part(NAME, settings.model, settings.rows, request, split="", window=1)
+    wanted = settings.rows * (CANDIDATES if settings.clusters else 1)
+    part = Part(NAME, settings.model, wanted, request, split="", window=1)
     selected = prompt_set.select_prompts(part, filters.rows(_texts(loaded, turn, settings)), excluded, settings.seed)
     selected.read, selected.dropped = filters.read, selected.dropped + filters.dropped
     if not selected.prompts:
@@ -84,10 +92,30 @@ def build(settings: SelfPrompting, evaluations: Sequence[tuple[str, str]], out: 
             f"--model={settings.model}: none of {selected.read} texts that it wrote is a prompt ({reasons}); give a "
             "model that was trained on users' turns too, or a larger --longest"
         )
+    part = replace(part, rows=settings.rows)
+    if settings.clusters:
+        _spread(selected, loaded, settings)
     origin = {"source": settings.model, "revision": f"weights:{loading.fingerprint(folder)}", "licence": None}
     parts = [prompt_set.part_facts(part, origin, selected)]
     facts = {"recipe": NAME, "seed": settings.seed, "sampling": vars(settings.sampling), "system": settings.system}
+    facts |= {"scripts": list(settings.scripts)} if settings.scripts else {}
+    facts |= {"clusters": settings.clusters} if settings.clusters else {}
     return prompt_set.write(out, {FILE: selected.prompts.values()}, facts, parts, evaluation_facts)
+
+
+def _spread(selected: SelectedPrompts, loaded: Loaded, settings: SelfPrompting) -> None:
+    """Keeps the wanted number of prompts, with the smallest cap on the prompts of a cluster that gives as many.
+
+    The clusters are those of the model's own hidden states. The others are counted as dropped.
+    """
+    template = Template(system=settings.system)
+    ids = [loaded.reader.prompt(row, template, f"text {number + 1}") for number, row in selected.prompts.items()]
+    features = prompt_features(loaded, ids, batch_size=settings.batch_size)
+    groups = cluster(features, settings.clusters, settings.seed)
+    numbers = list(selected.prompts)
+    kept = {numbers[i] for i in spread(groups, settings.rows)}
+    selected.dropped["beyond its cluster's share"] += len(numbers) - len(kept)
+    selected.prompts = {number: row for number, row in selected.prompts.items() if number in kept}
 
 
 # --------------------------------------------------------------------------------------- sampling
@@ -120,10 +148,11 @@ def open_turn(tokenizer: Tokenizer, system: str | None) -> OpenTurn:
 
 
 def _texts(loaded: Loaded, turn: OpenTurn, settings: SelfPrompting) -> Iterator[tuple[Answer, str]]:
-    """Sampled texts, up to the end of the turn: `ATTEMPTS` for each prompt that is wanted."""
+    """Sampled texts, up to the end of the turn: `ATTEMPTS` for each prompt that is wanted or spread."""
     ends = loaded.eos_ids if turn.end_id is None else tuple(sorted({*loaded.eos_ids, turn.end_id}))
     loaded, size = replace(loaded, eos_ids=ends), BATCHES * settings.batch_size
-    for start in range(0, ATTEMPTS * settings.rows, size):
+    wanted = settings.rows * (CANDIDATES if settings.clusters else 1)
+    for start in range(0, ATTEMPTS * wanted, size):
         answers = answer(
             loaded,
             [turn.ids] * size,
@@ -173,6 +202,8 @@ class Filters:
             return "too short"
         if "\ufffd" in text or any(not c.isprintable() and not c.isspace() for c in text):
             return "unreadable"
+        if self.settings.scripts and in_scripts(text, self.settings.scripts) < LETTERS:
+            return "in another script"
         if repetition(np.asarray([one.ids]), np.asarray([len(one.ids)])) > REPEATED:
             return "repetitive"
         if ANSWERS.match(text):
@@ -182,3 +213,14 @@ class Filters:
             return "a near-duplicate"
         self.grams |= grams
         return None
+
+
+def in_scripts(text: str, scripts: Sequence[str]) -> float:
+    """The share of a text's letters that belong to these scripts; 1 for a text without letters.
+
+    >>> in_scripts("ist 3 + 4 \u03b1?", ["latin"])
+    0.75
+    """
+    scripts = tuple(script.upper() for script in scripts)
+    letters = [unicodedata.name(c, "") for c in text if c.isalpha()]
+    return sum(name.startswith(scripts) for name in letters) / len(letters) if letters else 1.0

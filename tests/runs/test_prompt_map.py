@@ -164,15 +164,14 @@ def test_a_run_that_weights_by_gap_makes_the_map_once_and_resumes(command, tmp_p
     once = tmp_path / "once"
     ended = command("train", f"--workdir={once}", *flags, f"{recovery}.weights=gap")
     assert ended.code == 0, ended.err
-    file = once / "prompt_map_recovery.json"
-    made = maps.read(file, "f")
+    made = maps.read(once / "prompt_map_recovery.json", "f")
     draws = made.draws()
     file = tmp_path / "map.json"
     ended = command("prompts", "map", f"--config={ROOT / 'configs/quickstart.py'}", f"{recovery}.limit=160",
                     "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8", f"--out={file}")  # fmt: skip
     assert ended.code == 0 and "nats per token" in ended.out, ended.err
     assert maps.read(file, "f") == made, "the command and the run make the same map"
-    served = [row["prompt"] for row in read_lines(once / "selection.jsonl") if row["phase"] == "recovery"]
+    served = [row["index"] for row in read_lines(once / "selection.jsonl") if row["phase"] == "recovery"]
     taken = Counter(made.group_of[index] for step in served for index in step)
     for number, count in enumerate(draws):
         assert abs(taken[number] - count / 160 * 16 * len(served)) <= 1
@@ -187,7 +186,7 @@ def test_a_run_that_weights_by_gap_makes_the_map_once_and_resumes(command, tmp_p
     assert command("train", f"--workdir={given}", *flags, f"{recovery}.weights={file}").code == 0
     same_weights(once, given)
     edited = dataclasses.replace(made, groups=made.groups[::-1])
-    maps.write(again / file.name, edited)
+    maps.write(again / "prompt_map_recovery.json", edited)
     one_line(command("train", f"--workdir={again}", *flags, f"{recovery}.weights=gap"), "recovery")
     other = [flag.replace("limit=160", "limit=159") for flag in flags]
     one_line(

@@ -1,5 +1,6 @@
 """Prompts that a model writes itself: the open turn, the sampled texts, the filters and the files."""
 
+import dataclasses
 import hashlib
 import json
 from pathlib import Path
@@ -44,6 +45,29 @@ def test_the_open_turn_of_a_template(tokenizer):
 
 def made(text, ids=None, stopped=True):
     return Answer(ids or list(range(len(text))), [], text, stopped, 0.0)
+
+
+def test_letters_of_other_scripts():
+    filters = Filters(dataclasses.replace(SETTINGS, scripts=("latin", "greek")))
+    for text, reason in (
+        ("What does \u03b1 mean, and \u4ec0?", None),  # 1 of 15 letters is Chinese
+        ("What does \u4ec0\u4e48 mean?", "in another script"),  # 2 of 14
+        ("12 + 3 = 15 ?", None),
+    ):
+        assert filters.reason(made(text), text) == reason
+
+
+def test_prompts_are_spread_over_clusters(monkeypatch, tmp_path):
+    """Six candidates, four sums before two reversals, for three prompts: two sums and a reversal, not three sums."""
+    texts = ["add 12 + 34", "add 56 + 31", "add 21 + 63", "add 44 + 55", "reverse the word", "reverse my name", "x y z"]
+    monkeypatch.setattr(self_prompts, "_texts", lambda *_: iter([(made(text), text) for text in texts]))
+    settings = dataclasses.replace(SETTINGS, rows=3, clusters=2)
+    manifest = self_prompts.build(settings, [], tmp_path)
+    kept = [row["messages"][0]["content"] for row in read_lines(tmp_path / "prompts.jsonl")]
+    assert kept == ["add 12 + 34", "add 56 + 31", "reverse the word"]
+    (part,) = manifest["parts"]
+    assert (part["asked"], part["kept"], part["read"]) == (3, 3, 6)
+    assert part["dropped"] == {"beyond its cluster's share": 3} and manifest["clusters"] == 2
 
 
 def test_text_after_the_end_of_a_turn_is_cut():
