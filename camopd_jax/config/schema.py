@@ -282,6 +282,8 @@ class Benchmark(Sampling):
     source: str = ""  # as in Stream; "": the task's own dataset
     split: str = ""  # of a `datasets` dataset; "": the task's own
     axis: Literal["general", "domain"] = "general"
+    # Whether the prompts of the branches cover what it measures, for the reasons in the outcome at the end of a run
+    covered: bool | None = None
     limit: Annotated[int, Gt(0), "None: all"] | None = None  # use only this many questions, the first ones
     max_response_tokens: Count = 64
     instruction: str | None = None  # added after each question; None: the task's own

@@ -17,7 +17,7 @@ from etils import epath
 from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream
 from camopd_jax.data import answers, prompt_map, sources, templates
 from camopd_jax.data.answers import Unlearnable
-from camopd_jax.data.prompt_map import PromptMap
+from camopd_jax.data.prompt_map import PromptMap, even_turns
 from camopd_jax.data.templates import Reader, Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket
@@ -143,8 +143,8 @@ class PromptStream(BatchStream[PromptBatch]):
     def weigh(self, made: PromptMap, field: str) -> None:
         """Draws from the groups of a map in proportion to their size times their gap, starting anew.
 
-        The groups are interleaved, so that every part of the stream has their proportions; the prompts of each one are
-        shuffled in every epoch of its own.
+        The groups take turns evenly, so that every part of the stream has about their proportions, and as many draws
+        as there are prompts have them exactly. The prompts of a group are shuffled in every epoch of its own.
 
         Raises:
           UserError: if the map is not one of these prompts.
@@ -155,10 +155,15 @@ class PromptStream(BatchStream[PromptBatch]):
                 "`python -m camopd_jax.prompts map`"
             )
         draws, group_of = made.draws(), np.asarray(made.group_of)
-        drawn = [number for number, count in enumerate(draws) if count]
-        groups = [self._shuffled(np.flatnonzero(group_of == number).tolist()) for number in drawn]
+        groups = [self._shuffled(np.flatnonzero(group_of == number).tolist()) for number in range(len(draws))]
+        turns, nth, total = *even_turns(draws), sum(draws)
+
+        def number(draw: int, turn: int) -> int:
+            group = turns[turn]
+            return groups[group][draw // total * draws[group] + nth[turn]]
+
         self.digest = _digest([self.digest, made.group_of, draws])
-        self._serve(grain.MapDataset.mix(groups, [draws[number] for number in drawn]))
+        self._serve(grain.MapDataset.range(total).repeat(None).map_with_index(number))
 
 
 def _prompt_batch(

@@ -72,6 +72,18 @@ def largest_remainder(weights: Sequence[float], total: int) -> list[int]:
     return counts.tolist()
 
 
+def even_turns(counts: Sequence[int]) -> tuple[list[int], list[int]]:
+    """The group of each of `sum(counts)` draws, and how often it was drawn before; each group at even distances.
+
+    >>> even_turns([2, 4, 0])
+    ([1, 0, 1, 1, 0, 1], [0, 0, 1, 2, 1, 3])
+    """
+    groups = np.repeat(np.arange(len(counts)), counts)
+    nth = np.concatenate([np.arange(count) for count in counts])
+    order = np.argsort((nth + 0.5) / np.asarray(counts)[groups], kind="stable")
+    return groups[order].tolist(), nth[order].tolist()
+
+
 def write(file: epath.Path | Path, made: PromptMap) -> None:
     """Writes a map as JSON."""
     with atomic_file(file) as stream:

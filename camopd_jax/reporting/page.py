@@ -92,7 +92,11 @@ def _results(directories: Sequence[Directory], chosen: Styles) -> Section:
     groups = [group for group in chosen.groups if group.results]
     if not groups:
         return Section("Results")
-    shown = [tables.results(groups), *(tables.differences(groups, method) for method in REFERENCE_METHODS)]
+    shown = [
+        tables.outcome_of(groups),
+        tables.results(groups),
+        *(tables.differences(groups, method) for method in REFERENCE_METHODS),
+    ]
     last = dict(results.columns(groups))  # for each measure, "mean" or the only benchmark
     panels = []
     if len(last) == 2:

@@ -10,6 +10,7 @@ from camopd_jax.analysis import study
 from camopd_jax.analysis.study import Mean
 from camopd_jax.config.identity import field_differences
 from camopd_jax.evals.comparison import rank_of
+from camopd_jax.evals.outcome import outcome
 from camopd_jax.reporting.results import columns, difference, reference
 from camopd_jax.reporting.runs import Directory, FileRow, Group
 
@@ -25,6 +26,15 @@ class PageTable:
     head: list[str]
     rows: Sequence[Sequence[Group | str]]
     words: bool = False
+
+
+def outcome_of(groups: Sequence[Group]) -> PageTable | None:
+    """What came back, what was kept and what did not come back, in words; None unless there is one run."""
+    if len(groups) != 1 or groups[0].single is None:
+        return None
+    benchmarks = groups[0].run.config["evaluation"]["benchmarks"]
+    rows = outcome(*groups[0].single, {one["name"]: one.get("covered") for one in benchmarks})
+    return PageTable("", ["outcome", ""], rows, words=True) if rows else None
 
 
 def results(groups: Sequence[Group]) -> PageTable:

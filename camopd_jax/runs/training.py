@@ -11,6 +11,7 @@ from camopd_jax.config.methods import description
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.evals import tables
 from camopd_jax.evals.comparison import Rank, comparison, rank_student
+from camopd_jax.evals.outcome import outcome
 from camopd_jax.evals.results import Result, on_questions
 from camopd_jax.method import loop, schedule
 from camopd_jax.method.branches import check_models, load_models, make_branches, make_teachers
@@ -89,6 +90,9 @@ def train(config: TrainConfig, workdir: str) -> None:
         run.display.print(line)
     if results:
         run.display.print(tables.accuracies(run.baselines | {"student": results}))
+        covered = {benchmark.name: benchmark.covered for benchmark in config.evaluation.benchmarks}
+        for what, how_much in outcome(*run.baselines.values(), results, covered):
+            run.display.print(f"{what}: {how_much}")
 
 
 class TrainingRun(Run):

@@ -267,6 +267,7 @@ def test_a_weighted_stream_has_the_proportions_of_its_map_and_resumes(tokenizer,
     for end in range(1, len(served) + 1):
         counts = np.bincount(order[served[:end]], minlength=3)
         assert abs(counts[0] - end / 2) <= 1 and counts[2] == 0
+    assert np.bincount(order[served[:56]], minlength=3).tolist() == [28, 28, 0]
     for group, size in ((0, 10), (1, 40)):
         of_group = [i for i in served if order[i] == group]
         assert len(of_group) == 40

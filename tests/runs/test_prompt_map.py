@@ -158,7 +158,7 @@ def test_a_file_that_is_no_map(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_weights_by_gap_makes_the_map_once_and_resumes(command, tmp_path):
-    """Six batches of 16: every one has the shares of the map; a resumed run and one with the file serve the same."""
+    """Six batches of 16 have the shares of the map up to two prompts; a resumed run and one with the file serve the same."""
     recovery = "--config.branches.recovery.prompts"
     flags = [*SMALL, "--config.checkpoints.every=2", f"{recovery}.limit=160"]
     once = tmp_path / "once"
@@ -174,7 +174,7 @@ def test_a_run_that_weights_by_gap_makes_the_map_once_and_resumes(command, tmp_p
     served = [row["index"] for row in read_lines(once / "selection.jsonl") if row["phase"] == "recovery"]
     taken = Counter(made.group_of[index] for step in served for index in step)
     for number, count in enumerate(draws):
-        assert abs(taken[number] - count / 160 * 16 * len(served)) <= 1
+        assert abs(taken[number] - count / 160 * 16 * len(served)) < 2
     again = tmp_path / "again"
     shutil.copytree(once, again)
     for step in (6, 8):
