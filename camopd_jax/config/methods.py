@@ -30,6 +30,7 @@ _CROSS_ENTROPY = {"method.answers": "teacher", **_both("objective", "cross_entro
 _TEACHERS_ANSWERS = {**_CROSS_ENTROPY, **_EVERY_ANSWER, **_EQUAL_PULL}
 _AVERAGE = {"optimizer.average": 0.95}
 _WARM_UP = {"warm_up.steps": 20}
+_HALF = {**_both("selection.keep", "fraction"), **_both("selection.mass", 0.5)}
 _START = {"start.interpolation": 0.1}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 
@@ -56,10 +57,7 @@ _STUDY = {
     "camopd-5-1": NamedMethod("CaMOPD alternating 5:1", {"branches.recovery.steps": 5}),
     "mass-0.6": NamedMethod("CaMOPD with mass 0.6", _both("selection.mass", 0.6)),
     # ------------------------------------------------------------------------- which answers are kept
-    "half": NamedMethod(
-        "CaMOPD keeping the half with the largest gaps",
-        {**_both("selection.keep", "fraction"), **_both("selection.mass", 0.5)},
-    ),
+    "half": NamedMethod("CaMOPD keeping the half with the largest gaps", _HALF),
     "random": NamedMethod("CaMOPD keeping as many answers, chosen at random", _both("selection.keep", "random")),
     "scores-swapped": NamedMethod(
         "CaMOPD ranking recovery by positive gaps and review by absolute ones",
@@ -118,8 +116,12 @@ _NEIGHBOURS = {
                            {"branches.recovery.project_against": "review", "optimizer.clip_norm": None}),
 }  # fmt: skip
 
-# Options for more recovery, alone
+# Options for more recovery, alone, and what docs/results.md favours of all
 _OPTIONS = {
+    "recover": NamedMethod(
+        "CaMOPD with reverse KL, keeping the half with the largest gaps, from a start with 10 % of the original model",
+        {**_both("objective", "reverse_kl"), **_HALF, **_START},
+    ),
     "start-0.1": NamedMethod("CaMOPD from a start with 10 % of the original model", _START),
     "vanilla-start-0.1": NamedMethod("vanilla from a start with 10 % of the original model", {**_VANILLA, **_START}),
     "warm-up": NamedMethod("CaMOPD, the first 20 steps of it cross-entropy on teachers' answers", _WARM_UP),

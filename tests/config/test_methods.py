@@ -87,6 +87,15 @@ def test_each_method_is_a_different_run_with_the_same_budget():
         ("dn-mopd", {"schedule": "mixed", "balance": "gap_spread"}),
         ("clip-2-1", {"schedule": "alternate", "recovery.clip_norm": 2.0, "review.clip_norm": None}),
         ("up-mopd", {"recovery.project_against": "review", "review.project_against": "", "recovery.scale": 2}),
+        (
+            "recover",
+            {
+                "schedule": "alternate",
+                "recovery.keep": "fraction",
+                "review.mass": 0.5,
+                "review.objective": "reverse_kl",
+            },
+        ),
         ("replay-12", {"answers": "teacher", "schedule": "mixed", "recovery.steps": 1, "review.steps": 7}),
     ],
 )

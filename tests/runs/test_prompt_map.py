@@ -158,7 +158,7 @@ def test_a_file_that_is_no_map(tmp_path):
 
 @pytest.mark.slow
 def test_a_run_that_weights_by_gap_makes_the_map_once_and_resumes(command, tmp_path):
-    """Six batches of 16 have the shares of the map up to two prompts; a resumed run and one with the file serve the same."""
+    """Six batches of 16 have the shares of the map up to two prompts; a resumed run and one with the file are equal."""
     recovery = "--config.branches.recovery.prompts"
     flags = [*SMALL, "--config.checkpoints.every=2", f"{recovery}.limit=160"]
     once = tmp_path / "once"
