@@ -91,7 +91,8 @@ def train(config: TrainConfig, workdir: str) -> None:
     if results:
         run.display.print(tables.accuracies(run.baselines | {"student": results}))
         covered = {benchmark.name: benchmark.covered for benchmark in config.evaluation.benchmarks}
-        for what, how_much in outcome(*run.baselines.values(), results, covered):
+        general, specialised = run.baselines["general"], run.baselines["specialised"]
+        for what, how_much in outcome(general, specialised, results, covered):
             run.display.print(f"{what}: {how_much}")
 
 
