@@ -33,6 +33,7 @@ def get_config():
     config.evaluation.batch_size = 96
     config.evaluation.benchmarks = tuple(
         dict(name=name, source=str(FILES / f"eval_{name}.jsonl"), axis=axis, task=task, max_response_tokens=32)
+        | dict(covered=name != "uncovered")
         for name, axis, task in (
             ("covered", "general", "exact"),
             ("uncovered", "general", "exact"),

@@ -119,8 +119,8 @@ _NEIGHBOURS = {
 # Options for more recovery, alone, and what docs/results.md favours of all
 _OPTIONS = {
     "recover": NamedMethod(
-        "CaMOPD with reverse KL, keeping the half with the largest gaps, from a start with 10 % of the original model",
-        {**_both("objective", "reverse_kl"), **_HALF, **_START},
+        "CaMOPD 1:1 with reverse KL, keeping the half with the largest gaps, from a start with 10 % of the original",
+        {**_both("objective", "reverse_kl"), **_HALF, **_ONE_TO_ONE, **_START},
     ),
     "start-0.1": NamedMethod("CaMOPD from a start with 10 % of the original model", _START),
     "vanilla-start-0.1": NamedMethod("vanilla from a start with 10 % of the original model", {**_VANILLA, **_START}),

@@ -92,6 +92,7 @@ def test_each_method_is_a_different_run_with_the_same_budget():
             {
                 "schedule": "alternate",
                 "recovery.keep": "fraction",
+                "recovery.steps": 1,
                 "review.mass": 0.5,
                 "review.objective": "reverse_kl",
             },
