@@ -44,8 +44,8 @@ if __name__ == "__main__":
         values = flags.FLAGS
         if values.list:
             for name, of in METHODS.items():
-                print(f"{name:17} {of.about}")
-            print(f"{INTERPOLATION:17} of the two models' parameters, without training")
+                print(f"{name:25} {of.about}")
+            print(f"{INTERPOLATION:25} of the two models' parameters, without training")
             return
         workdir, base = cli.required("workdir", "runs/sandbox"), read_config()
         methods = (*QUICK, INTERPOLATION) if values.quick else values.methods
@@ -62,7 +62,9 @@ if __name__ == "__main__":
         workers = values.workers or default_workers()
         facts = compare(base, workdir, methods, rates, 2 if values.quick else values.seeds, workers)
         console = Console(highlight=False)
-        notes = {method: f"{setting:g}" for method, setting in facts["settings"].items()}
+        notes = {
+            method: f"{setting:g}\n{study.cost_note(method, facts)}" for method, setting in facts["settings"].items()
+        }
         console.print(study.methods_table(facts["outcomes"], facts["axes"], REFERENCE_METHODS, notes))
         for folder, reason in facts["failed"].items():
             console.print(f"failed: {folder}: {reason}")

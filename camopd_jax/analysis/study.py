@@ -7,6 +7,7 @@ A run's outcome is a number for each benchmark: recovery on a general one, reten
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from rich import box
@@ -48,6 +49,22 @@ def merit(of_run: Shares, axes: dict[str, str]) -> float:
     """The criterion for settings: the average of mean recovery and mean retention."""
     means = [np.mean([of_run[name] for name in axes if axes[name] == axis]) for axis in set(axes.values())]
     return float(np.mean(means))
+
+
+def sampled_tokens(steps: Sequence[dict[str, Any]]) -> int:
+    """The number of tokens in all answers of a run, from its metrics."""
+    return sum(row.get("response_tokens") or 0 for row in steps)
+
+
+def run_seconds(steps: Sequence[dict[str, Any]]) -> float:
+    """The seconds of a run's steps, from its metrics: for each kind of step (`phase`) their number times their median.
+
+    So the compilation in the first steps does not count, nor does a step that another program delayed.
+    """
+    seconds: dict[str, list[float]] = {}
+    for row in steps:
+        seconds.setdefault(row.get("phase", ""), []).append(sum(row.get("seconds", {}).values()))
+    return float(sum(len(of_phase) * np.median(of_phase) for of_phase in seconds.values()))
 
 
 @dataclass(frozen=True)
@@ -96,19 +113,20 @@ def methods_table(
     """A table with a row for each method: recovery and retention in %, and differences from the methods in `against`.
 
     Args:
-      outcomes: by method and seed. axes: of each benchmark. notes: of each method, for instance its setting.
+      outcomes: by method and seed. axes: of each benchmark. notes: of each method, its setting and (`cost_note`) cost.
     """
     view = Table(
         title="In %, ± one standard error over seeds: back, of the lost ability; kept, of the domain",
         caption=f"below each: less that of {', then of '.join(against)}; *: p < 0.05 in a paired t-test over seeds, "
-        "**: also after Bonferroni's correction for the table's rows",
+        "**: also after Bonferroni's correction for the table's rows; cost: answer tokens and seconds of one run, mean "
+        "over seeds, without compilation and evaluation",
         title_justify="left",
         caption_justify="left",
         box=box.SIMPLE_HEAD,
         pad_edge=False,
     )
     view.add_column("", no_wrap=True)
-    view.add_column("setting", justify="right")
+    view.add_column("setting, cost", justify="right")
     for name, axis in axes.items():
         view.add_column(f"{name}, {'back' if axis == 'general' else 'kept'}", justify="right")
     for method, of_seeds in outcomes.items():
@@ -129,6 +147,19 @@ def methods_table(
             cells.append(f"{_mean_cell(mean(own.values()))}\n{' '.join(differences)}")
         view.add_row(method, notes.get(method, ""), *cells)
     return view
+
+
+def cost_note(method: str, facts: dict[str, Any]) -> str:
+    """A method's mean tokens and seconds for its note, from the contents of study.json.
+
+    >>> cost_note("a", {"tokens": {"a/0": 69_000, "a/1": 71_000, "ab/0": 1}, "run_seconds": {"a/0": 8.1, "a/1": 8.3}})
+    '70k, 8 s'
+    """
+    tokens, seconds = (
+        [value for cell, value in facts[cost].items() if cell.split("/")[0] == method]
+        for cost in ("tokens", "run_seconds")
+    )
+    return f"{np.mean(tokens) / 1000:.0f}k, {np.mean(seconds):.0f} s" if tokens else "-"
 
 
 def _mean_cell(of_seeds: Mean) -> str:

@@ -116,7 +116,8 @@ _NEIGHBOURS = {
                            {"branches.recovery.project_against": "review", "optimizer.clip_norm": None}),
 }  # fmt: skip
 
-# Options for more recovery, alone, and what docs/results.md favours of all
+# Options for more recovery, alone and in combination, and what docs/results.md favours of all. A falling learning rate
+# is the config's, for all methods
 _OPTIONS = {
     "recover": NamedMethod(
         "CaMOPD 1:1 with reverse KL, keeping the half with the largest gaps, from a start with 10 % of the original",
@@ -130,6 +131,9 @@ _OPTIONS = {
     "average": NamedMethod("CaMOPD, its result the exponential average of the weights", _AVERAGE),
     "vanilla-average": NamedMethod("vanilla, its result the exponential average of the weights",
                                    {**_VANILLA, **_AVERAGE}),
+    "start-0.1-average": NamedMethod("CaMOPD with the start of start-0.1 and the average", {**_START, **_AVERAGE}),
+    "vanilla-start-0.1-average": NamedMethod("vanilla with the start of start-0.1 and the average",
+                                             {**_VANILLA, **_START, **_AVERAGE}),
 }  # fmt: skip
 
 METHODS = _STUDY | _NEIGHBOURS | _OPTIONS

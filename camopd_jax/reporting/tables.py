@@ -28,6 +28,9 @@ class PageTable:
     words: bool = False
 
 
+COSTS = (study.sampled_tokens, study.run_seconds)  # of a run
+
+
 def outcome_of(groups: Sequence[Group]) -> PageTable | None:
     """What came back, what was kept and what did not come back, in words; None unless there is one run."""
     if len(groups) != 1 or groups[0].single is None:
@@ -45,19 +48,20 @@ def results(groups: Sequence[Group]) -> PageTable:
     for group in groups:
         questions = sum(row["n"] for row in group.single[-1]) if group.single else 0
         over = f"{questions} questions" if questions else f"{len(group.results)} seeds"
-        tokens = [sum(row.get("response_tokens") or 0 for row in run.metrics) for run in group.distinct if run.metrics]
+        steps = [run.metrics for run in group.distinct if run.metrics]
         # For a grid, the setting it chose: a learning rate or the interpolation's weight. Else the learning rate.
         setting = group.run.config["optimizer"]["learning_rate"] if group.setting is None else group.setting
         step = max(run.final[0] for run in group.distinct if run.final)
-        about = [f"{setting:g}", str(step), over, f"{sum(tokens) / len(tokens):,.0f}" if tokens else EMPTY]
+        cost = [f"{study.mean(of(rows) for rows in steps).value:,.0f}" if steps else EMPTY for of in COSTS]
+        about = [f"{setting:g}", str(step), over, *cost]
         estimates = [group.estimate(column) for column in shown]
         cells = [f"{100 * each.value:.1f} ± {100 * (each.error or 0):.1f}" if each else EMPTY for each in estimates]
         rows.append([group, *about, *cells])
     caption = (
         "In %, ± one standard error. Back: recovered share of the lost general ability. Kept: share of the domain "
-        "ability that is kept. Tokens sampled: in the answers of one run."
+        "ability that is kept. Tokens sampled: in the answers of one run. Seconds: of its steps, without compilation."
     )
-    return PageTable(caption, ["", "rate", "step", "error over", "tokens sampled", *heads], rows)
+    return PageTable(caption, ["", "rate", "step", "error over", "tokens sampled", "seconds", *heads], rows)
 
 
 def differences(groups: Sequence[Group], method: str) -> PageTable | None:

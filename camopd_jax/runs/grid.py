@@ -100,7 +100,8 @@ def compare(
             "merits": merits,
             "outcomes": _outcomes(grid, chosen, done, seeds),
             "failed": grid.failed,
-            "tokens": {f"{cell.method}/{cell.seed}": grid.sampled_tokens(cell) for cell in done},
+            "tokens": {f"{cell.method}/{cell.seed}": study.sampled_tokens(grid.metrics(cell)) for cell in done},
+            "run_seconds": {f"{cell.method}/{cell.seed}": study.run_seconds(grid.metrics(cell)) for cell in done},
             "seconds": round(time.perf_counter() - started),
             "workers": workers,
         }
@@ -214,10 +215,9 @@ class Grid:
         student = student_results(cell, self._base, self._workdir)
         return study.shares([*self._teachers, student], for_tuning)
 
-    def sampled_tokens(self, cell: Cell) -> int:
-        """The number of tokens in all answers of a run."""
-        rows = read_rows(epath.Path(cell.folder(self._workdir)) / "metrics.jsonl")
-        return sum(row["response_tokens"] for row in rows)
+    def metrics(self, cell: Cell) -> list[dict[str, Any]]:
+        """The rows of a run's metrics.jsonl, one a step."""
+        return read_rows(epath.Path(cell.folder(self._workdir)) / "metrics.jsonl")
 
     def _print_plain(self, line: str) -> None:
         """Prints a line if there is no terminal for the progress bar."""

@@ -49,6 +49,15 @@ def test_means_and_paired_differences_by_hand():
     assert study.difference({0: 1.0, 1: 1.0}, {0: 0.5, 1: 0.5}).p is None, "without spread no test"
 
 
+def test_the_seconds_of_a_run_leave_out_compilation_by_hand():
+    """Recovery 2, 2, 50 (it compiles) and review 5, 7 seconds: 3 x 2 + 2 x 6."""
+    steps = [
+        {"phase": phase, "response_tokens": 10, "seconds": {"rollout": 1.0, "update": seconds - 1}}
+        for phase, seconds in (("recovery", 50), ("recovery", 2), ("recovery", 2), ("review", 5), ("review", 7))
+    ]
+    assert study.run_seconds(steps) == pytest.approx(18) and study.sampled_tokens(steps) == 50
+
+
 def printed(outcomes, width=100):
     console = Console(width=width)
     with console.capture() as captured:
