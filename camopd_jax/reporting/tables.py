@@ -53,15 +53,15 @@ def results(groups: Sequence[Group]) -> PageTable:
         setting = group.run.config["optimizer"]["learning_rate"] if group.setting is None else group.setting
         step = max(run.final[0] for run in group.distinct if run.final)
         cost = [f"{study.mean(of(rows) for rows in steps).value:,.0f}" if steps else EMPTY for of in COSTS]
-        about = [f"{setting:g}", str(step), over, *cost]
+        about = [f"{setting:g}", str(step), over, cost[0]]
         estimates = [group.estimate(column) for column in shown]
         cells = [f"{100 * each.value:.1f} ± {100 * (each.error or 0):.1f}" if each else EMPTY for each in estimates]
-        rows.append([group, *about, *cells])
+        rows.append([group, *about, *cells, cost[1]])
     caption = (
         "In %, ± one standard error. Back: recovered share of the lost general ability. Kept: share of the domain "
         "ability that is kept. Tokens sampled: in the answers of one run. Seconds: of its steps, without compilation."
     )
-    return PageTable(caption, ["", "rate", "step", "error over", "tokens sampled", "seconds", *heads], rows)
+    return PageTable(caption, ["", "rate", "step", "error over", "tokens sampled", *heads, "seconds"], rows)
 
 
 def differences(groups: Sequence[Group], method: str) -> PageTable | None:
