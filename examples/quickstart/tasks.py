@@ -18,6 +18,7 @@ ORGANS = ("skin", "lung", "bone", "ear", "eye", "heart", "liver", "nose")
 # Skills in the general prompts, and skills that are left out of them: no set of prompts covers every skill.
 COVERED = ("reverse", "sort", "shift", "add")
 UNCOVERED = ("double", "swap")
+NAME_SKILLS = tuple(skill for skill in (*COVERED, *UNCOVERED) if skill != "add")  # of the second domain
 
 
 def _word(rng: random.Random) -> str:
@@ -74,6 +75,30 @@ def domain_row(rng: random.Random) -> Row:
     return _row(f"{remedy} treats? {shown}", f"{organ}. Final answer: {letter}", "domain") | {"letter": letter}
 
 
+def is_name(word: str) -> bool:
+    """Whether consonants and vowels alternate, from a consonant on."""
+    return all((letter in "aeiou") == (i % 2 == 1) for i, letter in enumerate(word))
+
+
+def name_row(rng: random.Random) -> Row:
+    """A random question of the second domain (conflict.py): a skill on a name, and a full stop after the answer."""
+    consonants = [letter for letter in LETTERS if letter not in "aeiou"]
+    name = "".join(rng.choice("aeiou" if i % 2 else consonants) for i in range(rng.randint(3, 5)))
+    skill = rng.choice(NAME_SKILLS)
+    return _row(f"{skill} {name}", SKILLS[skill](name) + ".", "domain")
+
+
+def without_names(make: Maker) -> Maker:
+    """The same questions, but for those about a name."""
+
+    def make_other(rng: random.Random) -> Row:
+        while is_name(_text(row := make(rng)).split()[-1]):
+            pass
+        return row
+
+    return make_other
+
+
 def _row(question: str, answer: str, skill: str) -> Row:
     return {"messages": [{"role": "user", "content": question}], "answer": answer, "skill": skill}
 
@@ -84,7 +109,7 @@ def distinct(make: Maker, count: int, seed: str, without: set[str]) -> list[Row]
     rows: list[Row] = []
     while len(rows) < count:
         row = make(rng)
-        question = row["messages"][0]["content"]
+        question = _text(row)
         if question not in seen:
             seen.add(question)
             rows.append(row)
@@ -93,4 +118,9 @@ def distinct(make: Maker, count: int, seed: str, without: set[str]) -> list[Row]
 
 def questions(rows: list[Row]) -> set[str]:
     """The texts of the rows' questions."""
-    return {row["messages"][0]["content"] for row in rows}
+    return {_text(row) for row in rows}
+
+
+def _text(row: Row) -> str:
+    text: str = row["messages"][0]["content"]
+    return text
