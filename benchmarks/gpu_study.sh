@@ -47,13 +47,13 @@ small_sft=() small=()
 rm -rf data
 if [ "$1" = run ]; then
   ln -s "$data" data
-else # a few of the shortest rows
+else # the 24 shortest rows of each file (sed reads all of them, where head would break the pipe)
   mkdir data
   for file in "$data"/*.jsonl; do
-    awk '{ print length($0) "\t" $0 }' "$file" | sort -n -s -k 1,1 | head -n 24 | cut -f 2- > "data/$(basename "$file")"
+    awk '{ print length($0) "\t" $0 }' "$file" | sort -n -s -k 1,1 | sed -n 1,24p | cut -f 2- > "data/$(basename "$file")"
   done
   SEEDS=${SEEDS:-1}
-  small_sft=(--config.steps=2 --config.batch_size=4 --config.optimizer.warmup_steps=0)
+  small_sft=(--config.steps=2 --config.batch_size=4 --config.optimizer.micro_batch=4 --config.optimizer.warmup_steps=0)
   small=(--config.steps=2 --config.rollout.batch_size=4 --config.rollout.max_response_tokens=16
          --config.optimizer.micro_batch=4 --config.evaluation.batch_size=24)
 fi
