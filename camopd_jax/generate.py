@@ -10,7 +10,8 @@ Out: the same object with "response", "response_ids", "logprobs" (natural log, o
      the unfiltered distribution at temperature 1, whatever the sampling settings) and "finish_reason"
      ("stop" or "length"). A closing EOS is one of the response ids.
 
-A row's answer depends on the seed, its line number and its text, not on the batch.
+A row's answer depends on the seed, its line number and its text, not on the batch. With --answers_per_prompt above 1,
+each row is written once for each answer, with the answer's number, from 0, as "answer"; answer 0 is that of 1.
 """
 
 from absl import flags
@@ -30,6 +31,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens up to this probability; 1: off.", 0.0, 1.0)
     flags.DEFINE_float("min_p", 0.0, "Drop tokens below this share of the highest probability; 0: off.", 0.0, 1.0)
     flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+    flags.DEFINE_integer("answers_per_prompt", 1, "Answers to each row, each in a row of its own.", lower_bound=1)
     flags.DEFINE_string("system", None, "System prompt for conversations without one.")
     flags.DEFINE_integer("batch_size", 16, "Rows answered at one time.", lower_bound=1)
     flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of weights and products.")
@@ -47,6 +49,6 @@ if __name__ == "__main__":
         )
         sampling = Sampling(temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, min_p=values.min_p)
         start(cli.processes())
-        answer_file(job, sampling, values.max_new_tokens, values.seed)
+        answer_file(job, sampling, values.max_new_tokens, values.seed, values.answers_per_prompt)
 
     cli.run(main)

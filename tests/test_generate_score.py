@@ -72,6 +72,20 @@ def test_sampled_answers_depend_on_the_seed_and_have_unfiltered_logprobs(command
         np.testing.assert_allclose(row["logprobs"], expected, atol=1e-4)
 
 
+def test_several_answers_to_each_row(command, tmp_path):
+    """Each row comes once for every answer, with its number; answer 0 is the only one of a run without the flag."""
+    flags = ["--max_new_tokens=8", "--temperature=3", "--top_k=20"]
+    alone = run(command, "generate", tmp_path, ROWS[:3], *flags)
+    made = run(command, "generate", tmp_path, ROWS[:3], *flags, "--answers_per_prompt=2")
+    assert [row.pop("answer") for row in made] == [0, 1] * 3
+    assert made[::2] == alone
+    assert [row["response_ids"] for row in made[1::2]] != [row["response_ids"] for row in alone]
+    source, out = write_lines(tmp_path / "x.jsonl", ROWS), tmp_path / "z.jsonl"
+    ended = command("generate", f"--model={FOLDER}", f"--input={source}", f"--output={out}", "--answers_per_prompt=2")
+    assert ended.code == 2 and not out.exists()
+    assert "--answers_per_prompt is 2, but greedy answers are all the same; give --temperature" in ended.err
+
+
 def test_rows_in_other_forms_are_answered_alike(command, tmp_path):
     """Characters that some take for the end of a line, a JSON array, a table: as the same prompts in JSON lines."""
     rows = [{"prompt": f"a{c}b{c}c", "note": c} for c in "\u2028\u2029\x85\x0b\x0c\x1c"]

@@ -79,7 +79,7 @@ def answer_inputs(batch: Batch, loss: Loss, config: TrainConfig, branch: str) ->
     selection = batch.selection
     alone = selection.replace(weights=jnp.ones_like(selection.weights), count=jnp.int32(1))
     scale, changes = config.branches[branch].scale, branch_weights(config, branch, loss.objective)
-    keys = row_keys(config.seed, jnp.int32(0), batch.index)
+    keys = row_keys(config.seed, jnp.int32(0), batch.index, config.rollout.answers_per_prompt)
     one = batch.replace(selection=alone)
     weights = token_weights(one, config.method, loss.objective, scale, changes, keys)
     return LossInputs(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens)

@@ -77,11 +77,16 @@ def _check_evaluation(config: Evaluation) -> None:
 
 def _check_train(config: TrainConfig) -> None:
     rollout, method, optimizer = config.rollout, config.method, config.optimizer
-    divisor = f"give a divisor of rollout.batch_size = {rollout.batch_size}"
+    several = rollout.answers_per_prompt
+    answers = rollout.batch_size * several
+    divisor = f"give a divisor of rollout.batch_size = {answers}"
+    if several > 1:
+        divisor = f"give a divisor of rollout.batch_size x rollout.answers_per_prompt = {answers}"
     micro, scored = optimizer.micro_batch, rollout.score_batch
-    _need(rollout.batch_size % micro == 0, "optimizer.micro_batch", micro, divisor)
+    _need(answers % micro == 0, "optimizer.micro_batch", micro, divisor)
     advice = f"{divisor}, or 0 (the same as optimizer.micro_batch)"
-    _need(not scored or rollout.batch_size % scored == 0, "rollout.score_batch", scored, advice)
+    _need(not scored or answers % scored == 0, "rollout.score_batch", scored, advice)
+    _check_several_answers(config)
     keeps = config.compute.remat == "rollout"
     advice = "give 0, or a compute.remat other than 'rollout'"
     _need(not keeps or not rollout.concurrency, "rollout.concurrency", rollout.concurrency, advice)
@@ -100,6 +105,19 @@ def _check_train(config: TrainConfig) -> None:
     _need(rows % at_once == 0, "diagnostics.micro_batch", at_once, advice)
     _check_trained(optimizer.trained)
     _check_branches(config)
+
+
+def _check_several_answers(config: TrainConfig) -> None:
+    rollout, several = config.rollout, config.rollout.answers_per_prompt
+    if several == 1:
+        return
+    advice = "greedy answers to a prompt are all the same; give 1, or rollout.temperature > 0"
+    _need(rollout.temperature > 0, "rollout.answers_per_prompt", several, advice)
+    advice = f"give a multiple of rollout.answers_per_prompt = {several}, whose answers start at the same time"
+    _need(rollout.concurrency % several == 0, "rollout.concurrency", rollout.concurrency, f"{advice}, or 0")
+    if config.diagnostics.every:
+        advice = f"give a multiple of rollout.answers_per_prompt = {several}"
+        _need(config.diagnostics.rows % several == 0, "diagnostics.rows", config.diagnostics.rows, advice)
 
 
 def _check_trained(pattern: str) -> None:

@@ -83,7 +83,10 @@ class RolloutConfig(Sampling):
     update slightly off-policy.
     """
 
-    batch_size: Count = 64  # prompts per step, one answer each
+    batch_size: Count = 64  # prompts per step
+    # Answers of the student to each prompt. A step has batch_size x answers_per_prompt answers, which `concurrency`,
+    # `score_batch`, `optimizer.micro_batch` and selection count. A prompt is computed once for all its answers
+    answers_per_prompt: Count = 1
     max_prompt_tokens: Count = 512
     max_response_tokens: Count = 512
     smallest_bucket: Count = 64  # prompt and answer lengths are padded to this times a power of two
@@ -94,7 +97,7 @@ class RolloutConfig(Sampling):
     # The mesh during sampling; tensor or expert 0: the same as in config.mesh. Weights sharded by fsdp would be
     # gathered for every token, so by default each group of tensor and expert devices has a full copy
     mesh: Free[MeshConfig] = MeshConfig(tensor=0, expert=0)
-    # Answers in progress at a time; the other prompts wait, and each starts when an answer ends
+    # Answers in progress at a time; the other prompts wait, and each starts when answers end
     concurrency: Free[Annotated[int, Ge(0), "0: the whole batch"]] = 0
     shrinks: Free[bool] = False  # whether the batch is halved when half of its answers are complete
     # Answers scored in one forward pass

@@ -118,7 +118,7 @@ class PromptStream(BatchStream[PromptBatch]):
         """Reads and tokenises every prompt.
 
         Args:
-          rollout: gives `batch_size`, `max_prompt_tokens` and `smallest_bucket`.
+          rollout: gives `batch_size`, `answers_per_prompt`, `max_prompt_tokens` and `smallest_bucket`.
           seed: for the order of the prompts.
           own_rows: numbers of the rows of a global batch that this process makes.
           field: the config field of the stream, for error messages.
@@ -134,7 +134,8 @@ class PromptStream(BatchStream[PromptBatch]):
         self.first = prompts[:FIRST]
 
         def make(numbers: np.ndarray) -> PromptBatch:
-            return _prompt_batch([prompts[i] for i in numbers], own_rows, rollout)
+            rows = np.repeat(numbers, rollout.answers_per_prompt)  # the answers to a prompt are consecutive
+            return _prompt_batch([prompts[i] for i in rows], own_rows, rollout)
 
         super().__init__(len(prompts), rollout.batch_size, seed, make)
         if stream.weights not in ("", GAP):

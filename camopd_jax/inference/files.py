@@ -2,7 +2,7 @@
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from camopd_jax.config.schema import Compute, Sampling, Template
 from camopd_jax.data import sources, templates
@@ -31,20 +31,27 @@ class FileJob:
     dtype: Literal["auto", "float32", "bfloat16"]  # of weights and matrix products
 
 
-def answer_file(job: FileJob, sampling: Sampling, max_new_tokens: int, seed: int) -> None:
+def answer_file(job: FileJob, sampling: Sampling, max_new_tokens: int, seed: int, answers_per_prompt: int = 1) -> None:
     """Adds an answer to each row: "response", "response_ids", "logprobs" and "finish_reason". Writes the rows.
+
+    With several answers, each row is written once for each of them, with its number as "answer".
 
     Args:
       max_new_tokens: maximum length of an answer.
-      seed: for sampling; an answer depends only on it, the row number and the prompt.
+      seed: for sampling; an answer depends only on it, the row number, its own number and the prompt.
 
     Raises:
       UserError: for a model or rows that cannot be read, and an output that cannot be written.
     """
+    if answers_per_prompt > 1 and sampling.temperature == 0:
+        raise UserError(
+            f"--answers_per_prompt is {answers_per_prompt}, but greedy answers are all the same; give --temperature"
+        )
     rows, reader = _read(job)
     prompts = [reader.prompt(row, Template(system=job.system), where) for row, where in rows]
     loaded = _load(job, max(map(len, prompts)) + max_new_tokens)
-    answers = answer(loaded, prompts, max_new=max_new_tokens, batch_size=job.batch_size, sampling=sampling, seed=seed)
+    settings: Any = {"max_new": max_new_tokens, "batch_size": job.batch_size, "sampling": sampling, "seed": seed}
+    draws = [answer(loaded, prompts, draw=number, **settings) for number in range(answers_per_prompt)]
     _write(
         job,
         (
@@ -55,7 +62,9 @@ def answer_file(job: FileJob, sampling: Sampling, max_new_tokens: int, seed: int
                 "logprobs": given.log_probs,
                 "finish_reason": "stop" if given.stopped else "length",
             }
-            for (row, _), given in zip(rows, answers, strict=True)
+            | ({"answer": number} if answers_per_prompt > 1 else {})
+            for (row, _), *several in zip(rows, *draws, strict=True)
+            for number, given in enumerate(several)
         ),
     )
 

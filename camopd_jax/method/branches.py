@@ -226,13 +226,13 @@ def make_branches(
     """The branches of a config, in its order.
 
     Args:
-      rows: batch size of each branch.
+      rows: answers in a batch of each branch.
       seed: for the order of the prompts.
     """
     config = setup.config
 
     def branch(number: int, name: str) -> Branch:
-        rollout = dataclasses.replace(config.rollout, batch_size=rows[name])
+        rollout = dataclasses.replace(config.rollout, batch_size=rows[name] // config.rollout.answers_per_prompt)
         teacher = models.teacher(config.branches[name].teacher)
         own_rows = rows_of_process(setup.mesh, rows[name])
         prompts = PromptStream(

@@ -79,6 +79,7 @@ class Programs:
             config.rollout.concurrency,
             config.rollout.shrinks,
             setup.keep_residuals,
+            config.rollout.answers_per_prompt,
         )
         rows: Any = None  # a sharding
         selection = None
@@ -88,7 +89,9 @@ class Programs:
             selection = Selection(mass=rows, order=everywhere, count=everywhere, weights=rows)
         shardings = jax.tree.map(lambda x: x.sharding, state)
         kept = (shardings, shardings.step)  # metrics are replicated, like the step's number
-        self.keys = jax.jit(partial(row_keys, config.seed), out_shardings=rows)
+        self.keys = jax.jit(
+            partial(row_keys, config.seed, answers=config.rollout.answers_per_prompt), out_shardings=rows
+        )
         self.move_answers = jax.jit(lambda answers: answers, out_shardings=rows)
         self.selecting, self.weighing, self.accumulators = {}, {}, {}
         for name, branch in config.branches.items():
@@ -248,7 +251,7 @@ def _select(log_probs: LogProbs, lengths: jax.Array, draw: jax.Array, *, seed: i
 def weigh(batch: Batch, step: jax.Array, *, setup: Setup, branch: str) -> jax.Array:
     """`token_weights` of a branch's batch, float32[B, T]."""
     config, changes = setup.config, setup.weights[branch]
-    keys = row_keys(config.seed, step, batch.index)
+    keys = row_keys(config.seed, step, batch.index, config.rollout.answers_per_prompt)
     keys = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, WEIGHT_KEYS + list(config.branches).index(branch))
     scale = config.branches[branch].scale
     return token_weights(batch, config.method, setup.objectives[branch], scale, changes, keys)

@@ -17,17 +17,22 @@ def parts(config: TrainConfig) -> list[TrainConfig]:
 
 
 def _warm_up(config: TrainConfig) -> TrainConfig:
-    """The same run up to the end of its warm-up: cross-entropy on every answer, which the teachers give."""
+    """The same run up to the end of its warm-up: cross-entropy on every answer, which the teachers give.
+
+    Each prompt has one answer there, and a step has as many answers as the others.
+    """
     plain = BranchConfig(objective="cross_entropy", selection=SelectionConfig(mass=1.0))
     branches = {
         name: replace(plain, prompts=branch.prompts, teacher=branch.teacher, steps=branch.steps)
         for name, branch in config.branches.items()
     }
-    rate, remat = config.warm_up.learning_rate, config.compute.remat
+    rate, remat, rollout = config.warm_up.learning_rate, config.compute.remat, config.rollout
+    rows = rollout.batch_size * rollout.answers_per_prompt
     return replace(
         config,
         steps=config.warm_up.steps,
         branches=branches,
+        rollout=replace(rollout, batch_size=rows, answers_per_prompt=1),
         method=replace(config.method, answers="teacher", importance_gate=None, balance="none"),
         optimizer=config.optimizer if rate is None else replace(config.optimizer, learning_rate=rate),
         compute=replace(config.compute, remat="block" if remat == "rollout" else remat),
@@ -88,9 +93,9 @@ def phases(config: TrainConfig) -> dict[str, float]:
 
 
 def batch_rows(config: TrainConfig) -> dict[str, int]:
-    """Prompts of each branch in a step that trains it. A mixed batch is split in proportion to the fields `steps`."""
-    rows = config.rollout.batch_size
+    """Answers of each branch in a step that trains it. A mixed batch is split in proportion to the fields `steps`."""
+    rows, several = config.rollout.batch_size, config.rollout.answers_per_prompt
     if config.method.schedule != MIXED:
-        return dict.fromkeys(config.branches, rows)
+        return dict.fromkeys(config.branches, rows * several)
     cycle = sum(branch.steps for branch in config.branches.values())
-    return {name: rows * branch.steps // cycle for name, branch in config.branches.items()}
+    return {name: rows * branch.steps // cycle * several for name, branch in config.branches.items()}

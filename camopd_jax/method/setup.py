@@ -36,7 +36,7 @@ class Setup:
     rollout_mesh: Mesh  # the same devices, for sampling
     dtype: str  # of activations and matrix products
     teacher_dtype: str  # of the teachers' weights
-    rows: dict[str, int]  # prompts of each branch in a step that trains it
+    rows: dict[str, int]  # answers of each branch in a step that trains it
     objectives: dict[str, Objective]  # of each branch
     weights: dict[str, tuple[TokenWeight, ...]]  # of each branch
     trusts_sampler: bool  # whether log-probabilities from sampling replace the student's forward pass
@@ -176,18 +176,27 @@ def _objective(config: TrainConfig, branch: str) -> Objective:
     return chosen
 
 
+def _per_answer(field: str, several: int) -> str:
+    """The field's name in an error about its number of prompts."""
+    return field if several == 1 else f"{field} / config.rollout.answers_per_prompt"
+
+
 def _check_batches(setup: Setup) -> None:
     """Raises UserError unless every batch of the run divides over the mesh."""
     config, mesh = setup.config, setup.mesh
     rollout = config.rollout
-    for n in setup.rows.values():
+    several = rollout.answers_per_prompt
+    for n in (rows // several for rows in setup.rows.values()):
         field = "config.rollout.batch_size"
         if n != rollout.batch_size:
             field = f"a branch's share of {field}"
         check_rows(mesh, field, n)
         check_rows(setup.rollout_mesh, field, n, "config.rollout.mesh")
     if rollout.concurrency:
-        check_rows(setup.rollout_mesh, "config.rollout.concurrency", rollout.concurrency, "config.rollout.mesh")
+        started = rollout.concurrency // several  # prompts
+        check_rows(
+            setup.rollout_mesh, _per_answer("config.rollout.concurrency", several), started, "config.rollout.mesh"
+        )
     check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
     if rollout.score_batch:
         check_rows(mesh, "config.rollout.score_batch", rollout.score_batch)

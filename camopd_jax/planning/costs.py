@@ -121,9 +121,9 @@ def lanes_of(setup: Setup, rows: int) -> int:
 
 
 def refills(setup: Setup, rows: int) -> tuple[int, int]:
-    """(how often waiting prompts take free lanes, how many at a time)."""
+    """(how often waiting answers take free lanes, how many at a time)."""
     lanes = lanes_of(setup, rows)
-    entering = refill_size(lanes, batch_shards(setup.rollout_mesh))
+    entering = refill_size(lanes, batch_shards(setup.rollout_mesh) * setup.config.rollout.answers_per_prompt)
     return math.ceil((rows - lanes) / entering), entering
 
 
@@ -232,10 +232,11 @@ def _branch_work(setup: Setup, models: ModelShapes, branch: str, answer: int) ->
     on, waves = Share(answering, setup.rollout_mesh, setup.dtype), waves_of(setup, rows)
     slot = cache_bytes(answering, on.item) * lanes_of(setup, rows) / (on.tensor * on.shards)  # of all lanes
     slots = slots_read(waves, prompt, answer, config.rollout.max_response_tokens)
-    prefill = forward_flops(answering, rows, 0, prompt, 0)
+    distinct = rows // config.rollout.answers_per_prompt  # prompts
+    prefill = forward_flops(answering, distinct, 0, prompt, 0)
     decode = forward_flops(answering, rows, prompt, length, answer)
     work = {
-        "prefill": on.work(prefill, 1 + refills(setup, rows)[0], rows * prompt, slot * prompt),
+        "prefill": on.work(prefill, 1 + refills(setup, rows)[0], distinct * prompt, slot * prompt),
         "decode": on.work(decode, waves * answer, rows * answer, slot * slots),
     }
 

@@ -163,8 +163,9 @@ class Examination:
         config, name, of = self.config, f"config.branches.{branch}.prompts", self.config.branches[branch]
         student = self.models["specialised"].tokenizer
         tokenizers = Tokenizers(self.models["specialised"].reader, self.models[of.teacher].reader)
-        rows = schedule.batch_rows(config)[branch]
-        prompts = PromptStream(of.prompts, config.rollout, tokenizers, config.seed, range(rows), name)
+        several = config.rollout.answers_per_prompt
+        rows = schedule.batch_rows(config)[branch] // several
+        prompts = PromptStream(of.prompts, config.rollout, tokenizers, config.seed, range(rows * several), name)
         kept, dropped, truncated = (prompts.counts[count] for count in ("kept", "dropped", "truncated"))
         first = schedule.first_step(config)
         acts = sum(branch in schedule.active_branches(config, step) for step in range(first, config.steps))

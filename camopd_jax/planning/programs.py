@@ -154,7 +154,7 @@ class _Step:
         model, compiled = model.on(setup.rollout_mesh), generate.programs(setup.rollout_mesh)
         self.chip["weights"] = weights = self.for_decoding(model, params, of)
         drawing = {"sampling": how.sampling, "eos_ids": how.eos_ids}
-        options = drawing | {"max_new": how.max_new, "keep_residuals": how.keep_residuals}
+        options = drawing | how.of_begin
         args = (model, weights, tokens, self.run.keys.eval_shape(_numbers(), prompts.index))
         lanes, (times, entering) = lanes_of(setup, total), refills(setup, total)
         begin = self.note(f"prefill{of}", compiled.begin, (*args, _numbers(lanes)), options=options)

@@ -144,7 +144,7 @@ def _times(request: Request, made: Plan, chip: Chip) -> dict[str, Any]:
     work, chips, steps = costs.step_work(setup, request.models, answer), setup.mesh.size, setup.config.steps
     say(time_table(work, chip, chips, answer))
     step = sum(w.seconds(chip, chips) for w in work.values())
-    rate = setup.config.rollout.batch_size * answer / work["decode"].seconds(chip, chips)
+    rate = max(setup.rows.values()) * answer / work["decode"].seconds(chip, chips)
     say(f"a step at best {duration(step)}, the run's {steps} steps {duration(steps * step)}, without evaluations")
     say(f"decoding: at best {rate:.4g} tokens/s of all chips")
     values = {"answer_tokens": answer, "step_seconds": step, "run_seconds": steps * step}

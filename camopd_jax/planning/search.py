@@ -56,9 +56,10 @@ def candidates(config: TrainConfig, models: ModelShapes, topology: Topology, ans
 
     Those that move arrays to host memory, if the config does not, come after all others that fit.
     """
-    chips, batch = len(topology.devices), config.rollout.batch_size
+    chips, several = len(topology.devices), config.rollout.answers_per_prompt
+    batch = config.rollout.batch_size * several
     remats, offloads = dict.fromkeys((*REMATS, config.compute.remat)), dict.fromkeys((config.compute.offload, "late"))
-    lanes = [0, *(batch >> k for k in range(1, batch.bit_length()))]
+    lanes = [0, *((config.rollout.batch_size >> k) * several for k in range(1, config.rollout.batch_size.bit_length()))]
     several = []
     experts = _divisors(chips) if models.student.routing else [1]
     for fsdp, tensor, answering, expert in itertools.product(*[_divisors(chips)] * 3, experts):
@@ -68,7 +69,11 @@ def candidates(config: TrainConfig, models: ModelShapes, topology: Topology, ans
         if setup is None:
             continue
         for micro, n, remat, offload in itertools.product(_divisors(batch), lanes, remats, offloads):
-            if micro % batch_shards(setup.mesh) or n % batch_shards(setup.rollout_mesh) or (remat == "rollout" and n):
+            if (
+                micro % batch_shards(setup.mesh)
+                or n % (several * batch_shards(setup.rollout_mesh))
+                or (remat == "rollout" and n)
+            ):
                 continue
             changes = dict(zip(ALWAYS, sizes, strict=True)) | {
                 "mesh.expert": expert,

@@ -10,6 +10,7 @@ Token t of a row is sampled with `fold_in(key, t)` from the row's own key. So an
 key, not on its lane or on the other answers.
 """
 
+from functools import partial
 from typing import Any
 
 import jax
@@ -71,6 +72,7 @@ def begin(
     eos_ids: tuple[int, ...],
     max_new: int,
     keep_residuals: bool = False,
+    answers_per_prompt: int = 1,
 ) -> Decoding:
     """Prefills the prompts of these rows and samples the first token of each answer. The ring has no slots yet.
 
@@ -80,11 +82,19 @@ def begin(
       rows_N: row numbers; B means no row.
       eos_ids: tokens that end an answer; if there are none, every answer has `max_new` tokens.
       keep_residuals: whether the cache stores the residual stream of all its tokens.
+      answers_per_prompt: as many consecutive rows have the same prompt, which is computed once.
     """
     own, keys = take_rows((prompts, keys_B), rows_N, model.mesh)
     lanes = len(rows_N)
-    hidden_NPD, cache = model.prefill(params, own.tokens, own.lengths, keep_residuals)
-    last_N11 = (own.lengths - 1)[:, None, None]
+    distinct = own
+    if answers_per_prompt > 1:
+        distinct = take_rows(prompts, rows_N[::answers_per_prompt], model.mesh)
+    hidden_QPD, cache = model.prefill(params, distinct.tokens, distinct.lengths, keep_residuals)
+    last_Q11 = (distinct.lengths - 1)[:, None, None]
+    hidden_ND = jnp.take_along_axis(hidden_QPD, last_Q11, axis=1)[:, 0]
+    if answers_per_prompt > 1:
+        repeat = partial(repeat_rows, times=answers_per_prompt)
+        hidden_ND, cache = jax.tree.map(repeat, (hidden_ND, cache))
     state = Decoding(
         row=rows_N,
         prompt_lengths=own.lengths,
@@ -97,8 +107,13 @@ def begin(
         cache=cache,
         slot=jnp.int32(0),
     )
-    hidden_ND = jnp.take_along_axis(hidden_NPD, last_N11, axis=1)[:, 0]
     return _draw(model, params, state, hidden_ND, sampling, eos_ids)
+
+
+def repeat_rows(array: jax.Array, times: int) -> jax.Array:
+    """Repeats each row of `[N, ...]` in place, `[times N, ...]`; a reshape of rows split over devices stays split."""
+    rows, *others = array.shape
+    return jnp.broadcast_to(array[:, None], (rows, times, *others)).reshape(rows * times, *others)
 
 
 def advance(

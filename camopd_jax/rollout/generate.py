@@ -24,6 +24,9 @@ FIRST_RING = 256  # first number of cache slots after the prompts; it doubles ea
 REFILL = 8  # waiting prompts start when 1/8 of the lanes is free
 
 
+_OF_BEGIN = ("keep_residuals", "answers_per_prompt")  # fields of `Decode`
+
+
 @dataclass(frozen=True)
 class RolloutPrograms:
     """The compiled functions of a rollout."""
@@ -46,7 +49,7 @@ def programs(mesh: Mesh | None) -> RolloutPrograms:
     drawn = ("sampling", "eos_ids")
     return RolloutPrograms(
         begin=jax.jit(
-            decode.begin, static_argnums=0, static_argnames=(*drawn, "max_new", "keep_residuals"), out_shardings=state
+            decode.begin, static_argnums=0, static_argnames=(*drawn, "max_new", *_OF_BEGIN), out_shardings=state
         ),
         advance=jax.jit(
             decode.advance,
@@ -134,10 +137,20 @@ class Decode:
     concurrency: int = 0  # answers in progress at a time; 0: the whole batch
     shrinks: bool = False  # whether the batch is halved when half of its answers are finished
     keep_residuals: bool = False  # whether to return the residual stream; only without `concurrency`
+    answers_per_prompt: int = 1  # as many consecutive rows have the same prompt, which is computed once
+
+    @property
+    def of_begin(self) -> dict[str, Any]:
+        """The arguments of `decode.begin`."""
+        return {"max_new": self.max_new} | {name: getattr(self, name) for name in _OF_BEGIN}
 
 
 def refill_size(lanes: int, shards: int) -> int:
-    """Number of waiting prompts that start at a time: about 1/8 of the lanes, a multiple of `shards`."""
+    """Number of waiting rows that start at a time: about 1/8 of the lanes, a multiple of `shards`.
+
+    Args:
+      shards: of a batch; with several answers per prompt, times their number.
+    """
     return -(-lanes // (REFILL * shards)) * shards
 
 
@@ -172,12 +185,11 @@ def answers(
     rows, prompt_slots = prompts.tokens.shape
     p, shards = programs(model.mesh), batch_shards(model.mesh)
     lanes = min(how.concurrency or rows, rows)
-    refill = refill_size(lanes, shards)
+    refill = refill_size(lanes, shards * how.answers_per_prompt)
     drawing = {"sampling": how.sampling, "eos_ids": how.eos_ids}
 
     def begin(rows_N: np.ndarray) -> Decoding:
-        options = {"max_new": how.max_new, "keep_residuals": how.keep_residuals}
-        return p.begin(model, params, prompts, keys_B, rows_N, **options, **drawing)
+        return p.begin(model, params, prompts, keys_B, rows_N, **how.of_begin, **drawing)
 
     done: Rollout | None = None
     residuals: Residuals = ()

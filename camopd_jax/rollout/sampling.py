@@ -8,10 +8,25 @@ from camopd_jax.config.schema import Sampling
 _BLOCK = 256  # tokens
 
 
-def row_keys(seed: int, step: jax.Array, index_B: jax.Array) -> jax.Array:
-    """A key for each row from (seed, step, the prompt's index); it does not depend on the position in the batch."""
+# Folded into the keys of further answers, with the answer's number; tokens and token weights fold in smaller numbers
+ANSWER_KEYS = 2**31
+
+
+def row_keys(seed: int, step: jax.Array, index_B: jax.Array, answers: int = 1) -> jax.Array:
+    """A key for each row from (seed, step, the prompt's index, the answer's number).
+
+    It does not depend on the position of the prompt in the batch, and that of answer 0 not on `answers` either.
+
+    Args:
+      answers: consecutive rows that answer one prompt.
+    """
     key = jax.random.fold_in(jax.random.key(seed), step)
-    return jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index_B)
+    first_B = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, index_B)
+    if answers == 1:
+        return first_B
+    number_B = jnp.arange(len(index_B)) % answers
+    further_B = jax.vmap(jax.random.fold_in)(first_B, jnp.uint32(ANSWER_KEYS) + number_B.astype(jnp.uint32))
+    return jnp.where(number_B > 0, further_B, first_B)
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:

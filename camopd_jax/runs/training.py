@@ -74,7 +74,7 @@ def train(config: TrainConfig, workdir: str) -> None:
         step, part = int(state.step), compiled.setup.config
         if ended or step >= part.steps:
             continue
-        rows = part.rollout.batch_size
+        rows = part.rollout.batch_size * part.rollout.answers_per_prompt
         run.display.progress(f"step {step + 1}: compiling, then {rows} answers; later steps are faster")
         recorder = Recorder(compiled, run)
         state = loop.run(of_part, compiled, state, recorder)
@@ -166,7 +166,7 @@ class TrainingRun(Run):
         """The first answers of the batch, with each token's gap and its log-probabilities from scoring and sampling."""
         prompts, rollout = jax.tree.map(local_rows, (batch.prompts, batch.rollout))
         log_probs, index, weights = jax.tree.map(local_rows, (batch.log_probs, batch.index, batch.selection.weights))
-        decode = self.student.tokenizer.decode
+        decode, several = self.student.tokenizer.decode, self.config.rollout.answers_per_prompt
         rows = []
         for i in range(min(self.config.log.samples, len(index))):
             length = rollout.lengths[i]
@@ -185,6 +185,7 @@ class TrainingRun(Run):
                     "selected": bool(weights[i]),
                     "finish_reason": "stop" if rollout.stopped[i] else "length",
                 }
+                | ({"answer": i % several} if several > 1 else {})
             )
         return rows
 

@@ -69,6 +69,23 @@ def test_the_papers_configs_have_the_papers_values(name):
             {"rollout__batch_size": 12},
             r"config\.optimizer\.micro_batch is 8; give a divisor of rollout\.batch_size = 12",
         ),
+        (
+            {"rollout__batch_size": 6, "rollout__answers_per_prompt": 2, "optimizer__micro_batch": 8},
+            r"config\.optimizer\.micro_batch is 8; give a divisor of rollout\.batch_size x "
+            r"rollout\.answers_per_prompt = 12",
+        ),
+        (
+            {"rollout__answers_per_prompt": 2, "rollout__temperature": 0.0},
+            r"config\.rollout\.answers_per_prompt is 2; greedy answers to a prompt are all the same; give 1",
+        ),
+        (
+            {"rollout__answers_per_prompt": 4, "rollout__concurrency": 6},
+            r"config\.rollout\.concurrency is 6; give a multiple of rollout\.answers_per_prompt = 4",
+        ),
+        (
+            {"rollout__answers_per_prompt": 3, "diagnostics__every": 5},
+            r"config\.diagnostics\.rows is 64; give a multiple of rollout\.answers_per_prompt = 3",
+        ),
         ({"rollout__score_batch": 7}, r"config\.rollout\.score_batch is 7; give a divisor of rollout\.batch_size = 64"),
         (
             {"branches__recovery__selection__mass": 0.0},

@@ -76,6 +76,20 @@ def test_the_seed_determines_the_order(tokenizer, write):
     assert first[0] == first[1] != first[2]
 
 
+def test_several_answers_repeat_each_prompt_of_the_same_order(tokenizer, write):
+    """A batch has the prompts of a run with one answer, each in consecutive rows; also those of another process."""
+    source = write(words(11))
+    once = stream(tokenizer, source)
+    several = dataclasses.replace(ROLLOUT, answers_per_prompt=3)
+    thrice, second = stream(tokenizer, source, range(12), rollout=several), stream(tokenizer, source, range(6, 12),
+                                                                                  rollout=several)  # fmt: skip
+    for _ in range(3):
+        one, three, part = next(once), next(thrice), next(second)
+        np.testing.assert_array_equal(three.index, np.repeat(one.index, 3))
+        np.testing.assert_array_equal(three.student.tokens, np.repeat(one.student.tokens, 3, axis=0))
+        np.testing.assert_array_equal(part.index, three.index[6:])
+
+
 def test_a_stream_resumes_in_the_middle_of_an_epoch(tokenizer, write):
     path = write(words(10))
     whole = stream(tokenizer, path)

@@ -300,6 +300,39 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
     jax.tree.map(np.testing.assert_array_equal, rest.params, whole.params)
 
 
+class SeveralAnswers(Prompter):
+    """Each prompt in two consecutive rows, as `PromptStream` repeats them."""
+
+    def __next__(self):
+        return jax.tree.map(lambda array: np.repeat(array[::2], 2, axis=0), super().__next__())
+
+
+@pytest.mark.slow
+def test_two_answers_to_each_prompt(tiny):
+    """A step on 2 prompts with 2 answers each; a resumed run is the same, and so is one in other micro-batches."""
+    rollout = dataclasses.replace(ROLLOUT, batch_size=2, answers_per_prompt=2)
+    config = dataclasses.replace(CONFIG, rollout=rollout, steps=3)
+
+    def made(config):
+        model, student, general = tiny
+        streams = {name: SeveralAnswers(i, (4, 8), 4) for i, name in enumerate(config.branches)}
+        return make_run(config, model, student, {"recovery": general, "review": student}, streams)
+
+    once, watcher = made(config), Watcher(last=3)
+    state = once.go(watcher)
+    for record in watcher.records:
+        (batch,) = record.batches.values()
+        assert batch.rollout.tokens.shape[0] == 4
+        np.testing.assert_array_equal(batch.index[::2], batch.index[1::2])
+        pairs = np.asarray(batch.rollout.tokens).reshape(2, 2, -1)
+        assert (pairs[:, 0] != pairs[:, 1]).any()
+    twice = made(config)
+    half = twice.go(Watcher(milestones=(2,), last=3, end_at=2))
+    jax.tree.map(np.testing.assert_array_equal, twice.go(state=half).params, state.params)
+    small = made(dataclasses.replace(config, optimizer=dataclasses.replace(config.optimizer, micro_batch=1))).go()
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-5), small.params, state.params)
+
+
 @pytest.mark.slow
 def test_a_resumed_run_has_the_same_masks_and_stored_gradient(tiny):
     """UC-MOPD's random mask, with a top-K objective in one branch, against which the other is projected."""

@@ -10,7 +10,7 @@ import pytest
 
 from camopd_jax.config.schema import Sampling
 from camopd_jax.models.weights import shardings
-from camopd_jax.rollout import generate
+from camopd_jax.rollout import decode, generate
 from camopd_jax.rollout.generate import Decode
 from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.rollout.score import score
@@ -176,3 +176,76 @@ def test_waiting_prompts_on_a_mesh(tiny, batch):
     other = run(tiny, batch[0], model=model, concurrency=4, shrinks=True)
     np.testing.assert_array_equal(other.tokens, whole.tokens)
     np.testing.assert_array_equal(other.stopped, whole.stopped)
+
+
+# ------------------------------------------------------------------------- several answers to a prompt
+
+
+def several(tiny, prompts, answers, shared=True, model=None, **options):
+    """A rollout with this many answers to each prompt; unless `shared`, every row is prefilled."""
+    rows = jax.tree.map(lambda array: jnp.repeat(array, answers, axis=0), prompts)
+    keys = row_keys(0, jnp.int32(1), jnp.repeat(jnp.arange(len(prompts.lengths)), answers), answers)
+    how = Decode(Sampling(), (2, 5, 9), MAX_NEW, answers_per_prompt=answers if shared else 1, **options)
+    model = model or tiny[0]
+    return generate.answers(model, generate.for_decoding(model, tiny[1]), rows, keys, how)
+
+
+def assert_same_answers(ours, theirs):
+    for name in ("tokens", "lengths", "stopped"):
+        np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
+    np.testing.assert_allclose(ours.log_probs, theirs.log_probs, atol=1e-5)
+
+
+def test_a_shared_prefill_changes_no_answer(tiny, batch):
+    """Equal to a prefill of every row; the first answer to each prompt is that of a run with one answer."""
+    alone, three = run(tiny, batch[0], eos_ids=(2, 5, 9)), several(tiny, batch[0], 3)
+    assert_same_answers(three, several(tiny, batch[0], 3, shared=False))
+    np.testing.assert_array_equal(three.tokens[::3], alone.tokens)
+    rows = np.asarray(three.tokens).reshape(8, 3, MAX_NEW)
+    assert sum(len(np.unique(row, axis=0)) == 3 for row in rows) > 4, "the answers to a prompt differ"
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"concurrency": 6, "shrinks": True}, pytest.param({"keep_residuals": True}, marks=pytest.mark.slow)],
+)
+def test_a_shared_prefill_with_waiting_prompts_or_kept_residuals(tiny, batch, options):
+    """Prompts enter with all their answers; the residual stream is that of a prefill of every row."""
+    ours = several(tiny, batch[0], 3, **options)
+    theirs = several(tiny, batch[0], 3, shared=False, keep_residuals="keep_residuals" in options)
+    assert_same_answers(ours, theirs)
+    for one, other in zip(ours.residuals, theirs.residuals, strict=True):
+        np.testing.assert_allclose(one, other, atol=1e-5)
+
+
+@pytest.mark.slow
+def test_a_shared_prefill_on_a_mesh(tiny, batch):
+    model = dataclasses.replace(tiny[0], mesh=make_mesh(2, 2, 2))
+    assert_same_answers(several(tiny, batch[0], 3, model=model, concurrency=12), several(tiny, batch[0], 3))
+
+
+def test_the_prompts_alone_are_prefilled(tiny, batch, monkeypatch):
+    """Of 24 rows with 3 answers to each of 8 prompts, the model reads 8."""
+    sizes, prefill = [], type(tiny[0]).prefill
+
+    def noted(model, params, tokens, *rest):
+        sizes.append(tokens.shape[0])
+        return prefill(model, params, tokens, *rest)
+
+    monkeypatch.setattr(type(tiny[0]), "prefill", noted)
+    rows = jax.tree.map(lambda array: jnp.repeat(array, 3, axis=0), batch[0])
+    options = {"sampling": GREEDY, "eos_ids": (2,), "max_new": MAX_NEW, "answers_per_prompt": 3}
+    begin = partial(decode.begin, tiny[0], **options)
+    keys = row_keys(0, jnp.int32(1), jnp.arange(24), 3)
+    state = jax.eval_shape(begin, tiny[0].for_decoding(tiny[1]), rows, keys, jnp.arange(24))
+    assert sizes == [8]
+    assert state.cache.positions.shape[0] == state.tokens.shape[0] == 24
+
+
+def test_keys_of_several_answers():
+    """Different for every prompt and answer, those of answer 0 as with one answer, and independent of the batch."""
+    index = jnp.array([5, 5, 5, 9, 9, 9])
+    keys = jax.random.key_data(row_keys(1, jnp.int32(2), index, 3))
+    assert len(np.unique(keys, axis=0)) == 6
+    np.testing.assert_array_equal(keys[::3], jax.random.key_data(row_keys(1, jnp.int32(2), jnp.array([5, 9]))))
+    np.testing.assert_array_equal(keys[3:], jax.random.key_data(row_keys(1, jnp.int32(2), index[3:], 3)))
