@@ -109,10 +109,17 @@ def _check_train(config: TrainConfig) -> None:
 
 def _check_several_answers(config: TrainConfig) -> None:
     rollout, several = config.rollout, config.rollout.answers_per_prompt
+    wider, advice = rollout.exploration, "it is of further answers to a prompt; give None, or answers_per_prompt > 1"
+    _need(wider is None or several > 1, "rollout.exploration", wider, advice)
+    for name, branch in config.branches.items():
+        advice = "it compares answers to one prompt; give mass, or rollout.answers_per_prompt > 1"
+        _need(several > 1 or branch.selection.keep != "density", f"branches.{name}.selection.keep", "density", advice)
     if several == 1:
         return
+    valid = wider is None or (wider[0] > 0 and 0 < wider[1] <= 1)
+    _need(valid, "rollout.exploration", wider, "give (temperature, top-p) with temperature > 0 and 0 < top-p <= 1")
     advice = "greedy answers to a prompt are all the same; give 1, or rollout.temperature > 0"
-    _need(rollout.temperature > 0, "rollout.answers_per_prompt", several, advice)
+    _need(wider is not None or rollout.temperature > 0, "rollout.answers_per_prompt", several, advice)
     advice = f"give a multiple of rollout.answers_per_prompt = {several}, whose answers start at the same time"
     _need(rollout.concurrency % several == 0, "rollout.concurrency", rollout.concurrency, f"{advice}, or 0")
     if config.diagnostics.every:

@@ -87,6 +87,9 @@ class RolloutConfig(Sampling):
     # Answers of the student to each prompt. A step has batch_size x answers_per_prompt answers, which `concurrency`,
     # `score_batch`, `optimizer.micro_batch` and selection count. A prompt is computed once for all its answers
     answers_per_prompt: Count = 1
+    # (temperature, top-p) of every answer to a prompt but the first, such as (1.5, 0.9) (UC-MOPD's explorations); None:
+    # as the first
+    exploration: tuple[float, float] | None = None
     max_prompt_tokens: Count = 512
     max_response_tokens: Count = 512
     smallest_bucket: Count = 64  # prompt and answer lengths are padded to this times a power of two
@@ -112,8 +115,9 @@ class SelectionConfig:
     by: Literal["absolute_gap", "positive_gap"] = "absolute_gap"
     mass: Share = 0.8  # rho, the share to keep; 1: all answers
     # mass: the smallest set of answers with this share of the gap mass (Eq 8). For comparison, fraction: this share of
-    # the answers, those with the largest gap mass; random: as many answers as mass would keep, chosen at random
-    keep: Literal["mass", "fraction", "random"] = "mass"
+    # the answers, those with the largest gap mass; random: as many answers as mass would keep, chosen at random;
+    # density: of several answers to a prompt, the first and those whose mean positive gap is not below its (UC-MOPD)
+    keep: Literal["mass", "fraction", "random", "density"] = "mass"
 
 
 @dataclass(frozen=True)

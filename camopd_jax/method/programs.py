@@ -8,7 +8,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from camopd_jax.config.schema import Sampling
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import Branch, offload_teachers
@@ -21,7 +20,7 @@ from camopd_jax.models.partition import merge
 from camopd_jax.rollout import generate
 from camopd_jax.rollout.generate import Decode
 from camopd_jax.rollout.head import head_params
-from camopd_jax.rollout.sampling import row_keys
+from camopd_jax.rollout.sampling import row_keys, sampling_of
 from camopd_jax.rollout.score import LOG_PROB, Reading, micro_batches, score_batch
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import gather, global_rows, sharding
@@ -73,7 +72,7 @@ class Programs:
         self._params = params
         self._idle = OffloadSlot()  # of the optimizer's arrays, which only the update needs
         self.decode = Decode(
-            Sampling.of(config.rollout),
+            sampling_of(config.rollout),
             eos_ids,
             config.rollout.max_response_tokens,
             config.rollout.concurrency,
@@ -96,7 +95,8 @@ class Programs:
         self.selecting, self.weighing, self.accumulators = {}, {}, {}
         for name, branch in config.branches.items():
             objective = setup.objectives[name]
-            rule = partial(_select, seed=config.seed, rule=branch.selection)
+            several = config.rollout.answers_per_prompt
+            rule = partial(_select, seed=config.seed, rule=branch.selection, answers=several)
             loss = Loss(model, objective, teachers[name] if objective.teacher_logits else None, setup.agreement)
             self.selecting[name] = jax.jit(rule, out_shardings=selection)
             self.weighing[name] = jax.jit(partial(weigh, setup=setup, branch=name), out_shardings=rows)
@@ -244,8 +244,10 @@ def student_programs(setup: Setup, student: Loaded, state: TrainState, branches:
     return Programs(setup, student.model, student.params, student.eos_ids, state, teachers)
 
 
-def _select(log_probs: LogProbs, lengths: jax.Array, draw: jax.Array, *, seed: int, rule: Any) -> Selection:
-    return select(log_probs, lengths, jax.random.fold_in(jax.random.key(seed), draw), rule)
+def _select(
+    log_probs: LogProbs, lengths: jax.Array, draw: jax.Array, *, seed: int, rule: Any, answers: int
+) -> Selection:
+    return select(log_probs, lengths, jax.random.fold_in(jax.random.key(seed), draw), rule, answers)
 
 
 def weigh(batch: Batch, step: jax.Array, *, setup: Setup, branch: str) -> jax.Array:

@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from camopd_jax.config.schema import SelectionConfig
-from camopd_jax.rollout.masks import row_mean
+from camopd_jax.rollout.masks import length_mask, row_mean
 from camopd_jax.types import LogProbs, Selection
 
 
@@ -23,15 +23,20 @@ def positive_gap(gap_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
 GAP_MASS = {"absolute_gap": absolute_gap, "positive_gap": positive_gap}
 
 
-def select(log_probs: LogProbs, lengths_B: jax.Array, key: jax.Array, rule: SelectionConfig) -> Selection:
+def select(
+    log_probs: LogProbs, lengths_B: jax.Array, key: jax.Array, rule: SelectionConfig, answers: int = 1
+) -> Selection:
     """Selects answers of a branch's batch as `rule` says.
 
     Args:
       key: for the random choice of `rule.keep == "random"`.
+      answers: consecutive rows that answer one prompt.
     """
     mass_B = GAP_MASS[rule.by](log_probs.gap, lengths_B)
     if rule.keep == "fraction":
         return largest_fraction(mass_B, rule.mass)
+    if rule.keep == "density":
+        return densest(mass_B, positive_density(log_probs.gap, lengths_B), answers)
     by_mass = smallest_mass(mass_B, rule.mass)
     return random_subset(by_mass, key) if rule.keep == "random" else by_mass
 
@@ -64,6 +69,25 @@ def random_subset(selection: Selection, key: jax.Array) -> Selection:
     """For comparison: the same number of rows as `selection` has, chosen at random."""
     order_B = jax.random.permutation(key, len(selection.mass)).astype(jnp.int32)
     return _first(selection.mass, order_B, selection.count)
+
+
+def positive_density(gap_BT: jax.Array, lengths_B: jax.Array) -> jax.Array:
+    """The mean of an answer's positive gaps in nats, 0 if it has none (UC-MOPD, arXiv 2608.26735)."""
+    positive_BT = length_mask(lengths_B, gap_BT.shape[1]) & (gap_BT > 0)
+    return jnp.sum(jnp.where(positive_BT, gap_BT, 0), axis=1) / jnp.maximum(jnp.sum(positive_BT, axis=1), 1)
+
+
+def densest(mass_B: jax.Array, density_B: jax.Array, answers: int) -> Selection:
+    """UC-MOPD: of the answers to each prompt, the first, and those whose density is not below that of the first.
+
+    >>> densest(jnp.array([1.0, 6.0, 0.0, 3.0]), jnp.array([0.2, 0.1, 0.3, 0.3]), 2).weights
+    Array([1., 0., 1., 1.], dtype=float32)
+    """
+    first_B = jnp.repeat(density_B[::answers], answers, total_repeat_length=len(density_B))
+    kept_B = ~(density_B < first_B)  # the first itself, too, and what is not finite: the update then skips the step
+    order_B = _by_falling_mass(jnp.where(jnp.isfinite(mass_B), mass_B, 0))
+    order_B = order_B[jnp.argsort(~kept_B[order_B], stable=True)]
+    return _first(mass_B, order_B, jnp.sum(kept_B).astype(jnp.int32))
 
 
 def _by_falling_mass(mass_B: jax.Array) -> jax.Array:

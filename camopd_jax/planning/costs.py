@@ -141,8 +141,9 @@ def slots_read(waves: int, prompt: int, answer: int, cap: int) -> int:
 
 
 def kept_rows(setup: Setup, branch: str) -> int:
-    """The most rows that a selection by gap mass keeps: at most that share of the rows has that share of the mass."""
-    return math.ceil(setup.config.branches[branch].selection.mass * setup.rows[branch])
+    """The most rows that a selection keeps; by gap mass, at most that share of the rows has that share of the mass."""
+    rule, rows = setup.config.branches[branch].selection, setup.rows[branch]
+    return rows if rule.keep == "density" else math.ceil(rule.mass * rows)
 
 
 # ------------------------------------------------------------------------------- seconds at the limits

@@ -19,7 +19,7 @@ from flax import struct
 from jax.sharding import Mesh
 
 from camopd_jax.config.schema import Sampling
-from camopd_jax.rollout.sampling import entropy, sample
+from camopd_jax.rollout.sampling import entropy, sample_rows
 from camopd_jax.runtime.mesh import sharding, take_rows
 from camopd_jax.types import EMPTY, KVCache, LanguageModel, Params, Prompts, Rollout
 
@@ -163,7 +163,7 @@ def _draw(
     """Samples the next token of every unfinished answer."""
     running_N, t_N = state.running, state.lengths
     logits_NV = model.logits(params, hidden_ND)
-    token_N = sample(logits_NV, jax.vmap(jax.random.fold_in)(state.keys, t_N), sampling)
+    token_N = sample_rows(logits_NV, jax.vmap(jax.random.fold_in)(state.keys, t_N), sampling, state.row)
     logp_NV = jax.nn.log_softmax(logits_NV, axis=-1)
     logp_N = jnp.take_along_axis(logp_NV, token_N[:, None], axis=1)[:, 0]
     ended_N = jnp.isin(token_N, jnp.asarray(eos_ids, jnp.int32))

@@ -1,9 +1,11 @@
 """Samples the next token. Every row has its own random key."""
 
+from dataclasses import dataclass
+
 import jax
 import jax.numpy as jnp
 
-from camopd_jax.config.schema import Sampling
+from camopd_jax.config.schema import RolloutConfig, Sampling
 
 _BLOCK = 256  # tokens
 
@@ -27,6 +29,32 @@ def row_keys(seed: int, step: jax.Array, index_B: jax.Array, answers: int = 1) -
     number_B = jnp.arange(len(index_B)) % answers
     further_B = jax.vmap(jax.random.fold_in)(first_B, jnp.uint32(ANSWER_KEYS) + number_B.astype(jnp.uint32))
     return jnp.where(number_B > 0, further_B, first_B)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Exploration(Sampling):
+    """The sampling of the first answer to each prompt, and that of the others."""
+
+    others: Sampling
+    answers: int  # consecutive rows that answer one prompt
+
+
+def sampling_of(settings: RolloutConfig) -> Sampling:
+    """How the answers of a rollout are sampled."""
+    first = Sampling.of(settings)
+    if settings.exploration is None:
+        return first
+    temperature, top_p = settings.exploration
+    others = Sampling(temperature=temperature, top_p=top_p)
+    return Exploration(**vars(first), others=others, answers=settings.answers_per_prompt)
+
+
+def sample_rows(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling, row_B: jax.Array) -> jax.Array:
+    """`sample`, for rows of a batch with these numbers, which may be explorations."""
+    first_B = sample(logits_BV, keys_B, sampling)
+    if not isinstance(sampling, Exploration):
+        return first_B
+    return jnp.where(row_B % sampling.answers > 0, sample(logits_BV, keys_B, sampling.others), first_B)
 
 
 def sample(logits_BV: jax.Array, keys_B: jax.Array, sampling: Sampling) -> jax.Array:

@@ -79,6 +79,18 @@ def test_the_papers_configs_have_the_papers_values(name):
             r"config\.rollout\.answers_per_prompt is 2; greedy answers to a prompt are all the same; give 1",
         ),
         (
+            {"rollout__exploration": (1.5, 0.9)},
+            r"config\.rollout\.exploration is \(1\.5, 0\.9\); it is of further answers to a prompt; give None, or",
+        ),
+        (
+            {"rollout__answers_per_prompt": 2, "rollout__exploration": (0.0, 0.9)},
+            r"config\.rollout\.exploration is \(0\.0, 0\.9\); give \(temperature, top-p\) with temperature > 0",
+        ),
+        (
+            {"branches": {"recovery": {"selection": {"keep": "density"}}}},
+            r"config\.branches\.recovery\.selection\.keep is 'density'; it compares answers to one prompt; give mass",
+        ),
+        (
             {"rollout__answers_per_prompt": 4, "rollout__concurrency": 6},
             r"config\.rollout\.concurrency is 6; give a multiple of rollout\.answers_per_prompt = 4",
         ),

@@ -6,7 +6,16 @@ import numpy as np
 import pytest
 
 from camopd_jax.config.schema import SelectionConfig
-from camopd_jax.method.select import absolute_gap, largest_fraction, positive_gap, random_subset, select, smallest_mass
+from camopd_jax.method.select import (
+    absolute_gap,
+    densest,
+    largest_fraction,
+    positive_density,
+    positive_gap,
+    random_subset,
+    select,
+    smallest_mass,
+)
 from camopd_jax.types import LogProbs
 
 GAP = jnp.array([[1.0, -3.0, 50.0], [-2.0, 50.0, 50.0]])  # the 50s are padding
@@ -24,6 +33,27 @@ def test_gap_is_teacher_minus_student():
     selection = select(scores, jnp.array([1, 1]), KEY, SelectionConfig("positive_gap", mass=0.8))
     np.testing.assert_array_equal(selection.mass, [0.0, 2.0])
     np.testing.assert_array_equal(selection.weights, [0.0, 1.0])
+
+
+def test_explorations_are_kept_by_positive_density():
+    """By hand, 3 answers to each of 2 prompts; 9s are padding. An exploration as dense as the first is kept.
+
+    Densities: (.2 + .4) / 2 = .3, .5, .25 and 0, 0, .1. Gap masses of the kept rows 0, 1, 3, 4, 5: .5, .5, .3, .4, .1.
+    """
+    gaps = [[0.2, 0.4, -0.9], [0.5, -0.5, 9], [0.25, 9, 9], [-0.3, -0.3, 9], [-0.4, 9, 9], [0.1, 9, 9]]
+    log_probs = LogProbs(student=jnp.zeros((6, 3)), teacher=jnp.array(gaps))
+    lengths = jnp.array([3, 2, 1, 2, 1, 1])
+    np.testing.assert_allclose(positive_density(log_probs.gap, lengths), [0.3, 0.5, 0.25, 0, 0, 0.1], rtol=1e-6)
+    chosen = select(log_probs, lengths, KEY, SelectionConfig("absolute_gap", 0.1, keep="density"), 3)
+    np.testing.assert_array_equal(chosen.weights, [1, 1, 0, 1, 1, 1])
+    assert chosen.count == 5
+    np.testing.assert_allclose(chosen.mass[chosen.order], [0.5, 0.5, 0.4, 0.3, 0.1, 0.25], rtol=1e-6)
+
+
+def test_an_answer_with_a_density_that_is_not_finite_is_kept():
+    """So that the update skips the step, instead of a batch without the first answer."""
+    for spoiled in ([jnp.nan, 0.1], [0.1, jnp.nan]):
+        np.testing.assert_array_equal(densest(jnp.ones(2), jnp.array(spoiled), 2).weights, [1, 1])
 
 
 def loop(masses: list[int], percent: int) -> tuple[list[int], int]:

@@ -8,11 +8,11 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from camopd_jax.config.schema import Sampling
+from camopd_jax.config.schema import RolloutConfig, Sampling
 from camopd_jax.models.weights import shardings
 from camopd_jax.rollout import decode, generate
 from camopd_jax.rollout.generate import Decode
-from camopd_jax.rollout.sampling import row_keys
+from camopd_jax.rollout.sampling import Exploration, row_keys, sample, sample_rows, sampling_of
 from camopd_jax.rollout.score import score
 from camopd_jax.runtime.mesh import make_mesh, reshape_mesh
 from camopd_jax.types import Prompts
@@ -181,11 +181,11 @@ def test_waiting_prompts_on_a_mesh(tiny, batch):
 # ------------------------------------------------------------------------- several answers to a prompt
 
 
-def several(tiny, prompts, answers, shared=True, model=None, **options):
+def several(tiny, prompts, answers, shared=True, model=None, sampling=Sampling(), **options):
     """A rollout with this many answers to each prompt; unless `shared`, every row is prefilled."""
     rows = jax.tree.map(lambda array: jnp.repeat(array, answers, axis=0), prompts)
     keys = row_keys(0, jnp.int32(1), jnp.repeat(jnp.arange(len(prompts.lengths)), answers), answers)
-    how = Decode(Sampling(), (2, 5, 9), MAX_NEW, answers_per_prompt=answers if shared else 1, **options)
+    how = Decode(sampling, (2, 5, 9), MAX_NEW, answers_per_prompt=answers if shared else 1, **options)
     model = model or tiny[0]
     return generate.answers(model, generate.for_decoding(model, tiny[1]), rows, keys, how)
 
@@ -240,6 +240,30 @@ def test_the_prompts_alone_are_prefilled(tiny, batch, monkeypatch):
     state = jax.eval_shape(begin, tiny[0].for_decoding(tiny[1]), rows, keys, jnp.arange(24))
     assert sizes == [8]
     assert state.cache.positions.shape[0] == state.tokens.shape[0] == 24
+
+
+@pytest.mark.slow
+def test_explorations_are_sampled_in_their_own_way(tiny, batch):
+    """The first answer to each prompt as without explorations, the others as if every row were one."""
+    settings = RolloutConfig(answers_per_prompt=3, exploration=(1.7, 0.6))
+    mixed, plain, wide = (
+        np.asarray(several(tiny, batch[0], 3, sampling=sampling).tokens).reshape(8, 3, MAX_NEW)
+        for sampling in (sampling_of(settings), Sampling(), Sampling(temperature=1.7, top_p=0.6))
+    )
+    np.testing.assert_array_equal(mixed[:, 0], plain[:, 0])
+    np.testing.assert_array_equal(mixed[:, 1:], wide[:, 1:])
+    assert (plain[:, 0] != wide[:, 0]).any() and (plain[:, 1:] != wide[:, 1:]).any()
+
+
+def test_the_rows_of_explorations():
+    """Row numbers, not lanes, decide: of rows 2, 1, 4 and 7 with 2 answers to a prompt, 1 and 7 are explorations."""
+    sampling = Exploration(temperature=1.0, top_k=1, others=Sampling(temperature=1.0), answers=2)
+    logits, keys = jnp.tile(jnp.arange(5.0) / 10, (4, 1)), row_keys(0, jnp.int32(0), jnp.arange(4))
+    tokens = sample_rows(logits, keys, sampling, jnp.array([2, 1, 4, 7]))
+    free = sample(logits, keys, sampling.others)
+    np.testing.assert_array_equal(tokens, [4, free[1], 4, free[3]])
+    assert {int(free[1]), int(free[3])} != {4}
+    assert sampling_of(RolloutConfig(answers_per_prompt=2)) == Sampling()
 
 
 def test_keys_of_several_answers():
