@@ -84,11 +84,9 @@ class RolloutConfig(Sampling):
     """
 
     batch_size: Count = 64  # prompts per step
-    # Answers of the student to each prompt. A step has batch_size x answers_per_prompt answers, which `concurrency`,
-    # `score_batch`, `optimizer.micro_batch` and selection count. A prompt is computed once for all its answers
+    # Answers to each prompt, which is computed once for them. The other numbers here and micro_batch count answers
     answers_per_prompt: Count = 1
-    # (temperature, top-p) of every answer to a prompt but the first, such as (1.5, 0.9) (UC-MOPD's explorations); None:
-    # as the first
+    # (temperature, top-p) of a prompt's answers after the first, as in UC-MOPD (1.5, 0.9); None: those of the first
     exploration: tuple[float, float] | None = None
     max_prompt_tokens: Count = 512
     max_response_tokens: Count = 512

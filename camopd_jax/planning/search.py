@@ -56,10 +56,10 @@ def candidates(config: TrainConfig, models: ModelShapes, topology: Topology, ans
 
     Those that move arrays to host memory, if the config does not, come after all others that fit.
     """
-    chips, several = len(topology.devices), config.rollout.answers_per_prompt
-    batch = config.rollout.batch_size * several
+    chips, prompts, answers = len(topology.devices), config.rollout.batch_size, config.rollout.answers_per_prompt
+    batch = prompts * answers
     remats, offloads = dict.fromkeys((*REMATS, config.compute.remat)), dict.fromkeys((config.compute.offload, "late"))
-    lanes = [0, *((config.rollout.batch_size >> k) * several for k in range(1, config.rollout.batch_size.bit_length()))]
+    lanes = [0, *((prompts >> k) * answers for k in range(1, prompts.bit_length()))]
     several = []
     experts = _divisors(chips) if models.student.routing else [1]
     for fsdp, tensor, answering, expert in itertools.product(*[_divisors(chips)] * 3, experts):
@@ -71,7 +71,7 @@ def candidates(config: TrainConfig, models: ModelShapes, topology: Topology, ans
         for micro, n, remat, offload in itertools.product(_divisors(batch), lanes, remats, offloads):
             if (
                 micro % batch_shards(setup.mesh)
-                or n % (several * batch_shards(setup.rollout_mesh))
+                or n % (answers * batch_shards(setup.rollout_mesh))
                 or (remat == "rollout" and n)
             ):
                 continue

@@ -6,7 +6,7 @@ import math
 import jax
 import pytest
 
-from camopd_jax.config.schema import Compute, MeshConfig, Method, Optimizer, RolloutConfig, TrainConfig
+from camopd_jax.config.schema import Compute, MeshConfig, Method, Optimizer, RolloutConfig, SelectionConfig, TrainConfig
 from camopd_jax.method import schedule
 from camopd_jax.method.setup import resolve
 from camopd_jax.models.config import from_hf
@@ -130,6 +130,19 @@ def test_the_stages_of_a_step():
     assert copies["score teacher"].received == 0
     gathers = work_of((1, 5, 1), **{"rollout.mesh": MeshConfig(1, 5, 1)})
     assert gathers["decode"].received == pytest.approx(2 * weights * 4 / 5), "two turns"
+
+
+def test_several_answers_share_the_work_of_their_prompt():
+    """2 prompts with 5 answers each are 10 rows, like 10 prompts, but the prefill reads 2 prompts, not 10."""
+    ten, two = (work_of(**{"rollout.batch_size": n, "rollout.answers_per_prompt": 10 // n}) for n in (10, 2))
+    assert two["prefill"].flops == ten["prefill"].flops / 5 == costs.forward_flops(MODEL, 2, 0, 3, 0)
+    assert {k: w for k, w in two.items() if k != "prefill"} == {k: w for k, w in ten.items() if k != "prefill"}
+    grouped = setup(**{"rollout.batch_size": 2, "rollout.answers_per_prompt": 5, "rollout.concurrency": 5})
+    assert costs.refills(grouped, 10) == (1, 5), "a prompt enters with all its answers"
+    assert costs.kept_rows(grouped, "recovery") == 8
+    recovery = dataclasses.replace(CONFIG.branches["recovery"], selection=SelectionConfig(keep="density"))
+    dense = dataclasses.replace(grouped.config, branches={"recovery": recovery})
+    assert costs.kept_rows(setup(config=dense), "recovery") == 10
 
 
 def test_each_teacher_scores_with_its_own_shape_and_frozen_parameters_cost_no_gradient():

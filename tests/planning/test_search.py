@@ -69,6 +69,16 @@ def test_every_candidate_is_a_run_that_starts():
     assert candidates(changed(CONFIG, {"rollout.batch_size": 3})) == [], "no mesh of eight divides three"
 
 
+def test_the_search_counts_answers():
+    """Of 16 prompts with 3 answers each, lanes are multiples of 3 and micro-batches divide 48."""
+    config = dataclasses.replace(CONFIG, rollout=dataclasses.replace(CONFIG.rollout, answers_per_prompt=3))
+    several = candidates(config)
+    for c in several[:: len(several) // 20]:
+        resolve(changed(config, c.changes), TOPOLOGY.devices)
+    assert {c.changes["rollout.concurrency"] for c in several} == {0, 24, 12, 6}
+    assert 48 in {c.changes["optimizer.micro_batch"] for c in several}
+
+
 def test_frozen_parameters_leave_more_room():
     every, some = candidates(), candidates(changed(CONFIG, {"optimizer.trained": "mlp"}))
     peaks = [{str(c.changes): c.peak for c in of} for of in (every, some)]
