@@ -50,6 +50,13 @@ class Prompter:
         return PromptBatch(prompts, prompts, np.arange(n, dtype=np.int32) + n * self.served)
 
 
+class SeveralAnswers(Prompter):
+    """Each prompt in two consecutive rows, as `PromptStream` repeats them."""
+
+    def __next__(self):
+        return jax.tree.map(lambda array: np.repeat(array[::2], 2, axis=0), super().__next__())
+
+
 class Watcher:
     """An observer that stores every step's record and can end a run."""
 

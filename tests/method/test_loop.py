@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from builders import Prompter, Watcher, make_run, train_config
+from builders import Prompter, SeveralAnswers, Watcher, make_run, train_config
 
 from camopd_jax.config.schema import (
     BranchConfig,
@@ -298,13 +298,6 @@ def test_a_resumed_run_equals_an_uninterrupted_one(tiny):
     assert int(half.step) == 5
     rest = run.go(state=half)
     jax.tree.map(np.testing.assert_array_equal, rest.params, whole.params)
-
-
-class SeveralAnswers(Prompter):
-    """Each prompt in two consecutive rows, as `PromptStream` repeats them."""
-
-    def __next__(self):
-        return jax.tree.map(lambda array: np.repeat(array[::2], 2, axis=0), super().__next__())
 
 
 @pytest.mark.slow

@@ -7,9 +7,9 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
-from builders import Prompter, Watcher, make_run, train_config
+from builders import Prompter, SeveralAnswers, Watcher, make_run, train_config
 
-from camopd_jax.config.schema import Compute, MeshConfig, Optimizer, RolloutConfig
+from camopd_jax.config.schema import Compute, MeshConfig, Optimizer, RolloutConfig, SelectionConfig
 from camopd_jax.method.gradient import GradientAccumulator, Loss, LossInputs
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.models import hf
@@ -33,13 +33,13 @@ EVERY = [(d, f, t) for d, f, t in itertools.product((1, 2, 4, 8), repeat=3) if d
 USUAL = [(1, 4, 2)]
 
 
-def run(config, mesh):
+def run(config, mesh, stream=Prompter):
     """(state, records) of a run on a mesh."""
     config = dataclasses.replace(config, mesh=MeshConfig(*mesh.devices.shape))
     model, places = Model(MODEL, mesh=mesh), shardings(MODEL, mesh)
     specialised, general = (jax.device_put(Model(MODEL).init(jax.random.key(seed)), places) for seed in (0, 1))
     teachers = {"recovery": general, "review": specialised}
-    prompters = {name: Prompter(i, (8,), 16, 24, least=3) for i, name in enumerate(teachers)}
+    prompters = {name: stream(i, (8,), 16, 24, least=3) for i, name in enumerate(teachers)}
     watcher = Watcher(last=config.steps)
     state = make_run(config, model, specialised, teachers, prompters, eos_ids=(2, 5)).go(watcher)
     return state, watcher.records
@@ -79,6 +79,25 @@ def test_a_run_is_the_same_on_every_mesh(alone, remat, shape):
 
     for tree in (state.params, state.moments["shared"].mu, state.moments["shared"].nu):
         jax.tree.map(lies, tree, shardings(MODEL, mesh))
+
+
+@pytest.mark.slow
+def test_explorations_are_the_same_on_a_mesh():
+    """UC-MOPD: two answers to each of 8 prompts, the second an exploration, with the random mask; one with refills."""
+    rollout = dataclasses.replace(CONFIG.rollout, batch_size=8, answers_per_prompt=2, exploration=(1.5, 0.9))
+    uc_mopd = {"steps": 1, "selection": SelectionConfig(keep="density"), "weights": ("uc_mopd",)}
+    config = train_config(uc_mopd, uc_mopd, steps=2, rollout=rollout, optimizer=CONFIG.optimizer)
+    state, records = run(config, make_mesh(1, devices=jax.devices()[:1]), SeveralAnswers)
+    waiting = dataclasses.replace(rollout, mesh=MeshConfig(tensor=2), concurrency=8, shrinks=True)
+    on_mesh, same = run(dataclasses.replace(config, rollout=waiting), make_mesh(1, 4, 2), SeveralAnswers)
+    for ours, theirs in zip(same, records, strict=True):
+        (part,), (other,) = ours.batches.values(), theirs.batches.values()
+        np.testing.assert_array_equal(part.rollout.tokens, other.rollout.tokens)
+        np.testing.assert_array_equal(part.selection.weights, other.selection.weights)
+        np.testing.assert_array_equal(other.selection.weights[::2], 1)
+    first = records[0].batches["recovery"].selection.weights[1::2]
+    assert 0 < np.sum(first) < 8, "the case should hold explorations of both kinds"
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=1e-4), on_mesh.params, state.params)
 
 
 def gradient(mesh):
