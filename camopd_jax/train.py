@@ -5,7 +5,7 @@
         --config.optimizer.learning_rate=1e-6
 
 The config names two Hugging Face checkpoints (the original model and the specialised one) and two files
-of prompts. The work directory gets config.json, metrics.jsonl, TensorBoard event files, samples.jsonl,
+of prompts. The work directory gets config.json, metrics.jsonl, tensorboard/, samples.jsonl,
 selection.jsonl, eval.jsonl, checkpoints/ and, at the end, report.html and export/, the recovered model as
 a Hugging Face folder.
 

@@ -31,7 +31,7 @@ def get_config():
     config.optimizer.micro_batch = 16
     config.checkpoints.every = 120
     config.checkpoints.keep_best = 0
-    config.log.tensorboard = False
+    config.log.trackers = ()
     config.evaluation.batch_size = 100
     config.evaluation.benchmarks = tuple(
         dict(name=name, source=str(QUESTIONS / f"{name}.jsonl"), axis=axis, task=task, max_response_tokens=32)

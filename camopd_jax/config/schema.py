@@ -341,7 +341,9 @@ class Log:
     selection: bool = True
     # k of the monitors of agreement between student and teacher on their k likeliest tokens (method/agreement.py)
     agreement: Annotated[int, Ge(0), "0: off"] = 0
-    tensorboard: bool = True
+    # Where else the figures of metrics.jsonl go, and report.html if files are taken: tensorboard (workdir/tensorboard),
+    # wandb, trackio, mlflow; each but the first is an extra of the package (docs/trackers.md). (): nowhere
+    trackers: tuple[Literal["tensorboard", "wandb", "trackio", "mlflow"], ...] = ("tensorboard",)
     report: bool = True  # report.html at the end
 
 
@@ -405,4 +407,5 @@ MOVED = {
     "review_steps": "branches.review.steps",
     "domain_teacher": "branches.review.teacher",
     "places": "rollout.concurrency",
+    "tensorboard": 'log.trackers: ("tensorboard",), or () for none',
 }

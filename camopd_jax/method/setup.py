@@ -23,6 +23,7 @@ from camopd_jax.models import cached, fused
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.peft_settings import is_adapter
 from camopd_jax.models.weights import shardings
+from camopd_jax.runtime import trackers
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import check_rows, expert_shards, mesh_of, platform, reshape_mesh
 
@@ -98,6 +99,7 @@ def resolve(config: TrainConfig, devices: Any = None) -> Setup:
     )
     _check_batches(setup)
     check_remat(config, dtype)
+    trackers.check(config.log.trackers)
     return setup
 
 
@@ -146,6 +148,7 @@ def resolve_fine_tuning(config: SftConfig) -> Mesh:
     check_rows(mesh, "config.batch_size", config.batch_size)
     check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
     check_evaluation(config.evaluation, mesh)
+    trackers.check(config.log.trackers)
     return mesh
 
 

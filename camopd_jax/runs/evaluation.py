@@ -41,7 +41,7 @@ def evaluate(config: Config, checkpoints: Sequence[str], workdir: str) -> dict[s
     display = Display(0, 0)
     for line in runner.notices(settings):
         display.print(line)
-    evaluator = runner.Evaluator(settings, folder, MetricsWriter(folder, tensorboard=False), display)
+    evaluator = runner.Evaluator(settings, folder, MetricsWriter(folder), display)
     names = {name: name for name in checkpoints} or own_models(config)
     results: dict[str, list[Result]] = {}
     for name, location in names.items():

@@ -2,12 +2,13 @@
 
 import signal
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, Protocol
 
 from etils import epath
 from jax.experimental import multihost_utils
 
-from camopd_jax.config.identity import fingerprint
+from camopd_jax.config.identity import fingerprint, to_json
 from camopd_jax.config.schema import Config
 from camopd_jax.errors import UserError
 from camopd_jax.evals import runner
@@ -23,6 +24,7 @@ from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import barrier, broadcast, is_distributed, is_primary, run_on_all
 from camopd_jax.runtime.jsonl import drop_rows_after, read_rows
 from camopd_jax.runtime.metrics import MetricsWriter
+from camopd_jax.runtime.trackers import Trackers, open_trackers
 from camopd_jax.types import TrainState
 
 # Files with rows for each step. A run resumed after n steps keeps the rows of the first n plus this many steps: the
@@ -113,8 +115,8 @@ class Run:
         if is_primary():
             for file, more in KEPT_ROWS.items():
                 drop_rows_after(self.workdir / file, steps_done + more)
-        self.writer = MetricsWriter(self.workdir, self.config.log.tensorboard)
         self.display = Display(self.config.steps, steps_done)
+        self.writer = MetricsWriter(self.workdir, run_on_all(self._open_trackers))
         for text in damaged:
             self.display.print(f"warning: {text}")
         if last is not None:
@@ -126,6 +128,15 @@ class Run:
         if not is_distributed():  # with several processes, JAX handles the signal and informs the others
             signal.signal(signal.SIGTERM, self._terminate)
         return state
+
+    def _open_trackers(self) -> Trackers | None:
+        if not is_primary() or not self.config.log.trackers:
+            return None
+        names, values = self.config.log.trackers, to_json(self.config)
+        opened = open_trackers(names, self.workdir, values, self.display.print)
+        for name, address in opened.addresses.items():
+            self.display.print(f"{name}: {address}")
+        return opened
 
     def _check_provenance(self, provenance: dict[str, str]) -> None:
         for name, value in self.provenance.items():
@@ -270,7 +281,6 @@ class Run:
         """Waits for the last checkpoint, exports the model to workdir/export and writes workdir/report.html."""
         self.checkpoints.wait()
         self.checkpoints.close()
-        self.writer.close()
         self.display.close()
         export, report = self.workdir / "export", self.workdir / "report.html"
         student = self.student.with_params(state.evaluated)
@@ -281,6 +291,9 @@ class Run:
 
             write_page([str(self.workdir)], report)
             self.display.print(f"report: {report}")
+            if "://" not in str(report):
+                self.writer.add_report(Path(report))
+        self.writer.close()
         barrier("report")
         if self._lock is not None:
             self._lock.close()

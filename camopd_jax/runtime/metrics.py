@@ -1,30 +1,27 @@
-"""Writes the metrics of a run: JSONL files and TensorBoard events in its work directory."""
+"""Writes the metrics of a run: JSONL files in its work directory, and figures at its trackers."""
 
 import math
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from etils import epath
 
 from camopd_jax.runtime.distributed import broadcast, is_primary
 from camopd_jax.runtime.jsonl import append_rows, read_rows, write_rows
+from camopd_jax.runtime.trackers import Trackers
 
 Row = dict[str, Any]
 
 
 class MetricsWriter:
-    """Appends rows to the files of a work directory. Only process 0 writes."""
+    """Appends rows to the files of a work directory, and passes their figures to trackers. Only process 0 writes."""
 
-    def __init__(self, workdir: epath.Path, tensorboard: bool) -> None:
-        self._workdir, self._writes = workdir, is_primary()
+    def __init__(self, workdir: epath.Path, trackers: Trackers | None = None) -> None:
+        self._workdir, self._writes, self._trackers = workdir, is_primary(), trackers
         evaluations = workdir / "eval.jsonl"
         if self._writes and evaluations.exists():  # removes an incomplete last line before rows are appended
             write_rows(evaluations, read_rows(evaluations))
-        self._events = None
-        if tensorboard and self._writes:
-            from tensorboardX import SummaryWriter  # slow to import
-
-            self._events = SummaryWriter(str(workdir / "tensorboard"), flush_secs=10)
 
     def add_step(self, row: Row) -> None:
         """Adds a line to metrics.jsonl. Numbers that are not finite become null."""
@@ -47,28 +44,30 @@ class MetricsWriter:
         return set(broadcast(lambda: [row["step"] for row in read_rows(self._workdir / "diagnostics.jsonl")]))
 
     def add_evaluation(self, row: Row, figure: str, value: float) -> None:
-        """Adds a line to eval.jsonl, unless it is there; adds `value` to TensorBoard under the name `figure`."""
+        """Adds a line to eval.jsonl, unless it is there; sends `value` to trackers under the name `figure`."""
         if not self._writes or row in read_rows(self._workdir / "eval.jsonl"):
             return
         self._append("eval.jsonl", [row])
-        if self._events:
-            self._events.add_scalar(f"{figure}/{row['model']}/{row['benchmark']}", value, row["step"])
-            self._events.flush()
+        if self._trackers:
+            self._trackers.log({f"{figure}/{row['model']}/{row['benchmark']}": value}, row["step"])
+
+    def add_report(self, file: Path) -> None:
+        """Uploads the report to trackers that take files."""
+        if self._trackers:
+            self._trackers.add_file(file)
 
     def close(self) -> None:
-        if self._events:
-            self._events.close()
+        if self._trackers:
+            self._trackers.close()
 
     def _append(self, name: str, rows: Sequence[Row]) -> None:
         if self._writes and rows:
             append_rows(self._workdir / name, rows)
 
     def _add_scalars(self, prefix: str, row: Row) -> None:
-        """Adds all figures of a row to TensorBoard."""
-        if self._events:
-            for name, value in _figures(row):
-                self._events.add_scalar(f"{prefix}/{name}", value, row["step"])
-            self._events.flush()
+        """Sends all figures of a row to the trackers."""
+        if self._trackers:
+            self._trackers.log({f"{prefix}/{name}": value for name, value in _figures(row)}, row["step"])
 
 
 def _figures(row: Row, prefix: str = "") -> Iterator[tuple[str, float]]:

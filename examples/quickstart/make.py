@@ -170,7 +170,7 @@ def lesson(model: str, source: str, steps: int, learning_rate: float, every: int
         optimizer=Optimizer(learning_rate=learning_rate, schedule="cosine", warmup_steps=20, micro_batch=64),
         evaluation=Evaluation(every, batch_size=96, benchmarks=benchmarks),
         checkpoints=Checkpoints(every=1000, keep_last=1, keep_best=0),
-        log=Log(tensorboard=False),
+        log=Log(trackers=()),
     )
 
 

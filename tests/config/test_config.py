@@ -290,6 +290,7 @@ def test_the_fingerprint_depends_on_the_order_of_branches():
         ({"method": {"review_steps": 1}}, r"config\.method\.review_steps .* config\.branches\.review\.steps"),
         ({"method": {"domain_teacher": "general"}}, r"config\.method\.domain_teacher .*branches\.review\.teacher"),
         ({"rollout": {"places": 8}}, r"config\.rollout\.places .* config\.rollout\.concurrency"),
+        ({"log": {"tensorboard": False}}, r"config\.log\.tensorboard .* config\.log\.trackers"),
     ],
 )
 def test_old_field_names_are_errors_with_the_new_name(old, new):

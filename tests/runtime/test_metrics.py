@@ -19,6 +19,7 @@ from camopd_jax.runtime.jsonl import append_rows, drop_rows_after, read_rows, wr
 from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.metrics import MetricsWriter
 from camopd_jax.runtime.timing import Stages
+from camopd_jax.runtime.trackers import open_trackers
 
 ROW = {"step": 3, "phase": "recovery", "loss": 0.5, "gap_mean": -0.25, "gap_abs_mean": 0.75, "selected_fraction": 0.4,
        "length_mean": 12.0, "skipped": 0, "tokens_per_second": 1234.5, "seconds": {"rollout": 1.0}}  # fmt: skip
@@ -39,7 +40,7 @@ def test_memory_of_the_process_if_the_device_reports_none():
 
 
 def test_rows_are_written_with_null_for_numbers_that_are_not_finite(tmp_path):
-    writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
+    writer = MetricsWriter(epath.Path(tmp_path))
     writer.add_step(ROW | {"loss": float("nan"), "seconds": {"rollout": float("inf")}})
     writer.add_step(ROW)
     writer.add_samples([{"step": 3, "response": "é"}])
@@ -71,7 +72,7 @@ def scalars(folder):
 
 
 def test_tensorboard_has_the_numbers_under_their_phase(tmp_path):
-    writer = MetricsWriter(epath.Path(tmp_path), tensorboard=True)
+    writer = MetricsWriter(epath.Path(tmp_path), open_trackers(["tensorboard"], epath.Path(tmp_path), {}, print))
     writer.add_step(ROW | {"entropy": float("nan")})
     writer.add_evaluation({"step": 4, "model": "student", "benchmark": "sums"}, "accuracy", 0.5)
     writer.close()
@@ -81,7 +82,7 @@ def test_tensorboard_has_the_numbers_under_their_phase(tmp_path):
 
 
 def test_a_full_disk_is_one_line(tmp_path):
-    writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
+    writer = MetricsWriter(epath.Path(tmp_path))
     (tmp_path / "metrics.jsonl").mkdir()
     with pytest.raises(UserError, match=r"metrics\.jsonl: cannot write .*start the same command again"):
         writer.add_step(ROW)
@@ -158,7 +159,7 @@ def test_an_incomplete_last_row_is_not_read(tmp_path):
 
 def test_an_incomplete_evaluation_row_is_removed(tmp_path):
     (tmp_path / "eval.jsonl").write_text('{"step": 0, "model": "a"}\n{"step": 0, "mo')
-    writer = MetricsWriter(epath.Path(tmp_path), tensorboard=False)
+    writer = MetricsWriter(epath.Path(tmp_path))
     for _ in range(2):  # the same row again, as after a kill, is not written twice
         writer.add_evaluation({"step": 1}, "accuracy", 0.5)
     assert [r["step"] for r in read_rows(epath.Path(tmp_path) / "eval.jsonl")] == [0, 1]
