@@ -23,7 +23,7 @@ def accuracies(models: Mapping[str, Sequence[Result]]) -> Table:
     Args:
       models: results on the same benchmarks, by the model's name.
     """
-    students = [name for name in models if name not in TEACHERS] if models.keys() >= set(TEACHERS) else []
+    students = _students(models)
     table = Table(
         title="Accuracy in %, ± one standard error over questions",
         caption="back: regained share of the lost general ability; kept: share of the domain's" if students else None,
@@ -37,14 +37,28 @@ def accuracies(models: Mapping[str, Sequence[Result]]) -> Table:
         table.add_column(TITLES.get(name, name), justify="right")
         if name in students:
             table.add_column("back | kept", justify="right")
+    for name, cells in accuracy_rows(models):
+        table.add_row(name, *cells, style="bold" if name.endswith(": mean") else "")
+    return table
+
+
+def accuracy_rows(models: Mapping[str, Sequence[Result]]) -> list[tuple[str, list[str]]]:
+    """The rows of `accuracies`: of each benchmark, and of the mean of each axis with several."""
+    rows, students = [], _students(models)
     for axis in AXES:
         on = {name: on_axis(results, axis) for name, results in models.items()}
         names = [result["benchmark"] for result in next(iter(on.values()))]
         for i, name in enumerate(names):
-            table.add_row(f"{axis}: {name}", *_cells(axis, {model: [part[i]] for model, part in on.items()}, students))
+            parts = {model: [part[i]] for model, part in on.items()}
+            rows.append((f"{axis}: {name}", _cells(axis, parts, students)))
         if len(names) > 1:
-            table.add_row(f"{axis}: mean", *_cells(axis, on, students), style="bold")
-    return table
+            rows.append((f"{axis}: mean", _cells(axis, on, students)))
+    return rows
+
+
+def _students(models: Mapping[str, Sequence[Result]]) -> list[str]:
+    """The models with a column of shares."""
+    return [name for name in models if name not in TEACHERS] if models.keys() >= set(TEACHERS) else []
 
 
 def _cells(axis: str, models: Mapping[str, Sequence[Result]], students: Sequence[str]) -> list[str]:

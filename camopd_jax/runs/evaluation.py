@@ -72,7 +72,7 @@ def load_model(config: Config, location: str, mesh: Mesh) -> EvaluatedModel:
     checkpoint = re.fullmatch(r"(.+)/checkpoints/(\d+)/?", location)
     run = checkpoint[1] if checkpoint else location
     if (epath.Path(run) / "checkpoints").exists():
-        loaded, provenance = export.restore_model(run, int(checkpoint[2]) if checkpoint else None)
+        loaded, provenance, _ = export.restore_model(run, int(checkpoint[2]) if checkpoint else None)
         step = int(provenance["steps"])
         return EvaluatedModel(loaded, runner.run_key(provenance["config_fingerprint"], step), epath.Path(run), step)
     loaded = loading.load(

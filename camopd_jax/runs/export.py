@@ -1,7 +1,6 @@
 """Writes a model as a Hugging Face folder for transformers, and loads the model of a run's checkpoint."""
 
 import contextlib
-import json
 import shutil
 import tempfile
 from collections.abc import Iterator
@@ -12,7 +11,6 @@ import jax
 from etils import epath
 from safetensors import SafetensorError
 
-from camopd_jax import __version__
 from camopd_jax.config.identity import from_json
 from camopd_jax.config.schema import Config, TrainConfig
 from camopd_jax.errors import UserError
@@ -22,8 +20,8 @@ from camopd_jax.inference.interpolation import interpolated
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.optimizer import run_state
 from camopd_jax.models import hf, partition, peft
-from camopd_jax.models.disk import hub_revision
 from camopd_jax.models.peft_settings import CONFIG, base_folder
+from camopd_jax.runs.card import RunRecord, model_card, read_record
 from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint
 from camopd_jax.runs.start import chosen_weight
 from camopd_jax.runtime.distributed import barrier, is_primary
@@ -45,8 +43,10 @@ _COPIED = (
     "NOTICE*",
 )
 
+NO_RECORD = RunRecord()
 
-def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) -> None:
+
+def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str], record: RunRecord = NO_RECORD) -> None:
     """Writes weights, configuration, tokenizer and model card. Replaces `out` only when everything is written.
 
     A model with an adapter that is not merged becomes a PEFT folder, which needs its base model.
@@ -55,6 +55,7 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
       loaded: the model; files that training does not change, and the tensors' dtypes, are taken from its `folder` and
         its base model's.
       provenance: facts for the model card, by name.
+      record: more for the model card.
 
     Raises:
       UserError: if it cannot be written.
@@ -65,7 +66,7 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str]) ->
             if is_primary():
                 for folder in dict.fromkeys((base, original)):
                     _copy_files(folder, part)
-                (part / "README.md").write_text(model_card(out.parent.name, provenance, loaded))
+                (part / "README.md").write_text(model_card(out.parent.name, provenance, loaded, record))
             config = loaded.model.config
             if loaded.adapter is not None:
                 peft.save(part, loaded.params, loaded.adapter, config, original)
@@ -143,27 +144,10 @@ def _upload(folder: Path, out: epath.Path) -> None:
     shutil.rmtree(folder)
 
 
-def model_card(name: str, provenance: dict[str, str], loaded: Loaded) -> str:
-    """README.md of an exported folder."""
-    made_from = base = provenance.get("specialised_model", provenance.get("model"))
-    library = "transformers"
-    if loaded.adapter is not None:
-        base, library, folder = loaded.adapter.base_name, "peft", base_folder(loaded.folder)
-        provenance = provenance | {"base_model": base, "base_fingerprint": hf.fingerprint(folder)}
-        if revision := hub_revision(folder):
-            provenance["base_revision"] = revision
-    facts = "\n".join(f"| {name.replace('_', ' ')} | `{value}` |" for name, value in provenance.items())
-    front = f"---\nlibrary_name: {library}\npipeline_tag: text-generation\nbase_model: {json.dumps(base)}\n---\n"
-    return (
-        f"{front}\n# {name}\n\nMade from `{made_from}` by {provenance['method']} with camopd_jax {__version__}.\n\n"
-        f"| | |\n|---|---|\n{facts}\n\nThe base model's licence applies.\n"
-    )
-
-
 def restore_model(
     workdir: str, step: int | None = None, best: bool = False, merge: bool = False
-) -> tuple[Loaded, dict[str, str]]:
-    """Loads the model of a run's checkpoint. Also returns its provenance for a model card, with "steps".
+) -> tuple[Loaded, dict[str, str], RunRecord]:
+    """Loads the model of a run's checkpoint. Also returns its provenance, with "steps", and its record.
 
     Args:
       step: of the checkpoint; None: the last one.
@@ -190,7 +174,8 @@ def restore_model(
     except DamagedCheckpoint as error:
         raise UserError(f"{error}; the run has checkpoints {checkpoints.steps()}: give another one") from error
     loaded = loaded.with_params(state.evaluated)
-    return loaded.merged() if merge else loaded, provenance | {"steps": str(step)}
+    record = read_record(folder, config, step)
+    return loaded.merged() if merge else loaded, provenance | {"steps": str(step)}, record
 
 
 def _initial_student(config: Config, workdir: epath.Path, frozen_dtype: str | None) -> Loaded:

@@ -16,6 +16,7 @@ from camopd_jax.evals.comparison import Rank, out_of_patience, rank_row
 from camopd_jax.evals.results import AXES, Result, axis_mean
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.models import partition
+from camopd_jax.runs.card import RunRecord, read_record
 from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint
 from camopd_jax.runs.export import write_folder
 from camopd_jax.runs.lock import lock
@@ -284,7 +285,9 @@ class Run:
         self.display.close()
         export, report = self.workdir / "export", self.workdir / "report.html"
         student = self.student.with_params(state.evaluated)
-        write_folder(export, student, self.provenance | {"steps": str(int(state.step))})
+        steps = int(state.step)
+        record = read_record(self.workdir, self.config, steps) if is_primary() else RunRecord()
+        write_folder(export, student, self.provenance | {"steps": str(steps)}, record)
         self.display.print(f"exported: {export}")
         if self.config.log.report and is_primary():
             from camopd_jax.reporting.page import write_page  # slow to import, and only needed here
