@@ -67,7 +67,7 @@ def model_card(name: str, provenance: dict[str, str], loaded: Loaded, record: Ru
     front += [f"datasets: {json.dumps(record.datasets)}"] if record.datasets else []
     front += ['tags: ["camopd", "on-policy-distillation"]'] if "specialised_model" in provenance else []
     parts = [
-        "---\n" + "\n".join(front) + "\n---\n",
+        "---\n" + "\n".join(front) + "\n---",
         f"# {name}",
         f"Made from `{made_from}` by {provenance['method']} with camopd_jax {__version__}.",
         _results_table(record.results),
@@ -101,9 +101,12 @@ def _results_table(models: Mapping[str, list[Result]]) -> str:
 
 
 def _how_to_load(library: str) -> str:
-    name = "AutoModelForCausalLM" if library == "transformers" else "AutoPeftModelForCausalLM"
+    name, imports = "AutoModelForCausalLM", "from transformers import AutoModelForCausalLM, AutoTokenizer"
+    if library == "peft":
+        name = "AutoPeftModelForCausalLM"
+        imports = f"from peft import {name}\nfrom transformers import AutoTokenizer"
     code = (
-        f"from {library} import {name}\nfrom transformers import AutoTokenizer\n\n"
+        f"{imports}\n\n"
         f'folder = "."  # this folder, or its name on the hub\n'
         f"model = {name}.from_pretrained(folder)\ntokenizer = AutoTokenizer.from_pretrained(folder)"
     )
