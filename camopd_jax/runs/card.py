@@ -65,7 +65,7 @@ def model_card(name: str, provenance: dict[str, str], loaded: Loaded, record: Ru
     front = [f"library_name: {library}", "pipeline_tag: text-generation", f"base_model: {json.dumps(base)}"]
     front += [f"license: {licence}"] if (licence := _licence(base_folder(loaded.folder))) else []
     front += [f"datasets: {json.dumps(record.datasets)}"] if record.datasets else []
-    front += ['tags: ["camopd", "on-policy-distillation"]'] if "specialised_model" in provenance else []
+    front += ['tags: ["camopd", "on-policy-distillation"]'] if provenance["method"].startswith("CaMOPD") else []
     parts = [
         "---\n" + "\n".join(front) + "\n---",
         f"# {name}",
