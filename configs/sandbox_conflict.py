@@ -30,7 +30,7 @@ def get_config():
     config.optimizer.micro_batch = 16
     config.checkpoints.every = 120
     config.checkpoints.keep_best = 0
-    config.log.tensorboard = False
+    config.log.trackers = ()
     config.evaluation.batch_size = 100
     config.evaluation.benchmarks = tuple(
         dict(name=name, source=str(FILES / f"{name}.jsonl"), axis=axis, max_response_tokens=32)

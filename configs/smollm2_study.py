@@ -31,7 +31,7 @@ def get_config():
     config.optimizer.micro_batch = 8
     config.checkpoints.every = 40
     config.checkpoints.keep_best = 0
-    config.log.tensorboard = False
+    config.log.trackers = ()
     config.evaluation.batch_size = 64
     option = dict(task="likelihood", answer="{answer}. {answer_text}", axis="domain", max_response_tokens=128)
     config.evaluation.benchmarks = (

@@ -59,7 +59,7 @@ def main(workdir: Path, scratch: Path) -> None:
         smallest_bucket=16,
         optimizer=Optimizer(learning_rate=1e-3, schedule="cosine", warmup_steps=20, micro_batch=64),
         checkpoints=Checkpoints(every=1000, keep_last=1, keep_best=0),
-        log=Log(tensorboard=False, report=False),
+        log=Log(trackers=(), report=False),
     )
     sft(config, str(workdir))
     (workdir / "export" / "tokenizer_config.json").write_text(own)
