@@ -46,7 +46,8 @@ def test_every_config_file_is_valid_and_names_its_command(file):
     cls = SftConfig if "model" in config else TrainConfig
     from_config_dict(cls, config)
     head = module["__doc__"]
-    command = "sft" if cls is SftConfig else "compare" if file.stem == "sandbox" else "train"
+    compared = file.stem.startswith("sandbox") or file.stem.endswith("study")
+    command = "sft" if cls is SftConfig else "compare" if compared else "train"
     assert f"python -m camopd_jax.{command} --config=configs/{file.name}" in head
 
 

@@ -274,11 +274,11 @@ def test_names_with_the_adapters_name_and_a_base_beside_it(folder, mesh, tmp_pat
     tensors = load_file(folder / peft.WEIGHTS)
     renamed = {name.replace(".weight", ".default.weight"): tensor for name, tensor in tensors.items()}
     save_file(renamed, folder / peft.WEIGHTS)
-    shutil.copytree(checkpoint("qwen3")[1], tmp_path / "base")
-    edit_json(folder / "adapter_config.json", base_model_name_or_path="../base")
+    shutil.copytree(checkpoint("qwen3")[1], tmp_path / "base_of_this_test")
+    edit_json(folder / "adapter_config.json", base_model_name_or_path="../base_of_this_test")
     _, params, settings = load(folder, mesh)
-    assert base_folder(folder) == tmp_path / "base"
-    saved = peft.tensors(params, settings, settings.model_config(from_hf(hf.read_config(tmp_path / "base"))))
+    assert base_folder(folder) == tmp_path / "base_of_this_test"
+    saved = peft.tensors(params, settings, settings.model_config(from_hf(hf.read_config(base_folder(folder)))))
     np.testing.assert_equal(saved, tensors)
 
 

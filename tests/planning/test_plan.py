@@ -278,7 +278,7 @@ def test_programs_of_the_same_shapes_are_compiled_once():
         and first["gradient: review"] == "gradient: recovery"
     )
     assert [name for name, same in first.items() if name == same] == [
-        "reshard: embedding", "reshard: final_norm", "reshard: head", "reshard: layers", "prefill", "grow", "refill",
+        "reshard: embedding", "reshard: head", "reshard: final_norm", "reshard: layers", "prefill", "grow", "refill",
         "decode", "score: recovery teacher", "score: student", "select: recovery", "gradient: recovery",
         "update: recovery", "select: review", "update: review",
     ]  # fmt: skip

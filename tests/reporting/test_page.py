@@ -131,7 +131,7 @@ def test_a_finished_run(tmp_path):
     assert colours(plots["Share of answers selected"]) == {"recovery": RECOVERY, "review": REVIEW}
     # 4 of 8 questions back, all kept: sqrt(.5 * .5 / 7) = 18.9 points over questions
     assert row(text, "In %", "mine") == ["2e-06", "12", "24 questions", "1,200", "50.0 ± 18.9", "50.0 ± 18.9",
-                                         "50.0 ± 13.4", "100.0 ± 0.0"]  # fmt: skip
+                                         "50.0 ± 13.4", "100.0 ± 0.0", "12"]  # fmt: skip
     start, point = plots["Recovery against retention"].data
     assert (start.x, start.y, point.x, point.y) == ((0,), (1,), (0.5,), (1,))
     assert point.error_x.array == pytest.approx((0.134,), abs=1e-3) and point.error_y.array == (0,)
