@@ -21,33 +21,55 @@ and one update uses the sum of their gradients (Eq 3).
 `programs` compiles, times and offloads the functions used here; `recorder` checks and writes the results.
 """
 
+from collections.abc import Callable
+
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import Branch
 from camopd_jax.method.programs import Programs
 from camopd_jax.method.recorder import Recorder
+from camopd_jax.method.update import Metrics
 from camopd_jax.types import Batch, TrainState
+
+Meanwhile = Callable[[], None]
 
 
 def run(branches: dict[str, Branch], programs: Programs, state: TrainState, recorder: Recorder) -> TrainState:
     """Runs the steps from `state.step` to `config.steps`, or until the recorder ends the run."""
-    config = programs.setup.config
-    for step in range(int(state.step), config.steps):
-        batches = {}
-        for name in schedule.active_branches(config, step):
-            batches[name] = collect(branches[name], programs, state, step, recorder)
-        gradients, batches = programs.gradients(branches, state, batches)  # batches without what it alone needed
-        state, metrics = programs.update(state, gradients, batches)
-        if recorder.record(step, batches, metrics, state):
+    for number in range(int(state.step), programs.setup.config.steps):
+        state, batches, metrics = step(branches, programs, state, number, recorder.log_last)
+        if recorder.record(number, batches, metrics, state):
             break
     return state
 
 
-def collect(branch: Branch, programs: Programs, state: TrainState, step: int, recorder: Recorder) -> Batch:
+def step(
+    branches: dict[str, Branch], programs: Programs, state: TrainState, number: int, meanwhile: Meanwhile | None = None
+) -> tuple[TrainState, dict[str, Batch], Metrics]:
+    """Step `number`, counted from 0.
+
+    Args:
+      state: its arrays are replaced by those of the new state.
+      meanwhile: called while the devices sample.
+
+    Returns:
+      The new state, the batch of each branch that was trained, and the update's metrics.
+    """
+    batches = {}
+    for name in schedule.active_branches(programs.setup.config, number):
+        batches[name] = collect(branches[name], programs, state, number, meanwhile)
+    gradients, batches = programs.gradients(branches, state, batches)  # batches without what it alone needed
+    state, metrics = programs.update(state, gradients, batches)
+    return state, batches, metrics
+
+
+def collect(
+    branch: Branch, programs: Programs, state: TrainState, number: int, meanwhile: Meanwhile | None = None
+) -> Batch:
     """Samples, scores and selects one batch of a branch's answers (items 2 to 5)."""
-    draw = schedule.draw_number(programs.setup.config, step, branch.name)  # for random keys
+    draw = schedule.draw_number(programs.setup.config, number, branch.name)  # for random keys
     prompts = programs.next_prompts(branch)
-    answers = programs.generate(branch, state, prompts, draw, meanwhile=recorder.log_last)
-    forward = programs.needs_student_forward(step)  # or the sampler's own log-probabilities are the student's
+    answers = programs.generate(branch, state, prompts, draw, meanwhile)
+    forward = programs.needs_student_forward(number)  # or the sampler's own log-probabilities are the student's
     log_probs, teacher_record = programs.score(branch, state, prompts, answers, forward)
     selection = programs.select(branch, log_probs, answers, draw)
     return Batch(prompts.student, prompts.index, answers, log_probs, selection, teacher_record)
