@@ -84,7 +84,6 @@ def train(config: TrainConfig, workdir: str) -> None:
     state = run.state_to_export(programs[-1].fetch(state))
     steps = int(state.step)
     results = run.evaluate("student", steps, student.with_params(state.evaluated), run.student_key(steps))
-    run.finish(state)
     metrics = read_rows(run.workdir / "metrics.jsonl")
     for line in (clip_rates(metrics), *not_converged(metrics, list(config.branches))):
         run.display.print(line)
@@ -94,6 +93,7 @@ def train(config: TrainConfig, workdir: str) -> None:
         general, specialised = run.baselines["general"], run.baselines["specialised"]
         for what, how_much in outcome(general, specialised, results, covered):
             run.display.print(f"{what}: {how_much}")
+    run.finish(state)  # its last lines are where the model and the report are
 
 
 class TrainingRun(Run):
