@@ -90,6 +90,22 @@ def teacher_dtype(compute: Compute, platform: str | None = None) -> str:
     return compute.teacher if compute.teacher != "auto" else matmul_dtype(compute, platform)
 
 
+def make_model(config: ModelConfig, mesh: Mesh, compute: Compute, dtype: str) -> Model:
+    """The functions of a model, as a run's config sets them up.
+
+    Args:
+      dtype: of activations and matrix products.
+    """
+    return Model(
+        config,
+        mesh=mesh,
+        dtype=dtype,
+        remat=compute.remat,
+        attention=compute.attention,
+        decode_attention=compute.decode_attention,
+    )
+
+
 def load(
     folder: Path, mesh: Mesh, compute: Compute, *, dtype: str, context: int, output_vocab_size: int | None = None
 ) -> Loaded:
@@ -112,14 +128,7 @@ def load(
     config = dataclasses.replace(model_config(folder, context), int8=dtype == INT8)
     if output_vocab_size is not None:
         config = dataclasses.replace(config, output_vocab_size=output_vocab_size)
-    model = Model(
-        config,
-        mesh=mesh,
-        dtype=matmul_dtype(compute),
-        remat=compute.remat,
-        attention=compute.attention,
-        decode_attention=compute.decode_attention,
-    )
+    model = make_model(config, mesh, compute, matmul_dtype(compute))
     tokenizer = templates.load_tokenizer(folder)
     params = hf.load(folder, config, mesh, model.dtype if dtype == INT8 else dtype)
     return Loaded(folder, mesh, model, params, tokenizer, templates.eos_ids(folder, tokenizer))

@@ -111,14 +111,7 @@ def plan(config: TrainConfig, models: ModelShapes, devices: Any) -> Plan:
     def model(shape: ModelConfig) -> Model:
         check_model(shape, setup.mesh, compute, setup.dtype)
         shape = dataclasses.replace(shape, output_vocab_size=vocab)
-        return Model(
-            shape,
-            mesh=setup.mesh,
-            dtype=setup.dtype,
-            remat=compute.remat,
-            attention=compute.attention,
-            decode_attention=compute.decode_attention,
-        )
+        return loading.make_model(shape, setup.mesh, compute, setup.dtype)
 
     made = {name: model(models.shapes[name]) for name in teacher_names(config)}
     frozen = {name: abstract_params(of, setup.mesh, setup.teacher_dtype) for name, of in made.items()}
