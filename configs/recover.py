@@ -1,7 +1,7 @@
 """The recipe for getting as much back as possible, from two models and the prompts of your domain.
 
-Prompts    python -m camopd_jax.prompts self --model=models/original --out=data/self --rows=10000
-           the original model writes the general prompts itself; your own files may be added after a comma
+Prompts    those of your domain. The original model writes the general ones itself, before the first step; name files
+           of your own in place of "self" if you have them (`python -m camopd_jax.prompts self` writes a file to add).
 Command    python -m camopd_jax.train --config=configs/recover.py --workdir=runs/recover
 Models     the original model, and a fine-tune of it with the same architecture
 Benchmarks give those of your domain, with axis "domain": they choose the best checkpoint.
@@ -19,7 +19,8 @@ def get_config():
     config = default(TrainConfig)
     config.general_model = "models/original"
     config.specialised_model = "models/specialised"
-    config.branches.recovery.prompts.source = "data/self/prompts.jsonl"
+    config.branches.recovery.prompts.source = "self"  # into WORKDIR/self_prompts/recovery: read them
+    config.branches.recovery.prompts.writing.rows = 10_000
     config.branches.review.prompts.source = "data/domain.jsonl"
     # Prompts decide what comes back: the skills that only the self-written ones covered went from 36 to 100 %. A start
     # between the models helps what no prompt covers (68 instead of 36 %) and costs up to 4 % of the domain, before the

@@ -178,3 +178,5 @@ def _check_branch(name: str, branch: BranchConfig) -> None:
     _need(plain, "branches", name, f"name it with letters, digits, - and _, and not one of {', '.join(RESERVED)}")
     source = branch.prompts.source
     _need(bool(source), f"branches.{name}.prompts.source", source, "name a file or dataset of prompts")
+    heat = branch.prompts.writing.sampling.temperature
+    _need(heat > 0, f"branches.{name}.prompts.writing.sampling.temperature", heat, "greedy texts are all the same")

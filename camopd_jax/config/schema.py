@@ -32,13 +32,42 @@ class Template:
     options: dict[str, Any] = field(default_factory=dict)  # passed to the chat template
 
 
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How tokens are sampled; the default is the model's own distribution. The filters are applied in this order."""
+
+    temperature: Annotated[float, Ge(0), "0: greedy"] = 1.0
+    top_k: Annotated[int, Ge(0), "0: off"] = 0  # keep the k most likely tokens
+    top_p: Annotated[float, Gt(0), Le(1), "1: off"] = 1.0  # keep the most likely tokens up to this total probability
+    min_p: Annotated[float, Ge(0), Lt(1), "0: off"] = 0.0  # drop tokens below this share of the highest probability
+
+    @staticmethod
+    def of(settings: "Sampling") -> "Sampling":
+        """These four fields of a subclass's settings: a hashable static argument of compiled functions."""
+        return Sampling(
+            temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
+        )
+
+
+@dataclass(frozen=True)
+class Writing:
+    """Prompts that the branch's teacher writes before the first step, into WORKDIR/self_prompts/BRANCH."""
+
+    rows: Annotated[int, Ge(1)] = 10_000  # prompts to write
+    shortest: Annotated[int, Ge(1)] = 3  # words; shorter texts are dropped
+    sampling: Sampling = Sampling()
+    scripts: tuple[str, ...] = ()  # of the letters, such as "latin"; (): any
+    clusters: Annotated[int, Ge(0), "0: off"] = 0  # spread over this many clusters of the model's hidden states
+
+
 @dataclass(frozen=True)
 class Stream:
     """A set of prompts, and how student and teacher read them."""
 
     # .jsonl, .json, .csv or .parquet files, separated by commas; or the name of a `datasets` dataset, with
-    # configuration and revision if needed: "openai/gsm8k:main@cc7b047"
+    # configuration and revision if needed: "openai/gsm8k:main@cc7b047"; self: the branch's teacher writes them first
     source: str = ""
+    writing: Writing = Writing()  # of source "self"
     split: str = "train"  # of a `datasets` dataset
     limit: Annotated[int, Gt(0), "None: all"] | None = None  # use only this many rows, the first ones
     template: Template = Template()  # of the student
@@ -58,23 +87,6 @@ class MeshConfig:
     fsdp: int = 1
     tensor: int = 1
     expert: int = 1  # of mixtures of experts: each group of devices has some of the experts, and all of its rows
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sampling:
-    """How tokens are sampled; the default is the model's own distribution. The filters are applied in this order."""
-
-    temperature: Annotated[float, Ge(0), "0: greedy"] = 1.0
-    top_k: Annotated[int, Ge(0), "0: off"] = 0  # keep the k most likely tokens
-    top_p: Annotated[float, Gt(0), Le(1), "1: off"] = 1.0  # keep the most likely tokens up to this total probability
-    min_p: Annotated[float, Ge(0), Lt(1), "0: off"] = 0.0  # drop tokens below this share of the highest probability
-
-    @staticmethod
-    def of(settings: "Sampling") -> "Sampling":
-        """These four fields of a subclass's settings: a hashable static argument of compiled functions."""
-        return Sampling(
-            temperature=settings.temperature, top_k=settings.top_k, top_p=settings.top_p, min_p=settings.min_p
-        )
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.types import PromptBatch, Prompts, Rollout, Sequences
 
+SELF = "self"  # value of a stream's `source`: the branch's teacher writes the prompts in the run
 GAP = "gap"  # value of a stream's `weights`: by a map that the run makes
 FIRST = 16  # rows of a stream that are kept as examples
 
@@ -237,6 +238,11 @@ def tokenise(
     Raises:
       UserError: for malformed rows, and if all prompts are too long.
     """
+    if stream.source == SELF:
+        raise UserError(
+            f"{field}.source is {SELF!r}: prompts that only a run of `train` writes; write them with "
+            "`python -m camopd_jax.prompts self` and name the file"
+        )
     student, teacher = tokenizers.student, tokenizers.teacher
     teacher_template = stream.teacher_template or stream.template
     same = tokenizers.read_alike and teacher_template == stream.template

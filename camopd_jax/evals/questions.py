@@ -10,6 +10,11 @@ from camopd_jax.errors import UserError
 from camopd_jax.evals.task import Row, Task
 
 
+def location(benchmark: Benchmark, task: Task) -> tuple[str, str]:
+    """Source and split of a benchmark's questions; an empty source if there is none."""
+    return benchmark.source or task.dataset, benchmark.split or task.split
+
+
 def read_questions(benchmark: Benchmark, task: Task, limit: int | None = None) -> list[LocatedRow]:
     """The rows of a benchmark with file and line, each with the fields that its task needs.
 
@@ -21,7 +26,7 @@ def read_questions(benchmark: Benchmark, task: Task, limit: int | None = None) -
         cannot be graded against.
     """
     where = f"config.evaluation.benchmarks {benchmark.name}"
-    source, split = benchmark.source or task.dataset, benchmark.split or task.split
+    source, split = location(benchmark, task)
     if not source:
         raise UserError(f"{where}: task {benchmark.task} has no dataset of its own; give its source")
     limits = [n for n in (limit, benchmark.limit) if n is not None]

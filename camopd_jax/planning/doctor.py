@@ -13,7 +13,7 @@ from rich.table import Table
 from camopd_jax.config.consistency import warnings
 from camopd_jax.config.schema import Benchmark, Stream, Template, TrainConfig
 from camopd_jax.data import answers, sources, templates
-from camopd_jax.data.pipeline import PromptStream
+from camopd_jax.data.pipeline import SELF, PromptStream
 from camopd_jax.data.questions import question_keys
 from camopd_jax.data.templates import Reader, Tokenizers
 from camopd_jax.errors import UserError
@@ -31,7 +31,9 @@ from camopd_jax.planning.arrays import read_folders
 from camopd_jax.planning.costs import weights
 from camopd_jax.planning.memory import check_memory, device_memory
 from camopd_jax.planning.topology import Topology
+from camopd_jax.runs.self_prompts import FILE, open_turn
 from camopd_jax.runs.workdir import check_owner
+from camopd_jax.runs.written_prompts import folder, longest_text, settings_of, with_files
 
 GIB = 2**30
 MARKS = {"good": "[green]ok[/]", "odd": "[yellow]odd[/]", "wrong": "[red]wrong[/]"}
@@ -71,7 +73,7 @@ def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[
         look.at("models", look.tokenizers)
         look.at("start", look.start)
         for branch in config.branches:
-            look.at(f"{branch} prompts", look.prompts, branch)
+            look.at(f"{branch} prompts", look.prompts, branch, workdir)
     look.findings += [Finding("config", "odd", text) for text in warnings(config)]
     look.at("devices", look.devices, where, complete)
     if workdir and complete:
@@ -158,9 +160,13 @@ class Examination:
 
     # ------------------------------------------------------------------- prompts and benchmarks
 
-    def prompts(self, about: str, branch: str) -> None:
+    def prompts(self, about: str, branch: str, workdir: str | None) -> None:
         """Reads a branch's prompts as a run does."""
-        config, name, of = self.config, f"config.branches.{branch}.prompts", self.config.branches[branch]
+        of = self.config.branches[branch]
+        if of.prompts.source == SELF and not (workdir and (folder(workdir, branch) / FILE).exists()):
+            return self._writing(about, branch, of.teacher)
+        config = self.config if workdir is None else with_files(self.config, workdir)
+        name, of = f"config.branches.{branch}.prompts", config.branches[branch]
         student = self.models["specialised"].tokenizer
         tokenizers = Tokenizers(self.models["specialised"].reader, self.models[of.teacher].reader)
         several = config.rollout.answers_per_prompt
@@ -182,6 +188,15 @@ class Examination:
         self._leaks(about, of.prompts, name)
         batch = next(prompts).student
         self.examples[branch] = student.decode(batch.tokens[0, : batch.lengths[0]])
+
+    def _writing(self, about: str, branch: str, teacher: str) -> None:
+        """Prompts that the run will write."""
+        writer = self.models[teacher]
+        longest = longest_text(self.config, branch, writer.reader)
+        settings = settings_of(self.config, branch, longest)
+        open_turn(writer.tokenizer, settings.system)
+        text = f"{settings.model} writes {settings.rows} prompts of at most {longest} tokens before the first step"
+        self.good(about, text)
 
     def _leaks(self, about: str, stream: Stream, name: str) -> None:
         """Questions of benchmarks that are among the prompts."""

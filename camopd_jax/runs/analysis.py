@@ -1,5 +1,6 @@
 """Analyses one student: gradients of its branches, and correlations of the selection."""
 
+from dataclasses import replace
 from typing import Any
 
 import jax
@@ -17,6 +18,7 @@ from camopd_jax.method.programs import student_programs
 from camopd_jax.method.setup import check_diagnostics, resolve
 from camopd_jax.models import partition
 from camopd_jax.runs import evaluation
+from camopd_jax.runs.written_prompts import with_files
 from camopd_jax.runtime.jsonl import read_rows
 
 
@@ -33,6 +35,9 @@ def analyze(config: TrainConfig, checkpoint: str | None, source_field: str) -> d
                 f"--checkpoint={checkpoint}: its parameters do not have the shapes of config.specialised_model = "
                 f"{config.specialised_model}; give a student of this config"
             )
+        if evaluated.run:
+            config = with_files(config, str(evaluated.run))
+            setup = replace(setup, config=config)
         student = student.with_params(jax.device_put(evaluated.loaded.params, jax.tree.map(_sharding, student.params)))
     state = init_state(partition.trained(student.params, config.optimizer.trained), moments=())
     teachers = make_teachers(config, models)

@@ -10,6 +10,7 @@ from etils import epath
 from camopd_jax import __version__
 from camopd_jax.config.schema import Config, TrainConfig
 from camopd_jax.data import sources
+from camopd_jax.data.pipeline import SELF
 from camopd_jax.evals.results import Result, on_questions
 from camopd_jax.evals.tables import TEACHERS, TITLES, accuracy_rows
 from camopd_jax.inference.loading import Loaded
@@ -33,9 +34,14 @@ def read_record(workdir: epath.Path, config: Config, step: int) -> RunRecord:
     """The record of a run's model after `step` steps; without results unless all models have them."""
     streams = [branch.prompts for branch in config.branches.values()] if isinstance(config, TrainConfig) else []
     read = [stream.source for stream in streams] if isinstance(config, TrainConfig) else [config.data.source]
-    names = [name for source in read for name in sources.names(source) if name and not sources.is_file(name)]
+    names = [name for source in read for name in sources.names(source) if not _is_local(name)]
     datasets = tuple(dict.fromkeys(name.partition("@")[0].partition(":")[0] for name in names))
     return RunRecord(_results(read_rows(workdir / "eval.jsonl"), config, step), datasets)
+
+
+def _is_local(name: str) -> bool:
+    """Whether prompts come from no dataset of the hub."""
+    return name in ("", SELF) or sources.is_file(name)
 
 
 def _results(rows: list[Result], config: Config, step: int) -> dict[str, list[Result]]:

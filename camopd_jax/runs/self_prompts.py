@@ -6,11 +6,14 @@ They are spread as the model's own training data was, so they reach skills that 
 import re
 import unicodedata
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import numpy as np
+from etils import epath
 
 from camopd_jax.config.schema import Compute, Sampling, Template
 from camopd_jax.data import prompt_set, templates
@@ -21,11 +24,14 @@ from camopd_jax.data.questions import normalised
 from camopd_jax.data.recipes import Part, request
 from camopd_jax.data.templates import Tokenizer
 from camopd_jax.errors import UserError
+from camopd_jax.evals.answer_file import AnswerFile, Save, answer_key
+from camopd_jax.evals.runner import model_key
 from camopd_jax.inference import loading
 from camopd_jax.inference.answer import Answer, answer
 from camopd_jax.inference.features import prompt_features
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.statistics import repetition
+from camopd_jax.runtime.distributed import broadcast
 from camopd_jax.runtime.mesh import check_rows, make_mesh
 
 FILE = "prompts.jsonl"
@@ -63,44 +69,66 @@ class SelfPrompting:
 
 
 def build(settings: SelfPrompting, evaluations: Sequence[tuple[str, str]], out: Path) -> Manifest:
-    """Writes the prompts and manifest.json to a folder.
+    """Loads the model and writes its prompts to a folder, as `write`.
+
+    Raises:
+      UserError: as `write`, and for a model that cannot be loaded.
+    """
+    check_rows(make_mesh(), "--batch_size", settings.batch_size)
+    folder = loading.find(settings.model, "--model")
+    compute = Compute()
+    context = len(open_turn(templates.load_tokenizer(folder), settings.system).ids) + settings.longest
+    loaded = loading.load(folder, make_mesh(), compute, dtype=loading.teacher_dtype(compute), context=context)
+    return write(loaded, settings, evaluations, out)
+
+
+def write(
+    loaded: Loaded,
+    settings: SelfPrompting,
+    evaluations: Sequence[tuple[str, str]],
+    out: Path,
+    keep: epath.Path | None = None,
+) -> Manifest:
+    """Writes the model's prompts and manifest.json to a folder; every process calls it, and one writes.
 
     Args:
       evaluations: (source, split) of evaluation questions, which are left out.
+      keep: folder for the sampled texts, with which an interrupted call continues; None: they are not kept.
 
     Returns:
       The manifest, as of a recipe of `data.recipe`.
 
     Raises:
-      UserError: for a model that cannot be loaded or whose template has no user turn, and if no text is a prompt.
+      UserError: if the template has no user turn, and if no text is a prompt.
     """
-    check_rows(make_mesh(), "--batch_size", settings.batch_size)
     excluded, evaluation_facts = prompt_set.exclude(evaluations)
-    folder = loading.find(settings.model, "--model")
-    turn = open_turn(templates.load_tokenizer(folder), settings.system)
-    compute = Compute()
-    context = len(turn.ids) + settings.longest
-    loaded = loading.load(folder, make_mesh(), compute, dtype=loading.teacher_dtype(compute), context=context)
+    turn = open_turn(loaded.tokenizer, settings.system)
     filters = Filters(settings)
     wanted = settings.rows * (CANDIDATES if settings.clusters else 1)
     part = Part(NAME, settings.model, wanted, request, split="", window=1)
-    selected = prompt_set.select_prompts(part, filters.rows(_texts(loaded, turn, settings)), excluded, settings.seed)
+    texts = filters.rows(_texts(loaded, turn, settings, keep))
+    selected = prompt_set.select_prompts(part, texts, excluded, settings.seed)
     selected.read, selected.dropped = filters.read, selected.dropped + filters.dropped
     if not selected.prompts:
         reasons = ", ".join(f"{count} {reason}" for reason, count in selected.dropped.items())
         raise UserError(
-            f"--model={settings.model}: none of {selected.read} texts that it wrote is a prompt ({reasons}); give a "
-            "model that was trained on users' turns too, or a larger --longest"
+            f"{settings.model}: none of {selected.read} texts that it wrote is a prompt ({reasons}); give a file of "
+            "prompts, or a model that was trained on users' turns too, or let the texts be longer"
         )
     part = replace(part, rows=settings.rows)
     if settings.clusters:
         _spread(selected, loaded, settings)
-    origin = {"source": settings.model, "revision": f"weights:{loading.fingerprint(folder)}", "licence": None}
+    origin = {"source": settings.model, "revision": f"weights:{loading.fingerprint(loaded.folder)}", "licence": None}
     parts = [prompt_set.part_facts(part, origin, selected)]
-    facts = {"recipe": NAME, "seed": settings.seed, "sampling": vars(settings.sampling), "system": settings.system}
-    facts |= {"scripts": list(settings.scripts)} if settings.scripts else {}
-    facts |= {"clusters": settings.clusters} if settings.clusters else {}
-    return prompt_set.write(out, {FILE: selected.prompts.values()}, facts, parts, evaluation_facts)
+    rows = {FILE: selected.prompts.values()}
+    return broadcast(lambda: prompt_set.write(out, rows, facts(settings), parts, evaluation_facts))
+
+
+def facts(settings: SelfPrompting) -> Manifest:
+    """The first fields of the manifest."""
+    named = {"recipe": NAME, "seed": settings.seed, "sampling": vars(settings.sampling), "system": settings.system}
+    named |= {"scripts": list(settings.scripts)} if settings.scripts else {}
+    return named | ({"clusters": settings.clusters} if settings.clusters else {})
 
 
 def _spread(selected: SelectedPrompts, loaded: Loaded, settings: SelfPrompting) -> None:
@@ -147,23 +175,66 @@ def open_turn(tokenizer: Tokenizer, system: str | None) -> OpenTurn:
     return OpenTurn(ids, after.strip(), special[0] if special else None)
 
 
-def _texts(loaded: Loaded, turn: OpenTurn, settings: SelfPrompting) -> Iterator[tuple[Answer, str]]:
-    """Sampled texts, up to the end of the turn: `ATTEMPTS` for each prompt that is wanted or spread."""
+def _texts(
+    loaded: Loaded, turn: OpenTurn, settings: SelfPrompting, keep: epath.Path | None = None
+) -> Iterator[tuple[Answer, str]]:
+    """Sampled texts, up to the end of the turn: `ATTEMPTS` for each prompt that is wanted or spread.
+
+    Args:
+      keep: folder of files with the texts of each few batches; those that are there are not sampled again.
+    """
     ends = loaded.eos_ids if turn.end_id is None else tuple(sorted({*loaded.eos_ids, turn.end_id}))
     loaded, size = replace(loaded, eos_ids=ends), BATCHES * settings.batch_size
     wanted = settings.rows * (CANDIDATES if settings.clusters else 1)
     for start in range(0, ATTEMPTS * wanted, size):
-        answers = answer(
-            loaded,
-            [turn.ids] * size,
-            max_new=settings.longest,
-            batch_size=settings.batch_size,
-            sampling=settings.sampling,
-            seed=settings.seed,
-            rows=range(start, start + size),
-        )
+        numbers = range(start, start + size)
+        sample = partial(_sample, loaded, turn, settings)
+        if keep is None:
+            answers = sample(numbers)
+        else:
+            answers = _kept(keep / f"{start}.jsonl", [model_key(loaded), repr(settings), ends], numbers, sample)
         for one in answers:
             yield cut(one, turn)
+
+
+Sample = Callable[..., list[Answer]]
+
+
+def _sample(
+    loaded: Loaded,
+    turn: OpenTurn,
+    settings: SelfPrompting,
+    numbers: Sequence[int],
+    on_batch: Callable[[dict[int, Answer]], None] = lambda answers: None,
+) -> list[Answer]:
+    """The texts with these numbers."""
+    return answer(
+        loaded,
+        [turn.ids] * len(numbers),
+        max_new=settings.longest,
+        batch_size=settings.batch_size,
+        sampling=settings.sampling,
+        seed=settings.seed,
+        rows=numbers,
+        on_batch=on_batch,
+    )
+
+
+def _kept(file: epath.Path, way: list[Any], numbers: range, sample: Sample) -> list[Answer]:
+    """The texts with these numbers, from the file or sampled now. `way`: JSON values that identify the texts."""
+    keys = [answer_key(number, *way) for number in numbers]
+
+    def compute(missing: list[int], save: Save) -> None:
+        def on_batch(new: dict[int, Answer]) -> None:
+            save({number - numbers.start: {"ids": one.ids, "response": one.text, "length": len(one.ids),
+                                           "stopped": one.stopped, "entropy": one.entropy}
+                  for number, one in new.items()})  # fmt: skip
+
+        sample([numbers[i] for i in missing], on_batch)
+
+    rows = AnswerFile(file).complete(keys, compute, lambda done: None)
+    values = broadcast(lambda: [[row[name] for name in ("ids", "response", "stopped", "entropy")] for row in rows])
+    return [Answer(ids, [], text, stopped, entropy) for ids, text, stopped, entropy in values]
 
 
 def cut(one: Answer, turn: OpenTurn) -> tuple[Answer, str]:

@@ -21,7 +21,7 @@ from camopd_jax.method.recorder import Recorder, StepRecord
 from camopd_jax.method.setup import resolve
 from camopd_jax.method.statistics import repetition
 from camopd_jax.models import partition
-from camopd_jax.runs import prompt_map, start, warm_up
+from camopd_jax.runs import prompt_map, start, warm_up, written_prompts
 from camopd_jax.runs.convergence import not_converged
 from camopd_jax.runs.run import Run
 from camopd_jax.runtime.distributed import run_on_all
@@ -37,8 +37,9 @@ if TYPE_CHECKING:
 def train(config: TrainConfig, workdir: str) -> None:
     """Runs `train`: load, evaluate, train with CaMOPD, evaluate, export."""
     setups = [resolve(part) for part in schedule.parts(config)]
+    models = run_on_all(lambda: load_models(setups[-1]))
+    setups = written_prompts.write_missing(setups, models, config, workdir)
     setup = setups[-1]  # of the on-policy steps; the warm-up's is before it
-    models = run_on_all(lambda: load_models(setup))
     teachers = make_teachers(config, models)
     branches = run_on_all(lambda: make_branches(setup, models, teachers, setup.rows, config.seed))
     check_models(setup, models, branches)
