@@ -23,14 +23,15 @@ from camopd_jax.inference import loading
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.method.optimizer import moment_names
-from camopd_jax.method.setup import check_model, check_start, resolve
+from camopd_jax.method.setup import Setup, check_model, check_start, resolve
 from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, text_config
 from camopd_jax.models.peft_settings import base_folder
-from camopd_jax.planning.arrays import read_folders
+from camopd_jax.planning.arrays import ModelShapes, read_folders
 from camopd_jax.planning.costs import weights
 from camopd_jax.planning.memory import check_memory, device_memory
-from camopd_jax.planning.topology import Topology
+from camopd_jax.planning.speed import duration, measured_chip, run_seconds
+from camopd_jax.planning.topology import Chip, Topology
 from camopd_jax.runs.self_prompts import FILE, open_turn
 from camopd_jax.runs.workdir import check_owner
 from camopd_jax.runs.written_prompts import folder, longest_text, settings_of, with_files
@@ -248,6 +249,18 @@ class Examination:
         least = check_memory(setup, models, limit)
         text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} of {limit / GIB:.2f} GiB"
         self.good(about, f"{text} per device, before caches and activations")
+        self._time(setup, models, where.chip or measured_chip(setup.dtype, where.platform))
+
+    def _time(self, setup: Setup, models: ModelShapes, chip: Chip) -> None:
+        seconds = run_seconds(setup, models, chip, {name: len(rows) for name, rows in self.questions.items()})
+        parts = ", ".join(f"{name} {duration(each)}" for name, each in seconds.items() if each)
+        speed = f"{chip.flops / 1e9:,.0f} GFLOP/s and {chip.hbm_bandwidth / 1e9:,.0f} GB/s"
+        total = duration(sum(seconds.values()))
+        self.good(
+            "time",
+            f"about {total} ({parts}) at {speed} per device, for prompts and answers of full length; loading and "
+            "compiling come on top",
+        )
 
     def workdir(self, about: str, workdir: str) -> None:
         config, model = self.config, self.models["specialised"].config

@@ -22,6 +22,7 @@ from camopd_jax.planning.arrays import FILES, ModelShapes, Plan, chip_bytes, mak
 from camopd_jax.planning.compiling import Peak, Report, compile_program, peak
 from camopd_jax.planning.programs import Program, programs, residents
 from camopd_jax.planning.search import Candidate
+from camopd_jax.planning.speed import duration
 from camopd_jax.planning.topology import Chip, Topology
 
 GIB = 2**30
@@ -271,11 +272,3 @@ def time_table(work: dict[str, costs.Work], chip: Chip, chips: int, answer: int)
         "The mean over the branches. products, HBM, links: seconds at the peak of each; a stage takes as long as the "
         "slowest, the others overlap with it. MFU: FLOPs of the model by peak FLOPs in these seconds",
     )
-
-
-def duration(seconds: float) -> str:
-    if seconds == 0:
-        return ""
-    if seconds < 120:
-        return f"{seconds:.3g} s"
-    return f"{seconds / 60:.3g} min" if seconds < 7200 else f"{seconds / 3600:.3g} h"
