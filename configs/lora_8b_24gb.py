@@ -3,8 +3,8 @@
 Command    python -m camopd_jax.train --config=configs/lora_8b_24gb.py --workdir=runs/lora_8b
 Models     Qwen3-8B, and a PEFT adapter of it: r 16 on all matrices of the layers.
 Memory     what `plan --topology=v6e:1x1 --hbm_gib=24 --programs=decode` says, compiled for one TPU chip: 21.4 GiB while
-           the student answers, with 16 x 1,024 tokens in its cache; 20.1 in prefill, 10.6 in the gradient, 9.7 while
-           scoring, 9.5 in the update; the refill was not compiled. In bfloat16 the estimate is 33.7 GiB.
+           the student answers, with 16 x 1,024 tokens in its cache; 21.0 while prompts enter free lanes (refill), 20.4
+           in prefill, 10.6 in the gradient, 9.7 while scoring, 9.5 in the update. In bfloat16 the estimate is 33.7 GiB.
 Not run    on a GPU, nor with these models; the tests run configs of this form on tiny models.
 """
 
