@@ -200,6 +200,47 @@ def test_a_killed_run_continues_with_the_same_bits(recovered, adapted, command, 
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("listed", [None, ["embed_tokens", "lm_head"]])  # one tensor in the base; the second parts them
+def test_a_run_with_an_adapter_of_a_larger_vocabulary(listed, command, tmp_path):
+    """A new token is read and never sampled; PEFT and transformers give the logits of what is exported and merged.
+
+    The log-probabilities of random tokens are down to -18, of sums in float32.
+    """
+    tokenizer = transformers.AutoTokenizer.from_pretrained(GENERALIST)
+    tokenizer.add_tokens(["<new>"])
+    rows = len(tokenizer) + 4  # some without a token
+    model = transformers.AutoModelForCausalLM.from_pretrained(GENERALIST, dtype=torch.float32)
+    model.resize_token_embeddings(rows)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=3, target_modules=["q_proj", "up_proj"], modules_to_save=listed)
+    model = peft.get_peft_model(model, settings)
+    torch.manual_seed(3)
+    with torch.no_grad():
+        for parameter in filter(lambda parameter: parameter.requires_grad, model.parameters()):
+            parameter.add_(0.05 * torch.randn_like(parameter))
+    model.save_pretrained(tmp_path / "adapter")
+    tokenizer.save_pretrained(tmp_path / "adapter")
+    models = f"--config.specialised_model={tmp_path / 'adapter'}"
+    ended = command("train", f"--workdir={tmp_path / 'run'}", *SMALL, models)
+    assert ended.code == 0, ended.err
+    assert f"share their first {rows - 5} tokens; the student's answers" in " ".join(ended.out.split())
+    before, after = load_file(tmp_path / "adapter" / "adapter_model.safetensors"), weights(tmp_path / "run")
+    for name, tensor in after.items():
+        assert ("lora_" in name) == (tensor != before[name]).any()
+
+    tokens = np.random.default_rng(0).integers(6, rows, (2, 17)).astype(np.int32)
+    base = transformers.AutoModelForCausalLM.from_pretrained(GENERALIST, dtype=torch.float32)
+    base.resize_token_embeddings(rows)
+    expected = torch_log_probs(peft.PeftModel.from_pretrained(base, tmp_path / "run" / "export").eval(), tokens)
+    np.testing.assert_allclose(our_log_probs(tmp_path / "run" / "export", tokens), expected, atol=5e-5, rtol=0)
+    ended = command("export", f"--workdir={tmp_path / 'run'}", f"--out={tmp_path / 'merged'}", "--merge")
+    assert ended.code == 0, ended.err
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "merged", dtype=torch.float32)
+    assert merged.config.vocab_size == rows and merged.config.tie_word_embeddings == (listed is None)
+    np.testing.assert_allclose(torch_log_probs(merged, tokens), expected, atol=5e-5, rtol=0)
+    np.testing.assert_allclose(our_log_probs(tmp_path / "merged", tokens), expected, atol=5e-5, rtol=0)
+
+
+@pytest.mark.slow
 def test_commands_read_the_folder_of_an_adapter(recovered, adapted, command, tmp_path):
     source = write_lines(tmp_path / "rows.jsonl", ROWS)
     assert command("export", f"--workdir={recovered}", f"--out={tmp_path / 'merged'}", "--merge").code == 0

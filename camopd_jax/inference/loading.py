@@ -137,25 +137,26 @@ def load(
 def model_config(folder: Path, context: int | None = None, files: Sequence[str] = CHECKPOINT) -> ModelConfig:
     """Reads the architecture from a folder's config.json, for sequences of up to `context` tokens (None: any).
 
-    For a PEFT adapter this is the architecture of its base model, of which `files` are downloaded if it is on the hub;
-    its adapter_config.json is checked too.
+    For a PEFT adapter this is the architecture of its base model with the adapter, which is not merged. `files` of the
+    base model are downloaded if it is on the hub.
     """
+    config = base_config(folder, context, files)
+    return read_settings(folder, config).model_config(config) if is_adapter(folder) else config
+
+
+def base_config(folder: Path, context: int | None = None, files: Sequence[str] = CHECKPOINT) -> ModelConfig:
+    """The same without the adapter: `model_config` of a PEFT adapter's base model, or of any other folder itself."""
     base = base_folder(folder, files)
-    config = from_hf(hf.read_config(base), context=context, where=str(base / "config.json"))
-    if is_adapter(folder):
-        read_settings(folder, config)
-    return config
+    return from_hf(hf.read_config(base), context=context, where=str(base / "config.json"))
 
 
-def stored_dtypes(folder: Path, config: ModelConfig) -> set[str]:
+def stored_dtypes(folder: Path) -> set[str]:
     """The dtypes of a checkpoint's weights, all of which are checked by name and shape.
-
-    Args:
-      config: as `model_config` returns it.
 
     Raises:
       UserError: for missing or additional tensors and wrong shapes.
     """
+    config = base_config(folder)
     tensors = list(hf.matching(base_folder(folder), config).values())
     if is_adapter(folder):
         tensors += peft.matching(folder, read_settings(folder, config), config).values()

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import re
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
@@ -18,8 +17,9 @@ from camopd_jax.models import hf
 from camopd_jax.models.checksums import check_checksums, write_checksums
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.disk import Tensor, read_header, read_json
-from camopd_jax.models.names import EMBEDDING, HEAD
-from camopd_jax.models.peft_settings import CONFIG, MERGE, WEIGHTS, AdapterSettings
+from camopd_jax.models.names import HEAD
+from camopd_jax.models.peft_settings import CONFIG, WEIGHTS, AdapterSettings, base_folder
+from camopd_jax.models.peft_tensors import read_tensors, with_replaced_rows
 from camopd_jax.models.weights import (
     LORA_A,
     LORA_SCALE,
@@ -47,7 +47,9 @@ def matching(folder: Path, settings: AdapterSettings, base: ModelConfig) -> dict
             f"{file} is missing; save the adapter with save_pretrained, or delete {CONFIG} if the weights in this "
             "folder are a whole model"
         )
-    on_disk = {re.sub(r"\.(lora_[AB])\.default\.weight$", r".\1.weight", n): t for n, t in read_header(file).items()}
+    on_disk = with_replaced_rows(read_tensors(file), settings.fields, base_folder(folder), str(folder / CONFIG))
+    if settings.tied_head:
+        on_disk.pop(PEFT_PREFIX + HEAD, None)  # the embedding once more
     wanted = {PEFT_PREFIX + name: row.hf_shape for row in settings.saved for name in row.names(base.num_layers)}
     for row in adapter_rows(settings.model_config(base)):
         for _, name, rank in _stored(row, settings):
@@ -62,10 +64,9 @@ def matching(folder: Path, settings: AdapterSettings, base: ModelConfig) -> dict
         )
     for name, shape in wanted.items():
         if on_disk[name].shape != shape:
-            grown = f"; its vocabulary was enlarged: {MERGE}" if name.endswith((EMBEDDING, HEAD)) else ""
             raise UserError(
                 f"{file}: tensor {name} has shape {list(on_disk[name].shape)}, {CONFIG} and the base model ask for "
-                f"{list(shape)}{grown}"
+                f"{list(shape)}"
             )
     return on_disk
 
@@ -110,9 +111,9 @@ def scales(settings: AdapterSettings, base: ModelConfig, mesh: Mesh) -> Params:
 
 
 def load_saved(folder: Path, settings: AdapterSettings, base: ModelConfig, mesh: Mesh, dtype: str) -> Params:
-    """Reads the parameters that an adapter has in full (`modules_to_save`)."""
+    """Reads the parameters that an adapter replaces."""
     on_disk = {name.removeprefix(PEFT_PREFIX): t for name, t in matching(folder, settings, base).items()}
-    return hf.load_rows(settings.saved, on_disk, base, mesh, dtype)
+    return hf.load_rows(settings.saved, on_disk, settings.model_config(base), mesh, dtype)
 
 
 def place(leaves: Leaves, config: ModelConfig, mesh: Mesh) -> Params:
@@ -132,15 +133,14 @@ def save(folder: Path, params: Params, settings: AdapterSettings, config: ModelC
     """Writes adapter_config.json and adapter_model.safetensors. Every process must call it; process 0 writes.
 
     Args:
-      original: the folder from which the adapter was read; the parameters that it has in full are copied from there.
+      original: the folder from which the adapter was read; all its tensors but the matrices are copied from there.
     """
     saved = tensors(params, settings, config)
     if jax.process_index() != 0:
         return
     if settings.saved:
-        on_disk = read_header(original / WEIGHTS)
-        names = [PEFT_PREFIX + name for row in settings.saved for name in row.names(config.num_layers)]
-        saved |= {name: on_disk[name].map() for name in names}
+        on_disk = read_tensors(original / WEIGHTS)
+        saved |= {name: tensor.map() for name, tensor in on_disk.items() if name not in saved}
     fields = {**settings.fields, "inference_mode": True}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n")
     hf.write_tensors(folder / WEIGHTS, saved)

@@ -11,10 +11,11 @@ from typing import Any
 from camopd_jax.config.schema import Adapter
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import ModelConfig
-from camopd_jax.models.disk import CHECKPOINT, Tensor, find_folder, read_header, read_json
+from camopd_jax.models.disk import CHECKPOINT, Tensor, find_folder, read_json
 from camopd_jax.models.fields import COUNT, NUMBER, Kind
 from camopd_jax.models.names import EMBEDDING, HEAD
-from camopd_jax.models.weights import MODULE_NAMES, PEFT_PREFIX, WeightRow, file_rows
+from camopd_jax.models.peft_tensors import TOKENS, are_equal, parts, read_tensors, row_count
+from camopd_jax.models.weights import MODULE_NAMES, WeightRow, file_rows
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE = "base_model_name_or_path"
@@ -34,17 +35,22 @@ _RECORDS = frozenset(
 _READ = frozenset(
     """
     r lora_alpha use_rslora target_modules exclude_modules layers_to_transform layers_pattern rank_pattern alpha_pattern
-    modules_to_save bias init_lora_weights
+    modules_to_save trainable_token_indices bias init_lora_weights
     """.split()
 )
 _NAMES = Kind("a string or a list of strings", lambda v: isinstance(v, str) or _are(str, v)).or_null()
 _PATTERN = Kind("an object", lambda value: isinstance(value, dict)).or_null()
 _LAYERS = Kind("an integer or a list of them", lambda v: _are(int, v if isinstance(v, list) else [v])).or_null()
+_TOKENS = Kind(
+    "a list of token ids, or an object of them",
+    lambda value: all(_are(int, of) for of in (value.values() if isinstance(value, dict) else [value])),
+).or_null()
 _FLAG = Kind("true or false", lambda value: isinstance(value, bool))
 _KINDS = {
     **dict.fromkeys(("target_modules", "exclude_modules", "layers_pattern"), _NAMES),
     **dict.fromkeys(("rank_pattern", "alpha_pattern"), _PATTERN),
     "modules_to_save": Kind("a list of strings", lambda value: _are(str, value)).or_null(),
+    TOKENS: _TOKENS,
     "layers_to_transform": _LAYERS,
     "use_rslora": _FLAG,
     "revision": Kind("a string", lambda value: isinstance(value, str)).or_null(),
@@ -65,6 +71,8 @@ class AdapterSettings:
     ranks: Mapping[str, tuple[int, ...]]  # for modules such as "attention.query", the rank in each layer; 0: no adapter
     scales: Mapping[str, tuple[float, ...]]  # the same for the scale s; 0: no adapter
     saved: tuple[WeightRow, ...]  # the base model's parameters that the adapter replaces (`modules_to_save`)
+    vocab_size: int  # rows of embedding and head: those of the base model, or of the adapter's own
+    tied_head: bool  # whether embedding and head are one tensor
 
     @property
     def base_name(self) -> str:
@@ -72,7 +80,8 @@ class AdapterSettings:
 
     def model_config(self, base: ModelConfig) -> ModelConfig:
         """The config of the base model with this adapter."""
-        return dataclasses.replace(base, adapter=tuple((name, max(ranks)) for name, ranks in self.ranks.items()))
+        ranks = tuple((name, max(ranks)) for name, ranks in self.ranks.items())
+        return dataclasses.replace(base, adapter=ranks, vocab_size=self.vocab_size, tied_head=self.tied_head)
 
 
 # ------------------------------------------------------------------------------------------ the base
@@ -139,7 +148,7 @@ def read_settings(folder: Path, base: ModelConfig) -> AdapterSettings:
             + MERGE
         )
     fields = fields | {_BASE: _base_name(fields, file)}
-    return _resolve(fields, base, str(file), read_header(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {})
+    return _resolve(fields, base, str(file), read_tensors(folder / WEIGHTS) if (folder / WEIGHTS).exists() else {})
 
 
 def new_settings(adapter: Adapter, base: ModelConfig, base_name: str, revision: str | None = None) -> AdapterSettings:
@@ -183,6 +192,7 @@ def _resolve(
     rank_pattern, alpha_pattern = fields.get("rank_pattern") or {}, fields.get("alpha_pattern") or {}
     ranks: dict[str, tuple[int, ...]] = {}
     scales: dict[str, tuple[float, ...]] = {}
+    base = _with_own_vocabulary(fields, base, where, on_disk)
     if base.tensor_prefix:
         raise UserError(f"{where}: an adapter of a multimodal model is not supported; {MERGE}")
     with _naming_patterns(where):
@@ -210,7 +220,8 @@ def _resolve(
             scales[module] = tuple(a / r**power * on for r, a, on in pairs)
     if not ranks:
         raise UserError(f"{where}: field target_modules = {fields.get('target_modules')!r} matches no module")
-    return AdapterSettings(fields, ranks, scales, tuple(_saved_rows(fields, base, where, on_disk)))
+    saved = tuple(_saved_rows(fields, base, where, on_disk))
+    return AdapterSettings(fields, ranks, scales, saved, base.vocab_size, base.tied_head)
 
 
 def _may_have_adapter(row: WeightRow, fused: bool = False) -> bool:
@@ -274,17 +285,37 @@ def _by_pattern(pattern: Mapping[str, Any], module: str, default: Any) -> Any:
     return default if key is None else pattern[key]
 
 
+def _with_own_vocabulary(
+    fields: Mapping[str, Any], base: ModelConfig, where: str, on_disk: Mapping[str, Tensor]
+) -> ModelConfig:
+    """The base model with the embedding and head of an adapter's file: their rows, and whether they are one tensor."""
+    listed = [name for name in (EMBEDDING, HEAD) if _saves(fields.get("modules_to_save") or (), name)]
+    present = [name for name in (EMBEDDING, HEAD) if parts(on_disk, name)]
+    if not present:
+        return base
+    tied = base.tied_head
+    if tied and len(present) == 2:
+        tied = are_equal(on_disk)
+    elif tied and (listed or present == [HEAD]):
+        raise UserError(
+            f"{where}: modules_to_save has the embedding or the head, but not both, of a model in which they are one "
+            f"tensor (tie_word_embeddings); {MERGE}"
+        )
+    rows = {name: count for name in present if (count := row_count(on_disk, name)) is not None}
+    if (
+        not tied
+        and len(counts := {base.vocab_size if name not in rows else rows[name] for name in (EMBEDDING, HEAD)}) > 1
+    ):
+        raise UserError(f"{where}: embedding and head have different numbers of rows, {sorted(counts)}; {MERGE}")
+    return dataclasses.replace(base, vocab_size=next(iter(rows.values()), base.vocab_size), tied_head=tied)
+
+
 def _saved_rows(
     fields: Mapping[str, Any], base: ModelConfig, where: str, on_disk: Mapping[str, Tensor]
 ) -> Iterator[WeightRow]:
     """The rows of the parameters that an adapter replaces: those it lists, and embedding and head if it has them."""
     listed = fields.get("modules_to_save") or ()
-    present = {name for name in (EMBEDDING, HEAD) if PEFT_PREFIX + name in on_disk}
-    if base.tied_head and (present or any(_saves(listed, name) for name in (EMBEDDING, HEAD))):
-        raise UserError(
-            f"{where}: modules_to_save has the embedding or the head of a model in which they are one tensor "
-            f"(tie_word_embeddings); {MERGE}"
-        )
+    present = {name for name in (EMBEDDING, HEAD) if parts(on_disk, name)}
     for row in file_rows(base):
         names = row.names(base.num_layers)
         saved = [_saves(listed, name) or name in present for name in names]

@@ -19,7 +19,7 @@ from camopd_jax.models import adapters
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.partition import trained
 from camopd_jax.models.peft_settings import CONFIG, base_folder, is_adapter, new_settings, read_settings
-from camopd_jax.models.quantised import INT8
+from camopd_jax.models.quantised import INT8, stored_leaves
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import WeightRow, leaf_dtype, leaf_of, shardings, table, tree_of
 from camopd_jax.runtime.mesh import sharding
@@ -35,6 +35,9 @@ class ModelShapes:
     shapes: dict[str, ModelConfig]  # "general", "specialised" and further teachers, as branches name them
     eos_ids: tuple[int, ...] = ()
     bases: dict[str, str] = field(default_factory=dict)  # of each adapter, the other model whose arrays it shares
+    replaced: dict[str, tuple[WeightRow, ...]] = field(
+        default_factory=dict
+    )  # by each adapter: arrays it does not share
     trained: ModelConfig | None = None  # the student, if it is not as the specialised model is
 
     @property
@@ -60,12 +63,14 @@ def make_models(
         student = new_settings(config.adapter, student, "").model_config(student)
     frozen = {name: dataclasses.replace(shape, int8=int8) for name, shape in shapes.items()}
     student = dataclasses.replace(student, int8=int8 and bool(student.adapter))
-    return ModelShapes(frozen, eos_ids, shared_bases(folders), student)
+    replaced = {name: replaced_rows(folder, int8) for name, folder in folders.items() if is_adapter(folder)}
+    return ModelShapes(frozen, eos_ids, shared_bases(folders), replaced, student)
 
 
 def read_folders(config: TrainConfig, folders: dict[str, Path], context: int) -> ModelShapes:
     """The models of a config, from their folders."""
-    return make_models(config, {name: model_shape(folder, context) for name, folder in folders.items()}, folders)
+    shapes = {name: loading.model_config(folder, context, FILES) for name, folder in folders.items()}
+    return make_models(config, shapes, folders)
 
 
 def shared_bases(folders: dict[str, Path]) -> dict[str, str]:
@@ -78,10 +83,10 @@ def shared_bases(folders: dict[str, Path]) -> dict[str, str]:
     return {name: names[base] for name, base in bases.items() if base in names}
 
 
-def model_shape(folder: Path, context: int) -> ModelConfig:
-    """The architecture of a checkpoint as a run loads it: an adapter is not merged."""
-    config = loading.model_config(folder, context, FILES)
-    return read_settings(folder, config).model_config(config) if is_adapter(folder) else config
+def replaced_rows(folder: Path, int8: bool) -> tuple[WeightRow, ...]:
+    """The parameters of its base model that an adapter replaces, such as an embedding of another vocabulary."""
+    saved = read_settings(folder, loading.base_config(folder, files=FILES)).saved
+    return tuple(leaf.row for row in saved for leaf in stored_leaves(row, "float32", int8))
 
 
 @dataclass(frozen=True)
@@ -116,7 +121,8 @@ def plan(config: TrainConfig, models: ModelShapes, devices: Any) -> Plan:
     made = {name: model(models.shapes[name]) for name in teacher_names(config)}
     frozen = {name: abstract_params(of, setup.mesh, setup.teacher_dtype) for name, of in made.items()}
     for name, base in models.bases.items():  # the shapes of arrays that are one array are one object
-        frozen[name] = adapters.attach(frozen[base], adapters.all_leaves(frozen[name]))
+        own = tree_of({row.path: leaf_of(frozen[name], row.path) for row in models.replaced.get(name, ())})
+        frozen[name] = adapters.attach(adapters.attach(frozen[base], own), adapters.all_leaves(frozen[name]))
     student = model(models.student)
     params = abstract_params(student, setup.mesh, compute.params)
     if student.config.adapter:

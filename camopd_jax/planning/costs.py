@@ -279,10 +279,19 @@ def memory_estimate(setup: Setup, models: ModelShapes) -> dict[str, float]:
     def base(shape: ModelConfig, dtype: str) -> float:
         return bytes_on_chip(dataclasses.replace(shape, adapter=()), mesh, dtype)
 
-    teachers = [
-        bytes_on_chip(shape, mesh, frozen) - (base(shape, frozen) if name in shared else 0)
-        for name, shape in models.shapes.items()
-    ]
+    def replaced(name: str) -> float:
+        rows, shape = models.replaced.get(name, ()), models.shapes[name]
+        sizes = [(_bytes(row, shape, frozen), row.experts) for row in rows]
+        return _on_chip(sum(n for n, _ in sizes), sum(n for n, experts in sizes if experts), mesh)
+
+    def counted(name: str) -> float:
+        """Of a model's weights, those that are counted with another model."""
+        if name not in shared:
+            return 0.0
+        adapter = "specialised" if name == models.bases.get("specialised") else name
+        return base(models.shapes[adapter], frozen) - (replaced(adapter) if name != "specialised" else 0.0)
+
+    teachers = [bytes_on_chip(shape, mesh, frozen) - counted(name) for name, shape in models.shapes.items()]
     parameters = bytes_on_chip(student, mesh, config.compute.params)
     if student.adapter:
         parameters += base(student, frozen) - base(student, config.compute.params)

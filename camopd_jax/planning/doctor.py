@@ -111,7 +111,7 @@ class Examination:
         folder = find_model(self.config, name, field)
         context = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
         model, base = loading.model_config(folder, context), base_folder(folder)
-        values, kinds = hf.read_config(base), sorted(loading.stored_dtypes(folder, model))
+        values, kinds = hf.read_config(base), sorted(loading.stored_dtypes(folder))
         if name == "specialised":
             loading.check_adapter(self.config.adapter, folder, field)
         checked = self.models[name] = Checked(folder, model, templates.load_tokenizer(folder))
@@ -244,7 +244,7 @@ class Examination:
         self.good(about, f"{devices}; all batch sizes and models divide evenly")
         if not complete:
             return
-        models = read_folders(self.config, {name: model.folder for name, model in self.models.items()}, setup.context)
+        models = self._shapes()
         limit = where.hbm or device_memory()
         least = check_memory(setup, models, limit)
         text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} of {limit / GIB:.2f} GiB"
@@ -262,15 +262,20 @@ class Examination:
             "compiling come on top",
         )
 
+    def _shapes(self) -> ModelShapes:
+        context = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
+        return read_folders(self.config, {name: model.folder for name, model in self.models.items()}, context)
+
     def workdir(self, about: str, workdir: str) -> None:
-        config, model = self.config, self.models["specialised"].config
+        config, student = self.config, self._shapes().student
         goes_on = check_owner(epath.Path(workdir), config)
         text = f"{workdir}: " + ("a run of this config, which will continue" if goes_on else "new")
         if "://" not in workdir:
             kept = config.checkpoints.keep_last + 1 + (config.checkpoints.keep_best if config.evaluation.every else 0)
             arrays = 1 + 2 * len(moment_names(config)) + (config.optimizer.average is not None)
-            state = 4 * arrays * weights(model, config.optimizer.trained)
-            needs, folder = state * kept + weights(model) * 4, Path(workdir).absolute()
+            trained = weights(student, config.optimizer.trained)
+            exported = trained if student.adapter else weights(student)
+            needs, folder = 4 * (arrays * trained * kept + exported), Path(workdir).absolute()
             free = shutil.disk_usage(next(p for p in (folder, *folder.parents) if p.exists())).free
             text += f"; {needs / GIB:.1f} GiB for {kept} checkpoints and the export, {free / GIB:.1f} GiB are free"
             if needs > free and not goes_on:

@@ -18,7 +18,7 @@ from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import costs, search
-from camopd_jax.planning.arrays import FILES, ModelShapes, Plan, chip_bytes, make_models, model_shape, plan
+from camopd_jax.planning.arrays import FILES, ModelShapes, Plan, chip_bytes, make_models, plan
 from camopd_jax.planning.compiling import Peak, Report, compile_program, peak
 from camopd_jax.planning.programs import Program, programs, residents
 from camopd_jax.planning.search import Candidate
@@ -63,7 +63,7 @@ def read_models(config: TrainConfig, general: str | None, specialised: str | Non
         else:
             folders[name] = Path(given).expanduser() if given else find_model(config, name, field, files=FILES)
             values[name] = hf.read_config(base_folder(folders[name], FILES))
-            shapes[name] = model_shape(folders[name], context)
+            shapes[name] = loading.model_config(folders[name], context, FILES)
     eos = values["specialised"].get("eos_token_id")
     eos_ids = tuple(eos) if isinstance(eos, list) else () if eos is None else (eos,)
     if "specialised" in folders:

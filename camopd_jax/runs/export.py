@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from etils import epath
 from safetensors import SafetensorError
 
@@ -20,6 +21,8 @@ from camopd_jax.inference.interpolation import interpolated
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.optimizer import run_state
 from camopd_jax.models import hf, partition, peft
+from camopd_jax.models.config import ModelConfig
+from camopd_jax.models.names import EMBEDDING, HEAD
 from camopd_jax.models.peft_settings import CONFIG, base_folder
 from camopd_jax.runs.card import RunRecord, model_card, read_record
 from camopd_jax.runs.checkpoint import CheckpointStore, DamagedCheckpoint
@@ -71,14 +74,30 @@ def write_folder(out: epath.Path, loaded: Loaded, provenance: dict[str, str], re
             if loaded.adapter is not None:
                 peft.save(part, loaded.params, loaded.adapter, config, original)
             else:
-                values = _with_architecture(hf.read_config(base))
-                dtypes, others = hf.tensor_dtypes(base, config), hf.other_tensors(base, config)
+                values, dtypes = _files_of_merged(base, config)
+                others = hf.other_tensors(base, config)
                 hf.save(part, loaded.params, config, values, dtypes, hf.MAX_SHARD_BYTES, others)
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(
             f"{out}: cannot write ({reason}); free disk space, then export with python -m camopd_jax.export"
         ) from error
+
+
+def _files_of_merged(base: Path, config: ModelConfig) -> tuple[dict[str, Any], dict[str, np.dtype]]:
+    """The contents of config.json, and the dtype of each tensor, of a model with the weights of `config`.
+
+    Args:
+      base: the folder with the original ones. An adapter that is merged may have changed its vocabulary.
+    """
+    stored, values = loading.base_config(base), _with_architecture(hf.read_config(base))
+    dtypes = hf.tensor_dtypes(base, stored)
+    if config.vocab_size != stored.vocab_size:
+        values |= {"vocab_size": config.vocab_size}
+    if config.tied_head != stored.tied_head:
+        values |= {"tie_word_embeddings": config.tied_head}
+        dtypes.setdefault(HEAD, dtypes[EMBEDDING])
+    return values, dtypes
 
 
 def _copy_files(folder: Path, part: Path) -> None:

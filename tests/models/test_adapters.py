@@ -45,11 +45,16 @@ def tokens():
 
 @pytest.fixture(scope="module")
 def adapter(checkpoint, tmp_path_factory):
-    """adapter(family, fields of LoraConfig) -> (model of PEFT with random matrices, its folder)."""
+    """adapter(family, fields of LoraConfig) -> (model of PEFT with random matrices, its folder).
 
-    def make(family, **fields):
+    `rows`: what the vocabulary is resized to before.
+    """
+
+    def make(family, rows=None, **fields):
         source = checkpoint(family)[1]
         model = type(checkpoint(family)[0]).from_pretrained(source, attn_implementation="eager")
+        if rows:
+            model.resize_token_embeddings(rows, mean_resizing=False)
         model = torch_peft.get_peft_model(model, torch_peft.LoraConfig(task_type="CAUSAL_LM", **fields))
         torch.manual_seed(1)
         with torch.no_grad():
@@ -233,7 +238,7 @@ SETTINGS = {  # fields of adapter_config.json -> what the error says
     "field lora_bias = True": dict(lora_bias=True),
     "field bias is 'all'": dict(bias="all"),
     "field fan_in_fan_out = True": dict(fan_in_fan_out=True),
-    "field trainable_token_indices = ": dict(trainable_token_indices=[1]),
+    "field trainable_token_indices is .'1'.; give a list of token ids": dict(trainable_token_indices=["1"]),
     "field made_up = 3 is not supported": dict(made_up=3),
     "field init_lora_weights is 'pissa', which changes the base model": dict(init_lora_weights="pissa"),
     "field r .or rank_pattern. is 0; give an integer > 0": dict(r=0),
@@ -241,6 +246,7 @@ SETTINGS = {  # fields of adapter_config.json -> what the error says
     r"target_modules = .'w1'. matches no module": dict(target_modules=["w1"]),
     "is not a regular expression": dict(rank_pattern={"(": 2}),
     "an adapter of lm_head is not supported": dict(target_modules=["lm_head"]),
+    "an adapter of model.embed_tokens is not supported": dict(target_modules=["q_proj", "embed_tokens"]),
     "modules_to_save matches .* in some layers only": dict(modules_to_save=["0.mlp.down_proj"]),
     "base_model_name_or_path is None; give": dict(base_model_name_or_path=None),
     "base_model_name_or_path: no folder ./gone; give": dict(base_model_name_or_path="./gone"),
@@ -282,12 +288,6 @@ def test_names_with_the_adapters_name_and_a_base_beside_it(folder, mesh, tmp_pat
     np.testing.assert_equal(saved, tensors)
 
 
-def test_a_tied_embedding_among_the_saved_modules(adapter, mesh):
-    _, folder = adapter("smollm2", r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
-    with pytest.raises(UserError, match="modules_to_save has the embedding or the head .*tie_word_embeddings"):
-        load(folder, mesh)
-
-
 def test_a_tensor_of_several_matrices(adapter, checkpoint, mesh):
     """phi3 has qkv_proj and gate_up_proj. A new adapter is on the other two."""
     _, folder = adapter("phi3", **RANDOM)
@@ -297,8 +297,72 @@ def test_a_tensor_of_several_matrices(adapter, checkpoint, mesh):
     assert set(new_settings(Adapter(), base, "base").ranks) == {"attention.output", "mlp.down"}
 
 
-def test_an_enlarged_vocabulary(adapter, folder, mesh):
+BOTH = ["embed_tokens", "lm_head"]
+FEW = ("resized", "new tokens", "old tokens", "tied, resized", "tied, resized and trained apart")  # the others are slow
+VOCABULARIES = {  # (family, rows, fields of LoraConfig); smollm2's embedding and head are one tensor
+    "resized": ("qwen3", 101, {}),
+    "with fewer rows": ("qwen3", 95, {}),
+    "resized and trained": ("qwen3", 101, dict(modules_to_save=BOTH)),
+    "resized and trained in part": ("qwen3", 101, dict(modules_to_save=["embed_tokens"])),
+    "new tokens": ("qwen3", 101, dict(trainable_token_indices=[100, 98, 99])),
+    "old tokens": ("qwen3", None, dict(trainable_token_indices=dict(embed_tokens=[5, 9, 4], lm_head=[6, 9]))),
+    "tied, resized": ("smollm2", 101, {}),
+    "tied, resized and trained": ("smollm2", 101, dict(modules_to_save=["embed_tokens"], ensure_weight_tying=True)),
+    "tied, new tokens": ("smollm2", 101, dict(trainable_token_indices=[98, 100])),
+    "tied, old tokens": ("smollm2", None, dict(trainable_token_indices=[9, 5])),
+    "tied, trained apart": ("smollm2", None, dict(modules_to_save=BOTH)),
+    "tied, resized and trained apart": ("smollm2", 101, dict(modules_to_save=BOTH)),
+}
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[] if name in FEW else pytest.mark.slow) for name in VOCABULARIES]
+)
+def test_embedding_and_head_of_an_adapter_are_those_of_peft(name, adapter, checkpoint, mesh, tmp_path):
+    """All rows that PEFT has after merging; PEFT loads what is saved onto the resized base with the same weights."""
+    family, rows, fields = VOCABULARIES[name]
+    torch_model, folder = adapter(family, rows, r=3, target_modules=["q_proj"], **fields)
+    model, params, settings = load(folder, mesh)
+    peft.save(tmp_path, params, settings, model.config, folder)
+    base = type(checkpoint(family)[0]).from_pretrained(checkpoint(family)[1], attn_implementation="eager")
+    if rows:
+        base.resize_token_embeddings(rows, mean_resizing=False)
+    again = torch_peft.PeftModel.from_pretrained(base, tmp_path).merge_and_unload()
+    theirs = torch_model.merge_and_unload()
+    assert all(torch.equal(tensor, again.state_dict()[key]) for key, tensor in theirs.state_dict().items())
+    embedding, head = (layer.weight.detach().numpy() for layer in (theirs.model.embed_tokens, theirs.lm_head))
+    assert model.config.vocab_size == len(embedding) == (rows or 98)
+    assert model.config.tied_head == ("head" not in params) == np.array_equal(embedding, head)
+    np.testing.assert_array_equal(params["embedding"], embedding)
+    if not model.config.tied_head:
+        np.testing.assert_array_equal(params["head"], head.T)
+    check_rows_cover(params, model.config)
+
+
+@pytest.mark.parametrize("name", ["new tokens", pytest.param("tied, resized", marks=pytest.mark.slow)])
+def test_log_probs_with_a_resized_vocabulary_equal_peft(name, adapter, mesh, tokens):
+    family, rows, fields = VOCABULARIES[name]
+    torch_model, folder = adapter(family, rows, r=3, target_modules=["q_proj"], **fields)
+    model, params, _ = load(folder, mesh)
+    tokens = np.where(tokens % 7 == 0, 100, tokens).astype(np.int32)  # with a new one
+    expected = torch_log_probs(torch_model, tokens)
+    np.testing.assert_allclose(log_probs(model, params, tokens), expected, atol=3e-5, rtol=0)
+
+
+def test_a_vocabulary_in_part(adapter, mesh):
+    """The head of a tied model stays the base's embedding, if PEFT trains the embedding alone."""
+    _, tied = adapter("smollm2", r=3, target_modules=["q_proj"], modules_to_save=["embed_tokens"])
+    with pytest.raises(UserError, match="modules_to_save has the embedding or the head, but not both, .*tie_word"):
+        load(tied, mesh)
+    _, folder = adapter("qwen3", 101, r=3, target_modules=["q_proj"], trainable_token_indices=[98, 99])
+    edit_json(folder / "adapter_config.json", trainable_token_indices=[98, 101])
+    with pytest.raises(UserError, match=r"trainable_token_indices has 2 tokens for .* shape \[2, 60\] and 101 rows"):
+        load(folder, mesh)
+    edit_json(folder / "adapter_config.json", trainable_token_indices=[98])
+    with pytest.raises(UserError, match="trainable_token_indices has 1 tokens"):
+        load(folder, mesh)
     tensors = load_file(folder / peft.WEIGHTS)
-    save_file(tensors | {"base_model.model.lm_head.weight": np.zeros((99, 60), np.float32)}, folder / peft.WEIGHTS)
-    with pytest.raises(UserError, match=r"lm_head.weight has shape \[99, 60\].*its vocabulary was enlarged: merge"):
+    del tensors["base_model.model.lm_head.weight"]
+    save_file(tensors, folder / peft.WEIGHTS)
+    with pytest.raises(UserError, match=r"embedding and head have different numbers of rows, \[98, 101\]; merge"):
         load(folder, mesh)

@@ -75,6 +75,26 @@ def test_an_adapter_on_the_original_needs_the_base_once(folder, teacher, item):
     np.testing.assert_allclose(estimate, BASE * item + 4 * trained + 4 * SCALES + (MATRICES + SCALES) * item)
 
 
+def test_an_adapter_with_more_tokens_has_its_own_embedding_and_head(tmp_path):
+    """The base keeps its rows; the domain teacher and the student have those of the adapter, which they share."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(QUICKSTART / "generalist")
+    model.resize_token_embeddings(59, mean_resizing=False)
+    settings = peft.LoraConfig(task_type="CAUSAL_LM", r=5, target_modules=["q_proj", "up_proj"])
+    peft.get_peft_model(model, settings).save_pretrained(tmp_path)
+    config = configured(tmp_path)
+    models, made = planned(config)
+    before = live_bytes()
+    run = load_models(resolve(config, jax.devices()[:1]))
+    own, matrices = 4 * 59 * 96, 4 * MATRICES
+    assert live_bytes() - before == 4 * BASE + own + 2 * matrices + 4 * SCALES
+    for name, ours in {"student": made.params, "specialised": made.teachers["specialised"][1]}.items():
+        assert shapes(flat(getattr(run, name).params)) == shapes(flat(ours))
+    kept = residents(made, programs(made))
+    assert kept["parameters"] + kept["general_teacher"] == 4 * BASE + own + matrices + 4 * SCALES
+    assert memory_estimate(made.setup, models)["update"] == 4 * BASE + own + 5 * matrices + 8 * SCALES
+    assert run.student.reader.vocab_size == 59 and run.student.model.config.output_vocab_size == 52
+
+
 def test_a_new_adapter_shares_the_specialised_model():
     config = configured(QUICKSTART / "specialist", adapter=Adapter(rank=5, targets=("q_proj", "up_proj")))
     models, made = planned(config)
