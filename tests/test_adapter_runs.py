@@ -12,6 +12,7 @@ import peft
 import pytest
 import torch
 import transformers
+from etils import epath
 from lm_eval.api.instance import Instance
 from rows import edit_json, read_lines, write_lines
 from safetensors.numpy import load_file
@@ -24,6 +25,8 @@ from camopd_jax.inference import loading
 from camopd_jax.method.branches import load_models, make_teachers, offload_teachers
 from camopd_jax.method.setup import resolve
 from camopd_jax.models import partition
+from camopd_jax.models.peft_settings import CONFIG
+from camopd_jax.runs.export import write_folder
 from camopd_jax.runtime.mesh import make_mesh
 
 ROOT = Path(__file__).parents[1]
@@ -343,6 +346,19 @@ def test_what_is_trained_is_never_two_adapters(adapted, tmp_path, command):
         load_models(resolve(wrong, devices=jax.devices()[:1]))
     ended = command("doctor", *SMALL, f"--config.specialised_model={adapted / 'export'}", "--config.adapter.rank=4")
     assert ended.code == 2 and "is an adapter itself" in " ".join(ended.out.split())
+
+
+def test_the_model_card_names_base_and_revision(tmp_path):
+    """Of a base model that is in the hub's cache."""
+    base = shutil.copytree(GENERALIST, tmp_path / "models--lab--base" / "snapshots" / "0a1b2c")
+    mesh = make_mesh(data=1, devices=jax.devices()[:1])
+    loaded = loading.load(base, mesh, Compute(), dtype="float32", context=32)
+    loaded = loading.with_new_adapter(loaded, Adapter(rank=2), "lab/base", 0, "float32")
+    write_folder(epath.Path(tmp_path / "out"), loaded, {"method": "CaMOPD", "specialised_model": "lab/base"})
+    card, fields = (tmp_path / "out" / "README.md").read_text(), json.loads((tmp_path / "out" / CONFIG).read_text())
+    assert 'base_model: "lab/base"' in card and "| base revision | `0a1b2c` |" in card
+    assert f"| base fingerprint | `{loading.fingerprint(base)}` |" in card
+    assert (fields["base_model_name_or_path"], fields["revision"]) == ("lab/base", "0a1b2c")
 
 
 def test_damage_to_an_exported_adapter(adapted, tmp_path):

@@ -51,16 +51,19 @@ def texts(findings, kind, about=""):
     return [one.text for one in findings if one.kind == kind and one.about.startswith(about)]
 
 
-def test_a_start_between_models_of_different_architectures(config, here, model):
-    """The check of a run itself (`load_models`)."""
+def test_a_start_between_models_of_different_architectures(config, here, model, tmp_path, monkeypatch):
+    """The check of a run itself (`load_models`). An adapter has one set of frozen weights, and small checkpoints."""
     edit_json(model / "config.json", rope_theta=5000.0)
     between = changed(config, {"general_model": str(model), "start.interpolation": 0.1})
     findings, _ = doctor.examine(between, None, here)
     line = f"config.specialised_model: its architecture is not that of {model}; only a model made from the original"
     assert texts(findings, "wrong")[0].startswith(line)
     adapter = changed(config, {"adapter": {"rank": 2}, "start.interpolation": 0.1})
-    findings, _ = doctor.examine(adapter, None, here)
-    assert "config.start.interpolation is 0.1, but the student is trained by an adapter" in texts(findings, "wrong")[0]
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(2**20, 2**20, 2**20))
+    findings, _ = doctor.examine(adapter, str(tmp_path / "run"), here)
+    (wrong,) = texts(findings, "wrong")
+    assert "config.start.interpolation is 0.1, but the student is trained by an adapter" in wrong
+    assert "; one set of frozen weights serves specialised and student" in texts(findings, "good", "devices")[1]
     same = changed(config, {"start.interpolation": "auto"})
     assert texts(doctor.examine(same, None, here)[0], "good", "start") == ["auto of the original model"]
 

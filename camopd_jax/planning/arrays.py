@@ -49,6 +49,12 @@ class ModelShapes:
         """The model whose arrays an adapter of the student leaves frozen."""
         return self.bases.get("specialised", "specialised") if self.student.adapter else None
 
+    @property
+    def on_one_base(self) -> frozenset[str]:
+        """The models that share their frozen weights with a student that is trained by an adapter."""
+        base = self.base_of_student
+        return frozenset() if base is None else frozenset({base, *(a for a, b in self.bases.items() if b == base)})
+
 
 def make_models(
     config: TrainConfig, shapes: dict[str, ModelConfig], folders: dict[str, Path], eos_ids: tuple[int, ...] = ()

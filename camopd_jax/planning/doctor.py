@@ -248,7 +248,9 @@ class Examination:
         limit = where.hbm or device_memory()
         least = check_memory(setup, models, limit)
         text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} of {limit / GIB:.2f} GiB"
-        self.good(about, f"{text} per device, before caches and activations")
+        shared = ", ".join(sorted(models.on_one_base))
+        once = f"; one set of frozen weights serves {shared} and student" if shared else ""
+        self.good(about, f"{text} per device, before caches and activations{once}")
         self._time(setup, models, where.chip or measured_chip(setup.dtype, where.platform))
 
     def _time(self, setup: Setup, models: ModelShapes, chip: Chip) -> None:
