@@ -297,9 +297,10 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
     "olmo2": _OLMO2,
     "olmo3": _like(
         _OLMO2,
-        {"rope_theta": 500_000.0, "sliding_window": 4096, "layer_types": None},
+        {"rope_theta": 500_000.0, "rope_local_base_freq": 500_000.0, "sliding_window": 4096, "layer_types": None},
         slides=lambda i, fields: (i + 1) % 4 != 0,
-        local_rope_field="rope_theta",  # rope_scaling is only for layers without a window
+        local_rope_field="rope_local_base_freq",  # transformers 5 reads rope_theta only for layers without a window
+        fixed={"rope_local_base_freq": 500_000.0},
     ),
     "gemma": _like(
         _LLAMA,

@@ -73,17 +73,23 @@ _ALIASES = {"su": "longrope"}  # the name in early checkpoints of Phi-3
 
 
 def blocks(fields: Fields, family: Family) -> dict[str, Fields]:
-    """The RoPE fields of each layer type, from `rope_parameters` (transformers 5) or `rope_scaling` (4)."""
-    default = family.defaults.get("rope_parameters") or {}
-    given = fields.get("rope_parameters") or default
-    if given == default and fields.get("rope_scaling"):
-        given = {}
-    per_type = {t: given[t] for t in ("full_attention", "sliding_attention") if isinstance(given.get(t), dict)}
-    if per_type:  # transformers does not read `truncate` there
-        return {t: {name: value for name, value in b.items() if name != "truncate"} for t, b in per_type.items()}
-    full = {"rope_theta": fields["rope_theta"]} | (fields.get("rope_scaling") or {}) | given
-    local = {"rope_theta": fields[family.local_rope_field]} if family.local_rope_field else full
-    return {"full_attention": full, "sliding_attention": local}
+    """The RoPE fields of each layer type, from `rope_parameters` (transformers 5) or `rope_scaling` (4).
+
+    As in transformers 5, `rope_scaling` precedes `rope_parameters`, and `rope_theta` is for those that have none. In
+    families with another RoPE for layers with a window, `rope_parameters` has a block for each type, and `rope_scaling`
+    changes that of the other layers.
+    """
+    scaling, given, full = fields.get("rope_scaling") or {}, fields.get("rope_parameters"), "full_attention"
+    given = family.defaults.get("rope_parameters") or {} if given is None else given
+    theta = {"rope_theta": fields["rope_theta"]}
+    if not family.local_rope_field:
+        return dict.fromkeys((full, "sliding_attention"), theta | (scaling or given))
+    thetas = {full: theta, "sliding_attention": {"rope_theta": fields[family.local_rope_field]}}
+    given = given or {layer_type: {} for layer_type in thetas}
+    changed = given | {full: (given.get(full) or {}) | scaling}
+    of_types = {t: thetas[t] | changed[t] for t in thetas if isinstance(given.get(t), dict)}
+    # transformers does not read `truncate` there
+    return {t: {name: value for name, value in b.items() if name != "truncate"} for t, b in of_types.items()}
 
 
 def rotary_dim(block: Fields, fields: Fields, family: Family, head_dim: int, where: str) -> int:

@@ -1,9 +1,16 @@
 """Frequencies and attention factors of RoPE against transformers, and mistakes in its fields."""
 
+import copy
+import itertools
+
 import numpy as np
 import pytest
 import transformers
 from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
+from transformers.models.gemma3.modeling_gemma3 import Gemma3RotaryEmbedding
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRotaryEmbedding
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
+from transformers.models.olmo3.modeling_olmo3 import Olmo3RotaryEmbedding
 
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import from_hf
@@ -83,6 +90,68 @@ def test_layers_without_rotation_have_angles_of_zero():
     config = from_hf(SIZES | dict(model_type="smollm3", num_key_value_heads=2, num_hidden_layers=5))
     assert [config.ropes[i].scaling for i in config.layer_rope] == ["default"] * 3 + ["none", "default"]
     assert not frequencies(config.ropes[1], 10).any()
+
+
+TYPES = ["full_attention", "sliding_attention"]
+LINEAR, SHORT_YARN = dict(rope_type="linear", factor=3.0), YARN | dict(original_max_position_embeddings=512)
+THETAS = (None, 7e4)
+SCALINGS = (None, LINEAR, SHORT_YARN | dict(truncate=False), dict(rope_type="linear", factor=2.0, rope_theta=3e5))
+FLAT = (None, {}, LINEAR, SHORT_YARN, {"rope_theta": 9e4})
+BY_TYPE = (
+    None,
+    dict(full_attention=LINEAR, sliding_attention={"rope_type": "default"}),
+    dict(full_attention={"rope_theta": 9e4}, sliding_attention=dict(rope_type="linear", factor=5.0, rope_theta=2e4)),
+    dict(full_attention=SHORT_YARN | dict(truncate=False), sliding_attention={"rope_theta": 2e4}),
+)
+
+
+@pytest.mark.parametrize(
+    ("model_type", "rotation", "blocks"),
+    [
+        ("llama", LlamaRotaryEmbedding, FLAT),
+        ("gpt_oss", GptOssRotaryEmbedding, FLAT),
+        ("gemma3_text", Gemma3RotaryEmbedding, BY_TYPE),
+        ("olmo3", Olmo3RotaryEmbedding, BY_TYPE),
+    ],
+)
+def test_fields_of_transformers_4_and_5_at_once(model_type, rotation, blocks):
+    """Which of rope_theta, rope_scaling and rope_parameters is used: the frequencies that transformers has."""
+    sizes = SIZES | dict(num_key_value_heads=2, head_dim=64, max_position_embeddings=4096)
+    sizes |= {} if model_type == "llama" else dict(layer_types=TYPES, sliding_window=8)
+    compared = 0
+    for values in itertools.product(THETAS, SCALINGS, blocks):
+        given = zip(("rope_theta", "rope_scaling", "rope_parameters"), values, strict=True)
+        fields = sizes | {name: value for name, value in given if value is not None}
+        config = transformers.CONFIG_MAPPING[model_type].from_dict(copy.deepcopy(fields))
+        theirs = rotation(config)
+        try:
+            ours = from_hf(fields | {"model_type": model_type})
+        except UserError as error:  # fields of another scaling, which transformers ignores
+            assert "original_max_position_embeddings = 512 is not supported for scaling 'linear'" in str(error)
+            continue
+        for i, layer_type in enumerate(TYPES):
+            prefix = "" if hasattr(theirs, "inv_freq") else f"{layer_type}_"
+            rope = ours.ropes[ours.layer_rope[i]]
+            expected = getattr(theirs, f"{prefix}inv_freq").numpy()
+            np.testing.assert_allclose(frequencies(rope, 64), expected, rtol=1e-6, err_msg=f"{layer_type} {fields}")
+            assert rope.attention_factor == pytest.approx(getattr(theirs, f"{prefix}attention_scaling"), rel=1e-12)
+            compared += 1
+    assert compared >= 56
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model_type": "llama", "rope_parameters": BY_TYPE[1]}, "RoPE field full_attention = .* is not supported"),
+        (
+            {"model_type": "olmo3", "rope_parameters": LINEAR},
+            "rope_parameters has no block for layers of type sliding",
+        ),
+    ],
+)
+def test_blocks_that_transformers_ignores_are_refused(changes, message):
+    with pytest.raises(UserError, match=message):
+        from_hf(SIZES | {"num_key_value_heads": 2, "head_dim": 64} | changes)
 
 
 LLAMA, PHI = {"model_type": "llama", "head_dim": 64}, {"model_type": "phi3"}
