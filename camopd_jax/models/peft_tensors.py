@@ -84,15 +84,17 @@ def with_replaced_rows(
         module = PEFT_PREFIX + name.removesuffix(".weight")
         for end in of:
             del out[module + end]
-        whole = of.get(_ALL_ROWS) or standard_names(tensors(base), (EMBEDDING, HEAD), True, base)[name]
+        complete = of.get(_ALL_ROWS) or standard_names(tensors(base), (EMBEDDING, HEAD), True, base)[name]
         rows, indices = of[_SOME_ROWS], _indices(fields.get(TOKENS), name)
-        count, width = whole.shape
+        count, width = complete.shape
         if rows.shape != (len(indices), width) or not all(0 <= i < count for i in indices):
             raise UserError(
                 f"{where}: field {TOKENS} has {len(indices)} tokens for a tensor {module}{_SOME_ROWS} of shape "
                 f"{list(rows.shape)} and {count} rows of {name}; config and weights do not belong to each other"
             )
-        out[f"{module}.weight"] = WithRows(whole.file, whole.dtype, whole.shape, whole.offset, rows, indices)
+        out[f"{module}.weight"] = WithRows(
+            complete.file, complete.dtype, complete.shape, complete.offset, rows, indices
+        )
     return out
 
 
