@@ -3,8 +3,9 @@
 The layers depend only on these properties, never on the name of a model family.
 """
 
+import re
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from jax.sharding import Mesh
 
@@ -104,7 +105,12 @@ class AttentionSpec:
     over_cache: Implementation = "xla"  # for one new token of each row: plain, or "fused": the kernel of `cached`
 
 
-_ACTIVATIONS: dict[str, Activation] = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh", "relu2": "relu2"}
+_ACTIVATIONS: dict[str, Activation] = {
+    "silu": "silu",
+    "swish": "silu",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "relu2": "relu2",
+}
 _ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
 _REPLACED = {"sliding_window_pattern"}  # fields that are not read if there are layer_types
 
@@ -225,8 +231,10 @@ def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
     """
     name = config.get("model_type")
     if not isinstance(name, str) or name not in FAMILIES:
+        near = name.lower() if isinstance(name, str) else _type_of_class(config.get("architectures"))
+        hint = f"; did you mean {near!r}?" if near in FAMILIES else ""
         raise UserError(
-            f"{where}: model_type {name!r} is not supported; supported are {', '.join([*FAMILIES, *MULTIMODAL])}"
+            f"{where}: model_type {name!r} is not supported; supported are {', '.join([*FAMILIES, *MULTIMODAL])}{hint}"
         )
     family = FAMILIES[name]
     known = family.defaults.keys() | {*limits.REQUIRED} | limits.HARMLESS | _ROPE_FIELDS
@@ -237,7 +245,7 @@ def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
         if field in family.fixed:
             if value not in (None, family.fixed[field]):
                 raise UserError(f"{where}: field {field} is {value!r}; {name} supports only {family.fixed[field]!r}")
-        elif field not in known and value not in (None, False, [], {}):
+        elif field not in known and not _is_neutral(field, value, config):
             raise UserError(
                 f"{where}: field {field} = {value!r} is not known for {name}; if it does not change the model's "
                 "output, delete it from the file, else this model is not supported"
@@ -245,6 +253,23 @@ def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
     fields = {**family.defaults, **{field: value for field, value in config.items() if field in known}}
     limits.check(fields, family.defaults, where)
     return fields, family
+
+
+def _type_of_class(architectures: Any) -> str:
+    """The model_type that a class such as LlamaForCausalLM most likely has."""
+    name = str(architectures[0] if isinstance(architectures, list) and architectures else "")
+    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.removesuffix("ForCausalLM")).lower()
+
+
+def _is_neutral(field: str, value: Any, config: Fields) -> bool:
+    """Whether a field that a family does not have has a value that changes nothing."""
+    if field == "partial_rotary_factor":
+        return value in (None, 1)
+    if field == "layer_types":
+        return value is None or (isinstance(value, list) and set(map(str, value)) <= {"full_attention"})
+    if field == "max_window_layers":
+        return not config.get("use_sliding_window") and not config.get("sliding_window")
+    return value in (None, False, [], {})
 
 
 def _layer_types(fields: Fields, family: Family, where: str) -> list[str]:

@@ -2,6 +2,7 @@
 
 import functools
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,20 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 
 from camopd_jax.errors import UserError
+from camopd_jax.models import formats
 
-_DTYPES = {"F32": np.dtype(np.float32), "F16": np.dtype(np.float16), "BF16": np.dtype(ml_dtypes.bfloat16)}
+_DTYPES = {
+    "F32": np.dtype(np.float32),
+    "F16": np.dtype(np.float16),
+    "BF16": np.dtype(ml_dtypes.bfloat16),
+    "F64": np.dtype(np.float64),
+}
 BLOCKS, SCALES = "_blocks", "_scales"  # ends of the names of the two tensors that an MXFP4 tensor consists of
+LFS = "a pointer of Git LFS: run `git lfs pull`"
+_TABLES = tuple(f"rotary_emb.{name}" for name in ("inv_freq", "original_inv_freq", "cos_cached", "sin_cached"))
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+_HUB_URL = re.compile(r"https?://(?:huggingface|hf)\.co/([^/]+/[^/?#]+)")
 CHECKPOINT = ("*.json", "*.safetensors", "*.jinja", "*.model", "*.txt")  # the files of a checkpoint to download
 
 
@@ -45,8 +55,15 @@ def find_folder(name: str, field: str, files: Sequence[str] = CHECKPOINT, revisi
     Raises:
       UserError: if there is no such folder and the hub has no such repository.
     """
-    if Path(name).expanduser().is_dir():
-        return Path(name).expanduser()
+    path = Path(name).expanduser()
+    if path.is_dir():
+        return path
+    if path.is_file():
+        raise UserError(f"{field}: {name} is a file; give a Hugging Face folder, such as the one that the file is in")
+    if url := _HUB_URL.match(name):
+        raise UserError(f"{field}: {name} is a web page; give the hub name {url[1]}")
+    if "://" in name:
+        raise UserError(f"{field}: {name} is a URL; give the path of a local folder, or a hub name like Qwen/Qwen3-8B")
     if name.startswith((".", "/", "~")) or name.count("/") != 1:
         raise UserError(f"{field}: no folder {name}; give a Hugging Face folder or a hub name like Qwen/Qwen3-8B")
     try:
@@ -84,13 +101,11 @@ def tensors(folder: Path) -> dict[str, Tensor]:
     elif (folder / INDEX).exists():
         on_disk = _indexed(folder)
     else:
-        pickles = sorted(p.name for pattern in ("*.bin", "*.pt", "*.pth") for p in folder.glob(pattern))
-        if pickles:
-            raise UserError(
-                f"{folder}: {pickles[0]} is a pickle, which can run code and is never read; convert it to safetensors"
-            )
-        raise UserError(f"{folder}: no {SINGLE} and no {INDEX}; give a Hugging Face folder with safetensors")
-    return {name: t for name, t in on_disk.items() if not name.endswith("rotary_emb.inv_freq")}
+        if (folder / SINGLE).is_symlink():
+            raise UserError(f"{folder / SINGLE} is a link to a file that does not exist; fetch the checkpoint again")
+        instead = formats.advice(folder) or "give a Hugging Face folder with safetensors"
+        raise UserError(f"{folder}: no {SINGLE} and no {INDEX}; {instead}")
+    return {name: t for name, t in on_disk.items() if not name.endswith(_TABLES)}
 
 
 def stale_index(folder: Path) -> str | None:
@@ -136,8 +151,8 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 def read_header(file: Path) -> dict[str, Tensor]:
     """The tensors of one file: 8 bytes of length, a JSON header, then the bytes that it describes."""
-    size = file.stat().st_size
     try:
+        size = file.stat().st_size
         with file.open("rb") as stream:
             length = int.from_bytes(stream.read(8), "little")
             if not 0 < length <= size - 8:
@@ -147,10 +162,16 @@ def read_header(file: Path) -> dict[str, Tensor]:
         tensors = {name: _entry(file, name, entry, 8 + length, size) for name, entry in entries.items()}
         with safe_open(file, "numpy"):  # checks the rest: no overlap, no gap, nothing behind the tensors
             return tensors
+    except OSError as error:
+        raise UserError(f"{file}: cannot read it ({error.strerror}); fetch the checkpoint again") from error
     except (AttributeError, KeyError, TypeError, ValueError, RecursionError, SafetensorError) as error:
-        pointer = size < 1024 and file.read_bytes().startswith(b"version https://git-lfs")
-        advice = "a pointer of Git LFS: run `git lfs pull`" if pointer else f"{error}; fetch the checkpoint again"
+        advice = LFS if is_lfs_pointer(file) else f"{error}; fetch the checkpoint again"
         raise UserError(f"{file} is not a safetensors file: {advice}") from error
+
+
+def is_lfs_pointer(file: Path) -> bool:
+    """Whether a file is what Git LFS leaves in place of a large file."""
+    return file.stat().st_size < 1024 and file.read_bytes().startswith(b"version https://git-lfs")
 
 
 def _entry(file: Path, name: str, entry: dict[str, Any], data: int, size: int) -> Tensor:
@@ -180,9 +201,14 @@ def read_json(path: Path) -> dict[str, Any]:
     try:
         value = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise UserError(f"{path} is missing; give a Hugging Face folder") from None
+        inside, instead = formats.checkpoint_inside(path.parent), formats.advice(path.parent)
+        advice = instead or (f"give the folder {inside}" if inside else "give a Hugging Face folder")
+        raise UserError(f"{path} is missing; {advice}") from None
     except (ValueError, OSError, RecursionError) as error:
-        raise UserError(f"{path}: not readable as JSON ({error}); fetch the checkpoint again") from error
+        pointer = path.is_file() and is_lfs_pointer(path)
+        raise UserError(
+            f"{path}: not readable as JSON ({LFS if pointer else error}); fetch the checkpoint again"
+        ) from error
     if not isinstance(value, dict):
         raise UserError(f"{path}: must hold a JSON object; fetch the checkpoint again")
     return value

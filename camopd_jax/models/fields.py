@@ -20,7 +20,9 @@ _RECORDS = """
     _sliding_window_pattern task_specific_params _commit_hash max_sequence_length gradient_checkpointing torchscript
     use_bfloat16 tf_legacy_loss finetuning_task prefix cross_attention_hidden_size tie_encoder_decoder
     tie_last_hidden_states resid_pdrop embd_pdrop residual_dropout use_parallel_embedding
-    output_router_logits router_aux_loss_coef router_jitter_noise
+    output_router_logits router_aux_loss_coef router_jitter_noise _attn_implementation _attn_implementation_internal
+    use_flash_attention use_flash_attention_2 use_flash_attn max_seq_length max_seq_len seq_length model_max_length
+    padding_side tokenizer_model_max_length tokenizer_padding_side
 """
 # Fields of GenerationConfig, which earlier versions of transformers save in config.json. A test compares them with the
 # installed version. They are not read from it, since a field of a later version may change a model's output.
@@ -74,7 +76,9 @@ _INDEX = Kind("an integer >= 0", lambda value: _is_integer(value) and value >= 0
 _TEXT = Kind("a string", lambda value: isinstance(value, str))
 _TEXTS = Kind("a list of strings", lambda value: isinstance(value, list) and all(map(_TEXT.holds, value)))
 _BLOCK = Kind("an object", lambda value: isinstance(value, dict))
-_TOKENS = Kind("an integer or a list of them", lambda v: all(map(_is_integer, v if isinstance(v, list) else [v])))
+TOKENS = Kind(
+    "an integer or a list of them", lambda v: all(map(_is_integer, v if isinstance(v, list) else [v]))
+).or_null()
 _BITS = Kind("a list of 0 and 1", lambda value: isinstance(value, list) and all(bit in (0, 1) for bit in value))
 _ANY = Kind("anything", lambda value: True)
 
@@ -91,7 +95,7 @@ _KINDS = {  # of fields whose kind is not the type of their default
     "max_window_layers": _INDEX,
     "initializer_range": NOT_NEGATIVE,
     "layer_types": _TEXTS.or_null(),
-    "eos_token_id": _TOKENS.or_null(),
+    "eos_token_id": TOKENS,
 }
 
 

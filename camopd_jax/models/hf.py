@@ -27,6 +27,9 @@ from camopd_jax.types import Params
 
 # --------------------------------------------------------------------------------------- reading
 
+_QUANTISED = ("quantization_config", "compression_config", "quantization")  # the last one is MLX's
+_MODEL_CODE = {"AutoConfig", "AutoModel", "AutoModelForCausalLM"}  # entries of auto_map; others are not needed
+
 
 def read_config(folder: Path) -> dict[str, Any]:
     """Reads config.json in a folder, or the given file.
@@ -43,20 +46,24 @@ def read_config(folder: Path) -> dict[str, Any]:
             "file if the weights beside it are merged already"
         )
     config = read_json(file)
-    quantization = config.get("quantization_config")
-    if isinstance(quantization, dict) and (method := quantization.get("quant_method")):
+    for field in filter(config.get, _QUANTISED):
+        method = config[field].get("quant_method") if isinstance(config[field], dict) else None
         if method != MXFP4:
             raise UserError(
-                f"{file}: quantization_config says that the checkpoint is quantised ({method}); give the original, "
-                f"whose weights training needs (of quantised ones only {MXFP4} is read)"
+                f"{file}: {field} says that the checkpoint is quantised ({method}); give the original, whose weights "
+                f"training needs (of quantised ones only {MXFP4} is read), or delete the field if the weights are no "
+                "longer quantised, such as merged ones"
             )
-        del config["quantization_config"]  # its values are read as bfloat16, and saved so
+        del config[field]  # its values are read as bfloat16, and saved so
+    code = config.get("auto_map")
+    if not code or (isinstance(code, dict) and not code.keys() & _MODEL_CODE):
+        config.pop("auto_map", None)
     if "auto_map" in config and _is_published(config["auto_map"], config.get("model_type")):
         del config["auto_map"]
     if "auto_map" in config:
         raise UserError(
-            f"{file}: auto_map asks for code from the checkpoint, which is never run; "
-            "use a checkpoint of a built-in architecture"
+            f"{file}: auto_map asks for code from the checkpoint, which is never run; use a checkpoint of a built-in "
+            "architecture, or delete the field if the model is exactly the built-in one of its model_type"
         )
     return config
 
@@ -146,6 +153,11 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
     check_names(on_disk, shapes, folder)
     for name, shape in shapes.items():
         tensor = on_disk[name]
+        if 0 in tensor.shape:
+            raise UserError(
+                f"{tensor.file}: tensor {name} is empty: DeepSpeed (ZeRO 3) saved it without gathering it. Set "
+                "stage3_gather_16bit_weights_on_model_save and save again, or use the zero_to_fp32.py of the checkpoint"
+            )
         if tensor.shape != shape:
             raise UserError(
                 f"{tensor.file}: tensor {name} has shape {list(tensor.shape)}, config.json asks for {list(shape)}"

@@ -104,6 +104,11 @@ def test_windows():
             "field use_parallel_block is False; cohere2 supports only True",
         ),
         ({"model_type": "cohere", "use_qk_norm": True}, "field use_qk_norm = True is not known for cohere"),
+        ({"model_type": "Llama"}, r"model_type 'Llama' is not supported; supported are .*; did you mean 'llama'\?"),
+        ({"model_type": None, "architectures": ["Qwen3MoeForCausalLM"]}, "did you mean 'qwen3_moe'"),
+        ({"layer_types": ["sliding_attention"] * 7}, "field layer_types = .* is not known for llama"),
+        ({"partial_rotary_factor": 0.5}, "field partial_rotary_factor = 0.5 is not known"),
+        ({"max_window_layers": 3, "sliding_window": 4}, "field max_window_layers = 3 is not known"),
         ({"num_experts": 8}, "field num_experts = 8 is not known for llama"),
         ({"hidden_act": "relu"}, "activation 'relu' is not supported"),
         ({"hidden_size": None}, "field hidden_size is None"),
@@ -153,6 +158,22 @@ def test_fields_of_generation_and_of_old_versions_change_nothing():
     others = dict(temperature=0.7, top_p=0.9, top_k=40, max_length=20, max_sequence_length=4096, _commit_hash="0")
     others |= dict(_flash_attn_2_enabled=True, num_labels=2, id2label={"0": "a"}, torchscript=True, do_sample=True)
     assert from_hf(plain | others) == from_hf(plain)
+
+
+@pytest.mark.parametrize(
+    "neutral",
+    [
+        {"partial_rotary_factor": 1.0},
+        {"layer_types": ["full_attention"] * 7},
+        {"max_window_layers": 28, "use_sliding_window": False, "sliding_window": None},
+        {"hidden_act": "swish"},
+        {"_attn_implementation": "sdpa", "max_seq_length": 4096, "padding_side": "left"},
+        {"rope_scaling": {"rope_type": "default"}, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}},
+    ],
+)
+def test_values_that_change_nothing(neutral):
+    plain = SIZES | dict(model_type="llama")
+    assert from_hf(plain | neutral) == from_hf(plain)
 
 
 def test_every_field_of_transformers_generation_config_is_one():

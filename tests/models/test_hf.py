@@ -60,7 +60,7 @@ def test_round_trip_is_byte_for_byte(family, max_shard_bytes, checkpoint, mesh, 
     read(tmp_path, mesh)  # and sharded files load
 
 
-@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16])
+@pytest.mark.parametrize("dtype", [ml_dtypes.bfloat16, np.float16, np.float64])
 def test_mixed_dtypes_are_kept(dtype, folder, mesh, tmp_path):
     recast(folder, dtype)
     config, params = read(folder, mesh)
@@ -146,6 +146,36 @@ def test_missing_tensor(folder, mesh):
     refused(folder, mesh, "model: tensor model.norm.weight is missing")
 
 
+def test_a_tensor_that_was_not_gathered(folder, mesh):
+    spoil(folder, model__norm__weight=np.zeros(0, np.float32))
+    refused(
+        folder, mesh, "tensor model.norm.weight is empty: DeepSpeed .ZERO 3. saved it without".replace("ZERO", "ZeRO")
+    )
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "method"),
+    [
+        ("quantization_config", {"quant_method": "gptq", "bits": 4}, "gptq"),
+        ("quantization_config", {"load_in_4bit": True}, "None"),
+        ("compression_config", {"quant_method": "compressed-tensors"}, "compressed-tensors"),
+        ("quantization", {"group_size": 64, "bits": 4}, "None"),
+    ],
+)
+def test_quantised_checkpoints_are_refused_by_their_method(field, value, method, folder, mesh):
+    edit_json(folder / "config.json", **{field: value})
+    refused(
+        folder, mesh, rf"config.json: {field} says that the checkpoint is quantised \({method}\); give the original"
+    )
+
+
+def test_code_that_is_not_the_models(folder):
+    before = hf.read_config(folder)
+    for code in ({}, {"AutoTokenizer": ["a.B", None]}, {"AutoModelForSequenceClassification": "a.B"}):
+        edit_json(folder / "config.json", auto_map=code)
+        assert hf.read_config(folder) == before
+
+
 def test_extra_tensor(folder, mesh):
     spoil(folder, model__adapter=np.zeros(3, np.float32))
     refused(folder, mesh, "tensor model.adapter .* has no place")
@@ -158,7 +188,7 @@ def test_tensor_of_wrong_shape(folder, mesh):
 
 def test_wrong_dtype(folder, mesh):
     spoil(folder, model__norm__weight=np.zeros(72, np.int8))
-    refused(folder, mesh, "dtype I8; only F32, F16, BF16 are read")
+    refused(folder, mesh, "dtype I8; only F32, F16, BF16, F64 are read")
 
 
 def test_truncated_file(folder, mesh):

@@ -123,7 +123,7 @@ def test_mistakes_are_named(checkpoint, mesh, tmp_path):
     good = (folder / "config.json").read_text()
     for changes, message in [
         ({"text_config": None}, "config.json: field text_config is None; give an object"),
-        ({"quantization_config": {"bits": 4}}, "config.json: field quantization_config = .* is not known for"),
+        ({"sparse_topk": 8}, "config.json: field sparse_topk = 8 is not known for"),
         ({"text_config": json.loads(good)["text_config"] | {"num_experts": 8}}, "text_config: field num_experts = 8"),
         (
             {"text_config": json.loads(good)["text_config"] | {"hidden_size": -1}},

@@ -148,3 +148,17 @@ def test_tensors_of_another_model(folder, mesh):
         UserError, match=r"w_q.weight \(3 in all\) has no place .*q_proj.weight \(3 in all\) is missing"
     ):
         logits(folder, mesh)
+
+
+def test_names_with_model_twice_are_read_as_transformers_reads_them(folder):
+    before, tensors = transformers_logits(folder), {n: t.map().copy() for n, t in matching(folder).items()}
+    rename(folder, lambda name: "model." + name)
+    np.testing.assert_array_equal(transformers_logits(folder), before)
+    again = matching(folder)
+    assert again.keys() == tensors.keys()
+    for name, tensor in again.items():
+        np.testing.assert_array_equal(tensor.map(), tensors[name], err_msg=name)
+
+
+def matching(folder):
+    return hf.matching(folder, from_hf(hf.read_config(folder)))
