@@ -8,13 +8,18 @@ import shutil
 from pathlib import Path
 
 import jax
+import numpy as np
 import pytest
 from etils import epath
+from peft import LoraConfig, get_peft_model
 from rows import add_tokens, chat_row, edit_json, swap_tokens, write_lines
+from safetensors.numpy import load_file, save_file
+from transformers import LlamaForCausalLM
 
 from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.config.identity import changed
-from camopd_jax.config.schema import TrainConfig
+from camopd_jax.config.schema import Template, TrainConfig
+from camopd_jax.data import answers, templates
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
 from camopd_jax.method.setup import resolve
@@ -251,3 +256,44 @@ def test_an_index_beside_a_file_that_is_read_instead(config, here, model):
     (model / "model.safetensors.index.json").write_text('{"weight_map": {"model.norm.weight": "old.safetensors"}}')
     findings, _ = doctor.examine(changed(config, {"specialised_model": str(model)}), None, here)
     assert "model.safetensors.index.json and its files (old.safetensors" in texts(findings, "odd", "specialised")[0]
+
+
+def of_models(config, model):
+    """Unusual settings of the models, without a look at the prompts."""
+    look = doctor.Examination(changed(config, {"specialised_model": str(model)}))
+    look.model("general model", "general", "config.general_model")
+    look.model("specialised model", "specialised", "config.specialised_model")
+    look.tokenizers("models")
+    return texts(look.findings, "odd")
+
+
+def test_the_same_weights_in_another_dtype_are_seen(config, model):
+    general = QUICKSTART / "generalist"
+    weights = {name: t.astype(np.float64) for name, t in load_file(general / "model.safetensors").items()}
+    save_file(weights | {"lm_head.weight": weights["model.embed_tokens.weight"]}, model / "model.safetensors")
+    edit_json(model / "config.json", torch_dtype="float64")
+    assert ["hold the same weights" in text for text in of_models(config, model)] == [True]
+    weights["model.norm.weight"][-1] += 1e-3
+    save_file(weights, model / "model.safetensors")
+    assert of_models(config, model) == []
+
+
+def test_a_general_model_that_is_an_adapter_of_the_specialised_one(model, tmp_path):
+    assert loading.pair_warning(QUICKSTART / "generalist", model) is None
+    base = LlamaForCausalLM.from_pretrained(model)
+    get_peft_model(base, LoraConfig(r=2, target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    assert "adapter of config.specialised_model" in loading.pair_warning(tmp_path / "adapter", model)
+    assert loading.pair_warning(model, tmp_path / "adapter") is None
+
+
+def test_a_template_that_ignores_the_generation_prompt(config, model):
+    edit_json(
+        model / "tokenizer_config.json",
+        chat_template="{% for m in messages %}<|{{ m['role'] }}|>{{ m['content'] }}<|end|>{% endfor %}",
+    )
+    assert ["'<|assistant|>' before an answer" in text for text in of_models(config, model)] == [True]
+    tokenizer = templates.load_tokenizer(model)  # nothing before an answer, as in the templates of Mistral
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ '[' + m['content'] + ']' if m['role'] == 'user' else m['content'] }}{% endfor %}"
+    )
+    assert answers.prompt_warning(tokenizer, Template()) is None

@@ -146,6 +146,23 @@ def eos_warning(folder: Path, tokenizer: Tokenizer, template: Template) -> str |
     )
 
 
+def prompt_warning(tokenizer: Tokenizer, template: Template) -> str | None:
+    """A warning if the chat template leaves out what precedes an answer where one is to be generated, or else None.
+
+    Raises:
+      UserError: as `end_of_turn`.
+    """
+    row = {"messages": [{"role": "user", "content": "hi"}]}
+    opened, closed = (templates.render(tokenizer, row, template, open_answer=flag) for flag in (True, False))
+    opening = _around(tokenizer, row, {"role": "assistant"}, template)[0].removeprefix(opened).strip()
+    if opened != closed or not opening:
+        return None
+    return (
+        f"the chat template writes {opening!r} before an answer, but prompts do not end with it, so that the model has "
+        "to write it; let the template write it if add_generation_prompt is set"
+    )
+
+
 def end_warnings(folder: Path, tokenizer: Tokenizer, template: Template) -> list[str]:
     """Warnings about the token at the end of the answers of `answer_ids`."""
     try:

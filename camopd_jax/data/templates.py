@@ -5,15 +5,18 @@ import importlib.util
 import json
 import os
 import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
 from camopd_jax.config.schema import Template
-from camopd_jax.data import sources
+from camopd_jax.data import dates, sources
 from camopd_jax.data.columns import Row
 from camopd_jax.errors import UserError
+from camopd_jax.models.disk import LFS, is_lfs_pointer, read_json
+from camopd_jax.models.fields import TOKENS
 from camopd_jax.models.peft_settings import base_folder
 
 if TYPE_CHECKING:
@@ -77,6 +80,8 @@ class Reader:
 
 # ------------------------------------------------------------------------------------- tokenizers
 
+PROCESSOR_TEMPLATE = "chat_template.json"  # the chat template of a multimodal model's processor
+_PROBES = ("Hello world", "it's 2024:  12345", "naïve 你好 🙂", "def f(x):\n\n    return x\n")
 _FILES = (("tokenizer.json",), ("tokenizer.model",), ("vocab.json", "merges.txt"))  # each is a complete vocabulary
 
 
@@ -87,7 +92,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
       UserError: if the folder has no tokenizer, or one that cannot be read.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides the warning that torch is missing
-    from transformers import AutoTokenizer, __version__  # slow to import
+    from transformers import AutoTokenizer  # slow to import
 
     if not _has_vocabulary(folder):
         folder = base_folder(folder)  # a PEFT adapter may have no tokenizer of its own
@@ -100,14 +105,61 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     try:
         # Without a length of its own, at which it would only warn: prompts are measured against the run's cap
-        return AutoTokenizer.from_pretrained(
+        tokenizer = AutoTokenizer.from_pretrained(
             str(folder), trust_remote_code=False, local_files_only=True, model_max_length=sys.maxsize
         )
     except Exception as error:  # transformers and tokenizers raise many kinds
-        raise UserError(
-            f"{folder}: its tokenizer cannot be read by transformers {__version__} ({type(error).__name__}: {error}); "
-            "copy the original model's tokenizer files into this folder"
-        ) from error
+        raise UserError(_unreadable(folder, error)) from error
+    if not tokenizer.chat_template and (folder / PROCESSOR_TEMPLATE).exists():
+        tokenizer.chat_template = read_json(folder / PROCESSOR_TEMPLATE).get("chat_template")
+    return tokenizer
+
+
+def _unreadable(folder: Path, error: Exception) -> str:
+    """Why transformers cannot read a folder's tokenizer, for which it also reads config.json."""
+    from transformers import AutoConfig, __version__
+
+    reason = f"cannot be read by transformers {__version__} ({type(error).__name__}: {error})"
+    present = [folder / name for names in _FILES for name in names if (folder / name).is_file()]
+    if pointer := next(filter(is_lfs_pointer, present), None):
+        return f"{pointer} is {LFS}"
+    if (file := folder / "tokenizer_config.json").exists() and "auto_map" in read_json(file):
+        return (
+            f"{file}: auto_map asks for code from the checkpoint, which is never run; delete the field if "
+            "tokenizer.json is the complete tokenizer"
+        )
+    if (file := folder / "config.json").exists():
+        try:
+            AutoConfig.from_pretrained(str(folder), trust_remote_code=False, local_files_only=True)
+        except Exception:
+            return f"{file} {reason}; correct the field, or fetch the checkpoint again"
+    return f"{folder}: its tokenizer {reason}; copy the original model's tokenizer files into this folder"
+
+
+def class_warning(folder: Path, tokenizer: Tokenizer) -> str | None:
+    """A warning, if the tokenizer_class of a folder gives a text other tokens than its tokenizer.json, else None.
+
+    Some classes of transformers 5 take only the vocabulary from tokenizer.json.
+    """
+    from tokenizers import Tokenizer as Tokens
+    from transformers import PreTrainedTokenizerFast
+
+    file = folder / "tokenizer.json"
+    if type(tokenizer) is PreTrainedTokenizerFast or not file.exists():
+        return None
+    plain = Tokens.from_file(str(file))
+    plain.no_truncation()
+    plain.no_padding()
+    common = [token for token in tokenizer.all_special_tokens if plain.token_to_id(token) is not None]
+    for text in (*_PROBES, *(f"{token}a {token} a" for token in common)):
+        own, given = plain.encode(text, add_special_tokens=False).tokens, tokenizer.tokenize(text)
+        if own != given:
+            return (
+                f"{folder}: {type(tokenizer).__name__} (tokenizer_class in tokenizer_config.json) reads {text!r} as "
+                f"{given}, but tokenizer.json itself as {own}; set tokenizer_class to 'PreTrainedTokenizerFast' if the "
+                "model was trained with the latter"
+            )
+    return None
 
 
 def _has_vocabulary(folder: Path) -> bool:
@@ -119,13 +171,20 @@ def _has_sentencepiece() -> bool:
 
 
 def eos_ids(folder: Path, tokenizer: Tokenizer) -> tuple[int, ...]:
-    """All tokens that end an answer, from generation_config.json, config.json and the tokenizer."""
+    """All tokens that end an answer, from generation_config.json, config.json and the tokenizer.
+
+    Negative ids, which stand for none, are left out.
+
+    Raises:
+      UserError: for a file that is not JSON, and ids that are no integers.
+    """
     ids: set[int] = set()
     base = base_folder(folder)  # of a PEFT adapter, the model's
     for name in ("generation_config.json", "config.json"):
         if (base / name).exists():
-            value = json.loads((base / name).read_text()).get("eos_token_id")
-            ids |= set(value if isinstance(value, list) else [] if value is None else [value])
+            value = read_json(base / name).get("eos_token_id")
+            TOKENS.check(value, "eos_token_id", str(base / name))
+            ids |= {i for i in (value if isinstance(value, list) else [value]) if i is not None and i >= 0}
     if tokenizer.eos_token_id is not None:
         ids.add(tokenizer.eos_token_id)
     return tuple(sorted(ids))
@@ -145,25 +204,30 @@ def shared_vocabulary(student: Path, teachers: Sequence[Path]) -> Shared:
     Raises:
       UserError: if a token has different ids.
     """
-    own, size, warnings = load_tokenizer(student), None, list[str]()
+    own, size, notes = load_tokenizer(student), None, list[str]()
     ends = eos_ids(student, own)
     for teacher in teachers:
         other = load_tokenizer(teacher)
         common, more = _common(student, own, teacher, other)
         if more is not None:
             size = common if size is None else min(size, common)
-            warnings.append(
+            notes.append(
                 f"the tokenizers of {student} and {teacher} share their first {common} tokens; the student's answers "
                 f"contain no others, such as {more!r}"
             )
         if ends != (of_teacher := eos_ids(teacher, other)):
-            warnings.append(
-                f"answers end with {own.convert_ids_to_tokens(list(ends))} in {student} but with "
-                f"{other.convert_ids_to_tokens(list(of_teacher))} in {teacher}; the student's are used"
+            notes.append(
+                f"answers end with {_names(own, ends)} in {student} but with {_names(other, of_teacher)} in {teacher}; "
+                "the student's are used"
             )
     if size is not None and all(i >= size for i in ends):
-        warnings.append(f"no answer can end: the tokens that end one in {student} are not among the shared ones")
-    return Shared(size, tuple(warnings))
+        notes.append(f"no answer can end: the tokens that end one in {student} are not among the shared ones")
+    return Shared(size, tuple(notes))
+
+
+def _names(tokenizer: Tokenizer, ids: Sequence[int]) -> list[Any]:
+    """The tokens with these ids; an id that the tokenizer does not have stays as it is."""
+    return [tokenizer.convert_ids_to_tokens(i) or i for i in ids]
 
 
 def _common(student: Path, own: Tokenizer, teacher: Path, other: Tokenizer) -> tuple[int, str | None]:
@@ -209,8 +273,15 @@ def prompt_ids(tokenizer: Tokenizer, row: Row, template: Template) -> list[int]:
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of a text with the tokenizer's defaults, without tokens that it appends (EOS, by `add_eos_token`)."""
     read = tokenizer(text, return_special_tokens_mask=True)
+    ids, bos = list(read["input_ids"]), tokenizer.bos_token_id
+    if bos is not None and ids[:2] == [bos, bos]:
+        warnings.warn(
+            f"{tokenizer.name_or_path}: the tokenizer adds {tokenizer.bos_token!r} to prompts that begin with it "
+            'already; remove it from the field "prompt" of the rows',
+            stacklevel=2,
+        )
     own = [i for i, added in enumerate(read["special_tokens_mask"]) if not added]
-    return list(read["input_ids"])[: own[-1] + 1 if own else None]
+    return ids[: own[-1] + 1 if own else None]
 
 
 def tokens(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -295,6 +366,8 @@ def _render(tokenizer: Tokenizer, messages: Messages, options: dict[str, Any], o
             'that of the original model, or give rows with "prompt" instead of "messages"'
         )
     try:
+        written = tokenizer.get_chat_template(options.get("chat_template"), options.get("tools"))
+        options = options | {"chat_template": dates.with_date(written)}
         return str(
             tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=open_answer, **options)
         )

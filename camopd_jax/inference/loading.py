@@ -1,6 +1,7 @@
 """Finds and loads a Hugging Face checkpoint, and resolves its dtypes."""
 
 import dataclasses
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +17,8 @@ from camopd_jax.data.templates import Reader
 from camopd_jax.errors import UserError
 from camopd_jax.models import adapters, hf, peft
 from camopd_jax.models.config import ModelConfig, from_hf
-from camopd_jax.models.disk import CHECKPOINT, find_folder, hub_revision
+from camopd_jax.models.disk import CHECKPOINT, Tensor, find_folder, hub_revision
+from camopd_jax.models.names import HEAD
 from camopd_jax.models.partition import merge
 from camopd_jax.models.peft_settings import AdapterSettings, base_folder, is_adapter, new_settings, read_settings
 from camopd_jax.models.quantised import INT8
@@ -130,8 +132,11 @@ def load(
         config = dataclasses.replace(config, output_vocab_size=output_vocab_size)
     model = make_model(config, mesh, compute, matmul_dtype(compute))
     tokenizer = templates.load_tokenizer(folder)
+    if warning := templates.class_warning(folder, tokenizer):
+        warnings.warn(warning, stacklevel=2)
+    ends = templates.eos_ids(folder, tokenizer)
     params = hf.load(folder, config, mesh, model.dtype if dtype == INT8 else dtype)
-    return Loaded(folder, mesh, model, params, tokenizer, templates.eos_ids(folder, tokenizer))
+    return Loaded(folder, mesh, model, params, tokenizer, ends)
 
 
 def model_config(folder: Path, context: int | None = None, files: Sequence[str] = CHECKPOINT) -> ModelConfig:
@@ -168,6 +173,33 @@ def fingerprint(folder: Path) -> str:
     if not is_adapter(folder):
         return hf.fingerprint(folder)
     return peft.fingerprint(folder, hf.fingerprint(base_folder(folder)))
+
+
+def pair_warning(general: Path, specialised: Path) -> str | None:
+    """A warning about the two models of a run that cannot be meant like that, or None."""
+    if _same_weights(general, specialised):
+        same = "config.general_model and config.specialised_model hold the same weights"
+        return f"{same}: there is no lost ability to recover"
+    if is_adapter(general) and not is_adapter(specialised) and _same_weights(base_folder(general), specialised):
+        return "config.general_model is an adapter of config.specialised_model: it seems that the two are swapped"
+    return None
+
+
+def _same_weights(first: Path, second: Path) -> bool:
+    """Whether two checkpoints have the same values, in any files and dtypes; of each tensor only a few are compared."""
+    if is_adapter(first) or is_adapter(second):
+        return fingerprint(first) == fingerprint(second)
+    a, b = (hf.matching(folder, model_config(folder)) for folder in (first, second))
+    if a.keys() - {HEAD} != b.keys() - {HEAD} or any(a[name].shape != b[name].shape for name in a.keys() & b.keys()):
+        return False
+    return all(np.array_equal(_sample(a[name]), _sample(b[name])) for name in a.keys() & b.keys())
+
+
+def _sample(tensor: Tensor) -> np.ndarray:
+    """The first, middle and last 1,024 values of a tensor, float32."""
+    flat = tensor.map().reshape(-1)
+    starts = (0, flat.size // 2, max(0, flat.size - 1024))
+    return np.concatenate([flat[start : start + 1024] for start in starts]).astype(np.float32)
 
 
 # ------------------------------------------------------------------------------------------ adapters

@@ -42,6 +42,11 @@ def check_log_probs(loaded: Loaded, name: str, sequences: Sequence[Sequence[int]
                 f"{name}: log-probabilities of this model are not finite in {loaded.model.dtype}; fetch the checkpoint "
                 "again, or give another one"
             )
+        if np.allclose(first, -np.log(vocab), rtol=0, atol=1e-6):
+            raise UserError(
+                f"{name}: this model gives every token the same probability, as if its final norm, embedding or head "
+                "were 0; fetch the checkpoint again, or give another one"
+            )
         difference = float(np.mean(np.abs(first - second)))
         if difference > LARGEST_DIFFERENCE[loaded.model.dtype]:
             raise UserError(

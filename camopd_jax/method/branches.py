@@ -80,7 +80,7 @@ class Models:
     specialised: Loaded
     student: Loaded
     others: dict[str, Loaded]  # further teachers, by their names in the branches
-    warnings: tuple[str, ...]  # about the tokenizers
+    warnings: tuple[str, ...]  # about the models and their tokenizers
 
     def teacher(self, name: str) -> Loaded:
         """The model with the name in a branch's field `teacher`."""
@@ -142,6 +142,7 @@ def load_models(setup: Setup) -> Models:
     loading.check_adapter(config.adapter, student, "config.specialised_model")
     others = [folder for name, folder in folders.items() if name != "specialised"]
     shared = templates.shared_vocabulary(student, others)
+    of_pair = loading.pair_warning(folders["general"], student)
     configs = {name: loading.model_config(folder, setup.context) for name, folder in folders.items()}
     for model in configs.values():
         check_model(model, setup.mesh, config.compute, setup.dtype)
@@ -166,7 +167,7 @@ def load_models(setup: Setup) -> Models:
         specialised=teachers.pop("specialised"),
         student=trained,
         others=teachers,
-        warnings=shared.warnings,
+        warnings=shared.warnings + (() if of_pair is None else (of_pair,)),
     )
 
 

@@ -116,7 +116,7 @@ class Examination:
             loading.check_adapter(self.config.adapter, folder, field)
         checked = self.models[name] = Checked(folder, model, templates.load_tokenizer(folder))
         self.good(about, f"{values['model_type']}, {weights(model) / 1e6:,.1f} M parameters in {', '.join(kinds)}")
-        if warning := hf.stale_index(base):
+        for warning in filter(None, (hf.stale_index(base), templates.class_warning(folder, checked.tokenizer))):
             self.odd(about, warning)
         positions = text_config(values)[0].get("max_position_embeddings") or context
         if context > positions:
@@ -140,10 +140,9 @@ class Examination:
         self.good(about, f"one tokenizer of {shared.size or len(student.tokenizer)} tokens")
         for warning in shared.warnings:
             self.odd(about, warning)
-        if loading.fingerprint(self.models["general"].folder) == loading.fingerprint(student.folder):
-            same = "config.general_model and config.specialised_model hold the same weights"
-            self.odd(about, f"{same}: there is no lost ability to recover")
-        for warning in filter(None, {self._eos_warning(branch.prompts.template) for branch in branches}):
+        if of_pair := loading.pair_warning(self.models["general"].folder, student.folder):
+            self.odd(about, of_pair)
+        for warning in dict.fromkeys(text for of in branches for text in self._template_warnings(of.prompts.template)):
             self.odd(about, warning)
 
     def start(self, about: str) -> None:
@@ -152,12 +151,13 @@ class Examination:
         if weight := self.config.start.interpolation:
             self.good(about, f"{weight if weight == 'auto' else f'{weight:g}'} of the original model")
 
-    def _eos_warning(self, template: Template) -> str | None:
+    def _template_warnings(self, template: Template) -> list[str]:
         student = self.models["specialised"]
         try:
-            return answers.eos_warning(student.folder, student.tokenizer, template)
+            of_end = answers.eos_warning(student.folder, student.tokenizer, template)
+            return [text for text in (of_end, answers.prompt_warning(student.tokenizer, template)) if text]
         except UserError:  # no usable template; a run only needs one if its rows have messages
-            return None
+            return []
 
     # ------------------------------------------------------------------- prompts and benchmarks
 

@@ -34,6 +34,7 @@ from camopd_jax.runtime.mesh import mesh_of
 _COPIED = (
     "tokenizer*",
     "*.jinja",
+    "chat_template.json",
     "additional_chat_templates/*.jinja",
     "special_tokens_map.json",
     "added_tokens.json",

@@ -4,6 +4,7 @@ import time
 from functools import partial
 
 import jax
+from etils import epath
 from jax.sharding import Mesh
 
 from camopd_jax.config.consistency import warnings
@@ -22,6 +23,7 @@ from camopd_jax.method.weights import cross_entropy_weights
 from camopd_jax.models import partition
 from camopd_jax.rollout.score import micro_batches
 from camopd_jax.runs.run import Run
+from camopd_jax.runs.workdir import fix_date
 from camopd_jax.runtime.distributed import run_on_all
 from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.mesh import global_rows, rows_of_process
@@ -30,6 +32,7 @@ from camopd_jax.types import Params, Sequences
 
 def sft(config: SftConfig, workdir: str) -> None:
     """Runs `sft`: load, evaluate, train, evaluate, export."""
+    fix_date(epath.Path(workdir))
     mesh = resolve_fine_tuning(config)
 
     def begin() -> tuple[Loaded, SftStream]:

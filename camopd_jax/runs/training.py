@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from etils import epath
 
 from camopd_jax.config.consistency import warnings
 from camopd_jax.config.methods import description
@@ -24,6 +25,7 @@ from camopd_jax.models import partition
 from camopd_jax.runs import prompt_map, start, warm_up, written_prompts
 from camopd_jax.runs.convergence import not_converged
 from camopd_jax.runs.run import Run
+from camopd_jax.runs.workdir import fix_date
 from camopd_jax.runtime.distributed import run_on_all
 from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.memory import memory_gib
@@ -36,6 +38,7 @@ if TYPE_CHECKING:
 
 def train(config: TrainConfig, workdir: str) -> None:
     """Runs `train`: load, evaluate, train with CaMOPD, evaluate, export."""
+    fix_date(epath.Path(workdir))
     setups = [resolve(part) for part in schedule.parts(config)]
     models = run_on_all(lambda: load_models(setups[-1]))
     setups = written_prompts.write_missing(setups, models, config, workdir)

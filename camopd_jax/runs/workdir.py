@@ -3,12 +3,14 @@
 import contextlib
 import json
 from collections.abc import Iterator
+from datetime import datetime
 from typing import Any
 
 from etils import epath
 
 from camopd_jax.config.identity import different_fields, fingerprint, to_json
 from camopd_jax.config.schema import Config
+from camopd_jax.data import dates
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.distributed import broadcast, run_on_all
 
@@ -26,6 +28,19 @@ def claim_workdir(workdir: epath.Path, config: Config) -> None:
     """
     owner = broadcast(lambda: _claim(workdir, config))
     run_on_all(lambda: _check_same_everywhere(workdir, config, owner))
+
+
+def fix_date(workdir: epath.Path) -> None:
+    """Lets chat templates write the time at which a run began, in all processes and whenever it is resumed."""
+
+    def began() -> str:
+        try:
+            date = json.loads((workdir / "config.json").read_text())["date"]
+            return datetime.fromisoformat(date).isoformat()
+        except (OSError, ImportError, ValueError, KeyError, TypeError):  # a new run, or files that are checked later
+            return datetime.now().isoformat(timespec="seconds")
+
+    dates.fix(datetime.fromisoformat(broadcast(began)))
 
 
 def check_owner(workdir: epath.Path, config: Config) -> bool:
@@ -69,6 +84,7 @@ def _claim(workdir: epath.Path, config: Config) -> dict[str, Any]:
     """Checks and writes config.json; returns the config as JSON values."""
     values = to_json(config)
     record = {"kind": type(config).__name__, "fingerprint": fingerprint(config), "config": values}
+    record["date"] = dates.now().isoformat(timespec="seconds")
     part = workdir / "config.json.part"
     with write_errors(workdir):
         workdir.mkdir(parents=True, exist_ok=True)

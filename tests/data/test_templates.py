@@ -3,15 +3,19 @@
 import json
 import logging
 import shutil
+import warnings
+from datetime import datetime
 
 import pytest
+from etils import epath
 from rows import add_tokens, chat_row, edit_json, swap_tokens
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
-from camopd_jax.config.schema import Template
-from camopd_jax.data import templates
+from camopd_jax.config.schema import SftConfig, Stream, Template
+from camopd_jax.data import dates, templates
 from camopd_jax.data.templates import Reader, Shared
 from camopd_jax.errors import UserError
+from camopd_jax.runs.workdir import claim_workdir, fix_date
 
 
 def text(tokenizer, ids):
@@ -132,6 +136,110 @@ def test_eos_ids_of_all_files(folder, other, tokenizer):
     edit_json(other / "generation_config.json", eos_token_id=[5, 0])
     edit_json(other / "config.json", eos_token_id=3)
     assert templates.eos_ids(other, tokenizer) == (0, 3, 5)
+
+
+@pytest.mark.parametrize(
+    ("contents", "says"),
+    [
+        ("{", "generation_config.json: not readable as JSON"),
+        ("[]", "generation_config.json: must hold a JSON object"),
+        ('{"eos_token_id": "<|end|>"}', "field eos_token_id is '<|end|>'; give an integer or a list of them or null"),
+        ('{"eos_token_id": [5, null]}', "field eos_token_id is [5, None]; give an integer"),
+        ('{"eos_token_id": [[5]]}', "field eos_token_id is [[5]]; give an integer"),
+        ('{"eos_token_id": false}', "field eos_token_id is False; give an integer"),
+        ('{"eos_token_id": [-1, 7]}', (5, 7)),
+        ('{"eos_token_id": null}', (5,)),
+    ],
+)
+def test_eos_ids_of_odd_files(other, tokenizer, contents, says):
+    (other / "generation_config.json").write_text(contents)
+    if isinstance(says, tuple):
+        assert templates.eos_ids(other, tokenizer) == says
+        return
+    with pytest.raises(UserError) as caught:
+        templates.eos_ids(other, tokenizer)
+    assert says in str(caught.value) and str(other) in str(caught.value)
+
+
+def test_an_id_without_a_token_is_shown_as_a_number(folder, other):
+    edit_json(other / "generation_config.json", eos_token_id=[5, 151645])
+    assert "['<|end|>', 151645]" in templates.shared_vocabulary(folder, [other]).warnings[0]
+
+
+def test_the_date_of_a_template_is_that_of_the_run(tokenizer, monkeypatch, tmp_path):
+    written = "{% set day = strftime_now('%d %b') %}{{ day }} {{ strftime_now( \"%Y\" ) }}"
+    monkeypatch.setattr(tokenizer, "chat_template", "{% if strftime_now is defined %}" + written + "{% endif %}")
+    try:
+        dates.fix(datetime(2024, 7, 26))
+        claim_workdir(epath.Path(tmp_path), SftConfig(model="m", data=Stream("s")))
+        dates.fix(None)
+        render = lambda: templates.render(tokenizer, chat_row("hi"), Template(), open_answer=True)  # noqa: E731
+        assert render() == datetime.now().strftime("%d %b %Y")
+        fix_date(epath.Path(tmp_path))  # as a run does that is resumed
+        assert render() == "26 Jul 2024"
+        claim_workdir(epath.Path(tmp_path), SftConfig(model="m", data=Stream("s")))
+        fix_date(epath.Path(tmp_path))
+        assert render() == "26 Jul 2024"
+        fix_date(epath.Path(tmp_path / "new"))
+        assert render() == datetime.now().strftime("%d %b %Y")
+    finally:
+        dates.fix(None)
+
+
+def test_the_template_of_a_processor(folder, other):
+    template = json.loads((folder / "tokenizer_config.json").read_text())["chat_template"]
+    edit_json(other / "tokenizer_config.json", chat_template=None)
+    assert templates.load_tokenizer(other).chat_template is None
+    (other / "chat_template.json").write_text(json.dumps({"chat_template": template}))
+    assert templates.load_tokenizer(other).chat_template == template
+
+
+def test_a_class_that_reads_otherwise_than_tokenizer_json(folder, other):
+    assert templates.class_warning(folder, templates.load_tokenizer(folder)) is None
+    loaded = templates.load_tokenizer(folder)
+    loaded.__class__ = type("OtherTokenizer", (type(loaded),), {"tokenize": lambda self, text: list(text)})
+    warning = templates.class_warning(other, loaded)
+    assert "OtherTokenizer (tokenizer_class in tokenizer_config.json) reads 'Hello world' as ['H', 'e', 'l'," in warning
+    assert "tokenizer.json itself as ['<|unk|>', 'e', 'l', 'l', 'o', ' ', 'w'" in warning
+    loaded.__class__ = type("SameTokenizer", (type(templates.load_tokenizer(folder)),), {})
+    assert templates.class_warning(other, loaded) is None
+
+
+@pytest.mark.parametrize(
+    ("file", "contents", "says"),
+    [
+        ("tokenizer.json", "version https://git-lfs.github.com/spec/v1\n", "tokenizer.json is a pointer of Git LFS"),
+        (
+            "tokenizer_config.json",
+            {"auto_map": {"AutoTokenizer": ["a.B", None]}, "tokenizer_class": "B"},
+            "tokenizer_config.json: auto_map asks for code from the checkpoint",
+        ),
+        ("config.json", {"pad_token_id": "<|pad|>"}, "config.json cannot be read by transformers .*pad_token_id"),
+    ],
+)
+def test_the_file_that_stops_a_tokenizer_is_named(other, file, contents, says):
+    if isinstance(contents, dict):
+        edit_json(other / file, **contents)
+    else:
+        (other / file).write_text(contents)
+    with pytest.raises(UserError, match=says):
+        templates.load_tokenizer(other)
+
+
+def test_a_prompt_that_begins_with_bos_already(other):
+    edit_json(other / "tokenizer_config.json", bos_token="<|system|>")
+    file = other / "tokenizer.json"
+    bos = {"SpecialToken": {"id": "<|system|>", "type_id": 0}}
+    texts = [{"Sequence": {"id": name, "type_id": i}} for i, name in enumerate("AB")]
+    special = {"<|system|>": {"id": "<|system|>", "ids": [2], "tokens": ["<|system|>"]}}
+    processor = {"type": "TemplateProcessing", "single": [bos, texts[0]], "pair": texts, "special_tokens": special}
+    edit_json(file, post_processor=processor)
+    loaded = templates.load_tokenizer(other)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert templates.text_ids(loaded, "ab") == [2, 6, 7]
+    with pytest.warns(UserWarning, match=r"the tokenizer adds '<.system.>' to prompts that begin with it already"):
+        assert templates.text_ids(loaded, "<|system|>ab") == [2, 2, 6, 7]
 
 
 def test_the_same_tokenizer_passes_and_other_ends_are_told(folder, other):

@@ -27,6 +27,7 @@ def log_probs(of_batch):
 @pytest.mark.parametrize("of_batch, says", [
     (lambda prompts: 0, None),
     (lambda prompts: np.nan, "config.general_model = here: log-probabilities of this model are not finite in float32"),
+    (lambda prompts: 0.1 - np.log(13), "gives every token the same probability"),
     (lambda prompts: 0.01 * sum(map(sum, prompts)), "other sequences are in its batch"),
 ])  # fmt: skip
 def test_log_probs_are_finite_and_those_of_a_sequence_alone(monkeypatch, of_batch, says):
