@@ -18,6 +18,7 @@ from rich.console import Console
 
 from camopd_jax.analysis import tables
 from camopd_jax.config.schema import TrainConfig
+from camopd_jax.planning.memory import choose_here
 from camopd_jax.runs.analysis import analyze
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_primary
@@ -34,7 +35,7 @@ if __name__ == "__main__":
     def main() -> None:
         values, config = flags.FLAGS, read_config()
         start(cli.processes())
-        row = analyze(config, values.checkpoint, values.source_field)
+        row = analyze(choose_here(config), values.checkpoint, values.source_field)
         if values.out and is_primary():
             append_rows(epath.Path(values.out), [row | {"checkpoint": values.checkpoint or config.specialised_model}])
         console = Console(highlight=False, quiet=not is_primary())

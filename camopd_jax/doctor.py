@@ -22,11 +22,14 @@ from camopd_jax.runtime import cli
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run, to be checked as well.")
     flags.DEFINE_string("topology", "local", "Devices to check for: local, or a TPU slice such as v6e:8x8.")
+    flags.DEFINE_float("hbm_gib", None, "Memory of a device in GiB, instead of the known value.", lower_bound=0)
+    flags.DEFINE_alias("hbm-gib", "hbm_gib")
     read_config = cli.config_flag(TrainConfig)
 
     def main() -> None:
         config = read_config()
-        findings, prompts = examine(config, flags.FLAGS.workdir, topology.describe(flags.FLAGS.topology))
+        where = topology.describe(flags.FLAGS.topology, flags.FLAGS.hbm_gib)
+        findings, prompts = examine(config, flags.FLAGS.workdir, where)
         console = cli.console()
         console.print(table(findings))
         for branch, text in prompts.items():

@@ -17,6 +17,8 @@ from absl import flags
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import topology
+from camopd_jax.planning.automatic import choose
+from camopd_jax.planning.memory import device_memory
 from camopd_jax.planning.report import KINDS, Request, look_for, read_models, report
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.jsonl import atomic_file
@@ -39,15 +41,20 @@ if __name__ == "__main__":
         name = cli.required("topology", "v5e:8x8")
         config = read_config()
         cap = config.rollout.max_response_tokens
+        models = read_models(config, values.general_config, values.specialised_config)
+        where, console = topology.describe(name, values.hbm_gib), cli.console()
+        choice = choose(config, models, where.devices, where.hbm or device_memory())
+        if choice.values:
+            console.print(str(choice))
         request = Request(
-            config=config,
-            models=read_models(config, values.general_config, values.specialised_config),
-            topology=topology.describe(name, values.hbm_gib),
+            config=choice.config,
+            models=models,
+            topology=where,
             answer=min(values.answer_tokens or cap, cap),
             wanted=tuple(values.programs),
-            console=cli.console(),
+            console=console,
         )
-        result: dict[str, Any] = {"config": dataclasses.asdict(config)}
+        result: dict[str, Any] = {"config": dataclasses.asdict(choice.config)}
         result |= look_for(request, values.tries) if values.search else report(request)
         if values.json:
             with atomic_file(values.json) as file:

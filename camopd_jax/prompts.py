@@ -25,6 +25,7 @@ from camopd_jax.data import prompt_map as maps
 from camopd_jax.data import prompt_set
 from camopd_jax.errors import UserError
 from camopd_jax.evals import tasks
+from camopd_jax.planning.memory import choose_here
 from camopd_jax.runs import prompt_map, self_prompts
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.start import start
@@ -63,7 +64,7 @@ if __name__ == "__main__":
         config, out = read_config(), cli.required("out", "map.json")
         settings = prompt_map.MapSettings(values.field, values.clusters, values.answered)
         start(None)
-        made = prompt_map.map_branch(config, values.branch, settings)
+        made = prompt_map.map_branch(choose_here(config), values.branch, settings)
         maps.write(Path(out), made)
         Console(highlight=False).print(prompt_map.table(made))
 

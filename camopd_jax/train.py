@@ -15,10 +15,10 @@ The same command continues from the last checkpoint; on SIGTERM the run writes a
 from absl import flags
 
 from camopd_jax.config.schema import TrainConfig
-from camopd_jax.planning.memory import check_run
+from camopd_jax.planning.memory import prepare_run
 from camopd_jax.runs.training import train
 from camopd_jax.runtime import cli
-from camopd_jax.runtime.distributed import run_on_all
+from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
@@ -30,7 +30,9 @@ if __name__ == "__main__":
         workdir = cli.required("workdir", "runs/quickstart")
         config = read_config()
         start(cli.processes())
-        run_on_all(lambda: check_run(config))
-        train(config, workdir)
+        choice = prepare_run(config, workdir)
+        if choice.values and is_primary():
+            print(choice, flush=True)
+        train(choice.config, workdir)
 
     cli.run(main)

@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 
 from camopd_jax.config.build import build
-from camopd_jax.config.schema import MOVED, BranchConfig, Config, Evaluation, SftConfig, TrainConfig
+from camopd_jax.config.schema import AUTO, MOVED, BranchConfig, Config, Evaluation, SftConfig, TrainConfig
 from camopd_jax.errors import UserError
 
 
@@ -57,9 +57,9 @@ def _need(holds: bool, name: str, value: Any, advice: str) -> None:
 
 def _check_sft(config: SftConfig) -> None:
     _need(config.compute.remat != "rollout", "compute.remat", "rollout", "fine-tuning has no rollout; give block")
-    micro = config.optimizer.micro_batch
-    advice = f"give a divisor of batch_size = {config.batch_size}"
-    _need(config.batch_size % micro == 0, "optimizer.micro_batch", micro, advice)
+    _need(config.compute.remat != AUTO, "compute.remat", AUTO, "which only train chooses; give block")
+    micro, advice = config.optimizer.micro_batch, f"give a divisor of batch_size = {config.batch_size}"
+    _need(micro != AUTO and config.batch_size % micro == 0, "optimizer.micro_batch", micro, advice)
     _need(not config.data.weights, "data.weights", config.data.weights, "fine-tuning uses all rows equally; give ''")
     _check_trained(config.optimizer.trained)
 
@@ -83,7 +83,7 @@ def _check_train(config: TrainConfig) -> None:
     if several > 1:
         divisor = f"give a divisor of rollout.batch_size x rollout.answers_per_prompt = {answers}"
     micro, scored = optimizer.micro_batch, rollout.score_batch
-    _need(answers % micro == 0, "optimizer.micro_batch", micro, divisor)
+    _need(micro == AUTO or answers % micro == 0, "optimizer.micro_batch", micro, divisor)
     advice = f"{divisor}, or 0 (the same as optimizer.micro_batch)"
     _need(not scored or answers % scored == 0, "rollout.score_batch", scored, advice)
     _check_several_answers(config)

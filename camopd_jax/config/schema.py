@@ -14,6 +14,7 @@ from annotated_types import Ge, Gt, Le, Lt
 Count = Annotated[int, Gt(0)]
 Seed = Annotated[int, Ge(0), Lt(2**31)]
 Share = Annotated[float, Gt(0), Le(1)]
+AUTO: Literal["auto"] = "auto"
 
 
 class MayChange:
@@ -228,7 +229,8 @@ class Optimizer:
     # Decay of an exponential average of the trained weights, such as 0.99. The average is evaluated, ranked and
     # exported in place of the weights, which the updates continue to use
     average: Annotated[float, Gt(0), Lt(1), "None: no average"] | None = None
-    micro_batch: Free[Count] = 8  # sequences in one forward and backward
+    # Sequences in one forward and backward. auto: the quickest that fits in memory, as for compute.remat
+    micro_batch: Free[Literal["auto"] | Count] = 8
     # Which parameters are trained: "all" (but the routers of mixtures of experts), or a regular expression that is
     # searched for in names such as layers.attention.query.kernel. The others are frozen: they have no gradients and no
     # moments and are not saved. ".": all, with routers
@@ -257,8 +259,9 @@ class Compute:
     matmul: Literal["auto", "float32", "bfloat16"] = "auto"
     # What the backward pass recomputes. none: nothing; dots: all but matrix products; block: every layer; rollout:
     # every layer, from its input during sampling, so that no forward pass is needed. These inputs are kept from the
-    # rollout to the gradient: 4 bytes x (layers + 1) x model width for every token of the batch
-    remat: Free[Literal["none", "dots", "block", "rollout"]] = "block"
+    # rollout to the gradient: 4 bytes x (layers + 1) x model width for every token of the batch. auto: chosen when a
+    # run starts, for the memory of its devices by the plan's arithmetic (docs/memory.md), and kept when it is resumed
+    remat: Free[Literal["auto", "none", "dots", "block", "rollout"]] = "block"
     # Attention over full rows (scoring, updates, prefill). fused: Pallas on TPU, cuDNN on GPU, an error if neither
     # supports the model; xla: plain; auto: fused if supported and rows are long enough
     attention: Literal["auto", "xla", "fused"] = "auto"

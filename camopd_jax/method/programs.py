@@ -229,7 +229,7 @@ class Programs:
         """The gradient of Eq 9. Only the selected answers are computed, so it takes less time if fewer are selected."""
         order, count = gather((batch.selection.order, batch.selection.count))
         config, sequences = self.setup.config, batch.rollout.after(batch.prompts)
-        size, smallest = config.optimizer.micro_batch, config.rollout.smallest_bucket
+        size, smallest = self.setup.micro_batch, config.rollout.smallest_bucket
         parts = micro_batches(self.model.mesh, sequences, size, smallest, order[:count])
         weights = self.weighing[name](batch, state.step)
         inputs = LossInputs(sequences, weights, batch.teacher.tokens, batch.rollout.residuals)

@@ -11,7 +11,7 @@ from typing import Any
 import jax.numpy as jnp
 from jax.sharding import Mesh
 
-from camopd_jax.config.schema import Compute, Evaluation, SftConfig, TrainConfig
+from camopd_jax.config.schema import AUTO, Compute, Evaluation, Optimizer, SftConfig, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
 from camopd_jax.inference.interpolation import check_architectures
@@ -26,6 +26,8 @@ from camopd_jax.models.weights import shardings
 from camopd_jax.runtime import trackers
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import check_rows, expert_shards, mesh_of, platform, reshape_mesh
+
+UNCHOSEN = "for which only train, analyze, prompts, plan and doctor choose a value (planning.automatic)"
 
 
 @dataclass(frozen=True)
@@ -43,9 +45,14 @@ class Setup:
     trusts_sampler: bool  # whether log-probabilities from sampling replace the student's forward pass
 
     @property
+    def micro_batch(self) -> int:
+        """Answers in one forward and backward pass."""
+        return rows_at_once(self.config.optimizer)
+
+    @property
     def score_batch(self) -> int:
         """Answers scored in one forward pass."""
-        return self.config.rollout.score_batch or self.config.optimizer.micro_batch
+        return self.config.rollout.score_batch or self.micro_batch
 
     @property
     def agreement(self) -> Agreement | None:
@@ -146,14 +153,27 @@ def resolve_fine_tuning(config: SftConfig) -> Mesh:
     """
     mesh = mesh_of(config.mesh)
     check_rows(mesh, "config.batch_size", config.batch_size)
-    check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
+    check_rows(mesh, "config.optimizer.micro_batch", rows_at_once(config.optimizer))
     check_evaluation(config.evaluation, mesh)
     trackers.check(config.log.trackers)
     return mesh
 
 
+def rows_at_once(optimizer: Optimizer) -> int:
+    """`micro_batch`, where "auto" has been replaced by a number.
+
+    Raises:
+      UserError: if it has not.
+    """
+    if optimizer.micro_batch == AUTO:
+        raise UserError(f"config.optimizer.micro_batch is {AUTO!r}, {UNCHOSEN}; give a number, such as 8")
+    return optimizer.micro_batch
+
+
 def check_remat(config: TrainConfig, dtype: str) -> None:
-    """Raises UserError for remat "rollout" if the student's log-probabilities are not those from sampling."""
+    """Raises UserError for remat "auto"; for "rollout", if the student's log-probabilities are not the sampler's."""
+    if config.compute.remat == AUTO:
+        raise UserError(f"config.compute.remat is {AUTO!r}, {UNCHOSEN}; give a name, such as block")
     if config.compute.remat == "rollout" and not _trusts_sampler(config, dtype):
         raise UserError(
             "config.compute.remat is 'rollout', which needs the sampler's log-probabilities, but in "
@@ -200,7 +220,7 @@ def _check_batches(setup: Setup) -> None:
         check_rows(
             setup.rollout_mesh, _per_answer("config.rollout.concurrency", several), started, "config.rollout.mesh"
         )
-    check_rows(mesh, "config.optimizer.micro_batch", config.optimizer.micro_batch)
+    check_rows(mesh, "config.optimizer.micro_batch", setup.micro_batch)
     if rollout.score_batch:
         check_rows(mesh, "config.rollout.score_batch", rollout.score_batch)
     check_evaluation(config.evaluation, mesh)

@@ -17,6 +17,7 @@ from jax.sharding import Mesh
 from camopd_jax.method import schedule
 from camopd_jax.method.optimizer import LAST_GRADIENT, moment_names
 from camopd_jax.method.setup import Setup
+from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.partition import trained
 from camopd_jax.models.quantised import INT8
@@ -248,7 +249,7 @@ def _branch_work(setup: Setup, models: ModelShapes, branch: str, answer: int) ->
             work[f"score {name}"] = on.work(flops, calls, rows * length)
 
     on, kept = Share(student, setup.mesh, setup.dtype), kept_rows(setup, branch)
-    calls = math.ceil(kept / config.optimizer.micro_batch)
+    calls = math.ceil(kept / setup.micro_batch)
     frozen = 1 - weights(student, config.optimizer.trained) / weights(student)  # have no gradient of their own
     forward, passes = forward_flops(student, kept, 0, length, answer), PASSES[config.compute.remat] - frozen
     gradient = _trained_bytes(setup, models)  # each chip sums its part, then exchanges it with the other data shards
@@ -266,7 +267,7 @@ def memory_estimate(setup: Setup, models: ModelShapes) -> dict[str, float]:
     """Bytes on one chip while each of the largest programs runs, from sizes alone.
 
     Good for leaving out what cannot fit; the compiler has the last word. Weights, caches, gradients and moments are
-    counted exactly, activations roughly, and code, teachers' hidden states and a kept residual stream not at all.
+    counted exactly, activations roughly, and code and teachers' hidden states not at all.
     """
     config, gradients = setup.config, _trained_bytes(setup, models)
     moments = gradients * sum(1 if name.startswith(LAST_GRADIENT) else 2 for name in moment_names(config))
@@ -297,6 +298,9 @@ def memory_estimate(setup: Setup, models: ModelShapes) -> dict[str, float]:
         parameters += base(student, frozen) - base(student, config.compute.params)
     answering = _rollout_memory(setup, models.student)
     learning = {"gradient": gradients + _gradient_memory(setup, models.student), "update": gradients}
+    if setup.keep_residuals:
+        answering["decode"] += _stream_bytes(setup, models.student)
+        learning["gradient"] += _stream_bytes(setup, models.student)
     if not config.compute.offloads:
         parameters += moments + sum(teachers)
     else:
@@ -316,14 +320,47 @@ def _rollout_memory(setup: Setup, model: ModelConfig) -> dict[str, float]:
     return {"prefill": on.weights + lanes * prompt, "decode": on.weights + cache * (1 + 1 / model.num_layers)} | refill
 
 
+def _stream_bytes(setup: Setup, model: ModelConfig) -> float:
+    """The residual stream that stays from the rollout to the gradient."""
+    slots = max(setup.rows.values()) / batch_shards(setup.mesh) * setup.context
+    return slots * (model.num_layers + 1) * model.hidden_size * jnp.dtype(setup.dtype).itemsize
+
+
 def _gradient_memory(setup: Setup, model: ModelConfig) -> float:
-    """Activations of a micro-batch; the gathered weights of two layers and of the head, and their gradients."""
-    on, config = Share(model, setup.mesh, setup.dtype), setup.config
-    rows, enters = config.optimizer.micro_batch / on.shards, model.hidden_size * on.item / on.tensor
-    saved = {"none": 4 * enters + 2 * on.wide, "dots": enters + on.wide}.get(config.compute.remat, enters)
+    """Activations of a micro-batch, with plain attention's scores of one layer; the weights of two layers and of the
+    head, where products read a copy that is cast or gathered; and the gradients of what is trained of them.
+    """
+    on, config, slots = Share(model, setup.mesh, setup.dtype), setup.config, setup.context
+    rows, enters = setup.micro_batch / on.shards, model.hidden_size * on.item / on.tensor
+    # Results of a layer's products: query, key, value, attention's output, gate and up
+    products = enters + on.wide + (2 * model.num_kv_heads - model.num_heads) * model.head_dim / on.tensor * on.item
+    saved = {"none": 4 * enters + 2 * on.wide, "dots": enters + products}.get(config.compute.remat, enters)
+    # Of one layer beside its input: forward and backward, and the sums that an adapter's products are added to
+    activations = model.num_layers * saved + (3 if model.adapter else 2) * on.live
+    if _attends_plainly(setup, model):
+        activations += 4 * model.num_heads / on.tensor * slots
+
     head = model.vocab_size * model.hidden_size / on.tensor
     layers = 2 * (matrix_weights(model) / on.tensor - head) / model.num_layers
+    stored = setup.teacher_dtype if model.adapter else config.compute.params
+    copies = [on.item * (on.fsdp > 1 or of != setup.dtype) for of in (stored.replace(INT8, setup.dtype), stored)]
+    learnt = _trained_shares(model, config.optimizer.trained)
+    read = sum(n * (copy + 4 * part) for n, copy, part in zip((head, layers), copies, learnt, strict=True))
     chunk = tokens_at_once(config.compute.logits_chunk, model.vocab_size, on.tensor)
     logits = min(chunk, rows * config.rollout.max_response_tokens) * 8 * model.vocab_size / on.tensor
-    gathered = (layers + head) * (on.item + 4) + 8 * head / on.fsdp
-    return rows * setup.context * (model.num_layers * saved + 2 * on.live) + gathered + logits
+    return rows * slots * activations + read + logits
+
+
+def _attends_plainly(setup: Setup, model: ModelConfig) -> bool:
+    """Whether the scores of full rows' attention are arrays."""
+    no_kernel = fused.unsupported_reason(model, setup.mesh, setup.dtype) is not None
+    return no_kernel or setup.config.compute.attention == "xla" or setup.context < fused.SHORTEST
+
+
+@cache
+def _trained_shares(model: ModelConfig, rule: str) -> tuple[float, float]:
+    """The parts of the head's and of the layers' parameters that have a gradient."""
+    sizes = tree_of({row.path: math.prod(row.shape(model.num_layers)) for row in table(model)})
+    part = trained(sizes, rule)
+    of_layers = sum(jax.tree.leaves(part.get("layers", {}))) / sum(jax.tree.leaves(sizes["layers"]))
+    return float(("embedding" if model.tied_head else "head") in part), of_layers

@@ -28,6 +28,7 @@ from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, text_config
 from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.planning.arrays import ModelShapes, read_folders
+from camopd_jax.planning.automatic import choose, possible
 from camopd_jax.planning.costs import weights
 from camopd_jax.planning.memory import check_memory, device_memory
 from camopd_jax.planning.speed import duration, measured_chip, run_seconds
@@ -234,23 +235,28 @@ class Examination:
     # ------------------------------------------------------------------- the machine, the folder
 
     def devices(self, about: str, where: Topology, complete: bool) -> None:
-        *_, setup = (resolve(part, where.devices) for part in schedule.parts(self.config))
-        compute = self.config.compute
+        limit = where.hbm or device_memory()
         shapes = {name: model.config for name, model in self.models.items()}
+        config = possible(self.config, where.devices)
+        if complete:
+            models = self._shapes()
+            choice = choose(self.config, models, where.devices, limit)
+            config = choice.config
+        *_, setup = (resolve(part, where.devices) for part in schedule.parts(config))
         for shape in shapes.values():
-            check_model(shape, setup.mesh, compute, setup.dtype)
+            check_model(shape, setup.mesh, config.compute, setup.dtype)
         sizes = " x ".join(f"{axis} {n}" for axis, n in setup.mesh.shape.items())
         devices = f"{len(where.devices)} of {where.platform}, {sizes}"
         self.good(about, f"{devices}; all batch sizes and models divide evenly")
         if not complete:
             return
-        models = self._shapes()
-        limit = where.hbm or device_memory()
         least = check_memory(setup, models, limit)
         text = f"parameters, gradient, Adam's moments and teachers take {least / GIB:.2f} of {limit / GIB:.2f} GiB"
         shared = ", ".join(sorted(models.on_one_base))
         once = f"; one set of frozen weights serves {shared} and student" if shared else ""
         self.good(about, f"{text} per device, before caches and activations{once}")
+        if choice.values:
+            self.good(about, f"auto: {choice}")
         self._time(setup, models, where.chip or measured_chip(setup.dtype, where.platform))
 
     def _time(self, setup: Setup, models: ModelShapes, chip: Chip) -> None:

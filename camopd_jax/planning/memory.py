@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import cast
 
 import jax
 
@@ -11,22 +12,52 @@ from camopd_jax.inference import loading
 from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.method.setup import Setup, resolve
 from camopd_jax.planning.arrays import FILES, ModelShapes, read_folders
+from camopd_jax.planning.automatic import Choice, Values, choose, stored_values
 from camopd_jax.planning.costs import memory_estimate
+from camopd_jax.planning.search import changed
+from camopd_jax.runtime.distributed import broadcast, run_on_all
 
 GIB = 2**30
 UNCERTAINTY = 2.0  # activations are estimated roughly: a run is refused only at this multiple of the memory
 
 
-def check_run(config: TrainConfig) -> None:
-    """Checks a run on this process's devices, from the models' config.json files.
+def prepare_run(config: TrainConfig, workdir: str | None = None) -> Choice:
+    """Chooses values as `choose_here` and checks the run on this process's devices.
 
     Raises:
       UserError: as `check_memory`, and for models, meshes and batches that `train` refuses too.
     """
-    setup = resolve(config)
+    models = run_on_all(lambda: _read_models(config))
+    choice = _choose(config, models, workdir)
+    run_on_all(lambda: check_memory(resolve(choice.config), models, device_memory()))
+    return choice
+
+
+def choose_here(config: TrainConfig) -> TrainConfig:
+    """The config with values for fields that are "auto", chosen for this process's devices."""
+    return _choose(config, run_on_all(lambda: _read_models(config)), None).config
+
+
+def _choose(config: TrainConfig, models: ModelShapes, workdir: str | None) -> Choice:
+    """Every process must call it; all get the same values, for the memory of process 0's devices.
+
+    Args:
+      workdir: of a run, whose values are kept when it is resumed.
+    """
+
+    def once() -> tuple[Values, float, float]:
+        choice = choose(config, models, None, device_memory(), stored_values(workdir))
+        return choice.values, choice.needs, choice.limit
+
+    values, needs, limit = broadcast(once)
+    return Choice(cast(TrainConfig, changed(config, values)), values, needs, limit)
+
+
+def _read_models(config: TrainConfig) -> ModelShapes:
     folders = {name: find_model(config, name, field, files=FILES) for name, field in teacher_names(config).items()}
     loading.check_adapter(config.adapter, folders["specialised"], "config.specialised_model")
-    check_memory(setup, read_folders(config, folders, setup.context), device_memory())
+    rollout = config.rollout
+    return read_folders(config, folders, rollout.max_prompt_tokens + rollout.max_response_tokens)
 
 
 def check_memory(setup: Setup, models: ModelShapes, limit: float) -> float:

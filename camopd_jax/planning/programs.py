@@ -213,7 +213,7 @@ class _Step:
     def gradient(self, name: str, batch: Batch) -> Gradient:
         """`method.gradient.GradientAccumulator`, over as many answers as can be selected."""
         accumulator, total = self.run.accumulators[name], self.setup.rows[name]
-        parts = self.micro_batches(total, kept_rows(self.setup, name), self.config.optimizer.micro_batch)
+        parts = self.micro_batches(total, kept_rows(self.setup, name), self.setup.micro_batch)
         (part, first), *others = accumulator.calls(parts, total)
         weights = self.run.weighing[name].eval_shape(batch, _numbers())
         inputs = LossInputs(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens, batch.rollout.residuals)

@@ -135,7 +135,7 @@ def _header(made: Plan, where: Topology) -> str:
         f"{where.name}: {setup.mesh.size} devices, mesh {sizes}; {rows} rows of {setup.prompt_slots} + "
         f"{config.rollout.max_response_tokens} slots, {setup.dtype}\n"
         f"rollout mesh {answering}, {costs.lanes_of(setup, rows)} answers at a time; rows at a time: scoring "
-        f"{setup.score_batch}, gradient {config.optimizer.micro_batch}\n"
+        f"{setup.score_batch}, gradient {setup.micro_batch}\n"
     )
 
 

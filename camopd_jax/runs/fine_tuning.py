@@ -17,7 +17,7 @@ from camopd_jax.inference.model_check import check_log_probs
 from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, LossInputs
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.method.optimizer import run_state
-from camopd_jax.method.setup import resolve_fine_tuning
+from camopd_jax.method.setup import resolve_fine_tuning, rows_at_once
 from camopd_jax.method.update import sft_update
 from camopd_jax.method.weights import cross_entropy_weights
 from camopd_jax.models import partition
@@ -84,6 +84,6 @@ def gradient(
     config: SftConfig, mesh: Mesh, accumulator: GradientAccumulator, params: Params, trained: Params, batch: Sequences
 ) -> Gradient:
     """The gradient of the cross-entropy of a batch, computed in micro-batches of rows of similar length."""
-    parts = micro_batches(mesh, batch, config.optimizer.micro_batch, config.smallest_bucket)
+    parts = micro_batches(mesh, batch, rows_at_once(config.optimizer), config.smallest_bucket)
     weights = cross_entropy_weights(batch.lengths, batch.tokens.shape[1])
     return accumulator(params, trained, LossInputs(batch, weights), parts)

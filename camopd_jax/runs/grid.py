@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from camopd_jax.analysis import study
 from camopd_jax.config.identity import changed, different_fields, to_json
 from camopd_jax.config.methods import INTERPOLATION, METHODS
-from camopd_jax.config.schema import TrainConfig
+from camopd_jax.config.schema import AUTO, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.evals.results import Result
 from camopd_jax.runs.evaluation import evaluate
@@ -82,6 +82,11 @@ def compare(
     """
     if not base.evaluation.benchmarks:
         raise UserError("config.evaluation.benchmarks is empty, so there is nothing to compare; give at least one")
+    if AUTO in (base.compute.remat, base.optimizer.micro_batch):
+        raise UserError(
+            f"config.compute.remat or config.optimizer.micro_batch is {AUTO!r}, which is chosen for one run that has a "
+            "device for itself; give a name and a number"
+        )
     started = time.perf_counter()
     axes: dict[str, str] = {benchmark.name: benchmark.axis for benchmark in base.evaluation.benchmarks}
     settings = {method: WEIGHTS if method == INTERPOLATION else tuple(rates) for method in methods}
