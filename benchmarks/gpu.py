@@ -1,5 +1,6 @@
 """Everything that one GPU can say about this program, in one command of a few minutes.
 
+    bash benchmarks/gpu.sh gpu.jsonl
     python benchmarks/gpu.py --out=gpu.jsonl
     JAX_PLATFORMS=cpu python benchmarks/gpu.py --small
 
@@ -10,6 +11,7 @@ as it ends, with the device's name, and prints one table last. --small uses tiny
 
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -70,9 +72,12 @@ def parts() -> list[Part]:
         Part("families", 120, (python, HERE / "families.py", *families), "float32 within 1e-4 of torch"),
         Part("quickstart", 120, (python, __file__, "quickstart", *small), "first step within 30 s, all within 60 s"),
         Part("resume", 120, (python, __file__, "resume"), "killed and continued: the same export, byte for byte"),
+        Part("tests", 90, (python, __file__, "tests", *small), "all pass: kernels, int8, experts, host memory"),
         step("1.7B batch 64", "qwen3-1.7b", "--batch=64", *long, prediction="gradient below 1.30 s (1.39 before)"),
         step("1.7B dots 16", "qwen3-1.7b", "--batch=64", "--micro_batch=16", "--remat=dots", *long,
              prediction="gradient below 1.08 s (1.16 before)"),
+        step("1.7B auto", "qwen3-1.7b", "--batch=64", "--remat=auto", "--micro_batch=0", *long,
+             prediction="dots in micro-batches of 64, no slower than any other"),
         step("1.7B cache kernel", "qwen3-1.7b", "--batch=64", "--decode_attention=fused", *long,
              prediction="rollout below 1.3 s (1.63 before), if attention over the cache takes the time of its bytes"),
         step("1.7B float32", "qwen3-1.7b", "--batch=64", "--dtype=float32", *long, prediction="about 8 times bfloat16"),
@@ -87,7 +92,17 @@ def parts() -> list[Part]:
         trl = (v.peers_python, HERE / "peers/trl_distill.py", "--tokenizer", v.tokenizer or "", "--dtype", "bfloat16")
         sizes = ("--batch", "4", "--new-tokens", "16") if v.small else ("--batch", "64", "--new-tokens", "512")
         several.insert(5, Part("TRL 135M", 90, (*trl, *sizes, "--steps", "1")))
+    if v.peers_python and imports(v.peers_python, "vllm"):
+        sizes = ("--shape", "tiny", "--batch", "4", "--new-tokens", "16") if v.small else ("--shape", "qwen3-1.7b")
+        several.insert(6, Part("vLLM 1.7B", 120, (v.peers_python, HERE / "peers/vllm_sample.py", *sizes),
+                               "sampling alone: 42 to 50 % of the bandwidth in published runs"))  # fmt: skip
     return [part for part in several if not v.only or part.name.startswith(tuple(v.only))]
+
+
+def imports(python: str, module: str) -> bool:
+    """Whether a Python has a module."""
+    code = f"import importlib.util, sys; sys.exit(importlib.util.find_spec({module!r}) is None)"
+    return subprocess.run([python, "-c", code]).returncode == 0
 
 
 # ------------------------------------------------------------------------------------- the parts of a run
@@ -135,6 +150,18 @@ def resume() -> dict[str, Any]:
         return {"killed_after_step": at, "same_bytes": same[0] == same[1]}
 
 
+def tests() -> dict[str, Any]:
+    """How many of the tests marked `gpu` pass on this device."""
+    platform = "cpu" if flags.FLAGS.small else "cuda"
+    command = (sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "gpu", "-p", "no:cacheprovider", "tests")
+    environment = os.environ | {"CAMOPD_TEST_PLATFORM": platform}
+    ended = subprocess.run(command, cwd=HERE.parent, env=environment, capture_output=True, text=True)
+    last = ended.stdout.strip().splitlines()[-1:]
+    counts = {kind: int(n) for n, kind in re.findall(r"(\d+) (passed|failed|skipped|errors?)", "".join(last))}
+    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", ended.stdout, re.MULTILINE)
+    return counts | ({"which": failed} if failed else {})
+
+
 # ---------------------------------------------------------------------------------------------- the runner
 
 
@@ -170,7 +197,8 @@ def summary(result: dict[str, Any]) -> str:
         texts += [f"FAILED: {', '.join(failed)}"] if failed else []
     if isinstance(seconds := result.get("seconds"), dict):
         stages = ", ".join(f"{stage} {s:.3f}" for stage, s in seconds["recovery"].items())
-        texts.append(f"step {result['seconds_per_step']:.2f} s: {stages}")
+        chosen = f"remat {result['remat']}, micro-batch {result['micro_batch']}"
+        texts.append(f"step {result['seconds_per_step']:.2f} s ({chosen}): {stages}")
         mfu = result["mfu"]
         texts.append(f"decoding {result['decode_of_bandwidth']:.1%} of bandwidth, gradient {mfu['gradient']:.0%} MFU")
         texts.append(f"compiled in {result['warm_up_seconds']:.0f} s, peak {result['peak_memory_gib']:.1f} GiB")
@@ -197,7 +225,7 @@ def device() -> str:
 
 def main(arguments: list[str]) -> None:
     if len(arguments) > 1:  # one of the parts, in its own process
-        print(json.dumps({"quickstart": quickstart, "resume": resume}[arguments[1]]()), flush=True)
+        print(json.dumps({"quickstart": quickstart, "resume": resume, "tests": tests}[arguments[1]]()), flush=True)
         return
     v, started, name, results = flags.FLAGS, time.perf_counter(), device(), []
     for part in parts():

@@ -34,6 +34,7 @@ from prompts import tokenised
 
 from camopd_jax import __version__
 from camopd_jax.config.schema import (
+    AUTO,
     Adapter,
     BranchConfig,
     Compute,
@@ -57,7 +58,10 @@ from camopd_jax.models.peft_settings import new_settings
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
+from camopd_jax.planning.arrays import ModelShapes
+from camopd_jax.planning.automatic import choose
 from camopd_jax.planning.costs import cache_bytes, forward_flops, matrix_weights
+from camopd_jax.planning.memory import device_memory
 from camopd_jax.rollout.score import LOG_PROB
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.memory import memory_gib
@@ -81,14 +85,15 @@ flags.DEFINE_bool(
 flags.DEFINE_bool("shrinks", False, "Whether half a batch goes on when half of it is done.")
 flags.DEFINE_integer("smallest_bucket", 64, "The least width that rows are padded to.", lower_bound=1)
 flags.DEFINE_float("learning_rate", 1e-6, "Of the updates: how far the student moves, and so what a review selects.")
-flags.DEFINE_integer("micro_batch", 8, "Sequences in one forward and backward.")
+flags.DEFINE_integer("micro_batch", 8, "Sequences in one forward and backward; 0: auto.", lower_bound=0)
 flags.DEFINE_integer("score_batch", 0, "Sequences in one forward pass that scores them; 0: --micro_batch.")
 flags.DEFINE_integer(
     "logits_chunk", Compute().logits_chunk, "Tokens whose logits exist at one time; 0: of 256 MiB.", lower_bound=0
 )
 flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of matrix products and teachers.")
 flags.DEFINE_enum("teacher_dtype", None, ["float32", "bfloat16"], "Of the teachers' weights; default: --dtype.")
-flags.DEFINE_enum("remat", "block", ["none", "dots", "block", "rollout"], "What the backward pass computes again.")
+REMATS = ["none", "dots", "block", "rollout", "auto"]
+flags.DEFINE_enum("remat", "block", REMATS, "What the backward pass computes again.")
 flags.DEFINE_enum("decode_attention", "xla", ["xla", "fused"], "Attention over the cache.")
 flags.DEFINE_enum("offload", "off", ["off", "ahead", "late"], "Whether idle arrays are in host memory.")
 flags.DEFINE_float("mass", 0.8, "Share of the gap mass that is trained on; 1: every answer.", 0.01, 1.0)
@@ -120,11 +125,12 @@ def build():
         rollout=RolloutConfig(batch_size=values.batch, max_prompt_tokens=values.prompt,
                               max_response_tokens=values.answer, score_batch=values.score_batch,
                               smallest_bucket=min(values.smallest_bucket, values.answer), shrinks=values.shrinks),
-        optimizer=Optimizer(learning_rate=values.learning_rate, micro_batch=values.micro_batch),
+        optimizer=Optimizer(learning_rate=values.learning_rate, micro_batch=values.micro_batch or AUTO),
     )  # fmt: skip
-    setup = resolve(config)
-    shape = hf.read_config(Path(values.model)) if values.model else SHAPES[values.shape]
-    model = Model(from_hf(shape, context=length), mesh=setup.mesh, dtype=setup.dtype, remat=values.remat,
+    shape = from_hf(hf.read_config(Path(values.model)) if values.model else SHAPES[values.shape], context=length)
+    models = ModelShapes({"general": shape, "specialised": shape})
+    setup = resolve(choose(config, models, None, device_memory()).config)
+    model = Model(shape, mesh=setup.mesh, dtype=setup.dtype, remat=setup.config.compute.remat,
                   decode_attention=values.decode_attention)  # fmt: skip
     if values.model:
         student = hf.load(Path(values.model), model.config, setup.mesh, compute.params)
@@ -276,9 +282,9 @@ def main(_) -> None:
         "version": __version__,
         "device": f"{len(jax.devices())} x {jax.devices()[0].device_kind}, {platform.machine()}",
         "model": Path(v.model).name if v.model else v.shape,
-        "batch": v.batch, "prompt": v.prompt, "answer": v.answer, "micro_batch": v.micro_batch,
+        "batch": v.batch, "prompt": v.prompt, "answer": v.answer, "micro_batch": setup.micro_batch,
         "score_batch": setup.score_batch, "mesh": v.mesh, "dtype": str(model.dtype),
-        "teacher_dtype": setup.teacher_dtype, "remat": v.remat, "offload": v.offload,
+        "teacher_dtype": setup.teacher_dtype, "remat": config.compute.remat, "offload": v.offload,
         "decode_attention": v.decode_attention, "logits_chunk": v.logits_chunk,
         "mass": v.mass, "objective": v.objective, "ends": v.ends, "shrinks": v.shrinks, "cycle": cycle,
         "adapter": v.adapter, "steps": v.steps,

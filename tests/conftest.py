@@ -3,13 +3,15 @@
 import itertools
 import os
 
-os.environ["JAX_PLATFORMS"] = "cpu"
+PLATFORM = os.environ.get("CAMOPD_TEST_PLATFORM", "cpu")  # cuda: for the tests marked `gpu` (benchmarks/gpu.sh)
+os.environ["JAX_PLATFORMS"] = PLATFORM
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from commands import QUICKLY_COMPILED, Pair, Running
 
 EIGHT_DEVICES = "--xla_force_host_platform_device_count=8"
-os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), EIGHT_DEVICES, QUICKLY_COMPILED])
+if PLATFORM == "cpu":
+    os.environ["XLA_FLAGS"] = " ".join([os.environ.get("XLA_FLAGS", ""), EIGHT_DEVICES, QUICKLY_COMPILED])
 
 import jax
 import jax.numpy as jnp

@@ -72,6 +72,7 @@ def test_the_kernel_equals_plain_attention(slots, case):
         np.testing.assert_allclose(outcome("fused", mesh), expected, atol=2e-6)
 
 
+@pytest.mark.gpu
 def test_bfloat16_is_summed_in_float32():
     operands = arrays(144, "bfloat16")
     mesh = make_mesh(1, 1, 1, devices=jax.devices()[:1])

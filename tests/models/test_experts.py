@@ -40,6 +40,7 @@ FIELDS = dict(
 )
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize(("normalized", "weights"), [(False, [0.5, 0.3]), (True, [0.625, 0.375])])
 def test_a_token_goes_to_its_likeliest_experts(normalized, weights):
     """Probabilities of the experts of one token: 0.1, 0.5, 0.1, 0.3."""

@@ -66,6 +66,7 @@ def rounded(model):
     return model.eval()
 
 
+@pytest.mark.gpu
 @pytest.mark.parametrize("family", [FAMILIES[0], *(pytest.param(of, marks=pytest.mark.slow) for of in FAMILIES[1:])])
 def test_log_probs_equal_torch_with_rounded_weights(family, checkpoint, tokens):
     torch_model, folder = checkpoint(family)
