@@ -167,14 +167,20 @@ def _draw(
     logp_NV = jax.nn.log_softmax(logits_NV, axis=-1)
     logp_N = jnp.take_along_axis(logp_NV, token_N[:, None], axis=1)[:, 0]
     ended_N = jnp.isin(token_N, jnp.asarray(eos_ids, jnp.int32))
-    slot_N = jnp.arange(len(t_N)), jnp.where(running_N, t_N, state.tokens.shape[1])  # T: dropped by mode="drop"
+    slot_N = jnp.where(running_N, t_N, state.tokens.shape[1])  # T: not written
     return state.replace(
-        tokens=state.tokens.at[slot_N].set(token_N, mode="drop"),
-        log_probs=state.log_probs.at[slot_N].set(logp_N, mode="drop"),
+        tokens=_set_slot(state.tokens, slot_N, token_N),
+        log_probs=_set_slot(state.log_probs, slot_N, logp_N),
         entropy=state.entropy + jnp.where(running_N, entropy(logp_NV), 0),
         lengths=state.lengths + running_N,
         stopped=state.stopped | (running_N & ended_N),
     )
+
+
+@jax.vmap
+def _set_slot(row: jax.Array, slot: jax.Array, value: jax.Array) -> jax.Array:
+    """Writes a value into each row of [N, T]. Row by row, so that devices need no rows of others."""
+    return row.at[slot].set(value, mode="drop")
 
 
 # ------------------------------------------------------------------- the cache, one array at a time

@@ -138,6 +138,17 @@ def test_on_eight_devices_no_parameter_of_all_layers_is_gathered_and_no_logits_o
             assert 128 * 256 // sizes[2] in map(math.prod, gathered), "one layer's feed-forward is"
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("sizes", [(1, 8, 1), (2, 4, 1)])
+def test_a_turn_of_decoding_under_fsdp_exchanges_two_numbers(sizes):
+    """By the HLO for eight devices: how many answers go on, and the longest. Weights, cache and answers stay."""
+    made = planned(**ALONE | {"mesh": MeshConfig(*sizes), "optimizer.micro_batch": 8, "rollout.concurrency": 0})
+    module = Module(by_name(made)["decode"].lower().compile().as_text())
+    once, twice = module.collectives(trips=1), module.collectives(trips=2)
+    of_a_turn = {kind: (t.runs - once[kind].runs, t.bytes_run - once[kind].bytes_run) for kind, t in twice.items()}
+    assert {kind: of for kind, of in of_a_turn.items() if of[0]} == {"all-reduce": (2, 2 * 4)}
+
+
 def test_logits_of_all_answers_are_unwanted_where_they_are_more_than_a_chunk():
     made = planned()
     program = by_name(made)["score: student"]
