@@ -63,6 +63,7 @@ def map_tokens(
     vocab = jax.eval_shape(model.logits, head, hidden_BTD[0, 0]).shape[-1]
     tensor = 1 if model.mesh is None else model.mesh.shape["tensor"]
     step = min(slots, max(1, tokens_at_once(chunk, vocab, tensor) // rows))
+    step = -(-slots // -(-slots // step))  # as many chunks, of equal size: less padding
     teacher_head = teacher_head or {}
     if step == slots:
         return _apply(function, head, hidden_BTD, targets, teacher_head)

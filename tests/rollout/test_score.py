@@ -53,6 +53,15 @@ def token_log_probs(model, params, hidden, tokens, chunk):
     return map_tokens(TokenFunction(model, LOG_PROB), params, hidden, {"tokens": tokens}, chunk)["log_prob"]
 
 
+@pytest.mark.parametrize(("slots", "at_once", "chunks", "size"), [(7, 5, 2, 4), (512, 55, 10, 52), (512, 64, 8, 64)])
+def test_chunks_have_one_size_with_little_padding(tiny, slots, at_once, chunks, size):
+    """Rows of two; `at_once` slots of each would be allowed."""
+    model, params = tiny
+    hidden, tokens = jnp.zeros((2, slots, 12)), jnp.zeros((2, slots), jnp.int32)
+    traced = jax.make_jaxpr(partial(token_log_probs, model, params, chunk=2 * at_once))(hidden, tokens)
+    assert f"f32[{chunks},2,{size}]" in str(traced) and chunks * size - slots < chunks
+
+
 def test_join_has_no_gap():
     prompts = Prompts(jnp.array([[1, 2, 99], [3, 98, 97]]), jnp.array([2, 1]))
     joined = join(prompts, jnp.array([[4, 5], [6, 7]]))
