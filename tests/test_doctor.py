@@ -179,6 +179,17 @@ def test_a_mesh_and_memory_that_do_not_fit(config, here):
     assert "config.compute.offload=late" in texts(findings, "wrong", "devices")[0]
 
 
+def test_what_is_chosen_for_the_device(config, here, tmp_path):
+    """A new run, and one that has begun with other values, which it keeps."""
+    auto = changed(config, {"compute.remat": "auto", "optimizer.micro_batch": "auto"})
+    findings, _ = doctor.examine(auto, None, dataclasses.replace(here, hbm=2**30))
+    assert texts(findings, "good", "devices")[-1].startswith("auto: remat rollout, micro-batch 64: ")  # 8 devices
+    assert texts(findings, "good", "devices")[-1].endswith(" of 1 GiB by the plan")
+    claim_workdir(epath.Path(tmp_path), changed(config, {"compute.remat": "block", "optimizer.micro_batch": 16}))
+    findings, _ = doctor.examine(auto, str(tmp_path), here)
+    assert texts(findings, "good", "devices")[-1].startswith("auto: remat block, micro-batch 16: ")
+
+
 def test_what_certainly_does_not_fit_is_refused_and_what_may_fit_is_not(config):
     """Weights, gradient and moments are counted exactly; a stage with activations may take half of its estimate."""
     setup = resolve(changed(config, {"rollout.max_response_tokens": 4096}))

@@ -28,7 +28,7 @@ from camopd_jax.models import hf
 from camopd_jax.models.config import ModelConfig, text_config
 from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.planning.arrays import ModelShapes, read_folders
-from camopd_jax.planning.automatic import choose, possible
+from camopd_jax.planning.automatic import Values, choose, possible, stored_values
 from camopd_jax.planning.costs import weights
 from camopd_jax.planning.memory import check_memory, device_memory
 from camopd_jax.planning.speed import duration, measured_chip, run_seconds
@@ -77,7 +77,7 @@ def examine(config: TrainConfig, workdir: str | None, where: Topology) -> tuple[
         for branch in config.branches:
             look.at(f"{branch} prompts", look.prompts, branch, workdir)
     look.findings += [Finding("config", "odd", text) for text in warnings(config)]
-    look.at("devices", look.devices, where, complete)
+    look.at("devices", look.devices, where, complete, stored_values(workdir))
     if workdir and complete:
         look.at("workdir", look.workdir, workdir)
     return look.findings, look.examples
@@ -234,13 +234,13 @@ class Examination:
 
     # ------------------------------------------------------------------- the machine, the folder
 
-    def devices(self, about: str, where: Topology, complete: bool) -> None:
+    def devices(self, about: str, where: Topology, complete: bool, before: Values) -> None:
         limit = where.hbm or device_memory()
         shapes = {name: model.config for name, model in self.models.items()}
         config = possible(self.config, where.devices)
         if complete:
             models = self._shapes()
-            choice = choose(self.config, models, where.devices, limit)
+            choice = choose(self.config, models, where.devices, limit, before)
             config = choice.config
         *_, setup = (resolve(part, where.devices) for part in schedule.parts(config))
         for shape in shapes.values():
