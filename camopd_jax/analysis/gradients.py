@@ -24,7 +24,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.method.gradient import Loss, LossInputs, weighted_loss
 from camopd_jax.method.select import random_subset
 from camopd_jax.method.token_weights import branch_weights
-from camopd_jax.method.weights import token_weights
+from camopd_jax.method.weights import loss_record, token_weights
 from camopd_jax.models import partition
 from camopd_jax.models.products import einsum
 from camopd_jax.rollout.sampling import row_keys
@@ -82,7 +82,7 @@ def answer_inputs(batch: Batch, loss: Loss, config: TrainConfig, branch: str) ->
     keys = row_keys(config.seed, jnp.int32(0), batch.index, config.rollout.answers_per_prompt)
     one = batch.replace(selection=alone)
     weights = token_weights(one, config.method, loss.objective, scale, changes, keys)
-    return LossInputs(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens)
+    return LossInputs(batch.rollout.after(batch.prompts), weights, loss_record(batch, loss.objective))
 
 
 def set_gradients(

@@ -6,7 +6,7 @@ from typing import Any
 import ml_collections
 
 from camopd_jax.config.build import build
-from camopd_jax.config.schema import AUTO, MOVED, BranchConfig, Config, Evaluation, SftConfig, TrainConfig
+from camopd_jax.config.schema import AUTO, MOVED, BranchConfig, Config, Evaluation, Sampling, SftConfig, TrainConfig
 from camopd_jax.errors import UserError
 
 
@@ -87,6 +87,7 @@ def _check_train(config: TrainConfig) -> None:
     advice = f"{divisor}, or 0 (the same as optimizer.micro_batch)"
     _need(not scored or answers % scored == 0, "rollout.score_batch", scored, advice)
     _check_several_answers(config)
+    _check_sampler(config)
     keeps = config.compute.remat == "rollout"
     advice = "give 0, or a compute.remat other than 'rollout'"
     _need(not keeps or not rollout.concurrency, "rollout.concurrency", rollout.concurrency, advice)
@@ -125,6 +126,27 @@ def _check_several_answers(config: TrainConfig) -> None:
     if config.diagnostics.every:
         advice = f"give a multiple of rollout.answers_per_prompt = {several}"
         _need(config.diagnostics.rows % several == 0, "diagnostics.rows", config.diagnostics.rows, advice)
+
+
+def _check_sampler(config: TrainConfig) -> None:
+    rollout, sampler = config.rollout, config.rollout.sampler
+    if sampler == "student":
+        return
+    advice = f"with rollout.sampler {sampler!r} student and teacher sample together; give "
+    _need(config.method.answers == "student", "method.answers", config.method.answers, f'{advice}"student"')
+    _need(rollout.exploration is None, "rollout.exploration", rollout.exploration, f"{advice}None")
+    _need(rollout.student_logprobs != "sampler", "rollout.student_logprobs", "sampler", f'{advice}"auto" or "forward"')
+    _need(config.compute.remat != "rollout", "compute.remat", "rollout", f'{advice}"block"')
+    if sampler == "mixed":
+        for name, value in vars(Sampling()).items():
+            advice = f"the mixture is of both models' own distributions; give {value}"
+            _need(getattr(rollout, name) == value, f"rollout.{name}", getattr(rollout, name), advice)
+    else:
+        gate, advice = (
+            config.method.importance_gate,
+            'rollout.sampler "speculative" has no importance weights; give None',
+        )
+        _need(gate is None, "method.importance_gate", gate, advice)
 
 
 def _check_trained(pattern: str) -> None:

@@ -4,7 +4,15 @@ import json
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
-from camopd_jax.config.schema import BranchConfig, Method, Start, TrainConfig, WarmUp
+from camopd_jax.config.schema import (
+    BranchConfig,
+    Method,
+    RolloutConfig,
+    Start,
+    TeacherSampling,
+    TrainConfig,
+    WarmUp,
+)
 
 
 @dataclass(frozen=True)
@@ -35,9 +43,12 @@ _START = {"start.interpolation": 0.1}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 
 
-def _vanilla(about: str, objective: str = "sampled_token", weights: tuple[str, ...] = ()) -> NamedMethod:
-    """Vanilla with another objective or token weights in both branches."""
+def _vanilla(
+    about: str, objective: str = "sampled_token", weights: tuple[str, ...] = (), **rollout: float | str
+) -> NamedMethod:
+    """Vanilla with another objective or token weights in both branches, and with other fields of the rollout."""
     changes = _both("objective", objective) | _both("weights", weights)
+    changes |= {f"rollout.{name}": value for name, value in rollout.items()}
     return NamedMethod(f"vanilla with {about}", {**_VANILLA, **changes})
 
 
@@ -97,6 +108,16 @@ _NEIGHBOURS = {
     "student-top-k": _vanilla("the student's top 16 (Rethinking OPD, arXiv 2604.13016)", "student_top_k"),
     "tide-deficit": _vanilla("TIDE's deficit on every token (arXiv 2608.09836)", "tide_deficit"),
     "selectkd": _vanilla("tokens accepted by the teacher's top 5 (SelecTKD, arXiv 2510.24021)", "selectkd"),
+    # -------------------------------------------------------------------- sampling with the teacher
+    "minillm": _vanilla("MiniLLM's objective, answers from 0.2 T + 0.8 S (arXiv 2306.08543)",
+                        "minillm", sampler="mixed"),
+    "speculative-kd": _vanilla(
+        "forward KL on tokens that the teacher accepts or redraws (Speculative KD, arXiv 2410.11325)",
+        "forward_kl",
+        sampler="speculative",
+        temperature=0.5,
+        top_p=0.5,
+    ),
     # ---------------------------------------------------------------------------- weights of tokens
     "top-d": _vanilla("the gap toward a mixture of both models (TOP-D)", weights=("top_d",)),
     "reopold": _vanilla("gaps of at least -1.59 (Relaxed OPD, arXiv 2603.11137)", weights=("reopold",)),
@@ -157,13 +178,22 @@ def method_of(config: dict[str, Any]) -> str | None:
     blocks = {name: asdict(of()) | config.get(name, {}) for name, of in _BLOCKS.items()}
     actual = _plain({**blocks, "branches": _without_prompts(branches)})
     clips, average = config["optimizer"].get("clip_norm") is not None, config["optimizer"].get("average")
-    top_p = config.get("rollout", {}).get("top_p", 1.0)
+    rollout = asdict(RolloutConfig()) | config.get("rollout", {})
     for name, method in METHODS.items():
         of_optimizer = "optimizer.clip_norm" not in method.changes, method.changes.get("optimizer.average")
-        of_rollout = method.changes.get("rollout.top_p", top_p)
-        if (clips, average, top_p) == (*of_optimizer, of_rollout) and actual == _settings(method):
+        if (clips, average) == of_optimizer and actual == _settings(method) and _samples(rollout, method):
             return name
     return None
+
+
+def _samples(rollout: dict[str, Any], method: NamedMethod) -> bool:
+    """Whether a config's rollout samples as the method does. Temperature and filters are free unless it sets them."""
+    wanted = {"sampler": "student"} | {
+        name.removeprefix("rollout."): value for name, value in method.changes.items() if name.startswith("rollout.")
+    }
+    if wanted["sampler"] != "student":
+        wanted["teacher_sampling"] = asdict(TeacherSampling())
+    return all(rollout[name] == value for name, value in wanted.items())
 
 
 def description(config: TrainConfig) -> str:

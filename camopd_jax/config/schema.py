@@ -90,6 +90,16 @@ class MeshConfig:
     expert: int = 1  # of mixtures of experts: each group of devices has some of the experts, and all of its rows
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherSampling(Sampling):
+    """The teacher's part in sampling. Temperature and filters are those of the tokens that "speculative" redraws."""
+
+    alpha: Annotated[float, Ge(0), Le(1)] = 0.2  # the teacher's part of the distribution of "mixed"
+    accept_top_k: Count = 25  # "speculative" keeps a token that is among this many most likely ones of the teacher
+    temperature: Annotated[float, Ge(0), "0: greedy"] = 0.2
+    top_p: Annotated[float, Gt(0), Le(1), "1: off"] = 0.5
+
+
 @dataclass(frozen=True)
 class RolloutConfig(Sampling):
     """How the student answers, and how the answers are scored. A temperature other than 1 or any filter makes the
@@ -101,6 +111,11 @@ class RolloutConfig(Sampling):
     answers_per_prompt: Count = 1
     # (temperature, top-p) of a prompt's answers after the first, as in UC-MOPD (1.5, 0.9); None: those of the first
     exploration: tuple[float, float] | None = None
+    # Who samples a token. student: the student S alone. mixed: both models, from alpha T + (1 - alpha) S with T the
+    # teacher's distribution, as in MiniLLM. speculative: the student, and the teacher where it does not accept the
+    # student's token, as in Speculative KD. The last two need both models and a cache of each (docs/objectives.md)
+    sampler: Literal["student", "mixed", "speculative"] = "student"
+    teacher_sampling: TeacherSampling = TeacherSampling()  # of samplers other than student
     max_prompt_tokens: Count = 512
     max_response_tokens: Count = 512
     smallest_bucket: Count = 64  # prompt and answer lengths are padded to this times a power of two

@@ -15,11 +15,12 @@ from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, Loss
 from camopd_jax.method.select import select
 from camopd_jax.method.setup import Setup
 from camopd_jax.method.update import Metrics, branch_update, mixed_update
-from camopd_jax.method.weights import token_weights
+from camopd_jax.method.weights import loss_record, token_weights
 from camopd_jax.models.partition import merge
 from camopd_jax.rollout import generate
 from camopd_jax.rollout.generate import Decode
 from camopd_jax.rollout.head import head_params
+from camopd_jax.rollout.paired import Pair, PairedPrompts
 from camopd_jax.rollout.sampling import row_keys, sampling_of
 from camopd_jax.rollout.score import LOG_PROB, Reading, micro_batches, score_batch
 from camopd_jax.runtime.buckets import bucket
@@ -32,6 +33,7 @@ from camopd_jax.types import (
     LogProbs,
     Params,
     PromptBatch,
+    Prompts,
     Record,
     Rollout,
     Selection,
@@ -92,7 +94,7 @@ class Programs:
             partial(row_keys, config.seed, answers=config.rollout.answers_per_prompt), out_shardings=rows
         )
         self.move_answers = jax.jit(lambda answers: answers, out_shardings=rows)
-        self.selecting, self.weighing, self.accumulators = {}, {}, {}
+        self.selecting, self.weighing, self.recording, self.accumulators = {}, {}, {}, {}
         for name, branch in config.branches.items():
             objective = setup.objectives[name]
             several = config.rollout.answers_per_prompt
@@ -100,6 +102,8 @@ class Programs:
             loss = Loss(model, objective, teachers[name] if objective.teacher_logits else None, setup.agreement)
             self.selecting[name] = jax.jit(rule, out_shardings=selection)
             self.weighing[name] = jax.jit(partial(weigh, setup=setup, branch=name), out_shardings=rows)
+            if objective.has_constants:
+                self.recording[name] = jax.jit(partial(loss_record, objective=objective), out_shardings=rows)
             self.accumulators[name] = GradientAccumulator(loss, shardings.params, config.compute.logits_chunk)
         self.updates = {
             phase: jax.jit(update, donate_argnums=0, out_shardings=kept) for phase, update in _updates(setup).items()
@@ -128,7 +132,8 @@ class Programs:
         draw: np.int32,
         meanwhile: Callable[[], None] | None = None,
     ) -> Rollout:
-        """Answers to a batch of prompts: by the student, by the branch's teacher (`config.method.answers`), or given.
+        """Answers to a batch of prompts: by the student, by the branch's teacher (`config.method.answers`), by both
+        (`config.rollout.sampler`), or given.
 
         The weights are cast once and moved to the rollout mesh; the answers are moved back to the training mesh.
 
@@ -144,8 +149,13 @@ class Programs:
                 if meanwhile is not None:
                     meanwhile()
                 return _cut_to_bucket(prompts.answers, self.setup.config.rollout.smallest_bucket)
-            model, params, tokens = self.model, self.params(state), prompts.student
-            if self.setup.config.method.answers == "teacher":
+            model: LanguageModel | Pair = self.model
+            tokens: Prompts | PairedPrompts = prompts.student
+            params = self.params(state)
+            if self.setup.config.rollout.sampler != "student":
+                model, tokens = Pair(self.model, branch.teacher.model), PairedPrompts.of(prompts)
+                params = (params, teacher_params)
+            elif self.setup.config.method.answers == "teacher":
                 model, params, tokens = branch.teacher.model, teacher_params, prompts.teacher
             if model.mesh is not None:
                 model = model.on(self.setup.rollout_mesh)
@@ -232,7 +242,8 @@ class Programs:
         size, smallest = self.setup.micro_batch, config.rollout.smallest_bucket
         parts = micro_batches(self.model.mesh, sequences, size, smallest, order[:count])
         weights = self.weighing[name](batch, state.step)
-        inputs = LossInputs(sequences, weights, batch.teacher.tokens, batch.rollout.residuals)
+        record = self.recording[name](batch) if name in self.recording else batch.teacher.tokens
+        inputs = LossInputs(sequences, weights, record, batch.rollout.residuals)
         return self.accumulators[name](self.params(state), state.params, inputs, parts, batch.teacher.head)
 
 

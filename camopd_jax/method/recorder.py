@@ -74,7 +74,7 @@ class Recorder:
     def _check_sampler(self, step: int, metrics: dict[str, jax.Array]) -> None:
         """Checks the sampler gap, or removes it from the metrics if the student did no forward pass."""
         programs = self._programs
-        if not programs.needs_student_forward(step) or programs.setup.config.method.answers == "teacher":
+        if not programs.needs_student_forward(step) or not programs.setup.records_student:
             del metrics["sampler_gap"]
         elif programs.setup.trusts_sampler and metrics["sampler_gap"] > LARGEST_SAMPLER_GAP:
             raise UserError(

@@ -32,7 +32,7 @@ def _warm_up(config: TrainConfig) -> TrainConfig:
         config,
         steps=config.warm_up.steps,
         branches=branches,
-        rollout=replace(rollout, batch_size=rows, answers_per_prompt=1),
+        rollout=replace(rollout, batch_size=rows, answers_per_prompt=1, sampler="student"),
         method=replace(config.method, answers="teacher", importance_gate=None, balance="none"),
         optimizer=config.optimizer if rate is None else replace(config.optimizer, learning_rate=rate),
         compute=replace(config.compute, remat="block" if remat == "rollout" else remat),

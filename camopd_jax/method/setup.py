@@ -59,6 +59,11 @@ class Setup:
         """The monitors of agreement, if the config has them."""
         return Agreement(self.config.log.agreement) if self.config.log.agreement else None
 
+    @property
+    def records_student(self) -> bool:
+        """Whether log-probabilities from sampling are the student's."""
+        return _records_student(self.config)
+
     def reading(self, branch: str) -> TeacherReading:
         """The teacher's values that a branch needs."""
         monitors = () if self.agreement is None else (self.agreement,)
@@ -185,7 +190,11 @@ def check_remat(config: TrainConfig, dtype: str) -> None:
 def _trusts_sampler(config: TrainConfig, dtype: str) -> bool:
     exact = jnp.dtype(dtype) == jnp.float32
     trusts = {"auto": exact, "forward": False, "sampler": True}[config.rollout.student_logprobs]
-    return trusts and config.method.answers == "student"
+    return trusts and _records_student(config) and config.rollout.sampler == "student"
+
+
+def _records_student(config: TrainConfig) -> bool:
+    return config.method.answers == "student" and config.rollout.sampler != "mixed"
 
 
 def _objective(config: TrainConfig, branch: str) -> Objective:
@@ -196,7 +205,29 @@ def _objective(config: TrainConfig, branch: str) -> Objective:
             f"{field} is {text!r}, which is only valid for answers of the student, but config.method.answers is "
             "'teacher'; give cross_entropy"
         )
+    _check_importance(config, field, chosen)
     return chosen
+
+
+def _check_importance(config: TrainConfig, field: str, chosen: Objective) -> None:
+    """Raises UserError unless an objective is valid for the sampler, with the importance weights that it needs."""
+    text, gate = config.branches[field.split(".")[2]].objective, config.method.importance_gate
+    if chosen.weighs_importance and gate is not None:
+        raise UserError(
+            f"config.method.importance_gate is {gate}, but {field} = {text!r} weighs tokens itself; give None"
+        )
+    if chosen.off_policy or config.rollout.sampler == "student":
+        return
+    if config.rollout.sampler == "speculative":
+        raise UserError(
+            f"{field} is {text!r}, which is only valid for answers of the student, but config.rollout.sampler is "
+            "'speculative'; give forward_kl or another divergence"
+        )
+    if not chosen.weighs_importance and gate is None:
+        raise UserError(
+            f"{field} is {text!r}, which needs importance weights for config.rollout.sampler 'mixed'; give "
+            "config.method.importance_gate, such as (0.0, 2.0)"
+        )
 
 
 def _per_answer(field: str, several: int) -> str:

@@ -16,7 +16,7 @@ from camopd_jax.config.schema import Method
 from camopd_jax.method.objectives.base import Objective
 from camopd_jax.method.token_weights import Tokens, TokenWeight
 from camopd_jax.rollout.masks import length_mask
-from camopd_jax.types import Batch, LogProbs, Rollout
+from camopd_jax.types import Batch, LogProbs, Record, Rollout
 
 
 def importance(log_probs: LogProbs, rollout: Rollout, gate: tuple[float, float] | None) -> jax.Array:
@@ -62,6 +62,11 @@ def token_weights(
     else:
         share_B = selection.weights / jnp.maximum(jnp.sum(selection.weights * rollout.lengths), 1)
     return jax.lax.stop_gradient(jnp.where(selected_BT, weight_BT * share_B[:, None], 0))
+
+
+def loss_record(batch: Batch, objective: Objective) -> Record:
+    """The constants of each token that an objective's loss reads: arrays [B, T, ...] by name."""
+    return batch.teacher.tokens | objective.constants(batch.log_probs, batch.rollout)
 
 
 def cross_entropy_weights(lengths_B: jax.Array, slots: int) -> jax.Array:

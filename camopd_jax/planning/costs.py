@@ -158,6 +158,9 @@ class Work(NamedTuple):
     read: float  # bytes from HBM, on each chip
     received: float  # bytes from other chips, on each chip
 
+    def plus(self, other: "Work", times: float = 1) -> "Work":
+        return Work(*(a + times * b for a, b in zip(self, other, strict=True)))
+
     def limits(self, chip: Chip, chips: int) -> dict[str, float]:
         """Seconds of products, HBM and links, each at its peak."""
         received = self.received / (chip.ici_bandwidth / 2)
@@ -210,7 +213,7 @@ def step_work(setup: Setup, models: ModelShapes, answer: int) -> dict[str, Work]
     for branch in setup.config.branches:
         often = phases.get(schedule.MIXED, phases.get(branch, 0.0))
         for name, work in _branch_work(setup, models, branch, answer).items():
-            total[name] = Work(*(a + often * b for a, b in zip(total.get(name, [0.0] * 4), work, strict=True)))
+            total[name] = total.get(name, Work(0, 0, 0, 0)).plus(work, often)
     read = 7 * _trained_bytes(setup, models)  # reads parameters, two moments and gradient; writes all but the gradient
     return total | {"update": Work(0, 0, read, 0)}
 
@@ -230,17 +233,18 @@ def _branch_work(setup: Setup, models: ModelShapes, branch: str, answer: int) ->
     config, prompt, rows = setup.config, setup.config.rollout.max_prompt_tokens, setup.rows[branch]
     student, teacher, length = models.student, models.shapes[config.branches[branch].teacher], prompt + answer
 
-    answering = teacher if config.method.answers == "teacher" else student
-    on, waves = Share(answering, setup.rollout_mesh, setup.dtype), waves_of(setup, rows)
-    slot = cache_bytes(answering, on.item) * lanes_of(setup, rows) / (on.tensor * on.shards)  # of all lanes
+    waves, distinct = waves_of(setup, rows), rows // config.rollout.answers_per_prompt  # prompts
     slots = slots_read(waves, prompt, answer, config.rollout.max_response_tokens)
-    distinct = rows // config.rollout.answers_per_prompt  # prompts
-    prefill = forward_flops(answering, distinct, 0, prompt, 0)
-    decode = forward_flops(answering, rows, prompt, length, answer)
-    work = {
-        "prefill": on.work(prefill, 1 + refills(setup, rows)[0], distinct * prompt, slot * prompt),
-        "decode": on.work(decode, waves * answer, rows * answer, slot * slots),
-    }
+    work = {"prefill": Work(0, 0, 0, 0), "decode": Work(0, 0, 0, 0)}
+    answering = [teacher if config.method.answers == "teacher" else student]
+    for model in answering + ([teacher] if config.rollout.sampler != "student" else []):
+        on = Share(model, setup.rollout_mesh, setup.dtype)
+        slot = cache_bytes(model, on.item) * lanes_of(setup, rows) / (on.tensor * on.shards)  # of all lanes
+        prefill = forward_flops(model, distinct, 0, prompt, 0)
+        decode = forward_flops(model, rows, prompt, length, answer)
+        calls = 1 + refills(setup, rows)[0]
+        work["prefill"] = work["prefill"].plus(on.work(prefill, calls, distinct * prompt, slot * prompt))
+        work["decode"] = work["decode"].plus(on.work(decode, waves * answer, rows * answer, slot * slots))
 
     calls = math.ceil(rows / setup.score_batch)
     for name, model in {"student": student, "teacher": teacher}.items():
@@ -297,6 +301,9 @@ def memory_estimate(setup: Setup, models: ModelShapes) -> dict[str, float]:
     if student.adapter:
         parameters += base(student, frozen) - base(student, config.compute.params)
     answering = _rollout_memory(setup, models.student)
+    if config.rollout.sampler != "student":  # the student and the teacher that takes most
+        beside = [_rollout_memory(setup, models.shapes[branch.teacher]) for branch in config.branches.values()]
+        answering = {name: n + max(of[name] for of in beside) for name, n in answering.items()}
     learning = {"gradient": gradients + _gradient_memory(setup, models.student), "update": gradients}
     if setup.keep_residuals:
         answering["decode"] += _stream_bytes(setup, models.student)

@@ -21,6 +21,7 @@ from camopd_jax.planning.costs import kept_rows, lanes_of, refills, waves_of
 from camopd_jax.rollout import generate
 from camopd_jax.rollout.decode import Decoding
 from camopd_jax.rollout.head import head_params
+from camopd_jax.rollout.paired import Pair, PairedPrompts
 from camopd_jax.rollout.score import LOG_PROB, Reading, empty_record, scoring
 from camopd_jax.runtime.buckets import MicroBatch, split_by_length
 from camopd_jax.runtime.mesh import batch_shards
@@ -148,11 +149,22 @@ class _Step:
     def rollout(self, name: str, prompts: PromptBatch) -> Rollout:
         """`method.Programs.generate` and `rollout.generate.answers`."""
         setup, how, of, total = self.setup, self.run.decode, "", self.setup.rows[name]
-        tokens, model, params = prompts.student, self.p.student, self.p.params
-        if self.config.method.answers == "teacher":
+        tokens: Any = prompts.student
+        model: Any = self.p.student
+        params = self.p.params
+        if self.config.rollout.sampler != "student":
+            teacher, of_teacher = self.p.teacher(name)
+            model, params, tokens = Pair(model, teacher), (params, of_teacher), PairedPrompts.of(prompts)
+        elif self.config.method.answers == "teacher":
             tokens, of, (model, params) = prompts.teacher, f": {name} teacher", self.p.teacher(name)
-        model, compiled = model.on(setup.rollout_mesh), generate.programs(setup.rollout_mesh)
-        self.chip["weights"] = weights = self.for_decoding(model, params, of)
+        model = model.on(setup.rollout_mesh)
+        compiled = generate.programs_of(model)
+        if isinstance(model, Pair):
+            student = self.for_decoding(model.student, params[0], of)
+            weights = student, self.for_decoding(model.teacher, params[1], f": {name} teacher", student)
+        else:
+            weights = self.for_decoding(model, params, of)
+        self.chip["weights"] = weights
         drawing = {"sampling": how.sampling, "eos_ids": how.eos_ids}
         options = drawing | how.of_begin
         args = (model, weights, tokens, self.run.keys.eval_shape(_numbers(), prompts.index))
@@ -167,8 +179,10 @@ class _Step:
         answers = compiled.collect.eval_shape(None, full, rows=total)
         return self.run.move_answers.eval_shape(answers.replace(residuals=full.cache.residuals))
 
-    def for_decoding(self, model: Any, params: Params, of: str) -> Params:
-        """`generate.for_decoding`: each part as the last to move, when all others have moved."""
+    def for_decoding(self, model: Any, params: Params, of: str, beside: Params = ()) -> Params:
+        """`generate.for_decoding`: each part as the last to move, when all others have moved, `beside` another model's
+        weights.
+        """
         count = jax.tree.leaves(params["layers"])[0].shape[0]
         moves = generate.moves(model, tuple(params))
         args = {part: (params[part], _numbers()) if part == "layers" else (params[part],) for part in moves}
@@ -176,7 +190,8 @@ class _Step:
         moved["layers"] *= count
         for part, move in moves.items():
             others = moved | {part: moved[part][1:]}
-            self.note(f"reshard{of}: {part}", move, args[part], {"weights": others}, runs=len(moved[part]))
+            chip = {"weights": (others, beside)}
+            self.note(f"reshard{of}: {part}", move, args[part], chip, runs=len(moved[part]))
         return {part: arrays if part == "layers" else arrays[0] for part, arrays in moved.items()}
 
     def grow(self, compiled: generate.RolloutPrograms, begun: Decoding, of: str) -> Decoding:
@@ -216,7 +231,10 @@ class _Step:
         parts = self.micro_batches(total, kept_rows(self.setup, name), self.setup.micro_batch)
         (part, first), *others = accumulator.calls(parts, total)
         weights = self.run.weighing[name].eval_shape(batch, _numbers())
-        inputs = LossInputs(batch.rollout.after(batch.prompts), weights, batch.teacher.tokens, batch.rollout.residuals)
+        recording, constants = self.run.recording.get(name), batch.teacher.tokens
+        if recording is not None:
+            constants = recording.eval_shape(batch)
+        inputs = LossInputs(batch.rollout.after(batch.prompts), weights, constants, batch.rollout.residuals)
         so_far = accumulator.begin.eval_shape(self.p.state.params)
         numbers = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), first)
         args = (accumulator.loss, self.p.params, so_far, inputs, batch.teacher.head, numbers)

@@ -10,8 +10,9 @@ Token t of a row is sampled with `fold_in(key, t)` from the row's own key. So an
 key, not on its lane or on the other answers.
 """
 
+from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -43,6 +44,11 @@ class Decoding(struct.PyTreeNode):
     slot: jax.Array  # int32[], the slot of the ring that is written next
 
     @property
+    def lanes(self) -> tuple[str, ...]:
+        """The names of the arrays with one entry per lane, other than the cache."""
+        return _OF_LANES
+
+    @property
     def running(self) -> jax.Array:
         """bool[N], True for unfinished answers."""
         return ~self.stopped & (self.lengths < self.tokens.shape[1])
@@ -59,6 +65,7 @@ def shardings(mesh: Mesh | None) -> Decoding | None:
 
 
 _OF_LANES = ("row", "prompt_lengths", "keys", "tokens", "log_probs", "entropy", "lengths", "stopped")
+State = TypeVar("State", bound=Decoding)
 
 
 def begin(
@@ -84,6 +91,31 @@ def begin(
       keep_residuals: whether the cache stores the residual stream of all its tokens.
       answers_per_prompt: as many consecutive rows have the same prompt, which is computed once.
     """
+    state, hidden_ND = prefill(
+        model,
+        params,
+        prompts,
+        keys_B,
+        rows_N,
+        max_new=max_new,
+        keep_residuals=keep_residuals,
+        answers_per_prompt=answers_per_prompt,
+    )
+    return _draw(model, params, state, hidden_ND, sampling, eos_ids)
+
+
+def prefill(
+    model: LanguageModel,
+    params: Params,
+    prompts: Prompts,
+    keys_B: jax.Array,
+    rows_N: jax.Array,
+    *,
+    max_new: int,
+    keep_residuals: bool = False,
+    answers_per_prompt: int = 1,
+) -> tuple[Decoding, jax.Array]:
+    """Answers without tokens, and the hidden states `[N, D]` that predict the first ones; arguments as for `begin`."""
     own, keys = take_rows((prompts, keys_B), rows_N, model.mesh)
     lanes = len(rows_N)
     distinct = own
@@ -107,7 +139,7 @@ def begin(
         cache=cache,
         slot=jnp.int32(0),
     )
-    return _draw(model, params, state, hidden_ND, sampling, eos_ids)
+    return state, hidden_ND
 
 
 def repeat_rows(array: jax.Array, times: int) -> jax.Array:
@@ -131,25 +163,37 @@ def advance(
     Returns:
       The state, and the values that the host needs: {"running": bool[N], "longest": int32[], of unfinished answers}.
     """
-
     ring = state.cache.positions.shape[1] - prompt_slots
 
-    def longest(state: Decoding) -> jax.Array:
-        return jnp.max(jnp.where(state.running, state.lengths, 0))
-
-    def goes_on(state: Decoding) -> jax.Array:
-        return (jnp.sum(state.running) > enough) & (longest(state) <= ring)
-
     def turn(state: Decoding) -> Decoding:
-        last_N = state.lengths - 1
-        token_N = jnp.take_along_axis(state.tokens, jnp.maximum(last_N, 0)[:, None], axis=1)[:, 0]
+        last_N, token_N = last_tokens(state)
         position_N, slot = state.prompt_lengths + last_N, prompt_slots + state.slot
         hidden_ND, cache = model.decode(params, token_N, position_N, state.cache, slot)
         state = state.replace(cache=cache, slot=(state.slot + 1) % ring)
         return _draw(model, params, state, hidden_ND, sampling, eos_ids)
 
+    return take_turns(turn, state, enough, ring)
+
+
+def take_turns(
+    turn: Callable[[State], State], state: State, enough: jax.Array, ring: int
+) -> tuple[State, dict[str, jax.Array]]:
+    """The loop of `advance`. `ring`: slots of the cache after the prompts."""
+
+    def longest(state: State) -> jax.Array:
+        return jnp.max(jnp.where(state.running, state.lengths, 0))
+
+    def goes_on(state: State) -> jax.Array:
+        return (jnp.sum(state.running) > enough) & (longest(state) <= ring)
+
     state = jax.lax.while_loop(goes_on, turn, state)
     return state, {"running": state.running, "longest": longest(state)}
+
+
+def last_tokens(state: Decoding) -> tuple[jax.Array, jax.Array]:
+    """The index of each answer's last token, and the token: int32[N] both."""
+    last_N = state.lengths - 1
+    return last_N, jnp.take_along_axis(state.tokens, jnp.maximum(last_N, 0)[:, None], axis=1)[:, 0]
 
 
 def _draw(
@@ -161,11 +205,26 @@ def _draw(
     eos_ids: tuple[int, ...],
 ) -> Decoding:
     """Samples the next token of every unfinished answer."""
-    running_N, t_N = state.running, state.lengths
     logits_NV = model.logits(params, hidden_ND)
-    token_N = sample_rows(logits_NV, jax.vmap(jax.random.fold_in)(state.keys, t_N), sampling, state.row)
+    token_N = sample_rows(logits_NV, token_keys(state), sampling, state.row)
     logp_NV = jax.nn.log_softmax(logits_NV, axis=-1)
     logp_N = jnp.take_along_axis(logp_NV, token_N[:, None], axis=1)[:, 0]
+    return append(state, token_N, logp_N, logp_NV, eos_ids)
+
+
+def token_keys(state: Decoding) -> jax.Array:
+    """The random keys `[N]` of the next tokens."""
+    return jax.vmap(jax.random.fold_in)(state.keys, state.lengths)
+
+
+def append(state: State, token_N: jax.Array, logp_N: jax.Array, logp_NV: jax.Array, eos_ids: tuple[int, ...]) -> State:
+    """Adds a token to every unfinished answer.
+
+    Args:
+      logp_N: the log-probabilities of the tokens that are recorded.
+      logp_NV: the student's log-probabilities of all tokens, for the entropy.
+    """
+    running_N, t_N = state.running, state.lengths
     ended_N = jnp.isin(token_N, jnp.asarray(eos_ids, jnp.int32))
     slot_N = jnp.where(running_N, t_N, state.tokens.shape[1])  # T: not written
     return state.replace(
@@ -213,21 +272,26 @@ def keep(array: jax.Array, lanes_M: jax.Array) -> jax.Array:
 
 def join(state: Decoding, fresh: Decoding, lanes_M: jax.Array) -> Decoding:
     """Puts new answers (`fresh`, from `begin`) into these lanes of the state; lane N means: nowhere."""
-    slots, prompt_slots = state.cache.positions.shape[1], fresh.cache.positions.shape[1]
 
     def put(array: jax.Array, new: jax.Array) -> jax.Array:
         return array.at[lanes_M].set(new, mode="drop")
 
-    def put_prompt(array: jax.Array, new: jax.Array) -> jax.Array:
-        return array.at[lanes_M, :, :prompt_slots].set(new, mode="drop")
+    def put_prompts(cache: KVCache, new: KVCache) -> KVCache:
+        slots, prompt_slots = cache.positions.shape[1], new.positions.shape[1]
 
-    seen = jnp.pad(fresh.cache.positions, ((0, 0), (0, slots - prompt_slots)), constant_values=EMPTY)
-    cache = KVCache(
-        tuple(map(put_prompt, state.cache.keys, fresh.cache.keys)),
-        tuple(map(put_prompt, state.cache.values, fresh.cache.values)),
-        put(state.cache.positions, seen),
-    )
-    return state.replace(cache=cache, **{name: put(getattr(state, name), getattr(fresh, name)) for name in _OF_LANES})
+        def put_prompt(array: jax.Array, new: jax.Array) -> jax.Array:
+            return array.at[lanes_M, :, :prompt_slots].set(new, mode="drop")
+
+        seen = jnp.pad(new.positions, ((0, 0), (0, slots - prompt_slots)), constant_values=EMPTY)
+        return KVCache(
+            tuple(map(put_prompt, cache.keys, new.keys)),
+            tuple(map(put_prompt, cache.values, new.values)),
+            put(cache.positions, seen),
+        )
+
+    # One cache, or those of two models
+    cache = jax.tree.map(put_prompts, state.cache, fresh.cache, is_leaf=lambda part: isinstance(part, KVCache))
+    return state.replace(cache=cache, **{name: put(getattr(state, name), getattr(fresh, name)) for name in state.lanes})
 
 
 def collect(answers: Rollout | None, state: Decoding, *, rows: int) -> Rollout:

@@ -15,8 +15,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from camopd_jax.config.schema import Sampling
-from camopd_jax.rollout import decode
+from camopd_jax.rollout import decode, paired
 from camopd_jax.rollout.decode import Decoding
+from camopd_jax.rollout.paired import Pair, PairedPrompts
+from camopd_jax.rollout.sampling import Mixed, Speculative
 from camopd_jax.runtime.mesh import batch_shards, gather, sharding
 from camopd_jax.types import LanguageModel, Params, Prompts, Residuals, Rollout
 
@@ -42,17 +44,32 @@ class RolloutPrograms:
 
 @functools.cache
 def programs(mesh: Mesh | None) -> RolloutPrograms:
-    """Jits the functions of `rollout.decode`. Results have fixed shardings, so that nothing compiles twice."""
-    state = decode.shardings(mesh)
+    """The functions of `rollout.decode`, for answers of one model."""
+    return _jit(mesh, decode)
+
+
+@functools.cache
+def paired_programs(mesh: Mesh | None) -> RolloutPrograms:
+    """The functions of `rollout.paired`, for answers of student and teacher together."""
+    return _jit(mesh, paired)
+
+
+def programs_of(model: LanguageModel | Pair) -> RolloutPrograms:
+    return paired_programs(model.mesh) if isinstance(model, Pair) else programs(model.mesh)
+
+
+def _jit(mesh: Mesh | None, module: Any) -> RolloutPrograms:
+    """Jits the functions of a module. Results have fixed shardings, so that nothing compiles twice."""
+    state, of_one = module.shardings(mesh), decode.shardings(mesh)
     rows, everywhere = (None, None) if mesh is None else (sharding(mesh, "batch"), sharding(mesh))
-    of_cache = {True: state and state.cache.keys, False: rows}
+    of_cache = {True: of_one and of_one.cache.keys, False: rows}
     drawn = ("sampling", "eos_ids")
     return RolloutPrograms(
         begin=jax.jit(
-            decode.begin, static_argnums=0, static_argnames=(*drawn, "max_new", *_OF_BEGIN), out_shardings=state
+            module.begin, static_argnums=0, static_argnames=(*drawn, "max_new", *_OF_BEGIN), out_shardings=state
         ),
         advance=jax.jit(
-            decode.advance,
+            module.advance,
             static_argnums=0,
             static_argnames=(*drawn, "prompt_slots"),
             donate_argnums=2,
@@ -69,12 +86,15 @@ def programs(mesh: Mesh | None) -> RolloutPrograms:
     )
 
 
-def for_decoding(model: LanguageModel, params: Params) -> Params:
+def for_decoding(model: LanguageModel | Pair, params: Params) -> Params:
     """Compiled `model.for_decoding`: casts the parameters and moves them to the model's mesh.
 
     The layers are moved one at a time, because a move between different meshes needs memory for more than a chip's
-    shard of an array. On one CPU device, layers that need neither move nor cast are views of the stacked arrays.
+    shard of an array. On one CPU device, layers that need neither move nor cast are views of the stacked arrays. The
+    parameters of a pair are those of student and teacher.
     """
+    if isinstance(model, Pair):
+        return tuple(for_decoding(one, of_one) for one, of_one in zip(model.both, params, strict=True))
     move = moves(model, tuple(params))
     stacks = params["layers"]
     count = len(jax.tree.leaves(stacks)[0])
@@ -131,7 +151,7 @@ def moves(model: LanguageModel, names: tuple[str, ...]) -> dict[str, Any]:
 class Decode:
     """Settings of a rollout."""
 
-    sampling: Sampling
+    sampling: Sampling | Mixed | Speculative  # the last two for a `Pair`
     eos_ids: tuple[int, ...]
     max_new: int
     concurrency: int = 0  # answers in progress at a time; 0: the whole batch
@@ -168,9 +188,9 @@ def rings(max_new: int) -> Iterator[int]:
 
 
 def answers(
-    model: LanguageModel,
+    model: LanguageModel | Pair,
     params: Params,
-    prompts: Prompts,
+    prompts: Prompts | PairedPrompts,
     keys_B: jax.Array,
     how: Decode,
     meanwhile: Callable[[], None] | None = None,
@@ -183,7 +203,7 @@ def answers(
       meanwhile: called once, while the devices sample.
     """
     rows, prompt_slots = prompts.tokens.shape
-    p, shards = programs(model.mesh), batch_shards(model.mesh)
+    p, shards = programs_of(model), batch_shards(model.mesh)
     lanes = min(how.concurrency or rows, rows)
     refill = refill_size(lanes, shards * how.answers_per_prompt)
     drawing = {"sampling": how.sampling, "eos_ids": how.eos_ids}

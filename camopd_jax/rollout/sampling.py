@@ -1,6 +1,10 @@
-"""Samples the next token. Every row has its own random key."""
+"""Samples the next token. Every row has its own random key.
+
+A token is sampled from one model's distribution (`Sampling`), or from those of student and teacher (`PairSampling`).
+"""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 import jax
 import jax.numpy as jnp
@@ -39,9 +43,63 @@ class Exploration(Sampling):
     answers: int  # consecutive rows that answer one prompt
 
 
-def sampling_of(settings: RolloutConfig) -> Sampling:
+class PairSampling(Protocol):
+    """How a token is sampled from the distributions S of the student and T of the teacher. Hashable."""
+
+    def __call__(self, student_NV: jax.Array, teacher_NV: jax.Array, keys_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Tokens int32[N], and the log-probabilities float32[N] that the rollout records.
+
+        Args:
+          student_NV, teacher_NV: logits.
+          keys_N: random keys.
+        """
+
+
+@dataclass(frozen=True)
+class Mixed:
+    """Each token from `alpha T + (1 - alpha) S` (MiniLLM, arXiv 2306.08543). Records its log-probability there."""
+
+    alpha: float
+
+    def __call__(self, student_NV: jax.Array, teacher_NV: jax.Array, keys_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+        of_teacher = jnp.log(self.alpha) + jax.nn.log_softmax(teacher_NV, axis=-1)
+        of_student = jnp.log1p(-self.alpha) + jax.nn.log_softmax(student_NV, axis=-1)
+        mixture_NV = jnp.logaddexp(of_teacher, of_student)
+        token_N = sample(mixture_NV, keys_N, Sampling())
+        return token_N, _at(mixture_NV, token_N)
+
+
+@dataclass(frozen=True)
+class Speculative:
+    """The student's token if it is among the teacher's `top_k` most likely ones, else another one from the teacher.
+
+    It is the distribution of Speculative KD (arXiv 2410.11325), whose teacher checks blocks of the student's tokens.
+    Records the student's log-probability at temperature 1, unfiltered.
+    """
+
+    student: Sampling
+    teacher: Sampling
+    top_k: int
+
+    def __call__(self, student_NV: jax.Array, teacher_NV: jax.Array, keys_N: jax.Array) -> tuple[jax.Array, jax.Array]:
+        token_N = sample(student_NV, keys_N, self.student)
+        least_N = jax.lax.top_k(teacher_NV, min(self.top_k, teacher_NV.shape[-1]))[0][:, -1]
+        redrawn_N = sample(teacher_NV, jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys_N, 1), self.teacher)
+        token_N = jnp.where(_at(teacher_NV, token_N) >= least_N, token_N, redrawn_N)
+        return token_N, _at(jax.nn.log_softmax(student_NV, axis=-1), token_N)
+
+
+def _at(array_NV: jax.Array, token_N: jax.Array) -> jax.Array:
+    return jnp.take_along_axis(array_NV, token_N[:, None], axis=1)[:, 0]
+
+
+def sampling_of(settings: RolloutConfig) -> Sampling | Mixed | Speculative:
     """How the answers of a rollout are sampled."""
-    first = Sampling.of(settings)
+    first, teacher = Sampling.of(settings), settings.teacher_sampling
+    if settings.sampler == "mixed":
+        return Mixed(teacher.alpha)
+    if settings.sampler == "speculative":
+        return Speculative(first, Sampling.of(teacher), teacher.accept_top_k)
     if settings.exploration is None:
         return first
     temperature, top_p = settings.exploration

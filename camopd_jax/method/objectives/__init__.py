@@ -5,6 +5,7 @@ from camopd_jax.method.named import named
 from camopd_jax.method.objectives.base import Objective as Objective
 from camopd_jax.method.objectives.base import TeacherReading as TeacherReading
 from camopd_jax.method.objectives.full_vocabulary import JSD, ForwardKL, ReverseKL
+from camopd_jax.method.objectives.minillm import MiniLLM
 from camopd_jax.method.objectives.sampled_token import CrossEntropy, SampledToken
 from camopd_jax.method.objectives.top_k import (
     TRUNCATED,
@@ -28,6 +29,7 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "tide_deficit": TideDeficit,
     "student_top_k": StudentTopK,
     "selectkd": SelecTKD,
+    "minillm": MiniLLM,
 }
 REFUSED = {"truncated_top_k": TRUNCATED}  # a name that one may look for, and why it is not there
 

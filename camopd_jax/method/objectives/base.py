@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from camopd_jax.rollout.score import LOG_PROB
-from camopd_jax.types import LogProbs, Record
+from camopd_jax.types import LogProbs, Record, Rollout
 
 
 @dataclass(frozen=True)
@@ -27,6 +27,11 @@ class Objective:
     has_advantage: ClassVar[bool] = False
     # Whether it is valid for answers that the student did not sample
     off_policy: ClassVar[bool] = True
+    # Whether it weighs tokens by the probability of the student over that of the sampler, so that
+    # `config.method.importance_gate` must not; such an objective is also valid for answers of a mixture of both models
+    weighs_importance: ClassVar[bool] = False
+    # Whether it has `constants`
+    has_constants: ClassVar[bool] = False
 
     def read(self, logits: jax.Array, targets: Record) -> Record:
         """The teacher's values to store for each token, besides its log-probability: arrays [..., ...] by name.
@@ -44,12 +49,17 @@ class Objective:
         """
         return jnp.ones_like(log_probs.teacher)
 
+    def constants(self, log_probs: LogProbs, rollout: Rollout) -> Record:
+        """Further constants of each token that `loss` needs, from the scored answers: arrays [B, T] by name."""
+        return {}
+
     def loss(self, logits: jax.Array, targets: Record) -> jax.Array:
         """The loss of each token in nats, float32[...].
 
         Args:
           logits: the student's, float32[..., V].
-          targets: "tokens" int32[...], the arrays of `read`, and "teacher_logits" if the class needs them; constants.
+          targets: "tokens" int32[...], the arrays of `read` and `constants`, and "teacher_logits" if the class needs
+            them; constants.
         """
         raise NotImplementedError
 
