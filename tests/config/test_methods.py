@@ -24,7 +24,8 @@ def test_each_method_is_a_different_run_with_the_same_budget():
     assert made["camopd"] == BASE and BASE.method == Method()
     assert len({str(to_json(config)) for config in made.values()}) == len(METHODS)
     for config in made.values():
-        sampled = dataclasses.replace(config.rollout, top_p=1.0)  # not the same in teacher-top-k
+        # Not the same in teacher-top-k, minillm and speculative-kd
+        sampled = dataclasses.replace(config.rollout, top_p=1.0, temperature=1.0, sampler="student")
         assert (config.steps, sampled, config.seed) == (BASE.steps, BASE.rollout, BASE.seed)
         rows = schedule.batch_rows(config)
         assert sum(rows[name] for name in schedule.active_branches(config, 0)) == 64
@@ -97,6 +98,8 @@ def test_each_method_is_a_different_run_with_the_same_budget():
                 "review.objective": "reverse_kl",
             },
         ),
+        ("minillm", {"schedule": "mixed", "recovery.objective": "minillm", "review.objective": "minillm"}),
+        ("speculative-kd", {"schedule": "mixed", "recovery.objective": "forward_kl", "review.mass": 1}),
         ("replay-12", {"answers": "teacher", "schedule": "mixed", "recovery.steps": 1, "review.steps": 7}),
     ],
 )
@@ -136,8 +139,12 @@ def test_a_config_is_recognised_as_its_method():
         "on-policy distillation with the branches recovery (reverse_kl), review (sampled_token) in alternation"
     )
     assert method_of(to_json(changed(of("teacher-top-k"), {"rollout.top_p": 1.0}))) is None
+    assert method_of(to_json(changed(of("minillm"), {"rollout.sampler": "student"}))) is None
+    assert method_of(to_json(changed(of("minillm"), {"rollout.teacher_sampling.alpha": 0.3}))) is None
+    assert method_of(to_json(changed(BASE, {"rollout.temperature": 0.9}))) == "camopd"
     earlier = to_json(BASE)
     for branch in earlier["branches"].values():
         del branch["weights"]
+    del earlier["rollout"]["sampler"]
     assert method_of(earlier) == "camopd", "a field that an earlier version did not have"
     assert method_of({"method": {"schedule": "alternate"}, "optimizer": {}}) is None, "of an earlier version"

@@ -30,6 +30,7 @@ from camopd_jax.models.shapes import SHAPES
 from camopd_jax.planning import hlo, topology
 from camopd_jax.planning.arrays import ModelShapes, abstract_params, chip_bytes, plan
 from camopd_jax.planning.compiling import compile_program, peak, refusal
+from camopd_jax.planning.costs import bytes_on_chip, memory_estimate, step_work
 from camopd_jax.planning.hlo import Module
 from camopd_jax.planning.programs import programs, residents
 from camopd_jax.planning.report import Request, look_for, read_models
@@ -313,6 +314,30 @@ def test_a_mixed_step_whose_teachers_answer():
     one = chip_bytes(of["gradient: recovery"].args[2])
     assert of["update: mixed"].holds["gradient"] == 2 * one
     assert of["gradient: review"].holds["gradient"] > 2 * one
+
+
+def test_sampling_with_the_teacher_holds_both_models():
+    """Weights and cache of the student and of a deeper teacher, in shapes and in numbers; and MiniLLM's constants."""
+    models = ModelShapes({"general": DEEPER, "specialised": MODEL}, (2,))
+    branches = {name: dataclasses.replace(of, objective="minillm") for name, of in CONFIG.branches.items()}
+    rollout = dataclasses.replace(CONFIG.rollout, sampler="mixed")
+    plain, paired = planned(models), planned(models, branches=branches, rollout=rollout)
+    of, both = by_name(plain), by_name(paired)
+    held, alone = both["decode"].holds, of["decode"].holds
+    share = DEEPER.num_layers / MODEL.num_layers
+    positions = 4 * 640 * 8 / 4  # int32, of 8 lanes on 4 groups of devices
+    assert held["cache"] - alone["cache"] == pytest.approx(share * (alone["cache"] - positions) + positions, rel=0.01)
+    assert held["weights"] > 2 * alone["weights"]
+    assert "reshard: recovery teacher: layers" in both and "prefill" in both and "refill" in both
+    layers = both["reshard: recovery teacher: layers"].holds["weights"]
+    assert layers > of["reshard: layers"].holds["weights"] + alone["weights"], "the student's are there too"
+    assert list(both["gradient: recovery"].args[3].record) == ["hidden", "importance", "long_term"]
+    one, two = (memory_estimate(made.setup, models) for made in (plain, paired))
+    assert two["update"] == one["update"]
+    of_teacher = bytes_on_chip(DEEPER, paired.setup.rollout_mesh, paired.setup.dtype)
+    assert all(two[name] - one[name] > of_teacher for name in ("prefill", "refill", "decode"))
+    work = [step_work(made.setup, models, 512) for made in (plain, paired)]
+    assert work[1]["decode"].flops > 2 * work[0]["decode"].flops and "score student" in work[1]
 
 
 def test_the_record_of_top_k_objectives_and_token_weights():
