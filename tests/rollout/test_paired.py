@@ -57,7 +57,7 @@ def test_tokens_follow_the_samplers_distribution(rule, wanted):
     """A chi-square test of 20,000 tokens; the keys are fixed, so that it cannot fail by chance."""
     n = 20_000
     student, teacher = (jnp.tile(jnp.log(jnp.asarray(p, jnp.float32)), (n, 1)) for p in (STUDENT, TEACHER))
-    tokens, log_probs = rule(student, teacher, jax.random.split(jax.random.key(7), n))
+    tokens, log_probs = jax.jit(rule)(student, teacher, jax.random.split(jax.random.key(7), n))
     counts, possible = np.bincount(tokens, minlength=4), wanted > 0
     assert counts[~possible].sum() == 0
     assert stats.chisquare(counts[possible], n * wanted[possible]).pvalue > 0.01
@@ -150,18 +150,14 @@ def assert_same_answers(ours, theirs):
         np.testing.assert_array_equal(getattr(ours, name), getattr(theirs, name))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "rule, who, sampling",
     [
         (Mixed(0.0), "student", Sampling()),
-        pytest.param(Mixed(1.0), "teacher", Sampling(), marks=pytest.mark.slow),
+        (Mixed(1.0), "teacher", Sampling()),
         (dataclasses.replace(SPECULATIVE, top_k=25), "student", SPECULATIVE.student),
-        pytest.param(
-            Speculative(Sampling(), Sampling(temperature=0.0), 1),
-            "teacher",
-            Sampling(temperature=0.0),
-            marks=pytest.mark.slow,
-        ),
+        (Speculative(Sampling(), Sampling(temperature=0.0), 1), "teacher", Sampling(temperature=0.0)),
     ],
 )
 def test_limits_are_the_answers_of_one_model(tiny, teacher, prompts, rule, who, sampling):
@@ -172,7 +168,7 @@ def test_limits_are_the_answers_of_one_model(tiny, teacher, prompts, rule, who, 
     assert 0 < int(jnp.sum(wanted.stopped)) < 8, "the case should hold both kinds of ending"
 
 
-@pytest.mark.parametrize("rule", [Mixed(0.3), SPECULATIVE])
+@pytest.mark.parametrize("rule", [Mixed(0.3), pytest.param(SPECULATIVE, marks=pytest.mark.slow)])
 def test_recorded_log_probs_are_those_of_forward_passes(tiny, teacher, prompts, rule):
     """Of the mixture, or of the student at temperature 1; the teacher's with its own prompts."""
     out = paired(tiny, teacher, prompts, rule)
@@ -191,18 +187,18 @@ def test_recorded_log_probs_are_those_of_forward_passes(tiny, teacher, prompts, 
     [(Mixed(0.3), {"concurrency": 4, "shrinks": True}, 2), (SPECULATIVE, {"concurrency": 3}, 4)],
 )
 def test_lanes_and_growing_caches_change_no_answer(tiny, teacher, prompts, rule, options, segment, monkeypatch):
-    whole = paired(tiny, teacher, prompts, rule)
+    whole = paired(tiny, teacher, prompts, rule, eos_ids=(2, 5, 9))
     assert len(set(np.asarray(whole.lengths).tolist())) > 3, "the case should hold answers of many lengths"
     monkeypatch.setattr(generate, "FIRST_RING", segment)
-    other = paired(tiny, teacher, prompts, rule, **options)
+    other = paired(tiny, teacher, prompts, rule, eos_ids=(2, 5, 9), **options)
     assert_same_answers(other, whole)
     np.testing.assert_allclose(other.log_probs, whole.log_probs, atol=1e-5)
     np.testing.assert_allclose(other.entropy, whole.entropy, atol=1e-5)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("rule", [Mixed(0.3), SPECULATIVE])
-def test_several_answers_to_a_prompt_and_a_mesh(tiny, teacher, prompts, rule):
+def test_several_answers_to_a_prompt_and_a_mesh(tiny, teacher, prompts):
+    rule = SPECULATIVE
     rows = jax.tree.map(lambda array: jnp.repeat(array, 2, axis=0), prompts)
     keys = row_keys(0, jnp.int32(1), jnp.repeat(jnp.arange(8), 2), 2)
     whole = paired(tiny, teacher, rows, rule, keys=keys)
@@ -221,9 +217,11 @@ def test_the_plain_program_computes_one_model(tiny, teacher, prompts):
 
     def products(of, params, rows, sampling):
         p, params = generate.programs_of(of), generate.for_decoding(of, params)
-        state = p.begin(of, params, rows, keys, np.arange(8, dtype=np.int32), sampling=sampling, **drawing)
-        state = generate._grow(p, state, rows.tokens.shape[1], 0, MAX_NEW)
-        more = {"prompt_slots": rows.tokens.shape[1], "sampling": sampling, "eos_ids": (2,)}
+        state = p.begin.eval_shape(of, params, rows, keys, np.arange(8), sampling=sampling, **drawing)
+        slots = {"prompt_slots": rows.tokens.shape[1]}
+        ring = slots | {"slots": rows.tokens.shape[1] + MAX_NEW}
+        cache = jax.tree.map(lambda x: p.grow[x.ndim == 4].eval_shape(x, state.slot, **ring), state.cache)
+        state, more = state.replace(cache=cache), slots | {"sampling": sampling, "eos_ids": (2,)}
         return p.advance.lower(of, params, state, np.int32(0), **more).as_text().count("dot_general")
 
     plain = products(model, tiny[1], prompts.student, Sampling())
