@@ -71,4 +71,4 @@ def _check_names(node: yaml.Node | None, file: Path, above: tuple[yaml.Node, ...
         lines[key.value] = line
         values = [*values, value]
     for value in values:
-        _check_names(value, file, (*above, node))  # type: ignore[arg-type]  # a node, if it has values
+        _check_names(value, file, (*above, node))

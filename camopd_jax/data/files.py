@@ -5,7 +5,7 @@ import csv
 import io
 import json
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -40,7 +40,12 @@ def rows(name: str | Path, field: str) -> Iterator[RawRow]:
       UserError: naming the file, and the line where that is known, for what cannot be read; and for a file of no rows.
     """
     path = _existing(name, field)
-    read = {".csv": _csv, ".tsv": partial(_csv, delimiter="\t"), ".parquet": _parquet, ".arrow": _arrow}
+    read: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+        ".csv": _csv,
+        ".tsv": partial(_csv, delimiter="\t"),
+        ".parquet": _parquet,
+        ".arrow": _arrow,
+    }
     empty = True
     try:
         for row in read.get(suffix(path), _json)(path):

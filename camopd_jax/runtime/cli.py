@@ -80,13 +80,13 @@ class _ConfigParser(flags.ArgumentParser[Any]):
         for argument in sys.argv:
             flag, _, value = argument.partition("=")
             if re.match(r"--?(no)?config\.", flag):
-                path = flag.split(".")[1:]
-                if not all(name.isidentifier() for name in path):
+                names = flag.split(".")[1:]
+                if not all(name.isidentifier() for name in names):
                     raise UserError(
                         f"{flag} is not the name of a field, which has letters, digits and _ between dots; a field of "
                         "a list is set in the config file"
                     )
-                make_room(_class_of(config, self._classes), config, path, value == "None")
+                make_room(_class_of(config, self._classes), config, names, value == "None")
         return config
 
     def _read_yaml(self, file: Path) -> ml_collections.ConfigDict:
