@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from camopd_jax.errors import UserError
+from camopd_jax.models.disk import LFS, is_lfs_pointer
 from camopd_jax.runtime.paths import in_home
 
 SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
@@ -48,6 +49,8 @@ def rows(name: str | Path, field: str) -> Iterator[RawRow]:
     }
     empty = True
     try:
+        if is_lfs_pointer(path):
+            raise UserError(f"{path}: {LFS}")
         for row in read.get(suffix(path), _json)(path):
             yield row
             empty = False
@@ -69,9 +72,6 @@ def _existing(name: str | Path, field: str) -> Path:
     if not path.is_file():
         target = f" (a link to {os.readlink(path)}, which does not exist)" if path.is_symlink() else ""
         raise UserError(f"{field}: no file {path}{target}; give {KINDS}")
-    with contextlib.suppress(OSError), path.open("rb") as file:  # which `rows` names
-        if file.read(40).startswith(b"version https://git-lfs"):
-            raise UserError(f"{path}: a pointer of Git LFS, not the file; run `git lfs pull`")
     return path
 
 
