@@ -15,6 +15,8 @@ WORKDIR/METHOD/RATE/seed-N is the work directory of a run; its log.txt has the o
 stopped, the same command continues it. WORKDIR/study.json holds the table's numbers.
 """
 
+import math
+
 from absl import flags
 from rich.console import Console
 
@@ -49,14 +51,18 @@ if __name__ == "__main__":
             return
         workdir, base = cli.required("workdir", "runs/sandbox"), read_config()
         methods = (*QUICK, INTERPOLATION) if values.quick else values.methods
-        methods = METHOD_NAMES if methods == ["all"] else methods
+        methods = METHOD_NAMES if "all" in methods else tuple(dict.fromkeys(filter(None, methods)))
+        if not methods:
+            raise UserError(f"--methods names no method; give some of {', '.join(METHOD_NAMES)}")
         for method in methods:
             if method not in METHOD_NAMES:
                 raise UserError(f"--methods: {method} is not a method; give some of {', '.join(METHOD_NAMES)}")
         try:
-            rates = [float(rate) for rate in values.rates]
+            rates = list(dict.fromkeys(float(rate) for rate in values.rates if rate))
         except ValueError:
             raise UserError(f"--rates={','.join(values.rates)}: give numbers separated by commas") from None
+        if not all(0 < rate < math.inf for rate in rates):
+            raise UserError(f"--rates={','.join(values.rates)}: give numbers > 0")
         rate = base.optimizer.learning_rate
         rates = [rate] if values.quick else rates or [factor * rate for factor in (0.25, 0.5, 1, 2, 4)]
         workers = values.workers or default_workers()

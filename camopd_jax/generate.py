@@ -16,6 +16,7 @@ each row is written once for each answer, with the answer's number, from 0, as "
 
 from absl import flags
 
+from camopd_jax.config.build import from_flags
 from camopd_jax.config.schema import Sampling
 from camopd_jax.inference.files import FileJob, answer_file
 from camopd_jax.runtime import cli
@@ -30,7 +31,7 @@ if __name__ == "__main__":
     flags.DEFINE_integer("top_k", 0, "Sample from the k most likely tokens; 0: off.", lower_bound=0)
     flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens up to this probability; 1: off.", 0.0, 1.0)
     flags.DEFINE_float("min_p", 0.0, "Drop tokens below this share of the highest probability; 0: off.", 0.0, 1.0)
-    flags.DEFINE_integer("seed", 0, "Seed of the sampling.")
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling.", 0, 2**31 - 1)
     flags.DEFINE_integer("answers_per_prompt", 1, "Answers to each row, each in a row of its own.", lower_bound=1)
     flags.DEFINE_string("system", None, "System prompt for conversations without one.")
     flags.DEFINE_integer("batch_size", 16, "Rows answered at one time.", lower_bound=1)
@@ -47,7 +48,8 @@ if __name__ == "__main__":
             values.batch_size,
             values.dtype,
         )
-        sampling = Sampling(temperature=values.temperature, top_k=values.top_k, top_p=values.top_p, min_p=values.min_p)
+        names = ("temperature", "top_k", "top_p", "min_p")
+        sampling = from_flags(Sampling, **{name: values[name].value for name in names})
         start(cli.processes())
         answer_file(job, sampling, values.max_new_tokens, values.seed, values.answers_per_prompt)
 

@@ -40,7 +40,7 @@ if __name__ == "__main__":
     flags.DEFINE_float("top_p", 1.0, "Sample from the most likely tokens up to this probability; 1: off.", 0.0, 1.0)
     flags.DEFINE_string("system", None, "System prompt before the user's turn.")
     flags.DEFINE_integer("batch_size", 64, "Prompts written at one time.", lower_bound=1)
-    flags.DEFINE_integer("seed", 0, "Seed of the sampling.", 0)
+    flags.DEFINE_integer("seed", 0, "Seed of the sampling.", 0, 2**31 - 1)
     flags.DEFINE_list(
         "against",
         None,

@@ -10,6 +10,11 @@ import torch
 import transformers
 from rows import read_lines, write_lines
 
+from camopd_jax.config.build import from_flags
+from camopd_jax.config.schema import Sampling
+from camopd_jax.errors import UserError
+from camopd_jax.inference.files import FileJob, answer_file
+
 FOLDER = Path(__file__).parents[1] / "examples" / "quickstart" / "generalist"
 ROWS = [
     {"messages": [{"role": "user", "content": "reverse abcd"}], "id": 7},
@@ -159,3 +164,35 @@ def test_bad_flags(command, tmp_path):
     ]:
         ended = command("generate", *flags)
         assert ended.code == 2 and message in ended.err and len(ended.err.strip().splitlines()) == 1, ended.err
+
+
+def test_outputs_that_would_be_lost_or_could_not_be_written(tmp_path):
+    """Found before the model is loaded, of which there is none here."""
+    source = write_lines(tmp_path / "x.jsonl", ROWS)
+    (tmp_path / "link.jsonl").symlink_to(source)
+    for output, message in [
+        (source, "x.jsonl is the input, which would be lost; give another file"),
+        (tmp_path / "link.jsonl", "link.jsonl is the input, which would be lost"),
+        (tmp_path, "is a folder; give a file"),
+        (tmp_path / "no" / "y.jsonl", "there is no folder"),
+        (source / "y.jsonl", "there is no folder"),
+    ]:
+        job = FileJob("none", str(source), str(output), None, 4, "auto")
+        with pytest.raises(UserError, match=f"^--output: .*{message}"):
+            answer_file(job, Sampling(), max_new_tokens=2, seed=0)
+    assert len(source.read_text().splitlines()) == len(ROWS)
+
+
+@pytest.mark.parametrize(
+    "values, message",
+    [
+        ({"min_p": 1.0}, "--min_p is 1.0; give a number >= 0 and < 1 (0: off)"),
+        ({"top_p": 0.0}, "--top_p is 0.0; give a number > 0 and <= 1 (1: off)"),
+        ({"temperature": float("nan")}, "--temperature is nan; give a finite number"),
+    ],
+)
+def test_sampling_flags_have_the_limits_of_the_config(values, message):
+    with pytest.raises(UserError) as error:
+        from_flags(Sampling, **values)
+    assert str(error.value) == message
+    assert from_flags(Sampling, temperature=0.5, top_k=3) == Sampling(temperature=0.5, top_k=3)

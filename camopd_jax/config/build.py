@@ -172,6 +172,16 @@ def build(
     return cls(**{key: _convert(hints[key], value, f"{where}.{key}", moved) for key, value in values.items()})
 
 
+def from_flags(cls: type, **values: Any) -> Any:
+    """An instance of a config class from the values of flags with the names of its fields.
+
+    Raises:
+      UserError: naming the flag whose value is beyond the limits of its field.
+    """
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return cls(**{name: _convert(hints[name], value, f"--{name}", {}) for name, value in values.items()})
+
+
 def unknown_field(where: str, name: str, fields: Iterable[str], moved: Mapping[str, str]) -> str:
     """The error message for a field that does not exist."""
     fields = list(fields)

@@ -41,7 +41,7 @@ def read_stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
     try:
         record = json.loads(file.read_text())
         kind, values = record["kind"], record["config"]
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise UserError(f"{file}: no such file; give the --workdir of a run") from None
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{file}: not the config.json of a run; give the --workdir of one") from error

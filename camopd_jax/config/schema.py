@@ -65,7 +65,7 @@ class Writing:
 class Stream:
     """A set of prompts, and how student and teacher read them."""
 
-    # .jsonl, .json, .csv or .parquet files, separated by commas; or the name of a `datasets` dataset, with
+    # Files of rows or patterns with *, separated by commas; a folder; or the name of a `datasets` dataset, with
     # configuration and revision if needed: "openai/gsm8k:main@cc7b047"; self: the branch's teacher writes them first
     source: str = ""
     writing: Writing = Writing()  # of source "self"

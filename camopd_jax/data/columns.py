@@ -5,13 +5,16 @@ has a form's columns but not its values is an error; one whose answer is kept ba
 options keeps them as "question" and "options" beside its messages, from which the recipes build prompts of their own.
 """
 
+import ast
+import contextlib
+import itertools
 import json
 import re
 import string
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from camopd_jax.data.messages import conversation
+from camopd_jax.data.messages import conversation, listed
 from camopd_jax.errors import UserError
 
 Row = dict[str, Any]
@@ -25,15 +28,54 @@ def normalise(row: Row) -> Row:
     Raises:
       UserError: naming the field of a row that has a known form's columns, but not its values.
     """
+    for name in _MEDIA & row.keys():
+        if row[name]:
+            raise UserError(
+                f'"{name}" is not text, which is all that models here read; remove it if the text is enough'
+            )
+    new = _converted(row)
+    if new is None:
+        return row
+    row = {name: value for name, value in (row | new).items() if value is not None or name not in new}
+    return row | _beside(row)
+
+
+def _converted(row: Row) -> Row | None:
+    """The fields that a row of a known form gets."""
     if "messages" in row:
-        return row | {"messages": conversation(row["messages"], "messages")}
-    if isinstance(row.get("prompt"), list):
-        return row | {"messages": conversation(row["prompt"], "prompt")}
+        return {"messages": conversation(row["messages"], "messages")}
+    prompt, completion = listed(row.get("prompt")), listed(row.get("completion"))
+    if isinstance(row.get("prompt"), list) or _are_turns(prompt):
+        answered = _are_turns(completion) and len(completion) == 1 and completion[0].get("role") == "assistant"
+        return {"messages": conversation(prompt + completion if answered else prompt, "prompt")}
     forms = _DATASETS if row.keys() & {"prompt", "prompt_ids"} else _DATASETS + _FORMS
     for columns, convert in forms:
         if row.keys() >= set(columns) and (new := convert(row)) is not None:
-            return {name: value for name, value in (row | new).items() if value is not None or name not in new}
-    return row
+            return new
+    return None
+
+
+def _are_turns(value: Any) -> bool:
+    turns = value if isinstance(value, list) else []
+    return bool(turns) and all(isinstance(turn, dict) and turn.keys() & {"role", "from"} for turn in turns)
+
+
+def _beside(row: Row) -> Row:
+    """What a converted row's other columns say about its conversation: system prompt, tools and answer."""
+    new: Row = {}
+    system = next((row[name] for name in ("system", "system_prompt") if _is_text(row.get(name))), None)
+    if system and row["messages"][0]["role"] not in ("system", "developer"):
+        new["messages"] = [{"role": "system", "content": system}, *row["messages"]]
+    if "tools" not in row and isinstance(functions := listed(row.get("functions")), list) and functions:
+        new["tools"] = [{"type": "function", "function": function} for function in functions]  # OpenAI's older form
+    reward = row["reward_model"] if isinstance(row.get("reward_model"), dict) else {}  # verl's
+    truths = [row.get("ground_truth"), row.get("expected_answer"), reward.get("ground_truth")]
+    truth = next((value for value in truths if _is_text(value) or type(value) in (int, float)), None)
+    return new if "answer" in row or truth is None else new | {"answer": truth}
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str) and value.strip() != ""
 
 
 def question_row(question: str, options: Sequence[str] = ()) -> Row:
@@ -106,11 +148,34 @@ def _choice(row: Row) -> Row | None:
     """Options as a list of texts, as {letter: text}, or as ARC's {"label": [...], "text": [...]}."""
     name = "options" if "options" in row else "choices"
     number = next((key for key in ("answer_idx", "answerKey") if key in row), None)
-    if number is None and (isinstance(row[name], str) or row.keys() & _PASSAGES):
+    value = _parsed(row[name], name)
+    if number is None and (isinstance(value, str) or row.keys() & _PASSAGES):
         return None
-    labels, texts = _options(row[name], name)
+    labels, texts = _options(value, name)
     right = _right(row, number, labels) if number else None
     return _answered(row, texts, _right(row, "answer", labels, texts) if right is None else right)
+
+
+def _parsed(value: Any, name: str) -> Any:
+    """The list or object of options that a cell of a table holds, as JSON or in Python's notation; else the value.
+
+    Raises:
+      UserError: for a text that begins like one, such as a printed array of numpy.
+    """
+    parsed = listed(value)
+    if isinstance(parsed, str) and parsed.lstrip()[:1] in ("[", "{"):
+        with contextlib.suppress(ValueError, SyntaxError, MemoryError, RecursionError):
+            parsed = ast.literal_eval(parsed.strip())
+        if not isinstance(parsed, list | dict) or len(parsed) < 2:  # Python joins texts without a comma between them
+            raise UserError(f'"{name}" must be a list of options or its JSON text, this is {value!r:.80}')
+    return parsed
+
+
+def _lettered(row: Row) -> Row:
+    """Options in the columns A, B and so on, up to the first that is missing or empty."""
+    labels = [*itertools.takewhile(lambda letter: row.get(letter) not in (None, ""), LETTERS)]
+    texts = [str(row[label]) for label in labels]
+    return _answered(row, texts, _right(row, "answer", labels, texts))
 
 
 def _options(value: Any, name: str) -> tuple[list[str], list[str]]:
@@ -200,17 +265,50 @@ def _grid(value: Any) -> tuple[list[str], list[list[str]]]:
 
 def _turns(name: str) -> Callable[[Row], Row | None]:
     """Converts a row whose conversation is in this field."""
-    return lambda row: {"messages": conversation(row[name], name)} if isinstance(row[name], list) else None
+    return lambda row: {"messages": conversation(row[name], name)} if isinstance(listed(row[name]), list) else None
+
+
+def _chosen(row: Row) -> Row | None:
+    """A preference whose prompt is in both conversations: the one that was preferred."""
+    return {"messages": conversation(row["chosen"], "chosen")} if _are_turns(listed(row["chosen"])) else None
+
+
+def _instruction(name: str, answer: str) -> Callable[[Row], Row | None]:
+    """Converts Alpaca's rows and their relatives: an instruction, its input, earlier turns and the answer."""
+
+    def convert(row: Row) -> Row | None:
+        if any(row.get(passage) for passage in _PASSAGES) or any(map(_OPTION.fullmatch, row)):
+            return None
+        earlier = listed(row.get("history")) or []
+        if not isinstance(earlier, list) or any(not isinstance(pair, list) or len(pair) != 2 for pair in earlier):
+            raise UserError(f'"history" must be a list of pairs of a question and its answer, this is {earlier!r:.80}')
+        added = f"\n{row['input']}" if _is_text(row.get("input")) else ""
+        texts = [text for pair in earlier for text in pair] + [_text(row, name) + added]
+        texts += [row[answer]] if _is_text(row[answer]) else []
+        turns = [{"role": ("user", "assistant")[i % 2], "content": text} for i, text in enumerate(texts)]
+        return {"messages": conversation(turns, "history")}
+
+    return convert
 
 
 def _question(row: Row) -> Row | None:
-    """A question and its answer in words, unless the question may need another column."""
+    """A question and its answer, a text or a number, unless the question may need another column."""
     alone = not row.keys() & _PASSAGES and not any(isinstance(value, list | dict) for value in row.values())
-    return question_row(_text(row, "question")) if alone and isinstance(row["answer"], str) else None
+    alone = alone and not any(map(_OPTION.fullmatch, row))
+    return question_row(_text(row, "question")) if alone and type(row["answer"]) in (str, int, float) else None
+
+
+def _only_question(row: Row) -> Row | None:
+    """A row whose only text is a question."""
+    others = [value for name, value in row.items() if name not in ("question", "id", "source")]
+    return question_row(_text(row, "question")) if all(type(value) in (int, float) for value in others) else None
 
 
 # Columns with a text that a question is about: without it, it would be another question
 _PASSAGES = {"article", "context", "document", "passage", "story"}
+# Columns of one option each, in other forms than "A", "B", ...
+_OPTION = re.compile(r"(option|choice|distractor|ending|opt|sol)[ _]?([a-j]|\d+)", re.IGNORECASE)
+_MEDIA = {"image", "images", "video", "videos", "audio", "audios"}
 
 _Forms = list[tuple[tuple[str, ...], Callable[[Row], Row | None]]]
 
@@ -235,5 +333,13 @@ _FORMS: _Forms = [
     (("conversation",), _turns("conversation")),  # allenai/WildChat-1M
     (("question", "options"), _choice),
     (("question", "choices"), _choice),  # cais/mmlu
+    (("question", "A", "B"), _lettered),  # ceval/ceval-exam
     (("question", "answer"), _question),
+    (("question", "response"), _instruction("question", "response")),  # Open-Orca/OpenOrca
+    (("question",), _only_question),
+    (("problem",), _only("problem")),  # AI-MO/NuminaMath-CoT
+    (("instruction", "output"), _instruction("instruction", "output")),  # tatsu-lab/alpaca
+    (("instruction", "response"), _instruction("instruction", "response")),  # databricks/databricks-dolly-15k
+    (("query", "response"), _instruction("query", "response")),  # ms-swift
+    (("chosen", "rejected"), _chosen),  # trl-lib/ultrafeedback_binarized
 ]

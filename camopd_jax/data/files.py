@@ -1,21 +1,38 @@
 """The rows of one file, unchecked: JSON lines, one JSON array, CSV or parquet. docs/inputs.md describes the forms."""
 
+import contextlib
 import csv
+import io
 import json
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from camopd_jax.errors import UserError
+from camopd_jax.models.disk import LFS, is_lfs_pointer
+from camopd_jax.runtime.paths import in_home
 
-SUFFIXES = (".jsonl", ".json", ".csv", ".parquet")
+SUFFIXES = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet", ".arrow")
+COMPRESSED = (".gz", ".bz2", ".zst")  # after one of SUFFIXES that is text
 KINDS = "a .jsonl, .json, .csv or .parquet file"
 
 RawRow = tuple[Any, str]  # a row before `sources.checked`, and its file and line, for error messages
 
 
-def rows(path: str | Path, field: str) -> Iterator[RawRow]:
-    """The rows of a file: of JSON, unless its name says CSV or parquet.
+def suffix(name: str | Path) -> str:
+    """What a file's name says about its form: its last suffix but that of a compression, in lower case.
+
+    >>> suffix("data/Train.JSONL.gz")
+    '.jsonl'
+    """
+    path = Path(str(name).lower())
+    return path.with_suffix("").suffix if path.suffix in COMPRESSED else path.suffix
+
+
+def rows(name: str | Path, field: str) -> Iterator[RawRow]:
+    """The rows of a file: of JSON, unless its name says otherwise.
 
     Args:
       field: the flag or config field that names the file, for error messages.
@@ -23,13 +40,18 @@ def rows(path: str | Path, field: str) -> Iterator[RawRow]:
     Raises:
       UserError: naming the file, and the line where that is known, for what cannot be read; and for a file of no rows.
     """
-    path = Path(path).expanduser()
-    if not path.is_file():
-        raise UserError(f"{field}: no file {path}; give {KINDS}")
-    read = {".csv": _csv, ".parquet": _parquet}.get(path.suffix, _json)
+    path = _existing(name, field)
+    read: dict[str, Callable[[Path], Iterator[RawRow]]] = {
+        ".csv": _csv,
+        ".tsv": partial(_csv, delimiter="\t"),
+        ".parquet": _parquet,
+        ".arrow": _arrow,
+    }
     empty = True
     try:
-        for row in read(path):
+        if is_lfs_pointer(path):
+            raise UserError(f"{path}: {LFS}")
+        for row in read.get(suffix(path), _json)(path):
             yield row
             empty = False
     except OSError as error:
@@ -38,10 +60,38 @@ def rows(path: str | Path, field: str) -> Iterator[RawRow]:
         raise UserError(f"{path}: no rows; give at least one")
 
 
+def _existing(name: str | Path, field: str) -> Path:
+    """The path of a file that can be read."""
+    if "://" in str(name):
+        raise UserError(f"{field}: {name} is an address; copy the file to this machine, and give {KINDS}")
+    path = in_home(name)
+    if path.is_dir():
+        raise UserError(f"{field}: {path} is a folder; give the files in it")
+    if path.exists() and not path.is_file():
+        raise UserError(f"{field}: {path} is no regular file, which can be read again; save its rows in one")
+    if not path.is_file():
+        target = f" (a link to {os.readlink(path)}, which does not exist)" if path.is_symlink() else ""
+        raise UserError(f"{field}: no file {path}{target}; give {KINDS}")
+    return path
+
+
+@contextlib.contextmanager
+def _uncompressed(path: Path) -> Iterator[Iterable[bytes]]:
+    r"""The lines of a file, which end at "\n"."""
+    if path.suffix.lower() not in COMPRESSED:
+        with path.open("rb") as file:
+            yield file
+        return
+    import pyarrow  # slow to import, and only needed here
+
+    with pyarrow.input_stream(str(path), compression=pyarrow.Codec.detect(path.name.lower()).name) as stream:
+        yield io.BufferedReader(stream)
+
+
 def _lines(path: Path) -> Iterator[tuple[int, str]]:
     r"""The lines of a text file with their numbers from 1. They end at "\n" and nowhere else."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
+    with _uncompressed(path) as lines:
+        for number, line in enumerate(lines, 1):
             try:
                 yield number, line.decode("utf-8-sig")  # some programs begin a file with a byte order mark
             except UnicodeDecodeError as error:
@@ -76,12 +126,12 @@ def _parsed(text: str, where: str) -> Any:
         raise UserError(f"{where}: a whole number has too many digits; write it as text") from error
 
 
-def _csv(path: Path) -> Iterator[RawRow]:
+def _csv(path: Path, delimiter: str = ",") -> Iterator[RawRow]:
     """Of a CSV file whose first line names the columns. Cells are text."""
     csv.field_size_limit(2**31 - 1)  # the default refuses cells of more than 131,072 characters
-    reader = csv.reader((line for _, line in _lines(path)), strict=True)
+    reader = csv.reader((line for _, line in _lines(path)), strict=True, delimiter=delimiter)
     try:
-        names = next(reader, [])
+        names = [name.strip() for name in next(reader, [])]
         if len(set(names)) < len(names):
             raise UserError(f"{path}:1: two columns have the same name; rename one of {', '.join(names)}")
         number = reader.line_num + 1  # a cell may hold line breaks: where the next row begins
@@ -95,7 +145,8 @@ def _csv(path: Path) -> Iterator[RawRow]:
             if any(cells):  # else a blank line
                 yield {name: cell for name, cell in zip(names, cells, strict=True) if cell}, where
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: not CSV ({error}); write quotes in a cell twice") from error
+        advice = "end its lines with a line feed" if "new-line" in str(error) else "write quotes in a cell twice"
+        raise UserError(f"{path}:{reader.line_num}: not CSV ({error}); {advice}") from error
 
 
 def _parquet(path: Path) -> Iterator[RawRow]:
@@ -107,3 +158,13 @@ def _parquet(path: Path) -> Iterator[RawRow]:
         yield from ((row, f"{path} row {i}") for i, row in enumerate(values))
     except (pyarrow.ArrowException, OSError, ValueError) as error:
         raise UserError(f"{path}: not a parquet file that can be read ({error}); write it again") from error
+
+
+def _arrow(path: Path) -> Iterator[RawRow]:
+    """Of a file that `save_to_disk` of `datasets` wrote."""
+    import datasets  # slow to import, and only needed here
+
+    try:
+        yield from ((row, f"{path} row {i}") for i, row in enumerate(datasets.Dataset.from_file(str(path))))
+    except (ValueError, TypeError) as error:  # pyarrow's errors among them
+        raise UserError(f"{path}: not an arrow file of `datasets` ({error}); write it again") from error

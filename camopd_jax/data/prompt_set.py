@@ -23,6 +23,7 @@ from camopd_jax.data.templates import Messages
 from camopd_jax.errors import UserError
 from camopd_jax.models.checksums import sha256
 from camopd_jax.runtime.jsonl import atomic_file, write_rows
+from camopd_jax.runtime.paths import in_home
 
 Manifest = dict[str, Any]
 
@@ -205,7 +206,7 @@ def origin(source: str, field: str) -> tuple[str, dict[str, Any]]:
     digest = hashlib.sha256()
     for name in sources.names(source):
         try:
-            with Path(name).expanduser().open("rb") as stream:
+            with in_home(name).open("rb") as stream:
                 hashlib.file_digest(stream, lambda: digest)
         except OSError as error:
             raise UserError(f"{field}: cannot read {name} ({error.strerror}); give {KINDS}") from error

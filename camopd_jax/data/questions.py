@@ -1,6 +1,7 @@
 """Detects whether two rows have the same question, so that no evaluation question is used for training."""
 
 import re
+from typing import Any
 
 from camopd_jax.data.columns import Row
 
@@ -21,7 +22,12 @@ def question_keys(row: Row) -> set[str]:
 
     A row without text has the key "".
     """
-    texts = [row["messages"][-1]["content"] if "messages" in row else row.get("prompt", "")]
+    texts = [_request(row["messages"]) if "messages" in row else row.get("prompt", "")]
     texts += [row["question"]] if isinstance(row.get("question"), str) else []
     stems = [normalised(re.split(r"\n\s*\(?A[.):]", text)[0]) for text in texts]
     return {normalised(texts[0])} | {stem for stem in stems if stem.count(" ") >= SHORT - 1}
+
+
+def _request(messages: list[dict[str, Any]]) -> str:
+    """The last turn that is not the assistant's: an answer behind a question does not make it another one."""
+    return next((m["content"] for m in reversed(messages) if m["role"] != "assistant"), messages[-1]["content"])

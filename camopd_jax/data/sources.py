@@ -6,8 +6,10 @@ messages.py know become such rows.
 """
 
 import contextlib
+import glob
 import itertools
 import math
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -16,6 +18,7 @@ from camopd_jax.data import columns, files
 from camopd_jax.data.columns import Row
 from camopd_jax.data.files import KINDS, RawRow
 from camopd_jax.errors import UserError
+from camopd_jax.runtime.paths import in_home
 
 LocatedRow = tuple[Row, str]  # a checked row, and its file and line
 
@@ -27,8 +30,9 @@ def read(source: str, split: str = "train", limit: int | None = None, field: str
     """The checked rows of a source.
 
     Args:
-      source: a file, several with commas between them; else the name of a dataset, with its configuration behind a
-        colon and its revision behind an at sign if wanted ("openai/gsm8k:main@cc7b047").
+      source: a file, several with commas between them, or a pattern with * that matches files; else a folder, or the
+        name of a dataset, with its configuration behind a colon and its revision behind an at sign if wanted
+        ("openai/gsm8k:main@cc7b047").
       split: of a dataset.
       limit: read only this many rows, the first ones; a dataset is then not downloaded completely.
       field: the flag or config field that names the source, for error messages.
@@ -75,13 +79,23 @@ def stream(source: str, split: str, field: str, download: bool = False) -> Itera
 
 
 def names(source: str) -> list[str]:
-    """The files or datasets of a source."""
-    return [name.strip() for name in source.split(",")]
+    """The files or datasets of a source, with the files that a pattern matches, sorted."""
+    if in_home(source).is_file():  # its name may contain a comma
+        return [source]
+    parts = [name.strip() for name in source.split(",") if name.strip()]
+    return [name for part in parts for name in _matches(part)] or [source]
+
+
+def _matches(name: str) -> list[str]:
+    """The files that a pattern matches; of another name, or if there are none, the name itself."""
+    if not re.search(r"[*?[]", name) or in_home(name).exists():
+        return [name]
+    return sorted(glob.glob(str(in_home(name)))) or [name]
 
 
 def is_file(name: str) -> bool:
-    """Whether a name is that of a file; else it is a dataset of the hub."""
-    return name.endswith(files.SUFFIXES)
+    """Whether a name is that of a file; else it is a folder or a dataset of the hub."""
+    return files.suffix(name) in files.SUFFIXES or in_home(name).is_file()
 
 
 # ---------------------------------------------------------------------------------------- the hub
@@ -102,9 +116,13 @@ def _dataset(name: str, split: str, field: str, download: bool) -> Iterator[RawR
 def _load_dataset(name: str, split: str, field: str, streaming: bool) -> Any:
     import datasets  # slow to import, and only needed here
 
-    path, configuration, revision = _parts(name)
+    folder = in_home(name)
+    path, configuration, revision = (str(folder), None, None) if folder.is_dir() else _parts(name, field)
     options = {"revision": revision} if revision else {}
     try:
+        if any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
+            saved = datasets.load_from_disk(path)
+            return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
         return datasets.load_dataset(path, configuration, split=split, streaming=streaming, **options)
     except Exception as error:  # the hub's client raises its own, requests' and OS errors
         raise UserError(
@@ -121,7 +139,7 @@ def pinned(name: str, field: str) -> tuple[str, str | None]:
     """
     from huggingface_hub import HfApi  # slow to import, and only needed here
 
-    path, configuration, revision = _parts(name)
+    path, configuration, revision = _parts(name, field)
     try:
         info = HfApi().dataset_info(path, revision=revision)
     except Exception as error:
@@ -132,10 +150,18 @@ def pinned(name: str, field: str) -> tuple[str, str | None]:
     return f"{path}{':' + configuration if configuration else ''}@{info.sha}", licence
 
 
-def _parts(name: str) -> tuple[str, str | None, str | None]:
-    """The path, configuration and revision of "path:configuration@revision"."""
-    name, _, revision = name.partition("@")
-    path, _, configuration = name.partition(":")
+def _parts(name: str, field: str) -> tuple[str, str | None, str | None]:
+    """The path, configuration and revision of "path:configuration@revision".
+
+    Raises:
+      UserError: if it cannot be the name of a dataset.
+    """
+    if "://" in name:
+        raise UserError(f"{field}: {name} is an address; give the name of a dataset (OWNER/NAME), or {KINDS}")
+    base, _, revision = name.partition("@")
+    path, _, configuration = base.partition(":")
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", path) or path.startswith("."):
+        raise UserError(f"{field}: no file or folder {name!r}; give {KINDS}, or the name of a dataset (OWNER/NAME)")
     return path, configuration or None, revision or None
 
 

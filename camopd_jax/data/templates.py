@@ -261,9 +261,12 @@ def prompt_ids(tokenizer: Tokenizer, row: Row, template: Template) -> list[int]:
     without system prompt gets the template's. "prompt" is tokenised by `text_ids`, and "prompt_ids" are used unchanged.
 
     Raises:
-      UserError: if the tokenizer has no chat template, or if the template fails for the conversation.
+      UserError: if the tokenizer has no chat template, if the template fails for the conversation, or if that has only
+        turns of the assistant.
     """
     if "messages" in row:
+        if all(message["role"] == "assistant" for message in row["messages"]):
+            raise UserError("the conversation has only turns of the assistant; a prompt needs another one")
         return tokens(tokenizer, render(tokenizer, row, template, open_answer=True))
     if "prompt" in row:
         return text_ids(tokenizer, row["prompt"])
@@ -302,15 +305,23 @@ def render(tokenizer: Tokenizer, row: Row, template: Template, open_answer: bool
     messages = _request(row["messages"]) if open_answer else row["messages"]
     messages = _with_system(messages, template)
     options = template.options
-    if not tools_of(row):
-        return _render(tokenizer, messages, options, open_answer)
-    text = _render(tokenizer, messages, options | {"tools": tools_of(row)}, open_answer)
-    if text == _render(tokenizer, messages, options, open_answer):
+    tools = tools_of(row)
+    text = _render(tokenizer, messages, options | ({"tools": tools} if tools else {}), open_answer)
+    if tools:
+        _need_difference(tokenizer, text, _render(tokenizer, messages, options, open_answer), "tools")
+    elif any("tool_calls" in message for message in messages):
+        without = [{name: value for name, value in m.items() if name != "tool_calls"} for m in messages]
+        _need_difference(tokenizer, text, _render(tokenizer, without, options, open_answer), "tool_calls")
+    return text
+
+
+def _need_difference(tokenizer: Tokenizer, text: str, without: str, field: str) -> None:
+    """Raises a UserError if the rendered text is the same without a field of the row."""
+    if text == without:
         raise UserError(
-            f'the chat template of {tokenizer.name_or_path} does not write "tools"; remove them from the row, or use '
+            f'the chat template of {tokenizer.name_or_path} does not write "{field}"; remove them from the row, or use '
             "a model whose template does"
         )
-    return text
 
 
 def tools_of(row: Row) -> list[dict[str, Any]]:

@@ -40,7 +40,7 @@ def read_questions(benchmark: Benchmark, task: Task, limit: int | None = None) -
 
 
 def _check(row: Row, benchmark: Benchmark, task: Task) -> None:
-    missing = [name for name in task.needs if name not in row]
+    missing = [name for name in task.needs if name not in row or str(row[name]).strip() == ""]
     if missing:
         raise UserError(f'no "{missing[0]}" to grade against, which task {benchmark.task} needs; add it to every row')
     task.check_row(row)

@@ -1,8 +1,11 @@
 """Answers the prompts, or scores the given answers, of a JSONL file with a checkpoint."""
 
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
+
+from etils import epath
 
 from camopd_jax.config.schema import Compute, Sampling, Template
 from camopd_jax.data import sources, templates
@@ -17,6 +20,7 @@ from camopd_jax.inference.log_probs import score_responses
 from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.jsonl import write_rows
 from camopd_jax.runtime.mesh import check_rows, make_mesh
+from camopd_jax.runtime.paths import in_home
 
 
 @dataclass(frozen=True)
@@ -99,10 +103,22 @@ def score_file(job: FileJob, temperature: float) -> None:
 
 def _read(job: FileJob) -> tuple[list[LocatedRow], Reader]:
     """The rows, and the model's tokenizer with the size of its embedding."""
+    _check_output(job)
     check_rows(make_mesh(), "--batch_size", job.batch_size)
     rows = sources.read_file(job.input, "--input")
     folder = loading.find(job.model, "--model")
     return rows, Reader(templates.load_tokenizer(folder), loading.model_config(folder, context=1).vocab_size)
+
+
+def _check_output(job: FileJob) -> None:
+    """Finds an output that cannot be written, before the model is loaded."""
+    output = epath.Path(job.output)
+    if output.is_dir():
+        raise UserError(f"--output: {output} is a folder; give a file")
+    if "://" not in job.output and not output.parent.is_dir():
+        raise UserError(f"--output: cannot write {output}, there is no folder {output.parent}; create it")
+    if output.exists() and os.path.realpath(job.output) == os.path.realpath(in_home(job.input)):
+        raise UserError(f"--output: {output} is the input, which would be lost; give another file")
 
 
 def _load(job: FileJob, context: int) -> Loaded:

@@ -14,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 
 from camopd_jax.errors import UserError
 from camopd_jax.models import formats
+from camopd_jax.runtime.paths import in_home
 
 _DTYPES = {
     "F32": np.dtype(np.float32),
@@ -55,7 +56,7 @@ def find_folder(name: str, field: str, files: Sequence[str] = CHECKPOINT, revisi
     Raises:
       UserError: if there is no such folder and the hub has no such repository.
     """
-    path = Path(name).expanduser()
+    path = in_home(name)
     if path.is_dir():
         return path
     if path.is_file():

@@ -16,6 +16,7 @@ from camopd_jax.models.fields import COUNT, NUMBER, Kind
 from camopd_jax.models.names import EMBEDDING, HEAD
 from camopd_jax.models.peft_tensors import TOKENS, are_equal, parts, read_tensors, row_count
 from camopd_jax.models.weights import MODULE_NAMES, WeightRow, file_rows
+from camopd_jax.runtime.paths import in_home
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 _BASE = "base_model_name_or_path"
@@ -117,7 +118,7 @@ def _base_name(fields: Mapping[str, Any], file: Path) -> str:
     if not isinstance(name, str) or not name:
         raise UserError(f"{file}: field {_BASE} is {name!r}; give the base model's folder or hub name")
     beside = file.parent / name
-    return str(beside.resolve()) if not Path(name).expanduser().is_dir() and beside.is_dir() else name
+    return str(beside.resolve()) if not in_home(name).is_dir() and beside.is_dir() else name
 
 
 # --------------------------------------------------------------------------------------- the settings

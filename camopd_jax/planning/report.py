@@ -24,6 +24,7 @@ from camopd_jax.planning.programs import Program, programs, residents
 from camopd_jax.planning.search import Candidate
 from camopd_jax.planning.speed import duration
 from camopd_jax.planning.topology import Chip, Topology
+from camopd_jax.runtime.paths import in_home
 
 GIB = 2**30
 KINDS = ("reshard", "score", "select", "gradient", "update", "prefill", "grow", "refill", "decode")  # quickest first
@@ -54,14 +55,14 @@ def read_models(config: TrainConfig, general: str | None, specialised: str | Non
         if given in SHAPES:
             values[name] = SHAPES[given]
             shapes[name] = from_hf(values[name], context=context, where=f"shape {given}")
-        elif given and not Path(given).expanduser().exists():
+        elif given and not in_home(given).exists():
             names = f"the shapes are {', '.join(SHAPES)}"
             raise UserError(f"--{name}_config: {given} is neither a file, a folder nor a known shape; {names}")
-        elif given and (file := Path(given).expanduser()).is_file():
+        elif given and (file := in_home(given)).is_file():
             values[name] = hf.read_config(file)
             shapes[name] = from_hf(values[name], context=context, where=str(file))
         else:
-            folders[name] = Path(given).expanduser() if given else find_model(config, name, field, files=FILES)
+            folders[name] = in_home(given) if given else find_model(config, name, field, files=FILES)
             values[name] = hf.read_config(base_folder(folders[name], FILES))
             shapes[name] = loading.model_config(folders[name], context, FILES)
     eos = values["specialised"].get("eos_token_id")

@@ -182,6 +182,8 @@ def restore_model(
     checkpoints = CheckpointStore(workdir, config.checkpoints, read_ranks(folder))
     if step is None:
         step = checkpoints.best() if best else checkpoints.latest()
+        if best and step is None:
+            raise UserError(f"{folder}: none of its checkpoints was evaluated; leave --best out, or give a --step")
     if step is None or step not in checkpoints.steps():
         raise UserError(
             f"{folder / 'checkpoints'}: no checkpoint{'' if step is None else f' {step}'} there, only "

@@ -2,6 +2,7 @@
 
 import dataclasses
 import logging
+import os
 import re
 import signal
 import sys
@@ -16,6 +17,7 @@ from ml_collections import config_flags
 
 from camopd_jax.config.build import make_room, with_fields
 from camopd_jax.config.consistency import from_config_dict
+from camopd_jax.config.python_file import read_python
 from camopd_jax.config.schema import MOVED
 from camopd_jax.config.yaml_file import SUFFIXES as YAML
 from camopd_jax.config.yaml_file import read_yaml
@@ -44,18 +46,14 @@ def config_flag(*classes: type[C]) -> Callable[[], C]:
     Of several classes, the first one that has all fields of the config is used; if none has, the first one.
     """
     names = " or a ".join(cls.__name__ for cls in classes)
-    about = f"YAML file with the fields of a {names}, or Python file whose get_config() returns one."
+    about = f"YAML or JSON file with the fields of a {names}, or Python file whose get_config() returns one."
     holder = config_flags.DEFINE_config_file("config", None, about)
-    flags.FLAGS["config"].parser = _ConfigParser(flags.FLAGS["config"].parser, classes)
+    flags.FLAGS["config"].parser = _ConfigParser(classes)
 
     def read() -> C:
         if holder.value is None:
             raise UserError("--config is missing; give a config file, for example --config=configs/quickstart.py")
-        try:
-            return from_config_dict(_class_of(holder.value, classes), holder.value)
-        except OSError as error:  # ml_collections reads the file when its value is first accessed
-            file = config_flags.get_config_filename(flags.FLAGS["config"])
-            raise UserError(f"--config: no config file {file}; give one, for example configs/quickstart.py") from error
+        return from_config_dict(_class_of(holder.value, classes), holder.value)
 
     return read
 
@@ -72,22 +70,31 @@ def _fields(cls: type) -> set[str]:
 class _ConfigParser(flags.ArgumentParser[Any]):
     """Reads a config file, and prepares the config for the `--config.FIELD=VALUE` of the command line."""
 
-    def __init__(self, reader: flags.ArgumentParser[Any], classes: Sequence[type]):
-        self._reader, self._classes = reader, classes
+    def __init__(self, classes: Sequence[type]):
+        self._classes = classes
 
-    def parse(self, path: str) -> Any:
-        config = self._read_yaml(Path(path)) if path.endswith(YAML) else self._reader.parse(path)
-        if isinstance(config, ml_collections.ConfigDict):
-            for argument in sys.argv:
-                if field := re.fullmatch(r"--?config\.([\w.]+)(=.*)?", argument, re.DOTALL):
-                    make_room(_class_of(config, self._classes), config, field[1].split("."), field[2] == "=None")
+    def parse(self, path: str) -> ml_collections.ConfigDict:
+        if sum(argument.split("=")[0] in ("--config", "-config") for argument in sys.argv) > 1:
+            raise UserError("--config is given twice; give one config file, and single fields as --config.FIELD=VALUE")
+        config = self._read_yaml(Path(path)) if path.endswith(YAML) else read_python(path)
+        for argument in sys.argv:
+            flag, _, value = argument.partition("=")
+            if re.match(r"--?(no)?config\.", flag):
+                names = flag.split(".")[1:]
+                if not all(name.isidentifier() for name in names):
+                    raise UserError(
+                        f"{flag} is not the name of a field, which has letters, digits and _ between dots; a field of "
+                        "a list is set in the config file"
+                    )
+                make_room(_class_of(config, self._classes), config, names, value == "None")
         return config
 
     def _read_yaml(self, file: Path) -> ml_collections.ConfigDict:
         try:
             fields = read_yaml(file)
         except OSError as error:
-            raise UserError(f"--config: cannot read {file} ({error.strerror})") from error
+            advice = "give a config file, for example configs/quickstart.py"
+            raise UserError(f"--config: cannot read {file} ({error.strerror}); {advice}") from error
         return with_fields(_class_of(fields, self._classes), fields)
 
 
@@ -154,6 +161,8 @@ def required(name: str, example: str) -> str:
 
 
 def _parse(argv: list[str], words: Sequence[str], repeated: bool) -> list[str]:
+    # As in --workdir=~/runs, where a shell leaves it
+    argv = [re.sub(r"^(--?[\w.]+=)~(?=/|$)", rf"\1{os.path.expanduser('~')}", argument) for argument in argv]
     try:
         rest = flags.FLAGS(argv)
     except flags.Error as error:
@@ -165,7 +174,7 @@ def _parse(argv: list[str], words: Sequence[str], repeated: bool) -> list[str]:
     except KeyError as error:  # from ml_collections: an override in an unknown block
         raise UserError(_unknown_field(argv, str(error))) from error
     except (OSError, ImportError, SyntaxError, TypeError, ValueError, NameError) as error:
-        raise UserError(f"--config: cannot read the config file: {_cause(error)}") from error
+        raise UserError(f"--config.FIELD=VALUE: a value cannot be read: {_cause(error)}") from error
     if len(rest) > 1 + len(words) and not repeated:
         raise UserError(f"{rest[1 + len(words)]!r} is not a flag; flags begin with --")
     if len(rest) < 1 + len(words):

@@ -47,7 +47,7 @@ def atomic_file(path: str | epath.Path) -> Iterator[TextIO]:
     except OSError as error:
         part.unlink(missing_ok=True)
         advice = "make it writable, free disk space or choose another path"
-        raise UserError(f"{path}: cannot write ({error.strerror}); {advice}") from error
+        raise UserError(f"{path}: cannot write ({error.strerror or error}); {advice}") from error
 
 
 def append_rows(path: epath.Path, rows: Iterable[dict[str, Any]]) -> None:

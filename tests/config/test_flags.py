@@ -4,11 +4,14 @@ import dataclasses
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from camopd_jax.config import TrainConfig, default
 from camopd_jax.config.consistency import from_config_dict
+from camopd_jax.errors import UserError
+from camopd_jax.runtime import cli
 
 CONFIG = """
 from camopd_jax.config import TrainConfig, default
@@ -60,6 +63,7 @@ def test_fields_of_blocks_that_the_config_leaves_out_and_none(run):
         "method.importance_gate=(0, 2)",
         "evaluation.questions=None",
         "start.interpolation=auto",
+        "evaluation.answers=~/kept",
     )
     config = json.loads(ended.stdout)
     prompts = {name: branch["prompts"] for name, branch in config["branches"].items()}
@@ -70,6 +74,7 @@ def test_fields_of_blocks_that_the_config_leaves_out_and_none(run):
     assert [one["limit"] for one in prompts.values()] == [10, None, 7]
     assert config["branches"]["law"]["selection"]["keep"] == "random" and config["branches"]["law"]["scale"] == 3.0
     assert config["start"]["interpolation"] == "auto"
+    assert config["evaluation"]["answers"] == str(Path.home() / "kept")
     assert config["optimizer"]["clip_norm"] is None and config["evaluation"]["questions"] is None
     assert config["method"]["advantage_clip"] == 5.0 and config["method"]["importance_gate"] == [0.0, 2.0]
 
@@ -86,12 +91,19 @@ def test_fields_of_blocks_that_the_config_leaves_out_and_none(run):
             "config.start.interpolation is 1.5; give a number >= 0 and <= 1 (0: the special",
         ),
         ("start.interpolation=nearly", "is 'nearly'; it must be of type float or 'auto'"),
+        ("evaluation.benchmarks.0.limit=3", "is not the name of a field, which has letters, digits and _ between dots"),
         ("optimizer.clip_norm=much", "--config.optimizer.clip_norm=much: could not convert"),
     ],
 )
 def test_names_and_values_that_cannot_be(run, setting, says):
     ended = run(setting)
     assert ended.returncode == 2 and says in ended.stderr and len(ended.stderr.splitlines()) == 1, ended.stderr
+
+
+def test_two_config_files(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["train", "--config=a.yaml", "--config=b.yaml", "--config.steps=1"])
+    with pytest.raises(UserError, match="--config is given twice; give one config file"):
+        cli._ConfigParser((TrainConfig,)).parse("b.yaml")
 
 
 YAML = """

@@ -1,9 +1,13 @@
 """Every form of file gives the same rows, whatever characters are in them, and names the line of a mistake."""
 
+import bz2
 import csv
+import gzip
 import json
+import os
 import unicodedata
 
+import datasets
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -44,6 +48,29 @@ def table(path, rows):
         writer.writerows(rows)
 
 
+def tabs(path, rows):
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file, delimiter="\t", quoting=csv.QUOTE_ALL)
+        writer.writerows([["prompt", " answer "], *([row["prompt"], row["answer"]] for row in rows)])
+
+
+def gzipped(path, rows):
+    """In two members, as `cat a.gz b.gz` has them."""
+    halves = [rows[:7], rows[7:]]
+    texts = ["".join(json.dumps(row, ensure_ascii=False) + "\n" for row in half) for half in halves]
+    path.write_bytes(b"".join(gzip.compress(text.encode()) for text in texts))
+
+
+def bzipped_table(path, rows):
+    table(path, rows)
+    path.write_bytes(bz2.compress(path.read_bytes()))
+
+
+def zstandard(path, rows):
+    array(path, rows)
+    path.write_bytes(pyarrow.compress(path.read_bytes(), codec="zstd", asbytes=True))
+
+
 def parquet(path, rows):
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), path)
 
@@ -60,6 +87,13 @@ def parquet(path, rows):
         (indented_array, "rows.json"),
         (table, "rows.csv"),
         (parquet, "rows.parquet"),
+        (json_lines, "Rows.JSONL"),
+        (json_lines, "rows.ndjson"),
+        (json_lines, "prompts"),
+        (tabs, "rows.tsv"),
+        (gzipped, "rows.jsonl.gz"),
+        (bzipped_table, "rows.csv.bz2"),
+        (zstandard, "rows.json.zst"),
     ],
 )
 def test_rows_of_any_text_are_read_from_every_form(tmp_path, write, name):
@@ -108,6 +142,12 @@ def test_a_long_cell(tmp_path):
         ("x.jsonl", '{"prompt": "a"}\r{"prompt": "b"}\n', "x.jsonl:1: not JSON (Extra data"),
         ("x.jsonl", b'{"prompt": "a"}\n\n{"prompt": "\xe9"}\n', "x.jsonl:3: not UTF-8"),
         ("x.jsonl", '{"prompt": "a"}'.encode("utf-16"), "x.jsonl:1: not UTF-8"),
+        ("x.csv", "prompt\ra\rb\r", "x.csv:1: not CSV (new-line character seen in unquoted field - do you need"),
+        ("x.txt", "Why?\n", "x.txt:1: not JSON"),
+        ("x.jsonl.gz", gzip.compress(b'{"prompt": "a"}\n' * 999, mtime=0)[:-20], "x.jsonl.gz: cannot be read"),
+        ("x.jsonl.zst", b"{}", "x.jsonl.zst: cannot be read"),
+        ("x.jsonl", "version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "x.jsonl: a pointer of Git LFS"),
+        ("x.parquet", b"version https://git-lfs.github.com/spec/v1\n", "x.parquet: a pointer of Git LFS"),
         ("x.parquet", b"PAR1" + b"\0" * 20 + b"PAR1", "x.parquet: not a parquet file"),
     ],
 )
@@ -116,3 +156,48 @@ def test_a_mistake_is_named_by_file_and_line(tmp_path, name, text, says):
     with pytest.raises(UserError) as error:
         read(str(tmp_path / name))
     assert str(error.value).startswith(f"{tmp_path / says}")
+
+
+def test_the_names_of_a_source(tmp_path, monkeypatch):
+    """Files with a comma in their name, patterns, commas too many, and folders that `datasets` wrote."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("b.jsonl", "a.jsonl", "a,b.jsonl", "c[1].jsonl"):
+        (tmp_path / name).write_text(json.dumps({"prompt": name}))
+    texts = lambda source, **options: [row["prompt"] for row in read(source, **options)]  # noqa: E731
+    assert texts("a,b.jsonl") == ["a,b.jsonl"]
+    assert texts("b.jsonl, a.jsonl,") == ["b.jsonl", "a.jsonl"]
+    assert texts("?.jsonl") == ["a.jsonl", "b.jsonl"]
+    assert texts(f"{tmp_path}/[ab].jsonl,c[1].jsonl") == ["a.jsonl", "b.jsonl", "c[1].jsonl"]
+    saved = datasets.Dataset.from_list([{"prompt": "x"}, {"prompt": "y"}])
+    saved.save_to_disk(tmp_path / "one")
+    datasets.DatasetDict(train=saved.select([0]), test=saved.select([1])).save_to_disk(tmp_path / "two")
+    assert texts("one") == texts(str(tmp_path / "one" / "data-00000-of-00001.arrow")) == ["x", "y"]
+    assert texts("two") == ["x"] and texts("two", split="test", limit=1) == ["y"]
+
+
+@pytest.mark.parametrize(
+    "source, says",
+    [
+        ("https://huggingface.co/x.jsonl", "https://huggingface.co/x.jsonl is an address; copy the file"),
+        ("hf://datasets/x/y", "hf://datasets/x/y is an address; give the name of a dataset (OWNER/NAME)"),
+        ("./data/prompts", "no file or folder './data/prompts'"),
+        ("/data/prompts", "no file or folder '/data/prompts'"),
+        ("a b", "no file or folder 'a b'"),
+        (",", "no file or folder ','"),
+        ("*.jsonl", "no file *.jsonl"),
+        ("~no.such.user/x.jsonl", "no file ~no.such.user/x.jsonl"),
+        ("folder.jsonl", "folder.jsonl is a folder; give the files in it"),
+        ("link.jsonl", "no file link.jsonl (a link to nowhere, which does not exist)"),
+        ("pipe.jsonl", "pipe.jsonl is no regular file"),
+    ],
+)
+def test_a_source_that_is_no_file(tmp_path, monkeypatch, source, says):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder.jsonl").mkdir()
+    (tmp_path / "link.jsonl").symlink_to("nowhere")
+    os.mkfifo(tmp_path / "pipe.jsonl")
+    if source == "*.jsonl":
+        monkeypatch.chdir(tmp_path / "folder.jsonl")
+    with pytest.raises(UserError) as error:
+        read(source, field="--source")
+    assert str(error.value).startswith(f"--source: {says}")

@@ -60,6 +60,19 @@ def test_tools_reach_the_template(tokenizer, monkeypatch, tools):
     assert templates.prompt_ids(tokenizer, chat_row("a") | {"tools": []}, Template()) != list(expected)
 
 
+def test_conversations_of_which_a_prompt_would_lack_a_part(tokenizer, monkeypatch):
+    reader, template = Reader(tokenizer, 52), Template()
+    with pytest.raises(UserError, match="x: the conversation has only turns of the assistant"):
+        reader.prompt({"messages": [{"role": "assistant", "content": "b"}] * 2}, template, "x")
+    row = chat_row("a", "", "c")
+    row["messages"][1]["tool_calls"] = [{"type": "function", "function": {"name": "f", "arguments": {}}}]
+    with pytest.raises(UserError, match='x: the chat template of .*generalist does not write "tool_calls"'):
+        reader.prompt(row, template, "x")
+    calls = "{% for m in messages if m.tool_calls %}[{{ m.tool_calls[0].function.name }}]{% endfor %}"
+    monkeypatch.setattr(tokenizer, "chat_template", calls + tokenizer.chat_template)
+    assert reader.prompt(row, template, "x")[:3] == templates.tokens(tokenizer, "[f]")[:3]
+
+
 def test_tools_that_the_template_does_not_write_or_that_are_none(tokenizer):
     reader, template = Reader(tokenizer, 52), Template()
     with pytest.raises(UserError, match=r'^x\.jsonl:7: the chat template of .*generalist does not write "tools"'):

@@ -1,11 +1,14 @@
 """Grades of typical answers: several letters, prose, boxes, units, commas, cut, empty."""
 
+import json
+
 import pytest
 
 from camopd_jax.config.schema import Benchmark, Judge
 from camopd_jax.errors import UserError
 from camopd_jax.evals import tasks
 from camopd_jax.evals.graders import choice, exact, gsm8k, zebra
+from camopd_jax.evals.questions import read_questions
 
 
 def test_every_task_is_found_and_an_unknown_one_is_an_error():
@@ -20,6 +23,15 @@ def test_exact_compares_the_full_answer():
     assert exact.grade(" olleh\n", {"answer": "olleh"}).value == 1
     assert exact.grade("olleh.", {"answer": "olleh"}).value == 0
     assert exact.grade("", {"answer": 3}).value == 0 and exact.grade("3", {"answer": 3}).value == 1
+
+
+@pytest.mark.parametrize("answer", [["olleh"], {"a": 1}, True, "", " "])
+def test_answers_that_nothing_can_be_equal_to(tmp_path, answer):
+    (tmp_path / "x.jsonl").write_text(json.dumps({"prompt": "reverse hello", "answer": answer}))
+    with pytest.raises(
+        UserError, match=r'x\.jsonl:1: ("answer" is .* it must be a text or a number|no "answer" to grade)'
+    ):
+        read_questions(Benchmark("b", source=str(tmp_path / "x.jsonl")), exact.TASK)
 
 
 @pytest.mark.parametrize(

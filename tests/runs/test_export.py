@@ -10,10 +10,12 @@ from pathlib import Path
 
 import jax
 import pytest
+from builders import train_config
 from etils import epath
 from rows import edit_json
 from safetensors.numpy import load_file
 
+from camopd_jax.config.identity import to_json
 from camopd_jax.config.schema import Compute
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
@@ -118,3 +120,12 @@ def test_config_json_is_the_last_file_that_a_bucket_gets(out, tmp_path, monkeypa
     export._upload(folder, out)
     assert len(order) == 4 and order[-1] == "config.json"
     assert names(out) == sorted(order) and not folder.exists()
+
+
+def test_runs_that_have_no_such_checkpoint(tmp_path):
+    config = train_config()
+    (tmp_path / "config.json").write_text(json.dumps({"kind": "TrainConfig", "config": to_json(config)}))
+    with pytest.raises(UserError, match="none of its checkpoints was evaluated; leave --best out"):
+        export.restore_model(str(tmp_path), best=True)
+    with pytest.raises(UserError, match="config.json: no such file; give the --workdir of a run"):
+        export.restore_model(str(tmp_path / "config.json"))

@@ -1,5 +1,6 @@
 """The answer is right if it is equal to the row's "answer", except for white space around it."""
 
+from camopd_jax.errors import UserError
 from camopd_jax.evals.task import Grade, Row, Task
 
 
@@ -8,4 +9,9 @@ def grade(answer: str, row: Row) -> Grade:
     return Grade(float(answer.strip() == str(row["answer"]).strip()))
 
 
-TASK = Task(grade)
+def _check_row(row: Row) -> None:
+    if type(row["answer"]) not in (str, int, float):
+        raise UserError(f'"answer" is {row["answer"]!r:.80}; it must be a text or a number, to which answers are equal')
+
+
+TASK = Task(grade, check_row=_check_row)
