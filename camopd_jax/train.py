@@ -19,6 +19,7 @@ from camopd_jax.planning.memory import prepare_run
 from camopd_jax.runs.training import train
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_primary
+from camopd_jax.runtime.progress import work
 from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
@@ -30,7 +31,8 @@ if __name__ == "__main__":
         workdir = cli.required("workdir", "runs/quickstart")
         config = read_config()
         start(cli.processes())
-        choice = prepare_run(config, workdir)
+        with work("choosing the compute settings"):
+            choice = prepare_run(config, workdir)
         if choice.values and is_primary():
             print(choice, flush=True)
         train(choice.config, workdir)

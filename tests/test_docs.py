@@ -65,3 +65,19 @@ def test_the_tables_of_the_quickstart_have_the_same_numbers():
     for name, row in zip(("covered", "uncovered", "domain"), rows, strict=True):
         share = readme[name].pop()
         assert re.findall(r"[\d.]+ ± [\d.]+", row) == readme[name] and f"{share.split()[0]} %" in row
+
+
+def test_the_quickstart_on_another_processor_has_the_numbers_of_the_results():
+    """The README's shares for SSE4.2 follow from the accuracies in the results."""
+    readme = (ROOT / "README.md").read_text()
+    stated = [int(x) for x in re.findall(r"\d+", re.search(r"SSE4\.2, the last column has ([\d, and]+) %", readme)[1])]
+    row = re.search(r"^\| cosine \| (.*) \|$", (DOCS / "results.md").read_text(), re.M)[1]
+    covered, uncovered, domain = (float(cell.split(",")[1]) for cell in row.split("|"))
+    models = {name: [float(cell.split()[0]) for cell in of[:2]] for name, of in quickstart_rows(readme).items()}
+
+    def back(student, name):
+        general, specialised = models[name]
+        return (student - specialised) / (general - specialised)
+
+    shares = back(covered, "covered"), back(uncovered, "uncovered"), back((covered + uncovered) / 2, "mean")
+    assert stated == [round(100 * share) for share in (*shares, domain / models["domain"][1])]

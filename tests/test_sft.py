@@ -87,7 +87,7 @@ def test_what_is_odd_about_the_answers_is_told(whole, command, tmp_path):
         "warning: the chat template writes no special token after an answer; the tokenizer's eos_token '<|end|>'" in out
     )
     assert f"warning: 1 rows are left out, the first is {rows}:9: the chat template opens every answer with '-'" in out
-    assert "conversations: {'kept': 8, 'dropped': 0, 'unlearnable': 1}" in out
+    assert "conversations: 8 used, 1 left out because no answer can be learnt" in out
 
 
 def test_a_micro_batch_that_does_not_divide_the_batch(whole, command, tmp_path):

@@ -6,8 +6,8 @@ number, and a run can be resumed with another number of processes.
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import astuple, dataclass
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import grain
@@ -21,11 +21,13 @@ from camopd_jax.data.prompt_map import PromptMap, even_turns
 from camopd_jax.data.templates import Reader, Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.buckets import bucket
+from camopd_jax.runtime.progress import work
 from camopd_jax.types import PromptBatch, Prompts, Rollout, Sequences
 
 SELF = "self"  # value of a stream's `source`: the branch's teacher writes the prompts in the run
 GAP = "gap"  # value of a stream's `weights`: by a map that the run makes
 FIRST = 16  # rows of a stream that are kept as examples
+AT_ONCE = 1024  # rows whose texts are tokenised together
 
 BatchT = TypeVar("BatchT")
 
@@ -80,6 +82,18 @@ class BatchStream(Generic[BatchT]):
         self._iterator.set_state(state)
 
 
+def counts_line(counts: Mapping[str, int]) -> str:
+    """The numbers of a stream's rows in words; of those that are not served, only those that exist.
+
+    >>> counts_line({"kept": 1600, "dropped": 12, "truncated": 0})
+    '1,600 used, 12 dropped as too long'
+    """
+    words = {"kept": "used", "dropped": "dropped as too long", "truncated": "of them cut to the longest length"}
+    words |= {"unlearnable": "left out because no answer can be learnt", "answered": "answered by the teacher"}
+    first, *others = [f"{count:,} {words[name]}" for name, count in counts.items() if count or name == "kept"]
+    return ", ".join([first, *others])
+
+
 def _digest(rows: Iterable[Any]) -> str:
     """Of tokenised rows in their order: it names what a stream serves."""
     digest = hashlib.sha256()
@@ -98,6 +112,10 @@ class TokenisedPrompt:
     index: int  # row number in the source
     student: list[int]
     teacher: list[int]
+
+    @property
+    def values(self) -> tuple[int, list[int], list[int]]:
+        return self.index, self.student, self.teacher
 
 
 class PromptStream(BatchStream[PromptBatch]):
@@ -131,7 +149,7 @@ class PromptStream(BatchStream[PromptBatch]):
         prompts, self.counts = tokenise(stream, tokenizers, cap, field)
         self.prompts = prompts
         self.lengths = np.asarray([len(prompt.student) for prompt in prompts])
-        self.digest = _digest(astuple(prompt) for prompt in prompts)
+        self.digest = _digest(prompt.values for prompt in prompts)
         self.first = prompts[:FIRST]
 
         def make(numbers: np.ndarray) -> PromptBatch:
@@ -205,7 +223,7 @@ class AnsweredStream(BatchStream[PromptBatch]):
     ):
         """Arguments as of `PromptStream`."""
         self.prompts, self.counts = [row.prompt for row in rows], {"answered": len(rows)}
-        self.digest = _digest((*astuple(row.prompt), row.ids) for row in rows)
+        self.digest = _digest((*row.prompt.values, row.ids) for row in rows)
         self.first = self.prompts[:FIRST]
 
         def make(numbers: np.ndarray) -> PromptBatch:
@@ -249,15 +267,19 @@ def tokenise(
     counts = {"kept": 0, "dropped": 0, "truncated": 0}
     prompts = []
     rows = sources.read_located(stream.source, stream.split, stream.limit, f"{field}.source")
-    for index, (row, where) in enumerate(rows):
-        of_student = student.prompt(row, stream.template, where)
-        of_teacher = of_student if same else teacher.prompt(row, teacher_template, where)
-        too_long = max(len(of_student), len(of_teacher)) > cap
-        if too_long and stream.too_long == "drop":
-            counts["dropped"] += 1
-            continue
-        counts["truncated"] += too_long
-        prompts.append(TokenisedPrompt(index, of_student[-cap:], of_teacher[-cap:]))
+    with work(f"tokenising {stream.source}", len(rows), "rows") as tokenising:
+        for start in range(0, len(rows), AT_ONCE):
+            some = rows[start : start + AT_ONCE]
+            of_students = student.prompts(some, stream.template)
+            of_teachers = of_students if same else teacher.prompts(some, teacher_template)
+            for index, (of_student, of_teacher) in enumerate(zip(of_students, of_teachers, strict=True), start):
+                too_long = max(len(of_student), len(of_teacher)) > cap
+                if too_long and stream.too_long == "drop":
+                    counts["dropped"] += 1
+                    continue
+                counts["truncated"] += too_long
+                prompts.append(TokenisedPrompt(index, of_student[-cap:], of_teacher[-cap:]))
+            tokenising.add(len(some))
     counts["kept"] = len(prompts)
     if not prompts:
         raise UserError(
@@ -312,21 +334,23 @@ def _conversations(
     counts = {"kept": 0, "dropped": 0, "unlearnable": 0}
     first = ""
     rows = sources.read_located(data.source, data.split, data.limit, "config.data.source")
-    for row, where in rows:
-        if "messages" not in row:
-            raise UserError(f'{where}: no "messages" to learn from; give a conversation in every row')
-        answer = "" if row["messages"][-1]["role"] == "assistant" else templates.fill(config.answer, row, where)
-        with sources.naming(where):
-            try:
-                pair = answers.answer_ids(reader, row, answer, data.template)
-            except Unlearnable as error:
-                counts["unlearnable"] += 1
-                first = first or f"{where}: {error}"
-                continue
-        if sum(map(len, pair)) <= config.max_tokens:
-            pairs.append(pair)
-        else:
-            counts["dropped"] += 1
+    with work(f"tokenising {data.source}", len(rows), "rows") as tokenising:
+        for row, where in rows:
+            tokenising.add()
+            if "messages" not in row:
+                raise UserError(f'{where}: no "messages" to learn from; give a conversation in every row')
+            answer = "" if row["messages"][-1]["role"] == "assistant" else templates.fill(config.answer, row, where)
+            with sources.naming(where):
+                try:
+                    pair = answers.answer_ids(reader, row, answer, data.template)
+                except Unlearnable as error:
+                    counts["unlearnable"] += 1
+                    first = first or f"{where}: {error}"
+                    continue
+            if sum(map(len, pair)) <= config.max_tokens:
+                pairs.append(pair)
+            else:
+                counts["dropped"] += 1
     counts["kept"] = len(pairs)
     warnings = [f"{counts['unlearnable']} rows are left out, the first is {first}"] if first else []
     if not pairs:

@@ -10,7 +10,7 @@ import glob
 import itertools
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,11 +19,13 @@ from camopd_jax.data.columns import Row
 from camopd_jax.data.files import KINDS, RawRow
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.paths import in_home
+from camopd_jax.runtime.progress import work
 
 LocatedRow = tuple[Row, str]  # a checked row, and its file and line
 
 _LEVELS = 100  # of lists and objects inside each other, which Python's own limit leaves room for
 _LARGEST_ID = 2**31 - 1
+HUB_SECONDS = 10  # for the hub's first answer
 
 
 def read(source: str, split: str = "train", limit: int | None = None, field: str = "source") -> list[Row]:
@@ -47,13 +49,22 @@ def read_located(
     source: str, split: str = "train", limit: int | None = None, field: str = "source"
 ) -> list[LocatedRow]:
     """As `read`, each row with its file and line, or its number in a dataset, parquet file or JSON array."""
-    rows = stream(source, split, field, download=limit is None)
-    return [(checked(row, where), where) for row, where in itertools.islice(rows, limit)]
+    rows = itertools.islice(stream(source, split, field, download=limit is None), limit)
+    return _located(rows, source)
 
 
 def read_file(path: str | Path, field: str) -> list[LocatedRow]:
     """As `read_located`, of one file with any name."""
-    return [(checked(row, where), where) for row, where in files.rows(path, field)]
+    return _located(files.rows(path, field), str(path))
+
+
+def _located(rows: Iterable[RawRow], source: str) -> list[LocatedRow]:
+    located = []
+    with work(f"reading {source}", unit="rows") as reading:
+        for row, where in rows:
+            located.append((checked(row, where), where))
+            reading.add()
+    return located
 
 
 @contextlib.contextmanager
@@ -119,16 +130,35 @@ def _load_dataset(name: str, split: str, field: str, streaming: bool) -> Any:
     folder = in_home(name)
     path, configuration, revision = (str(folder), None, None) if folder.is_dir() else _parts(name, field)
     options = {"revision": revision} if revision else {}
+    offline = not folder.is_dir() and (datasets.config.HF_HUB_OFFLINE or not _hub_answers(path))
+    datasets.config.HF_HUB_OFFLINE |= offline  # without a connection it would retry for half a minute
     try:
         if any((folder / file).exists() for file in ("state.json", "dataset_dict.json")):
             saved = datasets.load_from_disk(path)
             return saved[split] if isinstance(saved, datasets.DatasetDict) else saved
-        return datasets.load_dataset(path, configuration, split=split, streaming=streaming, **options)
+        with work(f"loading {name}"):
+            return datasets.load_dataset(path, configuration, split=split, streaming=streaming, **options)
     except Exception as error:  # the hub's client raises its own, requests' and OS errors
+        if offline:
+            raise UserError(
+                f"{field}: no dataset {name!r} with split {split!r} in the local cache, and no connection to the hub; "
+                f"check the network and HF_HUB_OFFLINE, or give {KINDS}"
+            ) from error
         raise UserError(
             f"{field}: no dataset {name!r} with split {split!r} ({type(error).__name__}); check the name, or "
             f"give {KINDS}"
         ) from error
+
+
+def _hub_answers(path: str) -> bool:
+    """Whether the hub answers a request, if only that it has no such dataset; without retries."""
+    from huggingface_hub import HfApi
+
+    try:
+        HfApi().dataset_info(path, timeout=HUB_SECONDS)
+    except Exception as error:  # the errors of answers have the response, those of connections have none
+        return getattr(error, "response", None) is not None
+    return True
 
 
 def pinned(name: str, field: str) -> tuple[str, str | None]:

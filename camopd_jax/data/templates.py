@@ -14,10 +14,12 @@ from typing import TYPE_CHECKING, Any, TypeAlias
 from camopd_jax.config.schema import Template
 from camopd_jax.data import dates, sources
 from camopd_jax.data.columns import Row
+from camopd_jax.data.sources import LocatedRow
 from camopd_jax.errors import UserError
 from camopd_jax.models.disk import LFS, is_lfs_pointer, read_json
 from camopd_jax.models.fields import TOKENS
 from camopd_jax.models.peft_settings import base_folder
+from camopd_jax.runtime.progress import work
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -62,6 +64,26 @@ class Reader:
         with sources.naming(where):
             return self.check(prompt_ids(self.tokenizer, row, template))
 
+    def prompts(self, rows: Sequence[LocatedRow], template: Template) -> list[list[int]]:
+        """`prompt` of each row. Their texts are tokenised at once, in the tokenizer's own threads."""
+        rendered, plain = dict[int, str](), dict[int, str]()
+        of_rows = dict[int, list[int]]()
+        for i, (row, where) in enumerate(rows):
+            with sources.naming(where):
+                if "messages" in row:
+                    rendered[i] = render(self.tokenizer, row, template, open_answer=True)
+                elif "prompt" in row:
+                    plain[i] = row["prompt"]
+                else:
+                    of_rows[i] = prompt_ids(self.tokenizer, row, template)
+        of_rows |= zip(rendered, tokens_of_each(self.tokenizer, list(rendered.values())), strict=True)
+        of_rows |= zip(plain, text_ids_of_each(self.tokenizer, list(plain.values())), strict=True)
+        checked = []
+        for i, (_, where) in enumerate(rows):
+            with sources.naming(where):
+                checked.append(self.check(of_rows[i]))
+        return checked
+
     def check(self, ids: list[int]) -> list[int]:
         """Returns the token ids unchanged.
 
@@ -92,7 +114,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
       UserError: if the folder has no tokenizer, or one that cannot be read.
     """
     os.environ.setdefault("TRANSFORMERS_NO_ADVISORY_WARNINGS", "1")  # hides the warning that torch is missing
-    from transformers import AutoTokenizer  # slow to import
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")  # hides a warning when a process is forked later
+    with work("importing transformers"):
+        from transformers import AutoTokenizer  # slow to import
 
     if not _has_vocabulary(folder):
         folder = base_folder(folder)  # a PEFT adapter may have no tokenizer of its own
@@ -105,9 +129,10 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         )
     try:
         # Without a length of its own, at which it would only warn: prompts are measured against the run's cap
-        tokenizer = AutoTokenizer.from_pretrained(
-            str(folder), trust_remote_code=False, local_files_only=True, model_max_length=sys.maxsize
-        )
+        with work(f"reading the tokenizer of {folder.name}"):
+            tokenizer = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False, local_files_only=True, model_max_length=sys.maxsize
+            )
     except Exception as error:  # transformers and tokenizers raise many kinds
         raise UserError(_unreadable(folder, error)) from error
     if not tokenizer.chat_template and (folder / PROCESSOR_TEMPLATE).exists():
@@ -275,21 +300,36 @@ def prompt_ids(tokenizer: Tokenizer, row: Row, template: Template) -> list[int]:
 
 def text_ids(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of a text with the tokenizer's defaults, without tokens that it appends (EOS, by `add_eos_token`)."""
-    read = tokenizer(text, return_special_tokens_mask=True)
-    ids, bos = list(read["input_ids"]), tokenizer.bos_token_id
-    if bos is not None and ids[:2] == [bos, bos]:
-        warnings.warn(
-            f"{tokenizer.name_or_path}: the tokenizer adds {tokenizer.bos_token!r} to prompts that begin with it "
-            'already; remove it from the field "prompt" of the rows',
-            stacklevel=2,
-        )
-    own = [i for i, added in enumerate(read["special_tokens_mask"]) if not added]
-    return ids[: own[-1] + 1 if own else None]
+    return text_ids_of_each(tokenizer, [text])[0]
+
+
+def text_ids_of_each(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """`text_ids` of each text."""
+    if not texts:
+        return []
+    read, bos = tokenizer(texts, return_special_tokens_mask=True), tokenizer.bos_token_id
+
+    def own(ids: list[int], mask: list[int]) -> list[int]:
+        if bos is not None and ids[:2] == [bos, bos]:
+            warnings.warn(
+                f"{tokenizer.name_or_path}: the tokenizer adds {tokenizer.bos_token!r} to prompts that begin with it "
+                'already; remove it from the field "prompt" of the rows',
+                stacklevel=2,
+            )
+        last = next((i for i in reversed(range(len(mask))) if not mask[i]), None)
+        return list(ids)[: None if last is None else last + 1]
+
+    return [own(*pair) for pair in zip(read["input_ids"], read["special_tokens_mask"], strict=True)]
 
 
 def tokens(tokenizer: Tokenizer, text: str) -> list[int]:
     """The tokens of a text, without additional special tokens."""
-    return list(tokenizer(text, add_special_tokens=False)["input_ids"])
+    return tokens_of_each(tokenizer, [text])[0]
+
+
+def tokens_of_each(tokenizer: Tokenizer, texts: list[str]) -> list[list[int]]:
+    """`tokens` of each text."""
+    return [list(ids) for ids in tokenizer(texts, add_special_tokens=False)["input_ids"]] if texts else []
 
 
 def render(tokenizer: Tokenizer, row: Row, template: Template, open_answer: bool) -> str:

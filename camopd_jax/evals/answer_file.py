@@ -15,6 +15,7 @@ from etils import epath
 from camopd_jax.evals.task import Grade
 from camopd_jax.runtime.distributed import broadcast, is_primary
 from camopd_jax.runtime.jsonl import append_rows, read_rows, to_line, write_rows
+from camopd_jax.runtime.progress import Work
 
 AnswerRow = dict[str, Any]
 Save = Callable[[dict[int, AnswerRow]], None]  # saves new rows, by the index of their key
@@ -44,14 +45,14 @@ class AnswerFile:
         self,
         keys: Sequence[str],
         compute: Callable[[list[int], Save], None],
-        progress: Callable[[int], None],
+        answering: Work,
     ) -> list[AnswerRow]:
         """The rows of these keys; computes those that the file does not have. Processes other than 0 return no rows.
 
         Args:
           compute: called with the indices of the missing keys and a function that saves new rows by index, which adds
             "key" and "question" to them.
-          progress: called with the number of finished rows, after each save.
+          answering: gets the number of finished rows.
         """
         rows: dict[str, AnswerRow] = {}
 
@@ -62,16 +63,14 @@ class AnswerFile:
             return [i for i, key in enumerate(keys) if key not in rows]
 
         missing = broadcast(missing_numbers)
-        done = len(keys) - len(missing)
+        answering.start_with(len(keys) - len(missing))
 
         def save(new: dict[int, AnswerRow]) -> None:
-            nonlocal done
             added = [_with_digest({"key": keys[i], "question": i, **row}) for i, row in new.items()]
             rows.update({row["key"]: row for row in added})
             if is_primary():
                 append_rows(self.path, added)
-            done += len(added)
-            progress(done)
+            answering.add(len(added))
 
         if missing:
             compute(missing, save)

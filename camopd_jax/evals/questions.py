@@ -49,7 +49,7 @@ def _check(row: Row, benchmark: Benchmark, task: Task) -> None:
 def prompts(benchmark: Benchmark, task: Task, reader: Reader, rows: Sequence[LocatedRow]) -> list[list[int]]:
     """The token ids of each question with the benchmark's instruction, or else with its task's."""
     instruction = task.instruction if benchmark.instruction is None else benchmark.instruction
-    return [reader.prompt(with_instruction(row, instruction), benchmark.template, where) for row, where in rows]
+    return reader.prompts([(with_instruction(row, instruction), where) for row, where in rows], benchmark.template)
 
 
 def with_instruction(row: Row, instruction: str) -> Row:

@@ -6,7 +6,7 @@ the sampling settings; if one of them changes, a new answer is computed.
 """
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -28,8 +28,8 @@ from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import broadcast
 from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.metrics import MetricsWriter
+from camopd_jax.runtime.progress import work
 
-Progress = Callable[[str], None]  # shows a line of text
 GRADED_AT_ONCE = 64  # answers whose paid grades are written to the file together
 
 
@@ -102,7 +102,8 @@ class Evaluator:
         folder = answers_folder(self.evaluation, self.workdir)
         results = []
         for benchmark in self.evaluation.benchmarks:
-            result = run_benchmark(benchmark, loaded, self.evaluation, folder / key, limit, self.display.progress)
+            with work(f"evaluating {name}"):
+                result = run_benchmark(benchmark, loaded, self.evaluation, folder / key, limit)
             row = {"model": name, "step": step, "checkpoint": key} | result
             self.writer.add_evaluation(row, "accuracy", result["accuracy"])
             accuracy = f"{100 * result['accuracy']:.1f} ± {100 * result['standard_error']:.1f} %"
@@ -117,7 +118,6 @@ def run_benchmark(
     evaluation: Evaluation,
     folder: epath.Path,
     limit: int | None = None,
-    progress: Progress = lambda text: None,
 ) -> Result:
     """The result of one model on one benchmark.
 
@@ -128,7 +128,7 @@ def run_benchmark(
     task = tasks.find(benchmark, evaluation.judge)
     rows = read_questions(benchmark, task, limit)
     file = AnswerFile(folder / f"{benchmark.name}.jsonl")
-    job = _Job(benchmark, task, evaluation, loaded, file, progress)
+    job = _Job(benchmark, task, evaluation, loaded, file)
     answers = job.likelihoods(rows) if task.grades_likelihood else job.answers(rows)
     return broadcast(lambda: job.result(answers, [row for row, _ in rows]))
 
@@ -142,7 +142,6 @@ class _Job:
     evaluation: Evaluation
     loaded: Loaded
     file: AnswerFile
-    progress: Progress
 
     def answers(self, rows: Sequence[LocatedRow]) -> list[AnswerRow]:
         """The model's answers: the first sample for all questions, then the second sample for all questions, ..."""
@@ -180,9 +179,8 @@ class _Job:
 
         several = f", answer {sample + 1} of {benchmark.samples}" if benchmark.samples > 1 else ""
         title = f"{benchmark.name}{several}"
-        return self.file.complete(
-            keys, compute, lambda done: self.progress(f"{title}: {done} of {len(keys)} questions")
-        )
+        with work(title, len(keys), "questions") as answering:
+            return self.file.complete(keys, compute, answering)
 
     def likelihoods(self, rows: Sequence[LocatedRow]) -> list[AnswerRow]:
         """Rows whose "response" is the mean log-probability of the given answer's tokens, as text."""
@@ -207,9 +205,8 @@ class _Job:
                     }
                 )
 
-        return self.file.complete(
-            keys, compute, lambda done: self.progress(f"{benchmark.name}: {done} of {len(keys)} answers scored")
-        )
+        with work(benchmark.name, len(keys), "answers scored") as scoring:
+            return self.file.complete(keys, compute, scoring)
 
     def result(self, answers: Sequence[AnswerRow], rows: Sequence[Row]) -> Result:
         """Grades the answers to the questions `rows`; returns the result."""
@@ -231,12 +228,14 @@ class _Job:
 
         grades: list[Grade] = []
         at_once = GRADED_AT_ONCE if self.task.grader else max(1, len(answers))
-        with ThreadPoolExecutor(self.task.threads) as pool:
+        title = f"{self.benchmark.name}: grading"
+        with ThreadPoolExecutor(self.task.threads) as pool, work(title, len(answers), "answers") as grading:
             for start in range(0, len(answers), at_once):
                 numbers = range(start, min(start + at_once, len(answers)))
-                new = list(pool.map(grade, numbers))
+                new = []
+                for one in pool.map(grade, numbers):
+                    new.append(one)
+                    grading.add()
                 self.file.save_grades([answers[i] for i in numbers], new, self.task.grader)
                 grades += new
-                if self.task.grader:
-                    self.progress(f"{self.benchmark.name}: {len(grades)} answers graded")
         return grades

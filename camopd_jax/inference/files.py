@@ -21,6 +21,7 @@ from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.jsonl import write_rows
 from camopd_jax.runtime.mesh import check_rows, make_mesh
 from camopd_jax.runtime.paths import in_home
+from camopd_jax.runtime.progress import work
 
 
 @dataclass(frozen=True)
@@ -52,10 +53,12 @@ def answer_file(job: FileJob, sampling: Sampling, max_new_tokens: int, seed: int
             f"--answers_per_prompt is {answers_per_prompt}, but greedy answers are all the same; give --temperature"
         )
     rows, reader = _read(job)
-    prompts = [reader.prompt(row, Template(system=job.system), where) for row, where in rows]
+    prompts = reader.prompts(rows, Template(system=job.system))
     loaded = _load(job, max(map(len, prompts)) + max_new_tokens)
     settings: Any = {"max_new": max_new_tokens, "batch_size": job.batch_size, "sampling": sampling, "seed": seed}
-    draws = [answer(loaded, prompts, draw=number, **settings) for number in range(answers_per_prompt)]
+    with work("answering", answers_per_prompt * len(prompts), "prompts") as answering:
+        settings["on_batch"] = lambda new: answering.add(len(new))
+        draws = [answer(loaded, prompts, draw=number, **settings) for number in range(answers_per_prompt)]
     _write(
         job,
         (
@@ -83,7 +86,7 @@ def score_file(job: FileJob, temperature: float) -> None:
       UserError: for a model or rows that cannot be read, and an output that cannot be written.
     """
     rows, reader = _read(job)
-    prompts = [reader.prompt(row, Template(system=job.system), where) for row, where in rows]
+    prompts = reader.prompts(rows, Template(system=job.system))
     responses = [_response_ids(reader, row, where) for row, where in rows]
     loaded = _load(job, max(len(p) + len(r) for p, r in zip(prompts, responses, strict=True)))
     log_probs = score_responses(loaded, prompts, responses, batch_size=job.batch_size, temperature=temperature)

@@ -9,6 +9,7 @@ from camopd_jax.inference.loading import Loaded
 from camopd_jax.rollout.score import LogProb, score_batch
 from camopd_jax.runtime.buckets import length_batches, split_by_length
 from camopd_jax.runtime.mesh import gather
+from camopd_jax.runtime.progress import work
 from camopd_jax.types import Sequences
 
 
@@ -40,19 +41,21 @@ def score_responses(
     results: dict[int, np.ndarray] = {}
     reading = LogProb(temperature, best=with_top)
     totals = [len(prompt) + len(response) for prompt, response in zip(prompts, responses, strict=True)]
-    for rows in length_batches(totals, batch_size):
-        prompt = global_batch(loaded.mesh, [prompts[i] for i in rows], smallest_bucket)
-        response = global_batch(loaded.mesh, [responses[i] for i in rows], smallest_bucket)
-        parts = split_by_length(
-            np.asarray([len(prompts[i]) for i in rows]),
-            np.asarray([len(responses[i]) for i in rows]),
-            np.arange(len(rows)),
-            len(rows),
-            (prompt.tokens.shape[1], response.tokens.shape[1]),
-            smallest_bucket,
-        )
-        sequences = Sequences(prompt, response.tokens, response.lengths)
-        record = gather(score_batch(loaded.model, loaded.params, sequences, parts, chunk, reading))
-        log_probs = np.stack([record["log_prob"], record["best"]], axis=-1) if with_top else record["log_prob"]
-        results |= {int(row): values[: len(responses[row])] for row, values in zip(rows, log_probs, strict=True)}
+    with work("scoring", len(prompts), "answers") as scoring:
+        for rows in length_batches(totals, batch_size):
+            prompt = global_batch(loaded.mesh, [prompts[i] for i in rows], smallest_bucket)
+            response = global_batch(loaded.mesh, [responses[i] for i in rows], smallest_bucket)
+            parts = split_by_length(
+                np.asarray([len(prompts[i]) for i in rows]),
+                np.asarray([len(responses[i]) for i in rows]),
+                np.arange(len(rows)),
+                len(rows),
+                (prompt.tokens.shape[1], response.tokens.shape[1]),
+                smallest_bucket,
+            )
+            sequences = Sequences(prompt, response.tokens, response.lengths)
+            record = gather(score_batch(loaded.model, loaded.params, sequences, parts, chunk, reading))
+            log_probs = np.stack([record["log_prob"], record["best"]], axis=-1) if with_top else record["log_prob"]
+            results |= {int(row): values[: len(responses[row])] for row, values in zip(rows, log_probs, strict=True)}
+            scoring.add(len(set(rows.tolist())))
     return [results[i] for i in range(len(prompts))]

@@ -49,7 +49,10 @@ def init_state(params: Params, moments: Sequence[str] = ("shared",), average: bo
       average: whether there is an average of the parameters.
     """
     rest = abstract_state(params, moments).replace(params=None)
-    zeros = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=s.sharding), rest)
+    shardings = jax.tree.map(lambda s: s.sharding, rest)
+    zeros = jax.jit(  # one program for all arrays
+        lambda: jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), rest), out_shardings=shardings
+    )()
     copies = jax.tree.map(lambda p: jnp.copy(p.astype(jnp.float32)), params) if average else {}
     return zeros.replace(params=params, average=copies)
 

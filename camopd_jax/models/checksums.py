@@ -4,6 +4,7 @@ import hashlib
 from pathlib import Path
 
 from camopd_jax.errors import UserError
+from camopd_jax.runtime.progress import work
 
 FILE = "SHA256SUMS"
 
@@ -34,5 +35,5 @@ def check_checksums(folder: Path) -> None:
 
 def sha256(file: Path) -> str:
     """The SHA-256 of a file's content, as 64 hexadecimal digits."""
-    with file.open("rb") as stream:
+    with file.open("rb") as stream, work(f"checksum of {file.name}"):
         return hashlib.file_digest(stream, "sha256").hexdigest()

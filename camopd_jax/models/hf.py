@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import warnings
 from collections.abc import Iterable, Mapping
 from functools import partial
@@ -23,6 +24,7 @@ from camopd_jax.models.mxfp4 import MXFP4, dequantized
 from camopd_jax.models.names import EMBEDDING, HEAD, check_names, standard_names
 from camopd_jax.models.quantised import StoredLeaf, stored_leaves
 from camopd_jax.models.weights import WeightRow, check_rows_cover, file_rows, leaf_of, shardings, tensor_rows, tree_of
+from camopd_jax.runtime.progress import Work, work
 from camopd_jax.types import Params
 
 # --------------------------------------------------------------------------------------- reading
@@ -89,13 +91,24 @@ def load(folder: Path, config: ModelConfig, mesh: Mesh, dtype: str) -> Params:
     check_checksums(folder)
     if warning := stale_index(folder):
         warnings.warn(warning, stacklevel=2)
-    return load_rows(file_rows(config), matching(folder, config), config, mesh, dtype)
+    on_disk = matching(folder, config)
+    total = sum(math.prod(tensor.shape) * tensor.dtype.itemsize for tensor in on_disk.values())
+    with work(f"loading {folder.name}", total, "GiB") as loading:
+        return load_rows(file_rows(config), on_disk, config, mesh, dtype, loading)
 
 
 def load_rows(
-    rows: Iterable[WeightRow], on_disk: Mapping[str, Tensor], config: ModelConfig, mesh: Mesh, dtype: str
+    rows: Iterable[WeightRow],
+    on_disk: Mapping[str, Tensor],
+    config: ModelConfig,
+    mesh: Mesh,
+    dtype: str,
+    loading: Work | None = None,
 ) -> Params:
     """Reads the parameters of some rows of a model's table onto the mesh, from tensors by standard name.
+
+    Args:
+      loading: gets the bytes that are read.
 
     Raises:
       UserError: for a value that is not finite, with the name of its tensor.
@@ -106,19 +119,24 @@ def load_rows(
         stored = [(name, on_disk[name]) for name in row.names(config.num_layers)]
         for leaf in stored_leaves(row, dtype, config.int8):
             path, shape = leaf.row.path, leaf.row.shape(config.num_layers)
-            shard = partial(_shard, stored, leaf, config.num_layers)
+            shard = partial(_shard, stored, leaf, config.num_layers, loading)
             array = jax.make_array_from_callback(shape, leaf_of(sharding_of, path), shard)
             leaves[path] = jax.block_until_ready(array)  # else this shard is in host memory while the next is read
     return tree_of(leaves)
 
 
 def _shard(
-    stored: list[tuple[str, Tensor]], leaf: StoredLeaf, layers: int, index: tuple[slice, ...] | None
+    stored: list[tuple[str, Tensor]],
+    leaf: StoredLeaf,
+    layers: int,
+    loading: Work | None,
+    index: tuple[slice, ...] | None,
 ) -> np.ndarray:
     """One device's shard of a parameter, read from the tensors that it consists of.
 
     Args:
       stored: these tensors, with their names.
+      loading: gets the bytes that are read.
       index: of the shard. JAX's type allows None, but it does not occur.
 
     Raises:
@@ -133,6 +151,8 @@ def _shard(
         view = leaf.read(tensor.map(), within)
         out = np.empty((*numbers.shape, *view.shape), leaf.dtype) if out is None else out
         out[i] = view
+        if loading is not None:
+            loading.add(view.size * tensor.dtype.itemsize)
         if not np.isfinite(out[i]).all():
             raise UserError(f"{tensor.file}: tensor {name} has values that are not finite; give another checkpoint")
     assert out is not None
@@ -235,20 +255,22 @@ def save(
       others: tensors that are not the model's, which are copied.
     """
     check_rows_cover(params, config)
-    files = _Files(folder, max_shard_bytes)
-    for rows in tensor_rows(config):
-        indices = np.ndindex(rows[0].stack(config.num_layers))
-        for index, name in zip(indices, rows[0].names(config.num_layers), strict=True):
-            tensor = np.empty(rows[0].hf_shape, dtypes[name])
-            for row in rows:
-                row.part_of(tensor)[...] = _gathered(leaf_of(params, row.path), row, index)
-            copies = (name, HEAD) if config.tied_head and name == EMBEDDING else (name,)
-            for copy in copies:
-                if copy in dtypes:
-                    files.add(config.tensor_prefix + copy, tensor)
-    for name, other in (others or {}).items():
-        files.add(name, np.array(other.map()))
-    files.close(hf_config)
+    names = [(rows, rows[0].names(config.num_layers)) for rows in tensor_rows(config)]
+    total = sum(math.prod(rows[0].hf_shape) * dtypes[name].itemsize for rows, of_rows in names for name in of_rows)
+    with work("writing weights", total, "GiB") as writing:
+        files = _Files(folder, max_shard_bytes, writing)
+        for rows, of_rows in names:
+            for index, name in zip(np.ndindex(rows[0].stack(config.num_layers)), of_rows, strict=True):
+                tensor = np.empty(rows[0].hf_shape, dtypes[name])
+                for row in rows:
+                    row.part_of(tensor)[...] = _gathered(leaf_of(params, row.path), row, index)
+                copies = (name, HEAD) if config.tied_head and name == EMBEDDING else (name,)
+                for copy in copies:
+                    if copy in dtypes:
+                        files.add(config.tensor_prefix + copy, tensor)
+        for name, other in (others or {}).items():
+            files.add(name, np.array(other.map()))
+        files.close(hf_config)
 
 
 def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:
@@ -272,8 +294,9 @@ def _gathered(array: jax.Array, row: WeightRow, index: tuple[int, ...]) -> np.nd
 class _Files:
     """Writes the safetensors files of a folder: tensors are added to a file until it is full."""
 
-    def __init__(self, folder: Path, max_bytes: int):
-        self._folder, self._max_bytes = folder, max_bytes
+    def __init__(self, folder: Path, max_bytes: int, writing: Work):
+        """`writing` gets the bytes that are written."""
+        self._folder, self._max_bytes, self._writing = folder, max_bytes, writing
         self._writes = jax.process_index() == 0
         self._names: list[list[str]] = []  # names of the tensors in each written file
         self._pending: dict[str, np.ndarray] = {}
@@ -308,5 +331,6 @@ class _Files:
         if self._writes:
             file = self._folder / f"part-{len(self._names)}"
             write_tensors(file, self._pending)
+        self._writing.add(sum(tensor.nbytes for tensor in self._pending.values()))
         self._names.append(list(self._pending))
         self._pending.clear()

@@ -10,7 +10,7 @@ from jax.sharding import Mesh
 from camopd_jax.config.consistency import warnings
 from camopd_jax.config.schema import SftConfig
 from camopd_jax.data import answers
-from camopd_jax.data.pipeline import SftStream
+from camopd_jax.data.pipeline import SftStream, counts_line
 from camopd_jax.inference import loading
 from camopd_jax.inference.loading import Loaded
 from camopd_jax.inference.model_check import check_log_probs
@@ -54,7 +54,7 @@ def sft(config: SftConfig, workdir: str) -> None:
     of_ends = answers.end_warnings(student.folder, student.tokenizer, config.data.template)
     for warning in (*warnings(config), *of_ends, *stream.warnings):
         run.display.print(f"warning: {warning}")
-    run.display.print(f"conversations: {stream.counts}")
+    run.display.print(f"conversations: {counts_line(stream.counts)}")
     run.evaluate("start", 0, student)
     shardings = jax.tree.map(lambda x: x.sharding, state)
     loss = Loss(student.model, OBJECTIVES["cross_entropy"]())

@@ -25,6 +25,7 @@ from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import barrier, broadcast, is_distributed, is_primary, run_on_all
 from camopd_jax.runtime.jsonl import drop_rows_after, read_rows
 from camopd_jax.runtime.metrics import MetricsWriter
+from camopd_jax.runtime.progress import work
 from camopd_jax.runtime.trackers import Trackers, open_trackers
 from camopd_jax.types import TrainState
 
@@ -96,7 +97,8 @@ class Run:
         damaged: list[str] = []
         while (last := self.checkpoints.latest()) is not None:
             try:
-                state, positions, provenance = self.checkpoints.restore(last, state)
+                with work(f"restoring step {last}"):
+                    state, positions, provenance = self.checkpoints.restore(last, state)
             except DamagedCheckpoint as error:
                 damaged.append(f"{error}; moved to {self.checkpoints.set_aside(last)}")
                 continue
@@ -117,7 +119,8 @@ class Run:
             for file, more in KEPT_ROWS.items():
                 drop_rows_after(self.workdir / file, steps_done + more)
         self.display = Display(self.config.steps, steps_done)
-        self.writer = MetricsWriter(self.workdir, run_on_all(self._open_trackers))
+        with work("opening the trackers"):
+            self.writer = MetricsWriter(self.workdir, run_on_all(self._open_trackers))
         for text in damaged:
             self.display.print(f"warning: {text}")
         if last is not None:
@@ -199,7 +202,8 @@ class Run:
             positions = {
                 name: {"position": stream.get_state(), "digest": stream.digest} for name, stream in self.streams.items()
             }
-            self.checkpoints.save(steps_done, state, positions, self.provenance)
+            with work(f"saving step {steps_done}"):
+                self.checkpoints.save(steps_done, state, positions, self.provenance)
         if self.terminated:
             self.checkpoints.wait()
             self.display.close()
@@ -280,8 +284,9 @@ class Run:
 
     def finish(self, state: TrainState) -> None:
         """Waits for the last checkpoint, exports the model to workdir/export and writes workdir/report.html."""
-        self.checkpoints.wait()
-        self.checkpoints.close()
+        with work(f"saving step {int(state.step)}"):
+            self.checkpoints.wait()
+            self.checkpoints.close()
         self.display.close()
         export, report = self.workdir / "export", self.workdir / "report.html"
         student = self.student.with_params(state.evaluated)
@@ -292,7 +297,8 @@ class Run:
         if self.config.log.report and is_primary():
             from camopd_jax.reporting.page import write_page  # slow to import, and only needed here
 
-            write_page([str(self.workdir)], report)
+            with work("writing the report"):
+                write_page([str(self.workdir)], report)
             self.display.print(f"report: {report}")
             if "://" not in str(report):
                 self.writer.add_report(Path(report))

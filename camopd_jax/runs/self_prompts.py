@@ -33,6 +33,7 @@ from camopd_jax.inference.loading import Loaded
 from camopd_jax.method.statistics import repetition
 from camopd_jax.runtime.distributed import broadcast
 from camopd_jax.runtime.mesh import check_rows, make_mesh
+from camopd_jax.runtime.progress import work
 
 FILE = "prompts.jsonl"
 NAME = "self"  # of the recipe, and of the source of its rows
@@ -137,7 +138,7 @@ def _spread(selected: SelectedPrompts, loaded: Loaded, settings: SelfPrompting) 
     The clusters are those of the model's own hidden states. The others are counted as dropped.
     """
     template = Template(system=settings.system)
-    ids = [loaded.reader.prompt(row, template, f"text {number + 1}") for number, row in selected.prompts.items()]
+    ids = loaded.reader.prompts([(row, f"text {n + 1}") for n, row in selected.prompts.items()], template)
     features = prompt_features(loaded, ids, batch_size=settings.batch_size)
     groups = cluster(features, settings.clusters, settings.seed)
     numbers = list(selected.prompts)
@@ -232,7 +233,8 @@ def _kept(file: epath.Path, way: list[Any], numbers: range, sample: Sample) -> l
 
         sample([numbers[i] for i in missing], on_batch)
 
-    rows = AnswerFile(file).complete(keys, compute, lambda done: None)
+    with work("sampling", len(keys), "texts") as sampling:
+        rows = AnswerFile(file).complete(keys, compute, sampling)
     values = broadcast(lambda: [[row[name] for name in ("ids", "response", "stopped", "entropy")] for row in rows])
     return [Answer(ids, [], text, stopped, entropy) for ids, text, stopped, entropy in values]
 

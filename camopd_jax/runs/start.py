@@ -100,7 +100,7 @@ def _choose(
         return _best(rows)
     display = Display(0, 0)
     if setup.config.evaluation.benchmarks:
-        measure, rank_of_student = _by_benchmarks(setup.config, workdir, display), rank_student
+        measure, rank_of_student = _by_benchmarks(setup.config, workdir), rank_student
     else:
         measure, rank_of_student = _by_likelihood(setup, models, branches, workdir), rank_by_likelihood
     folders = models.general.folder, models.specialised.folder
@@ -127,14 +127,14 @@ def _shares(row: dict[str, Any]) -> str:
     return ", ".join(parts) or "nothing to compare"
 
 
-def _by_benchmarks(config: TrainConfig, workdir: epath.Path, display: Display) -> Measure:
+def _by_benchmarks(config: TrainConfig, workdir: epath.Path) -> Measure:
     """Results on the benchmarks, with the questions that are used during training."""
     settings = config.evaluation
 
     def measure(loaded: Loaded, key: str) -> list[Result]:
         folder = runner.answers_folder(settings, workdir) / key
         return [
-            runner.run_benchmark(benchmark, loaded, settings, folder, settings.questions, display.progress)
+            runner.run_benchmark(benchmark, loaded, settings, folder, settings.questions)
             for benchmark in settings.benchmarks
         ]
 

@@ -12,8 +12,8 @@ from camopd_jax.evals.runner import model_key
 from camopd_jax.inference.answer import answer
 from camopd_jax.method.branches import Branch, Models
 from camopd_jax.method.setup import Setup
-from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import broadcast
+from camopd_jax.runtime.progress import work
 
 DRAW = 2**29  # of these answers' random keys; the draws of a run's steps are smaller
 
@@ -29,11 +29,10 @@ def teacher_answers(
     Args:
       counts: how many prompts of each branch are answered, at even distances in its prompts.
     """
-    display = Display(0, 0)
     made = {}
     for name, count in counts.items():
         prompts = spread(branches[name].prompts.prompts, count)
-        made[name] = _of_branch(setup, models, name, prompts, workdir / "teacher_answers" / f"{name}.jsonl", display)
+        made[name] = _of_branch(setup, models, name, prompts, workdir / "teacher_answers" / f"{name}.jsonl")
     return made
 
 
@@ -44,7 +43,7 @@ def spread(rows: Sequence[TokenisedPrompt], count: int) -> list[TokenisedPrompt]
 
 
 def _of_branch(
-    setup: Setup, models: Models, branch: str, prompts: list[TokenisedPrompt], path: epath.Path, display: Display
+    setup: Setup, models: Models, branch: str, prompts: list[TokenisedPrompt], path: epath.Path
 ) -> list[AnsweredPrompt]:
     config, name = setup.config, setup.config.branches[branch].teacher
     sampling, longest = Sampling.of(config.rollout), config.rollout.max_response_tokens
@@ -79,9 +78,7 @@ def _of_branch(
             }),
         )  # fmt: skip
 
-    def progress(done: int) -> None:
-        display.progress(f"answers of the teacher of {branch}: {done} of {len(prompts)}")
-
-    rows = AnswerFile(path).complete(keys, compute, progress)
+    with work(f"answers of the teacher of {branch}", len(prompts), "prompts") as answering:
+        rows = AnswerFile(path).complete(keys, compute, answering)
     values = broadcast(lambda: [{name: row[name] for name in ("ids", "entropy", "stopped")} for row in rows])
     return [AnsweredPrompt(prompt, **row) for prompt, row in zip(prompts, values, strict=True)]

@@ -10,6 +10,7 @@ from etils import epath
 from camopd_jax.config.consistency import warnings
 from camopd_jax.config.methods import description
 from camopd_jax.config.schema import TrainConfig
+from camopd_jax.data.pipeline import counts_line
 from camopd_jax.evals import tables
 from camopd_jax.evals.comparison import Rank, comparison, rank_student
 from camopd_jax.evals.outcome import outcome
@@ -30,6 +31,7 @@ from camopd_jax.runtime.distributed import run_on_all
 from camopd_jax.runtime.jsonl import read_rows
 from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.mesh import gather, local_rows
+from camopd_jax.runtime.progress import compilations, work
 from camopd_jax.types import Batch, TrainState
 
 if TYPE_CHECKING:
@@ -63,7 +65,8 @@ def train(config: TrainConfig, workdir: str) -> None:
     state = run.restore(run_state(trained, config), student, streams, provenance)
     for warning in (*warnings(config), *models.warnings):
         run.display.print(f"warning: {warning}")
-    run.display.print(", ".join(f"{name} prompts: {stream.counts}" for name, stream in streams.items()))
+    for name, stream in streams.items():
+        run.display.print(f"{name} prompts: {counts_line(stream.counts)}")
     run.baselines = {
         "general": run.evaluate("general", 0, models.general),
         "specialised": run.evaluate("specialised", 0, models.specialised),
@@ -75,11 +78,8 @@ def train(config: TrainConfig, workdir: str) -> None:
         run.diagnosis = Diagnosis(setup, models, teachers, programs[-1])
     ended = run.evaluate_student(int(state.step), state)  # an evaluation may have been interrupted
     for of_part, compiled in zip(of_parts, programs, strict=True):
-        step, part = int(state.step), compiled.setup.config
-        if ended or step >= part.steps:
+        if ended or int(state.step) >= compiled.setup.config.steps:
             continue
-        rows = part.rollout.batch_size * part.rollout.answers_per_prompt
-        run.display.progress(f"step {step + 1}: compiling, then {rows} answers; later steps are faster")
         recorder = Recorder(compiled, run)
         state = loop.run(of_part, compiled, state, recorder)
         ended = recorder.ended
@@ -89,7 +89,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     steps = int(state.step)
     results = run.evaluate("student", steps, student.with_params(state.evaluated), run.student_key(steps))
     metrics = read_rows(run.workdir / "metrics.jsonl")
-    for line in (clip_rates(metrics), *not_converged(metrics, list(config.branches))):
+    for line in (compilations.summary(), clip_rates(metrics), *not_converged(metrics, list(config.branches))):
         run.display.print(line)
     if results:
         run.display.print(tables.accuracies(run.baselines | {"student": results}))
@@ -113,9 +113,9 @@ class TrainingRun(Run):
     def evaluate_student(self, steps_done: int, state: TrainState) -> bool:
         ended = super().evaluate_student(steps_done, state)  # before the diagnosis, which may offload the average
         if self._diagnosis_due(steps_done) and steps_done not in self.writer.diagnosed_steps():
-            self.display.progress("measuring gradients")
             assert self.diagnosis is not None  # `train` sets it if config.diagnostics.every > 0
-            self.writer.add_diagnosis(self.diagnosis(steps_done, state)[0])
+            with work("measuring gradients"):
+                self.writer.add_diagnosis(self.diagnosis(steps_done, state)[0])
         return ended
 
     def _diagnosis_due(self, steps_done: int) -> bool:

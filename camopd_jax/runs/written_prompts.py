@@ -24,6 +24,7 @@ from camopd_jax.runs.self_prompts import FILE, SelfPrompting
 from camopd_jax.runs.workdir import check_owner, write_errors
 from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import broadcast, is_primary, run_on_all
+from camopd_jax.runtime.progress import work
 
 MANIFEST = "manifest.json"
 FOLDER = "self_prompts"  # in the work directory; a folder for each branch
@@ -99,10 +100,9 @@ def _write(setup: Setup, models: Models, branch: str, out: Path) -> None:
         run_on_all(lambda: _check_written(out, settings))
         return
     display = Display(0, 0)
-    display.progress(f"{settings.model} writes {settings.rows} prompts of {branch}")
     evaluation, texts = config.evaluation, out / "texts"
     questions = [location(of, tasks.find(of, evaluation.judge)) for of in evaluation.benchmarks]
-    with write_errors(epath.Path(out)):
+    with write_errors(epath.Path(out)), work(f"{settings.model} writes {settings.rows} prompts of {branch}"):
         manifest = self_prompts.write(writer, settings, questions, out, keep=epath.Path(texts))
     if is_primary():
         shutil.rmtree(texts, ignore_errors=True)

@@ -5,12 +5,13 @@ from pathlib import Path
 
 import jax
 
-from camopd_jax.runtime import heap
+from camopd_jax.runtime import heap, progress
 from camopd_jax.runtime.cluster import Processes, join
+from camopd_jax.runtime.distributed import is_primary
 
 
 def start(processes: Processes | None = None) -> None:
-    """Connects to the run's other processes, if any, and enables the cache of compiled programs on disk.
+    """Connects to the run's other processes, enables the cache of compiled programs on disk, and shows progress.
 
     Args:
       processes: as in `runtime.cluster.join`.
@@ -22,3 +23,8 @@ def start(processes: Processes | None = None) -> None:
         jax.config.update("jax_compilation_cache_dir", str(cache))
         # A run compiles dozens of small programs; JAX's default stores only those that took a second.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
+    if is_primary():
+        folder = jax.config.values["jax_compilation_cache_dir"]
+        count = 0 if "://" in folder else sum(1 for _ in Path(folder).glob("*-cache"))
+        progress.console().print(f"compiled programs are kept in {folder}" + (f" ({count} so far)" if count else ""))
+        progress.report()

@@ -4,6 +4,8 @@ import contextlib
 import time
 from collections.abc import Iterator
 
+from camopd_jax.runtime.progress import work
+
 
 class Stages:
     """Measures the stages of a step: `with stages("rollout"): ...`. The time of a nested stage is not counted twice."""
@@ -16,7 +18,8 @@ class Stages:
     def __call__(self, name: str) -> Iterator[None]:
         outer, self._inner = self._inner, 0.0
         started = time.perf_counter()
-        yield
+        with work(name):
+            yield
         elapsed = time.perf_counter() - started
         self._seconds[name] = self._seconds.get(name, 0.0) + elapsed - self._inner
         self._inner = outer + elapsed

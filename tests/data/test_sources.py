@@ -1,6 +1,7 @@
 """Rows from files, and errors that name the line of a malformed row."""
 
 import datasets
+import huggingface_hub
 import pyarrow
 import pyarrow.parquet
 import pytest
@@ -112,6 +113,35 @@ def test_a_dataset_that_breaks_off(monkeypatch):
 def test_a_dataset_that_the_hub_does_not_give():
     with pytest.raises(UserError, match=r"config\.branches\.review\.prompts\.source: no dataset 'no/such'"):
         read("no/such", field="config.branches.review.prompts.source")
+
+
+class Refused(Exception):
+    """An answer of the hub, in the form of its client's errors."""
+
+    response = "404"
+
+
+@pytest.mark.parametrize("error, offline", [(ConnectionError("no name"), True), (Refused(), False)])
+def test_without_a_connection_only_the_cache_is_read(monkeypatch, error, offline):
+    """The library would retry for half a minute, and print a warning each time."""
+    asked = []
+
+    def dataset_info(self, path, timeout):
+        asked.append(path)
+        raise error
+
+    def load_dataset(*_, **__):
+        assert datasets.config.HF_HUB_OFFLINE == offline
+        raise FileNotFoundError
+
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "dataset_info", dataset_info)
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)
+    for _ in range(2):
+        with pytest.raises(UserError) as raised:
+            read("owner/name:part@0a1b", field="--source")
+        assert ("no connection to the hub" in str(raised.value)) == offline
+    assert asked == ["owner/name"] * (1 if offline else 2), "one answer is enough, as nothing will be downloaded"
 
 
 def test_a_dataset_or_parquet_row_that_is_malformed_is_named_by_its_number(monkeypatch, tmp_path):

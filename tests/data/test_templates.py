@@ -48,6 +48,25 @@ def test_text_and_ids_are_not_changed(tokenizer):
     assert templates.prompt_ids(tokenizer, {"prompt_ids": [3, 4]}, Template()) == [3, 4]
 
 
+def test_rows_of_every_form_are_tokenised_at_once(tokenizer):
+    """In their order, each as transformers tokenises it alone; an error names its own row."""
+    reader = Reader(tokenizer, len(tokenizer))
+    rows = [{"prompt": "ab"}, chat_row("reverse abc"), {"prompt_ids": [3, 4]}, chat_row("a", "b", "c"), {"prompt": "c"}]
+    located = [(row, f"x.jsonl:{i + 1}") for i, row in enumerate(rows)]
+
+    def expected(row):
+        if "messages" in row:
+            text = tokenizer.apply_chat_template(row["messages"], add_generation_prompt=True, tokenize=False)
+            return tokenizer(text, add_special_tokens=False)["input_ids"]
+        return tokenizer(row["prompt"])["input_ids"] if "prompt" in row else row["prompt_ids"]
+
+    assert reader.prompts(located, Template()) == [expected(row) for row in rows]
+    assert reader.prompts([], Template()) == []
+    located[2] = ({"prompt_ids": [len(tokenizer)]}, "x.jsonl:3")
+    with pytest.raises(UserError, match=r"^x\.jsonl:3: token "):
+        reader.prompts(located, Template())
+
+
 @pytest.mark.parametrize("tools", [[{"name": "weather"}], '[{"name": "weather"}]'])
 def test_tools_reach_the_template(tokenizer, monkeypatch, tools):
     writes = "{% if tools %}[{{ tools[0].name }}]{% endif %}" + tokenizer.chat_template

@@ -2,7 +2,9 @@
 
 import pytest
 
+from camopd_jax.config.schema import Benchmark, Evaluation
 from camopd_jax.errors import UserError
+from camopd_jax.evals import runner
 from camopd_jax.evals.graders import ifeval
 
 
@@ -63,3 +65,15 @@ def test_the_error_names_missing_packages(monkeypatch):
     monkeypatch.setattr(ifeval.importlib.util, "find_spec", lambda name: None)
     with pytest.raises(UserError, match=r"task ifeval: its checkers need lm_eval, .*pip install 'camopd_jax\[eval\]'"):
         ifeval.check()
+
+
+def test_a_line_names_the_missing_sentence_splitter_before_a_run(monkeypatch, tmp_path):
+    """In place of a Python warning when answers are graded."""
+    import nltk
+
+    monkeypatch.setattr(nltk.data, "path", [str(tmp_path)])
+    evaluation = Evaluation(benchmarks=(Benchmark("instructions", "ifeval"), Benchmark("more", "ifeval")))
+    (line,) = runner.notices(evaluation)
+    assert "`python -m nltk.downloader punkt_tab` gets it" in line
+    (tmp_path / "tokenizers" / "punkt_tab").mkdir(parents=True)
+    assert runner.notices(evaluation) == []

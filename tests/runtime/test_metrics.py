@@ -1,17 +1,12 @@
 """Progress output with and without a terminal, and files that survive a kill."""
 
-import contextlib
 import json
-import os
-import pty
 import re
-import subprocess
-import sys
-import textwrap
 
 import pytest
 from etils import epath
 from tensorboardX.proto import event_pb2
+from terminal import on_a_terminal
 
 from camopd_jax.errors import UserError
 from camopd_jax.runtime.display import Display
@@ -104,22 +99,6 @@ def test_plain_lines_are_few(capsys, monkeypatch):
     for step in range(10):
         display.step(ROW | {"step": step})
     assert [line.split()[1] for line in capsys.readouterr().out.splitlines()] == ["1/10", "10/10"]
-
-
-def on_a_terminal(script):
-    """The output of a script on a terminal of 120 columns."""
-    terminal, end = pty.openpty()
-    size = {"TERM": "xterm-256color", "COLUMNS": "120", "LINES": "30"}
-    child = subprocess.Popen(
-        [sys.executable, "-c", textwrap.dedent(script)], stdout=end, stderr=end, env=os.environ | size
-    )
-    os.close(end)
-    shown = b""
-    with contextlib.suppress(OSError):  # a terminal whose other end is closed
-        while part := os.read(terminal, 65536):
-            shown += part
-    assert child.wait() == 0, shown
-    return shown.decode()
 
 
 def test_on_a_terminal_the_display_is_live():
