@@ -12,7 +12,9 @@ from pathlib import Path
 from typing import Any
 
 from camopd_jax.config.consistency import from_config_dict
-from camopd_jax.config.schema import Adapter, Benchmark, RolloutConfig, Stream, TrainConfig
+from camopd_jax.config.identity import changed
+from camopd_jax.config.methods import METHODS
+from camopd_jax.config.schema import Adapter, Benchmark, RolloutConfig, Start, Stream, TrainConfig
 from camopd_jax.data.templates import Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.method.setup import check_start
@@ -194,21 +196,14 @@ def _lengths(models: dict[str, Checked], surveys: dict[str, Survey], request: Re
 
 def _recipe(config: TrainConfig, models: dict[str, Checked], surveys: dict[str, Survey]) -> TrainConfig:
     """Adds the recipe of configs/recover.py and the benchmarks."""
-    branches = {
-        name: dataclasses.replace(
-            branch,
-            objective="reverse_kl",
-            selection=dataclasses.replace(branch.selection, keep="fraction", mass=0.5),
-            steps=1,
-        )
-        for name, branch in config.branches.items()
-    }
-    start = dataclasses.replace(config.start, interpolation=0.1)
+    recipe = changed(config, METHODS["recover"].changes)
+    assert isinstance(recipe, TrainConfig)
+    config = recipe
     shapes = {name: model.config for name, model in models.items()}
     try:
-        check_start(dataclasses.replace(config, start=start), shapes, models["specialised"].folder)
+        check_start(config, shapes, models["specialised"].folder)
     except UserError:  # the architectures differ, or an adapter is trained
-        start = config.start
+        config = dataclasses.replace(config, start=Start())
     benchmarks = tuple(_benchmark(name, one, config) for name, one in surveys.items() if one.questions)
     evaluation = dataclasses.replace(config.evaluation, benchmarks=benchmarks)
     checkpoints = dataclasses.replace(config.checkpoints, every=40)
@@ -216,8 +211,7 @@ def _recipe(config: TrainConfig, models: dict[str, Checked], surveys: dict[str, 
         evaluation = dataclasses.replace(evaluation, every=40, patience=4, questions=128)
         checkpoints = dataclasses.replace(checkpoints, export="best")
     optimizer = dataclasses.replace(config.optimizer, schedule="cosine", learning_rate=_rate(models["specialised"]))
-    new: dict[str, Any] = {"branches": branches, "start": start, "steps": 400, "optimizer": optimizer}
-    return dataclasses.replace(config, **new, evaluation=evaluation, checkpoints=checkpoints)
+    return dataclasses.replace(config, steps=400, optimizer=optimizer, evaluation=evaluation, checkpoints=checkpoints)
 
 
 def _benchmark(branch: str, of: Survey, config: TrainConfig) -> Benchmark:
@@ -243,8 +237,7 @@ def _fit(config: TrainConfig, models: dict[str, Checked], where: Topology) -> tu
     if not is_adapter(folders["specialised"]):
         rate = ADAPTER_RATE * config.optimizer.learning_rate
         optimizer = dataclasses.replace(config.optimizer, learning_rate=rate)
-        start = dataclasses.replace(config.start, interpolation=0.0)
-        variants.append(dataclasses.replace(config, adapter=Adapter(), start=start, optimizer=optimizer))
+        variants.append(dataclasses.replace(config, adapter=Adapter(), start=Start(), optimizer=optimizer))
     int8 = dataclasses.replace(config.compute, teacher="int8")
     variants.append(dataclasses.replace(variants[-1], compute=int8))
     least = math.inf
