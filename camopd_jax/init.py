@@ -7,7 +7,7 @@
 It writes the folder mine with config.py, whose comments say where each value is from. If at least 100 rows of a file
 give an answer, a tenth of them, at most 200, become the questions of a benchmark; the folder then has a file of them
 and one of the other rows. Models are checked as `doctor` does, their weights are not loaded. Without
---general_prompts the original model is to write them; the command is printed. An existing folder is left as it is.
+--general_prompts, the original model writes prompts before the first step. An existing folder is left as it is.
 """
 
 from pathlib import Path

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from camopd_jax.config.schema import Benchmark, TrainConfig
 from camopd_jax.data import templates
+from camopd_jax.data.pipeline import SELF
 from camopd_jax.models.peft_settings import is_adapter
 from camopd_jax.planning.costs import weights
 from camopd_jax.planning.survey import Survey
@@ -51,7 +52,6 @@ def _text(value: str) -> str:
 
 
 def _head(draft: "Draft", folder: Path, commands: Sequence[str]) -> Iterator[str]:
-    config = draft.config
     size = weights(draft.models["specialised"].config) / 1e6
     stage = max(draft.sizes.memory, key=draft.sizes.memory.__getitem__)
     on = f"{len(draft.where.devices)} {draft.where.platform.upper()} device{'s' * (len(draft.where.devices) > 1)}"
@@ -68,12 +68,12 @@ def _head(draft: "Draft", folder: Path, commands: Sequence[str]) -> Iterator[str
     yield "Fields   camopd_jax/config/schema.py describes all, docs/hyperparameters.md says what to change first"
     yield '"""'
     yield ""
-    if any(one.questions for one in draft.surveys.values()) or len(draft.surveys) < len(config.branches):
+    if any(one.questions for one in draft.surveys.values()):
         yield "from pathlib import Path"
         yield ""
     yield "from camopd_jax.config import TrainConfig, default"
     yield ""
-    if any(one.questions for one in draft.surveys.values()) or len(draft.surveys) < len(config.branches):
+    if any(one.questions for one in draft.surveys.values()):
         yield "HERE = Path(__file__).parent"
         yield ""
     yield ""
@@ -108,8 +108,10 @@ def _prompts(draft: "Draft", folder: Path) -> Iterator[str]:
     for branch in config.branches:
         field, one = f"config.branches.{branch}.prompts.source", draft.surveys.get(branch)
         if one is None:
-            yield from _comment("The general prompts, which the original model writes itself: the first command above.")
-            yield f'{field} = str(HERE / "general" / "prompts.jsonl")'
+            yield from _comment(
+                "The original model writes the general prompts before the first step (docs/prompts.md)."
+            )
+            yield f"{field} = {_text(SELF)}"
             continue
         low, high = one.lengths.min(), one.lengths.max()
         yield from _comment(f"{len(one.rows)} prompts of {low} to {high} tokens, median {one.prompt_length(0.5)}")

@@ -15,6 +15,7 @@ from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.config.identity import changed
 from camopd_jax.config.methods import METHODS
 from camopd_jax.config.schema import Adapter, Benchmark, RolloutConfig, Start, Stream, TrainConfig
+from camopd_jax.data.pipeline import SELF
 from camopd_jax.data.templates import Tokenizers
 from camopd_jax.errors import UserError
 from camopd_jax.method.setup import check_start
@@ -34,7 +35,7 @@ ROOM = 0.9  # of the memory: the estimate counts activations roughly, and no cod
 ROWS_PER_CHIP = 8  # of a micro-batch; by the arithmetic, more gain nothing
 CLOSE = 1.05  # candidates are alike up to this multiple of the quickest one's seconds
 BATCH, ANSWER = 64, 512  # prompts of a step; tokens of an answer, where the data say nothing
-SELF_PROMPT = 512  # longest prompt of `prompts self`, in tokens
+SELF_PROMPT = 512  # cap of prompts that the original model writes, in tokens
 # Measured on the quickstart's models and on SmolLM2-135M (docs/results.md); the paper's, for 4B and 8B
 LEARNING_RATES = {0.3e6: 2e-4, 135e6: 1e-5, 4e9: 2e-6}
 ADAPTER_RATE = 10.0  # times the rate of full training
@@ -89,9 +90,8 @@ def write(request: Request) -> Written:
         with atomic_file(part / "config.py") as file:
             file.write(text)
         config = from_config_dict(TrainConfig, runpy.run_path(str(part / "config.py"))["get_config"]())
-        findings, _ = examine(config, None, request.where)
-        if request.general_prompts is None:  # they are not written yet
-            findings = [one for one in findings if one.about != "recovery prompts"]
+        # With a chip's numbers, so that it does not measure this machine's speed
+        findings, _ = examine(config, None, dataclasses.replace(request.where, chip=ORDER_BY))
         if wrong := next((one for one in findings if one.kind == "wrong"), None):
             raise UserError(f"{wrong.about}: {wrong.text}")
     about = {"config.py": "the config; its comments say where each value is from"} | files
@@ -103,16 +103,7 @@ def next_commands(request: Request) -> list[str]:
     """What to run after `init`, in this order."""
     config, workdir = request.folder / "config.py", Path("runs") / request.folder.name
     flags = f"--config={shlex.quote(str(config))} --workdir={shlex.quote(str(workdir))}"
-    commands = [f"python -m camopd_jax.{name} {flags}" for name in ("doctor", "train")]
-    if request.general_prompts is None:
-        out = shlex.quote(str(written_by_original(request.folder).parent))
-        commands.insert(0, f"python -m camopd_jax.prompts self --model={shlex.quote(request.general)} --out={out}")
-    return commands
-
-
-def written_by_original(folder: Path) -> Path:
-    """The general prompts that `prompts self` writes."""
-    return folder / "general" / "prompts.jsonl"
+    return [f"python -m camopd_jax.{name} {flags}" for name in ("doctor", "train")]
 
 
 @contextlib.contextmanager
@@ -150,7 +141,7 @@ def make_draft(request: Request) -> Draft:
     check_folder(request.folder)
     names = {"recovery": request.general_prompts, "review": request.domain}
     config = TrainConfig(request.general, request.specialised)
-    streams = {name: Stream(source or str(written_by_original(request.folder))) for name, source in names.items()}
+    streams = {name: Stream(source or SELF) for name, source in names.items()}
     branches = {name: dataclasses.replace(of, prompts=streams[name]) for name, of in config.branches.items()}
     config = dataclasses.replace(config, branches=branches)
     models = _models(config)
