@@ -93,7 +93,7 @@ def test_memory_decides_about_sizes_and_adapter(tmp_path, few):
     assert (chosen[1].adapter, chosen[1].rollout.concurrency, chosen[1].optimizer.micro_batch) == (None, 0, 8)
     # 20 bytes for each of 0.3M parameters, and 2 for the copy that answers
     assert chosen[0.008].adapter is not None and chosen[0.008].optimizer.learning_rate == 2e-3
-    assert chosen[0.008].optimizer.micro_batch == 2
+    assert chosen[0.008].optimizer.micro_batch < 8
     with pytest.raises(UserError, match=r"needs about .* GiB on each device, even with an adapter"):
         new_run.make_draft(request(tmp_path / "mine", topology.absent_gpus(1, 1e6), domain=few))
 
