@@ -119,8 +119,8 @@ class Examination:
         self.good(about, f"{values['model_type']}, {weights(model) / 1e6:,.1f} M parameters in {', '.join(kinds)}")
         for warning in filter(None, (hf.stale_index(base), templates.class_warning(folder, checked.tokenizer))):
             self.odd(about, warning)
-        positions = text_config(values)[0].get("max_position_embeddings") or context
-        if context > positions:
+        positions = longest_sequence(base)
+        if positions and context > positions:
             self.odd(
                 about,
                 f"{base / 'config.json'}: max_position_embeddings is {positions}, but prompt and answer may have "
@@ -289,6 +289,11 @@ class Examination:
             if needs > free and not goes_on:
                 raise UserError(f"{text}; lower config.checkpoints.keep_last or give another --workdir")
         self.good(about, text)
+
+
+def longest_sequence(base: Path) -> int | None:
+    """Tokens for which a model was made, by the config.json of its folder; None: it does not say."""
+    return text_config(hf.read_config(base))[0].get("max_position_embeddings")
 
 
 def _keys(row: dict[str, Any]) -> set[str]:

@@ -74,6 +74,21 @@ def describe(name: str, hbm_gib: float | None = None) -> Topology:
     return Topology(name, "tpu", tuple(devices), chip, hbm or chip.hbm)
 
 
+@dataclass(frozen=True)
+class AbsentDevice:
+    """A GPU that need not be present: enough of a device for meshes and arithmetic, and not to compile for."""
+
+    id: int
+    platform: str = "gpu"
+    device_kind: str = "absent"
+    process_index: int = 0
+
+
+def absent_gpus(count: int, hbm: float) -> Topology:
+    """GPUs of `hbm` bytes each, of which no speed is known."""
+    return Topology(f"{count} GPUs", "gpu", tuple(map(AbsentDevice, range(count))), None, hbm)
+
+
 def check_name(name: str) -> Chip:
     """The chip of a topology's name. The TPU compiler would end the process at sides that it does not have.
 
