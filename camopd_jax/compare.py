@@ -47,7 +47,9 @@ if __name__ == "__main__":
         if values.list:
             for name, of in METHODS.items():
                 print(f"{name:25} {of.about}")
-            print(f"{INTERPOLATION:25} of the two models' parameters, without training")
+            print(
+                f"{INTERPOLATION:25} of both models' parameters, without training (task arithmetic, arXiv 2212.04089)"
+            )
             return
         workdir, base = cli.required("workdir", "runs/sandbox"), read_config()
         methods = (*QUICK, INTERPOLATION) if values.quick else values.methods

@@ -23,7 +23,7 @@ from jax.sharding import Mesh
 Params = Any  # a nested dict of arrays, see models/weights.py
 # The residual stream: the input of each layer and the output of the last one; L + 1 arrays [B, S, D]. (): not stored
 Residuals = tuple[jax.Array, ...]
-Record = dict[str, jax.Array]  # a teacher's values that an objective stores for each token: arrays [B, T, ...] by name
+Record = dict[str, jax.Array]  # values that an objective stores for each token: arrays [B, T, ...] by name
 
 
 class Prompts(struct.PyTreeNode):
@@ -87,7 +87,7 @@ class Selection(struct.PyTreeNode):
 
 
 class TeacherRecord(struct.PyTreeNode):
-    """The teacher's values that an objective stores until the gradient is computed."""
+    """The teacher's values that an objective stores until the gradient is computed, and the student's beside them."""
 
     tokens: Record = struct.field(default_factory=dict)  # for each token, in addition to its log-probability
     head: Params = struct.field(default_factory=dict)  # the teacher's output head, if `tokens` has "hidden" states
@@ -115,6 +115,7 @@ class TrainState(struct.PyTreeNode):
     params: Params  # the trained parameters; frozen ones are not included
     moments: dict[str, Any]  # Adam states: {"shared": ...}, or one for each branch by name; and stored gradients
     average: Params = struct.field(default_factory=dict)  # float32, of the parameters over the updates; {}: none
+    objectives: dict[str, Record] = struct.field(default_factory=dict)  # float32[], of branches whose objective adapts
 
     @property
     def evaluated(self) -> Params:

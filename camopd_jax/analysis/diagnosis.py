@@ -59,7 +59,7 @@ class Diagnosis:
         batches = {name: self._answers(i, name, step, state) for i, name in enumerate(self._branches)}
         config = self._setup.config
         key = jax.random.fold_in(jax.random.key(config.seed), FIRST_DRAW)
-        measured = jax.tree.map(np.asarray, self._measure(self._programs.params(state), batches, key))
+        measured = jax.tree.map(np.asarray, self._measure(self._programs.params(state), batches, key, state.objectives))
         tables = self._tables({name: batch.after_gradient() for name, batch in batches.items()})
         tables = jax.tree.map(lambda column: np.asarray(column).tolist(), tables)
         settings = config.diagnostics

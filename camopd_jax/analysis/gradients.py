@@ -13,7 +13,8 @@ Only the gradients of one micro-batch and one sum for each set are in memory at 
 smaller than the model: they consist of a random projection of each matrix's gradient.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -29,7 +30,7 @@ from camopd_jax.models import partition
 from camopd_jax.models.products import einsum
 from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.runtime.buckets import Widths
-from camopd_jax.types import Batch, Params
+from camopd_jax.types import Batch, Params, Record
 
 SETS = ("selected", "all")
 RANDOM_SETS = 4  # random sets of as many answers as were selected: the baseline for a set of that size
@@ -37,7 +38,13 @@ Named = dict[str, jax.Array]  # arrays by parameter name, such as "layers.attent
 
 
 def measure(
-    params: Params, batches: dict[str, Batch], key: jax.Array, *, losses: dict[str, Loss], config: TrainConfig
+    params: Params,
+    batches: dict[str, Batch],
+    key: jax.Array,
+    states: Mapping[str, Record] = MappingProxyType({}),
+    *,
+    losses: dict[str, Loss],
+    config: TrainConfig,
 ) -> dict[str, Any]:
     """Norms and inner products of the gradients of the branches' answers under the same parameters.
 
@@ -45,6 +52,7 @@ def measure(
       params: all parameters of the model.
       batches: of each branch.
       key: for the random sets and the random projection.
+      states: of the objectives that have one, by branch.
       losses: of each branch, with models without a mesh, so that the compiler chooses the sharding.
 
     Returns:
@@ -60,7 +68,7 @@ def measure(
         keys = jax.random.split(jax.random.fold_in(key, number), RANDOM_SETS)
         random = [random_subset(batch.selection, one).weights for one in keys]
         sets_AB = jnp.stack([batch.selection.weights, jnp.ones_like(random[0]), *random])
-        inputs = answer_inputs(batch, losses[branch], config, branch)
+        inputs = answer_inputs(batch, losses[branch], config, branch, states.get(branch, {}))
         sums, lengths_B = set_gradients(losses[branch], params, inputs, batch.teacher.head, sets_AB, key, config)
         counts = jnp.sum(sets_AB, axis=1)
         squares = jax.vmap(lambda one: total(products(one, one)))(sums)
@@ -74,7 +82,9 @@ def measure(
     return result
 
 
-def answer_inputs(batch: Batch, loss: Loss, config: TrainConfig, branch: str) -> LossInputs:
+def answer_inputs(
+    batch: Batch, loss: Loss, config: TrainConfig, branch: str, state: Record | None = None
+) -> LossInputs:
     """All answers of a batch, each with the weights of its own loss, the bracket of Eq 9."""
     selection = batch.selection
     alone = selection.replace(weights=jnp.ones_like(selection.weights), count=jnp.int32(1))
@@ -82,7 +92,8 @@ def answer_inputs(batch: Batch, loss: Loss, config: TrainConfig, branch: str) ->
     keys = row_keys(config.seed, jnp.int32(0), batch.index, config.rollout.answers_per_prompt)
     one = batch.replace(selection=alone)
     weights = token_weights(one, config.method, loss.objective, scale, changes, keys)
-    return LossInputs(batch.rollout.after(batch.prompts), weights, loss_record(batch, loss.objective))
+    record = loss_record(one, loss.objective, state or {})
+    return LossInputs(batch.rollout.after(batch.prompts), weights, record)
 
 
 def set_gradients(

@@ -169,6 +169,8 @@ def _check_branches(config: TrainConfig) -> None:
     _need(mixed or method.balance == "none", "method.balance", method.balance, advice)
     for name, branch in branches.items():
         _check_update(name, branch, branches, mixed)
+    over_steps = method.split == "over_steps"
+    _need(mixed or not over_steps, "method.split", method.split, 'it splits a mixed batch; give "exact"')
     if not mixed:
         return
     idle = [name for name, branch in branches.items() if branch.steps == 0]
@@ -176,7 +178,11 @@ def _check_branches(config: TrainConfig) -> None:
     _need(not idle, "method.schedule", method.schedule, advice)
     size = config.rollout.batch_size
     advice = f"give a multiple of {cycle}, the sum of the branches' steps: they split a mixed batch"
-    _need(size % cycle == 0, "rollout.batch_size", size, advice)
+    _need(over_steps or size % cycle == 0, "rollout.batch_size", size, f'{advice}; or method.split "over_steps"')
+    for name, branch in branches.items() if over_steps else ():
+        every = branch.selection.keep == "mass" and branch.selection.mass == 1
+        advice = 'method.split "over_steps" needs every answer; give keep "mass" and mass 1'
+        _need(every, f"branches.{name}.selection", (branch.selection.keep, branch.selection.mass), advice)
     _need(method.moments == "shared", "method.moments", method.moments, 'a mixed step has one gradient; give "shared"')
 
 

@@ -41,6 +41,7 @@ _WARM_UP = {"warm_up.steps": 20}
 _HALF = {**_both("selection.keep", "fraction"), **_both("selection.mass", 0.5)}
 _START = {"start.interpolation": 0.1}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
+_TOKEN_MEAN = {"method.normalise": "token"}
 
 
 def _vanilla(
@@ -107,6 +108,10 @@ _NEIGHBOURS = {
     "binned-top-k": _vanilla("the teacher's top 16 and one bin for the rest (TA-OPD)", "binned_top_k"),
     "student-top-k": _vanilla("the student's top 16 (Rethinking OPD, arXiv 2604.13016)", "student_top_k"),
     "tide-deficit": _vanilla("TIDE's deficit on every token (arXiv 2608.09836)", "tide_deficit"),
+    "tide": NamedMethod(
+        "vanilla with TIDE's excess and deficit, each on a fifth of the tokens, mean over tokens (arXiv 2608.09836)",
+        {**_VANILLA, **_both("objective", "tide"), **_TOKEN_MEAN},
+    ),
     "selectkd": _vanilla("tokens accepted by the teacher's top 5 (SelecTKD, arXiv 2510.24021)", "selectkd"),
     # -------------------------------------------------------------------- sampling with the teacher
     "minillm": _vanilla("MiniLLM's objective, answers from 0.2 T + 0.8 S (arXiv 2306.08543)",
@@ -126,8 +131,17 @@ _NEIGHBOURS = {
     "uc-mopd": _vanilla("UC-MOPD's random mask (arXiv 2608.26735), without its explorations", weights=("uc_mopd",)),
     "hardest": _vanilla("the half of the tokens with the largest gaps (after AdaKD, arXiv 2510.11615)",
                         weights=("hardest",)),
+    "adakd": NamedMethod(
+        "vanilla with reverse KL on the hardest tokens, their temperatures, token mean (AdaKD, arXiv 2510.11615)",
+        {**_VANILLA, **_both("objective", "adakd"), **_TOKEN_MEAN},
+    ),
     "no-teacher": _vanilla("advantage -0.5 on the fifth least likely for the student: no teacher",
                            weights=("unlikely",)),
+    # ---------------------------------------------------------------------------- teachers' answers
+    "replay-1": NamedMethod(
+        "cross-entropy on teachers' answers, 1 % of them general (arXiv 2502.06042)",
+        {**_TEACHERS_ANSWERS, **_MIXED, "branches.review.steps": 99, "method.split": "over_steps"},
+    ),
     # -------------------------------------------------------------------------- updates of branches
     "dn-mopd": NamedMethod("vanilla with branches scaled by the spread of their gaps (DN-MOPD)",
                            {**_VANILLA, "method.balance": "gap_spread"}),

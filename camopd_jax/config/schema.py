@@ -153,8 +153,8 @@ class BranchConfig:
     prompts: Stream = Stream()
     # "general" or "specialised": that model of the config; else a Hugging Face folder or hub name
     teacher: str = "general"
-    # The loss toward the teacher: sampled_token, cross_entropy, reverse_kl, forward_kl, jsd or a top-K objective, with
-    # options in parentheses, as in "jsd(beta=0.1)" (docs/objectives.md)
+    # The loss toward the teacher: sampled_token, cross_entropy, reverse_kl, forward_kl, jsd, tide, adakd or a top-K
+    # objective, with options in parentheses, as in "jsd(beta=0.1)" (docs/objectives.md)
     objective: str = "sampled_token"
     # Constant weights and masks of tokens, in this order: top_d, reopold, tide_excess, overlong, unlikely, iw_opd,
     # uc_mopd, hardest or exclude, as in ("reopold(lam=0.17)", "iw_opd") (docs/objectives.md)
@@ -184,6 +184,10 @@ class Method:
     # alternate: each step trains one branch. mixed: each step trains all branches with one gradient; the batch is split
     # between them in proportion to their `steps` (vanilla multi-teacher distillation, Eq 3)
     schedule: Literal["alternate", "mixed"] = "alternate"
+    # How `steps` that do not divide a mixed batch are met. exact: they have to divide it; over_steps: the branch with
+    # the most steps has the same rows in every step, and of the others as many are trained as their shares need, none
+    # in some steps (1 % of a batch of 64)
+    split: Literal["exact", "over_steps"] = "exact"
     # The gap is clipped to +- this; the paper names no clip
     advantage_clip: Annotated[float, Gt(0), "None: no clip"] | None = None
     # Bounds on the ratio of a token's probability when scored to that when sampled: its weight w_t is the ratio within

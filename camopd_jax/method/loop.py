@@ -71,5 +71,5 @@ def collect(
     answers = programs.generate(branch, state, prompts, draw, meanwhile)
     forward = programs.needs_student_forward(number)  # or the sampler's own log-probabilities are the student's
     log_probs, teacher_record = programs.score(branch, state, prompts, answers, forward)
-    selection = programs.select(branch, log_probs, answers, draw)
+    selection = programs.select(branch, log_probs, answers, draw, number)
     return Batch(prompts.student, prompts.index, answers, log_probs, selection, teacher_record)

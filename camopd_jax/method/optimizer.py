@@ -9,8 +9,9 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from camopd_jax.config.schema import Optimizer, SftConfig, TrainConfig
+from camopd_jax.method.objectives import objective
 from camopd_jax.models.weights import LORA_A, LORA_B
-from camopd_jax.types import Params, TrainState
+from camopd_jax.types import Params, Record, TrainState
 
 # Weight decay applies to these parameters, not to norms and biases.
 _DECAYED = ("kernel", "embedding", "head", LORA_A, LORA_B)
@@ -32,8 +33,27 @@ def moment_names(config: TrainConfig | SftConfig) -> tuple[str, ...]:
 
 
 def run_state(params: Params, config: TrainConfig | SftConfig) -> TrainState:
-    """`init_state` with the moments and the average of a run."""
-    return init_state(params, moment_names(config), config.optimizer.average is not None)
+    """`init_state` with the moments, the average and the objectives' states of a run."""
+    state = init_state(params, moment_names(config), config.optimizer.average is not None)
+    return state.replace(objectives=jax.device_put(objective_states(config), state.step.sharding))
+
+
+def abstract_run_state(params: Params, config: TrainConfig | SftConfig) -> TrainState:
+    """The state of `run_state` as shapes with shardings; `params` may be shapes with shardings too."""
+    state = abstract_state(params, moment_names(config), config.optimizer.average is not None)
+    place = state.step.sharding
+    numbers = jax.eval_shape(lambda: objective_states(config))
+    return state.replace(
+        objectives=jax.tree.map(lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=place), numbers)
+    )
+
+
+def objective_states(config: TrainConfig | SftConfig) -> dict[str, Record]:
+    """The states before the first update of the branches' objectives that have one, by branch."""
+    branches = {} if isinstance(config, SftConfig) else config.branches
+    field = "config.branches.{}.objective"
+    states = {name: objective(of.objective, field.format(name)).initial_state() for name, of in branches.items()}
+    return {name: state for name, state in states.items() if state}
 
 
 def init_state(params: Params, moments: Sequence[str] = ("shared",), average: bool = False) -> TrainState:

@@ -12,7 +12,8 @@ from camopd_jax.inference.loading import Loaded
 from camopd_jax.method import schedule
 from camopd_jax.method.branches import Branch, offload_teachers
 from camopd_jax.method.gradient import Gradient, GradientAccumulator, Loss, LossInputs
-from camopd_jax.method.select import select
+from camopd_jax.method.objectives import StudentReading
+from camopd_jax.method.select import among_first, select
 from camopd_jax.method.setup import Setup
 from camopd_jax.method.update import Metrics, branch_update, mixed_update
 from camopd_jax.method.weights import loss_record, token_weights
@@ -22,7 +23,7 @@ from camopd_jax.rollout.generate import Decode
 from camopd_jax.rollout.head import head_params
 from camopd_jax.rollout.paired import Pair, PairedPrompts
 from camopd_jax.rollout.sampling import row_keys, sampling_of
-from camopd_jax.rollout.score import LOG_PROB, Reading, micro_batches, score_batch
+from camopd_jax.rollout.score import LOG_PROB, NOTHING, Reading, micro_batches, score_batch
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.mesh import gather, global_rows, sharding
 from camopd_jax.runtime.offload import OffloadSlot
@@ -94,12 +95,16 @@ class Programs:
             partial(row_keys, config.seed, answers=config.rollout.answers_per_prompt), out_shardings=rows
         )
         self.move_answers = jax.jit(lambda answers: answers, out_shardings=rows)
+        self.limiting = jax.jit(among_first, out_shardings=selection)
         self.selecting, self.weighing, self.recording, self.accumulators = {}, {}, {}, {}
+        self.readings = {}  # of the student
         for name, branch in config.branches.items():
             objective = setup.objectives[name]
             several = config.rollout.answers_per_prompt
             rule = partial(_select, seed=config.seed, rule=branch.selection, answers=several)
-            loss = Loss(model, objective, teachers[name] if objective.teacher_logits else None, setup.agreement)
+            teacher = teachers[name] if objective.teacher_logits else None
+            loss = Loss(model, objective, teacher, setup.agreement)
+            self.readings[name] = StudentReading(objective, teacher) if objective.second_pass else LOG_PROB
             self.selecting[name] = jax.jit(rule, out_shardings=selection)
             self.weighing[name] = jax.jit(partial(weigh, setup=setup, branch=name), out_shardings=rows)
             if objective.has_constants:
@@ -169,38 +174,59 @@ class Programs:
     def score(
         self, branch: Branch, state: TrainState, prompts: PromptBatch, answers: Rollout, forward: bool
     ) -> tuple[LogProbs, TeacherRecord]:
-        """The answers' log-probabilities under both models, and the teacher's values that the objective needs.
+        """The answers' log-probabilities under both models, and the values that the objective stores.
 
         Args:
-          forward: whether the student does a forward pass; False: its log-probabilities are those from sampling.
+          forward: whether the student does a forward pass; False: its log-probabilities are those from sampling, unless
+            the objective has a second pass.
         """
         with self.stages("score"):
             teacher, objective = branch.teacher, branch.objective
             params = teacher.fetch()
             sequences = answers.after(prompts.teacher)
             record = self.forward(teacher.model, params, sequences, self.setup.reading(branch.name))
-            student = answers.log_probs
-            if forward:
-                sequences = answers.after(prompts.student)
-                student = self.forward(self.model, self.params(state), sequences, LOG_PROB)["log_prob"]
-            log_probs = LogProbs(student, record.pop("log_prob"))
+            of_teacher, of_student = record.pop("log_prob"), {"log_prob": answers.log_probs}
             head = head_params(teacher.model, params) if objective.teacher_logits else {}
             if self.setup.config.compute.offloads:
                 head = jax.tree.map(jnp.copy, head)
+            if forward or objective.second_pass:
+                given = TeacherRecord(record, head) if objective.second_pass else NOTHING
+                sequences, reading = answers.after(prompts.student), self.readings[branch.name]
+                of_student = self.forward(self.model, self.params(state), sequences, reading, given)
+            log_probs = LogProbs(of_student.pop("log_prob"), of_teacher)
+            record |= of_student
             log_probs, record, head = jax.block_until_ready((log_probs, record, head))
             teacher.release()
             return log_probs, TeacherRecord(record, head)
 
-    def select(self, branch: Branch, log_probs: LogProbs, answers: Rollout, draw: np.int32) -> Selection:
-        """Selects the answers that the update trains on."""
-        with self.stages("select"):
-            return jax.block_until_ready(self.selecting[branch.name](log_probs, answers.lengths, draw))
+    def select(
+        self, branch: Branch, log_probs: LogProbs, answers: Rollout, draw: np.int32, step: int | None = None
+    ) -> Selection:
+        """Selects the answers that the update trains on.
 
-    def forward(self, model: LanguageModel, params: Params, sequences: Sequences, reading: Reading) -> Record:
+        Args:
+          step: whose update it is; None: of any step, so that no answer has to wait for another one.
+        """
+        config = self.setup.config
+        with self.stages("select"):
+            selection = self.selecting[branch.name](log_probs, answers.lengths, draw)
+            if step is not None and config.method.split == "over_steps":
+                trained = schedule.trained_rows(config, self.setup.rows, step)
+                selection = self.limiting(selection, np.int32(trained[branch.name]))
+            return jax.block_until_ready(selection)
+
+    def forward(
+        self,
+        model: LanguageModel,
+        params: Params,
+        sequences: Sequences,
+        reading: Reading,
+        given: TeacherRecord = NOTHING,
+    ) -> Record:
         """`reading` of a model's logits at each token of given answers, computed one micro-batch at a time."""
         config = self.setup.config
         parts = micro_batches(model.mesh, sequences, self.setup.score_batch, config.rollout.smallest_bucket)
-        return score_batch(model, params, sequences, parts, config.compute.logits_chunk, reading)
+        return score_batch(model, params, sequences, parts, config.compute.logits_chunk, reading, given)
 
     # --------------------------------------------------------------------------- gradients and the update
 
@@ -242,7 +268,9 @@ class Programs:
         size, smallest = self.setup.micro_batch, config.rollout.smallest_bucket
         parts = micro_batches(self.model.mesh, sequences, size, smallest, order[:count])
         weights = self.weighing[name](batch, state.step)
-        record = self.recording[name](batch) if name in self.recording else batch.teacher.tokens
+        record = batch.teacher.tokens
+        if name in self.recording:
+            record = self.recording[name](batch, state=state.objectives.get(name, {}))
         inputs = LossInputs(sequences, weights, record, batch.rollout.residuals)
         return self.accumulators[name](self.params(state), state.params, inputs, parts, batch.teacher.head)
 
@@ -274,10 +302,10 @@ def _updates(setup: Setup) -> dict[str, Callable[..., tuple[TrainState, Metrics]
     """The update of each phase, with names for profiles: `recovery_update`, `review_update`, ..."""
     config = setup.config
     if config.method.schedule == schedule.MIXED:
-        return {schedule.MIXED: partial(mixed_update, config=config)}
+        return {schedule.MIXED: partial(mixed_update, config=config, objectives=setup.objectives)}
     updates: dict[str, Callable[..., tuple[TrainState, Metrics]]] = {}
     for name in config.branches:
-        update: Any = partial(branch_update, branch=name, config=config)
+        update: Any = partial(branch_update, branch=name, config=config, objective=setup.objectives[name])
         update.__name__ = f"{name}_update"
         updates[name] = update
     return updates

@@ -1,11 +1,15 @@
 """The parts of a run, and which branches a step trains (Eq 5)."""
 
+from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 
 from camopd_jax.config.schema import BranchConfig, SelectionConfig, SftConfig, TrainConfig
+from camopd_jax.errors import UserError
 
+Step = Any  # int or int32[]
 MIXED = "mixed"  # the phase of a step that trains all branches
 
 
@@ -92,10 +96,53 @@ def phases(config: TrainConfig) -> dict[str, float]:
     return {name: branch.steps / cycle for name, branch in config.branches.items() if branch.steps}
 
 
-def batch_rows(config: TrainConfig) -> dict[str, int]:
-    """Answers of each branch in a step that trains it. A mixed batch is split in proportion to the fields `steps`."""
-    rows, several = config.rollout.batch_size, config.rollout.answers_per_prompt
+def batch_rows(config: TrainConfig, unit: int = 1) -> dict[str, int]:
+    """Answers of each branch in a step that trains it. A mixed batch is split in proportion to the fields `steps`.
+
+    Args:
+      unit: with `config.method.split == "over_steps"`, the number that divides every branch's prompts; `trained_rows`
+        of the answers are trained.
+
+    Raises:
+      UserError: if no prompts of a mixed batch are left for the branch with the most steps.
+    """
+    prompts, several = config.rollout.batch_size, config.rollout.answers_per_prompt
     if config.method.schedule != MIXED:
-        return dict.fromkeys(config.branches, rows * several)
-    cycle = sum(branch.steps for branch in config.branches.values())
-    return {name: rows * branch.steps // cycle * several for name, branch in config.branches.items()}
+        return dict.fromkeys(config.branches, prompts * several)
+    steps = {name: branch.steps for name, branch in config.branches.items()}
+    cycle = sum(steps.values())
+    if config.method.split == "exact":
+        return {name: prompts * n // cycle * several for name, n in steps.items()}
+    most = max(steps, key=steps.__getitem__)
+    rows = {name: -(-prompts * n // (cycle * unit)) * unit for name, n in steps.items()}
+    rows[most] = prompts - sum(n for name, n in rows.items() if name != most)
+    if rows[most] < 1:
+        raise UserError(
+            f"config.rollout.batch_size is {prompts}, of which none is left for {most}: the other branches have "
+            f"{prompts - rows[most]}, multiples of data x fsdp = {unit}; give a larger batch"
+        )
+    return {name: n * several for name, n in rows.items()}
+
+
+def trained_rows(config: TrainConfig, rows: Mapping[str, int], step: Step) -> dict[str, Step]:
+    """How many of each branch's answers a mixed step trains, the first ones of its batch.
+
+    With `config.method.split == "over_steps"`, the branch with the most steps trains all its R rows, and another one
+    `floor((t + 1) c) - floor(t c)` in step t, with `c = R steps / (the most steps)`: any number of steps has its share
+    up to one prompt.
+
+    Args:
+      rows: `batch_rows`.
+      step: from 0; a number, or int32[] in a compiled function.
+    """
+    steps = {name: branch.steps for name, branch in config.branches.items()}
+    if config.method.schedule != MIXED or config.method.split == "exact":
+        return dict(rows)
+    most, several = max(steps, key=steps.__getitem__), config.rollout.answers_per_prompt
+    parts, prompts = steps[most], rows[most] // several
+
+    def trained(n: int) -> Step:
+        each, rest = divmod(prompts * n, parts)
+        return (each + (step % parts * rest % parts + rest) // parts) * several  # small numbers, for int32
+
+    return {name: rows[name] if name == most else trained(n) for name, n in steps.items()}

@@ -90,6 +90,13 @@ def densest(mass_B: jax.Array, density_B: jax.Array, answers: int) -> Selection:
     return _first(mass_B, order_B, jnp.sum(kept_B).astype(jnp.int32))
 
 
+def among_first(selection: Selection, rows: jax.Array) -> Selection:
+    """The selected answers that are among the first `rows` of the batch; there may be none."""
+    kept_B = (selection.weights > 0) & (jnp.arange(len(selection.mass)) < rows)
+    order_B = selection.order[jnp.argsort(~kept_B[selection.order], stable=True)]
+    return _first(selection.mass, order_B, jnp.sum(kept_B).astype(jnp.int32))
+
+
 def _by_falling_mass(mass_B: jax.Array) -> jax.Array:
     return jnp.argsort(-mass_B, stable=True).astype(jnp.int32)
 

@@ -3,6 +3,7 @@
 `train`, `doctor` and `plan` use the same functions.
 """
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ from camopd_jax.models.peft_settings import is_adapter
 from camopd_jax.models.weights import shardings
 from camopd_jax.runtime import trackers
 from camopd_jax.runtime.buckets import bucket
-from camopd_jax.runtime.mesh import check_rows, expert_shards, mesh_of, platform, reshape_mesh
+from camopd_jax.runtime.mesh import batch_shards, check_rows, expert_shards, mesh_of, platform, reshape_mesh
 
 UNCHOSEN = "for which only train, analyze, prompts, plan and doctor choose a value (planning.automatic)"
 
@@ -98,13 +99,14 @@ def resolve(config: TrainConfig, devices: Any = None) -> Setup:
     tensor, expert = wanted.tensor or mesh.shape["tensor"], wanted.expert or expert_shards(mesh)
     dtype = loading.matmul_dtype(config.compute, platform(mesh))
     objectives = {name: _objective(config, name) for name in config.branches}
+    rollout_mesh = reshape_mesh(mesh, wanted.data, wanted.fsdp, tensor, "config.rollout.mesh", expert)
     setup = Setup(
         config=config,
         mesh=mesh,
-        rollout_mesh=reshape_mesh(mesh, wanted.data, wanted.fsdp, tensor, "config.rollout.mesh", expert),
+        rollout_mesh=rollout_mesh,
         dtype=dtype,
         teacher_dtype=loading.teacher_dtype(config.compute, platform(mesh)),
-        rows=schedule.batch_rows(config),
+        rows=schedule.batch_rows(config, math.lcm(batch_shards(mesh), batch_shards(rollout_mesh))),
         objectives=objectives,
         weights={name: branch_weights(config, name, of) for name, of in objectives.items()},
         trusts_sampler=_trusts_sampler(config, dtype),

@@ -20,7 +20,7 @@ def step_statistics(batch: Batch) -> dict[str, jax.Array]:
         "gap_pos_mean": token_mean(jnp.maximum(gap_BT, 0), rollout.lengths),
         "selected_fraction": jnp.mean(selection.weights),
         "selected_mass": jnp.where(total > 0, jnp.sum(selection.mass * selection.weights) / total, 1.0),
-        "selected_length_mean": jnp.sum(lengths_B * selection.weights) / jnp.sum(selection.weights),
+        "selected_length_mean": jnp.sum(lengths_B * selection.weights) / jnp.maximum(jnp.sum(selection.weights), 1),
         "length_mean": jnp.mean(lengths_B),
         "truncated_fraction": jnp.mean(~rollout.stopped),
         "entropy": jnp.mean(rollout.entropy),

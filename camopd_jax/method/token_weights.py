@@ -12,25 +12,16 @@ from typing import ClassVar
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.method.named import named
 from camopd_jax.method.objectives import Objective
+from camopd_jax.method.objectives.tide import check_share, excess
+from camopd_jax.method.tokens import Tokens as Tokens
+from camopd_jax.method.tokens import largest
 from camopd_jax.rollout.sampling import entropy
-from camopd_jax.types import LogProbs, Record
-
-
-class Tokens(struct.PyTreeNode):
-    """What the weights of a batch's tokens may depend on; constants."""
-
-    ids: jax.Array  # int32[B, T]
-    trained: jax.Array  # bool[B, T], the tokens of the selected answers
-    lengths: jax.Array  # int32[B], of the answers
-    log_probs: LogProbs
-    record: Record  # the teacher's values, of `TokenWeight.read` among others
-    keys: jax.Array | None  # a random key for each row; they depend on the seed, the step and the row's prompt
+from camopd_jax.types import Record
 
 
 @dataclass(frozen=True)
@@ -91,11 +82,10 @@ class TideExcess(TokenWeight):
     share: float = 0.2
 
     def __post_init__(self) -> None:
-        _check_share(self.share)
+        check_share(self.share)
 
     def apply(self, weight_BT: jax.Array, tokens: Tokens) -> jax.Array:
-        excess_BT = (weight_BT < 0) & largest(-weight_BT, tokens.trained, self.share)
-        return jnp.where(excess_BT, 2 * jnp.expm1(weight_BT / 2), 0)
+        return excess(weight_BT, tokens.trained, self.share)
 
 
 @dataclass(frozen=True)
@@ -127,7 +117,7 @@ class Unlikely(TokenWeight):
     advantage: float = -0.5
 
     def __post_init__(self) -> None:
-        _check_share(self.share)
+        check_share(self.share)
         if not -math.inf < self.advantage < 0:
             raise UserError(f"advantage is {self.advantage!r}; give a finite number below 0")
 
@@ -187,14 +177,14 @@ class UcMopd(TokenWeight):
 class Hardest(TokenWeight):
     """Keeps the `share` of tokens with the largest |gap|, after AdaKD's filter (arXiv 2510.11615).
 
-    The weights of the others move to them, so that a mean over all tokens becomes one over the kept ones. AdaKD
-    measures difficulty by the Hellinger distance and adapts the share to the loss; here it is fixed.
+    The weights of the others move to them, so that a mean over all tokens becomes one over the kept ones. The objective
+    `adakd` measures difficulty by the Hellinger distance and adapts the share to the loss; here it is fixed.
     """
 
     share: float = 0.5
 
     def __post_init__(self) -> None:
-        _check_share(self.share)
+        check_share(self.share)
 
     def apply(self, weight_BT: jax.Array, tokens: Tokens) -> jax.Array:
         kept_BT = largest(jnp.abs(tokens.log_probs.gap), tokens.trained, self.share)
@@ -254,18 +244,6 @@ def branch_weights(config: TrainConfig, branch: str, objective: Objective) -> tu
             raise UserError(f"{field} is {text!r}, which changes the advantage; give it before the other weights")
         weights.append(weight)
     return tuple(weights)
-
-
-def largest(values_BT: jax.Array, among_BT: jax.Array, share: float) -> jax.Array:
-    """bool[B, T], the `share` of these tokens with the largest values, at least one; ties with the last one too."""
-    descending_N = jnp.sort(jnp.where(among_BT, values_BT, -jnp.inf).reshape(-1), descending=True)
-    count = jnp.ceil(share * jnp.sum(among_BT) - 1e-3).astype(jnp.int32)  # the product may be rounded up
-    return among_BT & (values_BT >= descending_N[jnp.maximum(count, 1) - 1])
-
-
-def _check_share(share: float) -> None:
-    if not 0 < share <= 1:
-        raise UserError(f"share is {share!r}; give a share of the tokens, above 0 and at most 1")
 
 
 def _check_between(value: float, name: str, high: float = 1) -> None:

@@ -5,7 +5,9 @@
 """
 
 import itertools
+from collections.abc import Mapping
 from dataclasses import replace
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -15,18 +17,29 @@ import optax
 from camopd_jax.config.schema import SftConfig, TrainConfig
 from camopd_jax.method import optimizer, schedule
 from camopd_jax.method.gradient import Gradient
+from camopd_jax.method.objectives import Objective
 from camopd_jax.method.optimizer import LAST_GRADIENT
 from camopd_jax.method.statistics import answer_table, step_statistics
 from camopd_jax.method.weights import selected_tokens
-from camopd_jax.types import Batch, Params, Sequences, TrainState
+from camopd_jax.types import Batch, Params, Record, Sequences, TrainState
 
 Metrics = dict[str, Any]  # scalars by name, and the table of answers; for a mixed step also each branch's
 
 
 def branch_update(
-    state: TrainState, gradient: Gradient, batch: Batch, *, branch: str, config: TrainConfig
+    state: TrainState,
+    gradient: Gradient,
+    batch: Batch,
+    *,
+    branch: str,
+    config: TrainConfig,
+    objective: Objective | None = None,
 ) -> tuple[TrainState, Metrics]:
-    """One step of a branch toward its teacher (Eq 9)."""
+    """One step of a branch toward its teacher (Eq 9).
+
+    Args:
+      objective: of the branch; needed only if it has a state.
+    """
     own, moments = config.branches[branch], "shared" if config.method.moments == "shared" else branch
     if own.clip_norm is not None:
         config = replace(config, optimizer=replace(config.optimizer, clip_norm=own.clip_norm))
@@ -36,17 +49,27 @@ def branch_update(
         skipped = stats["skipped"] > 0
         last = jax.tree.map(lambda old, new: jnp.where(skipped, old, new), state.moments[name], gradient.of)
         state = state.replace(moments=state.moments | {name: last})
-    return state, _branch_metrics(gradient, batch) | stats
+    objectives = {} if objective is None else {branch: objective}
+    state, adapted = _adapt(state, objectives, {branch: gradient}, stats["skipped"])
+    return state, _branch_metrics(gradient, batch) | stats | adapted.get(branch, {})
 
 
 def mixed_update(
-    state: TrainState, gradients: dict[str, Gradient], batches: dict[str, Batch], *, config: TrainConfig
+    state: TrainState,
+    gradients: dict[str, Gradient],
+    batches: dict[str, Batch],
+    *,
+    config: TrainConfig,
+    objectives: Mapping[str, Objective] = MappingProxyType({}),
 ) -> tuple[TrainState, Metrics]:
     """One step along the sum of all branches' gradients (Eq 3), each weighted by its share of the step's prompts.
 
     Alternating branches are compared with this. The metrics of each branch are under its name.
+
+    Args:
+      objectives: of the branches; needed only for those with a state.
     """
-    rows = {name: batch.index.shape[0] for name, batch in batches.items()}
+    rows = schedule.trained_rows(config, {name: len(batch.index) for name, batch in batches.items()}, state.step)
     share: dict[str, Any] = {name: n / sum(rows.values()) for name, n in rows.items()}
     balance = gap_spread(batches) if config.method.balance == "gap_spread" else {}
     share |= {name: share[name] * factor for name, factor in balance.items()}
@@ -57,13 +80,31 @@ def mixed_update(
     total = Gradient(loss, jax.tree.map(lambda first, *rest: sum(rest, start=first), *weighted))
     finite = jnp.all(jnp.stack([_finite_gap_mass(batch) for batch in batches.values()]))
     state, stats = _take_step(state, total, finite, "shared", config)
-    of_branches: dict[str, Metrics] = {name: _branch_metrics(gradients[name], batch) for name, batch in batches.items()}
+    state, adapted = _adapt(state, objectives, gradients, stats["skipped"])
+    of_branches: dict[str, Metrics] = {
+        name: _branch_metrics(gradients[name], batch) | adapted.get(name, {}) for name, batch in batches.items()
+    }
     for name, factor in balance.items():
         of_branches[name]["balance"] = factor
     tokens = {
         name: sum(metrics[name] for metrics in of_branches.values()) for name in ("prompt_tokens", "response_tokens")
     }
     return state, {"loss": loss} | tokens | stats | of_branches
+
+
+def _adapt(
+    state: TrainState, objectives: Mapping[str, Objective], gradients: dict[str, Gradient], skipped: jax.Array
+) -> tuple[TrainState, dict[str, Record]]:
+    """The state with the new numbers of objectives that have a state, unless the step was skipped; and these numbers,
+    by branch.
+    """
+    adapted = {}
+    for name in objectives.keys() & state.objectives.keys():
+        old = state.objectives[name]
+        new = objectives[name].next_state(old, gradients[name].loss)
+        if new is not old:  # or its part of the run, the warm-up, has another objective
+            adapted[name] = {key: jnp.where(skipped > 0, old[key], new[key]) for key in old}
+    return state.replace(objectives=state.objectives | adapted), adapted
 
 
 def gap_spread(batches: dict[str, Batch]) -> dict[str, jax.Array]:
@@ -139,5 +180,6 @@ def _take_step(
     average, decay = state.average, config.optimizer.average
     if decay is not None:
         average = optimizer.averaged(average, params, decay, state.step + 1, finite)
-    state = TrainState(state.step + 1, params, state.moments | {moments: adam}, average)
+    moved = {"params": params, "moments": state.moments | {moments: adam}, "average": average}
+    state = state.replace(step=state.step + 1, **moved)
     return state, stats | {"skipped": 1 - finite.astype(jnp.int32)}

@@ -14,7 +14,8 @@ import jax.numpy as jnp
 
 from camopd_jax.config.schema import Method
 from camopd_jax.method.objectives.base import Objective
-from camopd_jax.method.token_weights import Tokens, TokenWeight
+from camopd_jax.method.token_weights import TokenWeight
+from camopd_jax.method.tokens import Tokens
 from camopd_jax.rollout.masks import length_mask
 from camopd_jax.types import Batch, LogProbs, Record, Rollout
 
@@ -51,9 +52,8 @@ def token_weights(
       keys: a random key for each row, for `changes` that are random.
     """
     rollout, selection = batch.rollout, batch.selection
-    selected_BT = selected_tokens(batch)
     own_BT = objective.coefficient(batch.log_probs, method.advantage_clip)
-    tokens = Tokens(rollout.tokens, selected_BT, rollout.lengths, batch.log_probs, batch.teacher.tokens, keys)
+    tokens = _tokens(batch, keys)
     for change in changes:
         own_BT = change.apply(own_BT, tokens)
     weight_BT = importance(batch.log_probs, rollout, method.importance_gate) * (scale * own_BT)
@@ -61,12 +61,23 @@ def token_weights(
         share_B = selection.weights / (selection.count * jnp.maximum(rollout.lengths, 1))
     else:
         share_B = selection.weights / jnp.maximum(jnp.sum(selection.weights * rollout.lengths), 1)
-    return jax.lax.stop_gradient(jnp.where(selected_BT, weight_BT * share_B[:, None], 0))
+    return jax.lax.stop_gradient(jnp.where(tokens.trained, weight_BT * share_B[:, None], 0))
 
 
-def loss_record(batch: Batch, objective: Objective) -> Record:
-    """The constants of each token that an objective's loss reads: arrays [B, T, ...] by name."""
-    return batch.teacher.tokens | objective.constants(batch.log_probs, batch.rollout)
+def _tokens(batch: Batch, keys: jax.Array | None) -> Tokens:
+    rollout = batch.rollout
+    return Tokens(rollout.tokens, selected_tokens(batch), rollout.lengths, batch.log_probs, batch.teacher.tokens, keys)
+
+
+def loss_record(batch: Batch, objective: Objective, state: Record | None = None) -> Record:
+    """The constants of each token that an objective's loss reads: arrays [B, T, ...] by name.
+
+    Args:
+      state: of the objective, in the train state; None or {}: its initial one.
+    """
+    own = objective.constants(batch.log_probs, batch.rollout)
+    compared = objective.compare(_tokens(batch, None), state or objective.initial_state())
+    return batch.teacher.tokens | jax.lax.stop_gradient(own | compared)
 
 
 def cross_entropy_weights(lengths_B: jax.Array, slots: int) -> jax.Array:

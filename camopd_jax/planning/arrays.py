@@ -12,7 +12,7 @@ from jax.sharding import Mesh
 from camopd_jax.config.schema import TrainConfig
 from camopd_jax.inference import loading
 from camopd_jax.method.branches import teacher_names
-from camopd_jax.method.optimizer import abstract_state, moment_names
+from camopd_jax.method.optimizer import abstract_run_state
 from camopd_jax.method.programs import Programs
 from camopd_jax.method.setup import Setup, check_model, resolve
 from camopd_jax.models import adapters
@@ -133,8 +133,7 @@ def plan(config: TrainConfig, models: ModelShapes, devices: Any) -> Plan:
     params = abstract_params(student, setup.mesh, compute.params)
     if student.config.adapter:
         params = adapters.attach(frozen["specialised"], adapters.all_leaves(params))
-    averages = config.optimizer.average is not None
-    state = abstract_state(trained(params, config.optimizer.trained), moment_names(config), averages)
+    state = abstract_run_state(trained(params, config.optimizer.trained), config)
     teachers = {name: (of, frozen[name]) for name, of in made.items()}
     of_branches: Any = {name: made[branch.teacher] for name, branch in config.branches.items()}
     run = Programs(setup, student, params, models.eos_ids, state, of_branches)

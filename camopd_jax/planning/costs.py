@@ -248,7 +248,7 @@ def _branch_work(setup: Setup, models: ModelShapes, branch: str, answer: int) ->
 
     calls = math.ceil(rows / setup.score_batch)
     for name, model in {"student": student, "teacher": teacher}.items():
-        if name == "teacher" or not setup.trusts_sampler:
+        if name == "teacher" or not setup.trusts_sampler or setup.objectives[branch].second_pass:
             on, flops = Share(model, setup.mesh, setup.dtype), forward_flops(model, rows, 0, length, answer)
             work[f"score {name}"] = on.work(flops, calls, rows * length)
 

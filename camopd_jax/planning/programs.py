@@ -22,7 +22,7 @@ from camopd_jax.rollout import generate
 from camopd_jax.rollout.decode import Decoding
 from camopd_jax.rollout.head import head_params
 from camopd_jax.rollout.paired import Pair, PairedPrompts
-from camopd_jax.rollout.score import LOG_PROB, Reading, empty_record, scoring
+from camopd_jax.rollout.score import NOTHING, Reading, empty_record, scoring
 from camopd_jax.runtime.buckets import MicroBatch, split_by_length
 from camopd_jax.runtime.mesh import batch_shards
 from camopd_jax.types import Batch, LogProbs, Params, PromptBatch, Prompts, Record, Rollout, Sequences, TeacherRecord
@@ -139,10 +139,14 @@ class _Step:
         head = head_params(teacher, params) if objective.teacher_logits else {}
         copied = head if offloads else ()  # without offloading, it is the teacher's own
         self.chip["record"] = self.chip["record"], record, copied
-        sequences = answers.after(prompts.student)
-        of_student = self.score("score: student", self.p.student, self.p.params, sequences, LOG_PROB)
+        sequences, of_student = answers.after(prompts.student), self.run.readings[name]
+        given = TeacherRecord(record, head) if objective.second_pass else NOTHING
+        label = f"score: {name} student" if objective.second_pass else "score: student"
+        scored = self.score(label, self.p.student, self.p.params, sequences, of_student, given)
         self.chip["offloaded"] = ()
-        log_probs = LogProbs(of_student["log_prob"], of_teacher)
+        log_probs = LogProbs(scored.pop("log_prob"), of_teacher)
+        self.chip["record"] = self.chip["record"], scored
+        record = record | scored
         select = self.note(f"select: {name}", self.run.selecting[name], (log_probs, answers.lengths, _numbers()))
         return Batch(prompts.student, prompts.index, answers, log_probs, select.returns(), TeacherRecord(record, head))
 
@@ -214,12 +218,21 @@ class _Step:
         self.note(f"grow{of}", program, (old, begun.slot), {"cache": (others, old)}, options=options, runs=alike)
         return full
 
-    def score(self, name: str, model: Any, params: Params, sequences: Sequences, reading: Reading) -> Record:
+    def score(
+        self,
+        name: str,
+        model: Any,
+        params: Params,
+        sequences: Sequences,
+        reading: Reading,
+        given: TeacherRecord = NOTHING,
+    ) -> Record:
         """`score.score_batch`."""
         total = len(sequences.lengths)
         parts = self.micro_batches(total, total, self.setup.score_batch)
-        record = rows(self.setup.mesh, jax.eval_shape(partial(empty_record, model, reading=reading), params, sequences))
-        args = (model, params, record, sequences, _numbers(*parts[0].rows.shape))
+        empty = partial(empty_record, model, reading=reading)
+        record = rows(self.setup.mesh, jax.eval_shape(empty, params, sequences, given=given))
+        args = (model, params, record, sequences, _numbers(*parts[0].rows.shape), given)
         options = {"widths": parts[0].widths(self.config.compute.logits_chunk), "reading": reading}
         more = {kind: array for kind, array in record.items() if kind != "log_prob"}
         chip = {"record": (self.chip["record"], more)}
@@ -233,7 +246,7 @@ class _Step:
         weights = self.run.weighing[name].eval_shape(batch, _numbers())
         recording, constants = self.run.recording.get(name), batch.teacher.tokens
         if recording is not None:
-            constants = recording.eval_shape(batch)
+            constants = recording.eval_shape(batch, state=self.p.state.objectives.get(name, {}))
         inputs = LossInputs(batch.rollout.after(batch.prompts), weights, constants, batch.rollout.residuals)
         so_far = accumulator.begin.eval_shape(self.p.state.params)
         numbers = jax.tree.map(lambda array: jax.ShapeDtypeStruct(array.shape, array.dtype), first)

@@ -66,7 +66,7 @@ def map_tokens(
     step = -(-slots // -(-slots // step))  # as many chunks, of equal size: less padding
     teacher_head = teacher_head or {}
     if step == slots:
-        return _apply(function, head, hidden_BTD, targets, teacher_head)
+        return apply_to_tokens(function, head, hidden_BTD, targets, teacher_head)
     padding = -slots % step
     hidden_BTD, targets = jax.tree.map(lambda array: _pad_slots(array, padding), (hidden_BTD, targets))
     mapped = _in_chunks(function, step, head, hidden_BTD, targets, teacher_head)
@@ -82,7 +82,9 @@ def _pad_slots(array: jax.Array, padding: int) -> jax.Array:
     return jnp.pad(array, ((0, 0), (0, padding), *((0, 0),) * (array.ndim - 2)))
 
 
-def _apply(function: TokenFunction, head: Params, hidden: jax.Array, targets: Record, teacher_head: Params) -> Any:
+def apply_to_tokens(
+    function: TokenFunction, head: Params, hidden: jax.Array, targets: Record, teacher_head: Params
+) -> Any:
     """Applies the function to all tokens [...] and hidden states [..., D] at once."""
     if function.teacher is not None:
         rest = {name: array for name, array in targets.items() if name != "hidden"}
@@ -97,14 +99,14 @@ _Saved = tuple[Params, jax.Array, Record, Params]  # the arguments of `_in_chunk
 def _in_chunks(
     function: TokenFunction, step: int, head: Params, hidden_BTD: jax.Array, targets: Record, teacher_head: Params
 ) -> Any:
-    """`_apply` to `step` slots at a time; `step` divides T."""
+    """`apply_to_tokens` to `step` slots at a time; `step` divides T."""
     batch, slots = hidden_BTD.shape[:2]
     head = _gathered(function.model, head)
     teacher_head = _gathered(function.teacher, teacher_head) if function.teacher else {}
 
     def at(start: jax.Array) -> Any:
         hidden, of_tokens = jax.tree.map(lambda array: _slots(array, start, step), (hidden_BTD, targets))
-        return _apply(function, head, hidden, of_tokens, teacher_head)
+        return apply_to_tokens(function, head, hidden, of_tokens, teacher_head)
 
     chunks = jax.lax.map(at, jnp.arange(0, slots, step))
     return jax.tree.map(lambda array: array.swapaxes(0, 1).reshape(batch, slots, *array.shape[3:]), chunks)
@@ -135,7 +137,7 @@ def _backward(function: TokenFunction, step: int, saved: _Saved, gradient: Any) 
 
     def pull(hidden: jax.Array, of_tokens: Record, gradient: Any) -> tuple[Params, jax.Array]:
         def call(head: Params, hidden: jax.Array) -> Any:
-            return _apply(function, head, hidden, of_tokens, teacher_head)
+            return apply_to_tokens(function, head, hidden, of_tokens, teacher_head)
 
         return jax.vjp(call, gathered, hidden)[1](gradient)
 

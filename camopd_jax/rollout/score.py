@@ -14,12 +14,12 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
-from camopd_jax.rollout.head import TokenFunction, head_params, map_tokens
+from camopd_jax.rollout.head import TokenFunction, apply_to_tokens, head_params, map_tokens
 from camopd_jax.rollout.masks import length_mask
 from camopd_jax.runtime import heap
 from camopd_jax.runtime.buckets import MicroBatch, Widths, split_by_length
 from camopd_jax.runtime.mesh import batch_shards, constrain, gather, platform, sharding, take_rows
-from camopd_jax.types import LanguageModel, Params, Prompts, Record, Residuals, Sequences
+from camopd_jax.types import LanguageModel, Params, Prompts, Record, Residuals, Sequences, TeacherRecord
 
 
 class Reading(Protocol):
@@ -29,8 +29,16 @@ class Reading(Protocol):
     def keeps_hidden(self) -> bool:
         """Whether to store the final hidden states [..., D] that predict the tokens too, as "hidden"."""
 
+    @property
+    def teacher(self) -> LanguageModel | None:
+        """If given, the targets have this model's logits "teacher_logits" instead of its "hidden" states."""
+
     def __call__(self, logits: jax.Array, targets: Record) -> Record:
-        """Returns arrays [..., ...] by name. `logits`: float32[..., V]; `targets`: {"tokens": int32[...]}."""
+        """Returns arrays [..., ...] by name.
+
+        Args:
+          logits: float32[..., V]. targets: "tokens" int32[...], and the values of a teacher if they are given.
+        """
 
 
 @dataclass(frozen=True)
@@ -43,6 +51,7 @@ class LogProb:
     temperature: float = 1.0
     best: bool = False
     keeps_hidden: ClassVar[bool] = False
+    teacher: ClassVar[LanguageModel | None] = None
 
     def __call__(self, logits: jax.Array, targets: Record) -> Record:
         logits = logits / self.temperature
@@ -54,6 +63,7 @@ class LogProb:
 
 
 LOG_PROB = LogProb()
+NOTHING = TeacherRecord()  # no values of a teacher
 
 # ------------------------------------------------------------------------------------- pure functions
 
@@ -110,6 +120,7 @@ def score(
     chunk: int = 0,
     reading: Reading = LOG_PROB,
     slots: int | None = None,
+    given: TeacherRecord = NOTHING,
 ) -> Record:
     """`reading` of a model's logits at each response token, given its prompt and the tokens before it.
 
@@ -117,17 +128,24 @@ def score(
       chunk: tokens per chip whose logits exist at a time; 0: `head.tokens_at_once`.
       reading: the function of each token's logits.
       slots: padded length of prompt and answer together; None: P + T.
+      given: a teacher's values of the same tokens, which `reading` compares with.
 
     Returns:
       Arrays [B, T, ...] by name; 0 in padding.
     """
     hidden_BTD = predicting_states(model, params, sequences, slots)
-    record = map_tokens(TokenFunction(model, reading), params, hidden_BTD, {"tokens": sequences.tokens}, chunk)
+    function, targets = _function(model, reading, given), given.tokens | {"tokens": sequences.tokens}
+    record = map_tokens(function, params, hidden_BTD, targets, chunk, given.head)
     if reading.keeps_hidden:
         record |= {"hidden": hidden_BTD}
     mask_BT = length_mask(sequences.lengths, sequences.tokens.shape[1])
     return {name: jnp.where(mask_BT.reshape(*mask_BT.shape, *(1,) * (array.ndim - 2)), array, 0)
             for name, array in record.items()}  # fmt: skip
+
+
+def _function(model: LanguageModel, reading: Reading, given: TeacherRecord) -> TokenFunction:
+    """With the reading's teacher, if there are values of one."""
+    return TokenFunction(model, reading, reading.teacher if given.tokens else None)
 
 
 def score_rows(
@@ -136,6 +154,7 @@ def score_rows(
     record: Record,
     sequences: Sequences,
     rows_M: jax.Array,
+    given: TeacherRecord = NOTHING,
     *,
     widths: Widths,
     reading: Reading,
@@ -144,9 +163,12 @@ def score_rows(
 
     Args:
       rows_M: row numbers in the batch; B means no row.
+      given: as in `score`, of the complete batch.
     """
-    rows = take_rows(sequences.replace(tokens=sequences.tokens[:, : widths.answer_slots]), rows_M, model.mesh)
-    new = score(model, params, rows, widths.chunk, reading, widths.slots)
+    cut = widths.answer_slots
+    values = {name: array[:, :cut] for name, array in given.tokens.items()}
+    of_rows = take_rows((sequences.replace(tokens=sequences.tokens[:, :cut]), values), rows_M, model.mesh)
+    new = score(model, params, of_rows[0], widths.chunk, reading, widths.slots, given.replace(tokens=of_rows[1]))
 
     def put(array: jax.Array, of_rows: jax.Array) -> jax.Array:
         missing = array.shape[1] - widths.answer_slots
@@ -157,13 +179,16 @@ def score_rows(
     return jax.tree.map(put, record, new)
 
 
-def empty_record(model: LanguageModel, params: Params, sequences: Sequences, reading: Reading) -> Record:
+def empty_record(
+    model: LanguageModel, params: Params, sequences: Sequences, reading: Reading, given: TeacherRecord = NOTHING
+) -> Record:
     """Zeros with the shapes of the result of `score`."""
     tokens, head = sequences.tokens, head_params(model, params)
     name, axes = next(iter(model.head_axes.items()))
     hidden = jax.ShapeDtypeStruct((*tokens.shape, head[name].shape[axes.index("embed")]), model.dtype)
-    logits = jax.eval_shape(model.logits, head, hidden)
-    shapes = jax.eval_shape(reading, logits, {"tokens": tokens}) | ({"hidden": hidden} if reading.keeps_hidden else {})
+    function = functools.partial(apply_to_tokens, _function(model, reading, given))
+    shapes = jax.eval_shape(function, head, hidden, given.tokens | {"tokens": tokens}, given.head)
+    shapes |= {"hidden": hidden} if reading.keeps_hidden else {}
     place = None if model.mesh is None else sharding(model.mesh, "batch")
     return jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype, device=place), shapes)
 
@@ -187,13 +212,15 @@ def score_batch(
     parts: Iterable[MicroBatch],
     chunk: int = 0,
     reading: Reading = LOG_PROB,
+    given: TeacherRecord = NOTHING,
 ) -> Record:
     """`score` of the rows in these micro-batches; other rows are 0."""
     trim_heap(model.mesh)
     program = scoring(model.mesh)
-    record = empty_record(model, params, sequences, reading)
+    record = empty_record(model, params, sequences, reading, given)
     for part in parts:
-        record = program(model, params, record, sequences, part.rows, widths=part.widths(chunk), reading=reading)
+        widths = part.widths(chunk)
+        record = program(model, params, record, sequences, part.rows, given, widths=widths, reading=reading)
     return record
 
 

@@ -1,6 +1,7 @@
 """Saves and restores the checkpoints of a work directory, with Orbax."""
 
 import contextlib
+import dataclasses
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -102,19 +103,22 @@ class CheckpointStore:
           DamagedCheckpoint: if it cannot be read, or differs from what was saved.
           UserError: if it holds the state of another model, or cannot be read for now.
         """
-        wanted = jax.tree.map(ocp.tree.to_shape_dtype_struct, like)
+        with self._read_errors(step):
+            stored = self._manager.item_metadata(step)["state"].tree
+        fields = {field.name: getattr(like, field.name) for field in dataclasses.fields(like)}
+        if "objectives" not in stored and not like.objectives:  # written before the field existed
+            del fields["objectives"]
+        wanted = jax.tree.map(ocp.tree.to_shape_dtype_struct, fields)
         items = ocp.args.Composite(
             state=ocp.args.PyTreeRestore(wanted, ocp.checkpoint_utils.construct_restore_args(wanted)),
             positions=ocp.args.JsonRestore(),
             provenance=ocp.args.JsonRestore(),
             digests=ocp.args.JsonRestore(),
         )
-        with self._read_errors(step):
-            stored = self._manager.item_metadata(step)["state"].tree
         self._check_shapes(step, _shapes(stored), _shapes(wanted))
         with self._read_errors(step):
             restored = self._manager.restore(step, args=items)
-        parts = restored["state"], restored["positions"], restored["provenance"]
+        parts = TrainState(**restored["state"]), restored["positions"], restored["provenance"]
         read, saved = digests(*parts), restored["digests"]
         different = [name for name in read if not isinstance(saved, dict) or read[name] != saved.get(name)]
         if different:

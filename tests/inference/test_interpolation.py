@@ -32,3 +32,17 @@ def test_any_mesh_gives_the_same_bits_and_keeps_the_shardings():
     assert spread["a"].sharding == place
     np.testing.assert_array_equal(spread["a"], alone["a"])
     np.testing.assert_allclose(alone["a"], 0.1 * general.astype(float) + 0.9 * specialised, rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("strength", [0.9, 0.5, 0.0])
+def test_task_arithmetic_is_the_interpolation(strength):
+    """The original plus `strength` of the task vector (arXiv 2212.04089), computed in float64."""
+    random = np.random.default_rng(0)
+    original = {name: random.normal(size=shape).astype(np.float32) for name, shape in (("a", (5, 7)), ("b", (3,)))}
+    special = {
+        name: array + 0.1 * random.normal(size=array.shape).astype(np.float32) for name, array in original.items()
+    }
+    task = {name: special[name].astype(float) - original[name].astype(float) for name in original}
+    ours = interpolated(*(jax.tree.map(jnp.asarray, model) for model in (original, special)), 1 - strength)
+    for name, array in ours.items():
+        np.testing.assert_allclose(array, original[name] + strength * task[name], rtol=1e-6, atol=1e-7)

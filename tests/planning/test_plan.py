@@ -353,6 +353,31 @@ def test_the_record_of_top_k_objectives_and_token_weights():
     assert list(records["review"]) == ["entropy"]
 
 
+@pytest.mark.slow
+def test_the_second_pass_of_the_student():
+    """Its program reads the teacher's values, and what it stores is held until the gradient; its time counts too."""
+    branches = {
+        "recovery": BranchConfig(objective="adakd"),
+        "review": BranchConfig(objective="tide(k=3)", teacher="specialised"),
+    }
+    made = planned(branches=branches)
+    of = by_name(made)
+    adakd, tide = of["score: recovery student"], of["score: review student"]
+    assert list(adakd.args[5].tokens) == ["hidden"] and list(adakd.args[5].head) == ["head"]
+    assert list(adakd.args[2]) == ["difficulty", "log_prob"] and list(tide.args[2]) == ["deficit", "log_prob"]
+    records = {name: of[f"gradient: {name}"].args[3].record for name in branches}
+    assert set(records["recovery"]) == {"hidden", "difficulty", "kept", "log_temperature"}
+    assert set(records["review"]) == {"top_ids", "top_log_probs", "deficit", "excess", "lacking"}
+    rows_of_chip = 16 // 4 * 512
+    assert of["gradient: review"].holds["record"] == rows_of_chip * (2 * 3 + 1) * 4
+    assert of["score: review teacher"].holds["record"] == rows_of_chip * 2 * 3 * 4
+    state = of["update: recovery"].args[0]
+    assert list(state.objectives) == ["recovery"] and state.objectives["recovery"]["token_share"].shape == ()
+    without = planned(branches={name: BranchConfig(teacher=of.teacher) for name, of in branches.items()})
+    work, less = (step_work(one.setup, MODELS, 512) for one in (made, without))
+    assert "score student" in work and "score student" not in less, "in float32 the sampler's are used"
+
+
 THREE = {
     "recovery": BranchConfig(objective="reverse_kl", steps=3),
     "review": BranchConfig(teacher="specialised"),

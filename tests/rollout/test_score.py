@@ -9,17 +9,18 @@ import numpy as np
 import pytest
 
 from camopd_jax.method.gradient import GradientAccumulator, Loss, LossInputs, MicroBatchRows, zero_gradient
-from camopd_jax.method.objectives import OBJECTIVES
+from camopd_jax.method.objectives import OBJECTIVES, StudentReading
+from camopd_jax.method.tokens import Tokens
 from camopd_jax.models.config import from_hf
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import shardings
 from camopd_jax.planning.hlo import COLLECTIVES, Module
 from camopd_jax.rollout import head
 from camopd_jax.rollout.head import TokenFunction, map_tokens
-from camopd_jax.rollout.score import LOG_PROB, LogProb, join, score
+from camopd_jax.rollout.score import LOG_PROB, LogProb, empty_record, join, score, scoring
 from camopd_jax.runtime.buckets import Widths
 from camopd_jax.runtime.mesh import make_mesh, sharding
-from camopd_jax.types import Prompts, Sequences
+from camopd_jax.types import LogProbs, Prompts, Sequences, TeacherRecord
 
 
 def direct(model, params, prompts, rollout, temperature=1.0):
@@ -144,7 +145,11 @@ def test_chunks_on_a_mesh_gather_the_head_once_and_reduce_its_gradient_once(size
 
 
 @pytest.mark.parametrize("vocab", [2**15, 2**18])
-@pytest.mark.parametrize("name", ["sampled_token", "reverse_kl", "jsd", "binned_top_k", "student_top_k"])
+@pytest.mark.parametrize(
+    "name",
+    ["sampled_token", "reverse_kl", "jsd", "binned_top_k", "student_top_k",
+     *(pytest.param(name, marks=pytest.mark.slow) for name in ("tide", "adakd"))],
+)  # fmt: skip
 def test_the_memory_of_a_gradient_does_not_grow_with_the_vocabulary(name, vocab, monkeypatch):
     """Apart from arrays of the head's size, the temporary memory of a gradient is limited by LOGITS_BYTES."""
     monkeypatch.setattr(head, "LOGITS_BYTES", 2**21)
@@ -161,15 +166,27 @@ def test_the_memory_of_a_gradient_does_not_grow_with_the_vocabulary(name, vocab,
     hidden = {"hidden": shape(rows, slots, width, dtype=jnp.float32)} if objective.teacher_logits else {}
     logits = shape(rows, slots, vocab, dtype=jnp.float32)
     record = hidden | jax.eval_shape(objective.read, logits, {"tokens": sequences.tokens})
-    inputs = LossInputs(sequences, shape(rows, slots, dtype=jnp.float32), record)
     loss = Loss(model, objective, model if objective.teacher_logits else None)
     teacher_head = {name: params[name] for name in model.head_axes} if objective.teacher_logits else {}
+    of_head, of_logits = 4 * vocab * width, 4 * rows * slots * vocab
+    if objective.second_pass:
+        reading, given = StudentReading(objective, loss.teacher), TeacherRecord(record, teacher_head)
+        stored = jax.eval_shape(partial(empty_record, model, reading=reading), params, sequences, given=given)
+        scorer = scoring(None).lower(
+            model, params, stored, sequences, shape(rows), given, widths=Widths(8 + slots, slots, 0), reading=reading
+        )
+        needed = scorer.compile().memory_analysis().temp_size_in_bytes
+        assert needed < 4 * of_head + 20 * 4 * max(2**19, rows * vocab) and needed < of_logits / 2
+        one = shape(rows, slots, dtype=jnp.float32)
+        mask, gaps = shape(rows, slots, dtype=jnp.bool), LogProbs(one, one)
+        tokens = Tokens(sequences.tokens, mask, sequences.lengths, gaps, stored, None)
+        record |= jax.eval_shape(objective.compare, tokens, objective.initial_state())
+    inputs = LossInputs(sequences, shape(rows, slots, dtype=jnp.float32), record)
     program = GradientAccumulator(loss, None, 0).add.lower(
         loss, params, jax.eval_shape(zero_gradient, params), inputs, teacher_head,
         MicroBatchRows(shape(1, rows), shape()), widths=Widths(8 + slots, slots, 0),
     )  # fmt: skip
     needed = program.compile().memory_analysis().temp_size_in_bytes
-    of_head, of_logits = 4 * vocab * width, 4 * rows * slots * vocab
     pieces = 8 if name == "sampled_token" else 20
     assert needed < 6 * of_head + pieces * 4 * max(2**19, rows * vocab), "some heads, some pieces of logits"
     assert needed < of_logits / 2

@@ -1,6 +1,7 @@
 """Checkpoints: identical bits, other meshes, kills, and errors for damaged files."""
 
 import asyncio
+import dataclasses
 import gc
 import resource
 import shutil
@@ -329,3 +330,15 @@ def test_the_folder_is_absolute_or_a_bucket(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert str(checkpoints_folder("runs/mine")) == str(tmp_path.resolve() / "runs/mine/checkpoints")
     assert str(checkpoints_folder("gs://bucket/runs/mine")) == "gs://bucket/runs/mine/checkpoints"
+
+
+def test_a_checkpoint_without_states_of_objectives_is_read(tmp_path):
+    """As earlier versions wrote it."""
+    fields = {field.name: getattr(state_at(3), field.name) for field in dataclasses.fields(TrainState)}
+    del fields["objectives"]
+    earlier = dataclasses.make_dataclass("Earlier", list(fields))
+    jax.tree_util.register_dataclass(earlier, list(fields), [])
+    checkpoints = open_at(tmp_path)
+    checkpoints.save(3, earlier(**fields), POSITIONS, PROVENANCE)
+    checkpoints.wait()
+    same_bits(checkpoints.restore(3, state_at(0))[0], state_at(3))

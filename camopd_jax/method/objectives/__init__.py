@@ -2,11 +2,14 @@
 
 from camopd_jax.errors import UserError
 from camopd_jax.method.named import named
+from camopd_jax.method.objectives.adakd import AdaKD
 from camopd_jax.method.objectives.base import Objective as Objective
+from camopd_jax.method.objectives.base import StudentReading as StudentReading
 from camopd_jax.method.objectives.base import TeacherReading as TeacherReading
 from camopd_jax.method.objectives.full_vocabulary import JSD, ForwardKL, ReverseKL
 from camopd_jax.method.objectives.minillm import MiniLLM
 from camopd_jax.method.objectives.sampled_token import CrossEntropy, SampledToken
+from camopd_jax.method.objectives.tide import Tide
 from camopd_jax.method.objectives.top_k import (
     TRUNCATED,
     BinnedTopK,
@@ -27,9 +30,11 @@ OBJECTIVES: dict[str, type[Objective]] = {
     "corrected_top_k": CorrectedTopK,
     "binned_top_k": BinnedTopK,
     "tide_deficit": TideDeficit,
+    "tide": Tide,
     "student_top_k": StudentTopK,
     "selectkd": SelecTKD,
     "minillm": MiniLLM,
+    "adakd": AdaKD,
 }
 REFUSED = {"truncated_top_k": TRUNCATED}  # a name that one may look for, and why it is not there
 

@@ -4,6 +4,10 @@ A branch's loss is `sum_{i,t} weight_{i,t} loss_{i,t}` over its selected answers
 of scale, selection, normalisation, importance (all in `method.weights`) and the objective's `coefficient`, as changed
 by the branch's token weights. The loss of a token is a function of the student's logits and of values stored from the
 teacher.
+
+An objective with a `second_pass` compares all tokens of the step before the gradient: `read_student` stores values of
+the student's logits when it scores its answers, `compare` makes constants of each token from them, and `next_state`
+changes the numbers that later steps use.
 """
 
 from dataclasses import dataclass
@@ -12,8 +16,9 @@ from typing import ClassVar, Protocol
 import jax
 import jax.numpy as jnp
 
+from camopd_jax.method.tokens import Tokens
 from camopd_jax.rollout.score import LOG_PROB
-from camopd_jax.types import LogProbs, Record, Rollout
+from camopd_jax.types import LanguageModel, LogProbs, Record, Rollout
 
 
 @dataclass(frozen=True)
@@ -30,8 +35,10 @@ class Objective:
     # Whether it weighs tokens by the probability of the student over that of the sampler, so that
     # `config.method.importance_gate` must not; such an objective is also valid for answers of a mixture of both models
     weighs_importance: ClassVar[bool] = False
-    # Whether it has `constants`
+    # Whether it has `constants` or `compare`
     has_constants: ClassVar[bool] = False
+    # Whether the student scores its answers before the gradient, for `read_student` and `compare`
+    second_pass: ClassVar[bool] = False
 
     def read(self, logits: jax.Array, targets: Record) -> Record:
         """The teacher's values to store for each token, besides its log-probability: arrays [..., ...] by name.
@@ -53,13 +60,42 @@ class Objective:
         """Further constants of each token that `loss` needs, from the scored answers: arrays [B, T] by name."""
         return {}
 
+    def read_student(self, logits: jax.Array, targets: Record) -> Record:
+        """The student's values to store for each token before the gradient: arrays [..., ...] by name.
+
+        Args:
+          logits: the student's, float32[..., V]. targets: as of `loss`, without constants.
+        """
+        return {}
+
+    def initial_state(self) -> Record:
+        """Numbers by name that `next_state` changes at every update, float32[]; part of the train state."""
+        return {}
+
+    def compare(self, tokens: Tokens, state: Record) -> Record:
+        """Constants of each token that depend on all tokens of the step: arrays [B, T] by name. With 0, as in the
+        slots that fill a chunk, `loss` must be finite.
+
+        Args:
+          tokens: with the arrays of `read` and `read_student`. state: as of `initial_state`.
+        """
+        return {}
+
+    def next_state(self, state: Record, loss: jax.Array) -> Record:
+        """The state after an update.
+
+        Args:
+          loss: of the branch in this update, float32[].
+        """
+        return state
+
     def loss(self, logits: jax.Array, targets: Record) -> jax.Array:
         """The loss of each token in nats, float32[...].
 
         Args:
           logits: the student's, float32[..., V].
-          targets: "tokens" int32[...], the arrays of `read` and `constants`, and "teacher_logits" if the class needs
-            them; constants.
+          targets: "tokens" int32[...], the arrays of `read`, `constants` and `compare`, and "teacher_logits" if the
+            class needs them; constants.
         """
         raise NotImplementedError
 
@@ -79,6 +115,7 @@ class TeacherReading:
 
     objective: Objective
     weights: tuple[ReadsTeacher, ...] = ()
+    teacher: ClassVar[LanguageModel | None] = None
 
     @property
     def keeps_hidden(self) -> bool:
@@ -89,3 +126,15 @@ class TeacherReading:
         for weight in self.weights:
             record |= weight.read(logits, targets)
         return record
+
+
+@dataclass(frozen=True)
+class StudentReading:
+    """Reads the student's logits before the gradient: the token's log-probability and an objective's `read_student`."""
+
+    objective: Objective
+    teacher: LanguageModel | None = None  # if the objective needs its logits
+    keeps_hidden: ClassVar[bool] = False
+
+    def __call__(self, logits: jax.Array, targets: Record) -> Record:
+        return LOG_PROB(logits, targets) | self.objective.read_student(logits, targets)
