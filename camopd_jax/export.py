@@ -29,15 +29,15 @@ from camopd_jax.runtime.start import start
 
 
 def main() -> None:
-    start(cli.processes())
     values = flags.FLAGS
     workdir, out = cli.required("workdir", "runs/medqa"), cli.required("out", "recovered")
+    if values.push and "://" in out:
+        raise UserError(f"--push uploads from a local folder, but --out is {out}; give one")
+    start(cli.processes())
     if epath.Path(out).exists():
         raise UserError(f"--out: {out} exists; give a new folder")
     if values.push:
         run_on_all(lambda: check_push(values.push) if is_primary() else None)
-        if "://" in out:
-            raise UserError(f"--push uploads from a local folder, but --out is {out}; give one")
     loaded, provenance, record = restore_model(workdir, values.step, values.best, values.merge)
     write_folder(epath.Path(out), loaded, provenance, record)
     if is_primary():

@@ -24,6 +24,7 @@ from camopd_jax.runs.self_prompts import FILE, SelfPrompting
 from camopd_jax.runs.workdir import check_owner, write_errors
 from camopd_jax.runtime.display import Display
 from camopd_jax.runtime.distributed import broadcast, is_primary, run_on_all
+from camopd_jax.runtime.paths import in_home
 from camopd_jax.runtime.progress import work
 
 MANIFEST = "manifest.json"
@@ -49,7 +50,7 @@ def write_missing(setups: Sequence[Setup], models: Models, config: TrainConfig, 
 
 
 def folder(workdir: str, branch: str) -> Path:
-    return Path(workdir).expanduser() / FOLDER / branch
+    return in_home(workdir) / FOLDER / branch
 
 
 def with_files(config: TrainConfig, workdir: str) -> TrainConfig:

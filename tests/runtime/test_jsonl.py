@@ -11,6 +11,7 @@ from etils import epath
 from camopd_jax.evals.answer_file import AnswerFile
 from camopd_jax.evals.task import Grade
 from camopd_jax.runtime.jsonl import append_rows, drop_rows_after, read_rows, write_rows
+from camopd_jax.runtime.progress import Work
 
 # All that Python's str.splitlines, text mode or a terminal take for the end of a line, and other awkward characters
 ODD = [c for c in map(chr, range(0x3000)) if len(f"a{c}b".splitlines()) > 1 or unicodedata.category(c) in ("Cc", "Cf")]
@@ -48,7 +49,7 @@ def test_answers_of_any_text_are_made_once(path):
     for expected in ([list(range(len(TEXTS)))], []):
         asked = []
         keys = [f"key{i}" for i in range(len(TEXTS))]
-        answers = AnswerFile(path).complete(keys, compute, lambda done: None)
+        answers = AnswerFile(path).complete(keys, compute, Work("answering"))
         assert [row["response"] for row in answers] == TEXTS and asked == expected
 
 
@@ -58,7 +59,7 @@ def test_a_damaged_answer_is_computed_again(path):
         save({i: {"response": f"answer {i}", "length": 2, "stopped": True} for i in missing})
 
     def complete():
-        return AnswerFile(path).complete(["a", "b", "c"], compute, lambda done: None)
+        return AnswerFile(path).complete(["a", "b", "c"], compute, Work("answering"))
 
     computed = []
     answers = complete()
