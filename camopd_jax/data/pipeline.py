@@ -6,6 +6,7 @@ number, and a run can be resumed with another number of processes.
 
 import hashlib
 import json
+import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
@@ -15,7 +16,7 @@ import numpy as np
 from etils import epath
 
 from camopd_jax.config.schema import RolloutConfig, SftConfig, Stream
-from camopd_jax.data import answers, prompt_map, sources, templates
+from camopd_jax.data import answers, prompt_map, sources, templates, token_cache
 from camopd_jax.data.answers import Unlearnable
 from camopd_jax.data.prompt_map import PromptMap, even_turns
 from camopd_jax.data.templates import Reader, Tokenizers
@@ -261,6 +262,25 @@ def tokenise(
             f"{field}.source is {SELF!r}: prompts that only a run of `train` writes; write them with "
             "`python -m camopd_jax.prompts self` and name the file"
         )
+    key = token_cache.key(stream, tokenizers, cap)
+    if key is not None and (kept := token_cache.read(key)):
+        rows, counts = kept
+        return [TokenisedPrompt(*row) for row in rows], counts
+    started = time.perf_counter()
+    prompts, counts = _tokenise(stream, tokenizers, cap, field)
+    if not prompts:
+        raise UserError(
+            f"{field}.source: none of its prompts fits config.rollout.max_prompt_tokens = {cap}; raise it, "
+            f'or set {field}.too_long to "truncate"'
+        )
+    if key is not None and time.perf_counter() - started > token_cache.SECONDS:
+        token_cache.write(key, [prompt.values for prompt in prompts], counts)
+    return prompts, counts
+
+
+def _tokenise(
+    stream: Stream, tokenizers: Tokenizers, cap: int, field: str
+) -> tuple[list[TokenisedPrompt], dict[str, int]]:
     student, teacher = tokenizers.student, tokenizers.teacher
     teacher_template = stream.teacher_template or stream.template
     same = tokenizers.read_alike and teacher_template == stream.template
@@ -278,14 +298,10 @@ def tokenise(
                     counts["dropped"] += 1
                     continue
                 counts["truncated"] += too_long
-                prompts.append(TokenisedPrompt(index, of_student[-cap:], of_teacher[-cap:]))
+                ids = of_student[-cap:]
+                prompts.append(TokenisedPrompt(index, ids, ids if same else of_teacher[-cap:]))
             tokenising.add(len(some))
     counts["kept"] = len(prompts)
-    if not prompts:
-        raise UserError(
-            f"{field}.source: none of its prompts fits config.rollout.max_prompt_tokens = {cap}; raise it, "
-            f'or set {field}.too_long to "truncate"'
-        )
     return prompts, counts
 
 

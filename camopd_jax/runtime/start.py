@@ -1,6 +1,5 @@
 """Initialisation that every command does before it creates arrays."""
 
-import os
 from pathlib import Path
 
 import jax
@@ -8,6 +7,7 @@ import jax
 from camopd_jax.runtime import heap, progress
 from camopd_jax.runtime.cluster import Processes, join
 from camopd_jax.runtime.distributed import is_primary
+from camopd_jax.runtime.paths import cache_folder
 
 
 def start(processes: Processes | None = None) -> None:
@@ -19,8 +19,7 @@ def start(processes: Processes | None = None) -> None:
     join(processes)
     heap.return_large_blocks_at_once()
     if not jax.config.values["jax_compilation_cache_dir"]:
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "camopd_jax" / "xla"
-        jax.config.update("jax_compilation_cache_dir", str(cache))
+        jax.config.update("jax_compilation_cache_dir", str(cache_folder("xla")))
         # A run compiles dozens of small programs; JAX's default stores only those that took a second.
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     if is_primary():
