@@ -7,7 +7,7 @@ from camopd_jax.evals.results import Result, on_axis
 
 ERRORS = 2.0  # a share that is below 1 by more standard errors is a loss
 REASONS = {
-    True: "prompts cover it: raise config.steps, or the branch's prompts.weights",
+    True: "prompts cover it: raise config.steps, or set the branch's prompts.weights",
     False: "no prompt covers it: add prompts, or let the original write them (`prompts self`)",
     None: "config.evaluation.benchmarks does not say whether prompts cover it",
 }
