@@ -17,7 +17,7 @@ from camopd_jax.config.schema import TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.planning import topology
 from camopd_jax.planning.doctor import examine, table
-from camopd_jax.runtime import cli
+from camopd_jax.runtime import cli, progress
 
 if __name__ == "__main__":
     flags.DEFINE_string("workdir", None, "Directory of the run, to be checked as well.")
@@ -28,8 +28,10 @@ if __name__ == "__main__":
 
     def main() -> None:
         config = read_config()
-        where = topology.describe(flags.FLAGS.topology, flags.FLAGS.hbm_gib)
-        findings, prompts = examine(config, flags.FLAGS.workdir, where)
+        progress.report()
+        with progress.work("checking"):
+            where = topology.describe(flags.FLAGS.topology, flags.FLAGS.hbm_gib)
+            findings, prompts = examine(config, flags.FLAGS.workdir, where)
         console = cli.console()
         console.print(table(findings))
         for branch, text in prompts.items():

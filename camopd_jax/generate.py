@@ -20,6 +20,7 @@ from camopd_jax.config.build import from_flags
 from camopd_jax.config.schema import Sampling
 from camopd_jax.inference.files import FileJob, answer_file
 from camopd_jax.runtime import cli
+from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
@@ -52,5 +53,7 @@ if __name__ == "__main__":
         sampling = from_flags(Sampling, **{name: values[name].value for name in names})
         start(cli.processes())
         answer_file(job, sampling, values.max_new_tokens, values.seed, values.answers_per_prompt)
+        if is_primary():
+            print(f"written: {job.output}")
 
     cli.run(main)

@@ -17,7 +17,7 @@ from absl import flags
 from camopd_jax.errors import UserError
 from camopd_jax.planning import doctor, new_run
 from camopd_jax.planning.topology import Topology, absent_gpus, describe
-from camopd_jax.runtime import cli
+from camopd_jax.runtime import cli, progress
 
 if __name__ == "__main__":
     flags.DEFINE_string("general", None, "Hugging Face folder or hub name of the original model.")
@@ -44,8 +44,9 @@ if __name__ == "__main__":
         values, console = flags.FLAGS, cli.console()
         folder = Path(name)
         new_run.check_folder(folder)
-        where = target(values.hbm_gib, values.chips)
-        with console.status("reading models and prompts …"):
+        progress.report()
+        with progress.work("writing the config"):
+            where = target(values.hbm_gib, values.chips)
             request = new_run.Request(folder, general, specialised, domain, values.general_prompts, where)
             written = new_run.write(request)
         for file, text in written.files.items():

@@ -12,6 +12,7 @@ from absl import flags
 
 from camopd_jax.inference.files import FileJob, score_file
 from camopd_jax.runtime import cli
+from camopd_jax.runtime.distributed import is_primary
 from camopd_jax.runtime.start import start
 
 if __name__ == "__main__":
@@ -36,5 +37,7 @@ if __name__ == "__main__":
         )
         start(cli.processes())
         score_file(job, values.temperature)
+        if is_primary():
+            print(f"written: {job.output}")
 
     cli.run(main)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+import re
 import runpy
 import shutil
 from pathlib import Path
@@ -95,6 +96,18 @@ def test_all_errors_are_reported_at_once(command, tmp_path):
     for words in ("no folder /no/model", "/no/questions.jsonl", "fsdp 3"):
         assert words in printed, printed
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.slow
+def test_what_takes_long_is_shown(command, tmp_path):
+    """Without a terminal, a line after 3 seconds: these prompts are read for longer."""
+    rows = (ROOT / "examples/quickstart/general_prompts.jsonl").read_text()
+    (tmp_path / "many.jsonl").write_text(25 * rows)
+    ended = command(
+        "doctor", f"--config={ROOT / 'configs/quickstart.py'}",
+        f"--config.branches.recovery.prompts.source={tmp_path / 'many.jsonl'}",
+    )  # fmt: skip
+    assert ended.code == 0 and re.search(r"^checking, \d+ s", ended.out, re.M), ended.out
 
 
 def test_a_checkpoint_of_another_shape(config, here, model):

@@ -49,6 +49,7 @@ def run(command, name, folder, rows, *flags):
     source, out = write_lines(folder / "x.jsonl", rows), folder / "y.jsonl"
     ended = command(name, f"--model={FOLDER}", f"--input={source}", f"--output={out}", "--batch_size=3", *flags)
     assert ended.code == 0, ended.err
+    assert ended.out.splitlines()[-1] == f"written: {out}"
     return read_lines(out)
 
 
