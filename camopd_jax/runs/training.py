@@ -89,7 +89,9 @@ def train(config: TrainConfig, workdir: str) -> None:
     steps = int(state.step)
     results = run.evaluate("student", steps, student.with_params(state.evaluated), run.student_key(steps))
     metrics = read_rows(run.workdir / "metrics.jsonl")
-    for line in (compilations.summary(), clip_rates(metrics), *not_converged(metrics, list(config.branches))):
+    if compilations.programs:  # they are counted in commands, not in other programs that call this
+        run.display.print(compilations.summary())
+    for line in (clip_rates(metrics), *not_converged(metrics, list(config.branches))):
         run.display.print(line)
     if results:
         run.display.print(tables.accuracies(run.baselines | {"student": results}))

@@ -42,6 +42,7 @@ def test_the_code_of_the_page(at_the_root, capsys):
     )
     assert made.keys() == before.keys() and any((made[name] != before[name]).any() for name in made)
     exec(job, names)
+    assert "0 programs compiled and 0 read" not in capsys.readouterr().out  # only commands count them
     rows = read_rows(at_the_root / "my_run/metrics.jsonl")
     assert [row["phase"] for row in rows] == ["recovery"] * 3 + ["review"]
     # The session's step is the run's first
