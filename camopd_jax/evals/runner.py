@@ -8,7 +8,7 @@ the sampling settings; if one of them changes, a new answer is computed.
 import hashlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from etils import epath
 
@@ -84,6 +84,7 @@ class Evaluator:
     workdir: epath.Path
     writer: MetricsWriter
     display: Display
+    printed: set[str] = field(default_factory=set)  # lines: a run's last evaluation may be that of its last step
 
     def run(
         self, name: str, loaded: Loaded, step: int = 0, key: str | None = None, limit: int | None = None
@@ -107,7 +108,10 @@ class Evaluator:
             row = {"model": name, "step": step, "checkpoint": key} | result
             self.writer.add_evaluation(row, "accuracy", result["accuracy"])
             accuracy = f"{100 * result['accuracy']:.1f} ± {100 * result['standard_error']:.1f} %"
-            self.display.print(f"{name}{f' at step {step}' if step else ''}: {benchmark.name} {accuracy}")
+            line = f"{name}{f' at step {step}' if step else ''}: {benchmark.name} {accuracy}"
+            if line not in self.printed:
+                self.display.print(line)
+            self.printed.add(line)
             results.append(result)
         return results
 

@@ -66,6 +66,7 @@ class Run:
         self.config = config
         self.workdir = epath.Path(workdir)
         self.terminated = False  # whether this process got a signal to end
+        self._printed: set[str] = set()  # lines of evaluations
         self._skipped: dict[str, int] = {}  # consecutive skipped updates, by phase
         run_on_all(lambda: runner.check(config.evaluation))
         self._lock = run_on_all(lambda: lock(self.workdir) if is_primary() else None)
@@ -268,7 +269,7 @@ class Run:
         self, name: str, step: int, loaded: Loaded, key: str | None = None, questions: int | None = None
     ) -> list[Result]:
         """The results of a model on this run's benchmarks; arguments as in `Evaluator.run`."""
-        evaluator = runner.Evaluator(self.config.evaluation, self.workdir, self.writer, self.display)
+        evaluator = runner.Evaluator(self.config.evaluation, self.workdir, self.writer, self.display, self._printed)
         return evaluator.run(name, loaded, step, key, questions)
 
     # ----------------------------------------------------------------- the end

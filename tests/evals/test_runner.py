@@ -5,6 +5,7 @@ import json
 import shutil
 import signal
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import numpy as np
@@ -359,6 +360,18 @@ def measured(few, command, tmp_path_factory):
     ended = command("train", *flags)
     assert ended.code == 0, ended.err
     return workdir, flags, ended
+
+
+def test_an_evaluation_that_repeats_another_prints_no_line_again(monkeypatch):
+    """The last evaluation of a run is that of its last step, if both ask all questions."""
+    monkeypatch.setattr(runner, "run_benchmark", lambda *_: {"accuracy": 0.868, "standard_error": 0.056})
+    lines, rows = [], []
+    display = SimpleNamespace(print=lines.append)
+    writer = SimpleNamespace(add_evaluation=lambda row, *_: rows.append(row))
+    evaluator = runner.Evaluator(Evaluation(benchmarks=(COVERED,)), epath.Path("run"), writer, display)
+    for step in (10, 20, 20):
+        evaluator.run("student", None, step, "key")
+    assert lines == [f"student at step {step}: covered 86.8 ± 5.6 %" for step in (10, 20)] and len(rows) == 3
 
 
 def standings(workdir):
