@@ -7,6 +7,12 @@ from pathlib import Path
 
 import yaml
 
+from camopd_jax.config import methods
+from camopd_jax.evals.tasks import TASKS
+from camopd_jax.method.objectives import OBJECTIVES
+from camopd_jax.method.token_weights import WEIGHTS
+from camopd_jax.models.families import FAMILIES, MULTIMODAL
+
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 ELLIPSIS = "…"
@@ -81,3 +87,28 @@ def test_the_quickstart_on_another_processor_has_the_numbers_of_the_results():
 
     shares = back(covered, "covered"), back(uncovered, "uncovered"), back((covered + uncovered) / 2, "mean")
     assert stated == [round(100 * share) for share in (*shares, domain / models["domain"][1])]
+
+
+def test_the_study_page_counts_the_methods():
+    text = " ".join((DOCS / "studies.md").read_text().split())
+    parts = (methods._STUDY, methods._NEIGHBOURS, methods._OPTIONS)
+    counts = re.search(r"defines (\d+) methods, .*?: (\d+) of the study, .*?, (\d+) of \[other .*? and (\d+) of", text)
+    assert [int(n) for n in counts.groups()] == [len(methods.METHODS), *map(len, parts)]
+
+
+def test_the_families_page_has_every_family():
+    section = (DOCS / "inputs.md").read_text().split("\n## Families")[1].split("\n## ")[0]
+    cells = [line.split("|")[1] for line in section.splitlines() if line.startswith("| `")]
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == {"model_type", *FAMILIES, *MULTIMODAL}
+
+
+def test_the_objectives_page_has_every_objective_and_weight():
+    text = (DOCS / "objectives.md").read_text()
+    named = set(re.findall(r"^\| `(\w+)", text, re.M))
+    assert {*OBJECTIVES, *WEIGHTS} <= named
+
+
+def test_the_page_of_benchmarks_has_every_task():
+    text = (DOCS / "evaluation.md").read_text()
+    cells = [line.split("|")[1] for line in text.splitlines() if line.startswith("| `")]
+    assert {name for cell in cells for name in re.findall(r"`(\w+)`", cell)} == set(TASKS)
