@@ -3,7 +3,8 @@
 First      python -m camopd_jax.sft --config=configs/smollm2_sft.py --workdir=runs/smollm2_medical
 Command    python -m camopd_jax.compare --config=configs/smollm2_study.py --workdir=runs/smollm2_study --seeds=3 \\
                --methods=vanilla,camopd,start-0.1 --rates=5e-5
-           The third is the recipe of configs/recover.py. benchmarks/gpu_study.sh does both on one GPU.
+           The third is CaMOPD from the start of configs/recover.py, whose recipe is the method `recover`.
+           benchmarks/gpu_study.sh runs both commands on one GPU.
 Data       as in configs/smollm2.py. The questions of MedMCQA are also prompts of the domain: they measure what is kept.
 General    the likelihood of GSM8K's solutions, of which this fine-tune loses two thirds (15 standard errors); IFEval,
            where the original follows only 14 % of the prompts: eval.jsonl has the share of instructions.
