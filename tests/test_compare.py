@@ -95,7 +95,7 @@ def test_a_small_grid_twice(command, tmp_path):
     flags = [f"--config={ROOT / 'configs/sandbox.py'}", f"--workdir={tmp_path / 'w'}", "--config.steps=4",
              "--config.rollout.batch_size=16", "--methods=camopd,distillation,interpolation", "--rates=1e-4,4e-4",
              "--seeds=2"]  # fmt: skip
-    ended = command("compare", *flags)
+    ended = command.start("compare", *flags).wait(600)  # some minutes on two busy cores
     assert ended.code == 0, ended.err
     assert "choosing among 2 rates: 13 of 13" in ended.out and "3 methods, 2 seeds: 4 of 4" in ended.out
     study = json.loads((tmp_path / "w" / "study.json").read_text())
