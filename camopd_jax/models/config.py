@@ -12,7 +12,8 @@ from jax.sharding import Mesh
 from camopd_jax.errors import UserError
 from camopd_jax.models import fields as limits
 from camopd_jax.models import rope
-from camopd_jax.models.families import FAMILIES, MULTIMODAL, Family, Fields, NormKind, QKNorm
+from camopd_jax.models.families import FAMILIES, MULTIMODAL
+from camopd_jax.models.family import Family, Fields, NormKind, QKNorm
 from camopd_jax.models.rope import NO_ROTATION, Rope
 
 Activation = Literal["silu", "gelu_tanh", "relu2"]

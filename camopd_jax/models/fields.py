@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from camopd_jax.errors import UserError
-from camopd_jax.models.families import Fields
+from camopd_jax.models.family import Fields
 
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 

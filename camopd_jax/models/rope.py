@@ -9,7 +9,7 @@ import numpy as np
 
 from camopd_jax.errors import UserError
 from camopd_jax.models import fields as limits
-from camopd_jax.models.families import Family, Fields
+from camopd_jax.models.family import Family, Fields
 from camopd_jax.models.fields import Kind
 
 Scaling = Literal["default", "linear", "llama3", "yarn", "longrope", "none"]
