@@ -134,6 +134,7 @@ class KVCache(struct.PyTreeNode):
     residuals: Residuals = ()
 
 
+ATTENTION, GLOBAL_ATTENTION = "attention", "global_attention"  # the second: of layers without a window, if different
 EMPTY = 2**30  # later than the position of any token, so that the causal mask excludes the slot
 
 
@@ -177,8 +178,12 @@ class LanguageModel(Protocol):
         adapters merged. Kernels in int8 stay as they are, and adapters beside them too.
         """
 
-    def layer_for_decoding(self, layers: Params, i: jax.Array | int) -> Params:
-        """Layer i of `for_decoding`, from the stacked parameters of all layers."""
+    @property
+    def layer_attention(self) -> tuple[str, ...]:
+        """For each layer, the name of its attention among the parameters: ATTENTION or GLOBAL_ATTENTION."""
+
+    def layer_for_decoding(self, layers: Params, i: jax.Array | int, attention: str = ATTENTION) -> Params:
+        """Layer i of `for_decoding`, whose attention has this name, from the stacked parameters of all layers."""
 
     def others_for_decoding(self, others: Params) -> Params:
         """`for_decoding` of parameters that belong to no layer."""

@@ -126,11 +126,13 @@ def _gain(ours: float | None, theirs: float | None) -> float | None:
 
 
 def _by_layer(*groups: gradients.Named) -> Iterator[tuple[Any, ...]]:
-    """(name, value of each argument) for every group; "layers" has one entry for each layer."""
+    """(name, value of each argument) for every group; "layers" has one entry for each layer, and so has an attention
+    that only some layers have.
+    """
     for group in groups[0]:
         values = [np.atleast_1d(of[group]) for of in groups]
         for i, each in enumerate(zip(*values, strict=True)):
-            yield f"layer {i}" if group == "layers" else group, *each
+            yield f"layer {i}" if group == "layers" else f"{group} {i}" if len(values[0]) > 1 else group, *each
 
 
 def _sum(groups: gradients.Named) -> float:

@@ -30,7 +30,7 @@ from camopd_jax.models import partition
 from camopd_jax.models.products import einsum
 from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.runtime.buckets import Widths
-from camopd_jax.types import Batch, Params, Record
+from camopd_jax.types import ATTENTION, GLOBAL_ATTENTION, Batch, Params, Record
 
 SETS = ("selected", "all")
 RANDOM_SETS = 4  # random sets of as many answers as were selected: the baseline for a set of that size
@@ -195,11 +195,16 @@ def sketch(grads: Named, width: int, key: jax.Array) -> Named:
 
 
 def products(a: Named, b: Named) -> Named:
-    """Inner products by group: scalars for "embedding", "head" and "final_norm", float32[L] for "layers"."""
+    """Inner products by group: scalars for "embedding", "head" and "final_norm", float32[L] for "layers".
+
+    In models with `global_attention`, both kinds of attention are groups of their own, with an entry for each layer.
+    """
     groups: Named = {}
+    apart = (ATTENTION, GLOBAL_ATTENTION) if any(name.startswith(f"layers.{GLOBAL_ATTENTION}.") for name in a) else ()
     for name in a:
         axes = tuple(range(stacked(name), a[name].ndim))
-        group = name.split(".")[0]
+        group, part = name.split(".")[:2] if "." in name else (name, "")
+        group = part if part in apart else group
         groups[group] = groups.get(group, 0) + jnp.sum(a[name] * b[name], axis=axes)
     return groups
 

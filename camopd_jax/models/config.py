@@ -4,7 +4,7 @@ The layers depend only on these properties, never on the name of a model family.
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from jax.sharding import Mesh
@@ -15,6 +15,7 @@ from camopd_jax.models import rope
 from camopd_jax.models.families import FAMILIES, MULTIMODAL
 from camopd_jax.models.family import Family, Fields, NormKind, QKNorm
 from camopd_jax.models.rope import NO_ROTATION, Rope
+from camopd_jax.types import ATTENTION, GLOBAL_ATTENTION
 
 Activation = Literal["silu", "gelu_tanh", "relu2"]
 Implementation = Literal["auto", "xla", "fused"]
@@ -29,6 +30,16 @@ class Routing:
     normalized: bool  # whether the weights of a token's experts are divided by their sum
     # Whether a checkpoint has all experts of a layer in one tensor, with the columns of gate and up in turn
     stacked: bool = False
+
+
+@dataclass(frozen=True)
+class GlobalAttention:
+    """The heads of layers without a window, where those of other layers are different."""
+
+    num_kv_heads: int
+    head_dim: int
+    rope: Rope
+    keys_as_values: bool  # `ModelConfig.keys_as_values`
 
 
 @dataclass(frozen=True)
@@ -63,6 +74,11 @@ class ModelConfig:
     norm_bias: bool = False
     qk_norm: QKNorm | None = None
     attention_sinks: bool = False  # whether each head has a trained score, without a value, beside those of the keys
+    # Of the layers without a window; the fields about heads and RoPE are then those of the other layers
+    global_attention: GlobalAttention | None = None
+    keys_as_values: bool = False  # whether values are the keys before their norm and RoPE
+    value_norm: bool = False  # whether values are normalised over each head, without weights
+    layer_scalar: bool = False  # whether each layer's output is multiplied by a constant of the checkpoint
     # (a, m): the feed-forward is down((up x + 1) * g * sigmoid(a g)), g = gate x, with g <= m and |up x| <= m
     clamped_swiglu: tuple[float, float] | None = None
     pre_norms: bool = True  # whether norms precede attention and feed-forward
@@ -78,6 +94,7 @@ class ModelConfig:
     module_names: tuple[tuple[str, str], ...] = ()  # Hugging Face names that differ from `weights.MODULE_NAMES`
     # Of the names of all its tensors, if the checkpoint has other tensors too; `weights` and `names` are without it
     tensor_prefix: str = ""
+    replaced_prefix: str = ""  # in place of which they have `tensor_prefix`
     int8: bool = False  # whether the kernels of the layers, but of routers, are int8 (`models.quantised`)
     adapter: tuple[tuple[str, int], ...] = ()  # modules with an adapter (`models.adapters`), and its largest rank
 
@@ -90,6 +107,42 @@ class ModelConfig:
     def layer_window(self) -> tuple[int, ...]:
         """For each layer, an index in `distinct_windows`."""
         return tuple(self.distinct_windows.index(window) for window in self.windows)
+
+    @property
+    def layer_attention(self) -> tuple[str, ...]:
+        """For each layer, the name of its attention among the parameters."""
+        if self.global_attention is None:
+            return (ATTENTION,) * self.num_layers
+        return tuple(GLOBAL_ATTENTION if window is None else ATTENTION for window in self.windows)
+
+    @property
+    def of_attentions(self) -> dict[str, "ModelConfig"]:
+        """The config of a model in which all layers have the same attention, for each `layer_attention`."""
+        if self.global_attention is None:
+            return {ATTENTION: self}
+        of, alike = self.global_attention, replace(self, layer_rope=(0,) * self.num_layers, global_attention=None)
+        window = next((window for window in self.windows if window is not None), None)
+        return {
+            ATTENTION: replace(alike, windows=(window,) * self.num_layers),
+            GLOBAL_ATTENTION: replace(
+                alike,
+                windows=(None,) * self.num_layers,
+                num_kv_heads=of.num_kv_heads,
+                head_dim=of.head_dim,
+                rotary_dim=of.head_dim,
+                ropes=(of.rope,),
+                keys_as_values=of.keys_as_values,
+            ),
+        }
+
+    def layers_with(self, attention: str) -> tuple[int, ...]:
+        """The numbers of the layers with this attention."""
+        return tuple(i for i, name in enumerate(self.layer_attention) if name == attention)
+
+    @property
+    def stack_index(self) -> tuple[int, ...]:
+        """For each layer, its index among the layers with the same attention."""
+        return tuple(self.layer_attention[:i].count(name) for i, name in enumerate(self.layer_attention))
 
 
 @dataclass(frozen=True)
@@ -127,7 +180,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     Raises:
       UserError: for an unknown architecture, and for an unknown field that may change the output.
     """
-    prefix = MULTIMODAL[config["model_type"]].prefix if is_multimodal(config) else ""
+    multimodal = MULTIMODAL[config["model_type"]] if is_multimodal(config) else None
     config, where = text_config(config, where)
     fields, family = _checked_fields(config, where)
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
@@ -149,7 +202,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     ]
     ropes = tuple(dict.fromkeys(layer_ropes))
     bias = fields["attention_bias"]
-    return ModelConfig(
+    model = ModelConfig(
         vocab_size=fields["vocab_size"],
         hidden_size=width,
         intermediate_size=fields.get("moe_intermediate_size", fields["intermediate_size"]),
@@ -164,7 +217,7 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         layer_rope=tuple(map(ropes.index, layer_ropes)),
         rotary_dim=rotary_dim,
         windows=windows,
-        query_scale=fields.get("attention_multiplier", fields.get("query_pre_attn_scalar", head_dim) ** -0.5),
+        query_scale=1.0 if family.global_attention else _query_scale(fields, head_dim),
         interleaved_rope=family.interleaved_rope,
         query_growth=rope.query_growth(blocks[types[0]], fields, family, where),
         qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
@@ -177,6 +230,8 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         norm_bias=family.norm_bias,
         qk_norm=family.qk_norm,
         attention_sinks=family.attention_sinks,
+        value_norm=family.value_norm,
+        layer_scalar=family.layer_scalar,
         clamped_swiglu=(fields["swiglu_alpha"], fields["swiglu_limit"]) if "swiglu_limit" in fields else None,
         pre_norms=family.pre_norms,
         post_norms=family.post_norms,
@@ -188,8 +243,60 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         final_softcap=fields.get("final_logit_softcapping"),
         initializer_range=fields["initializer_range"],
         module_names=tuple(family.module_names.items()),
-        tensor_prefix=prefix,
+        tensor_prefix=multimodal.prefix if multimodal else "",
+        replaced_prefix=multimodal.replaces if multimodal else "",
     )
+    return _with_global_attention(model, types, rope_of_type, fields, where) if family.global_attention else model
+
+
+def _query_scale(fields: Fields, head_dim: int) -> float:
+    """The factor on q.k."""
+    return float(fields.get("attention_multiplier", fields.get("query_pre_attn_scalar", head_dim) ** -0.5))
+
+
+def _with_global_attention(
+    model: ModelConfig, types: list[str], rope_of_type: dict[str, Rope], fields: Fields, where: str
+) -> ModelConfig:
+    """A config whose layers without a window have the heads of `global_head_dim` and `num_global_key_value_heads`."""
+    full, sliding = "full_attention", "sliding_attention"
+    types = [*types[:-1], full]  # as transformers reads it
+    head_dim, kv_heads = _global_heads(fields, types, where)
+    kv_heads = kv_heads or model.num_kv_heads
+    if head_dim % 2:
+        raise UserError(f"{where}: field global_head_dim is {head_dim}; RoPE needs an even number")
+    if model.num_heads % kv_heads:
+        raise UserError(
+            f"{where}: num_global_key_value_heads is {kv_heads}, which does not divide num_attention_heads = "
+            f"{model.num_heads}"
+        )
+    of = GlobalAttention(kv_heads, head_dim, rope_of_type[full], fields["attention_k_eq_v"])
+    ropes = (rope_of_type.get(sliding, of.rope),)
+    windows = (*model.windows[:-1], None)
+    model = replace(model, global_attention=of, windows=windows, layer_rope=(0,) * len(types), ropes=ropes)
+    return model if sliding in types else model.of_attentions[GLOBAL_ATTENTION]
+
+
+def _global_heads(fields: Fields, types: list[str], where: str) -> tuple[int, int | None]:
+    """Width and number of key and value heads of layers without a window; None: as in other layers.
+
+    transformers saves them as `per_layer_config`, one object for each of these layers; published files have their own
+    fields.
+    """
+    blocks = fields["per_layer_config"]
+    if blocks is None:
+        kv_heads = fields["num_global_key_value_heads"]
+        return fields["global_head_dim"], kv_heads if fields["attention_k_eq_v"] else None
+    full = {str(i) for i, name in enumerate(types) if name == "full_attention"}
+    alike = len({tuple(sorted(block.items())) for block in blocks.values()}) == 1
+    first: Fields = next(iter(blocks.values()), {})
+    if set(blocks) != full or not alike or not {"head_dim"} <= first.keys() <= {"head_dim", "num_key_value_heads"}:
+        raise UserError(
+            f"{where}: per_layer_config must have the same head_dim and num_key_value_heads for every layer of type "
+            f"full_attention ({', '.join(sorted(full, key=int))}), and no other layer"
+        )
+    for name, value in first.items():
+        limits.COUNT.check(value, name, f"{where}: per_layer_config")
+    return first["head_dim"], first.get("num_key_value_heads")
 
 
 def _routing(fields: Fields, family: Family, where: str) -> Routing | None:
@@ -242,6 +349,9 @@ def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
     config = {family.renamed.get(field, field): value for field, value in config.items()}
     if config.get("layer_types") is not None:
         config = {field: value for field, value in config.items() if field not in _REPLACED}
+    for field, (default, what) in family.missing.items():
+        if value := config.get(field, default):
+            raise UserError(f"{where}: field {field} is {value!r}; {name} with {what} is not supported")
     for field, value in config.items():
         if field in family.fixed:
             if value not in (None, family.fixed[field]):

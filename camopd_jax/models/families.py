@@ -18,6 +18,16 @@ MULTIMODAL: dict[str, Multimodal] = {  # by the model_type of config.json
             "tie_word_embeddings".split()
         ),
     ),
+    "gemma4": Multimodal(
+        "gemma4_text",
+        frozenset(
+            "vision_config audio_config boi_token_id eoi_token_id image_token_id video_token_id boa_token_id "
+            "eoa_token_id eoa_token_index audio_token_id vision_soft_tokens_per_image initializer_range "
+            "tie_word_embeddings".split()
+        ),
+        prefix="model.language_model.",
+        replaces="model.",
+    ),
     "mistral3": Multimodal(
         "mistral",
         frozenset(
@@ -67,26 +77,28 @@ _QWEN = _like(
     },
     slides=lambda i, fields: i >= fields["max_window_layers"],
 )
-_GEMMA = _like(
+_GEMMA_COMMON = _like(
     _LLAMA,
     {
         "hidden_activation": "gelu_pytorch_tanh",
         "tie_word_embeddings": True,
         "head_dim": 256,
-        "query_pre_attn_scalar": 256,
         "sliding_window": 4096,
         "layer_types": None,
         "max_position_embeddings": 8192,
         "num_key_value_heads": 4,
-        "attn_logit_softcapping": 50.0,
         "final_logit_softcapping": 30.0,
     },
-    slides=lambda i, fields: i % 2 == 0,
     activation_field="hidden_activation",
     post_norms=True,
-    norm_offset=1.0,
     scales_embedding=True,
     module_names={"mlp_norm": "pre_feedforward_layernorm"},
+)
+_GEMMA = _like(
+    _GEMMA_COMMON,
+    {"query_pre_attn_scalar": 256, "attn_logit_softcapping": 50.0},
+    slides=lambda i, fields: i % 2 == 0,
+    norm_offset=1.0,
 )
 _OLMO2 = _like(_LLAMA, {"rms_norm_eps": 1e-5}, qk_norm="projection", pre_norms=False, post_norms=True)
 _FUSED_MLP = {"mlp.gate": "mlp.gate_up_proj", "mlp.up": "mlp.gate_up_proj"}
@@ -150,6 +162,39 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
         slides=lambda i, fields: (i + 1) % fields["sliding_window_pattern"] != 0,
         qk_norm="head",
         local_rope_field="rope_local_base_freq",
+    ),
+    "gemma4_text": _like(
+        _GEMMA_COMMON,
+        {
+            "vocab_size": 262_144,
+            "num_attention_heads": 8,
+            "rope_parameters": {
+                "sliding_attention": {"rope_type": "default", "rope_theta": 10_000.0},
+                "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 1e6},
+            },
+            "sliding_window": 512,
+            "max_position_embeddings": 131_072,
+            "final_logit_softcapping": None,
+            "global_head_dim": 512,
+            "num_global_key_value_heads": None,
+            "attention_k_eq_v": False,
+            "per_layer_config": None,
+        },
+        slides=lambda i, fields: (i + 1) % 6 != 0,
+        rope_fields=_PARTIAL,
+        qk_norm="head",
+        norm_offset=0.0,
+        local_rope_field="rope_theta",
+        global_attention=True,
+        value_norm=True,
+        layer_scalar=True,
+        fixed={"use_bidirectional_attention": "vision"},  # between tokens of one image
+        missing={
+            "enable_moe_block": (False, "experts beside a dense feed-forward (26B-A4B)"),
+            "num_kv_shared_layers": (0, "layers that use the keys and values of another layer (E2B, E4B)"),
+            "hidden_size_per_layer_input": (256, "embeddings that are added in every layer (E2B, E4B)"),
+        },
+        module_names={"mlp_norm": "pre_feedforward_layernorm", "output_scalar.scale": "layer_scalar"},
     ),
     "qwen3_moe": _like(
         _QWEN,

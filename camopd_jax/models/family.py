@@ -30,6 +30,9 @@ class Family:
     output_bias: bool | None = None  # of the attention's output projection; None: the value of attention_bias
     qk_norm: QKNorm | None = None
     attention_sinks: bool = False  # `config.ModelConfig.attention_sinks`
+    global_attention: bool = False  # whether layers without a window have heads of their own, `config.GlobalAttention`
+    value_norm: bool = False  # whether values are normalised over each head
+    layer_scalar: bool = False  # `config.ModelConfig.layer_scalar`
     norm: NormKind = "rms"
     norm_bias: bool = False
     eps_field: str = "rms_norm_eps"
@@ -40,6 +43,8 @@ class Family:
     local_rope_field: str | None = None  # field with the RoPE base of layers with a window, if it is different
     renamed: Mapping[str, str] = field(default_factory=dict)  # `attribute_map` of transformers: other names of fields
     fixed: Fields = field(default_factory=dict)  # fields that transformers ignores, with the values that are supported
+    # Fields that must be off, each with its default and with what is not supported
+    missing: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     # Class in the `auto_map` of checkpoints that are older than the family in transformers: code that is not needed
     published_code: str | None = None
     # Hugging Face names of modules that differ from `weights.MODULE_NAMES`, and complete names of single parameters
@@ -54,3 +59,4 @@ class Multimodal:
     text: str  # model_type of the text model, if its config has none
     fields: frozenset[str]  # the fields of config.json beside `text_config`
     prefix: str = "language_model."  # of the names of the text model's tensors
+    replaces: str = ""  # the start of the text model's own names, in place of which they have the prefix

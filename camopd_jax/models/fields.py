@@ -22,7 +22,7 @@ _RECORDS = """
     tie_last_hidden_states resid_pdrop embd_pdrop residual_dropout use_parallel_embedding
     output_router_logits router_aux_loss_coef router_jitter_noise _attn_implementation _attn_implementation_internal
     use_flash_attention use_flash_attention_2 use_flash_attn max_seq_length max_seq_len seq_length model_max_length
-    padding_side tokenizer_model_max_length tokenizer_padding_side
+    padding_side tokenizer_model_max_length tokenizer_padding_side vocab_size_per_layer_input
 """
 # Fields of GenerationConfig, which earlier versions of transformers save in config.json. A test compares them with the
 # installed version. They are not read from it, since a field of a later version may change a model's output.
@@ -76,6 +76,7 @@ _INDEX = Kind("an integer >= 0", lambda value: _is_integer(value) and value >= 0
 _TEXT = Kind("a string", lambda value: isinstance(value, str))
 _TEXTS = Kind("a list of strings", lambda value: isinstance(value, list) and all(map(_TEXT.holds, value)))
 _BLOCK = Kind("an object", lambda value: isinstance(value, dict))
+_BLOCKS = Kind("an object of objects", lambda value: isinstance(value, dict) and all(map(_BLOCK.holds, value.values())))
 TOKENS = Kind(
     "an integer or a list of them", lambda v: all(map(_is_integer, v if isinstance(v, list) else [v]))
 ).or_null()
@@ -93,6 +94,8 @@ _KINDS = {  # of fields whose kind is not the type of their default
     "partial_rotary_factor": FRACTION,
     "no_rope_layers": _BITS.or_null(),
     "max_window_layers": _INDEX,
+    "num_global_key_value_heads": COUNT.or_null(),
+    "per_layer_config": _BLOCKS.or_null(),
     "initializer_range": NOT_NEGATIVE,
     "layer_types": _TEXTS.or_null(),
     "eos_token_id": TOKENS,

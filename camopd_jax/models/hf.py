@@ -187,10 +187,13 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 def _divided(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """The tensors of a folder: those of the model, without the prefix of their names, and others."""
-    prefix, model, others = config.tensor_prefix, dict[str, Tensor](), dict[str, Tensor]()
+    prefix, replaced = config.tensor_prefix, config.replaced_prefix
+    model, others = dict[str, Tensor](), dict[str, Tensor]()
     for name, tensor in dequantized(tensors(folder), folder).items():
         if name.startswith(prefix):
-            model[name.removeprefix(prefix)] = tensor
+            model[replaced + name.removeprefix(prefix)] = tensor
+        elif replaced and name == HEAD:
+            model[name] = tensor
         else:
             others[name] = tensor
     return model, others
@@ -267,10 +270,16 @@ def save(
                 copies = (name, HEAD) if config.tied_head and name == EMBEDDING else (name,)
                 for copy in copies:
                     if copy in dtypes:
-                        files.add(config.tensor_prefix + copy, tensor)
+                        files.add(_name_in_file(copy, config), tensor)
         for name, other in (others or {}).items():
             files.add(name, np.array(other.map()))
         files.close(hf_config)
+
+
+def _name_in_file(name: str, config: ModelConfig) -> str:
+    """The name of a tensor in a checkpoint, which may have other modalities."""
+    replaced = config.replaced_prefix
+    return config.tensor_prefix + name.removeprefix(replaced) if name.startswith(replaced) else name
 
 
 def write_tensors(file: Path, tensors: dict[str, np.ndarray]) -> None:

@@ -34,6 +34,12 @@ class Positions(struct.PyTreeNode):
 
     tokens: jax.Array  # int32[B or 1, S]
     rotation: tuple[jax.Array, jax.Array]  # cosines and sines of the model's RoPEs, float32[., B or 1, S, R / 2]
+    global_rotation: tuple[jax.Array, jax.Array] | None = None  # in layers with `global_attention`
+
+    def of_global(self) -> "Positions":
+        """The positions in layers with `global_attention`."""
+        assert self.global_rotation is not None
+        return Positions(self.tokens, self.global_rotation)
 
 
 class LayerKind(struct.PyTreeNode):
@@ -41,6 +47,9 @@ class LayerKind(struct.PyTreeNode):
 
     rope: jax.Array | int  # index of the RoPE
     window: jax.Array | int  # index of the attention window
+    # In models with `global_attention`: whether this is such a layer, and its entry in each attention's stack
+    is_global: jax.Array | bool = False
+    entries: dict[str, jax.Array] = struct.field(default_factory=dict)
 
 
 class LayerCache(struct.PyTreeNode):
@@ -84,6 +93,15 @@ def normalized(x: jax.Array, weights: Params, c: ModelConfig) -> jax.Array:
     if "shift" in weights:
         y += jnp.broadcast_to(weights["shift"].astype(jnp.float32), y.shape)
     return y.astype(x.dtype)
+
+
+class Scalar(nn.Module):
+    """Multiplies by a constant of the checkpoint, which is not trained."""
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        scale = jax.lax.stop_gradient(self.param("scale", nn.initializers.ones, (1,)))
+        return (x.astype(jnp.float32) * jnp.broadcast_to(scale.astype(jnp.float32), x.shape)).astype(x.dtype)
 
 
 class Linear(nn.Module):
@@ -154,7 +172,9 @@ class Attention(nn.Module):
 
         query = project("query", c.num_heads, "heads")
         key = project("key", c.num_kv_heads, "kv_heads")
-        value = project("value", c.num_kv_heads, "kv_heads")
+        value = key if c.keys_as_values else project("value", c.num_kv_heads, "kv_heads")
+        if c.value_norm:
+            value = normalized(value, {"scale": jnp.ones(c.head_dim)}, c)
         if c.qk_norm is not None:
             axes = 1 if c.qk_norm == "head" else 2
             query = Norm(c, axes, name="query_norm")(query)
@@ -255,7 +275,10 @@ class Block(nn.Module):
             y = FeedForward(c, self.mesh, name="mlp")(second)
         else:
             y = Experts(c, self.mesh, gated_activation(c), name="mlp")(second)
-        return added(x_BSD, y, "post_mlp_norm"), keys_values
+        x_BSD = added(x_BSD, y, "post_mlp_norm")
+        if c.layer_scalar:
+            x_BSD = Scalar(name="output_scalar")(x_BSD)
+        return x_BSD, keys_values
 
 
 def scaled(x: jax.Array, factor: float) -> jax.Array:

@@ -72,12 +72,15 @@ def matching(folder: Path, settings: AdapterSettings, base: ModelConfig) -> dict
 
 
 def _stored(row: WeightRow, settings: AdapterSettings) -> Iterator[tuple[int, str, int]]:
-    """(layer, name, rank) of each tensor of a leaf; a layer without adapter has none, and a scale is not stored."""
+    """(index in the stack, name, rank) of each tensor of a leaf. A layer without adapter has none, and a scale is not
+    stored.
+    """
     if row.path[-1] == LORA_SCALE:
         return
-    for i, rank in enumerate(settings.ranks[row.module]):
+    ranks = settings.ranks[row.module]
+    for i, (name, rank) in enumerate(zip(row.names(len(ranks)), ranks, strict=True)):
         if rank:
-            yield i, row.hf_name.format(i), rank
+            yield i, name, rank
 
 
 def load_matrices(folder: Path, settings: AdapterSettings, base: ModelConfig, mesh: Mesh, dtype: str) -> Params:
@@ -92,7 +95,7 @@ def load_matrices(folder: Path, settings: AdapterSettings, base: ModelConfig, me
     for row in adapter_rows(config):
         if row.path[-1] == LORA_SCALE:
             continue
-        stacked = np.zeros((config.num_layers, *row.hf_shape), np.float32)
+        stacked = np.zeros((*row.stack(config.num_layers), *row.hf_shape), np.float32)
         for i, name, _ in _stored(row, settings):
             tensor = on_disk[name].map().astype(np.float32)
             if not np.isfinite(tensor).all():

@@ -12,7 +12,7 @@ from camopd_jax.models import fields as limits
 from camopd_jax.models.family import Family, Fields
 from camopd_jax.models.fields import Kind
 
-Scaling = Literal["default", "linear", "llama3", "yarn", "longrope", "none"]
+Scaling = Literal["default", "linear", "llama3", "yarn", "longrope", "proportional", "none"]
 
 
 @dataclass(frozen=True)
@@ -30,6 +30,7 @@ class Rope:
     truncate: bool = True
     factors: tuple[float, ...] = ()  # of the pairs, only for longrope
     attention_factor: float = 1.0  # on cosines and sines
+    proportion: float = 1.0  # of the pairs that are rotated, only for proportional
 
 
 NO_ROTATION = Rope(theta=1.0, scaling="none")
@@ -51,6 +52,7 @@ _REQUIRED: dict[str, Mapping[str, Kind]] = {
     },
     "yarn": {"rope_theta": _ABOVE_ONE},
     "longrope": {"long_factor": _FACTORS, "short_factor": _FACTORS},
+    "proportional": {},
 }
 _OPTIONAL: dict[str, Mapping[str, Kind]] = {
     "yarn": {
@@ -68,6 +70,7 @@ _OPTIONAL: dict[str, Mapping[str, Kind]] = {
         "original_max_position_embeddings": limits.COUNT,
         "attention_factor": limits.NUMBER,
     },
+    "proportional": {"factor": limits.NUMBER, "partial_rotary_factor": limits.FRACTION},
 }
 _ALIASES = {"su": "longrope"}  # the name in early checkpoints of Phi-3
 
@@ -99,7 +102,7 @@ def rotary_dim(block: Fields, fields: Fields, family: Family, head_dim: int, whe
       UserError: if the number is odd.
     """
     name = "partial_rotary_factor"
-    if name not in family.rope_fields:
+    if name not in family.rope_fields or family.global_attention:  # there, the scaling "proportional" reads it
         return head_dim
     partial = block.get(name, fields[name])
     limits.FRACTION.check(partial, name, where)
@@ -139,6 +142,9 @@ def read(block: Fields, fields: Fields, family: Family, rotary: int, context: in
     original = int(original or max_positions)
     if scaling == "linear":
         return Rope(theta, "linear", float(block["factor"]))
+    if scaling == "proportional":
+        proportion = float(block.get("partial_rotary_factor", 1.0))
+        return Rope(theta, "proportional", float(block.get("factor") or 1.0), proportion=proportion)
     if scaling == "dynamic":
         # NTK-aware scaling ("dynamic" in transformers), for the fixed length `context`.
         stretch = max(context or 0, max_positions) / max_positions
@@ -178,8 +184,9 @@ def _checked(block: Fields, family: Family, where: str) -> str:
     """Checks the fields of a RoPE; returns its scaling."""
     scaling = block.get("rope_type", block.get("type", "default"))
     scaling = _ALIASES.get(scaling, scaling) if isinstance(scaling, str) else scaling
-    if not isinstance(scaling, str) or scaling not in _REQUIRED:
-        raise UserError(f"{where}: RoPE scaling {scaling!r} is not supported; supported are {', '.join(_REQUIRED)}")
+    supported = [name for name in _REQUIRED if name != "proportional" or family.global_attention]
+    if not isinstance(scaling, str) or scaling not in supported:
+        raise UserError(f"{where}: RoPE scaling {scaling!r} is not supported; supported are {', '.join(supported)}")
     limits.NUMBER.check(block.get("rope_theta"), "rope_theta", where)
     required, optional = _REQUIRED[scaling], _OPTIONAL.get(scaling, {})
     for name, value in block.items():
@@ -230,6 +237,8 @@ def frequencies(rope: Rope, dim: int) -> np.ndarray:
         return np.zeros_like(plain)
     if rope.scaling == "linear":
         return plain / rope.factor
+    if rope.scaling == "proportional":
+        return np.where(np.arange(dim // 2) < int(rope.proportion * dim // 2), plain / rope.factor, 0.0)
     if rope.scaling == "longrope":
         return plain / np.asarray(rope.factors)
     if rope.scaling == "llama3":

@@ -18,6 +18,7 @@ from camopd_jax.models.partition import subset
 from camopd_jax.types import Params, Residuals
 
 # (parameters of one layer, x [B, S, D], positions, kind of the layer) -> x [B, S, D]
+Entries = dict[str, jax.Array]  # of each part of a layer's parameters, its index in the stack
 LayerFunction = Callable[[Params, jax.Array, Positions, LayerKind], jax.Array]
 
 
@@ -47,39 +48,48 @@ def run_layers(
       [B, S, D].
     """
     inputs = jnp.stack(residuals[:-1]) if residuals else None
+    partial_stacks = {name: layers[name] for name in kinds.entries}  # of parameters that only some layers have
+    stacks = {name: tree for name, tree in layers.items() if name not in partial_stacks}
 
     def step(carry: tuple[jax.Array, Params], one: tuple[Any, ...]) -> tuple[tuple[jax.Array, Params], None]:
         x, total = carry
         i, params, kind, known_x = one
+        entries = dict.fromkeys(params, i) | kind.entries
+        for name, stack in partial_stacks.items():
+            params = params | {name: jax.tree.map(partial(_entry, i=entries[name]), stack)}
         if so_far is not None:
-            params, total = _collect(params, total, i)
+            params, total = _collect(params, total, entries)
         if known_x is not None:
             return (_backward_only(layer, params, x, known_x, positions, kind), total), None
         return (layer(params, x, positions, kind), total), None
 
-    count = jax.tree.leaves(layers)[0].shape[0]
-    (x, total), _ = jax.lax.scan(step, (x, so_far), (jnp.arange(count), layers, kinds, inputs))
+    count = jax.tree.leaves(stacks)[0].shape[0]
+    (x, total), _ = jax.lax.scan(step, (x, so_far), (jnp.arange(count), stacks, kinds, inputs))
     return _finish(residuals[-1] if residuals else x, x, total, so_far)
 
 
+def _entry(stack: jax.Array, i: jax.Array) -> jax.Array:
+    return jax.lax.dynamic_index_in_dim(stack, i, keepdims=False)
+
+
 @jax.custom_vjp
-def _collect(params: Params, total: Params, i: jax.Array) -> tuple[Params, Params]:
-    """Forward: identity. Backward: adds the gradient of the layer's parameters to entry `i` of the total."""
+def _collect(params: Params, total: Params, entries: Entries) -> tuple[Params, Params]:
+    """Forward: identity. Backward: adds the gradient of the layer's parameters to their entries of the total."""
     return params, total
 
 
-def _collect_forward(params: Params, total: Params, i: jax.Array) -> tuple[tuple[Params, Params], jax.Array]:
-    return (params, total), i
+def _collect_forward(params: Params, total: Params, entries: Entries) -> tuple[tuple[Params, Params], Entries]:
+    return (params, total), entries
 
 
-def _collect_backward(i: jax.Array, gradients: tuple[Params, Params]) -> tuple[None, Params, None]:
+def _collect_backward(entries: Entries, gradients: tuple[Params, Params]) -> tuple[None, Params, None]:
     of_params, total = gradients
 
-    def add(total: jax.Array, part: jax.Array) -> jax.Array:
-        entry = jax.lax.dynamic_index_in_dim(total, i, keepdims=False)
-        return jax.lax.dynamic_update_index_in_dim(total, entry + part.astype(jnp.float32), i, 0)
+    def add(total: jax.Array, part: jax.Array, i: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_update_index_in_dim(total, _entry(total, i) + part.astype(jnp.float32), i, 0)
 
-    return None, jax.tree.map(add, total, subset(of_params, like=total)), None
+    part = subset(of_params, like=total)
+    return None, {name: jax.tree.map(partial(add, i=entries[name]), total[name], part[name]) for name in total}, None
 
 
 _collect.defvjp(_collect_forward, _collect_backward)

@@ -3,6 +3,7 @@
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import flax.linen as nn
 import jax
@@ -14,9 +15,9 @@ from camopd_jax.models.config import Implementation, ModelConfig
 from camopd_jax.models.layers import Block, LayerCache, LayerKind, Norm, Positions, normalized, rotation
 from camopd_jax.models.products import multiply_to_float32
 from camopd_jax.models.stack import LayerFunction, run_layers
-from camopd_jax.models.weights import KERNEL_SCALE, LORA_SCALE, decoding_shardings, table
+from camopd_jax.models.weights import KERNEL_SCALE, LORA_SCALE, decoding_shardings, layer_tree, table
 from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
-from camopd_jax.types import EMPTY, KVCache, Params, Residuals
+from camopd_jax.types import ATTENTION, EMPTY, GLOBAL_ATTENTION, KVCache, Params, Residuals
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None, "rollout": None}
 
@@ -40,13 +41,23 @@ class Model:
     def __post_init__(self) -> None:
         """Raises UserError if attention is "fused" and no fused kernel supports the model."""
         if self.attention == "fused" and self.mesh is not None:
-            fused.check(self.config, self.mesh, self.dtype)
+            for config in self.config.of_attentions.values():
+                fused.check(config, self.mesh, self.dtype)
         if self.decode_attention == "fused" and self.mesh is not None:
-            cached.check(self.config, self.mesh, self.dtype)
+            for config in self.config.of_attentions.values():
+                cached.check(config, self.mesh, self.dtype)
 
     def init(self, key: jax.Array) -> Params:
         """Random float32 parameters. An adapter changes nothing yet: its matrices B are zero."""
-        return adapters.attach(_Parameters(self.config).init(key)["params"], adapters.init(self.config, key))
+        by_name = {name: _Parameters(c).init(key)["params"] for name, c in self.config.of_attentions.items()}
+        params = by_name[ATTENTION]
+        if self.config.global_attention is not None:
+            stacks = {
+                name: jax.tree.map(lambda p, name=name: p[: len(self.config.layers_with(name))], p["layers"][ATTENTION])
+                for name, p in by_name.items()
+            }
+            params = params | {"layers": params["layers"] | stacks}
+        return adapters.attach(params, adapters.init(self.config, key))
 
     def on(self, mesh: Mesh | None) -> "Model":
         return dataclasses.replace(self, mesh=mesh)
@@ -58,7 +69,8 @@ class Model:
     ) -> jax.Array:
         c = self.config
         positions = self._positions(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None, :])
-        kinds = LayerKind(jnp.asarray(c.layer_rope, jnp.int32), jnp.asarray(c.layer_window, jnp.int32))
+        rope, window = (jnp.asarray(of_layers, jnp.int32) for of_layers in (c.layer_rope, c.layer_window))
+        kinds = LayerKind(rope, window, *self._attentions())
         residuals = tuple(constrain_even(array, self.mesh, *RESIDUAL) for array in residuals)
         x = run_layers(
             self._layer_function(),
@@ -71,24 +83,47 @@ class Model:
         )
         return constrain(self._final_norm(params, x), self.mesh, *ACTIVATION)
 
+    def _attentions(self) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """`is_global` and `entries` of `LayerKind` for all layers. The entry of an attention that a layer does not have
+        is 0; its gradient there is 0 too.
+        """
+        c = self.config
+        layers = tuple(zip(c.stack_index, c.layer_attention, strict=True))
+        names = c.of_attentions if c.global_attention else ()
+        entries = {name: jnp.asarray([i if name == of else 0 for i, of in layers], jnp.int32) for name in names}
+        return jnp.asarray([name == GLOBAL_ATTENTION for name in c.layer_attention]), entries
+
     def _layer_function(self) -> LayerFunction:
         """`Block` as a function, wrapped in `jax.checkpoint` as `remat` says."""
-        block = self._block
+        block, blocks = self._block(ATTENTION), {name: self._block(name) for name in self.config.of_attentions}
 
         def layer(params: Params, x: jax.Array, positions: Positions, kind: LayerKind) -> jax.Array:
-            return block.apply({"params": params}, x, positions, kind)[0]
+            if self.config.global_attention is None:
+                return block.apply({"params": params}, x, positions, kind)[0]
+
+            def of_global(params: Params, x: jax.Array, positions: Positions) -> jax.Array:
+                own, block = layer_tree(params, GLOBAL_ATTENTION), blocks[GLOBAL_ATTENTION]
+                return block.apply({"params": own}, x, positions.of_global(), LayerKind(0, 0))[0]
+
+            def of_window(params: Params, x: jax.Array, positions: Positions) -> jax.Array:
+                own, block = layer_tree(params, ATTENTION), blocks[ATTENTION]
+                return block.apply({"params": own}, x, positions, LayerKind(0, 0))[0]
+
+            return jax.lax.cond(kind.is_global, of_global, of_window, params, x, positions)
 
         if self.remat == "none":
             return layer
         return jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
 
-    @property
-    def _block(self) -> Block:
-        plain = fused.unsupported_reason(self.config, self.mesh, self.dtype) is not None
-        return Block(self.config, self.mesh, "xla" if plain else self.attention, self.decode_attention)
+    def _block(self, attention: str) -> Block:
+        config = self.config.of_attentions[attention]
+        plain = fused.unsupported_reason(config, self.mesh, self.dtype) is not None
+        return Block(config, self.mesh, "xla" if plain else self.attention, self.decode_attention)
 
     def _positions(self, positions_BS: jax.Array) -> Positions:
-        return Positions(positions_BS, rotation(self.config.ropes, self.config.rotary_dim, positions_BS))
+        c = self.config
+        rotations = [rotation(of.ropes, of.rotary_dim, positions_BS) for of in c.of_attentions.values()]
+        return Positions(positions_BS, *rotations)
 
     def _embed(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
         x = jnp.take(params["embedding"], tokens_BS, axis=0).astype(self.dtype)
@@ -103,11 +138,23 @@ class Model:
 
     def for_decoding(self, params: Params) -> Params:
         others = {name: p for name, p in params.items() if name != "layers"}
-        layers = (self.layer_for_decoding(params["layers"], i) for i in range(self.config.num_layers))
+        layers = (self.layer_for_decoding(params["layers"], i, name) for i, name in enumerate(self.layer_attention))
         return self.others_for_decoding(others) | {"layers": tuple(layers)}
 
-    def layer_for_decoding(self, layers: Params, i: jax.Array | int) -> Params:
-        layer = jax.tree.map(lambda p: jax.lax.dynamic_index_in_dim(p, i, keepdims=False), layers)
+    @property
+    def layer_attention(self) -> tuple[str, ...]:
+        return self.config.layer_attention
+
+    def layer_for_decoding(self, layers: Params, i: jax.Array | int, attention: str = ATTENTION) -> Params:
+        def entry(p: jax.Array, i: jax.Array | int = i) -> jax.Array:
+            return jax.lax.dynamic_index_in_dim(p, i, keepdims=False)
+
+        own = layer_tree(layers, attention)
+        if self.config.global_attention is None:
+            layer = jax.tree.map(entry, own)
+        else:
+            j = jnp.asarray(self.config.stack_index, jnp.int32)[i]
+            layer = {name: jax.tree.map(partial(entry, i=j if name == ATTENTION else i), own[name]) for name in own}
         return self.others_for_decoding(layer if self.config.int8 else adapters.merge_layer(layer))
 
     def others_for_decoding(self, others: Params) -> Params:
@@ -161,13 +208,15 @@ class Model:
         caches: Sequence[LayerCache] | None = None,
     ) -> tuple[jax.Array, Residuals, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
         """Hidden states `[B, S, D]`, the residual stream, and keys and values of each layer."""
-        c, block = self.config, self._block
+        c, blocks = self.config, {name: self._block(name) for name in self.config.of_attentions}
         positions = self._positions(positions_BS)
         x = self._embed(params, tokens_BS)
         stream, keys_values = [x], []
         for i, layer in enumerate(params["layers"]):
-            kind = LayerKind(c.layer_rope[i], c.layer_window[i])
-            x, new = block.apply({"params": layer}, x, positions, kind, caches and caches[i])
+            name, kind, of_layer = c.layer_attention[i], LayerKind(c.layer_rope[i], c.layer_window[i]), positions
+            if c.global_attention is not None:
+                kind, of_layer = LayerKind(0, 0), positions.of_global() if name == GLOBAL_ATTENTION else positions
+            x, new = blocks[name].apply({"params": layer}, x, of_layer, kind, caches and caches[i])
             stream.append(x)
             keys_values.append(new)
         keys, values = zip(*keys_values, strict=True)

@@ -6,7 +6,7 @@ The table defines shardings, import and export. A parameter without a row and a 
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.runtime.mesh import RULES, expert_shards, sharding
-from camopd_jax.types import Params
+from camopd_jax.types import ATTENTION, GLOBAL_ATTENTION, Params
 
 Path = tuple[str, ...]  # of a parameter in the tree
 
@@ -73,6 +73,7 @@ class WeightRow:
     hf_shape: tuple[int, ...]  # of the tensor
     experts: int = 0  # how many experts the parameter has; they are its axis after "layers"
     part: tuple[slice, ...] = ()  # of the tensor's dimensions; (): all of it
+    layers: tuple[int, ...] | None = None  # the numbers of the layers that have it; None: all of the model
 
     @property
     def stacked(self) -> bool:
@@ -94,11 +95,15 @@ class WeightRow:
 
     def stack(self, layers: int) -> tuple[int, ...]:
         """The first dimensions of the parameter: over these, its Hugging Face tensors are stacked."""
-        return (layers, self.experts)[: self.hf_name.count("{}")]
+        count = layers if self.layers is None else len(self.layers)
+        return (count, self.experts)[: self.hf_name.count("{}")]
 
     def names(self, layers: int) -> list[str]:
         """Names of the Hugging Face tensors of the parameter: one for each layer, each of its experts, or only one."""
-        return [self.hf_name.format(*index) for index in np.ndindex(self.stack(layers))]
+        indices = np.ndindex(self.stack(layers))
+        if self.layers is None:
+            return [self.hf_name.format(*index) for index in indices]
+        return [self.hf_name.format(self.layers[index[0]], *index[1:]) for index in indices]
 
     def part_of(self, tensor: np.ndarray) -> np.ndarray:
         """The parameter's part of a Hugging Face tensor."""
@@ -127,9 +132,9 @@ def file_rows(c: ModelConfig) -> tuple[WeightRow, ...]:
 
 def tensor_rows(c: ModelConfig) -> list[tuple[WeightRow, ...]]:
     """The rows of each Hugging Face tensor: several, in their order in the tensor, if it has several parameters."""
-    rows_of: dict[str, list[WeightRow]] = {}
+    rows_of: dict[tuple[str, tuple[int, ...] | None], list[WeightRow]] = {}
     for row in _rows(c):
-        rows_of.setdefault(row.hf_name, []).append(row)
+        rows_of.setdefault((row.hf_name, row.layers), []).append(row)
     return [_parts(rows) for rows in rows_of.values()]
 
 
@@ -193,7 +198,8 @@ def _low_rank_rows(kernel: WeightRow, rank: int) -> Iterator[WeightRow]:
         order: tuple[int, ...] = (),
         hf_shape: tuple[int, ...] = (),
     ) -> WeightRow:
-        return WeightRow((*kernel.path[:-1], leaf), f"{module}.{name}", ("layers", *axes), split, order, hf_shape)
+        path = (*kernel.path[:-1], leaf)
+        return WeightRow(path, f"{module}.{name}", ("layers", *axes), split, order, hf_shape, layers=kernel.layers)
 
     a_split, a_order = (rank, *kernel.split[outputs:]), (*range(1, inputs + 1), 0)
     yield row(LORA_A, "lora_A.weight", (*axes[:inputs], None), a_split, a_order, (rank, narrow))
@@ -203,7 +209,7 @@ def _low_rank_rows(kernel: WeightRow, rank: int) -> Iterator[WeightRow]:
 
 
 def _rows(c: ModelConfig) -> Iterator[WeightRow]:
-    d, f, k, v = c.hidden_size, c.intermediate_size, c.head_dim, c.vocab_size
+    d, f, v = c.hidden_size, c.intermediate_size, c.vocab_size
     names = MODULE_NAMES | dict(c.module_names)
 
     def top(path: Path, axes: tuple[str | None, ...], split: tuple[int, ...], order: tuple[int, ...]) -> WeightRow:
@@ -245,26 +251,12 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
             for leaf in of_norm:
                 yield layer(norm, leaf, (None,), (d,))
 
-    projections = {
-        "query": (c.num_heads, "heads", c.qk_norm),
-        "key": (c.num_kv_heads, "kv_heads", c.qk_norm),
-        "value": (c.num_kv_heads, "kv_heads", None),
-    }
-    for name, (heads, axis, normed) in projections.items():
-        module, shape = f"attention.{name}", (heads * k, d)
-        yield layer(module, "kernel", ("embed", axis, "head_dim"), (heads, k, d), (2, 0, 1), shape)
-        if c.qkv_bias:
-            yield layer(module, "bias", (axis, "head_dim"), (heads, k), (0, 1), (heads * k,))
-        if normed == "head":
-            yield layer(f"{module}_norm", "scale", (None,), (k,))
-        elif normed == "projection":
-            yield layer(f"{module}_norm", "scale", (axis, "head_dim"), (heads, k), (0, 1), (heads * k,))
-    if c.attention_sinks:
-        yield layer("attention", "sinks", ("heads",), (c.num_heads,))
-    heads_split, shape = (d, c.num_heads, k), (d, c.num_heads * k)
-    yield layer("attention.output", "kernel", ("heads", "head_dim", "embed"), heads_split, (1, 2, 0), shape)
-    if c.output_bias:
-        yield layer("attention.output", "bias", (None,), (d,))
+    if c.layer_scalar:
+        yield layer("output_scalar", "scale", (None,), (1,))
+    for attention, of in c.of_attentions.items():
+        layers = None if c.global_attention is None else c.layers_with(attention)
+        for row in _attention_rows(of, layer):
+            yield dataclasses.replace(row, path=("layers", attention, *row.path[2:]), layers=layers)
 
     if c.routing is not None:
         yield layer("mlp.router", "kernel", ("embed", None), (c.routing.experts, d), (1, 0))
@@ -281,6 +273,33 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
             yield row if c.routing is None else of_experts(row, c.routing.experts, c.routing.stacked)
 
 
+def _attention_rows(c: ModelConfig, layer: Callable[..., WeightRow]) -> Iterator[WeightRow]:
+    """The rows of attention, which all layers of `c` have; `layer` makes a row as in `_rows`."""
+    d, k = c.hidden_size, c.head_dim
+    projections = {
+        "query": (c.num_heads, "heads", c.qk_norm),
+        "key": (c.num_kv_heads, "kv_heads", c.qk_norm),
+        "value": (c.num_kv_heads, "kv_heads", None),
+    }
+    if c.keys_as_values:
+        del projections["value"]
+    for name, (heads, axis, normed) in projections.items():
+        module, shape = f"attention.{name}", (heads * k, d)
+        yield layer(module, "kernel", ("embed", axis, "head_dim"), (heads, k, d), (2, 0, 1), shape)
+        if c.qkv_bias:
+            yield layer(module, "bias", (axis, "head_dim"), (heads, k), (0, 1), (heads * k,))
+        if normed == "head":
+            yield layer(f"{module}_norm", "scale", (None,), (k,))
+        elif normed == "projection":
+            yield layer(f"{module}_norm", "scale", (axis, "head_dim"), (heads, k), (0, 1), (heads * k,))
+    if c.attention_sinks:
+        yield layer("attention", "sinks", ("heads",), (c.num_heads,))
+    heads_split, shape = (d, c.num_heads, k), (d, c.num_heads * k)
+    yield layer("attention.output", "kernel", ("heads", "head_dim", "embed"), heads_split, (1, 2, 0), shape)
+    if c.output_bias:
+        yield layer("attention.output", "bias", (None,), (d,))
+
+
 def shardings(c: ModelConfig, mesh: Mesh) -> Params:
     """The sharding of every parameter, as a tree like the parameters.
 
@@ -295,7 +314,8 @@ def shardings(c: ModelConfig, mesh: Mesh) -> Params:
         for axis, size in zip(row.axes, row.shape(c.num_layers), strict=True):
             rule = RULES[axis] if axis is not None else None
             if isinstance(rule, str) and axis is not None:
-                sizes.setdefault(rule, {})[axis] = size
+                of_axis = sizes.setdefault(rule, {})
+                of_axis[axis] = math.gcd(size, of_axis.get(axis, 0))
     for mesh_axis, split in sizes.items():
         given, common = mesh.shape.get(mesh_axis, 1), math.gcd(*split.values())
         if common % given:
@@ -314,8 +334,14 @@ def decoding_shardings(c: ModelConfig, mesh: Mesh) -> Params:
     Adapters are merged into the kernels, except into those in int8.
     """
     tree = shardings(c if c.int8 else dataclasses.replace(c, adapter=()), mesh)
-    layer = jax.tree.map(lambda stacked: NamedSharding(mesh, PartitionSpec(*stacked.spec[1:])), tree["layers"])
-    return tree | {"layers": (layer,) * c.num_layers}
+    stacked = jax.tree.map(lambda stacked: NamedSharding(mesh, PartitionSpec(*stacked.spec[1:])), tree["layers"])
+    return tree | {"layers": tuple(layer_tree(stacked, attention) for attention in c.layer_attention)}
+
+
+def layer_tree(layers: Params, attention: str) -> Params:
+    """Of a tree of all layers' parameters, what a layer with this attention has, where it is called "attention"."""
+    others = {name: tree for name, tree in layers.items() if name not in (ATTENTION, GLOBAL_ATTENTION)}
+    return others | {ATTENTION: layers[attention]}
 
 
 def tree_of(leaves: Mapping[Path, Any]) -> Params:

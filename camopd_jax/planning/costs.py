@@ -105,12 +105,19 @@ def forward_flops(config: ModelConfig, batch: int, start: int, end: int, logits:
     pairs = (end - start) * (start + 1 + end) // 2
     head = config.vocab_size * config.hidden_size
     dense = 2 * ((matrix_weights(config, per_token=True) - head) * (end - start) + head * logits)
-    return batch * (dense + 4 * config.num_layers * config.num_heads * config.head_dim * pairs)
+    head_dims = sum(config.of_attentions[name].head_dim for name in config.layer_attention)
+    return batch * (dense + 4 * head_dims * config.num_heads * pairs)
+
+
+def _widest(config: ModelConfig) -> ModelConfig:
+    """The config with the widest heads of any layer."""
+    return max(config.of_attentions.values(), key=lambda of: of.head_dim)
 
 
 def cache_bytes(config: ModelConfig, item_bytes: int) -> int:
     """Keys and values of one token."""
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * item_bytes
+    of_layers = [config.of_attentions[name] for name in config.layer_attention]
+    return 2 * item_bytes * sum(of.num_kv_heads * of.head_dim for of in of_layers)
 
 
 # ------------------------------------------------------------------------------ counts of a step
@@ -187,7 +194,7 @@ class Share:
         self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / ring) / self.shards
         # Activations of a token in the middle of a layer: those of the widths that are split, and all
         feed_forward = model.intermediate_size * (model.routing.per_token if model.routing else 1)
-        self.wide = 2 * (feed_forward + model.num_heads * model.head_dim) / self.tensor * self.item
+        self.wide = 2 * (feed_forward + model.num_heads * _widest(model).head_dim) / self.tensor * self.item
         self.live = 4 * model.hidden_size * self.item + self.wide
 
     def work(self, flops: float, calls: int, tokens: int, read: float = 0) -> Work:
@@ -340,7 +347,8 @@ def _gradient_memory(setup: Setup, model: ModelConfig) -> float:
     on, config, slots = Share(model, setup.mesh, setup.dtype), setup.config, setup.context
     rows, enters = setup.micro_batch / on.shards, model.hidden_size * on.item / on.tensor
     # Results of a layer's products: query, key, value, attention's output, gate and up
-    products = enters + on.wide + (2 * model.num_kv_heads - model.num_heads) * model.head_dim / on.tensor * on.item
+    of = _widest(model)
+    products = enters + on.wide + (2 * of.num_kv_heads - of.num_heads) * of.head_dim / on.tensor * on.item
     saved = {"none": 4 * enters + 2 * on.wide, "dots": enters + products}.get(config.compute.remat, enters)
     # Of one layer beside its input: forward and backward, and the sums that an adapter's products are added to
     activations = model.num_layers * saved + (3 if model.adapter else 2) * on.live
@@ -360,7 +368,7 @@ def _gradient_memory(setup: Setup, model: ModelConfig) -> float:
 
 def _attends_plainly(setup: Setup, model: ModelConfig) -> bool:
     """Whether the scores of full rows' attention are arrays."""
-    no_kernel = fused.unsupported_reason(model, setup.mesh, setup.dtype) is not None
+    no_kernel = any(fused.unsupported_reason(of, setup.mesh, setup.dtype) for of in model.of_attentions.values())
     return no_kernel or setup.config.compute.attention == "xla" or setup.context < fused.SHORTEST
 
 

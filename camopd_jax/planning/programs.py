@@ -187,16 +187,17 @@ class _Step:
         """`generate.for_decoding`: each part as the last to move, when all others have moved, `beside` another model's
         weights.
         """
-        count = jax.tree.leaves(params["layers"])[0].shape[0]
+        of_layers = [generate.layer_move(attention) for attention in model.layer_attention]
         moves = generate.moves(model, tuple(params))
-        args = {part: (params[part], _numbers()) if part == "layers" else (params[part],) for part in moves}
-        moved = {part: (move.eval_shape(*args[part]),) for part, move in moves.items()}
-        moved["layers"] *= count
+        layer = (params["layers"], _numbers())
+        args = {part: layer if part in of_layers else (params[part],) for part in moves}
+        moved = {part: (move.eval_shape(*args[part]),) * max(1, of_layers.count(part)) for part, move in moves.items()}
         for part, move in moves.items():
             others = moved | {part: moved[part][1:]}
             chip = {"weights": (others, beside)}
             self.note(f"reshard{of}: {part}", move, args[part], chip, runs=len(moved[part]))
-        return {part: arrays if part == "layers" else arrays[0] for part, arrays in moved.items()}
+        others = {part: arrays[0] for part, arrays in moved.items() if part not in of_layers}
+        return others | {"layers": tuple(moved[part][0] for part in of_layers)}
 
     def grow(self, compiled: generate.RolloutPrograms, begun: Decoding, of: str) -> Decoding:
         """The cache up to the answers' cap, an array at a time: the widest last, when all others have grown."""

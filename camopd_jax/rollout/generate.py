@@ -20,7 +20,7 @@ from camopd_jax.rollout.decode import Decoding
 from camopd_jax.rollout.paired import Pair, PairedPrompts
 from camopd_jax.rollout.sampling import Mixed, Speculative
 from camopd_jax.runtime.mesh import batch_shards, gather, sharding
-from camopd_jax.types import LanguageModel, Params, Prompts, Residuals, Rollout
+from camopd_jax.types import ATTENTION, LanguageModel, Params, Prompts, Residuals, Rollout
 
 FIRST_RING = 256  # first number of cache slots after the prompts; it doubles each time the cache is full
 REFILL = 8  # waiting prompts start when 1/8 of the lanes is free
@@ -97,12 +97,16 @@ def for_decoding(model: LanguageModel | Pair, params: Params) -> Params:
         return tuple(for_decoding(one, of_one) for one, of_one in zip(model.both, params, strict=True))
     move = moves(model, tuple(params))
     stacks = params["layers"]
-    count = len(jax.tree.leaves(stacks)[0])
     if _readable_in_place(model, stacks):
-        layers = _views(model, stacks, count)
+        layers = _views(model, stacks, len(model.layer_attention))
     else:
-        layers = tuple(move["layers"](stacks, np.int32(i)) for i in range(count))
+        layers = tuple(move[layer_move(name)](stacks, np.int32(i)) for i, name in enumerate(model.layer_attention))
     return {name: layers if name == "layers" else move[name](array) for name, array in params.items()}
+
+
+def layer_move(attention: str) -> str:
+    """The name among `moves` of the function for layers with this attention."""
+    return "layers" if attention == ATTENTION else f"layers ({attention})"
 
 
 def _readable_in_place(model: LanguageModel, stacks: Params) -> bool:
@@ -132,7 +136,7 @@ def _views(model: LanguageModel, stacks: Params, count: int) -> tuple[Params, ..
 
 @functools.cache
 def moves(model: LanguageModel, names: tuple[str, ...]) -> dict[str, Any]:
-    """The compiled functions of `for_decoding` by name: "layers" for one layer, and one for each other parameter.
+    """The compiled functions of `for_decoding` by name: `layer_move` for one layer, and one for each other parameter.
 
     They use `out_shardings`, because JAX ignores a sharding constraint inside a function on a mesh other than the
     arguments'.
@@ -142,9 +146,12 @@ def moves(model: LanguageModel, names: tuple[str, ...]) -> dict[str, Any]:
     def alone(name: str) -> Any:
         return jax.jit(lambda array: model.others_for_decoding({name: array})[name], out_shardings=targets[name])
 
-    layer = targets["layers"] and targets["layers"][0]
     others = {name: alone(name) for name in names if name != "layers"}
-    return others | {"layers": jax.jit(model.layer_for_decoding, out_shardings=layer)}
+    for attention in dict.fromkeys(model.layer_attention):
+        layer = targets["layers"] and targets["layers"][model.layer_attention.index(attention)]
+        one_layer = functools.partial(model.layer_for_decoding, attention=attention)
+        others[layer_move(attention)] = jax.jit(one_layer, out_shardings=layer)
+    return others
 
 
 @dataclass(frozen=True)

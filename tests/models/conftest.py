@@ -160,6 +160,21 @@ FAMILIES = {
             rope_parameters=YARN | dict(truncate=False),
         ),
     ),
+    "gemma4": (
+        "Gemma4",
+        HEADS
+        | dict(
+            num_hidden_layers=4,
+            head_dim=14,
+            sliding_window=5,
+            final_logit_softcapping=3.0,
+            global_head_dim=22,
+            num_global_key_value_heads=6,
+            attention_k_eq_v=True,
+            hidden_size_per_layer_input=0,
+            layer_types=["sliding_attention", "full_attention"] * 2,
+        ),
+    ),
     "nemotron": ("Nemotron", HEADS | dict(head_dim=12, mlp_bias=True)),
 }
 
@@ -199,7 +214,7 @@ def family(request):
 def build(family: str, **changes):
     """A torch model of a family in which every parameter affects the output."""
     name, fields = FAMILIES[family]
-    suffix = "TextConfig" if name == "Gemma3" else "Config"
+    suffix = "TextConfig" if name in ("Gemma3", "Gemma4") else "Config"
     config = getattr(transformers, name + suffix)(**SIZES | fields | changes)
     torch.manual_seed(len(family))
     model = getattr(transformers, name + "ForCausalLM")._from_config(config, attn_implementation="eager")
@@ -208,6 +223,9 @@ def build(family: str, **changes):
             parameter.add_(
                 0.3 * torch.randn_like(parameter) if parameter.ndim == 1 else 0.1 * torch.randn_like(parameter)
             )
+        for name, constant in model.named_buffers():
+            if name.endswith("layer_scalar"):  # of Gemma 4
+                constant.add_(0.3 * torch.randn_like(constant))
     return model.eval()
 
 

@@ -39,6 +39,20 @@ KINDS = {
         "Gemma3",
         dict(text_config=TEXT | dict(query_pre_attn_scalar=11, sliding_window=5), mm_tokens_per_image=4),
     ),
+    "gemma4": (
+        "Gemma4",
+        dict(
+            text_config=TEXT
+            | dict(
+                hidden_size_per_layer_input=0,
+                sliding_window=5,
+                layer_types=["sliding_attention", "full_attention", "full_attention"],
+                global_head_dim=22,
+                num_global_key_value_heads=3,
+                attention_k_eq_v=True,
+            )
+        ),
+    ),
     "mistral3": (
         "Mistral3",
         dict(
@@ -64,17 +78,21 @@ def mesh():
     return make_mesh(data=1, devices=jax.devices()[:1])
 
 
-@pytest.fixture(scope="module", params=KINDS)
+@pytest.fixture(scope="module", params=["gemma3", pytest.param("gemma4", marks=pytest.mark.slow), "mistral3"])
 def checkpoint(request, tmp_path_factory):
     """(torch model, its folder)."""
     name, fields = KINDS[request.param]
-    config = getattr(transformers, f"{name}Config")(
-        **fields, vision_config=VISION | dict(patch_size=14), image_token_index=99
-    )
+    vision = VISION | dict(patch_size=14)
+    images = dict(vision_config=vision, image_token_index=99)
+    if name == "Gemma4":
+        del vision["image_size"]
+        images = dict(vision_config=vision | dict(num_key_value_heads=2, head_dim=8, position_embedding_size=16))
+    config = getattr(transformers, f"{name}Config")(**fields, **images)
     torch.manual_seed(3)
     model = getattr(transformers, f"{name}ForConditionalGeneration")._from_config(config, attn_implementation="eager")
     with torch.no_grad():
-        for parameter in model.parameters():
+        scalars = [constant for name, constant in model.named_buffers() if name.endswith("layer_scalar")]  # of Gemma 4
+        for parameter in [*model.parameters(), *scalars]:
             parameter.add_(0.1 * torch.randn_like(parameter))
     folder = tmp_path_factory.mktemp(request.param)
     model.eval().save_pretrained(folder)
@@ -107,7 +125,7 @@ def test_an_export_has_all_tensors_byte_for_byte(checkpoint, mesh, tmp_path):
         {n: t.tobytes() for n, t in load_file(f / "model.safetensors").items()} for f in (folder, tmp_path / "same")
     )
     assert written == source
-    assert any(name.startswith("vision_tower.") for name in written)
+    assert any("vision_tower." in name for name in written)
     assert hf.read_config(tmp_path / "same") == hf.read_config(folder)
     assert (tmp_path / "same" / "preprocessor_config.json").exists()
 
@@ -115,7 +133,7 @@ def test_an_export_has_all_tensors_byte_for_byte(checkpoint, mesh, tmp_path):
     export.write_folder(epath.Path(tmp_path / "trained"), trained, {"method": "adding", "model": "it"})
     after = {n: t.tobytes() for n, t in load_file(tmp_path / "trained" / "model.safetensors").items()}
     changed = {name for name in source if after[name] != source[name]}
-    assert changed == {name for name in source if name.startswith("language_model.")}
+    assert changed == {name for name in source if "language_model." in name}
 
 
 def test_mistakes_are_named(checkpoint, mesh, tmp_path):

@@ -43,7 +43,7 @@ def load(folder, mesh, dtype="float32", **fields):
 
 def gradients(torch_model) -> dict:
     """The gradient of each tensor, by its name in safetensors. transformers stacks experts, and saves each alone."""
-    by_name = {}
+    by_name = {name: np.zeros(constant.shape) for name, constant in torch_model.named_buffers()}  # Gemma 4's scalars
     for name, parameter in torch_model.named_parameters():
         grad = parameter.grad.numpy()
         by_name[name] = grad  # of gpt-oss's experts too

@@ -271,6 +271,19 @@ def test_a_step_on_shapes_is_the_runs_own(tmp_path):
     jax.tree.map(alike, by_name(made)["update: recovery"].args[2].rollout, run.move_answers(answers))
 
 
+@pytest.mark.slow
+def test_layers_of_two_kinds_move_by_two_programs():
+    """Gemma 4, with one layer without a window: the weights that answer are those of the model."""
+    text = FIELDS | dict(model_type="gemma4_text", head_dim=64, global_head_dim=128, hidden_size_per_layer_input=0)
+    model = from_hf(text | dict(tie_word_embeddings=True, layer_types=["sliding_attention"] * 2 + ["full_attention"]))
+    made = planned(ModelShapes({"general": model, "specialised": model}, (2,)))
+    of = by_name(made)
+    runs = {name: program.runs for name, program in of.items() if name.startswith("reshard: layers")}
+    assert runs == {"reshard: layers": 2, "reshard: layers (global_attention)": 1}
+    ours = jax.tree.map(lambda s: (s.shape, s.dtype), of["decode"].args[1])
+    assert ours == jax.tree.map(lambda s: (s.shape, s.dtype), jax.eval_shape(made.student.for_decoding, made.params))
+
+
 @libtpu
 def test_a_mesh_that_cuts_a_side_of_the_torus_is_laid_out():
     devices = topology.describe("v5p:4x4x4").devices

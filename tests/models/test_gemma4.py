@@ -1,0 +1,141 @@
+"""Gemma 4: what its config.json has beside that of Gemma 3, and layers whose attention has other shapes."""
+
+from functools import partial
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import transformers
+
+from camopd_jax.analysis.gradients import products
+from camopd_jax.errors import UserError
+from camopd_jax.models import hf, rope
+from camopd_jax.models.config import from_hf
+from camopd_jax.models.transformer import Model
+from camopd_jax.models.weights import check_rows_cover
+from camopd_jax.planning import costs
+from camopd_jax.runtime.mesh import make_mesh
+
+FULL, SLIDING = "full_attention", "sliding_attention"
+TEXT = dict(
+    model_type="gemma4_text", vocab_size=98, hidden_size=60, intermediate_size=56, num_hidden_layers=7,
+    num_attention_heads=6, num_key_value_heads=2, head_dim=14, sliding_window=5, hidden_size_per_layer_input=0,
+    global_head_dim=22, num_global_key_value_heads=3, attention_k_eq_v=True,
+)  # fmt: skip
+
+
+def heads(config):
+    """Of each layer, the number and width of the keys' heads, and whether they are values too."""
+    of = [config.of_attentions[name] for name in config.layer_attention]
+    return [(c.num_kv_heads, c.head_dim, c.keys_as_values) for c in of]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"attention_k_eq_v": False},
+        {"num_global_key_value_heads": None},
+        {"layer_types": [FULL] * 7},
+        {"layer_types": [SLIDING] * 7},
+    ],
+)
+def test_heads_are_those_of_transformers(changes):
+    """From the fields of published files, and from those that transformers saves. The last layer has no window."""
+    theirs = transformers.Gemma4TextConfig(**TEXT | changes)
+    expected = []
+    for i, kind in enumerate(theirs.layer_types):
+        of = theirs.per_layer_config[i]
+        expected.append((of.num_key_value_heads, of.head_dim, theirs.attention_k_eq_v and kind == FULL))
+    published = from_hf(TEXT | changes)
+    assert heads(published) == expected
+    assert heads(from_hf(theirs.to_dict())) == expected
+    assert [window is None for window in published.windows] == [kind == FULL for kind in theirs.layer_types]
+
+
+def test_a_quarter_of_the_pairs_turns_as_in_transformers(checkpoint):
+    """Those of the widest layers; the angles are for the whole head."""
+    model = checkpoint("gemma4")[0].model
+    config = from_hf(model.config.to_dict())
+    of = config.global_attention
+    ours = rope.frequencies(of.rope, of.head_dim)
+    np.testing.assert_allclose(ours, model.rotary_emb.full_attention_inv_freq.numpy(), rtol=1e-6)
+    assert np.count_nonzero(ours) == 2  # int(0.25 * 22 / 2)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        ({"enable_moe_block": True, "num_experts": 5}, "field enable_moe_block is True; gemma4_text with experts"),
+        ({"num_kv_shared_layers": 2}, "field num_kv_shared_layers is 2; gemma4_text with layers that use the keys"),
+        ({"hidden_size_per_layer_input": 8}, "field hidden_size_per_layer_input is 8; gemma4_text with embeddings"),
+        ({"use_bidirectional_attention": "all"}, "field use_bidirectional_attention is 'all'"),
+        ({"num_global_key_value_heads": 4}, "num_global_key_value_heads is 4, which does not divide"),
+        ({"global_head_dim": 21}, "field global_head_dim is 21; RoPE needs an even number"),
+        ({"per_layer_config": {"5": {"head_dim": 22}}}, "per_layer_config must have the same head_dim"),
+        ({"per_layer_config": {"5": {"head_dim": 22}, "6": {"head_dim": 24}}}, "per_layer_config must have the same"),
+        ({"per_layer_config": {"5": {"head_dim": 22, "hidden_size": 8}}}, "per_layer_config must have the same"),
+        ({"per_layer_config": {"5": {"head_dim": 0}, "6": {"head_dim": 0}}}, "field head_dim is 0; give an integer"),
+    ],
+)
+def test_what_is_not_supported_is_named(changes, message):
+    with pytest.raises(UserError, match=f"^model/config.json.*: {message}"):
+        from_hf(TEXT | changes, where="model/config.json")
+
+
+def test_the_models_of_phones_are_refused_if_the_field_is_left_out():
+    """transformers adds embeddings in every layer then."""
+    text = {name: value for name, value in TEXT.items() if name != "hidden_size_per_layer_input"}
+    with pytest.raises(UserError, match="field hidden_size_per_layer_input is 256; .* not supported$"):
+        from_hf(text)
+
+
+def test_plans_count_its_weights_and_its_cache(checkpoint):
+    """The weights of torch; the cache has two heads of 14 in two layers, and six of 22 in the other two."""
+    model, _ = checkpoint("gemma4")
+    config = from_hf(model.config.to_dict())
+    tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    assert costs.weights(config) == sum(tensor.numel() for tensor in tensors.values())
+    assert costs.cache_bytes(config, 2) == 2 * 2 * (2 * 2 * 14 + 2 * 6 * 22)
+
+
+def test_new_parameters_have_rows():
+    model = Model(from_hf(TEXT))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    check_rows_cover(params, model.config)
+    layers = params["layers"]
+    assert layers["attention"]["key"]["kernel"].shape == (5, 60, 2, 14)
+    assert layers["global_attention"]["key"]["kernel"].shape == (2, 60, 3, 22)
+    assert "value" not in layers["global_attention"]
+
+
+@pytest.mark.slow
+def test_a_gradient_is_added_to_an_earlier_one(checkpoint):
+    """Each layer's part to its own entry of a stack, from known inputs of the layers."""
+    mesh = make_mesh(data=1, devices=jax.devices()[:1])
+    config = from_hf(hf.read_config(checkpoint("gemma4")[1]))
+    model, params = Model(config, mesh=mesh, remat="dots"), hf.load(checkpoint("gemma4")[1], config, mesh, "float32")
+    tokens = np.random.default_rng(0).integers(3, 98, (2, 17)).astype(np.int32)
+    weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, 17, 60)), jnp.float32)
+    decoding, lengths = jax.jit(model.for_decoding)(params), np.full(2, 17, np.int32)
+    residuals = jax.jit(partial(model.prefill, keep_residuals=True))(decoding, tokens, lengths)[1].residuals
+    rng = np.random.default_rng(2)
+    so_far = jax.tree.map(lambda p: jnp.asarray(rng.normal(size=p.shape), jnp.float32), params["layers"])
+
+    def loss(hidden):
+        return jnp.sum(weights * jnp.sin(hidden))
+
+    expected = jax.jit(jax.grad(lambda p: loss(model.hidden(p, tokens))))(params)["layers"]
+    added = jax.jit(jax.grad(lambda total: loss(model.hidden(params, tokens, total, residuals))))(so_far)
+    for ours, before, theirs in zip(*map(jax.tree.leaves, (added, so_far, expected)), strict=True):
+        np.testing.assert_allclose(ours - before, theirs, rtol=0, atol=1e-5 * float(np.abs(theirs).max()))
+
+
+def test_products_of_gradients_by_layer():
+    """Stacks of different lengths are groups of their own."""
+    shapes = {"embedding": (3,), "layers.mlp.up": (3, 2)}
+    shapes |= {"layers.attention.key": (2, 5), "layers.global_attention.key": (1, 7)}
+    ones = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    groups = {name: np.asarray(value).tolist() for name, value in products(ones, ones).items()}
+    assert groups == {"embedding": 3, "layers": [2, 2, 2], "attention": [5, 5], "global_attention": [7]}
