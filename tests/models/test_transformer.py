@@ -137,7 +137,7 @@ def test_a_new_family_needs_one_row(checkpoint, mesh, tokens, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3"])
+@pytest.mark.parametrize("family", ["llama", "qwen3", "gemma3", pytest.param("gemma4", marks=pytest.mark.slow)])
 def test_bfloat16_logprobs_are_as_accurate_as_transformers(family, checkpoint, mesh, tokens):
     """bfloat16 has 8 bits of precision: the error is at most twice that of torch in bfloat16."""
     torch_model, folder = checkpoint(family)
