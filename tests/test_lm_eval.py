@@ -134,6 +134,7 @@ metric_list:
 """
 
 
+@pytest.mark.slow
 def test_the_command_runs_a_local_task(command, tmp_path):
     rows = [
         {"question": f"reverse: {text}", "answer": text[::-1], "choices": [text[::-1], text]}

@@ -248,9 +248,8 @@ def test_log_probs_from_sampling_equal_a_forward_pass(tiny):
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), other.params, states[0].params)
 
 
-@pytest.mark.parametrize(
-    "schedule, shrinks", [("alternate", True), pytest.param("mixed", False, marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("schedule, shrinks", [("alternate", True), ("mixed", False)])
 def test_remat_rollout_gives_the_same_gradient(tiny, schedule, shrinks):
     """And the residual stream is freed before the next step."""
     rollout = dataclasses.replace(ROLLOUT, shrinks=shrinks)

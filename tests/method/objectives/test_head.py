@@ -121,7 +121,8 @@ LATE = ["tide(k=5)", "adakd"]  # with a second pass of the student
 EQUAL = [name for name in NAMES[1:] if name not in FROM_ROWS]
 
 
-@pytest.mark.parametrize("name", [NAMES[0], *(pytest.param(name, marks=pytest.mark.slow) for name in EQUAL)])
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [NAMES[0], *EQUAL])
 def test_the_gradient_equals_that_of_full_logits(name, case):
     same(student_gradient(name, case), direct(name, case))
 
