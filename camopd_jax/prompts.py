@@ -50,7 +50,7 @@ if __name__ == "__main__":
     flags.DEFINE_list("scripts", [], "self: scripts of the letters, such as latin,greek; default: any.")
     flags.DEFINE_integer("clusters", 0, "self: spread over this many clusters. map: group by them, not by --field.", 0)
     flags.DEFINE_string("branch", "recovery", "map: the branch whose prompts are mapped.")
-    flags.DEFINE_string("field", "source", "map: field of a prompt's row that names its group.")
+    flags.DEFINE_string("field", None, "map: field of a prompt's row that names its group; default: source.")
     flags.DEFINE_integer("answered", prompt_map.ANSWERED, "map: prompts that are answered.", lower_bound=2)
     read_config = cli.config_flag(TrainConfig)
 

@@ -51,8 +51,8 @@ EXAMPLES = 3  # of each group
 class MapSettings:
     """How prompts are grouped, and how many of them are answered."""
 
-    field: str = "source"  # of a prompt's row
-    clusters: int = 0  # number of clusters; 0: groups by field, or CLUSTERS clusters if rows have no such field
+    field: str | None = None  # of a prompt's row; None: "source" if the rows have it
+    clusters: int = 0  # number of clusters; 0: groups by field, or CLUSTERS clusters if rows have no source
     answered: int = ANSWERED
 
 
@@ -111,7 +111,12 @@ def _groups(
 ) -> tuple[list[str], np.ndarray]:
     """Names of the groups, and each prompt's group, int[prompts]."""
     config = setup.config
-    of_rows = None if settings.clusters else prompt_sources(config, branch, settings.field)
+    of_rows = None if settings.clusters else prompt_sources(config, branch, settings.field or "source")
+    if of_rows is None and settings.field and not settings.clusters:
+        raise UserError(
+            f"--field={settings.field}: a prompt of {branch} has no such field, or all have the same value in it; give "
+            "another field, or --clusters"
+        )
     if of_rows is not None:
         return _numbered([of_rows[prompt.index] for prompt in prompts])
     features = prompt_features(

@@ -76,6 +76,8 @@ def test_gaps_and_their_errors_agree_with_transformers(monkeypatch):
     models = Models(general, specialised, specialised, {}, ())
     readers = Tokenizers(specialised.reader, general.reader)
     stream = PromptStream(setup.config.branches["recovery"].prompts, setup.config.rollout, readers, 0, range(8), "f")
+    with pytest.raises(UserError, match=r"--field=skil: a prompt of recovery has no such field"):
+        prompt_map.make(setup, models, "recovery", stream, MapSettings("skil"))
     made = prompt_map.make(setup, models, "recovery", stream, MapSettings("skill", answered=36))
     general, specialised = (torch_log_probs(name, given.values()) for name in ("generalist", "specialist"))
     skills = [row["skill"] for row in sources.read(str(GENERAL), limit=48)]
