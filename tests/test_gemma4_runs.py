@@ -1,41 +1,21 @@
 """A run of Gemma 4, whose layers have attention of different shapes, on several devices."""
 
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
 import transformers
+from random_pairs import FLAGS, TEXT, save_pair
 from rows import read_lines
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples" / "quickstart"
-FLAGS = [
-    f"--config={ROOT / 'configs/quickstart.py'}", "--config.steps=1", "--config.branches.recovery.steps=1",
-    "--config.rollout.batch_size=16", "--config.rollout.max_response_tokens=8", "--config.optimizer.micro_batch=8",
-    "--config.optimizer.schedule=constant", "--config.optimizer.learning_rate=1e-3", "--config.optimizer.eps=1e-5",
-    "--config.compute.remat=none", "--config.evaluation.benchmarks=()", "--config.log.report=false",
-]  # fmt: skip
-TEXT = dict(
-    vocab_size=52,
-    hidden_size=24,
-    intermediate_size=22,
+LAYERS = dict(
     num_hidden_layers=2,
-    num_attention_heads=4,
-    num_key_value_heads=2,
-    head_dim=6,
     global_head_dim=10,
     num_global_key_value_heads=4,
     attention_k_eq_v=True,
     hidden_size_per_layer_input=0,
     sliding_window=7,
     layer_types=["sliding_attention", "full_attention"],
-    initializer_range=0.3,
-    max_position_embeddings=256,
-    eos_token_id=5,
-    pad_token_id=0,
-    bos_token_id=None,
 )
 VISION = dict(
     hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, head_dim=8,
@@ -47,22 +27,20 @@ VISION = dict(
 def models(tmp_path):
     """Flags with a random model with a vision tower, and a copy with other weights."""
     torch.manual_seed(0)
-    config = transformers.Gemma4Config(text_config=TEXT, vision_config=VISION, eos_token_id=5)
+    config = transformers.Gemma4Config(text_config=TEXT | LAYERS, vision_config=VISION, eos_token_id=5)
     model = transformers.Gemma4ForConditionalGeneration(config)
-    tokenizer = transformers.AutoTokenizer.from_pretrained(QUICKSTART / "generalist")
-    for name in ("general", "specialised"):
-        model.save_pretrained(tmp_path / name)
-        tokenizer.save_pretrained(tmp_path / name)
-        with torch.no_grad():
-            for parameter in model.model.language_model.parameters():
-                parameter.add_(0.03 * torch.randn_like(parameter))
-    return [f"--config.{name}_model={tmp_path / name}" for name in ("general", "specialised")]
+    return save_pair(model, tmp_path, model.model.language_model)
 
 
 @pytest.mark.slow
 def test_all_of_the_text_model_is_trained_but_its_scalars(models, command, tmp_path):
-    mesh = ["--config.mesh.fsdp=2", "--config.mesh.tensor=2"]
-    ended = command("train", f"--workdir={tmp_path / 'run'}", *FLAGS, *models, *mesh, devices=4)
+    flags = [
+        "--config.steps=1",
+        "--config.rollout.max_response_tokens=8",
+        "--config.mesh.fsdp=2",
+        "--config.mesh.tensor=2",
+    ]
+    ended = command("train", f"--workdir={tmp_path / 'run'}", *FLAGS, *models, *flags, devices=4)
     assert ended.code == 0, ended.err
     rows = read_lines(tmp_path / "run" / "metrics.jsonl")
     assert [row["phase"] for row in rows] == ["recovery"]

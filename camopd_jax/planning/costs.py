@@ -178,6 +178,16 @@ class Work(NamedTuple):
         return max(self.limits(chip, chips).values())
 
 
+class Answering(NamedTuple):
+    """How a batch is answered."""
+
+    rows: int  # answers
+    prompts: int
+    lanes: int  # answers in progress at a time
+    prefills: int  # calls that read prompts
+    cap: int  # tokens of the longest answer that there may be
+
+
 class Share:
     """One chip's share of a model on a mesh. In bytes."""
 
@@ -201,6 +211,18 @@ class Share:
         """Forward passes in `calls` calls over `tokens` tokens in all, which also read `read` bytes of the cache."""
         received = calls * self.gathered + tokens * self.summed
         return Work(flops, self.done(flops, tokens), calls * self.multiplied + read, received)
+
+    def answering(self, batch: Answering, prompt: int, answer: int) -> dict[str, Work]:
+        """The stages of a batch whose prompts have `prompt` tokens each, and whose answers `answer`."""
+        waves = math.ceil(batch.rows / batch.lanes)
+        slot = cache_bytes(self.model, self.item) * batch.lanes / (self.tensor * self.shards)  # of all lanes
+        prefill = forward_flops(self.model, batch.prompts, 0, prompt, 0)
+        decode = forward_flops(self.model, batch.rows, prompt, prompt + answer, answer)
+        read = slot * slots_read(waves, prompt, answer, batch.cap)
+        return {
+            "prefill": self.work(prefill, batch.prefills, batch.prompts * prompt, slot * prompt),
+            "decode": self.work(decode, waves * answer, batch.rows * answer, read),
+        }
 
     def done(self, flops: float, tokens: int) -> float:
         """FLOPs on all chips: groups of chips with other experts repeat what is not the experts'."""
@@ -240,18 +262,18 @@ def _branch_work(setup: Setup, models: ModelShapes, branch: str, answer: int) ->
     config, prompt, rows = setup.config, setup.config.rollout.max_prompt_tokens, setup.rows[branch]
     student, teacher, length = models.student, models.shapes[config.branches[branch].teacher], prompt + answer
 
-    waves, distinct = waves_of(setup, rows), rows // config.rollout.answers_per_prompt  # prompts
-    slots = slots_read(waves, prompt, answer, config.rollout.max_response_tokens)
+    batch = Answering(
+        rows=rows,
+        prompts=rows // config.rollout.answers_per_prompt,
+        lanes=lanes_of(setup, rows),
+        prefills=1 + refills(setup, rows)[0],
+        cap=config.rollout.max_response_tokens,
+    )
     work = {"prefill": Work(0, 0, 0, 0), "decode": Work(0, 0, 0, 0)}
     answering = [teacher if config.method.answers == "teacher" else student]
     for model in answering + ([teacher] if config.rollout.sampler != "student" else []):
-        on = Share(model, setup.rollout_mesh, setup.dtype)
-        slot = cache_bytes(model, on.item) * lanes_of(setup, rows) / (on.tensor * on.shards)  # of all lanes
-        prefill = forward_flops(model, distinct, 0, prompt, 0)
-        decode = forward_flops(model, rows, prompt, length, answer)
-        calls = 1 + refills(setup, rows)[0]
-        work["prefill"] = work["prefill"].plus(on.work(prefill, calls, distinct * prompt, slot * prompt))
-        work["decode"] = work["decode"].plus(on.work(decode, waves * answer, rows * answer, slot * slots))
+        of_model = Share(model, setup.rollout_mesh, setup.dtype).answering(batch, prompt, answer)
+        work = {stage: done.plus(of_model[stage]) for stage, done in work.items()}
 
     calls = math.ceil(rows / setup.score_batch)
     for name, model in {"student": student, "teacher": teacher}.items():

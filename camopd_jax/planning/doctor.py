@@ -3,6 +3,7 @@
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
@@ -239,7 +240,7 @@ class Examination:
         shapes = {name: model.config for name, model in self.models.items()}
         config = possible(self.config, where.devices)
         if complete:
-            models = self._shapes()
+            models = self._shapes
             choice = choose(self.config, models, where.devices, limit, before)
             config = choice.config
         *_, setup = (resolve(part, where.devices) for part in schedule.parts(config))
@@ -270,12 +271,14 @@ class Examination:
             "compiling come on top",
         )
 
+    @cached_property
     def _shapes(self) -> ModelShapes:
+        """Of all models, which must have been checked."""
         context = self.config.rollout.max_prompt_tokens + self.config.rollout.max_response_tokens
         return read_folders(self.config, {name: model.folder for name, model in self.models.items()}, context)
 
     def workdir(self, about: str, workdir: str) -> None:
-        config, student = self.config, self._shapes().student
+        config, student = self.config, self._shapes.student
         goes_on = check_owner(epath.Path(workdir), config)
         text = f"{workdir}: " + ("a run of this config, which will continue" if goes_on else "new")
         if "://" not in workdir:

@@ -13,7 +13,7 @@ from camopd_jax.data.pipeline import SELF
 from camopd_jax.method.setup import Setup
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.planning.arrays import ModelShapes
-from camopd_jax.planning.costs import Share, cache_bytes, forward_flops, slots_read, step_seconds
+from camopd_jax.planning.costs import Answering, Share, step_seconds
 from camopd_jax.planning.topology import Chip
 
 REPEATS = 5  # measurements, of which the fastest counts
@@ -92,12 +92,9 @@ def _evaluations_during(config: TrainConfig) -> int:
 
 def _answering(setup: Setup, model: ModelConfig, chip: Chip, rows: int, count: int, prompt: int, answer: int) -> float:
     """Seconds in which `count` prompts of `prompt` tokens get answers of `answer` tokens, `rows` at a time."""
-    on, chips = Share(model, setup.rollout_mesh, setup.dtype), setup.mesh.size
-    slot = cache_bytes(model, on.item) * rows / (on.tensor * on.shards)
-    prefill = on.work(forward_flops(model, rows, 0, prompt, 0), 1, rows * prompt, slot * prompt)
-    flops = forward_flops(model, rows, prompt, prompt + answer, answer)
-    decode = on.work(flops, answer, rows * answer, slot * slots_read(1, prompt, answer, answer))
-    return count / rows * (prefill.seconds(chip, chips) + decode.seconds(chip, chips))
+    batch = Answering(rows=rows, prompts=rows, lanes=rows, prefills=1, cap=answer)
+    stages = Share(model, setup.rollout_mesh, setup.dtype).answering(batch, prompt, answer)
+    return count / rows * sum(work.seconds(chip, setup.mesh.size) for work in stages.values())
 
 
 def duration(seconds: float) -> str:

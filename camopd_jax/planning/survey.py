@@ -47,7 +47,8 @@ def survey(source: str, flag: str, tokenizers: Tokenizers) -> Survey:
     located = sources.read_located(source, field=flag)
     rows = [row for row, _ in located]
     readers = (tokenizers.student,) if tokenizers.read_alike else (tokenizers.student, tokenizers.teacher)
-    lengths = [max(len(reader.prompt(row, Template(), where)) for reader in readers) for row, where in located]
+    read = [reader.prompts(located, Template()) for reader in readers]
+    lengths = [max(map(len, of_row)) for of_row in zip(*read, strict=True)]
     answers = [given_answer(row) for row in rows]
     of_answers = [len(templates.tokens(tokenizers.student.tokenizer, text)) + 1 for text in answers if text]  # and EOS
     task = find_task([row for row, text in zip(rows, answers, strict=True) if text], of_answers)
