@@ -1,7 +1,7 @@
 """A LoRA specialist of the quickstart's generalist, for docs/lora.md.
 
 Command   python -m camopd_jax.sft --config=configs/lora_quickstart_sft.py --workdir=runs/lora_specialist
-Then      python -m camopd_jax.train --config=configs/quickstart.py --workdir=runs/lora
+Then      python -m camopd_jax.train --config=configs/quickstart.py:camopd --workdir=runs/lora
               --config.specialised_model=runs/lora_specialist/export --config.optimizer.learning_rate=2e-3
 Data      the questions of the domain's benchmark with their answers. The adapter learns the form of the answers and not
           the domain, and loses the general skills: enough to show the commands and what comes back.

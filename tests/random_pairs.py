@@ -7,7 +7,7 @@ import transformers
 
 ROOT = Path(__file__).parents[1]
 FLAGS = [
-    f"--config={ROOT / 'configs/quickstart.py'}", "--config.branches.recovery.steps=1",
+    f"--config={ROOT / 'configs/quickstart.py'}:camopd", "--config.branches.recovery.steps=1",
     "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8", "--config.optimizer.schedule=constant",
     "--config.optimizer.learning_rate=1e-3", "--config.optimizer.eps=1e-5", "--config.compute.remat=none",
     "--config.evaluation.benchmarks=()", "--config.log.report=false",

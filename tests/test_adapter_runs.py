@@ -49,7 +49,8 @@ def get_config():
     return config
 """
 SMALL = [
-    f"--config={ROOT / 'configs/quickstart.py'}", "--config.steps=4", "--config.rollout.batch_size=16",
+    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    "--config.steps=4", "--config.rollout.batch_size=16",
     "--config.optimizer.micro_batch=8", "--config.checkpoints.every=2", "--config.evaluation.benchmarks=()",
     "--config.log.report=false", "--config.optimizer.schedule=constant", "--config.optimizer.learning_rate=1e-3",
 ]  # fmt: skip
@@ -182,7 +183,7 @@ def test_generate_and_evaluate_read_the_folder_of_an_adapter(adapted, command, t
     answer = from_peft(folder, GENERALIST).generate(input_ids=ids, max_new_tokens=12, do_sample=False)
     assert row["response_ids"] == answer[0, ids.shape[1] :].tolist()
 
-    config = f"--config={ROOT / 'configs/quickstart.py'}"
+    config = f"--config={ROOT / 'configs/quickstart.py'}:camopd"
     results = {}
     for teacher in ("float32", "int8"):
         flags = [f"--workdir={tmp_path / teacher}", f"--checkpoint={folder}", f"--config.compute.teacher={teacher}"]

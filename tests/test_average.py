@@ -9,7 +9,8 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
 FLAGS = [
-    f"--config={ROOT / 'configs/quickstart.py'}", "--config.steps=3", "--config.rollout.batch_size=16",
+    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    "--config.steps=3", "--config.rollout.batch_size=16",
     "--config.optimizer.micro_batch=8", "--config.optimizer.schedule=constant", "--config.checkpoints.every=1",
     "--config.checkpoints.keep_last=9", "--config.evaluation.benchmarks=()", "--config.log.report=false",
 ]  # fmt: skip

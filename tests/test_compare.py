@@ -62,8 +62,8 @@ def test_mistakes(command, tmp_path):
         ([config, f"--workdir={tmp_path}", "--rates=1e-4,fast"], "--rates=1e-4,fast: give numbers separated by commas"),
         ([config, f"--workdir={tmp_path}", "--methods=,"], "--methods names no method; give some of camopd"),
         ([config, f"--workdir={tmp_path}", "--rates=1e-4,-1"], "--rates=1e-4,-1: give numbers > 0"),
-        ([f"--config={ROOT / 'configs/quickstart.py'}", "--config.evaluation.benchmarks=()", f"--workdir={tmp_path}",
-          "--workers=1"], "config.evaluation.benchmarks is empty, so"),
+        ([f"--config={ROOT / 'configs/quickstart.py'}:camopd", "--config.evaluation.benchmarks=()",
+          f"--workdir={tmp_path}", "--workers=1"], "config.evaluation.benchmarks is empty, so"),
     ):  # fmt: skip
         ended = command("compare", *flags)
         assert (ended.code, ended.err.count("\n")) == (2, 1) and message in ended.err, ended.err

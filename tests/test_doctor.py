@@ -39,7 +39,7 @@ QUICKSTART = ROOT / "examples/quickstart"
 
 @pytest.fixture(scope="module")
 def config():
-    return from_config_dict(TrainConfig, runpy.run_path(str(ROOT / "configs/quickstart.py"))["get_config"]())
+    return from_config_dict(TrainConfig, runpy.run_path(str(ROOT / "configs/quickstart.py"))["get_config"]("camopd"))
 
 
 @pytest.fixture
@@ -87,7 +87,7 @@ def test_a_valid_config_has_no_errors_or_warnings(config, here, tmp_path):
 
 def test_all_errors_are_reported_at_once(command, tmp_path):
     ended = command(
-        "doctor", f"--config={ROOT / 'configs/quickstart.py'}", "--config.specialised_model=/no/model",
+        "doctor", f"--config={ROOT / 'configs/quickstart.py'}:camopd", "--config.specialised_model=/no/model",
         "--config.mesh.fsdp=3", f"--workdir={tmp_path / 'run'}",
         '--config.evaluation.benchmarks=({"name": "mine", "source": "/no/questions.jsonl"},)',
     )  # fmt: skip
@@ -104,7 +104,7 @@ def test_what_takes_long_is_shown(command, tmp_path):
     rows = (ROOT / "examples/quickstart/general_prompts.jsonl").read_text()
     (tmp_path / "many.jsonl").write_text(25 * rows)
     ended = command(
-        "doctor", f"--config={ROOT / 'configs/quickstart.py'}",
+        "doctor", f"--config={ROOT / 'configs/quickstart.py'}:camopd",
         f"--config.branches.recovery.prompts.source={tmp_path / 'many.jsonl'}",
     )  # fmt: skip
     assert ended.code == 0 and re.search(r"^checking, \d+ s", ended.out, re.M), ended.out

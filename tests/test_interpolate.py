@@ -10,7 +10,7 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart"
-CONFIG = f"--config={ROOT / 'configs/quickstart.py'}"
+CONFIG = f"--config={ROOT / 'configs/quickstart.py'}:camopd"
 
 
 def test_the_weighted_mean_of_every_parameter(command, tmp_path):

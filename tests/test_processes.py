@@ -22,7 +22,8 @@ from camopd_jax.runtime import cluster, termination
 ROOT = Path(__file__).parents[1]
 STEPS = 3
 SMALL = [
-    f"--config={ROOT / 'configs/quickstart.py'}", "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
+    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
     "--config.rollout.max_response_tokens=16", "--config.rollout.smallest_bucket=64", "--config.checkpoints.every=2",
     "--config.checkpoints.keep_last=9", "--config.compute.remat=none", "--config.evaluation.batch_size=8",
     "--config.log.report=false", "--config.optimizer.eps=1e-5",  # with less, rounding may move a weight by a whole step
@@ -45,7 +46,7 @@ def config(tmp_path_factory):
         f"spec = importlib.util.spec_from_file_location('whole', {str(ROOT / 'configs/quickstart.py')!r})\n"
         "whole = importlib.util.module_from_spec(spec)\nspec.loader.exec_module(whole)\n"
         "def get_config():\n"
-        "    config = whole.get_config()\n"
+        "    config = whole.get_config(method='camopd')\n"
         "    first, _, last = config.evaluation.benchmarks\n"
         "    few = dict(limit=8, max_response_tokens=16)\n"
         "    config.evaluation.benchmarks = (dict(first) | few, dict(last) | few)\n"

@@ -12,7 +12,8 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples/quickstart"
 CONFIG = [
-    f"--config={ROOT / 'configs/quickstart.py'}", "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
+    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
     "--config.rollout.max_response_tokens=16", "--config.evaluation.batch_size=8", "--config.log.report=false",
     "--config.diagnostics.rows=8", "--config.mesh.data=1", "--config.mesh.fsdp=8",
 ]  # fmt: skip

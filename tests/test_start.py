@@ -20,7 +20,8 @@ from camopd_jax.runs.start import rank_by_likelihood
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart"
 SMALL = [
-    f"--config={ROOT / 'configs/quickstart.py'}", "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
+    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
     "--config.evaluation.benchmarks=()", "--config.log.report=false", "--config.optimizer.schedule=constant",
 ]  # fmt: skip
 FROZEN = "--config.optimizer.trained=layers[.]mlp[.]"

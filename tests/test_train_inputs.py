@@ -17,7 +17,7 @@ def with_a_third_branch(folder, **law):
     file = folder / "three.py"
     text = (ROOT / "configs/quickstart.py").read_text().replace("__file__", repr(str(ROOT / "configs/quickstart.py")))
     third = f"    config.branches.law = {law!r}\n    return config\n"
-    file.write_text(text.replace("    return config\n", third))
+    file.write_text(text.replace('method="recover"', 'method="camopd"').replace("    return config\n", third))
     return [f"--config={file}", *SMALL[1:]]
 
 

@@ -10,7 +10,8 @@ from safetensors.numpy import load_file
 
 ROOT = Path(__file__).parents[1]
 QUICKSTART = [
-    f"--config={ROOT / 'configs/quickstart.py'}", "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
+    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
     "--config.evaluation.benchmarks=()", "--config.checkpoints.every=3", "--config.checkpoints.keep_last=9",
 ]  # fmt: skip
 WARM_UP = [

@@ -86,7 +86,8 @@ def test_files_of_other_settings_or_with_changes_are_refused(tmp_path):
 
 WRITING = "--config.branches.recovery.prompts.writing"
 WRITES = [
-    f"--config={ROOT / 'configs/quickstart.py'}", "--config.branches.recovery.prompts.source=self", f"{WRITING}.rows=6",
+    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    "--config.branches.recovery.prompts.source=self", f"{WRITING}.rows=6",
     f"{WRITING}.shortest=1", f"{WRITING}.scripts=latin", "--config.rollout.batch_size=16",
     "--config.optimizer.micro_batch=8", "--config.evaluation.benchmarks=()", "--config.steps=3",
 ]  # fmt: skip

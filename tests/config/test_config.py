@@ -12,6 +12,7 @@ from etils import epath
 from camopd_jax.config import SftConfig, TrainConfig, default
 from camopd_jax.config.consistency import from_config_dict, warnings
 from camopd_jax.config.identity import different_fields, fingerprint, from_json, to_json
+from camopd_jax.config.methods import method_of
 from camopd_jax.config.schema import BranchConfig, SelectionConfig, Stream
 from camopd_jax.errors import UserError
 from camopd_jax.runs.workdir import claim_workdir
@@ -60,6 +61,16 @@ def test_the_papers_configs_have_the_papers_values(name):
     assert (recovery.selection.mass, review.selection.mass) == (0.8, 0.8)
     assert (recovery.scale, review.scale) == (2.0, 1.0)
     assert (config.steps, config.rollout.batch_size, config.optimizer.learning_rate) == (120, 512, 2e-6)
+
+
+@pytest.mark.parametrize("name", ["quickstart", "recover"])
+def test_the_recipes_configs_have_its_settings(name):
+    get_config = runpy.run_path(str(CONFIGS[0].with_stem(name)))["get_config"]
+    assert method_of(to_json(from_config_dict(TrainConfig, get_config()))) == "recover"
+    if name == "quickstart":
+        assert method_of(to_json(from_config_dict(TrainConfig, get_config("camopd")))) == "camopd"
+        with pytest.raises(ValueError, match="vanilla is no method of this file; give recover or camopd"):
+            get_config("vanilla")
 
 
 @pytest.mark.parametrize(

@@ -23,7 +23,7 @@ FAST = Chip("a", 0.0, 1e9, math.inf, math.inf, 1, 1)  # products alone take time
 
 @pytest.fixture(scope="module")
 def config():
-    return from_config_dict(TrainConfig, runpy.run_path(str(ROOT / "configs/quickstart.py"))["get_config"]())
+    return from_config_dict(TrainConfig, runpy.run_path(str(ROOT / "configs/quickstart.py"))["get_config"]("camopd"))
 
 
 def seconds(config, questions, chip=FAST, **fields):

@@ -169,7 +169,7 @@ def test_a_run_that_weights_by_gap_makes_the_map_once_and_resumes(command, tmp_p
     made = maps.read(once / "prompt_map_recovery.json", "f")
     draws = made.draws()
     file = tmp_path / "map.json"
-    ended = command("prompts", "map", f"--config={ROOT / 'configs/quickstart.py'}", f"{recovery}.limit=160",
+    ended = command("prompts", "map", f"--config={ROOT / 'configs/quickstart.py'}:camopd", f"{recovery}.limit=160",
                     "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8", f"--out={file}")  # fmt: skip
     assert ended.code == 0 and "nats per token" in ended.out, ended.err
     assert maps.read(file, "f") == made, "the command and the run make the same map"
