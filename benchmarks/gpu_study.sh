@@ -66,7 +66,7 @@ if [ ! -e runs/smollm2_medical/export ]; then
 fi
 step "fine-tuned"
 python -m camopd_jax.compare --config="$repository/configs/smollm2_study.py" --workdir=runs/study \
-  --config.general_model="$model" --methods="${METHODS:-vanilla,camopd,start-0.1}" --rates="${RATES:-5e-5}" \
+  --config.general_model="$model" --methods="${METHODS:-vanilla,camopd,recover}" --rates="${RATES:-5e-5}" \
   --seeds="${SEEDS:-3}" --workers=1 "${small[@]}"
 step "compared"
 python -m camopd_jax.report runs/study --out=study.html

@@ -25,7 +25,7 @@ from camopd_jax.rollout.head import head_params
 from camopd_jax.rollout.masks import length_mask
 from camopd_jax.rollout.score import micro_batches, score_batch
 from camopd_jax.runtime.start import start
-from camopd_jax.types import LogProbs, Prompts, Record, Sequences, TeacherRecord
+from camopd_jax.types import LogProbs, Prompts, Record, Rollout, Sequences, TeacherRecord
 
 flags.DEFINE_integer("vocab", 32768, "Vocabulary.")
 flags.DEFINE_integer("width", 256, "Width of the model.")
@@ -34,9 +34,7 @@ flags.DEFINE_integer("rows", 8, "Answers.")
 flags.DEFINE_integer("prompt", 32, "Tokens of every prompt.")
 flags.DEFINE_integer("answer", 64, "Tokens of every answer.")
 flags.DEFINE_integer("rounds", 5, "Rounds of alternation, after one that compiles.")
-# minillm also needs the log-probabilities of a sampler; its products are those of reverse_kl
-NAMES = [name for name in OBJECTIVES if name != "minillm"]
-flags.DEFINE_list("objectives", NAMES, "With their default options; sampled_token is always measured.")
+flags.DEFINE_list("objectives", list(OBJECTIVES), "With their default options; sampled_token is always measured.")
 
 
 class Measured:
@@ -62,6 +60,9 @@ class Measured:
             gaps = LogProbs(read.pop("log_prob"), log_probs)
             stored = record | read
             record = stored | self.constants(gaps, stored)
+        elif self.of.has_constants:  # with the teacher's log-probabilities as the student's and the sampler's
+            rollout = Rollout(self.sequences.tokens, self.sequences.lengths, log_probs, jnp.zeros(()), jnp.ones(()))
+            record = record | self.of.constants(LogProbs(log_probs, log_probs), rollout)
         self.stored = sum(array[0, 0].size for array in stored.values())
         return jax.block_until_ready({name: array for name, array in record.items() if name != "log_prob"})
 

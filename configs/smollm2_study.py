@@ -2,8 +2,7 @@
 
 First      python -m camopd_jax.sft --config=configs/smollm2_sft.py --workdir=runs/smollm2_medical
 Command    python -m camopd_jax.compare --config=configs/smollm2_study.py --workdir=runs/smollm2_study --seeds=3 \\
-               --methods=vanilla,camopd,start-0.1 --rates=5e-5
-           The third is CaMOPD from the start of configs/recover.py, whose recipe is the method `recover`.
+               --methods=vanilla,camopd,recover --rates=5e-5
            benchmarks/gpu_study.sh runs both commands on one GPU.
 Data       as in configs/smollm2.py. The questions of MedMCQA are also prompts of the domain: they measure what is kept.
 General    the likelihood of GSM8K's solutions, of which this fine-tune loses two thirds (15 standard errors); IFEval,
