@@ -50,13 +50,3 @@ class Family:
     # Hugging Face names of modules that differ from `weights.MODULE_NAMES`, and complete names of single parameters
     # (module.leaf). Those with the same name are parts of one tensor, in the order of the table.
     module_names: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Multimodal:
-    """A checkpoint with other modalities. Only its text model is read; its other tensors stay as they are."""
-
-    text: str  # model_type of the text model, if its config has none
-    fields: frozenset[str]  # the fields of config.json beside `text_config`
-    prefix: str = "language_model."  # of the names of the text model's tensors
-    replaces: str = ""  # the start of the text model's own names, in place of which they have the prefix

@@ -127,7 +127,7 @@ def test_fields_that_may_change_the_output_are_errors(changes, message):
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_field_with_a_default_is_read(family, monkeypatch):
     """A field with a default is not refused: were it not read either, it would be ignored silently."""
-    read, understood = set(), config._checked_fields
+    read, understood = set(), config.checked_fields
 
     class Recorder(dict):
         def __getitem__(self, field):
@@ -142,7 +142,7 @@ def test_every_field_with_a_default_is_read(family, monkeypatch):
         fields, row = understood(*arguments)
         return Recorder(fields), row
 
-    monkeypatch.setattr(config, "_checked_fields", recorded)
+    monkeypatch.setattr(config, "checked_fields", recorded)
     from_hf(SIZES | dict(model_type=family, head_dim=12) | dict.fromkeys(FAMILIES[family].missing, 0))
     unread = FAMILIES[family].defaults.keys() - read
     assert unread == ({"hidden_act"} if "hidden_activation" in read else set())  # Gemma has the second in its place
