@@ -85,9 +85,14 @@ class WeightRow:
         return ".".join(self.path[1:-1])
 
     @property
+    def matrices(self) -> int:
+        """The number of axes of the Hugging Face tensor that count matrices: 1 if it has all experts of a layer."""
+        return int(self.experts > 0 and self.hf_name.count("{}") == 1)
+
+    @property
     def outputs(self) -> int:
-        """The number of a kernel's output axes, its last ones, which are the first dimensions of `split`."""
-        return self.order[0]
+        """The number of a kernel's output axes, its last ones. Without `matrices`, they are the first ones of `split`."""
+        return 1 if self.experts else self.order[0]
 
     def shape(self, layers: int) -> tuple[int, ...]:
         """The shape of the parameter in a model with this number of layers."""
@@ -155,15 +160,18 @@ def in_int8(row: WeightRow) -> bool:
 
 def scale_row(kernel: WeightRow) -> WeightRow:
     """The row of the scales of a kernel in int8, which are split like its outputs. No file has them."""
-    stack, split = kernel.axes[: -len(kernel.order)], kernel.split[: kernel.outputs]
+    inputs = len(kernel.order) - kernel.outputs - kernel.matrices
+    start = -kernel.outputs - inputs  # of the inputs among the kernel's axes
+    shape = tuple(kernel.split[i] for i in kernel.order)
+    split = (*shape[:start], *shape[-kernel.outputs :])
     return dataclasses.replace(
         kernel,
         path=(*kernel.path[:-1], KERNEL_SCALE),
         hf_name=f"{kernel.hf_name.removesuffix('.weight')}.{KERNEL_SCALE}",
-        axes=(*stack, *kernel.axes[-kernel.outputs :]),
+        axes=(*kernel.axes[:start], *kernel.axes[-kernel.outputs :]),
         split=split,
-        order=tuple(range(kernel.outputs)),
-        hf_shape=kernel.hf_shape[:1],
+        order=tuple(range(len(split))),
+        hf_shape=(math.prod(split),),
         part=(),
     )
 

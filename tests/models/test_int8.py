@@ -197,3 +197,21 @@ def test_a_value_that_is_not_finite(checkpoint, tmp_path):
     config = dataclasses.replace(from_hf(hf.read_config(tmp_path)), int8=True)
     with pytest.raises(UserError, match=r"tensor model.layers.1.mlp.up_proj.weight has values that are not finite"):
         hf.load(tmp_path, config, mesh_of(1, 1, 1), "float32")
+
+
+def test_experts_in_one_tensor_have_a_scale_for_each_output(checkpoint):
+    """gpt-oss, whose tensors have an axis of experts; in shards on four devices as on one."""
+    folder = checkpoint("gpt_oss")[1]
+    stored = load_file(folder / "model.safetensors")
+    _, params = load(folder, mesh_of(1, 2, 2))
+    check_rows_cover(params, load(folder, mesh_of(1, 1, 1))[0].config)
+    for name, tensor, part in [
+        ("gate", "gate_up_proj", np.s_[..., 0::2]),
+        ("up", "gate_up_proj", np.s_[..., 1::2]),
+        ("down", "down_proj", np.s_[...]),
+    ]:
+        leaves = {leaf: np.asarray(array) for leaf, array in params["layers"]["mlp"][name].items()}
+        kernel = np.stack([stored[f"model.layers.{i}.mlp.experts.{tensor}"][part] for i in range(3)])
+        step = np.abs(kernel).max(axis=2) / 127  # [layers, experts, outputs]
+        np.testing.assert_allclose(leaves["kernel_scale"], step, rtol=1e-6)
+        np.testing.assert_array_equal(leaves["kernel"], np.round(kernel / step[:, :, None]))
