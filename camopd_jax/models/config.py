@@ -12,7 +12,7 @@ from camopd_jax.errors import UserError
 from camopd_jax.models import fields as limits
 from camopd_jax.models import rope
 from camopd_jax.models.config_json import checked_fields, is_multimodal, layer_types, text_config
-from camopd_jax.models.family import Family, Fields, NormKind, QKNorm
+from camopd_jax.models.family import Family, Fields, NormKind, QKNorm, StackedExperts
 from camopd_jax.models.multimodal import MULTIMODAL
 from camopd_jax.models.rope import NO_ROTATION, Rope
 from camopd_jax.types import ATTENTION, GLOBAL_ATTENTION
@@ -28,8 +28,9 @@ class Routing:
     experts: int
     per_token: int  # experts of a token
     normalized: bool  # whether the weights of a token's experts are divided by their sum
-    # Whether a checkpoint has all experts of a layer in one tensor, with the columns of gate and up in turn
-    stacked: bool = False
+    stacked: StackedExperts | None = None  # if a checkpoint has all experts of a layer in one tensor: how
+    # Whether the router normalises and scales its input, and multiplies each expert's weight by a factor of its own
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -68,6 +69,8 @@ class ModelConfig:
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False  # of the feed-forward, or of router and experts
     routing: Routing | None = None  # of a mixture of experts
+    # Width of a feed-forward beside the experts: each has norms of its own before and after it, and both are added
+    dense_size: int | None = None
     gated_mlp: bool = True  # whether the feed-forward is down(activation(gate x) * up x), not down(activation(up x))
     parallel: bool = False  # whether attention and feed-forward have the same input, the layer's first norm
     norm: NormKind = "rms"
@@ -97,6 +100,11 @@ class ModelConfig:
     replaced_prefix: str = ""  # in place of which they have `tensor_prefix`
     int8: bool = False  # whether the kernels of the layers, but of routers, are int8 (`models.quantised`)
     adapter: tuple[tuple[str, int], ...] = ()  # modules with an adapter (`models.adapters`), and its largest rank
+
+    @property
+    def feed_forward_size(self) -> int:
+        """The width of the feed-forward that reads every token, alone or beside experts."""
+        return self.dense_size or self.intermediate_size
 
     @property
     def distinct_windows(self) -> tuple[int | None, ...]:
@@ -200,10 +208,11 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     ]
     ropes = tuple(dict.fromkeys(layer_ropes))
     bias = fields["attention_bias"]
+    routing, expert_size = _routing(fields, family, where), fields.get("moe_intermediate_size")
     model = ModelConfig(
         vocab_size=fields["vocab_size"],
         hidden_size=width,
-        intermediate_size=fields.get("moe_intermediate_size", fields["intermediate_size"]),
+        intermediate_size=expert_size if routing and expert_size else fields["intermediate_size"],
         num_layers=fields["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=fields["num_key_value_heads"] or heads,
@@ -221,7 +230,8 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=fields.get("attention_out_bias", bias) if family.output_bias is None else family.output_bias,
         mlp_bias=fields["mlp_bias"],
-        routing=_routing(fields, family, where),
+        routing=routing,
+        dense_size=fields["intermediate_size"] if routing and family.dense_beside_experts else None,
         gated_mlp=family.gated_mlp,
         parallel=family.parallel,
         norm=family.norm,
@@ -301,7 +311,15 @@ def _routing(fields: Fields, family: Family, where: str) -> Routing | None:
     """The router of a mixture of experts; None for other families."""
     if family.experts_field is None:
         return None
-    experts, per_token = fields[family.experts_field], fields["num_experts_per_tok"]
+    experts, per_token, flag = fields[family.experts_field], fields[family.per_token_field], family.experts_flag
+    if flag is not None and not fields[flag]:
+        if experts:
+            raise UserError(f"{where}: field {family.experts_field} = {experts!r} needs {flag} = true")
+        return None
+    if flag is not None:
+        for field in (family.experts_field, family.per_token_field, "moe_intermediate_size"):
+            limits.COUNT.check(fields[field], field, where)
     if per_token > experts:
-        raise UserError(f"{where}: num_experts_per_tok is {per_token}; {family.experts_field} is only {experts}")
-    return Routing(experts, per_token, fields.get("norm_topk_prob", True), family.stacked_experts)
+        raise UserError(f"{where}: {family.per_token_field} is {per_token}; {family.experts_field} is only {experts}")
+    normalized = fields.get("norm_topk_prob", True)
+    return Routing(experts, per_token, normalized, family.stacked_experts, family.scaled_router)

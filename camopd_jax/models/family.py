@@ -7,6 +7,8 @@ from typing import Any, Literal
 Fields = Mapping[str, Any]  # of a config.json
 NormKind = Literal["rms", "layer"]  # with the root mean square, or with mean and standard deviation
 QKNorm = Literal["head", "projection"]  # queries and keys are normalised over each head, or over all heads together
+# How one tensor has gate and up of all experts: their columns in turn, or as halves of [outputs, inputs] matrices
+StackedExperts = Literal["columns", "halves"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,13 @@ class Family:
     activation_field: str = "hidden_act"
     activations: Mapping[str, str] = field(default_factory=dict)  # other names of activations, and what they mean here
     experts_field: str | None = None  # field with the number of experts, in mixtures of experts
-    stacked_experts: bool = False  # `config.Routing.stacked`
+    experts_flag: str | None = None  # field that says whether a model has experts; None: all of the family have them
+    per_token_field: str = "num_experts_per_tok"  # field with the number of experts of a token
+    stacked_experts: StackedExperts | None = None  # `config.Routing.stacked`
+    scaled_router: bool = False  # `config.Routing.scaled`
+    dense_beside_experts: bool = (
+        False  # whether a feed-forward is added to the experts, `config.ModelConfig.dense_size`
+    )
     gated_mlp: bool = True  # whether the feed-forward has a gate
     parallel: bool = False  # whether attention and feed-forward have the same input
     qkv_bias: bool | None = None  # None: the value of attention_bias

@@ -224,7 +224,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         c = self.config
-        d, f, std = c.hidden_size, c.intermediate_size, c.initializer_range
+        d, f, std = c.hidden_size, c.feed_forward_size, c.initializer_range
         wide, narrow = ((f,), (d,)) if c.mlp_bias else (None, None)
         activation = ACTIVATIONS[c.activation]
 
@@ -273,8 +273,13 @@ class Block(nn.Module):
         second = first if c.parallel else entering(x_BSD, "mlp_norm")
         if c.routing is None:
             y = FeedForward(c, self.mesh, name="mlp")(second)
-        else:
+        elif c.dense_size is None:
             y = Experts(c, self.mesh, gated_activation(c), name="mlp")(second)
+        else:
+            y = split(norm("post_dense_norm", FeedForward(c, self.mesh, name="mlp")(second)))
+            third, to_route = entering(x_BSD, "experts_norm"), entering(x_BSD, "router_norm")
+            experts = Experts(c, self.mesh, gated_activation(c), name="experts")
+            y += split(norm("post_experts_norm", experts(third, scaled(to_route, c.hidden_size**-0.5))))
         x_BSD = added(x_BSD, y, "post_mlp_norm")
         if c.layer_scalar:
             x_BSD = Scalar(name="output_scalar")(x_BSD)

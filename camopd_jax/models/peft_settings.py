@@ -15,7 +15,7 @@ from camopd_jax.models.disk import CHECKPOINT, Tensor, find_folder, read_json
 from camopd_jax.models.fields import COUNT, NUMBER, Kind
 from camopd_jax.models.names import EMBEDDING, HEAD
 from camopd_jax.models.peft_tensors import TOKENS, are_equal, parts, read_tensors, row_count
-from camopd_jax.models.weights import MODULE_NAMES, WeightRow, file_rows
+from camopd_jax.models.weights import WeightRow, file_rows
 from camopd_jax.runtime.paths import in_home
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -162,8 +162,8 @@ def new_settings(adapter: Adapter, base: ModelConfig, base_name: str, revision: 
     Raises:
       UserError: naming a target that the model does not have.
     """
-    names = MODULE_NAMES | dict(base.module_names)
-    known = {names[row.module].split(".")[-1] for row in file_rows(base) if _may_have_adapter(row)}
+    modules = (row.hf_name.removesuffix(".weight") for row in file_rows(base) if _may_have_adapter(row))
+    known = {module.split(".")[-1] for module in modules}
     for target in adapter.targets:
         if target not in known and target != ALL_LINEAR:
             raise UserError(

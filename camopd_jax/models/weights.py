@@ -15,7 +15,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from camopd_jax.errors import UserError
-from camopd_jax.models.config import ModelConfig
+from camopd_jax.models.config import ModelConfig, Routing
 from camopd_jax.runtime.mesh import RULES, expert_shards, sharding
 from camopd_jax.types import ATTENTION, GLOBAL_ATTENTION, Params
 
@@ -91,7 +91,7 @@ class WeightRow:
 
     @property
     def outputs(self) -> int:
-        """The number of a kernel's output axes, its last ones. Without `matrices`, they are the first ones of `split`."""
+        """The number of a kernel's output axes, its last ones; without `matrices`, the first ones of `split`."""
         return 1 if self.experts else self.order[0]
 
     def shape(self, layers: int) -> tuple[int, ...]:
@@ -217,7 +217,7 @@ def _low_rank_rows(kernel: WeightRow, rank: int) -> Iterator[WeightRow]:
 
 
 def _rows(c: ModelConfig) -> Iterator[WeightRow]:
-    d, f, v = c.hidden_size, c.intermediate_size, c.vocab_size
+    d, v = c.hidden_size, c.vocab_size
     names = MODULE_NAMES | dict(c.module_names)
 
     def top(path: Path, axes: tuple[str | None, ...], split: tuple[int, ...], order: tuple[int, ...]) -> WeightRow:
@@ -234,18 +234,6 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
         name = names.get(f"{module}.{leaf}") or f"{names[module]}.{_LEAVES[leaf]}"
         path = ("layers", *module.split("."), leaf)
         return WeightRow(path, f"model.layers.{{}}.{name}", ("layers", *axes), split, order, hf_shape or split)
-
-    def of_experts(row: WeightRow, experts: int, stacked: bool) -> WeightRow:
-        """A feed-forward's row for all experts of a layer; `stacked` is `Routing.stacked`."""
-        row = dataclasses.replace(row, experts=experts, axes=("layers", "experts", *row.axes[1:]))
-        if not stacked:
-            return row
-        order, shape = tuple(range(1 + len(row.order))), (experts, *(row.split[i] for i in row.order))
-        part: tuple[slice, ...] = ()
-        if row.path[-2] != "down":
-            part = (*(slice(None) for _ in shape[1:]), slice(int(row.path[-2] == "up"), None, 2))
-        hf_shape = (*shape[:-1], 2 * shape[-1]) if part else shape
-        return dataclasses.replace(row, split=shape, order=order, hf_shape=hf_shape, part=part)
 
     yield top(("embedding",), ("vocab", "embed"), (v, d), (0, 1))
     if not c.tied_head:
@@ -266,19 +254,55 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
         for row in _attention_rows(of, layer):
             yield dataclasses.replace(row, path=("layers", attention, *row.path[2:]), layers=layers)
 
-    if c.routing is not None:
-        yield layer("mlp.router", "kernel", ("embed", None), (c.routing.experts, d), (1, 0))
+    if c.routing is None or c.dense_size is None:
+        yield from _feed_forward_rows(c, layer, "mlp", c.routing)
+        return
+    yield from _feed_forward_rows(c, layer, "mlp")
+    for norm in ("post_dense_norm", "experts_norm", "post_experts_norm", "router_norm"):
+        yield layer(norm, "scale", (None,), (d,))
+    yield from _feed_forward_rows(c, layer, "experts", c.routing)
+
+
+def _feed_forward_rows(
+    c: ModelConfig, layer: Callable[..., WeightRow], module: str, routing: Routing | None = None
+) -> Iterator[WeightRow]:
+    """The rows of a feed-forward, or of experts and their router; `layer` makes a row as in `_rows`."""
+    d, f = c.hidden_size, c.feed_forward_size if routing is None else c.intermediate_size
+    if routing is not None:
+        yield layer(f"{module}.router", "kernel", ("embed", None), (routing.experts, d), (1, 0))
         if c.mlp_bias:
-            yield layer("mlp.router", "bias", (None,), (c.routing.experts,))
-    feed_forward = {"gate": (f, d, "embed", "mlp"), "up": (f, d, "embed", "mlp"), "down": (d, f, "mlp", "embed")}
+            yield layer(f"{module}.router", "bias", (None,), (routing.experts,))
+        if routing.scaled:
+            yield layer(f"{module}.router", "scale", (None,), (routing.experts,))
+    matrices = {"gate": (f, d, "embed", "mlp"), "up": (f, d, "embed", "mlp"), "down": (d, f, "mlp", "embed")}
     if not c.gated_mlp:
-        del feed_forward["gate"]
-    for name, (outputs, inputs, in_axis, out_axis) in feed_forward.items():
-        rows = [layer(f"mlp.{name}", "kernel", (in_axis, out_axis), (outputs, inputs), (1, 0))]
+        del matrices["gate"]
+    for name, (outputs, inputs, in_axis, out_axis) in matrices.items():
+        rows = [layer(f"{module}.{name}", "kernel", (in_axis, out_axis), (outputs, inputs), (1, 0))]
         if c.mlp_bias:
-            rows.append(layer(f"mlp.{name}", "bias", ("mlp" if out_axis == "mlp" else None,), (outputs,)))
+            rows.append(layer(f"{module}.{name}", "bias", ("mlp" if out_axis == "mlp" else None,), (outputs,)))
         for row in rows:
-            yield row if c.routing is None else of_experts(row, c.routing.experts, c.routing.stacked)
+            yield row if routing is None else _of_experts(row, routing)
+
+
+def _of_experts(row: WeightRow, routing: Routing) -> WeightRow:
+    """A feed-forward's row for all experts of a layer."""
+    count, name = routing.experts, row.path[-2]
+    row = dataclasses.replace(row, experts=count, axes=("layers", "experts", *row.axes[1:]))
+    if routing.stacked is None:
+        return row
+    second = int(name == "up")
+    if routing.stacked == "columns":
+        split = (count, *(row.split[i] for i in row.order))
+        order, axis, part = tuple(range(len(split))), len(split) - 1, slice(second, None, 2)
+    else:
+        split, order = (count, *row.split), (0, *(1 + i for i in row.order))
+        axis, part = 1, slice(second * split[1], (second + 1) * split[1])
+    if name == "down":
+        return dataclasses.replace(row, split=split, order=order, hf_shape=split)
+    hf_shape = tuple(2 * n if i == axis else n for i, n in enumerate(split))
+    parts = (*(slice(None),) * axis, part)
+    return dataclasses.replace(row, split=split, order=order, hf_shape=hf_shape, part=parts)
 
 
 def _attention_rows(c: ModelConfig, layer: Callable[..., WeightRow]) -> Iterator[WeightRow]:

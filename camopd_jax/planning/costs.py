@@ -203,7 +203,9 @@ class Share:
         ring = self.tensor * self.expert
         self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / ring) / self.shards
         # Activations of a token in the middle of a layer: those of the widths that are split, and all
-        feed_forward = model.intermediate_size * (model.routing.per_token if model.routing else 1)
+        feed_forward = model.feed_forward_size
+        if model.routing is not None:
+            feed_forward = model.intermediate_size * model.routing.per_token + (model.dense_size or 0)
         self.wide = 2 * (feed_forward + model.num_heads * _widest(model).head_dim) / self.tensor * self.item
         self.live = 4 * model.hidden_size * self.item + self.wide
 

@@ -9,9 +9,12 @@ import pytest
 import transformers
 
 from camopd_jax.analysis.gradients import products
+from camopd_jax.config.schema import Adapter
 from camopd_jax.errors import UserError
-from camopd_jax.models import hf, rope
+from camopd_jax.models import hf, partition, rope
 from camopd_jax.models.config import from_hf
+from camopd_jax.models.experts import Experts
+from camopd_jax.models.peft_settings import new_settings
 from camopd_jax.models.transformer import Model
 from camopd_jax.models.weights import check_rows_cover
 from camopd_jax.planning import costs
@@ -23,6 +26,7 @@ TEXT = dict(
     num_attention_heads=6, num_key_value_heads=2, head_dim=14, sliding_window=5, hidden_size_per_layer_input=0,
     global_head_dim=22, num_global_key_value_heads=3, attention_k_eq_v=True,
 )  # fmt: skip
+EXPERTS = dict(num_experts=6, top_k_experts=2, moe_intermediate_size=20)
 
 
 def heads(config):
@@ -67,7 +71,13 @@ def test_a_quarter_of_the_pairs_turns_as_in_transformers(checkpoint):
 @pytest.mark.parametrize(
     "changes, message",
     [
-        ({"enable_moe_block": True, "num_experts": 5}, "field enable_moe_block is True; gemma4_text with experts"),
+        ({"enable_moe_block": True}, "field num_experts is None; give an integer > 0"),
+        (
+            {"enable_moe_block": True} | EXPERTS | {"top_k_experts": None},
+            "field top_k_experts is None; give an integer",
+        ),
+        ({"enable_moe_block": True} | EXPERTS | {"top_k_experts": 7}, "top_k_experts is 7; num_experts is only 6"),
+        (EXPERTS, "field num_experts = 6 needs enable_moe_block = true"),
         ({"num_kv_shared_layers": 2}, "field num_kv_shared_layers is 2; gemma4_text with layers that use the keys"),
         ({"hidden_size_per_layer_input": 8}, "field hidden_size_per_layer_input is 8; gemma4_text with embeddings"),
         ({"use_bidirectional_attention": "all"}, "field use_bidirectional_attention is 'all'"),
@@ -91,13 +101,51 @@ def test_the_models_of_phones_are_refused_if_the_field_is_left_out():
         from_hf(text)
 
 
-def test_plans_count_its_weights_and_its_cache(checkpoint):
-    """The weights of torch; the cache has two heads of 14 in two layers, and six of 22 in the other two."""
-    model, _ = checkpoint("gemma4")
+@pytest.mark.parametrize("family, each", [("gemma4", 2), ("gemma4_moe", 1)])
+def test_plans_count_its_weights_and_its_cache(family, each, checkpoint):
+    """The weights of torch; the cache has two heads of 14 in layers with a window, and six of 22 in the others."""
+    model, _ = checkpoint(family)
     config = from_hf(model.config.to_dict())
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     assert costs.weights(config) == sum(tensor.numel() for tensor in tensors.values())
-    assert costs.cache_bytes(config, 2) == 2 * 2 * (2 * 2 * 14 + 2 * 6 * 22)
+    assert costs.cache_bytes(config, 2) == 2 * 2 * (each * 2 * 14 + each * 6 * 22)
+
+
+def test_a_token_costs_its_experts_and_the_feed_forward_beside_them():
+    """60 x 56 in each of three matrices, two of six experts of 60 x 20, and the router."""
+    dense, config = from_hf(TEXT), from_hf(TEXT | {"enable_moe_block": True} | EXPERTS)
+    more = costs.matrix_weights(config) - costs.matrix_weights(dense)
+    assert more == 7 * (6 * 3 * 60 * 20 + 60 * 6)
+    assert costs.matrix_weights(config, per_token=True) - costs.matrix_weights(dense) == 7 * (2 * 3 * 60 * 20 + 60 * 6)
+    assert costs.expert_weights(config) == 7 * 6 * 3 * 60 * 20
+    routers = costs.weights(config) - costs.weights(config, "all")
+    assert routers == 7 * (60 * 6 + 6 + 60), "matrix, a factor of each expert, the norm of the input; all are frozen"
+    assert partition.frozen_routers(config, "all") and not partition.frozen_routers(config, "router")
+
+
+def test_a_new_adapter_has_the_matrices_of_both_attentions():
+    """Five layers have a window; the values of the two others are their keys."""
+    ranks = new_settings(Adapter(rank=3, alpha=4, targets=("k_proj", "v_proj")), from_hf(TEXT), "base").ranks
+    assert ranks == {"attention.key": (3,) * 5, "attention.value": (3,) * 5, "global_attention.key": (3,) * 2}
+
+
+def test_experts_on_several_devices_are_those_of_a_loop_over_tokens():
+    """Their router reads another array. 8 devices: 2 for the rows, 2 for the experts, 2 for their widths."""
+    config, mesh = from_hf(TEXT | {"enable_moe_block": True} | EXPERTS), make_mesh(1, 2, 2, expert=2)
+    rng = np.random.default_rng(0)
+    x, to_route = rng.normal(size=(2, 2, 9, 60)).astype(np.float32)
+    sizes = {"router": (60, 6), "gate": (6, 60, 20), "up": (6, 60, 20), "down": (6, 20, 60)}
+    params = {name: {"kernel": rng.normal(size=size).astype(np.float32) / 5} for name, size in sizes.items()}
+    params["router"]["scale"] = rng.uniform(0.5, 2, 6).astype(np.float32)
+    module = Experts(config, mesh, lambda gate, up: jnp.square(gate) * up)
+    ours = jax.jit(lambda params: module.apply({"params": params}, x, to_route))(params)
+    gate, up, down = (params[name]["kernel"] for name in ("gate", "up", "down"))
+    for place in np.ndindex(2, 9):
+        odds = np.exp(to_route[place] @ params["router"]["kernel"])
+        best = np.argsort(odds)[-2:]
+        weights = odds[best] / odds[best].sum() * params["router"]["scale"][best]
+        each = [((x[place] @ gate[e]) ** 2 * (x[place] @ up[e])) @ down[e] for e in best]
+        np.testing.assert_allclose(ours[place], weights @ each, rtol=0, atol=3e-5 * np.abs(each).max())
 
 
 def test_new_parameters_have_rows():
