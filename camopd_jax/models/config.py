@@ -15,7 +15,7 @@ from camopd_jax.models.config_json import checked_fields, is_multimodal, layer_t
 from camopd_jax.models.family import Family, Fields, NormKind, QKNorm, StackedExperts
 from camopd_jax.models.multimodal import MULTIMODAL
 from camopd_jax.models.rope import NO_ROTATION, Rope
-from camopd_jax.types import ATTENTION, GLOBAL_ATTENTION
+from camopd_jax.types import ATTENTION, GLOBAL_ATTENTION, SHARING
 
 Activation = Literal["silu", "gelu_tanh", "relu2"]
 Implementation = Literal["auto", "xla", "fused"]
@@ -41,6 +41,16 @@ class GlobalAttention:
     head_dim: int
     rope: Rope
     keys_as_values: bool  # `ModelConfig.keys_as_values`
+
+
+@dataclass(frozen=True)
+class PerLayerInput:
+    """A second embedding: a vector for each token and layer. With a projection of the first one, it gates what a layer
+    adds after its feed-forward.
+    """
+
+    size: int  # of a vector
+    vocab_size: int  # at least the model's
 
 
 @dataclass(frozen=True)
@@ -79,6 +89,11 @@ class ModelConfig:
     attention_sinks: bool = False  # whether each head has a trained score, without a value, beside those of the keys
     # Of the layers without a window; the fields about heads and RoPE are then those of the other layers
     global_attention: GlobalAttention | None = None
+    # How many of the last layers use keys and values of another one: of the last layer before them with the same window
+    sharing_layers: int = 0
+    sharing_size: int | None = None  # width of the feed-forward of these layers; None: as of the others
+    shares_keys: bool = False  # in `of_attentions`: whether keys and values are those of another layer
+    per_layer_input: PerLayerInput | None = None
     keys_as_values: bool = False  # whether values are the keys before their norm and RoPE
     value_norm: bool = False  # whether values are normalised over each head, without weights
     layer_scalar: bool = False  # whether each layer's output is multiplied by a constant of the checkpoint
@@ -119,13 +134,32 @@ class ModelConfig:
     @property
     def layer_attention(self) -> tuple[str, ...]:
         """For each layer, the name of its attention among the parameters."""
-        if self.global_attention is None:
-            return (ATTENTION,) * self.num_layers
-        return tuple(GLOBAL_ATTENTION if window is None else ATTENTION for window in self.windows)
+        first = self.num_layers - self.sharing_layers
+        different = self.global_attention is not None
+        names = [GLOBAL_ATTENTION if different and window is None else ATTENTION for window in self.windows]
+        return (*names[:first], *(SHARING[name] for name in names[first:]))
+
+    @property
+    def producers(self) -> dict[str, int]:
+        """For each attention that uses keys and values of another layer, the number of that layer."""
+        return {sharing: self.layers_with(own)[-1] for own, sharing in SHARING.items() if self.layers_with(sharing)}
 
     @property
     def of_attentions(self) -> dict[str, "ModelConfig"]:
-        """The config of a model in which all layers have the same attention, for each `layer_attention`."""
+        """The config of a model in which all layers are alike, for each `layer_attention`."""
+        if not self.sharing_layers:
+            return self._of_windows()
+        own = replace(self, sharing_layers=0, sharing_size=None)._of_windows()
+        size = self.sharing_size or self.intermediate_size
+        sharing = {
+            SHARING[name]: replace(of, shares_keys=True, intermediate_size=size)
+            for name, of in own.items()
+            if self.layers_with(SHARING[name])
+        }
+        return own | sharing
+
+    def _of_windows(self) -> dict[str, "ModelConfig"]:
+        """`of_attentions` without layers that use keys and values of others."""
         if self.global_attention is None:
             return {ATTENTION: self}
         of, alike = self.global_attention, replace(self, layer_rope=(0,) * self.num_layers, global_attention=None)
@@ -254,7 +288,9 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         tensor_prefix=multimodal.prefix if multimodal else "",
         replaced_prefix=multimodal.replaces if multimodal else "",
     )
-    return _with_global_attention(model, types, rope_of_type, fields, where) if family.global_attention else model
+    if not family.global_attention:
+        return model
+    return _with_sharing(_with_global_attention(model, types, rope_of_type, fields, where), fields, where)
 
 
 def _query_scale(fields: Fields, head_dim: int) -> float:
@@ -282,6 +318,30 @@ def _with_global_attention(
     windows = (*model.windows[:-1], None)
     model = replace(model, global_attention=of, windows=windows, layer_rope=(0,) * len(types), ropes=ropes)
     return model if sliding in types else model.of_attentions[GLOBAL_ATTENTION]
+
+
+def _with_sharing(model: ModelConfig, fields: Fields, where: str) -> ModelConfig:
+    """A config with a second embedding, and with layers that use the keys and values of others."""
+    size, vocabulary = fields["hidden_size_per_layer_input"], fields["vocab_size_per_layer_input"]
+    if size and vocabulary < model.vocab_size:
+        raise UserError(
+            f"{where}: vocab_size_per_layer_input is {vocabulary}, less than vocab_size = {model.vocab_size}; every "
+            "token needs an embedding"
+        )
+    per_layer = PerLayerInput(size, vocabulary) if size else None
+    count, wide = fields["num_kv_shared_layers"], fields["use_double_wide_mlp"]
+    model = replace(model, per_layer_input=per_layer, sharing_layers=count)
+    if not count:
+        return model
+    first = model.num_layers - count
+    if first <= 0 or set(model.windows[:first]) != set(model.windows):
+        raise UserError(
+            f"{where}: num_kv_shared_layers is {count} of {model.num_layers} layers; before these layers there must be "
+            "one of each of their layer_types, whose keys and values they use"
+        )
+    if wide and model.routing is not None:
+        raise UserError(f"{where}: field use_double_wide_mlp is true; with experts only false is supported")
+    return replace(model, sharing_size=2 * model.intermediate_size if wide else None)
 
 
 def _global_heads(fields: Fields, types: list[str], where: str) -> tuple[int, int | None]:

@@ -53,9 +53,6 @@ def checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
     config = {family.renamed.get(field, field): value for field, value in config.items()}
     if config.get("layer_types") is not None:
         config = {field: value for field, value in config.items() if field not in _REPLACED}
-    for field, (default, what) in family.missing.items():
-        if value := config.get(field, default):
-            raise UserError(f"{where}: field {field} is {value!r}; {name} with {what} is not supported")
     for field, value in config.items():
         if field in family.fixed:
             if value not in (None, family.fixed[field]):

@@ -51,8 +51,6 @@ class Family:
     local_rope_field: str | None = None  # field with the RoPE base of layers with a window, if it is different
     renamed: Mapping[str, str] = field(default_factory=dict)  # `attribute_map` of transformers: other names of fields
     fixed: Fields = field(default_factory=dict)  # fields that transformers ignores, with the values that are supported
-    # Fields that must be off, each with its default and with what is not supported
-    missing: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     # Class in the `auto_map` of checkpoints that are older than the family in transformers: code that is not needed
     published_code: str | None = None
     # Hugging Face names of modules that differ from `weights.MODULE_NAMES`, and complete names of single parameters

@@ -204,6 +204,8 @@ def _resolve(
                 if row.path in (("embedding",), ("head",)) and any(targeted) and not _all_linear(fields):
                     raise UserError(f"{where}: an adapter of {modules[0]} is not supported; {MERGE}")
                 continue
+            if any(targeted) and not row.stacked:
+                raise UserError(f"{where}: an adapter of {modules[0]} is not supported; {MERGE}")
             if not any(targeted) or not _may_have_adapter(row, fused=True):
                 continue
             if row.part:
@@ -232,7 +234,7 @@ def _may_have_adapter(row: WeightRow, fused: bool = False) -> bool:
       fused: whether one of several matrices in one tensor counts.
     """
     alone = not row.experts and ROUTER not in row.path
-    return row.path[-1] == "kernel" and alone and (fused or not row.part)
+    return row.path[-1] == "kernel" and row.stacked and alone and (fused or not row.part)
 
 
 @contextlib.contextmanager

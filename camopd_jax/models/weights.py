@@ -17,7 +17,9 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from camopd_jax.errors import UserError
 from camopd_jax.models.config import ModelConfig, Routing
 from camopd_jax.runtime.mesh import RULES, expert_shards, sharding
-from camopd_jax.types import ATTENTION, GLOBAL_ATTENTION, Params
+from camopd_jax.types import ATTENTION, MLP, SHARING, WIDE_MLP, Params
+
+ATTENTIONS = (*SHARING, *SHARING.values())  # all names of attentions
 
 Path = tuple[str, ...]  # of a parameter in the tree
 
@@ -51,6 +53,7 @@ _LEAVES = {
     "scale": "weight",
     "shift": "bias",
     "embedding": "weight",
+    "per_layer_embedding": "weight",
     "head": "weight",
 }  # of others, `module_names` has the complete name
 
@@ -135,6 +138,13 @@ def file_rows(c: ModelConfig) -> tuple[WeightRow, ...]:
     return tuple(row for rows in tensor_rows(c) for row in rows)
 
 
+def unused_names(c: ModelConfig) -> frozenset[str]:
+    """Tensors without effect that a checkpoint may have: of keys and values, in layers that use those of another."""
+    without = dataclasses.replace(c, sharing_layers=0, sharing_size=None) if c.sharing_layers else c
+    of_both = ({name for row in file_rows(of) for name in row.names(c.num_layers)} for of in (without, c))
+    return frozenset(next(of_both) - next(of_both))
+
+
 def tensor_rows(c: ModelConfig) -> list[tuple[WeightRow, ...]]:
     """The rows of each Hugging Face tensor: several, in their order in the tensor, if it has several parameters."""
     rows_of: dict[tuple[str, tuple[int, ...] | None], list[WeightRow]] = {}
@@ -154,8 +164,8 @@ def _parts(rows: list[WeightRow]) -> tuple[WeightRow, ...]:
 
 
 def in_int8(row: WeightRow) -> bool:
-    """Whether a parameter is int8 in a model with `ModelConfig.int8`: all kernels, but those of routers."""
-    return row.path[-1] == "kernel" and "router" not in row.path
+    """Whether a parameter is int8 in a model with `ModelConfig.int8`: all kernels of layers, but those of routers."""
+    return row.path[-1] == "kernel" and row.stacked and "router" not in row.path
 
 
 def scale_row(kernel: WeightRow) -> WeightRow:
@@ -188,7 +198,7 @@ def adapter_rows(c: ModelConfig) -> tuple[WeightRow, ...]:
 
     A is split like the kernel's inputs and B like its outputs; the rank is not split.
     """
-    kernels = {row.module: row for row in _rows(c) if row.path[-1] == "kernel"}
+    kernels = {row.module: row for row in _rows(c) if row.path[-1] == "kernel" and row.stacked}
     return tuple(row for module, rank in c.adapter for row in _low_rank_rows(kernels[module], rank))
 
 
@@ -242,6 +252,15 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
     for leaf in of_norm:
         yield top(("final_norm", leaf), (None,), (d,), (0,))
 
+    if (of_layer := c.per_layer_input) is not None:
+        e, all_layers = of_layer.size, c.num_layers * of_layer.size
+        yield top(("per_layer_embedding",), ("vocab", "embed"), (of_layer.vocab_size, all_layers), (0, 1))
+        yield top(("per_layer_projection", "kernel"), ("embed", None), (all_layers, d), (1, 0))
+        yield top(("per_layer_norm", "scale"), (None,), (e,), (0,))
+        yield layer("input_gate", "kernel", ("embed", None), (e, d), (1, 0))
+        yield layer("input_projection", "kernel", (None, "embed"), (d, e), (1, 0))
+        yield layer("post_input_norm", "scale", (None,), (d,))
+
     for norm in ("attention_norm", "post_attention_norm", "mlp_norm", "post_mlp_norm"):
         if (c.post_norms if norm.startswith("post_") else c.pre_norms) and not (c.parallel and norm == "mlp_norm"):
             for leaf in of_norm:
@@ -250,17 +269,23 @@ def _rows(c: ModelConfig) -> Iterator[WeightRow]:
     if c.layer_scalar:
         yield layer("output_scalar", "scale", (None,), (1,))
     for attention, of in c.of_attentions.items():
-        layers = None if c.global_attention is None else c.layers_with(attention)
+        layers = None if len(c.of_attentions) == 1 else c.layers_with(attention)
         for row in _attention_rows(of, layer):
             yield dataclasses.replace(row, path=("layers", attention, *row.path[2:]), layers=layers)
 
-    if c.routing is None or c.dense_size is None:
+    if c.sharing_size is not None:
+        first = c.num_layers - c.sharing_layers
+        wide = dataclasses.replace(c, intermediate_size=c.sharing_size)
+        for of, name, numbers in ((c, MLP, range(first)), (wide, WIDE_MLP, range(first, c.num_layers))):
+            for row in _feed_forward_rows(of, layer, MLP):
+                yield dataclasses.replace(row, path=("layers", name, *row.path[2:]), layers=tuple(numbers))
+    elif c.routing is None or c.dense_size is None:
         yield from _feed_forward_rows(c, layer, "mlp", c.routing)
-        return
-    yield from _feed_forward_rows(c, layer, "mlp")
-    for norm in ("post_dense_norm", "experts_norm", "post_experts_norm", "router_norm"):
-        yield layer(norm, "scale", (None,), (d,))
-    yield from _feed_forward_rows(c, layer, "experts", c.routing)
+    else:
+        yield from _feed_forward_rows(c, layer, "mlp")
+        for norm in ("post_dense_norm", "experts_norm", "post_experts_norm", "router_norm"):
+            yield layer(norm, "scale", (None,), (d,))
+        yield from _feed_forward_rows(c, layer, "experts", c.routing)
 
 
 def _feed_forward_rows(
@@ -315,6 +340,8 @@ def _attention_rows(c: ModelConfig, layer: Callable[..., WeightRow]) -> Iterator
     }
     if c.keys_as_values:
         del projections["value"]
+    if c.shares_keys:
+        projections = {"query": projections["query"]}
     for name, (heads, axis, normed) in projections.items():
         module, shape = f"attention.{name}", (heads * k, d)
         yield layer(module, "kernel", ("embed", axis, "head_dim"), (heads, k, d), (2, 0, 1), shape)
@@ -371,8 +398,10 @@ def decoding_shardings(c: ModelConfig, mesh: Mesh) -> Params:
 
 
 def layer_tree(layers: Params, attention: str) -> Params:
-    """Of a tree of all layers' parameters, what a layer with this attention has, where it is called "attention"."""
-    others = {name: tree for name, tree in layers.items() if name not in (ATTENTION, GLOBAL_ATTENTION)}
+    """Of a tree of all layers' parameters, what a layer with this attention has, under the names that `Block` reads."""
+    others = {name: tree for name, tree in layers.items() if name not in (*ATTENTIONS, WIDE_MLP)}
+    if WIDE_MLP in layers and attention in SHARING.values():
+        others[MLP] = layers[WIDE_MLP]
     return others | {ATTENTION: layers[attention]}
 
 

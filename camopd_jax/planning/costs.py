@@ -117,7 +117,7 @@ def _widest(config: ModelConfig) -> ModelConfig:
 def cache_bytes(config: ModelConfig, item_bytes: int) -> int:
     """Keys and values of one token."""
     of_layers = [config.of_attentions[name] for name in config.layer_attention]
-    return 2 * item_bytes * sum(of.num_kv_heads * of.head_dim for of in of_layers)
+    return 2 * item_bytes * sum(of.num_kv_heads * of.head_dim for of in of_layers if not of.shares_keys)
 
 
 # ------------------------------------------------------------------------------ counts of a step
@@ -203,7 +203,7 @@ class Share:
         ring = self.tensor * self.expert
         self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / ring) / self.shards
         # Activations of a token in the middle of a layer: those of the widths that are split, and all
-        feed_forward = model.feed_forward_size
+        feed_forward = max(of.feed_forward_size for of in model.of_attentions.values())
         if model.routing is not None:
             feed_forward = model.intermediate_size * model.routing.per_token + (model.dense_size or 0)
         self.wide = 2 * (feed_forward + model.num_heads * _widest(model).head_dim) / self.tensor * self.item

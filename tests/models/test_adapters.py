@@ -30,6 +30,7 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TARGETS = {  # of families with several matrices in one tensor, or experts, which cannot have an adapter
     **{family: [*ATTENTION, "down_proj"] for family in ("phi3", "phi3-long", "glm", "glm4")},
     **{family: ATTENTION for family in ("qwen3_moe", "olmoe", "mixtral")},
+    "gemma4_small": [*ATTENTION, "gate_proj", "up_proj", "down_proj", "per_layer_input_gate", "per_layer_projection"],
     "gemma4_moe": [*ATTENTION, "gate_proj", "up_proj", "down_proj"],  # not the router's
 }
 

@@ -143,7 +143,7 @@ def test_every_field_with_a_default_is_read(family, monkeypatch):
         return Recorder(fields), row
 
     monkeypatch.setattr(config, "checked_fields", recorded)
-    from_hf(SIZES | dict(model_type=family, head_dim=12) | dict.fromkeys(FAMILIES[family].missing, 0))
+    from_hf(SIZES | dict(model_type=family, head_dim=12))
     unread = FAMILIES[family].defaults.keys() - read
     assert unread == ({"hidden_act"} if "hidden_activation" in read else set())  # Gemma has the second in its place
 
@@ -268,5 +268,4 @@ def test_no_number_of_a_family_is_without_a_limit(family):
     for field, value in FAMILIES[family].defaults.items():
         if isinstance(value, int | float) and not field.startswith("rope_"):
             with pytest.raises(UserError, match=f"field {field} is nan"):
-                off = dict.fromkeys(FAMILIES[family].missing, 0)
-                from_hf(SIZES | {"num_key_value_heads": 2, "model_type": family, field: NAN} | off)
+                from_hf(SIZES | {"num_key_value_heads": 2, "model_type": family, field: NAN})

@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import transformers
+from safetensors.numpy import load_file, save_file
 
 from camopd_jax.analysis.gradients import products
 from camopd_jax.config.schema import Adapter
@@ -78,8 +79,23 @@ def test_a_quarter_of_the_pairs_turns_as_in_transformers(checkpoint):
         ),
         ({"enable_moe_block": True} | EXPERTS | {"top_k_experts": 7}, "top_k_experts is 7; num_experts is only 6"),
         (EXPERTS, "field num_experts = 6 needs enable_moe_block = true"),
-        ({"num_kv_shared_layers": 2}, "field num_kv_shared_layers is 2; gemma4_text with layers that use the keys"),
-        ({"hidden_size_per_layer_input": 8}, "field hidden_size_per_layer_input is 8; gemma4_text with embeddings"),
+        (
+            {"enable_moe_block": True, "num_kv_shared_layers": 1, "use_double_wide_mlp": True} | EXPERTS,
+            "field use_double_wide_mlp is true; with experts only false",
+        ),
+        (
+            {"num_kv_shared_layers": 7},
+            "num_kv_shared_layers is 7 of 7 layers; before these layers there must be one of",
+        ),
+        (
+            {"num_kv_shared_layers": 4},
+            "num_kv_shared_layers is 4 of 7 layers; before these layers there must be one of",
+        ),
+        ({"num_kv_shared_layers": -1}, "field num_kv_shared_layers is -1; give an integer >= 0"),
+        (
+            {"hidden_size_per_layer_input": 8, "vocab_size_per_layer_input": 97},
+            "vocab_size_per_layer_input is 97, less",
+        ),
         ({"use_bidirectional_attention": "all"}, "field use_bidirectional_attention is 'all'"),
         ({"num_global_key_value_heads": 4}, "num_global_key_value_heads is 4, which does not divide"),
         ({"global_head_dim": 21}, "field global_head_dim is 21; RoPE needs an even number"),
@@ -94,21 +110,41 @@ def test_what_is_not_supported_is_named(changes, message):
         from_hf(TEXT | changes, where="model/config.json")
 
 
-def test_the_models_of_phones_are_refused_if_the_field_is_left_out():
-    """transformers adds embeddings in every layer then."""
+def test_a_second_embedding_is_the_default_of_transformers():
     text = {name: value for name, value in TEXT.items() if name != "hidden_size_per_layer_input"}
-    with pytest.raises(UserError, match="field hidden_size_per_layer_input is 256; .* not supported$"):
-        from_hf(text)
+    theirs, ours = transformers.Gemma4TextConfig(**text), from_hf(text).per_layer_input
+    assert (ours.size, ours.vocab_size) == (theirs.hidden_size_per_layer_input, theirs.vocab_size_per_layer_input)
+    assert from_hf(TEXT).per_layer_input is None
 
 
-@pytest.mark.parametrize("family, each", [("gemma4", 2), ("gemma4_moe", 1)])
-def test_plans_count_its_weights_and_its_cache(family, each, checkpoint):
-    """The weights of torch; the cache has two heads of 14 in layers with a window, and six of 22 in the others."""
+@pytest.mark.parametrize("types, count", [([SLIDING, SLIDING, FULL, SLIDING, FULL], 2), ([FULL] * 5, 3), (None, 1)])
+def test_layers_use_the_keys_of_those_of_transformers(types, count):
+    """None: by default, every sixth layer and the last one have no window."""
+    text = TEXT | dict(num_hidden_layers=5 if types else 7, layer_types=types, num_kv_shared_layers=count)
+    modes = transformers.Gemma4TextConfig(**text).kv_sharing_modes
+    config = from_hf(text)
+    using = [i for i, name in enumerate(config.layer_attention) if config.of_attentions[name].shares_keys]
+    assert using == [i for i, mode in enumerate(modes) if mode == "reuse"]
+    assert set(config.producers.values()) <= {i for i, mode in enumerate(modes) if mode == "store"}
+    for i in using:
+        assert config.windows[config.producers[config.layer_attention[i]]] == config.windows[i]
+
+
+@pytest.mark.parametrize(
+    "family, numbers",
+    [
+        ("gemma4", 2 * 2 * 14 + 2 * 6 * 22),  # two heads of 14 in layers with a window, six of 22 in the others
+        ("gemma4_moe", 2 * 14 + 6 * 22),
+        ("gemma4_small", 2 * 2 * 14 + 2 * 22),  # of the first three layers
+    ],
+)
+def test_plans_count_its_weights_and_its_cache(family, numbers, checkpoint):
+    """The weights of torch."""
     model, _ = checkpoint(family)
     config = from_hf(model.config.to_dict())
     tensors = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
     assert costs.weights(config) == sum(tensor.numel() for tensor in tensors.values())
-    assert costs.cache_bytes(config, 2) == 2 * 2 * (each * 2 * 14 + each * 6 * 22)
+    assert costs.cache_bytes(config, 2) == 2 * 2 * numbers
 
 
 def test_a_token_costs_its_experts_and_the_feed_forward_beside_them():
@@ -158,12 +194,49 @@ def test_new_parameters_have_rows():
     assert "value" not in layers["global_attention"]
 
 
+def test_layers_that_use_the_keys_of_others_have_no_cache(checkpoint):
+    model = Model(from_hf(hf.read_config(checkpoint("gemma4_small")[1])))
+    params = jax.eval_shape(model.init, jax.random.key(0))
+    check_rows_cover(params, model.config)
+    assert sum(leaf.size for leaf in jax.tree.leaves(params)) == costs.weights(model.config)
+    params = jax.eval_shape(model.for_decoding, params)
+    assert [sorted(layer["attention"]) for layer in params["layers"]] == [
+        *[["key", "key_norm", "output", "query", "query_norm", "value"]] * 3,
+        *[["output", "query", "query_norm"]] * 2,
+    ]
+    assert [layer["mlp"]["up"]["kernel"].shape for layer in params["layers"]] == [(60, 56)] * 3 + [(60, 112)] * 2
+    rows = jax.ShapeDtypeStruct((3, 11), jnp.int32), jax.ShapeDtypeStruct((3,), jnp.int32)
+    _, cache = jax.eval_shape(model.prefill, params, *rows)
+    assert [keys.shape for keys in cache.keys] == [(3, 2, 11, 14), (3, 2, 11, 14), (3, 2, 11, 22)]
+
+
+def test_keys_of_layers_that_use_those_of_others_are_ignored_and_exported(checkpoint, tmp_path):
+    """Published files have them; transformers ignores them too."""
+    source = checkpoint("gemma4_small")[1]
+    config, tensors = from_hf(hf.read_config(source)), load_file(source / "model.safetensors")
+    unused = {
+        "model.layers.3.self_attn.k_proj.weight": np.ones((28, 60), np.float32),
+        "model.layers.4.self_attn.v_proj.weight": np.ones((44, 60), np.float32),
+        "model.layers.4.self_attn.k_norm.weight": np.ones(22, np.float32),
+    }
+    save_file(tensors | unused, tmp_path / "model.safetensors")
+    assert hf.matching(tmp_path, config).keys() == hf.matching(source, config).keys()
+    assert hf.other_tensors(tmp_path, config).keys() == unused.keys()
+    save_file(
+        tensors | {"model.layers.2.self_attn.k_proj.bias": np.ones(28, np.float32)}, tmp_path / "model.safetensors"
+    )
+    with pytest.raises(UserError, match=r"model.layers.2.self_attn.k_proj.bias .* has no place"):
+        hf.matching(tmp_path, config)
+
+
 @pytest.mark.slow
-def test_a_gradient_is_added_to_an_earlier_one(checkpoint):
+@pytest.mark.parametrize("family", ["gemma4", "gemma4_small"])
+def test_a_gradient_is_added_to_an_earlier_one(family, checkpoint):
     """Each layer's part to its own entry of a stack, from known inputs of the layers."""
     mesh = make_mesh(data=1, devices=jax.devices()[:1])
-    config = from_hf(hf.read_config(checkpoint("gemma4")[1]))
-    model, params = Model(config, mesh=mesh, remat="dots"), hf.load(checkpoint("gemma4")[1], config, mesh, "float32")
+    folder = checkpoint(family)[1]
+    config = from_hf(hf.read_config(folder))
+    model, params = Model(config, mesh=mesh, remat="dots"), hf.load(folder, config, mesh, "float32")
     tokens = np.random.default_rng(0).integers(3, 98, (2, 17)).astype(np.int32)
     weights = jnp.asarray(np.random.default_rng(1).normal(size=(2, 17, 60)), jnp.float32)
     decoding, lengths = jax.jit(model.for_decoding)(params), np.full(2, 17, np.int32)
@@ -187,3 +260,10 @@ def test_products_of_gradients_by_layer():
     ones = {name: jnp.ones(shape) for name, shape in shapes.items()}
     groups = {name: np.asarray(value).tolist() for name, value in products(ones, ones).items()}
     assert groups == {"embedding": 3, "layers": [2, 2, 2], "attention": [5, 5], "global_attention": [7]}
+    shapes = {"layers.input_gate": (3, 2), "layers.mlp.up": (2, 5), "layers.wide_mlp.up": (1, 10)}
+    shapes |= {"layers.attention.key": (2, 7), "layers.sharing_attention.query": (1, 11)}
+    ones = {name: jnp.ones(shape) for name, shape in shapes.items()}
+    groups = {name: np.asarray(value).tolist() for name, value in products(ones, ones).items()}
+    assert groups == {
+        "layers": [2, 2, 2], "mlp": [5, 5], "wide_mlp": [10], "attention": [7, 7], "sharing_attention": [11]
+    }  # fmt: skip
