@@ -305,6 +305,12 @@ def _with_own_vocabulary(
             f"tensor (tie_word_embeddings); {MERGE}"
         )
     rows = {name: count for name in present if (count := row_count(on_disk, name)) is not None}
+    second = base.per_layer_input
+    if second is not None and max(rows.values(), default=0) > second.vocab_size:
+        raise UserError(
+            f"{where}: the embedding has {max(rows.values())} rows, but the base model's embedding for each layer only "
+            f"{second.vocab_size}; {MERGE}"
+        )
     if (
         not tied
         and len(counts := {base.vocab_size if name not in rows else rows[name] for name in (EMBEDDING, HEAD)}) > 1
