@@ -138,6 +138,7 @@ class KVCache(struct.PyTreeNode):
 ATTENTION, GLOBAL_ATTENTION = "attention", "global_attention"  # the second: of layers without a window, if different
 # Of layers that use the keys and values of an earlier layer with the attention before the colon
 SHARING = {ATTENTION: "sharing_attention", GLOBAL_ATTENTION: "sharing_global_attention"}
+ATTENTIONS = (*SHARING, *SHARING.values())  # all of these names
 MLP, WIDE_MLP = "mlp", "wide_mlp"  # the second: of layers that use the keys and values of another, if different
 EMPTY = 2**30  # later than the position of any token, so that the causal mask excludes the slot
 

@@ -28,10 +28,9 @@ from camopd_jax.method.token_weights import branch_weights
 from camopd_jax.method.weights import loss_record, token_weights
 from camopd_jax.models import partition
 from camopd_jax.models.products import einsum
-from camopd_jax.models.weights import ATTENTIONS
 from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.runtime.buckets import Widths
-from camopd_jax.types import ATTENTION, MLP, WIDE_MLP, Batch, Params, Record
+from camopd_jax.types import ATTENTION, ATTENTIONS, MLP, WIDE_MLP, Batch, Params, Record
 
 SETS = ("selected", "all")
 RANDOM_SETS = 4  # random sets of as many answers as were selected: the baseline for a set of that size

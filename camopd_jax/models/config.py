@@ -109,7 +109,7 @@ class ModelConfig:
     final_softcap: float | None = None
     initializer_range: float = 0.02
     output_vocab_size: int | None = None  # logits are cut to this; None: vocab_size
-    module_names: tuple[tuple[str, str], ...] = ()  # Hugging Face names that differ from `weights.MODULE_NAMES`
+    module_names: tuple[tuple[str, str], ...] = ()  # Hugging Face names that differ from `rows.MODULE_NAMES`
     # Of the names of all its tensors, if the checkpoint has other tensors too; `weights` and `names` are without it
     tensor_prefix: str = ""
     replaced_prefix: str = ""  # in place of which they have `tensor_prefix`

@@ -53,6 +53,6 @@ class Family:
     fixed: Fields = field(default_factory=dict)  # fields that transformers ignores, with the values that are supported
     # Class in the `auto_map` of checkpoints that are older than the family in transformers: code that is not needed
     published_code: str | None = None
-    # Hugging Face names of modules that differ from `weights.MODULE_NAMES`, and complete names of single parameters
+    # Hugging Face names of modules that differ from `rows.MODULE_NAMES`, and complete names of single parameters
     # (module.leaf). Those with the same name are parts of one tensor, in the order of the table.
     module_names: Mapping[str, str] = field(default_factory=dict)

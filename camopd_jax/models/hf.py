@@ -23,8 +23,8 @@ from camopd_jax.models.families import FAMILIES
 from camopd_jax.models.mxfp4 import MXFP4, dequantized
 from camopd_jax.models.names import BASE, EMBEDDING, HEAD, check_names, standard_names
 from camopd_jax.models.quantised import StoredLeaf, stored_leaves
+from camopd_jax.models.rows import WeightRow
 from camopd_jax.models.weights import (
-    WeightRow,
     check_rows_cover,
     file_rows,
     leaf_of,

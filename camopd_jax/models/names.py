@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from camopd_jax.errors import UserError
-from camopd_jax.models.weights import MODULE_NAMES
+from camopd_jax.models.rows import MODULE_NAMES
 
 T = TypeVar("T")
 

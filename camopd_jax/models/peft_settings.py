@@ -15,7 +15,8 @@ from camopd_jax.models.disk import CHECKPOINT, Tensor, find_folder, read_json
 from camopd_jax.models.fields import COUNT, NUMBER, Kind
 from camopd_jax.models.names import EMBEDDING, HEAD
 from camopd_jax.models.peft_tensors import TOKENS, are_equal, parts, read_tensors, row_count
-from camopd_jax.models.weights import WeightRow, file_rows
+from camopd_jax.models.rows import WeightRow
+from camopd_jax.models.weights import file_rows
 from camopd_jax.runtime.paths import in_home
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"

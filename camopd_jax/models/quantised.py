@@ -15,7 +15,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from camopd_jax.models.weights import WeightRow, in_int8, scale_row
+from camopd_jax.models.rows import WeightRow
+from camopd_jax.models.weights import in_int8, scale_row
 
 INT8 = "int8"  # as a dtype of frozen weights: these kernels are int8, all other parameters have the dtype of products
 LARGEST = 127

@@ -10,8 +10,8 @@ import jax.numpy as jnp
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.layers import Block, KeysValues, LayerInputs, LayerKind, Positions
 from camopd_jax.models.stack import LayerFunction, Producer, Segment
-from camopd_jax.models.weights import ATTENTIONS, layer_tree
-from camopd_jax.types import GLOBAL_ATTENTION, MLP, SHARING, WIDE_MLP, Params
+from camopd_jax.models.weights import layer_tree
+from camopd_jax.types import ATTENTIONS, GLOBAL_ATTENTION, MLP, SHARING, WIDE_MLP, Params
 
 REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None, "rollout": None}
 

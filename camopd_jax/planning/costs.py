@@ -21,7 +21,8 @@ from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.partition import trained
 from camopd_jax.models.quantised import INT8
-from camopd_jax.models.weights import WeightRow, leaf_dtype, table, tree_of
+from camopd_jax.models.rows import WeightRow
+from camopd_jax.models.weights import leaf_dtype, table, tree_of
 from camopd_jax.planning.arrays import ModelShapes
 from camopd_jax.planning.topology import Chip
 from camopd_jax.rollout.generate import refill_size, rings

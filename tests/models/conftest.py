@@ -226,6 +226,7 @@ SIMILAR = (
     "phi3",
     "cohere",
     "gpt_oss",
+    "gemma4",
     "gemma4_moe",
 )  # like others, in the slow suite
 
