@@ -344,6 +344,16 @@ def test_embedding_and_head_of_an_adapter_are_those_of_peft(name, adapter, check
     check_rows_cover(params, model.config)
 
 
+@pytest.mark.slow
+def test_tokens_without_an_embedding_for_each_layer(adapter, mesh):
+    """PEFT saves the resized embedding of Gemma 4, but not its second one."""
+    folder = adapter("gemma4_small", rows=112, r=3, target_modules=["q_proj"])[1]
+    with pytest.raises(
+        UserError, match="the embedding has 112 rows, but the base model's embedding for each layer only"
+    ):
+        load(folder, mesh)
+
+
 @pytest.mark.parametrize("name", ["new tokens", pytest.param("tied, resized", marks=pytest.mark.slow)])
 def test_log_probs_with_a_resized_vocabulary_equal_peft(name, adapter, mesh, tokens):
     family, rows, fields = VOCABULARIES[name]

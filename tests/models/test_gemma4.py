@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
@@ -17,7 +18,7 @@ from camopd_jax.models.config import from_hf
 from camopd_jax.models.experts import Experts
 from camopd_jax.models.peft_settings import new_settings
 from camopd_jax.models.transformer import Model
-from camopd_jax.models.weights import check_rows_cover
+from camopd_jax.models.weights import check_rows_cover, file_rows
 from camopd_jax.planning import costs
 from camopd_jax.runtime.mesh import make_mesh
 
@@ -27,6 +28,9 @@ TEXT = dict(
     num_attention_heads=6, num_key_value_heads=2, head_dim=14, sliding_window=5, hidden_size_per_layer_input=0,
     global_head_dim=22, num_global_key_value_heads=3, attention_k_eq_v=True,
 )  # fmt: skip
+SMALL = dict(
+    num_kv_shared_layers=1, use_double_wide_mlp=True, hidden_size_per_layer_input=8, vocab_size_per_layer_input=100
+)
 EXPERTS = dict(num_experts=6, top_k_experts=2, moe_intermediate_size=20)
 
 
@@ -192,6 +196,20 @@ def test_new_parameters_have_rows():
     assert layers["attention"]["key"]["kernel"].shape == (5, 60, 2, 14)
     assert layers["global_attention"]["key"]["kernel"].shape == (2, 60, 3, 22)
     assert "value" not in layers["global_attention"]
+
+
+@pytest.mark.parametrize("fields", [SMALL, {"enable_moe_block": True} | EXPERTS], ids=["small", "experts"])
+def test_tensors_beside_a_vision_model_are_those_of_transformers(fields):
+    """By name and shape."""
+    vision = dict(hidden_size=16, intermediate_size=24, num_hidden_layers=1, num_attention_heads=2, head_dim=8,
+                  num_key_value_heads=2, position_embedding_size=16)  # fmt: skip
+    theirs = transformers.Gemma4Config(text_config=TEXT | fields, vision_config=vision)
+    with torch.device("meta"):
+        state = transformers.Gemma4ForConditionalGeneration(theirs).state_dict()
+    config = from_hf(theirs.to_dict())
+    shapes = {name: row.hf_shape for row in file_rows(config) for name in row.names(config.num_layers)}
+    ours = {config.tensor_prefix + name.removeprefix(config.replaced_prefix): of for name, of in shapes.items()}
+    assert ours == {name: tuple(tensor.shape) for name, tensor in state.items() if "language_model." in name}
 
 
 def test_layers_that_use_the_keys_of_others_have_no_cache(checkpoint):
