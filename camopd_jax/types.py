@@ -128,13 +128,18 @@ class TrainState(struct.PyTreeNode):
 class KVCache(struct.PyTreeNode):
     """Keys and values of earlier tokens. No query attends to a slot whose position is `EMPTY`."""
 
-    keys: tuple[jax.Array, ...]  # for each layer, [B, G, S, K]
-    values: tuple[jax.Array, ...]  # for each layer, [B, G, S, K]
+    keys: tuple[jax.Array, ...]  # for each layer that has its own, [B, G, S, K]
+    values: tuple[jax.Array, ...]  # the same
     positions: jax.Array  # int32[B, S], position of each slot's token in its row, or EMPTY
     residuals: Residuals = ()
 
 
+# Names of a layer's parts among the parameters
 ATTENTION, GLOBAL_ATTENTION = "attention", "global_attention"  # the second: of layers without a window, if different
+# Of layers that use the keys and values of an earlier layer with the attention before the colon
+SHARING = {ATTENTION: "sharing_attention", GLOBAL_ATTENTION: "sharing_global_attention"}
+ATTENTIONS = (*SHARING, *SHARING.values())  # all of these names
+MLP, WIDE_MLP = "mlp", "wide_mlp"  # the second: of layers that use the keys and values of another, if different
 EMPTY = 2**30  # later than the position of any token, so that the causal mask excludes the slot
 
 
@@ -180,7 +185,7 @@ class LanguageModel(Protocol):
 
     @property
     def layer_attention(self) -> tuple[str, ...]:
-        """For each layer, the name of its attention among the parameters: ATTENTION or GLOBAL_ATTENTION."""
+        """For each layer, the name of its attention among the parameters, such as ATTENTION."""
 
     def layer_for_decoding(self, layers: Params, i: jax.Array | int, attention: str = ATTENTION) -> Params:
         """Layer i of `for_decoding`, whose attention has this name, from the stacked parameters of all layers."""

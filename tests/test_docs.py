@@ -11,7 +11,8 @@ from camopd_jax.config import methods
 from camopd_jax.evals.tasks import TASKS
 from camopd_jax.method.objectives import OBJECTIVES
 from camopd_jax.method.token_weights import WEIGHTS
-from camopd_jax.models.families import FAMILIES, MULTIMODAL
+from camopd_jax.models.families import FAMILIES
+from camopd_jax.models.multimodal import MULTIMODAL
 
 ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"

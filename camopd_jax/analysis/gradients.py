@@ -30,7 +30,7 @@ from camopd_jax.models import partition
 from camopd_jax.models.products import einsum
 from camopd_jax.rollout.sampling import row_keys
 from camopd_jax.runtime.buckets import Widths
-from camopd_jax.types import ATTENTION, GLOBAL_ATTENTION, Batch, Params, Record
+from camopd_jax.types import ATTENTION, ATTENTIONS, MLP, WIDE_MLP, Batch, Params, Record
 
 SETS = ("selected", "all")
 RANDOM_SETS = 4  # random sets of as many answers as were selected: the baseline for a set of that size
@@ -197,10 +197,13 @@ def sketch(grads: Named, width: int, key: jax.Array) -> Named:
 def products(a: Named, b: Named) -> Named:
     """Inner products by group: scalars for "embedding", "head" and "final_norm", float32[L] for "layers".
 
-    In models with `global_attention`, both kinds of attention are groups of their own, with an entry for each layer.
+    Parts of layers that some layers do not have are groups of their own, with an entry for each layer that has them:
+    the attentions in models with several of them, and feed-forwards of different widths.
     """
     groups: Named = {}
-    apart = (ATTENTION, GLOBAL_ATTENTION) if any(name.startswith(f"layers.{GLOBAL_ATTENTION}.") for name in a) else ()
+    present = {name.split(".")[1] for name in a if stacked(name)}
+    kinds = (set(ATTENTIONS), {MLP, WIDE_MLP})
+    apart = {part for names in kinds if present & names - {ATTENTION, MLP} for part in names}
     for name in a:
         axes = tuple(range(stacked(name), a[name].ndim))
         group, part = name.split(".")[:2] if "." in name else (name, "")

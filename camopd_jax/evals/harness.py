@@ -23,7 +23,7 @@ from camopd_jax.inference import loading
 from camopd_jax.inference.answer import answer
 from camopd_jax.inference.log_probs import score_responses
 from camopd_jax.models import hf
-from camopd_jax.models.config import text_config
+from camopd_jax.models.config_json import text_config
 from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.runtime import cli
 from camopd_jax.runtime.distributed import is_distributed

@@ -14,7 +14,7 @@ from camopd_jax.models.weights import LORA_A, LORA_B
 from camopd_jax.types import Params, Record, TrainState
 
 # Weight decay applies to these parameters, not to norms and biases.
-_DECAYED = ("kernel", "embedding", "head", LORA_A, LORA_B)
+_DECAYED = ("kernel", "embedding", "per_layer_embedding", "head", LORA_A, LORA_B)
 
 
 LAST_GRADIENT = "gradient@"  # before a branch's name, which has no @

@@ -3,19 +3,19 @@
 The layers depend only on these properties, never on the name of a model family.
 """
 
-import re
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Literal
 
 from jax.sharding import Mesh
 
 from camopd_jax.errors import UserError
 from camopd_jax.models import fields as limits
 from camopd_jax.models import rope
-from camopd_jax.models.families import FAMILIES, MULTIMODAL
-from camopd_jax.models.family import Family, Fields, NormKind, QKNorm
+from camopd_jax.models.config_json import checked_fields, is_multimodal, layer_types, text_config
+from camopd_jax.models.family import Family, Fields, NormKind, QKNorm, StackedExperts
+from camopd_jax.models.multimodal import MULTIMODAL
 from camopd_jax.models.rope import NO_ROTATION, Rope
-from camopd_jax.types import ATTENTION, GLOBAL_ATTENTION
+from camopd_jax.types import ATTENTION, GLOBAL_ATTENTION, SHARING
 
 Activation = Literal["silu", "gelu_tanh", "relu2"]
 Implementation = Literal["auto", "xla", "fused"]
@@ -28,8 +28,9 @@ class Routing:
     experts: int
     per_token: int  # experts of a token
     normalized: bool  # whether the weights of a token's experts are divided by their sum
-    # Whether a checkpoint has all experts of a layer in one tensor, with the columns of gate and up in turn
-    stacked: bool = False
+    stacked: StackedExperts | None = None  # if a checkpoint has all experts of a layer in one tensor: how
+    # Whether the router normalises and scales its input, and multiplies each expert's weight by a factor of its own
+    scaled: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,16 @@ class GlobalAttention:
     head_dim: int
     rope: Rope
     keys_as_values: bool  # `ModelConfig.keys_as_values`
+
+
+@dataclass(frozen=True)
+class PerLayerInput:
+    """A second embedding: a vector for each token and layer. With a projection of the first one, it gates what a layer
+    adds after its feed-forward.
+    """
+
+    size: int  # of a vector
+    vocab_size: int  # at least the model's
 
 
 @dataclass(frozen=True)
@@ -68,6 +79,8 @@ class ModelConfig:
     output_bias: bool = False  # of the attention's output projection
     mlp_bias: bool = False  # of the feed-forward, or of router and experts
     routing: Routing | None = None  # of a mixture of experts
+    # Width of a feed-forward beside the experts: each has norms of its own before and after it, and both are added
+    dense_size: int | None = None
     gated_mlp: bool = True  # whether the feed-forward is down(activation(gate x) * up x), not down(activation(up x))
     parallel: bool = False  # whether attention and feed-forward have the same input, the layer's first norm
     norm: NormKind = "rms"
@@ -76,6 +89,11 @@ class ModelConfig:
     attention_sinks: bool = False  # whether each head has a trained score, without a value, beside those of the keys
     # Of the layers without a window; the fields about heads and RoPE are then those of the other layers
     global_attention: GlobalAttention | None = None
+    # How many of the last layers use keys and values of another one: of the last layer before them with the same window
+    sharing_layers: int = 0
+    sharing_size: int | None = None  # width of the feed-forward of these layers; None: as of the others
+    shares_keys: bool = False  # in `of_attentions`: whether keys and values are those of another layer
+    per_layer_input: PerLayerInput | None = None
     keys_as_values: bool = False  # whether values are the keys before their norm and RoPE
     value_norm: bool = False  # whether values are normalised over each head, without weights
     layer_scalar: bool = False  # whether each layer's output is multiplied by a constant of the checkpoint
@@ -91,12 +109,17 @@ class ModelConfig:
     final_softcap: float | None = None
     initializer_range: float = 0.02
     output_vocab_size: int | None = None  # logits are cut to this; None: vocab_size
-    module_names: tuple[tuple[str, str], ...] = ()  # Hugging Face names that differ from `weights.MODULE_NAMES`
+    module_names: tuple[tuple[str, str], ...] = ()  # Hugging Face names that differ from `rows.MODULE_NAMES`
     # Of the names of all its tensors, if the checkpoint has other tensors too; `weights` and `names` are without it
     tensor_prefix: str = ""
     replaced_prefix: str = ""  # in place of which they have `tensor_prefix`
     int8: bool = False  # whether the kernels of the layers, but of routers, are int8 (`models.quantised`)
     adapter: tuple[tuple[str, int], ...] = ()  # modules with an adapter (`models.adapters`), and its largest rank
+
+    @property
+    def feed_forward_size(self) -> int:
+        """The width of the feed-forward that reads every token, alone or beside experts."""
+        return self.dense_size or self.intermediate_size
 
     @property
     def distinct_windows(self) -> tuple[int | None, ...]:
@@ -111,13 +134,32 @@ class ModelConfig:
     @property
     def layer_attention(self) -> tuple[str, ...]:
         """For each layer, the name of its attention among the parameters."""
-        if self.global_attention is None:
-            return (ATTENTION,) * self.num_layers
-        return tuple(GLOBAL_ATTENTION if window is None else ATTENTION for window in self.windows)
+        first = self.num_layers - self.sharing_layers
+        different = self.global_attention is not None
+        names = [GLOBAL_ATTENTION if different and window is None else ATTENTION for window in self.windows]
+        return (*names[:first], *(SHARING[name] for name in names[first:]))
+
+    @property
+    def producers(self) -> dict[str, int]:
+        """For each attention that uses keys and values of another layer, the number of that layer."""
+        return {sharing: self.layers_with(own)[-1] for own, sharing in SHARING.items() if self.layers_with(sharing)}
 
     @property
     def of_attentions(self) -> dict[str, "ModelConfig"]:
-        """The config of a model in which all layers have the same attention, for each `layer_attention`."""
+        """The config of a model in which all layers are alike, for each `layer_attention`."""
+        if not self.sharing_layers:
+            return self._of_windows()
+        own = replace(self, sharing_layers=0, sharing_size=None)._of_windows()
+        size = self.sharing_size or self.intermediate_size
+        sharing = {
+            SHARING[name]: replace(of, shares_keys=True, intermediate_size=size)
+            for name, of in own.items()
+            if self.layers_with(SHARING[name])
+        }
+        return own | sharing
+
+    def _of_windows(self) -> dict[str, "ModelConfig"]:
+        """`of_attentions` without layers that use keys and values of others."""
         if self.global_attention is None:
             return {ATTENTION: self}
         of, alike = self.global_attention, replace(self, layer_rope=(0,) * self.num_layers, global_attention=None)
@@ -165,8 +207,6 @@ _ACTIVATIONS: dict[str, Activation] = {
     "gelu_pytorch_tanh": "gelu_tanh",
     "relu2": "relu2",
 }
-_ROPE_FIELDS = {"rope_theta", "rope_scaling", "rope_parameters"}
-_REPLACED = {"sliding_window_pattern"}  # fields that are not read if there are layer_types
 
 
 def from_hf(config: Fields, *, context: int | None = None, where: str = "config.json") -> ModelConfig:
@@ -182,14 +222,14 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     """
     multimodal = MULTIMODAL[config["model_type"]] if is_multimodal(config) else None
     config, where = text_config(config, where)
-    fields, family = _checked_fields(config, where)
+    fields, family = checked_fields(config, where)
     width, heads = fields["hidden_size"], fields["num_attention_heads"]
     head_dim = fields["head_dim"] or width // heads
     activation = fields[family.activation_field]
     activation = family.activations.get(activation, activation)
     if activation not in _ACTIVATIONS:
         raise UserError(f"{where}: activation {activation!r} is not supported; supported are {', '.join(_ACTIVATIONS)}")
-    types = _layer_types(fields, family, where)
+    types = layer_types(fields, family, where)
     windows = tuple(fields["sliding_window"] if t == "sliding_attention" else None for t in types)
     blocks = rope.blocks(fields, family)
     if lacking := set(types) - blocks.keys():
@@ -202,10 +242,11 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
     ]
     ropes = tuple(dict.fromkeys(layer_ropes))
     bias = fields["attention_bias"]
+    routing, expert_size = _routing(fields, family, where), fields.get("moe_intermediate_size")
     model = ModelConfig(
         vocab_size=fields["vocab_size"],
         hidden_size=width,
-        intermediate_size=fields.get("moe_intermediate_size", fields["intermediate_size"]),
+        intermediate_size=expert_size if routing and expert_size else fields["intermediate_size"],
         num_layers=fields["num_hidden_layers"],
         num_heads=heads,
         num_kv_heads=fields["num_key_value_heads"] or heads,
@@ -223,7 +264,8 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         qkv_bias=bias if family.qkv_bias is None else family.qkv_bias,
         output_bias=fields.get("attention_out_bias", bias) if family.output_bias is None else family.output_bias,
         mlp_bias=fields["mlp_bias"],
-        routing=_routing(fields, family, where),
+        routing=routing,
+        dense_size=fields["intermediate_size"] if routing and family.dense_beside_experts else None,
         gated_mlp=family.gated_mlp,
         parallel=family.parallel,
         norm=family.norm,
@@ -246,7 +288,9 @@ def from_hf(config: Fields, *, context: int | None = None, where: str = "config.
         tensor_prefix=multimodal.prefix if multimodal else "",
         replaced_prefix=multimodal.replaces if multimodal else "",
     )
-    return _with_global_attention(model, types, rope_of_type, fields, where) if family.global_attention else model
+    if not family.global_attention:
+        return model
+    return _with_sharing(_with_global_attention(model, types, rope_of_type, fields, where), fields, where)
 
 
 def _query_scale(fields: Fields, head_dim: int) -> float:
@@ -276,6 +320,30 @@ def _with_global_attention(
     return model if sliding in types else model.of_attentions[GLOBAL_ATTENTION]
 
 
+def _with_sharing(model: ModelConfig, fields: Fields, where: str) -> ModelConfig:
+    """A config with a second embedding, and with layers that use the keys and values of others."""
+    size, vocabulary = fields["hidden_size_per_layer_input"], fields["vocab_size_per_layer_input"]
+    if size and vocabulary < model.vocab_size:
+        raise UserError(
+            f"{where}: vocab_size_per_layer_input is {vocabulary}, less than vocab_size = {model.vocab_size}; every "
+            "token needs an embedding"
+        )
+    per_layer = PerLayerInput(size, vocabulary) if size else None
+    count, wide = fields["num_kv_shared_layers"], fields["use_double_wide_mlp"]
+    model = replace(model, per_layer_input=per_layer, sharing_layers=count)
+    if not count:
+        return model
+    first = model.num_layers - count
+    if first <= 0 or set(model.windows[:first]) != set(model.windows):
+        raise UserError(
+            f"{where}: num_kv_shared_layers is {count} of {model.num_layers} layers; before these layers there must be "
+            "one of each of their layer_types, whose keys and values they use"
+        )
+    if wide and model.routing is not None:
+        raise UserError(f"{where}: field use_double_wide_mlp is true; with experts only false is supported")
+    return replace(model, sharing_size=2 * model.intermediate_size if wide else None)
+
+
 def _global_heads(fields: Fields, types: list[str], where: str) -> tuple[int, int | None]:
     """Width and number of key and value heads of layers without a window; None: as in other layers.
 
@@ -303,94 +371,15 @@ def _routing(fields: Fields, family: Family, where: str) -> Routing | None:
     """The router of a mixture of experts; None for other families."""
     if family.experts_field is None:
         return None
-    experts, per_token = fields[family.experts_field], fields["num_experts_per_tok"]
+    experts, per_token, flag = fields[family.experts_field], fields[family.per_token_field], family.experts_flag
+    if flag is not None and not fields[flag]:
+        if experts:
+            raise UserError(f"{where}: field {family.experts_field} = {experts!r} needs {flag} = true")
+        return None
+    if flag is not None:
+        for field in (family.experts_field, family.per_token_field, "moe_intermediate_size"):
+            limits.COUNT.check(fields[field], field, where)
     if per_token > experts:
-        raise UserError(f"{where}: num_experts_per_tok is {per_token}; {family.experts_field} is only {experts}")
-    return Routing(experts, per_token, fields.get("norm_topk_prob", True), family.stacked_experts)
-
-
-def is_multimodal(config: Fields) -> bool:
-    """Whether the model of a config.json has modalities besides text."""
-    return isinstance(config.get("model_type"), str) and config["model_type"] in MULTIMODAL
-
-
-def text_config(config: Fields, where: str = "config.json") -> tuple[Fields, str]:
-    """The fields of the text model of a config.json, and their place for error messages."""
-    if not is_multimodal(config):
-        return config, where
-    multimodal, text = MULTIMODAL[config["model_type"]], config.get("text_config")
-    if not isinstance(text, dict):
-        raise UserError(f"{where}: field text_config is {text!r}; give an object")
-    known = multimodal.fields | limits.HARMLESS | {"text_config"}
-    if odd := [f for f, value in config.items() if f not in known and value not in (None, False, [], {})]:
-        raise UserError(
-            f"{where}: field {odd[0]} = {config[odd[0]]!r} is not known for {config['model_type']}; if it does not "
-            "change the model's output, delete it from the file, else this model is not supported"
-        )
-    tied = {"tie_word_embeddings": config["tie_word_embeddings"]} if "tie_word_embeddings" in config else {}
-    return {"model_type": multimodal.text} | text | tied, f"{where}: text_config"
-
-
-def _checked_fields(config: Fields, where: str) -> tuple[Fields, Family]:
-    """Checks the fields of a config.json; returns them with the defaults of its family, and the family.
-
-    Raises:
-      UserError: as `from_hf`.
-    """
-    name = config.get("model_type")
-    if not isinstance(name, str) or name not in FAMILIES:
-        near = name.lower() if isinstance(name, str) else _type_of_class(config.get("architectures"))
-        hint = f"; did you mean {near!r}?" if near in FAMILIES else ""
-        raise UserError(
-            f"{where}: model_type {name!r} is not supported; supported are {', '.join([*FAMILIES, *MULTIMODAL])}{hint}"
-        )
-    family = FAMILIES[name]
-    known = family.defaults.keys() | {*limits.REQUIRED} | limits.HARMLESS | _ROPE_FIELDS
-    config = {family.renamed.get(field, field): value for field, value in config.items()}
-    if config.get("layer_types") is not None:
-        config = {field: value for field, value in config.items() if field not in _REPLACED}
-    for field, (default, what) in family.missing.items():
-        if value := config.get(field, default):
-            raise UserError(f"{where}: field {field} is {value!r}; {name} with {what} is not supported")
-    for field, value in config.items():
-        if field in family.fixed:
-            if value not in (None, family.fixed[field]):
-                raise UserError(f"{where}: field {field} is {value!r}; {name} supports only {family.fixed[field]!r}")
-        elif field not in known and not _is_neutral(field, value, config):
-            raise UserError(
-                f"{where}: field {field} = {value!r} is not known for {name}; if it does not change the model's "
-                "output, delete it from the file, else this model is not supported"
-            )
-    fields = {**family.defaults, **{field: value for field, value in config.items() if field in known}}
-    limits.check(fields, family.defaults, where)
-    return fields, family
-
-
-def _type_of_class(architectures: Any) -> str:
-    """The model_type that a class such as LlamaForCausalLM most likely has."""
-    name = str(architectures[0] if isinstance(architectures, list) and architectures else "")
-    return re.sub(r"(?<=[a-z0-9])(?=[A-Z])", "_", name.removesuffix("ForCausalLM")).lower()
-
-
-def _is_neutral(field: str, value: Any, config: Fields) -> bool:
-    """Whether a field that a family does not have has a value that changes nothing."""
-    if field == "partial_rotary_factor":
-        return value in (None, 1)
-    if field == "layer_types":
-        return value is None or (isinstance(value, list) and set(map(str, value)) <= {"full_attention"})
-    if field == "max_window_layers":
-        return not config.get("use_sliding_window") and not config.get("sliding_window")
-    return value in (None, False, [], {})
-
-
-def _layer_types(fields: Fields, family: Family, where: str) -> list[str]:
-    """ "full_attention" or "sliding_attention" for each layer."""
-    layers, types = fields["num_hidden_layers"], fields.get("layer_types")
-    if types is None:
-        types = ["sliding_attention" if family.slides(i, fields) else "full_attention" for i in range(layers)]
-    if len(types) != layers or not set(types) <= {"full_attention", "sliding_attention"}:
-        raise UserError(
-            f"{where}: layer_types {types} must name full_attention or sliding_attention for {layers} layers"
-        )
-    window, used = fields.get("sliding_window"), fields.get("use_sliding_window", True)
-    return types if used and window is not None else ["full_attention"] * layers
+        raise UserError(f"{where}: {family.per_token_field} is {per_token}; {family.experts_field} is only {experts}")
+    normalized = fields.get("norm_topk_prob", True)
+    return Routing(experts, per_token, normalized, family.stacked_experts, family.scaled_router)

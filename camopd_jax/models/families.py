@@ -8,34 +8,7 @@ module depends on families.
 from dataclasses import replace
 from typing import Any
 
-from camopd_jax.models.family import Family, Fields, Multimodal
-
-MULTIMODAL: dict[str, Multimodal] = {  # by the model_type of config.json
-    "gemma3": Multimodal(
-        "gemma3_text",
-        frozenset(
-            "vision_config mm_tokens_per_image boi_token_index eoi_token_index image_token_index initializer_range "
-            "tie_word_embeddings".split()
-        ),
-    ),
-    "gemma4": Multimodal(
-        "gemma4_text",
-        frozenset(
-            "vision_config audio_config boi_token_id eoi_token_id image_token_id video_token_id boa_token_id "
-            "eoa_token_id eoa_token_index audio_token_id vision_soft_tokens_per_image initializer_range "
-            "tie_word_embeddings".split()
-        ),
-        prefix="model.language_model.",
-        replaces="model.",
-    ),
-    "mistral3": Multimodal(
-        "mistral",
-        frozenset(
-            "vision_config image_token_index projector_hidden_act vision_feature_layer multimodal_projector_bias "
-            "spatial_merge_size tie_word_embeddings".split()
-        ),
-    ),
-}
+from camopd_jax.models.family import Family, Fields
 
 
 def _like(base: Family, defaults: Fields, **properties: Any) -> Family:
@@ -179,6 +152,14 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
             "num_global_key_value_heads": None,
             "attention_k_eq_v": False,
             "per_layer_config": None,
+            "enable_moe_block": False,
+            "num_experts": None,
+            "top_k_experts": None,
+            "moe_intermediate_size": None,
+            "num_kv_shared_layers": 0,
+            "use_double_wide_mlp": False,
+            "hidden_size_per_layer_input": 256,
+            "vocab_size_per_layer_input": 262_144,
         },
         slides=lambda i, fields: (i + 1) % 6 != 0,
         rope_fields=_PARTIAL,
@@ -188,13 +169,30 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
         global_attention=True,
         value_norm=True,
         layer_scalar=True,
+        experts_field="num_experts",
+        experts_flag="enable_moe_block",
+        per_token_field="top_k_experts",
+        stacked_experts="halves",
+        scaled_router=True,
+        dense_beside_experts=True,
         fixed={"use_bidirectional_attention": "vision"},  # between tokens of one image
-        missing={
-            "enable_moe_block": (False, "experts beside a dense feed-forward (26B-A4B)"),
-            "num_kv_shared_layers": (0, "layers that use the keys and values of another layer (E2B, E4B)"),
-            "hidden_size_per_layer_input": (256, "embeddings that are added in every layer (E2B, E4B)"),
+        module_names={
+            "mlp_norm": "pre_feedforward_layernorm",
+            "post_dense_norm": "post_feedforward_layernorm_1",
+            "experts_norm": "pre_feedforward_layernorm_2",
+            "post_experts_norm": "post_feedforward_layernorm_2",
+            "router_norm.scale": "router.scale",
+            "experts.router": "router.proj",
+            "experts.router.scale": "router.per_expert_scale",
+            **{f"experts.{name}.kernel": f"experts.{tensor}" for name, tensor in _STACKED.items()},
+            "per_layer_embedding": "model.embed_tokens_per_layer",
+            "per_layer_projection": "model.per_layer_model_projection",
+            "per_layer_norm": "model.per_layer_projection_norm",
+            "input_gate": "per_layer_input_gate",
+            "input_projection": "per_layer_projection",
+            "post_input_norm": "post_per_layer_input_norm",
+            "output_scalar.scale": "layer_scalar",
         },
-        module_names={"mlp_norm": "pre_feedforward_layernorm", "output_scalar.scale": "layer_scalar"},
     ),
     "qwen3_moe": _like(
         _QWEN,
@@ -269,7 +267,7 @@ FAMILIES: dict[str, Family] = {  # by the model_type of config.json
         slides=lambda i, fields: i % 2 == 0,
         experts_field="num_local_experts",
         renamed={"num_experts": "num_local_experts"},
-        stacked_experts=True,
+        stacked_experts="columns",
         attention_sinks=True,
         fixed={"experts_per_token": 4, "initial_context_length": 4096},
         module_names={

@@ -7,6 +7,8 @@ from typing import Any, Literal
 Fields = Mapping[str, Any]  # of a config.json
 NormKind = Literal["rms", "layer"]  # with the root mean square, or with mean and standard deviation
 QKNorm = Literal["head", "projection"]  # queries and keys are normalised over each head, or over all heads together
+# How one tensor has gate and up of all experts: their columns in turn, or as halves of [outputs, inputs] matrices
+StackedExperts = Literal["columns", "halves"]
 
 
 @dataclass(frozen=True)
@@ -23,7 +25,13 @@ class Family:
     activation_field: str = "hidden_act"
     activations: Mapping[str, str] = field(default_factory=dict)  # other names of activations, and what they mean here
     experts_field: str | None = None  # field with the number of experts, in mixtures of experts
-    stacked_experts: bool = False  # `config.Routing.stacked`
+    experts_flag: str | None = None  # field that says whether a model has experts; None: all of the family have them
+    per_token_field: str = "num_experts_per_tok"  # field with the number of experts of a token
+    stacked_experts: StackedExperts | None = None  # `config.Routing.stacked`
+    scaled_router: bool = False  # `config.Routing.scaled`
+    dense_beside_experts: bool = (
+        False  # whether a feed-forward is added to the experts, `config.ModelConfig.dense_size`
+    )
     gated_mlp: bool = True  # whether the feed-forward has a gate
     parallel: bool = False  # whether attention and feed-forward have the same input
     qkv_bias: bool | None = None  # None: the value of attention_bias
@@ -43,20 +51,8 @@ class Family:
     local_rope_field: str | None = None  # field with the RoPE base of layers with a window, if it is different
     renamed: Mapping[str, str] = field(default_factory=dict)  # `attribute_map` of transformers: other names of fields
     fixed: Fields = field(default_factory=dict)  # fields that transformers ignores, with the values that are supported
-    # Fields that must be off, each with its default and with what is not supported
-    missing: Mapping[str, tuple[Any, str]] = field(default_factory=dict)
     # Class in the `auto_map` of checkpoints that are older than the family in transformers: code that is not needed
     published_code: str | None = None
-    # Hugging Face names of modules that differ from `weights.MODULE_NAMES`, and complete names of single parameters
+    # Hugging Face names of modules that differ from `rows.MODULE_NAMES`, and complete names of single parameters
     # (module.leaf). Those with the same name are parts of one tensor, in the order of the table.
     module_names: Mapping[str, str] = field(default_factory=dict)
-
-
-@dataclass(frozen=True)
-class Multimodal:
-    """A checkpoint with other modalities. Only its text model is read; its other tensors stay as they are."""
-
-    text: str  # model_type of the text model, if its config has none
-    fields: frozenset[str]  # the fields of config.json beside `text_config`
-    prefix: str = "language_model."  # of the names of the text model's tensors
-    replaces: str = ""  # the start of the text model's own names, in place of which they have the prefix

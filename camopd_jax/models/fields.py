@@ -22,7 +22,7 @@ _RECORDS = """
     tie_last_hidden_states resid_pdrop embd_pdrop residual_dropout use_parallel_embedding
     output_router_logits router_aux_loss_coef router_jitter_noise _attn_implementation _attn_implementation_internal
     use_flash_attention use_flash_attention_2 use_flash_attn max_seq_length max_seq_len seq_length model_max_length
-    padding_side tokenizer_model_max_length tokenizer_padding_side vocab_size_per_layer_input
+    padding_side tokenizer_model_max_length tokenizer_padding_side
 """
 # Fields of GenerationConfig, which earlier versions of transformers save in config.json. A test compares them with the
 # installed version. They are not read from it, since a field of a later version may change a model's output.
@@ -93,7 +93,7 @@ _KINDS = {  # of fields whose kind is not the type of their default
     "query_pre_attn_scalar": NUMBER,
     "partial_rotary_factor": FRACTION,
     "no_rope_layers": _BITS.or_null(),
-    "max_window_layers": _INDEX,
+    **dict.fromkeys(("max_window_layers", "num_kv_shared_layers", "hidden_size_per_layer_input"), _INDEX),
     "num_global_key_value_heads": COUNT.or_null(),
     "per_layer_config": _BLOCKS.or_null(),
     "initializer_range": NOT_NEGATIVE,

@@ -21,9 +21,18 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.disk import INDEX, SINGLE, Tensor, read_json, stale_index, tensors
 from camopd_jax.models.families import FAMILIES
 from camopd_jax.models.mxfp4 import MXFP4, dequantized
-from camopd_jax.models.names import EMBEDDING, HEAD, check_names, standard_names
+from camopd_jax.models.names import BASE, EMBEDDING, HEAD, check_names, standard_names
 from camopd_jax.models.quantised import StoredLeaf, stored_leaves
-from camopd_jax.models.weights import WeightRow, check_rows_cover, file_rows, leaf_of, shardings, tensor_rows, tree_of
+from camopd_jax.models.rows import WeightRow
+from camopd_jax.models.weights import (
+    check_rows_cover,
+    file_rows,
+    leaf_of,
+    shardings,
+    tensor_rows,
+    tree_of,
+    unused_names,
+)
 from camopd_jax.runtime.progress import Work, work
 from camopd_jax.types import Params
 
@@ -186,12 +195,15 @@ def matching(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
 
 
 def _divided(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The tensors of a folder: those of the model, without the prefix of their names, and others."""
+    """The tensors of a folder: those of the model, without the prefix of their names, and others, which it ignores."""
     prefix, replaced = config.tensor_prefix, config.replaced_prefix
-    model, others = dict[str, Tensor](), dict[str, Tensor]()
+    model, others, unused = dict[str, Tensor](), dict[str, Tensor](), unused_names(config)
     for name, tensor in dequantized(tensors(folder), folder).items():
-        if name.startswith(prefix):
-            model[replaced + name.removeprefix(prefix)] = tensor
+        own = replaced + name.removeprefix(prefix)
+        if {own, f"{BASE}{own}"} & unused:
+            others[name] = tensor
+        elif name.startswith(prefix):
+            model[own] = tensor
         elif replaced and name == HEAD:
             model[name] = tensor
         else:
@@ -200,7 +212,7 @@ def _divided(folder: Path, config: ModelConfig) -> tuple[dict[str, Tensor], dict
 
 
 def other_tensors(folder: Path, config: ModelConfig) -> dict[str, Tensor]:
-    """The tensors of a folder that are not the model's, such as those of a vision model, by name."""
+    """The tensors of a folder that the model ignores, such as those of a vision model, by name."""
     return _divided(folder, config)[1]
 
 

@@ -64,6 +64,14 @@ class LayerCache(struct.PyTreeNode):
 KeysValues = tuple[jax.Array, jax.Array]  # [B, G, S', K] each
 
 
+class LayerInputs(struct.PyTreeNode):
+    """The inputs of a layer beside the residual stream, in models that have them."""
+
+    per_layer: jax.Array | None = None  # [B, S, E], of this layer (`config.PerLayerInput`)
+    # Of other layers, by the name of the attention that uses them
+    shared: dict[str, KeysValues] = struct.field(default_factory=dict)
+
+
 class Norm(nn.Module):
     """`normalized` with trained weights."""
 
@@ -158,9 +166,18 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSD: jax.Array, positions: Positions, kind: LayerKind, cache: LayerCache | None = None
+        self,
+        x_BSD: jax.Array,
+        positions: Positions,
+        kind: LayerKind,
+        cache: LayerCache | None = None,
+        shared: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues]:
-        """The output `[B, S, D]`, and the keys and values: of the cache with these tokens, or only of these tokens."""
+        """The output `[B, S, D]`, and the keys and values: of the cache with these tokens, or only of these tokens.
+
+        Args:
+          shared: the keys and values, if they are another layer's; of the cache, only its positions are then read.
+        """
         c = self.config
         std = c.initializer_range
 
@@ -170,25 +187,29 @@ class Attention(nn.Module):
             y = Linear("bsd,dhk->bshk", (c.hidden_size, *shape), bias, std, name=name)(x_BSD)
             return constrain(y, self.mesh, "batch", "sequence", axis, None)
 
-        query = project("query", c.num_heads, "heads")
-        key = project("key", c.num_kv_heads, "kv_heads")
-        value = key if c.keys_as_values else project("value", c.num_kv_heads, "kv_heads")
-        if c.value_norm:
-            value = normalized(value, {"scale": jnp.ones(c.head_dim)}, c)
-        if c.qk_norm is not None:
-            axes = 1 if c.qk_norm == "head" else 2
-            query = Norm(c, axes, name="query_norm")(query)
-            key = Norm(c, axes, name="key_norm")(key)
-        cos, sin = (table[kind.rope] for table in positions.rotation)
-        query, key = (rotate(x, cos, sin, c.interleaved_rope) for x in (query, key))
+        def placed(name: str, x: jax.Array) -> jax.Array:
+            """Queries or keys with their norm and rotation."""
+            if c.qk_norm is not None:
+                x = Norm(c, 1 if c.qk_norm == "head" else 2, name=f"{name}_norm")(x)
+            cos, sin = (table[kind.rope] for table in positions.rotation)
+            return rotate(x, cos, sin, c.interleaved_rope)
+
+        query = placed("query", project("query", c.num_heads, "heads"))
         if c.query_growth is not None:
             query = _grown(query, positions.tokens, *c.query_growth)
-
-        key, value = key.swapaxes(1, 2), value.swapaxes(1, 2)
-        if cache is not None:
-            start = (0, 0, cache.slot, 0)
-            key = jax.lax.dynamic_update_slice(cache.keys, key, start)
-            value = jax.lax.dynamic_update_slice(cache.values, value, start)
+        if c.shares_keys:
+            assert shared is not None
+            key, value = shared
+        else:
+            key = project("key", c.num_kv_heads, "kv_heads")
+            value = key if c.keys_as_values else project("value", c.num_kv_heads, "kv_heads")
+            if c.value_norm:
+                value = normalized(value, {"scale": jnp.ones(c.head_dim)}, c)
+            key, value = placed("key", key).swapaxes(1, 2), value.swapaxes(1, 2)
+            if cache is not None:
+                start = (0, 0, cache.slot, 0)
+                key = jax.lax.dynamic_update_slice(cache.keys, key, start)
+                value = jax.lax.dynamic_update_slice(cache.values, value, start)
         settings = c.distinct_windows, c.query_scale, c.attention_softcap
         spec = AttentionSpec(*settings, self.implementation, self.mesh, self.over_cache)
         key_positions = None if cache is None else cache.positions
@@ -224,7 +245,7 @@ class FeedForward(nn.Module):
     @nn.compact
     def __call__(self, x_BSD: jax.Array) -> jax.Array:
         c = self.config
-        d, f, std = c.hidden_size, c.intermediate_size, c.initializer_range
+        d, f, std = c.hidden_size, c.feed_forward_size, c.initializer_range
         wide, narrow = ((f,), (d,)) if c.mlp_bias else (None, None)
         activation = ACTIVATIONS[c.activation]
 
@@ -248,9 +269,20 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x_BSD: jax.Array, positions: Positions, kind: LayerKind, cache: LayerCache | None = None
+        self,
+        x_BSD: jax.Array,
+        positions: Positions,
+        kind: LayerKind,
+        cache: LayerCache | None = None,
+        per_layer_BSE: jax.Array | None = None,
+        shared: KeysValues | None = None,
     ) -> tuple[jax.Array, KeysValues]:
-        """The layer's output `[B, S, D]`, and the keys and values of `Attention`."""
+        """The layer's output `[B, S, D]`, and the keys and values of `Attention`.
+
+        Args:
+          per_layer_BSE: `LayerInputs.per_layer`.
+          shared: as in `Attention`.
+        """
         c = self.config
 
         def norm(name: str, x: jax.Array) -> jax.Array:
@@ -268,14 +300,25 @@ class Block(nn.Module):
 
         attention = Attention(c, self.mesh, self.implementation, self.over_cache, name="attention")
         first = entering(x_BSD, "attention_norm")
-        y, keys_values = attention(first, positions, kind, cache)
+        y, keys_values = attention(first, positions, kind, cache, shared)
         x_BSD = added(x_BSD, y, "post_attention_norm")
         second = first if c.parallel else entering(x_BSD, "mlp_norm")
         if c.routing is None:
             y = FeedForward(c, self.mesh, name="mlp")(second)
-        else:
+        elif c.dense_size is None:
             y = Experts(c, self.mesh, gated_activation(c), name="mlp")(second)
+        else:
+            y = split(norm("post_dense_norm", FeedForward(c, self.mesh, name="mlp")(second)))
+            third, to_route = entering(x_BSD, "experts_norm"), entering(x_BSD, "router_norm")
+            experts = Experts(c, self.mesh, gated_activation(c), name="experts")
+            y += split(norm("post_experts_norm", experts(third, scaled(to_route, c.hidden_size**-0.5))))
         x_BSD = added(x_BSD, y, "post_mlp_norm")
+        if c.per_layer_input is not None:
+            d, e, std = c.hidden_size, c.per_layer_input.size, c.initializer_range
+            gate = ACTIVATIONS[c.activation](Linear("bsd,de->bse", (d, e), None, std, name="input_gate")(x_BSD))
+            assert per_layer_BSE is not None
+            y = Linear("bse,ed->bsd", (e, d), None, std, name="input_projection")(gate * per_layer_BSE)
+            x_BSD = added(x_BSD, y, "post_input_norm")
         if c.layer_scalar:
             x_BSD = Scalar(name="output_scalar")(x_BSD)
         return x_BSD, keys_values

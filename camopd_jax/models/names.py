@@ -5,12 +5,12 @@ from pathlib import Path
 from typing import TypeVar
 
 from camopd_jax.errors import UserError
-from camopd_jax.models.weights import MODULE_NAMES
+from camopd_jax.models.rows import MODULE_NAMES
 
 T = TypeVar("T")
 
 HEAD, EMBEDDING = (f"{MODULE_NAMES[name]}.weight" for name in ("head", "embedding"))
-_BASE = "model."  # before the names of all tensors but the head's
+BASE = "model."  # before the names of all tensors but the head's
 
 # Parts of names that programs add, and how to save a model without them; the first one that a name has
 _WRAPPERS = {
@@ -48,9 +48,9 @@ def standard_names(tensors: Mapping[str, T], wanted: Collection[str], tied: bool
     for name, tensor in tensors.items():
         full = name
         if name not in wanted:
-            full = next((n for n in (_BASE + name, name.removeprefix(_BASE)) if n in wanted), name)
+            full = next((n for n in (BASE + name, name.removeprefix(BASE)) if n in wanted), name)
         if full in named:
-            raise UserError(f"{folder}: tensor {full} is there twice, with and without {_BASE!r}; delete one of them")
+            raise UserError(f"{folder}: tensor {full} is there twice, with and without {BASE!r}; delete one of them")
         named[full] = tensor
     if tied and HEAD in named and EMBEDDING not in named:
         named[EMBEDDING] = named.pop(HEAD)
@@ -93,7 +93,7 @@ def check_names(present: Collection[str], wanted: Collection[str], folder: Path)
 
 def _prefix(missing: str, extra: Collection[str]) -> str | None:
     """The prefix of the missing tensor's name in the file, if the file has it with one; else None."""
-    for ending in (missing, missing.removeprefix(_BASE)):
+    for ending in (missing, missing.removeprefix(BASE)):
         for name in extra:
             if name.endswith(f".{ending}"):
                 return name.removesuffix(ending)

@@ -15,7 +15,7 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.types import Params
 
 ALL = "all"  # all parameters but the routers of mixtures of experts
-ROUTER = "router"
+ROUTERS = ("router", "router_norm")  # of mixtures of experts, and the norms of their inputs
 
 
 def trained(params: Params, rule: str) -> Params:
@@ -42,13 +42,16 @@ def trained(params: Params, rule: str) -> Params:
 
 def frozen_routers(config: ModelConfig, rule: str) -> bool:
     """Whether a model has routers that are not trained."""
-    return config.routing is not None and (rule == ALL or not re.search(rule, f"layers.mlp.{ROUTER}.kernel"))
+    if config.routing is None:
+        return False
+    module = "mlp" if config.dense_size is None else "experts"
+    return rule == ALL or not re.search(rule, f"layers.{module}.router.kernel")
 
 
 def _without_routers(tree: Params) -> Params:
     if not isinstance(tree, dict):
         return tree
-    return {name: _without_routers(node) for name, node in tree.items() if name != ROUTER}
+    return {name: _without_routers(node) for name, node in tree.items() if name not in ROUTERS}
 
 
 def _matching(tree: Params, pattern: re.Pattern[str], prefix: str) -> Params:

@@ -20,11 +20,11 @@ from camopd_jax.models.disk import Tensor, read_header, read_json
 from camopd_jax.models.names import HEAD
 from camopd_jax.models.peft_settings import CONFIG, WEIGHTS, AdapterSettings, base_folder
 from camopd_jax.models.peft_tensors import read_tensors, with_replaced_rows
+from camopd_jax.models.rows import WeightRow
 from camopd_jax.models.weights import (
     LORA_A,
     LORA_SCALE,
     PEFT_PREFIX,
-    WeightRow,
     adapter_rows,
     leaf_of,
     shardings,

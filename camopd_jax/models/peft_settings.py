@@ -15,7 +15,8 @@ from camopd_jax.models.disk import CHECKPOINT, Tensor, find_folder, read_json
 from camopd_jax.models.fields import COUNT, NUMBER, Kind
 from camopd_jax.models.names import EMBEDDING, HEAD
 from camopd_jax.models.peft_tensors import TOKENS, are_equal, parts, read_tensors, row_count
-from camopd_jax.models.weights import MODULE_NAMES, WeightRow, file_rows
+from camopd_jax.models.rows import WeightRow
+from camopd_jax.models.weights import file_rows
 from camopd_jax.runtime.paths import in_home
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -162,8 +163,8 @@ def new_settings(adapter: Adapter, base: ModelConfig, base_name: str, revision: 
     Raises:
       UserError: naming a target that the model does not have.
     """
-    names = MODULE_NAMES | dict(base.module_names)
-    known = {names[row.module].split(".")[-1] for row in file_rows(base) if _may_have_adapter(row)}
+    modules = (row.hf_name.removesuffix(".weight") for row in file_rows(base) if _may_have_adapter(row))
+    known = {module.split(".")[-1] for module in modules}
     for target in adapter.targets:
         if target not in known and target != ALL_LINEAR:
             raise UserError(
@@ -204,6 +205,8 @@ def _resolve(
                 if row.path in (("embedding",), ("head",)) and any(targeted) and not _all_linear(fields):
                     raise UserError(f"{where}: an adapter of {modules[0]} is not supported; {MERGE}")
                 continue
+            if any(targeted) and not row.stacked:
+                raise UserError(f"{where}: an adapter of {modules[0]} is not supported; {MERGE}")
             if not any(targeted) or not _may_have_adapter(row, fused=True):
                 continue
             if row.part:
@@ -232,7 +235,7 @@ def _may_have_adapter(row: WeightRow, fused: bool = False) -> bool:
       fused: whether one of several matrices in one tensor counts.
     """
     alone = not row.experts and ROUTER not in row.path
-    return row.path[-1] == "kernel" and alone and (fused or not row.part)
+    return row.path[-1] == "kernel" and row.stacked and alone and (fused or not row.part)
 
 
 @contextlib.contextmanager
@@ -303,6 +306,12 @@ def _with_own_vocabulary(
             f"tensor (tie_word_embeddings); {MERGE}"
         )
     rows = {name: count for name in present if (count := row_count(on_disk, name)) is not None}
+    second = base.per_layer_input
+    if second is not None and max(rows.values(), default=0) > second.vocab_size:
+        raise UserError(
+            f"{where}: the embedding has {max(rows.values())} rows, but the base model's embedding for each layer only "
+            f"{second.vocab_size}; {MERGE}"
+        )
     if (
         not tied
         and len(counts := {base.vocab_size if name not in rows else rows[name] for name in (EMBEDDING, HEAD)}) > 1

@@ -4,6 +4,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -12,14 +13,23 @@ from jax.sharding import Mesh
 
 from camopd_jax.models import adapters, cached, fused
 from camopd_jax.models.config import Implementation, ModelConfig
-from camopd_jax.models.layers import Block, LayerCache, LayerKind, Norm, Positions, normalized, rotation
-from camopd_jax.models.products import multiply_to_float32
-from camopd_jax.models.stack import LayerFunction, run_layers
+from camopd_jax.models.layers import (
+    Block,
+    LayerCache,
+    LayerKind,
+    Linear,
+    Norm,
+    Positions,
+    normalized,
+    rotation,
+    scaled,
+)
+from camopd_jax.models.products import multiply, multiply_to_float32
+from camopd_jax.models.segments import place, segments
+from camopd_jax.models.stack import run_layers
 from camopd_jax.models.weights import KERNEL_SCALE, LORA_SCALE, decoding_shardings, layer_tree, table
 from camopd_jax.runtime.mesh import ACTIVATION, RESIDUAL, constrain, constrain_even
-from camopd_jax.types import ATTENTION, EMPTY, GLOBAL_ATTENTION, KVCache, Params, Residuals
-
-REMAT_POLICIES = {"dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable, "block": None, "rollout": None}
+from camopd_jax.types import ATTENTION, EMPTY, MLP, SHARING, WIDE_MLP, KVCache, Params, Residuals
 
 
 @dataclass(frozen=True)
@@ -51,11 +61,15 @@ class Model:
         """Random float32 parameters. An adapter changes nothing yet: its matrices B are zero."""
         by_name = {name: _Parameters(c).init(key)["params"] for name, c in self.config.of_attentions.items()}
         params = by_name[ATTENTION]
-        if self.config.global_attention is not None:
+        if len(by_name) > 1:
             stacks = {
                 name: jax.tree.map(lambda p, name=name: p[: len(self.config.layers_with(name))], p["layers"][ATTENTION])
                 for name, p in by_name.items()
             }
+            if self.config.sharing_size is not None:
+                count, of_using = self.config.sharing_layers, by_name[self.layer_attention[-1]]["layers"]
+                stacks[MLP] = jax.tree.map(lambda p: p[:-count], params["layers"][MLP])
+                stacks[WIDE_MLP] = jax.tree.map(lambda p: p[-count:], of_using[MLP])
             params = params | {"layers": params["layers"] | stacks}
         return adapters.attach(params, adapters.init(self.config, key))
 
@@ -67,53 +81,17 @@ class Model:
     def hidden(
         self, params: Params, tokens_BS: jax.Array, so_far: Params | None = None, residuals: Residuals = ()
     ) -> jax.Array:
-        c = self.config
         positions = self._positions(jnp.arange(tokens_BS.shape[1], dtype=jnp.int32)[None, :])
-        rope, window = (jnp.asarray(of_layers, jnp.int32) for of_layers in (c.layer_rope, c.layer_window))
-        kinds = LayerKind(rope, window, *self._attentions())
         residuals = tuple(constrain_even(array, self.mesh, *RESIDUAL) for array in residuals)
-        x = run_layers(
-            self._layer_function(),
-            params["layers"],
-            self._embed(params, tokens_BS),
-            positions,
-            kinds,
-            so_far=so_far,
-            residuals=residuals,
-        )
+        x = self._embed(params, tokens_BS)
+        per_layer = self._per_layer_inputs(params, tokens_BS, x)
+        parts = segments(self.config, self._blocks(), self.remat, params["layers"])
+        x = run_layers(parts, params["layers"], x, positions, so_far, residuals, per_layer)
         return constrain(self._final_norm(params, x), self.mesh, *ACTIVATION)
 
-    def _attentions(self) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """`is_global` and `entries` of `LayerKind` for all layers. The entry of an attention that a layer does not have
-        is 0; its gradient there is 0 too.
-        """
-        c = self.config
-        layers = tuple(zip(c.stack_index, c.layer_attention, strict=True))
-        names = c.of_attentions if c.global_attention else ()
-        entries = {name: jnp.asarray([i if name == of else 0 for i, of in layers], jnp.int32) for name in names}
-        return jnp.asarray([name == GLOBAL_ATTENTION for name in c.layer_attention]), entries
-
-    def _layer_function(self) -> LayerFunction:
-        """`Block` as a function, wrapped in `jax.checkpoint` as `remat` says."""
-        block, blocks = self._block(ATTENTION), {name: self._block(name) for name in self.config.of_attentions}
-
-        def layer(params: Params, x: jax.Array, positions: Positions, kind: LayerKind) -> jax.Array:
-            if self.config.global_attention is None:
-                return block.apply({"params": params}, x, positions, kind)[0]
-
-            def of_global(params: Params, x: jax.Array, positions: Positions) -> jax.Array:
-                own, block = layer_tree(params, GLOBAL_ATTENTION), blocks[GLOBAL_ATTENTION]
-                return block.apply({"params": own}, x, positions.of_global(), LayerKind(0, 0))[0]
-
-            def of_window(params: Params, x: jax.Array, positions: Positions) -> jax.Array:
-                own, block = layer_tree(params, ATTENTION), blocks[ATTENTION]
-                return block.apply({"params": own}, x, positions, LayerKind(0, 0))[0]
-
-            return jax.lax.cond(kind.is_global, of_global, of_window, params, x, positions)
-
-        if self.remat == "none":
-            return layer
-        return jax.checkpoint(layer, policy=REMAT_POLICIES[self.remat], prevent_cse=False)
+    def _blocks(self) -> dict[str, Block]:
+        """By the name of the attention."""
+        return {name: self._block(name) for name in self.config.of_attentions}
 
     def _block(self, attention: str) -> Block:
         config = self.config.of_attentions[attention]
@@ -122,14 +100,28 @@ class Model:
 
     def _positions(self, positions_BS: jax.Array) -> Positions:
         c = self.config
-        rotations = [rotation(of.ropes, of.rotary_dim, positions_BS) for of in c.of_attentions.values()]
-        return Positions(positions_BS, *rotations)
+        own = [of for of in c.of_attentions.values() if not of.shares_keys]
+        return Positions(positions_BS, *(rotation(of.ropes, of.rotary_dim, positions_BS) for of in own))
 
     def _embed(self, params: Params, tokens_BS: jax.Array) -> jax.Array:
         x = jnp.take(params["embedding"], tokens_BS, axis=0).astype(self.dtype)
         if self.config.embed_scale != 1.0:
             x *= jnp.asarray(self.config.embed_scale, self.dtype)  # rounded first, as Gemma's is
         return constrain_even(x, self.mesh, *RESIDUAL)
+
+    def _per_layer_inputs(self, params: Params, tokens_BS: jax.Array, x_BSD: jax.Array) -> jax.Array | None:
+        """`LayerInputs.per_layer` of all layers, [L, B, S, E]: of the tokens, and projected from their embeddings."""
+        c, of = self.config, self.config.per_layer_input
+        if of is None:
+            return None
+        tokens = jnp.take(params["per_layer_embedding"], tokens_BS, axis=0).astype(self.dtype)
+        tokens *= jnp.asarray(of.size**0.5, self.dtype)  # rounded first, as in `_embed`
+        kernel = params["per_layer_projection"]["kernel"].astype(self.dtype)
+        projected = scaled(multiply("bsd,dn->bsn", x_BSD, kernel), c.hidden_size**-0.5)
+        shape = (*tokens_BS.shape, c.num_layers, of.size)
+        projected = normalized(projected.reshape(shape), params["per_layer_norm"], c)
+        both = scaled(projected + tokens.reshape(shape), 2**-0.5)
+        return constrain_even(jnp.moveaxis(both, 2, 0), self.mesh, None, *RESIDUAL)
 
     def _final_norm(self, params: Params, x_BSD: jax.Array) -> jax.Array:
         return normalized(x_BSD, params["final_norm"], self.config)
@@ -150,11 +142,13 @@ class Model:
             return jax.lax.dynamic_index_in_dim(p, i, keepdims=False)
 
         own = layer_tree(layers, attention)
-        if self.config.global_attention is None:
+        if len(self.config.of_attentions) == 1:
             layer = jax.tree.map(entry, own)
         else:
-            j = jnp.asarray(self.config.stack_index, jnp.int32)[i]
-            layer = {name: jax.tree.map(partial(entry, i=j if name == ATTENTION else i), own[name]) for name in own}
+            index = dict.fromkeys(own, i) | {ATTENTION: jnp.asarray(self.config.stack_index, jnp.int32)[i]}
+            if WIDE_MLP in layers and attention in SHARING.values():
+                index[MLP] = i - (self.config.num_layers - self.config.sharing_layers)
+            layer = {name: jax.tree.map(partial(entry, i=index[name]), own[name]) for name in own}
         return self.others_for_decoding(layer if self.config.int8 else adapters.merge_layer(layer))
 
     def others_for_decoding(self, others: Params) -> Params:
@@ -207,18 +201,21 @@ class Model:
         positions_BS: jax.Array,
         caches: Sequence[LayerCache] | None = None,
     ) -> tuple[jax.Array, Residuals, tuple[jax.Array, ...], tuple[jax.Array, ...]]:
-        """Hidden states `[B, S, D]`, the residual stream, and keys and values of each layer."""
-        c, blocks = self.config, {name: self._block(name) for name in self.config.of_attentions}
+        """Hidden states `[B, S, D]`, the residual stream, and keys and values of each layer that has its own."""
+        c, blocks, producers = self.config, self._blocks(), self.config.producers
         positions = self._positions(positions_BS)
         x = self._embed(params, tokens_BS)
-        stream, keys_values = [x], []
-        for i, layer in enumerate(params["layers"]):
-            name, kind, of_layer = c.layer_attention[i], LayerKind(c.layer_rope[i], c.layer_window[i]), positions
-            if c.global_attention is not None:
-                kind, of_layer = LayerKind(0, 0), positions.of_global() if name == GLOBAL_ATTENTION else positions
-            x, new = blocks[name].apply({"params": layer}, x, of_layer, kind, caches and caches[i])
+        per_layer = self._per_layer_inputs(params, tokens_BS, x)
+        stream, keys_values = [x], list[Any]()
+        for i, (layer, name) in enumerate(zip(params["layers"], c.layer_attention, strict=True)):
+            at = place(c, name, positions, LayerKind(c.layer_rope[i], c.layer_window[i]))
+            cache = caches and caches[producers.get(name, i)]  # layers with keys and values of their own come first
+            shared = keys_values[producers[name]] if name in producers else None
+            gate = None if per_layer is None else per_layer[i]
+            x, new = blocks[name].apply({"params": layer}, x, *at, cache, gate, shared)
             stream.append(x)
-            keys_values.append(new)
+            if shared is None:
+                keys_values.append(new)
         keys, values = zip(*keys_values, strict=True)
         return self._final_norm(params, x), tuple(stream), keys, values
 
@@ -254,15 +251,29 @@ class _Parameters(nn.Module):
         self.param("embedding", normal, (c.vocab_size, c.hidden_size))
         if not c.tied_head:
             self.param("head", normal, (c.hidden_size, c.vocab_size))
+        gate = shared = None
+        if (of := c.per_layer_input) is not None:
+            self.param("per_layer_embedding", normal, (of.vocab_size, c.num_layers * of.size))
+            Linear(
+                "bsd,dn->bsn",
+                (c.hidden_size, c.num_layers * of.size),
+                None,
+                c.initializer_range,
+                name="per_layer_projection",
+            )(jnp.zeros((1, 1, c.hidden_size)))
+            Norm(c, name="per_layer_norm")(jnp.zeros((1, 1, of.size)))
+            gate = jnp.zeros((1, 1, of.size))
+        if c.shares_keys:
+            shared = (jnp.zeros((1, c.num_kv_heads, 1, c.head_dim)),) * 2
         position = jnp.zeros((1, 1), jnp.int32)
         stack = nn.scan(
             Block,
             variable_axes={"params": 0},
             split_rngs={"params": True},
-            in_axes=(nn.broadcast, nn.broadcast),
+            in_axes=nn.broadcast,
             length=c.num_layers,
         )
         x = jnp.zeros((1, 1, c.hidden_size))
         positions = Positions(position, rotation(c.ropes, c.rotary_dim, position))
-        x, _ = stack(c, name="layers")(x, positions, LayerKind(0, 0))
+        x, _ = stack(c, name="layers")(x, positions, LayerKind(0, 0), None, gate, shared)
         Norm(c, name="final_norm")(x)

@@ -20,8 +20,9 @@ from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.partition import trained
 from camopd_jax.models.peft_settings import CONFIG, base_folder, is_adapter, new_settings, read_settings
 from camopd_jax.models.quantised import INT8, stored_leaves
+from camopd_jax.models.rows import WeightRow
 from camopd_jax.models.transformer import Model
-from camopd_jax.models.weights import WeightRow, leaf_dtype, leaf_of, shardings, table, tree_of
+from camopd_jax.models.weights import leaf_dtype, leaf_of, shardings, table, tree_of
 from camopd_jax.runtime.mesh import sharding
 from camopd_jax.types import Params, TrainState
 

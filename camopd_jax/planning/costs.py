@@ -21,7 +21,8 @@ from camopd_jax.models import fused
 from camopd_jax.models.config import ModelConfig
 from camopd_jax.models.partition import trained
 from camopd_jax.models.quantised import INT8
-from camopd_jax.models.weights import WeightRow, leaf_dtype, table, tree_of
+from camopd_jax.models.rows import WeightRow
+from camopd_jax.models.weights import leaf_dtype, table, tree_of
 from camopd_jax.planning.arrays import ModelShapes
 from camopd_jax.planning.topology import Chip
 from camopd_jax.rollout.generate import refill_size, rings
@@ -117,7 +118,7 @@ def _widest(config: ModelConfig) -> ModelConfig:
 def cache_bytes(config: ModelConfig, item_bytes: int) -> int:
     """Keys and values of one token."""
     of_layers = [config.of_attentions[name] for name in config.layer_attention]
-    return 2 * item_bytes * sum(of.num_kv_heads * of.head_dim for of in of_layers)
+    return 2 * item_bytes * sum(of.num_kv_heads * of.head_dim for of in of_layers if not of.shares_keys)
 
 
 # ------------------------------------------------------------------------------ counts of a step
@@ -203,7 +204,9 @@ class Share:
         ring = self.tensor * self.expert
         self.summed = 4 * model.num_layers * model.hidden_size * self.item * (1 - 1 / ring) / self.shards
         # Activations of a token in the middle of a layer: those of the widths that are split, and all
-        feed_forward = model.intermediate_size * (model.routing.per_token if model.routing else 1)
+        feed_forward = max(of.feed_forward_size for of in model.of_attentions.values())
+        if model.routing is not None:
+            feed_forward = model.intermediate_size * model.routing.per_token + (model.dense_size or 0)
         self.wide = 2 * (feed_forward + model.num_heads * _widest(model).head_dim) / self.tensor * self.item
         self.live = 4 * model.hidden_size * self.item + self.wide
 
@@ -350,10 +353,10 @@ def _rollout_memory(setup: Setup, model: ModelConfig) -> dict[str, float]:
     """A copy of the weights, the cache (of one layer twice, as it grows) and the activations of prompts that enter."""
     on, rows = Share(model, setup.rollout_mesh, setup.dtype), max(setup.rows.values())
     lanes, (times, entering) = lanes_of(setup, rows), refills(setup, rows)
-    slot = cache_bytes(model, on.item) / on.tensor / on.shards  # of one lane
+    slot, own = cache_bytes(model, on.item) / on.tensor / on.shards, model.num_layers - model.sharing_layers  # a lane's
     cache, prompt = lanes * slot * setup.context, setup.config.rollout.max_prompt_tokens * (slot + on.live / on.shards)
     refill = {"refill": on.weights + cache + entering * prompt} if times else {}
-    return {"prefill": on.weights + lanes * prompt, "decode": on.weights + cache * (1 + 1 / model.num_layers)} | refill
+    return {"prefill": on.weights + lanes * prompt, "decode": on.weights + cache * (1 + 1 / own)} | refill
 
 
 def _stream_bytes(setup: Setup, model: ModelConfig) -> float:
@@ -374,6 +377,8 @@ def _gradient_memory(setup: Setup, model: ModelConfig) -> float:
     saved = {"none": 4 * enters + 2 * on.wide, "dots": enters + products}.get(config.compute.remat, enters)
     # Of one layer beside its input: forward and backward, and the sums that an adapter's products are added to
     activations = model.num_layers * saved + (3 if model.adapter else 2) * on.live
+    second = model.num_layers * model.per_layer_input.size if model.per_layer_input else 0
+    activations += 2 * second / on.tensor * on.item  # of the second embedding, with its gradient
     if _attends_plainly(setup, model):
         activations += 4 * model.num_heads / on.tensor * slots
 
@@ -383,6 +388,8 @@ def _gradient_memory(setup: Setup, model: ModelConfig) -> float:
     copies = [on.item * (on.fsdp > 1 or of != setup.dtype) for of in (stored.replace(INT8, setup.dtype), stored)]
     learnt = _trained_shares(model, config.optimizer.trained)
     read = sum(n * (copy + 4 * part) for n, copy, part in zip((head, layers), copies, learnt, strict=True))
+    if model.per_layer_input is not None and "per_layer_embedding" in _trained_names(model, config.optimizer.trained):
+        read += 4 * model.per_layer_input.vocab_size * second / on.tensor
     chunk = tokens_at_once(config.compute.logits_chunk, model.vocab_size, on.tensor)
     logits = min(chunk, rows * config.rollout.max_response_tokens) * 8 * model.vocab_size / on.tensor
     return rows * slots * activations + read + logits
@@ -392,6 +399,12 @@ def _attends_plainly(setup: Setup, model: ModelConfig) -> bool:
     """Whether the scores of full rows' attention are arrays."""
     no_kernel = any(fused.unsupported_reason(of, setup.mesh, setup.dtype) for of in model.of_attentions.values())
     return no_kernel or setup.config.compute.attention == "xla" or setup.context < fused.SHORTEST
+
+
+@cache
+def _trained_names(model: ModelConfig, rule: str) -> frozenset[str]:
+    """The trained parts of a model that are outside its layers."""
+    return frozenset(trained(tree_of({row.path: 0 for row in table(model)}), rule))
 
 
 @cache

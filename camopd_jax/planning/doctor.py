@@ -26,7 +26,8 @@ from camopd_jax.method.branches import find_model, teacher_names
 from camopd_jax.method.optimizer import moment_names
 from camopd_jax.method.setup import Setup, check_model, check_start, resolve
 from camopd_jax.models import hf
-from camopd_jax.models.config import ModelConfig, text_config
+from camopd_jax.models.config import ModelConfig
+from camopd_jax.models.config_json import text_config
 from camopd_jax.models.peft_settings import base_folder
 from camopd_jax.planning.arrays import ModelShapes, read_folders
 from camopd_jax.planning.automatic import Values, choose, possible, stored_values

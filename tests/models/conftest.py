@@ -175,6 +175,40 @@ FAMILIES = {
             layer_types=["sliding_attention", "full_attention"] * 2,
         ),
     ),
+    "gemma4_moe": (
+        "Gemma4",
+        HEADS
+        | dict(
+            num_hidden_layers=2,
+            head_dim=14,
+            sliding_window=5,
+            global_head_dim=22,
+            num_global_key_value_heads=6,
+            attention_k_eq_v=True,
+            hidden_size_per_layer_input=0,
+            layer_types=["sliding_attention", "full_attention"],
+            enable_moe_block=True,
+            num_experts=5,
+            top_k_experts=2,
+            moe_intermediate_size=20,
+        ),
+    ),
+    "gemma4_small": (
+        "Gemma4",
+        HEADS
+        | dict(
+            num_hidden_layers=5,
+            head_dim=14,
+            sliding_window=5,
+            global_head_dim=22,
+            final_logit_softcapping=3.0,
+            layer_types=["sliding_attention", *["sliding_attention", "full_attention"] * 2],
+            num_kv_shared_layers=2,
+            use_double_wide_mlp=True,
+            hidden_size_per_layer_input=8,
+            vocab_size_per_layer_input=110,
+        ),
+    ),
     "nemotron": ("Nemotron", HEADS | dict(head_dim=12, mlp_bias=True)),
 }
 
@@ -192,6 +226,8 @@ SIMILAR = (
     "phi3",
     "cohere",
     "gpt_oss",
+    "gemma4",
+    "gemma4_moe",
 )  # like others, in the slow suite
 
 

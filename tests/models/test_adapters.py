@@ -30,6 +30,8 @@ ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 TARGETS = {  # of families with several matrices in one tensor, or experts, which cannot have an adapter
     **{family: [*ATTENTION, "down_proj"] for family in ("phi3", "phi3-long", "glm", "glm4")},
     **{family: ATTENTION for family in ("qwen3_moe", "olmoe", "mixtral")},
+    "gemma4_small": [*ATTENTION, "gate_proj", "up_proj", "down_proj", "per_layer_input_gate", "per_layer_projection"],
+    "gemma4_moe": [*ATTENTION, "gate_proj", "up_proj", "down_proj"],  # not the router's
 }
 
 
@@ -340,6 +342,16 @@ def test_embedding_and_head_of_an_adapter_are_those_of_peft(name, adapter, check
     if not model.config.tied_head:
         np.testing.assert_array_equal(params["head"], head.T)
     check_rows_cover(params, model.config)
+
+
+@pytest.mark.slow
+def test_tokens_without_an_embedding_for_each_layer(adapter, mesh):
+    """PEFT saves the resized embedding of Gemma 4, but not its second one."""
+    folder = adapter("gemma4_small", rows=112, r=3, target_modules=["q_proj"])[1]
+    with pytest.raises(
+        UserError, match="the embedding has 112 rows, but the base model's embedding for each layer only"
+    ):
+        load(folder, mesh)
 
 
 @pytest.mark.parametrize("name", ["new tokens", pytest.param("tied, resized", marks=pytest.mark.slow)])

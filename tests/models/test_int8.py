@@ -197,3 +197,28 @@ def test_a_value_that_is_not_finite(checkpoint, tmp_path):
     config = dataclasses.replace(from_hf(hf.read_config(tmp_path)), int8=True)
     with pytest.raises(UserError, match=r"tensor model.layers.1.mlp.up_proj.weight has values that are not finite"):
         hf.load(tmp_path, config, mesh_of(1, 1, 1), "float32")
+
+
+STACKED = {  # where the tensors are, and the part of each matrix as [experts, inputs, outputs]
+    "gpt_oss": ("mlp.experts", {"gate": np.s_[..., 0::2], "up": np.s_[..., 1::2], "down": np.s_[...]}),
+    "gemma4_moe": ("experts", {"gate": np.s_[:, :, :20], "up": np.s_[:, :, 20:], "down": np.s_[...]}),
+}
+
+
+@pytest.mark.parametrize("family", STACKED)
+def test_experts_in_one_tensor_have_a_scale_for_each_output(family, checkpoint):
+    """In shards on four devices."""
+    folder, (module, parts) = checkpoint(family)[1], STACKED[family]
+    stored = load_file(folder / "model.safetensors")
+    model, params = load(folder, mesh_of(1, 2, 2))
+    check_rows_cover(params, model.config)
+    for name, part in parts.items():
+        leaves = params["layers"][module.split(".")[0]][name]
+        tensor = "down_proj" if name == "down" else "gate_up_proj"
+        of_layers = [stored[f"model.layers.{i}.{module}.{tensor}"] for i in range(model.config.num_layers)]
+        if family == "gemma4_moe":
+            of_layers = [matrices.swapaxes(1, 2) for matrices in of_layers]
+        kernel = np.stack([matrices[part] for matrices in of_layers])
+        step = np.abs(kernel).max(axis=2) / 127  # [layers, experts, outputs]
+        np.testing.assert_allclose(leaves["kernel_scale"], step, rtol=1e-6)
+        np.testing.assert_array_equal(leaves["kernel"], np.round(kernel / step[:, :, None]))

@@ -78,6 +78,17 @@ def test_a_token_costs_only_its_experts():
     assert costs.weights(config) - costs.weights(config, "all") == 48 * router, "routers are frozen"
 
 
+def test_memory_of_a_second_embedding():
+    """Its gradient is added to the sum of earlier ones; it has 3 x 8 numbers for each token."""
+    text = dict(model_type="gemma4_text", vocab_size=98, hidden_size=60, intermediate_size=56, num_hidden_layers=3,
+                layer_types=["sliding_attention", "full_attention", "full_attention"], hidden_size_per_layer_input=8,
+                num_attention_heads=6, num_key_value_heads=2, head_dim=14, global_head_dim=22)  # fmt: skip
+    few, many = (from_hf(text | {"vocab_size_per_layer_input": count}) for count in (100, 200))
+    sizes = [costs.memory_estimate(setup(), ModelShapes({"general": of, "specialised": of})) for of in (few, many)]
+    more = {name: sizes[1][name] - sizes[0][name] for name in ("update", "gradient")}
+    assert more["gradient"] - more["update"] == 4 * 100 * 3 * 8
+
+
 def test_experts_are_divided_over_their_axis():
     """Qwen3-30B-A3B on 2 groups of rows with 4 groups of experts each: every group repeats what is not the experts'."""
     config, mesh = from_hf(SHAPES["qwen3-30b-a3b"]), make_mesh(1, 2, 1, expert=4)

@@ -272,14 +272,29 @@ def test_a_step_on_shapes_is_the_runs_own(tmp_path):
 
 
 @pytest.mark.slow
-def test_layers_of_two_kinds_move_by_two_programs():
-    """Gemma 4, with one layer without a window: the weights that answer are those of the model."""
-    text = FIELDS | dict(model_type="gemma4_text", head_dim=64, global_head_dim=128, hidden_size_per_layer_input=0)
-    model = from_hf(text | dict(tie_word_embeddings=True, layer_types=["sliding_attention"] * 2 + ["full_attention"]))
+@pytest.mark.parametrize(
+    "types, fields, expected",
+    [
+        (
+            ["sliding_attention"] * 2 + ["full_attention"],
+            dict(hidden_size_per_layer_input=0),
+            {"": 2, " (global_attention)": 1},
+        ),
+        (
+            ["sliding_attention", "full_attention"] * 2,
+            dict(num_kv_shared_layers=2, hidden_size_per_layer_input=8, use_double_wide_mlp=True),
+            dict.fromkeys(["", *(f" ({name}attention)" for name in ("global_", "sharing_", "sharing_global_"))], 1),
+        ),
+    ],
+)
+def test_layers_of_several_kinds_move_by_a_program_each(types, fields, expected):
+    """Gemma 4, with layers without a window and with those of others' keys: the weights that answer are the model's."""
+    text = FIELDS | dict(model_type="gemma4_text", head_dim=64, global_head_dim=128, tie_word_embeddings=True)
+    model = from_hf(text | dict(num_hidden_layers=len(types), layer_types=types) | fields)
     made = planned(ModelShapes({"general": model, "specialised": model}, (2,)))
     of = by_name(made)
     runs = {name: program.runs for name, program in of.items() if name.startswith("reshard: layers")}
-    assert runs == {"reshard: layers": 2, "reshard: layers (global_attention)": 1}
+    assert runs == {f"reshard: layers{kind}": count for kind, count in expected.items()}
     ours = jax.tree.map(lambda s: (s.shape, s.dtype), of["decode"].args[1])
     assert ours == jax.tree.map(lambda s: (s.shape, s.dtype), jax.eval_shape(made.student.for_decoding, made.params))
 
