@@ -29,9 +29,7 @@ class Family:
     per_token_field: str = "num_experts_per_tok"  # field with the number of experts of a token
     stacked_experts: StackedExperts | None = None  # `config.Routing.stacked`
     scaled_router: bool = False  # `config.Routing.scaled`
-    dense_beside_experts: bool = (
-        False  # whether a feed-forward is added to the experts, `config.ModelConfig.dense_size`
-    )
+    dense_beside_experts: bool = False  # `config.ModelConfig.dense_size`
     gated_mlp: bool = True  # whether the feed-forward has a gate
     parallel: bool = False  # whether attention and feed-forward have the same input
     qkv_bias: bool | None = None  # None: the value of attention_bias
