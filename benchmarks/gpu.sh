@@ -4,7 +4,7 @@
 #
 #   bash benchmarks/gpu.sh [OUT.jsonl] [FLAGS OF benchmarks/gpu.py]
 #   PEERS=peers/bin/python bash benchmarks/gpu.sh       beside TRL, and vLLM if installed there
-#   SECONDS_IN_ALL=1800 bash benchmarks/gpu.sh          all parts, not only those that fit into six minutes
+#   SECONDS_IN_ALL=2100 bash benchmarks/gpu.sh          all parts, not only those that fit into six minutes
 #   JAX_PLATFORMS=cpu bash benchmarks/gpu.sh try.jsonl --small    tiny shapes, to try it without a GPU
 #
 # Each part has its own time limit (benchmarks/gpu.py); one that fails or hangs spoils no other, and one that no longer
