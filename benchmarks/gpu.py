@@ -93,7 +93,8 @@ def parts() -> list[Part]:
     families = ("--families=qwen3,gemma2",) if v.small else ()
     small = ("--small",) if v.small else ()
     of_gpu = "needs a GPU" if device_kind() == "cpu" else ""
-    quick = Part("quickstart", 75, (python, __file__, *small, "quickstart"), "first step after 35 s (aim: 30), all after 75 s (aim: 60)")
+    quick = Part("quickstart", 75, (python, __file__, *small, "quickstart"),
+                 "first step after 35 s (aim: 30), all after 75 s (aim: 60)")  # fmt: skip
     several = [
         step("1.7B", "64 x 512", 70, prediction="gradient below 1.30 s (1.39 before), compiled within 45 s"),
         step("1.7B", "64 x 512, cache kernel", 40, "--decode_attention=fused", not_run=of_gpu,
@@ -167,7 +168,7 @@ def train(workdir: Path, *options: str) -> subprocess.Popen[bytes]:
     """A quickstart, started; with --small, a few small steps without evaluations."""
     own = (f"--config={QUICKSTART}", f"--workdir={workdir}")
     if flags.FLAGS.small:
-        options = (*options, *SHORT, "--config.rollout.batch_size=8", "--config.optimizer.micro_batch=4",
+        options = (*SHORT, *options, "--config.rollout.batch_size=8", "--config.optimizer.micro_batch=4",
                    "--config.rollout.max_response_tokens=16")  # fmt: skip
     return subprocess.Popen([sys.executable, "-m", "camopd_jax.train", *own, *options], stdout=sys.stderr)
 
@@ -181,6 +182,7 @@ def quickstart(*fields: str) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["JAX_COMPILATION_CACHE_DIR"] = f"{folder}/compiled"
         workdir, started = Path(folder) / "run", time.perf_counter()
+        fields = (*fields, "steps=1") if flags.FLAGS.small else fields
         process = train(workdir, *(f"--config.{field}" for field in fields))
         while process.poll() is None and not (workdir / "metrics.jsonl").exists():
             time.sleep(0.1)

@@ -1,9 +1,9 @@
 """Compiles a run's programs while its models are loaded, so that the first step does not wait for them.
 
-The programs are those of `planning.programs`: known from the config and the models' config.json. JAX keeps nothing of
-`lower().compile()` for later calls of the same function, but both use the cache on disk: the run's first call reads
-there what was compiled ahead. A program that the run then needs with other shapes (a batch of short prompts, say) is
-compiled when it is called, as always.
+The programs are those of `planning.programs`: known from the config and the models' config.json. Of what `lower()` and
+`compile()` made, JAX 0.10 keeps in memory what is a jit of the same function; the run's first call of another jit, such
+as one of a partial, reads it from the cache on disk. A program that the run then needs with other shapes (a batch of
+short prompts, say) is compiled when it is called, as always.
 """
 
 import contextlib

@@ -6,6 +6,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from jax._src import compiler
 
 from camopd_jax.config.schema import Compute
 from camopd_jax.inference import answer, loading, log_probs
@@ -80,3 +81,11 @@ def test_the_config_says_it_for_what_is_outside_steps(monkeypatch, one_device, a
 def test_steps_are_always_tuned():
     assert generate.Decode(None, (), 4).tuned
     assert score.scoring.__wrapped__.__defaults__ == generate.programs.__wrapped__.__defaults__ == (True,)
+
+
+def test_timings_of_kernels_are_cached_beside_the_compiled_programs():
+    """By JAX's own default, which no setting here changes."""
+    options = compiler.get_compile_options(1, 1)  # a name, as what it holds does not keep it in memory
+    build = options.executable_build_options
+    folder = Path(jax.config.values["jax_compilation_cache_dir"]) / "xla_gpu_per_fusion_autotune_cache_dir"
+    assert build.debug_options.xla_gpu_per_fusion_autotune_cache_dir == str(folder)
