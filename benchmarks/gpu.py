@@ -38,6 +38,8 @@ HERE = Path(__file__).parent
 QUICKSTART = HERE.parent / "configs/quickstart.py"
 TOKENIZER = HERE.parent / "examples/quickstart/generalist"
 SHAPE = {"1.7B": "qwen3-1.7b", "0.6B": "qwen3-0.6b", "135M": "smollm2-135m"}
+# Of the CPU's compiler with --small: most of the time would be its optimisation, for programs that run twice.
+QUICKLY_COMPILED = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
 OUT_OF_TIME = "out of time"
 SHORT = ("--config.steps=4", "--config.log.report=false", "--config.evaluation.benchmarks=()",
          "--config.checkpoints.every=2")  # fmt: skip
@@ -232,7 +234,8 @@ def tests() -> dict[str, Any]:
 def run(part: Part, limit: float) -> dict[str, Any]:
     """The part's result: of its JSON lines, the last, or all of them; or why there is none."""
     started = time.perf_counter()
-    environment = os.environ | part.environment
+    of_xla = " ".join(variables.get("XLA_FLAGS", "") for variables in (os.environ, part.environment)).strip()
+    environment = os.environ | part.environment | {"XLA_FLAGS": of_xla}
     # In a session of its own: with a process that hangs, its children are killed too.
     process = subprocess.Popen(
         part.command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
@@ -332,6 +335,8 @@ def main(arguments: list[str]) -> None:
     ends = time.perf_counter() + v.seconds
     with tempfile.TemporaryDirectory() as cache:  # new, so that the first step's seconds are those of a first start
         os.environ |= {"JAX_COMPILATION_CACHE_DIR": cache, "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0"}
+        if v.small:
+            os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {QUICKLY_COMPILED}".strip()
         for result in run_all(parts(), ends):
             results.append(result | {"device": name})
             status = result.get("error") or (f"not run: {result['not_run']}" if "not_run" in result else "done")
