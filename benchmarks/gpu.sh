@@ -3,11 +3,13 @@
 # tests marked `gpu`, steps of three models and their variants, TRL and vLLM if there is a Python that has them.
 #
 #   bash benchmarks/gpu.sh [OUT.jsonl] [FLAGS OF benchmarks/gpu.py]
-#   PEERS=peers/bin/python TOKENIZER=SMOLLM2 bash benchmarks/gpu.sh    beside TRL, and vLLM if installed there
-#   JAX_PLATFORMS=cpu bash benchmarks/gpu.sh try.jsonl --small          tiny shapes, to try it without a GPU
+#   PEERS=peers/bin/python bash benchmarks/gpu.sh       beside TRL, and vLLM if installed there
+#   SECONDS_IN_ALL=2100 bash benchmarks/gpu.sh          all parts, not only those that fit into six minutes
+#   JAX_PLATFORMS=cpu bash benchmarks/gpu.sh try.jsonl --small    tiny shapes, to try it without a GPU
 #
-# Each part has its own time limit (benchmarks/gpu.py); one that fails or hangs spoils no other. OUT.jsonl gets a line
-# for each as soon as it ends, with the device's name. The table comes last.
+# Each part has its own time limit (benchmarks/gpu.py); one that fails or hangs spoils no other, and one that no longer
+# fits into the time is named as not run. OUT.jsonl gets a line for each as soon as it ends, with the device's name. The
+# table comes last.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 out=gpu.jsonl
@@ -16,6 +18,7 @@ if [ $# -gt 0 ] && [ "${1#--}" = "$1" ]; then
   shift
 fi
 peers=()
-[ -z "${PEERS:-}" ] || peers=(--peers_python="$PEERS" --tokenizer="${TOKENIZER:-}")
+[ -z "${PEERS:-}" ] || peers=(--peers_python="$PEERS")
+[ -z "${TOKENIZER:-}" ] || peers+=(--tokenizer="$TOKENIZER")
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH}
 exec "${PYTHON:-python}" benchmarks/gpu.py --out="$out" --seconds="${SECONDS_IN_ALL:-350}" "${peers[@]}" "$@"

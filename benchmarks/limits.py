@@ -26,7 +26,7 @@ PUBLISHED = {
         "TPU v6e": "v6e",
     }.items()
 }  # fmt: skip
-ROWS, WIDTH, BYTES, TIMES = 2048, 4096, 2**29, 5
+WIDTH, TIMES = 4096, 5
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,24 @@ class Limits:
     source: str
 
 
-def limits(dtype: str) -> Limits:
-    """Those of this machine, for products in this precision. Published ones are for bfloat16."""
+def limits(dtype: str, width: int = WIDTH) -> Limits:
+    """Those of this machine, for products in this precision. Published ones are for bfloat16.
+
+    Args:
+      width: of the product that is measured; a smaller one takes less time, and does not reach the limit.
+    """
     devices = jax.devices()
     if dtype == "bfloat16" and (known := PUBLISHED.get(devices[0].device_kind)):
         return Limits(*(len(devices) * limit for limit in known), "published")
-    return Limits(*(len(devices) * limit for limit in _measured(jnp.dtype(dtype))), "measured")
+    return Limits(*(len(devices) * limit for limit in _measured(jnp.dtype(dtype), width)), "measured")
 
 
-def _measured(dtype: jnp.dtype) -> tuple[float, float]:
-    """Of one device: a product of [2048, 4096] and [4096, 4096], and the sum of 512 MiB."""
-    left, right = jnp.ones((ROWS, WIDTH), dtype), jnp.ones((WIDTH, WIDTH), dtype)
+def _measured(dtype: jnp.dtype, width: int) -> tuple[float, float]:
+    """Of one device: a product of [2048, 4096] and [4096, 4096], and the sum of 512 MiB, for a width of 4096."""
+    left, right = jnp.ones((width // 2, width), dtype), jnp.ones((width, width), dtype)
     product = _seconds(jax.jit(partial(jnp.matmul, precision=precision(dtype))), left, right)
-    reading = _seconds(jax.jit(jnp.sum), jnp.ones(BYTES // 4, jnp.float32))
-    return 2 * ROWS * WIDTH * WIDTH / product, BYTES / reading
+    reading = _seconds(jax.jit(jnp.sum), jnp.ones(8 * width * width, jnp.float32))
+    return left.size * 2 * width / product, 32 * width * width / reading
 
 
 def _seconds(act: Callable, *args: jax.Array) -> float:

@@ -29,7 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags
-from limits import limits
+from limits import WIDTH, limits
 from prompts import tokenised
 
 from camopd_jax import __version__
@@ -50,15 +50,16 @@ from camopd_jax.method import schedule
 from camopd_jax.method.branches import Branch, Teacher, offload_teachers
 from camopd_jax.method.optimizer import init_state
 from camopd_jax.method.programs import Programs
-from camopd_jax.method.setup import resolve
+from camopd_jax.method.setup import Setup, resolve
 from camopd_jax.models import adapters, hf
 from camopd_jax.models.config import ModelConfig, from_hf
 from camopd_jax.models.partition import trained
 from camopd_jax.models.peft_settings import new_settings
+from camopd_jax.models.quantised import INT8, LARGEST
 from camopd_jax.models.shapes import SHAPES
 from camopd_jax.models.transformer import Model
-from camopd_jax.models.weights import shardings
-from camopd_jax.planning.arrays import ModelShapes
+from camopd_jax.models.weights import KERNEL_SCALE, file_rows, in_int8, leaf_of, shardings, tree_of
+from camopd_jax.planning.arrays import make_models
 from camopd_jax.planning.automatic import choose
 from camopd_jax.planning.costs import cache_bytes, forward_flops, matrix_weights
 from camopd_jax.planning.memory import device_memory
@@ -66,8 +67,9 @@ from camopd_jax.rollout.score import LOG_PROB
 from camopd_jax.runtime.buckets import bucket
 from camopd_jax.runtime.memory import memory_gib
 from camopd_jax.runtime.mesh import global_rows
+from camopd_jax.runtime.progress import compilations
 from camopd_jax.runtime.start import start
-from camopd_jax.types import Batch, LogProbs, PromptBatch, Prompts
+from camopd_jax.types import Batch, LogProbs, Params, PromptBatch, Prompts
 
 HISTORY = Path(__file__).parent / "history.jsonl"
 
@@ -76,6 +78,7 @@ flags.DEFINE_string("teacher", None, "Hugging Face folder of the teacher; defaul
 flags.DEFINE_string("general", None, "JSONL file, the last --prompt tokens of whose prompts are asked; default: noise.")
 flags.DEFINE_string("domain", None, "The same for reviews; default: none, and no reviews.")
 flags.DEFINE_enum("shape", "smollm2-135m", list(SHAPES), "Shape of the random weights.")
+flags.DEFINE_integer("layers", None, "Of the shape, instead of its own number.", lower_bound=1)
 flags.DEFINE_integer("batch", 16, "Prompts a step.")
 flags.DEFINE_integer("prompt", 64, "Tokens of every prompt.")
 flags.DEFINE_integer("answer", 64, "Tokens of every answer.")
@@ -91,7 +94,8 @@ flags.DEFINE_integer(
     "logits_chunk", Compute().logits_chunk, "Tokens whose logits exist at one time; 0: of 256 MiB.", lower_bound=0
 )
 flags.DEFINE_enum("dtype", "auto", ["auto", "float32", "bfloat16"], "Precision of matrix products and teachers.")
-flags.DEFINE_enum("teacher_dtype", None, ["float32", "bfloat16"], "Of the teachers' weights; default: --dtype.")
+TEACHER_DTYPES = ["float32", "bfloat16", INT8]
+flags.DEFINE_enum("teacher_dtype", None, TEACHER_DTYPES, "Of frozen weights; default: --dtype.")
 REMATS = ["none", "dots", "block", "rollout", "auto"]
 flags.DEFINE_enum("remat", "block", REMATS, "What the backward pass computes again.")
 flags.DEFINE_enum("decode_attention", "xla", ["xla", "fused"], "Attention over the cache.")
@@ -104,6 +108,7 @@ flags.DEFINE_integer(
 )
 flags.DEFINE_integer("steps", 3, "Steps timed (with --domain: cycles), after those that compile.", lower_bound=1)
 flags.DEFINE_integer("warm_up", 1, "Steps (or cycles) that compile.", lower_bound=1)
+flags.DEFINE_integer("limits_width", WIDTH, "Of the product that measures an unknown device's limit.", lower_bound=2)
 flags.DEFINE_bool("record", False, f"Append the line to {HISTORY.name}.")
 flags.DEFINE_string("profile", None, "Folder for an XProf trace of one more step.")
 
@@ -127,31 +132,41 @@ def build():
                               smallest_bucket=min(values.smallest_bucket, values.answer), shrinks=values.shrinks),
         optimizer=Optimizer(learning_rate=values.learning_rate, micro_batch=values.micro_batch or AUTO),
     )  # fmt: skip
-    shape = from_hf(hf.read_config(Path(values.model)) if values.model else SHAPES[values.shape], context=length)
-    models = ModelShapes({"general": shape, "specialised": shape})
+    fields = hf.read_config(Path(values.model)) if values.model else SHAPES[values.shape]
+    shape = from_hf(fields | ({"num_hidden_layers": values.layers} if values.layers else {}), context=length)
+    models = make_models(config, {"general": shape, "specialised": shape}, {})
     setup = resolve(choose(config, models, None, device_memory()).config)
     model = Model(shape, mesh=setup.mesh, dtype=setup.dtype, remat=setup.config.compute.remat,
                   decode_attention=values.decode_attention)  # fmt: skip
+    frozen = dataclasses.replace(model, config=dataclasses.replace(shape, int8=setup.teacher_dtype == INT8))
     if values.model:
         student = hf.load(Path(values.model), model.config, setup.mesh, compute.params)
-        teacher = hf.load(Path(values.teacher or values.model), model.config, setup.mesh, setup.teacher_dtype)
+        teacher = hf.load(Path(values.teacher or values.model), frozen.config, setup.mesh, setup.teacher_dtype)
     else:
-        places = shardings(model.config, setup.mesh)
-        make = jax.jit(model.init, out_shardings=places)
+        make = jax.jit(model.init, out_shardings=shardings(model.config, setup.mesh))
         student = make(jax.random.key(0))
-        cast = jax.jit(partial(jax.tree.map, lambda p: p.astype(setup.teacher_dtype)), out_shardings=places)
-        teacher = cast(make(jax.random.key(1)))
-    if values.adapter:
-        settings = new_settings(Adapter(values.adapter), model.config, "")
-        adapted = dataclasses.replace(model, config=settings.model_config(model.config))
-        return (
-            setup,
-            adapted,
-            adapters.attach(teacher, adapters.init(adapted.config, jax.random.key(2))),
-            model,
-            teacher,
+        teacher = jax.jit(partial(stored, frozen.config, setup), out_shardings=shardings(frozen.config, setup.mesh))(
+            make(jax.random.key(1))
         )
-    return setup, model, student, model, teacher
+    if values.adapter:
+        settings = new_settings(Adapter(values.adapter), frozen.config, "")
+        adapted = dataclasses.replace(frozen, config=settings.model_config(frozen.config))
+        student = adapters.attach(teacher, adapters.init(adapted.config, jax.random.key(2)))
+        return setup, adapted, student, frozen, teacher
+    return setup, model, student, frozen, teacher
+
+
+def stored(c: ModelConfig, setup: Setup, params: Params) -> Params:
+    """Parameters as a frozen model's are stored: in its dtype, or the layers' matrices in int8 (`models.quantised`)."""
+    dtype = setup.dtype if c.int8 else setup.teacher_dtype
+    leaves = {row.path: leaf_of(params, row.path).astype(dtype) for row in file_rows(c)}
+    for row in filter(in_int8, file_rows(c) if c.int8 else ()):
+        kernel = leaf_of(params, row.path)
+        inputs = tuple(range(len(row.stack(c.num_layers)), kernel.ndim - row.outputs))
+        step = jnp.max(jnp.abs(kernel), inputs, keepdims=True) / LARGEST
+        leaves[row.path] = jnp.round(kernel / step).astype(jnp.int8)
+        leaves[(*row.path[:-1], KERNEL_SCALE)] = jnp.squeeze(step, inputs)
+    return tree_of(leaves)
 
 
 def questions(file: str | None, vocab: int) -> Iterator[Prompts]:
@@ -216,7 +231,7 @@ def counted(c: ModelConfig, seconds: dict[str, float], kept: float, dtype: str) 
     before = (v.prompt + length - 1) * v.answer // 2
     read = item * v.answer * matrix_weights(c) + v.batch * cache_bytes(c, item) * before
     speed = {name: f / seconds[name] for name, f in flops.items() if name in seconds}
-    reading, most = read / seconds["rollout"], limits(dtype)
+    reading, most = read / seconds["rollout"], limits(dtype, v.limits_width)
     return {
         "gflop_per_second": {name: round(each / 1e9, 1) for name, each in speed.items()},
         "decode_gb_per_second": round(reading / 1e9, 2),
@@ -259,7 +274,7 @@ def main(_) -> None:
     started = time.perf_counter()
     for phase in cycle * v.warm_up:
         state, *_ = one_step(programs, branches[phase], state)
-    compiled = time.perf_counter() - started
+    compiled, programs_made, from_cache = time.perf_counter() - started, compilations.programs, compilations.cached
     taken: dict[str, list[dict[str, float]]] = {phase: [] for phase in branches}
     selected: dict[str, list[int]] = {phase: [] for phase in branches}
     sampled = []
@@ -295,7 +310,7 @@ def main(_) -> None:
         "seconds": {phase: {name: round(s, 4) for name, s in of.items()} for phase, of in stages.items()},
         "answer_tokens_per_second": round(middle(sampled) / total, 1),
         **({} if v.ends else counted(model.config, stages["recovery"], kept["recovery"], str(model.dtype))),
-        "warm_up_seconds": round(compiled, 1),
+        "warm_up_seconds": round(compiled, 1), "programs": programs_made, "programs_in_cache": from_cache,
         "peak_memory_gib": round(peak, 2),
     }  # fmt: skip
     print(json.dumps(line), flush=True)

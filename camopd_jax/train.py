@@ -12,9 +12,13 @@ a Hugging Face folder.
 The same command continues from the last checkpoint; on SIGTERM the run writes a checkpoint before it ends.
 """
 
+from contextlib import nullcontext
+from functools import partial
+
 from absl import flags
 
 from camopd_jax.config.schema import TrainConfig
+from camopd_jax.planning import ahead
 from camopd_jax.planning.memory import prepare_run
 from camopd_jax.runs.training import train
 from camopd_jax.runtime import cli
@@ -35,6 +39,8 @@ if __name__ == "__main__":
             choice = prepare_run(config, workdir)
         if choice.values and is_primary():
             print(choice, flush=True)
-        train(choice.config, workdir)
+        known = partial(ahead.known_programs, choice.config)
+        with ahead.compiling(known) if ahead.is_on(choice.config) else nullcontext(lambda: None) as wait:
+            train(choice.config, workdir, wait)
 
     cli.run(main)

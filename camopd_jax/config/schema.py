@@ -294,6 +294,11 @@ class Compute:
     # Tokens per chip whose logits exist at a time
     logits_chunk: Free[Annotated[int, Ge(0), "0: as many as 256 MiB hold"]] = 0
 
+    # Which programs a GPU's compiler tunes by timing kernels: all, or only those of steps (docs/performance.md)
+    autotune: Free[Literal["all", "steps"]] = "all"
+    # Whether programs with known shapes are compiled while models are loaded. auto: on a GPU or TPU, by one process
+    compile_ahead: Free[Literal["auto", "on", "off"]] = "auto"
+
     @property
     def offloads(self) -> bool:
         return self.offload != "off"

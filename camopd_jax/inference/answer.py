@@ -62,7 +62,7 @@ def answer(
     tensor, expert = loaded.mesh.shape["tensor"], expert_shards(loaded.mesh)
     model = loaded.model.on(reshape_mesh(loaded.mesh, -1, 1, tensor, "config.mesh", expert))
     params = generate.for_decoding(model, loaded.params)
-    decode = Decode(sampling, loaded.eos_ids, max_new)
+    decode = Decode(sampling, loaded.eos_ids, max_new, tuned=loaded.tuned)
     for batch in length_batches([len(prompt) for prompt in prompts], batch_size):
         row = numbers[batch].astype(np.int32)
         index = global_rows(loaded.mesh, row[rows_of_process(loaded.mesh, len(row))], len(row))

@@ -38,6 +38,7 @@ class Loaded:
     tokenizer: Any  # a tokenizer of transformers
     eos_ids: tuple[int, ...]  # every token that ends an answer
     adapter: AdapterSettings | None = None  # of an adapter whose leaves are among `params`, not merged
+    tuned: bool = True  # whether a GPU's compiler tunes products outside training steps: `config.Compute.autotune`
 
     @property
     def reader(self) -> Reader:
@@ -136,7 +137,7 @@ def load(
         warnings.warn(warning, stacklevel=2)
     ends = templates.eos_ids(folder, tokenizer)
     params = hf.load(folder, config, mesh, model.dtype if dtype == INT8 else dtype)
-    return Loaded(folder, mesh, model, params, tokenizer, ends)
+    return Loaded(folder, mesh, model, params, tokenizer, ends, tuned=compute.autotune == "all")
 
 
 def model_config(folder: Path, context: int | None = None, files: Sequence[str] = CHECKPOINT) -> ModelConfig:
@@ -229,6 +230,7 @@ def with_adapter(base: Loaded, folder: Path, dtype: str) -> Loaded:
         tokenizer,
         templates.eos_ids(folder, tokenizer),
         settings,
+        base.tuned,
     )
 
 

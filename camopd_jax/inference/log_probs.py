@@ -54,7 +54,9 @@ def score_responses(
                 smallest_bucket,
             )
             sequences = Sequences(prompt, response.tokens, response.lengths)
-            record = gather(score_batch(loaded.model, loaded.params, sequences, parts, chunk, reading))
+            record = gather(
+                score_batch(loaded.model, loaded.params, sequences, parts, chunk, reading, tuned=loaded.tuned)
+            )
             log_probs = np.stack([record["log_prob"], record["best"]], axis=-1) if with_top else record["log_prob"]
             results |= {int(row): values[: len(responses[row])] for row, values in zip(rows, log_probs, strict=True)}
             scoring.add(len(set(rows.tolist())))

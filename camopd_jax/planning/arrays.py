@@ -40,6 +40,7 @@ class ModelShapes:
         default_factory=dict
     )  # by each adapter: arrays it does not share
     trained: ModelConfig | None = None  # the student, if it is not as the specialised model is
+    shared_vocab: int | None = None  # tokens that all tokenizers share; None: not known, or all
 
     @property
     def student(self) -> ModelConfig:
@@ -118,7 +119,8 @@ def plan(config: TrainConfig, models: ModelShapes, devices: Any) -> Plan:
       UserError: for a mesh or batches that do not fit the devices or the models.
     """
     setup = resolve(config, devices)
-    compute, vocab = config.compute, min(shape.vocab_size for shape in models.shapes.values())
+    compute, sizes = config.compute, [shape.vocab_size for shape in models.shapes.values()]
+    vocab = min(sizes if models.shared_vocab is None else [*sizes, models.shared_vocab])
 
     def model(shape: ModelConfig) -> Model:
         check_model(shape, setup.mesh, compute, setup.dtype)

@@ -65,6 +65,17 @@ def programs(p: Plan) -> list[Program]:
     return list(largest.values())
 
 
+def programs_of_start(p: Plan) -> list[Program]:
+    """The programs with which a run begins: those of `programs`, and decoding with each size of the cache."""
+    several: dict[Hashable, Program] = {}
+    for phase in schedule.phases(p.setup.config):
+        for ring in generate.rings(p.run.decode.max_new):
+            step = _Step(p, ring)
+            step.take(phase)
+            several |= {program.key: program for program in step.programs}
+    return list(several.values())
+
+
 def _bytes(program: Program) -> int:
     return chip_bytes(program.args) + program.holds.total()
 
@@ -97,7 +108,9 @@ class _Step:
     "gradient"; and copies of what is "offloaded".
     """
 
-    def __init__(self, p: Plan):
+    def __init__(self, p: Plan, ring: int | None = None):
+        """`ring`: slots of the cache after the prompts (`generate.rings`) when answers are decoded; None: the most."""
+        self.ring = ring or p.run.decode.max_new
         self.p, self.run, self.setup, self.config = p, p.run, p.setup, p.setup.config
         self.chip: dict[str, Any] = dict.fromkeys(("residuals", "record", "offloaded"), ())
         self.programs: list[Program] = []
@@ -200,8 +213,9 @@ class _Step:
         return others | {"layers": tuple(moved[part][0] for part in of_layers)}
 
     def grow(self, compiled: generate.RolloutPrograms, begun: Decoding, of: str) -> Decoding:
-        """The cache up to the answers' cap, an array at a time: the widest last, when all others have grown."""
-        *_, before, last = 0, *generate.rings(self.run.decode.max_new)
+        """The cache with `ring` slots, an array at a time: the widest last, when all others have grown."""
+        sizes = [0, *generate.rings(self.run.decode.max_new)]
+        before, last = sizes[sizes.index(self.ring) - 1], self.ring
         slots = self.setup.prompt_slots
 
         def grown(array: jax.ShapeDtypeStruct, ring: int) -> jax.ShapeDtypeStruct:

@@ -20,6 +20,7 @@ from camopd_jax.rollout.decode import Decoding
 from camopd_jax.rollout.paired import Pair, PairedPrompts
 from camopd_jax.rollout.sampling import Mixed, Speculative
 from camopd_jax.runtime.mesh import batch_shards, gather, sharding
+from camopd_jax.runtime.tuning import compiler_options
 from camopd_jax.types import ATTENTION, LanguageModel, Params, Prompts, Residuals, Rollout
 
 FIRST_RING = 256  # first number of cache slots after the prompts; it doubles each time the cache is full
@@ -43,30 +44,35 @@ class RolloutPrograms:
 
 
 @functools.cache
-def programs(mesh: Mesh | None) -> RolloutPrograms:
-    """The functions of `rollout.decode`, for answers of one model."""
-    return _jit(mesh, decode)
+def programs(mesh: Mesh | None, tuned: bool = True) -> RolloutPrograms:
+    """The functions of `rollout.decode`, for answers of one model; `tuned` as in `Decode`."""
+    return _jit(mesh, decode, tuned)
 
 
 @functools.cache
-def paired_programs(mesh: Mesh | None) -> RolloutPrograms:
+def paired_programs(mesh: Mesh | None, tuned: bool = True) -> RolloutPrograms:
     """The functions of `rollout.paired`, for answers of student and teacher together."""
-    return _jit(mesh, paired)
+    return _jit(mesh, paired, tuned)
 
 
-def programs_of(model: LanguageModel | Pair) -> RolloutPrograms:
-    return paired_programs(model.mesh) if isinstance(model, Pair) else programs(model.mesh)
+def programs_of(model: LanguageModel | Pair, tuned: bool = True) -> RolloutPrograms:
+    return paired_programs(model.mesh, tuned) if isinstance(model, Pair) else programs(model.mesh, tuned)
 
 
-def _jit(mesh: Mesh | None, module: Any) -> RolloutPrograms:
+def _jit(mesh: Mesh | None, module: Any, tuned: bool) -> RolloutPrograms:
     """Jits the functions of a module. Results have fixed shardings, so that nothing compiles twice."""
+    options = compiler_options(mesh, tuned)
     state, of_one = module.shardings(mesh), decode.shardings(mesh)
     rows, everywhere = (None, None) if mesh is None else (sharding(mesh, "batch"), sharding(mesh))
     of_cache = {True: of_one and of_one.cache.keys, False: rows}
     drawn = ("sampling", "eos_ids")
     return RolloutPrograms(
         begin=jax.jit(
-            module.begin, static_argnums=0, static_argnames=(*drawn, "max_new", *_OF_BEGIN), out_shardings=state
+            module.begin,
+            static_argnums=0,
+            static_argnames=(*drawn, "max_new", *_OF_BEGIN),
+            out_shardings=state,
+            compiler_options=options,
         ),
         advance=jax.jit(
             module.advance,
@@ -74,6 +80,7 @@ def _jit(mesh: Mesh | None, module: Any) -> RolloutPrograms:
             static_argnames=(*drawn, "prompt_slots"),
             donate_argnums=2,
             out_shardings=(state, everywhere),
+            compiler_options=options,
         ),
         grow={
             heads: jax.jit(decode.grow, static_argnames=("prompt_slots", "slots"), out_shardings=sharded)
@@ -165,6 +172,7 @@ class Decode:
     shrinks: bool = False  # whether the batch is halved when half of its answers are finished
     keep_residuals: bool = False  # whether to return the residual stream; only without `concurrency`
     answers_per_prompt: int = 1  # as many consecutive rows have the same prompt, which is computed once
+    tuned: bool = True  # whether a GPU's compiler tunes the products (`runtime.tuning`)
 
     @property
     def of_begin(self) -> dict[str, Any]:
@@ -210,7 +218,7 @@ def answers(
       meanwhile: called once, while the devices sample.
     """
     rows, prompt_slots = prompts.tokens.shape
-    p, shards = programs_of(model), batch_shards(model.mesh)
+    p, shards = programs_of(model, how.tuned), batch_shards(model.mesh)
     lanes = min(how.concurrency or rows, rows)
     refill = refill_size(lanes, shards * how.answers_per_prompt)
     drawing = {"sampling": how.sampling, "eos_ids": how.eos_ids}

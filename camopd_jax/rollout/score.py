@@ -19,6 +19,7 @@ from camopd_jax.rollout.masks import length_mask
 from camopd_jax.runtime import heap
 from camopd_jax.runtime.buckets import MicroBatch, Widths, split_by_length
 from camopd_jax.runtime.mesh import batch_shards, constrain, gather, platform, sharding, take_rows
+from camopd_jax.runtime.tuning import compiler_options
 from camopd_jax.types import LanguageModel, Params, Prompts, Record, Residuals, Sequences, TeacherRecord
 
 
@@ -197,11 +198,16 @@ def empty_record(
 
 
 @functools.cache
-def scoring(mesh: Mesh | None) -> Any:
-    """Compiled `score_rows`."""
+def scoring(mesh: Mesh | None, tuned: bool = True) -> Any:
+    """Compiled `score_rows`; `tuned` as in `score_batch`."""
     rows = None if mesh is None else sharding(mesh, "batch")
     return jax.jit(
-        score_rows, static_argnums=0, static_argnames=("widths", "reading"), donate_argnums=2, out_shardings=rows
+        score_rows,
+        static_argnums=0,
+        static_argnames=("widths", "reading"),
+        donate_argnums=2,
+        out_shardings=rows,
+        compiler_options=compiler_options(mesh, tuned),
     )
 
 
@@ -213,10 +219,15 @@ def score_batch(
     chunk: int = 0,
     reading: Reading = LOG_PROB,
     given: TeacherRecord = NOTHING,
+    tuned: bool = True,
 ) -> Record:
-    """`score` of the rows in these micro-batches; other rows are 0."""
+    """`score` of the rows in these micro-batches; other rows are 0.
+
+    Args:
+      tuned: whether a GPU's compiler tunes the products (`runtime.tuning`).
+    """
     trim_heap(model.mesh)
-    program = scoring(model.mesh)
+    program = scoring(model.mesh, tuned)
     record = empty_record(model, params, sequences, reading, given)
     for part in parts:
         widths = part.widths(chunk)

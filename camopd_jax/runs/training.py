@@ -1,6 +1,6 @@
 """The main command: load, evaluate, train with CaMOPD, evaluate, export."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -38,8 +38,12 @@ if TYPE_CHECKING:
     from camopd_jax.analysis.diagnosis import Diagnosis
 
 
-def train(config: TrainConfig, workdir: str) -> None:
-    """Runs `train`: load, evaluate, train with CaMOPD, evaluate, export."""
+def train(config: TrainConfig, workdir: str, loaded: Callable[[], None] = lambda: None) -> None:
+    """Runs `train`: load, evaluate, train with CaMOPD, evaluate, export.
+
+    Args:
+      loaded: called when the models are loaded and the prompts read, before the devices compute.
+    """
     fix_date(epath.Path(workdir))
     setups = [resolve(part) for part in schedule.parts(config)]
     models = run_on_all(lambda: load_models(setups[-1]))
@@ -47,6 +51,7 @@ def train(config: TrainConfig, workdir: str) -> None:
     setup = setups[-1]  # of the on-policy steps; the warm-up's is before it
     teachers = make_teachers(config, models)
     branches = run_on_all(lambda: make_branches(setup, models, teachers, setup.rows, config.seed))
+    loaded()
     check_models(setup, models, branches)
 
     # ------------------------------------------------------------------------- state and steps

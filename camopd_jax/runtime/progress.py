@@ -85,7 +85,7 @@ def current(now: float) -> str:
     works = list(_current)
     if not works or now - works[0].started < SHORT_SECONDS:
         return ""
-    return " · ".join(one.text(now) for one in works)
+    return " · ".join(dict.fromkeys(one.text(now) for one in works))  # two threads may do the same
 
 
 # ---------------------------------------------------------------------------------- compilation
@@ -96,8 +96,9 @@ class Compilations:
 
     def __init__(self) -> None:
         self.programs = self.cached = 0  # cached: read from the cache on disk instead
-        self.seconds = 0.0  # of tracing, lowering, compiling and reading
-        self._thread = threading.local()
+        self.seconds = 0.0  # of tracing, lowering, compiling and reading, in at least one thread
+        self._thread, self._lock = threading.local(), threading.Lock()
+        self._threads, self._since = 0, 0.0  # threads that compile now, and since when there is one
 
     def listen(self) -> None:
         jax.monitoring.register_scalar_listener(self._begin)
@@ -117,6 +118,10 @@ class Compilations:
             count = f" (program {self.programs + 1}; {self.cached} were in the cache)"
             self._thread.work = work(f"compiling {name}{count}")
             self._thread.work.__enter__()
+            with self._lock:
+                self._threads += 1
+                if self._threads == 1:
+                    self._since = time.perf_counter()
         self._thread.depth = depth + 1
 
     def _end(self, event: str, duration_secs: float, **facts: str | int) -> None:
@@ -125,13 +130,19 @@ class Compilations:
         depth = getattr(self._thread, "depth", 0)
         if depth == 1:
             self._thread.work.__exit__(None, None, None)
-        if depth <= 1:  # 0: a version of JAX without events for the start
-            self.seconds += duration_secs
+        with self._lock:
+            if depth == 1:
+                self._threads -= 1
+                if not self._threads:
+                    self.seconds += time.perf_counter() - self._since
+            elif depth == 0:  # a version of JAX without events for the start
+                self.seconds += duration_secs
+            self.programs += "backend_compile" in event
         self._thread.depth = max(0, depth - 1)
-        self.programs += "backend_compile" in event
 
     def _event(self, event: str, **facts: str | int) -> None:
-        self.cached += event == CACHE_HIT
+        with self._lock:
+            self.cached += event == CACHE_HIT
 
 
 compilations = Compilations()
