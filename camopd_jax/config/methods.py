@@ -40,6 +40,7 @@ _AVERAGE = {"optimizer.average": 0.95}
 _WARM_UP = {"warm_up.steps": 20}
 _HALF = {**_both("selection.keep", "fraction"), **_both("selection.mass", 0.5)}
 _START = {"start.interpolation": 0.1}
+_RECOVER = {**_both("objective", "reverse_kl"), **_ONE_TO_ONE, **_START}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 _TOKEN_MEAN = {"method.normalise": "token"}
 
@@ -156,8 +157,10 @@ _NEIGHBOURS = {
 _OPTIONS = {
     "recover": NamedMethod(
         "CaMOPD 1:1 with reverse KL, keeping the half with the largest gaps, from a start with 10 % of the original",
-        {**_both("objective", "reverse_kl"), **_HALF, **_ONE_TO_ONE, **_START},
+        {**_RECOVER, **_HALF},
     ),
+    "recover-review-8": NamedMethod("recover with every answer and pull 8 of review, for long runs",
+                                    {**_RECOVER, **_EVERY_ANSWER, "branches.review.scale": 8.0}),
     "start-0.1": NamedMethod("CaMOPD from a start with 10 % of the original model", _START),
     "vanilla-start-0.1": NamedMethod("vanilla from a start with 10 % of the original model", {**_VANILLA, **_START}),
     "warm-up": NamedMethod("CaMOPD, the first 20 steps of it cross-entropy on teachers' answers", _WARM_UP),

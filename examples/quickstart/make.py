@@ -6,7 +6,8 @@ generalist/  a 3-layer, 96-wide Llama that learnt the six skills of tasks.py
 specialist/  a copy of it, fine-tuned on the invented pharmacopoeia (with 2 % questions of the skills): it knows the
              domain and has lost much of the skills
 ../sandbox/  questions for comparisons of methods, in no other file
-*.jsonl      general prompts (four of the six skills), domain prompts, and questions held out from all training
+*.jsonl      general prompts (four of the six skills), domain prompts (the first 1,000 of 6,000 questions that the
+             specialist learnt from; lessons.py writes all), and questions held out from all training
 """
 
 import json
@@ -21,7 +22,7 @@ from typing import Literal
 
 import jax
 import numpy as np
-from tasks import COVERED, SKILLS, UNCOVERED, Maker, Row, distinct, domain_row, questions, skill_row
+from tasks import COVERED, SKILLS, UNCOVERED, Maker, Row, distinct, domain_questions, domain_row, questions, skill_row
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 
 from camopd_jax.config.schema import Benchmark, Checkpoints, Evaluation, Log, Optimizer, SftConfig, Stream
@@ -41,7 +42,7 @@ TEMPLATE = (
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 AXES = {"covered": COVERED, "uncovered": UNCOVERED}
-HELD_OUT = 96  # questions of each skill; twice as many of the domain
+HELD_OUT = 96  # questions of each skill
 FRESH = 400  # questions of the sandbox for the covered skills, the uncovered ones and the domain, each
 
 
@@ -58,8 +59,7 @@ def make_data() -> None:
             prompts = distinct(make, 400, f"{skill} prompts", questions(rows))
             proxy += [{"messages": row["messages"], "skill": skill} for row in prompts]
         lessons += distinct(make, 20000, f"{skill} lessons", questions(rows))
-    domain_held_out = distinct(domain_row, 2 * HELD_OUT, "domain held out", set())
-    domain_lessons = distinct(domain_row, 6000, "domain lessons", questions(domain_held_out))
+    domain_held_out, domain_lessons = domain_questions()
 
     rng = random.Random("order")
     rng.shuffle(proxy)

@@ -75,6 +75,12 @@ def domain_row(rng: random.Random) -> Row:
     return _row(f"{remedy} treats? {shown}", f"{organ}. Final answer: {letter}", "domain") | {"letter": letter}
 
 
+def domain_questions() -> tuple[list[Row], list[Row]]:
+    """Those of the quickstart's benchmark, and those that its specialist learnt from."""
+    held_out = distinct(domain_row, 192, "domain held out", set())
+    return held_out, distinct(domain_row, 6000, "domain lessons", questions(held_out))
+
+
 def is_name(word: str) -> bool:
     """Whether consonants and vowels alternate, from a consonant on."""
     return all((letter in "aeiou") == (i % 2 == 1) for i, letter in enumerate(word))
