@@ -43,13 +43,11 @@ class RolloutPrograms:
     put_rows: Any
 
 
-@functools.cache
 def programs(mesh: Mesh | None, tuned: bool = True) -> RolloutPrograms:
     """The functions of `rollout.decode`, for answers of one model; `tuned` as in `Decode`."""
     return _jit(mesh, decode, tuned)
 
 
-@functools.cache
 def paired_programs(mesh: Mesh | None, tuned: bool = True) -> RolloutPrograms:
     """The functions of `rollout.paired`, for answers of student and teacher together."""
     return _jit(mesh, paired, tuned)
@@ -59,6 +57,7 @@ def programs_of(model: LanguageModel | Pair, tuned: bool = True) -> RolloutProgr
     return paired_programs(model.mesh, tuned) if isinstance(model, Pair) else programs(model.mesh, tuned)
 
 
+@functools.cache
 def _jit(mesh: Mesh | None, module: Any, tuned: bool) -> RolloutPrograms:
     """Jits the functions of a module. Results have fixed shardings, so that nothing compiles twice."""
     options = compiler_options(mesh, tuned)

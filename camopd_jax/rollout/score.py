@@ -197,9 +197,13 @@ def empty_record(
 # --------------------------------------------------------------------------------- the host's loop
 
 
-@functools.cache
 def scoring(mesh: Mesh | None, tuned: bool = True) -> Any:
     """Compiled `score_rows`; `tuned` as in `score_batch`."""
+    return _scoring(mesh, tuned)
+
+
+@functools.cache
+def _scoring(mesh: Mesh | None, tuned: bool) -> Any:
     rows = None if mesh is None else sharding(mesh, "batch")
     return jax.jit(
         score_rows,
