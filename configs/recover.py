@@ -34,7 +34,7 @@ def get_config():
         branch.selection.keep = "fraction"
         branch.selection.mass = 0.5
         branch.steps = 1  # as many reviews as recoveries: 98 instead of 97 % of the domain was kept
-    # For long runs (there: 720 steps and more), every answer and a stronger review, branches.review.scale = 8: they keep
+    # For long runs (there: 720 steps and more), every answer and a stronger review, with review.scale = 8. They keep
     # 99 instead of 96 % of the domain, and take more steps to bring back as much.
     # A warm-up on the teachers' answers made no difference on the quickstart's models, where the student's own answers
     # are in the right form from the start. It is worth a trial where they are not: 84 updates at 1e-5 in DN-MOPD.

@@ -46,8 +46,8 @@ def test_the_option_reaches_products_of_sampling_and_scoring(monkeypatch, one_de
     given = {}
     monkeypatch.setattr(tuning, "platform", lambda mesh: "gpu")
     monkeypatch.setattr(jax, "jit", lambda function, **options: given.update({function.__name__: options}))
-    generate._jit(one_device, decode, tuned)
-    score.scoring.__wrapped__(one_device, tuned)
+    generate._jit.__wrapped__(one_device, decode, tuned)
+    score._scoring.__wrapped__(one_device, tuned)
     with_option = {name for name, options in given.items() if options.get("compiler_options") == UNTUNED}
     assert with_option == (set() if tuned else {"begin", "advance", "score_rows"})
     assert {"grow", "join", "collect"} <= given.keys()
