@@ -8,7 +8,7 @@ Benchmarks give those of your domain, with axis "domain": they choose the best c
 Hardware   sizes for 8 chips and a model of 1 to 8 billion parameters; `doctor` checks them, `plan` finds others.
 Measured   on the quickstart's models, five seeds: 94 % of the loss back on the skills of the prompts at hand and 100 %
            on the others, once prompts cover them too, and 96 % of the domain kept; vanilla 87, 99 and 97 %. With four
-           times the steps and the settings for long runs below, COV, 100 and KEP % (docs/results.md, "Prompts that the
+           times the steps and the settings for long runs below, 96, 100 and 99 % (docs/results.md, "Prompts that the
            original writes itself").
 Not run    on models of this size.
 """

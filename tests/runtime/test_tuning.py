@@ -80,7 +80,7 @@ def test_the_config_says_it_for_what_is_outside_steps(monkeypatch, one_device, a
 
 def test_steps_are_always_tuned():
     assert generate.Decode(None, (), 4).tuned
-    assert score.scoring.__wrapped__.__defaults__ == generate.programs.__wrapped__.__defaults__ == (True,)
+    assert score.scoring.__defaults__ == generate.programs.__defaults__ == (True,)
 
 
 def test_timings_of_kernels_are_cached_beside_the_compiled_programs():
