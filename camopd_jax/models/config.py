@@ -132,9 +132,19 @@ class ModelConfig:
         return tuple(self.distinct_windows.index(window) for window in self.windows)
 
     @property
+    def first_sharing(self) -> int:
+        """The number of the first layer that uses the keys and values of another; as many layers have their own."""
+        return self.num_layers - self.sharing_layers
+
+    @property
+    def without_sharing(self) -> "ModelConfig":
+        """The config of a model in which all layers have their own keys and values, and feed-forwards of one width."""
+        return replace(self, sharing_layers=0, sharing_size=None)
+
+    @property
     def layer_attention(self) -> tuple[str, ...]:
         """For each layer, the name of its attention among the parameters."""
-        first = self.num_layers - self.sharing_layers
+        first = self.first_sharing
         different = self.global_attention is not None
         names = [GLOBAL_ATTENTION if different and window is None else ATTENTION for window in self.windows]
         return (*names[:first], *(SHARING[name] for name in names[first:]))
@@ -149,7 +159,7 @@ class ModelConfig:
         """The config of a model in which all layers are alike, for each `layer_attention`."""
         if not self.sharing_layers:
             return self._of_windows()
-        own = replace(self, sharing_layers=0, sharing_size=None)._of_windows()
+        own = self.without_sharing._of_windows()
         size = self.sharing_size or self.intermediate_size
         sharing = {
             SHARING[name]: replace(of, shares_keys=True, intermediate_size=size)
@@ -333,7 +343,7 @@ def _with_sharing(model: ModelConfig, fields: Fields, where: str) -> ModelConfig
     model = replace(model, per_layer_input=per_layer, sharing_layers=count)
     if not count:
         return model
-    first = model.num_layers - count
+    first = model.first_sharing
     if first <= 0 or set(model.windows[:first]) != set(model.windows):
         raise UserError(
             f"{where}: num_kv_shared_layers is {count} of {model.num_layers} layers; before these layers there must be "

@@ -161,7 +161,7 @@ def model_rows(c: ModelConfig) -> Iterator[WeightRow]:
             yield dataclasses.replace(row, path=("layers", attention, *row.path[2:]), layers=layers)
 
     if c.sharing_size is not None:
-        first = c.num_layers - c.sharing_layers
+        first = c.first_sharing
         wide = dataclasses.replace(c, intermediate_size=c.sharing_size)
         for of, name, numbers in ((c, MLP, range(first)), (wide, WIDE_MLP, range(first, c.num_layers))):
             for row in _feed_forward_rows(of, layer, MLP):

@@ -27,7 +27,7 @@ def segments(c: ModelConfig, blocks: Mapping[str, Block], remat: str, layers: Pa
     if not c.sharing_layers:
         apart = tuple(c.of_attentions) if c.global_attention is not None else ()
         return (_segment(c, blocks, remat, range(c.num_layers), tuple(layers), apart),)
-    first = c.num_layers - c.sharing_layers
+    first = c.first_sharing
     of_using = {*SHARING.values(), WIDE_MLP}
     of_own = {*SHARING, *([MLP] if WIDE_MLP in layers else [])}
     parts, others = (tuple(name for name in layers if name not in absent) for absent in (of_using, of_own))
@@ -77,7 +77,7 @@ def _indices(c: ModelConfig, layer: int, parts: tuple[str, ...]) -> dict[str, in
     name, indices = c.layer_attention[layer], dict.fromkeys(parts, layer)
     indices |= {part: c.stack_index[layer] if part == name else 0 for part in ATTENTIONS if part in parts}
     if WIDE_MLP in parts:
-        indices[WIDE_MLP] = layer - (c.num_layers - c.sharing_layers)
+        indices[WIDE_MLP] = layer - c.first_sharing
     return indices
 
 

@@ -124,7 +124,7 @@ def _scan(
             kept = kept | {attention: jnp.where(i == producer.number, here, kept[attention])}
         own = inputs.replace(per_layer=per_layer)
         if known_x is not None:
-            return (_backward_only(layer, params, x, known_x, own, positions, kind), total, kept), None
+            return (_backward_only(layer, x, (params, known_x, own, positions, kind)), total, kept), None
         return (layer(params, x, own, positions, kind), total, kept), None
 
     numbers = jnp.asarray(segment.numbers)
@@ -159,42 +159,26 @@ def _collect_backward(entries: Entries, gradients: tuple[Params, Params]) -> tup
 _collect.defvjp(_collect_forward, _collect_backward)
 
 
+_Known = tuple[Params, jax.Array, LayerInputs, Positions, LayerKind]  # the arguments of a layer
+
+
 @partial(jax.custom_vjp, nondiff_argnums=(0,))
-def _backward_only(
-    layer: LayerFunction,
-    params: Params,
-    x: jax.Array,
-    known_x: jax.Array,
-    inputs: LayerInputs,
-    positions: Positions,
-    kind: LayerKind,
-) -> jax.Array:
-    """Forward: identity on `x`. Backward: the derivative of `layer` at the known input."""
+def _backward_only(layer: LayerFunction, x: jax.Array, known: _Known) -> jax.Array:
+    """Forward: identity on `x`. Backward: the derivative of `layer` at its known arguments."""
     return x
 
 
-_Known = tuple[Params, jax.Array, LayerInputs, Positions, LayerKind]  # the arguments of `layer`
-
-
-def _backward_only_forward(
-    layer: LayerFunction,
-    params: Params,
-    x: jax.Array,
-    known_x: jax.Array,
-    inputs: LayerInputs,
-    positions: Positions,
-    kind: LayerKind,
-) -> tuple[jax.Array, _Known]:
-    return x, (params, known_x, inputs, positions, kind)
+def _backward_only_forward(layer: LayerFunction, x: jax.Array, known: _Known) -> tuple[jax.Array, _Known]:
+    return x, known
 
 
 def _backward_only_backward(
-    layer: LayerFunction, saved: _Known, gradient: jax.Array
-) -> tuple[Params, jax.Array, None, LayerInputs, None, None]:
-    params, known_x, inputs, positions, kind = saved
+    layer: LayerFunction, known: _Known, gradient: jax.Array
+) -> tuple[jax.Array, tuple[Params, None, LayerInputs, None, None]]:
+    params, known_x, inputs, positions, kind = known
     _, pull = jax.vjp(lambda params, x, inputs: layer(params, x, inputs, positions, kind), params, known_x, inputs)
     of_params, of_x, of_inputs = pull(gradient)
-    return of_params, of_x, None, of_inputs, None, None
+    return of_x, (of_params, None, of_inputs, None, None)
 
 
 _backward_only.defvjp(_backward_only_forward, _backward_only_backward)

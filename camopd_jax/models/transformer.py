@@ -67,9 +67,9 @@ class Model:
                 for name, p in by_name.items()
             }
             if self.config.sharing_size is not None:
-                count, of_using = self.config.sharing_layers, by_name[self.layer_attention[-1]]["layers"]
-                stacks[MLP] = jax.tree.map(lambda p: p[:-count], params["layers"][MLP])
-                stacks[WIDE_MLP] = jax.tree.map(lambda p: p[-count:], of_using[MLP])
+                first, of_using = self.config.first_sharing, by_name[self.layer_attention[-1]]["layers"]
+                stacks[MLP] = jax.tree.map(lambda p: p[:first], params["layers"][MLP])
+                stacks[WIDE_MLP] = jax.tree.map(lambda p: p[first:], of_using[MLP])
             params = params | {"layers": params["layers"] | stacks}
         return adapters.attach(params, adapters.init(self.config, key))
 
@@ -147,7 +147,7 @@ class Model:
         else:
             index = dict.fromkeys(own, i) | {ATTENTION: jnp.asarray(self.config.stack_index, jnp.int32)[i]}
             if WIDE_MLP in layers and attention in SHARING.values():
-                index[MLP] = i - (self.config.num_layers - self.config.sharing_layers)
+                index[MLP] = i - self.config.first_sharing
             layer = {name: jax.tree.map(partial(entry, i=index[name]), own[name]) for name in own}
         return self.others_for_decoding(layer if self.config.int8 else adapters.merge_layer(layer))
 

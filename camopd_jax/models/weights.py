@@ -36,8 +36,7 @@ def file_rows(c: ModelConfig) -> tuple[WeightRow, ...]:
 
 def unused_names(c: ModelConfig) -> frozenset[str]:
     """Tensors without effect that a checkpoint may have: of keys and values, in layers that use those of another."""
-    without = dataclasses.replace(c, sharing_layers=0, sharing_size=None) if c.sharing_layers else c
-    of_both = ({name for row in file_rows(of) for name in row.names(c.num_layers)} for of in (without, c))
+    of_both = ({name for row in file_rows(of) for name in row.names(c.num_layers)} for of in (c.without_sharing, c))
     return frozenset(next(of_both) - next(of_both))
 
 

@@ -353,7 +353,7 @@ def _rollout_memory(setup: Setup, model: ModelConfig) -> dict[str, float]:
     """A copy of the weights, the cache (of one layer twice, as it grows) and the activations of prompts that enter."""
     on, rows = Share(model, setup.rollout_mesh, setup.dtype), max(setup.rows.values())
     lanes, (times, entering) = lanes_of(setup, rows), refills(setup, rows)
-    slot, own = cache_bytes(model, on.item) / on.tensor / on.shards, model.num_layers - model.sharing_layers  # a lane's
+    slot, own = cache_bytes(model, on.item) / on.tensor / on.shards, model.first_sharing  # a lane's
     cache, prompt = lanes * slot * setup.context, setup.config.rollout.max_prompt_tokens * (slot + on.live / on.shards)
     refill = {"refill": on.weights + cache + entering * prompt} if times else {}
     return {"prefill": on.weights + lanes * prompt, "decode": on.weights + cache * (1 + 1 / own)} | refill

@@ -48,13 +48,9 @@ def programs(mesh: Mesh | None, tuned: bool = True) -> RolloutPrograms:
     return _jit(mesh, decode, tuned)
 
 
-def paired_programs(mesh: Mesh | None, tuned: bool = True) -> RolloutPrograms:
-    """The functions of `rollout.paired`, for answers of student and teacher together."""
-    return _jit(mesh, paired, tuned)
-
-
 def programs_of(model: LanguageModel | Pair, tuned: bool = True) -> RolloutPrograms:
-    return paired_programs(model.mesh, tuned) if isinstance(model, Pair) else programs(model.mesh, tuned)
+    """The functions of `rollout.decode`, or of `rollout.paired` for answers of student and teacher together."""
+    return _jit(model.mesh, paired if isinstance(model, Pair) else decode, tuned)
 
 
 @functools.cache

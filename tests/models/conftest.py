@@ -17,6 +17,14 @@ SIZES = dict(
 )
 HEADS = dict(num_attention_heads=6, num_key_value_heads=2)
 GEMMA = dict(head_dim=14, query_pre_attn_scalar=11, sliding_window=5, **HEADS)
+GEMMA4 = HEADS | dict(  # whose layers have no input of their own
+    head_dim=14,
+    sliding_window=5,
+    global_head_dim=22,
+    num_global_key_value_heads=6,
+    attention_k_eq_v=True,
+    hidden_size_per_layer_input=0,
+)
 YARN = dict(rope_type="yarn", factor=4.0, rope_theta=1e4, original_max_position_embeddings=16)
 
 FAMILIES = {
@@ -162,30 +170,16 @@ FAMILIES = {
     ),
     "gemma4": (
         "Gemma4",
-        HEADS
+        GEMMA4
         | dict(
-            num_hidden_layers=4,
-            head_dim=14,
-            sliding_window=5,
-            final_logit_softcapping=3.0,
-            global_head_dim=22,
-            num_global_key_value_heads=6,
-            attention_k_eq_v=True,
-            hidden_size_per_layer_input=0,
-            layer_types=["sliding_attention", "full_attention"] * 2,
+            num_hidden_layers=4, final_logit_softcapping=3.0, layer_types=["sliding_attention", "full_attention"] * 2
         ),
     ),
     "gemma4_moe": (
         "Gemma4",
-        HEADS
+        GEMMA4
         | dict(
             num_hidden_layers=2,
-            head_dim=14,
-            sliding_window=5,
-            global_head_dim=22,
-            num_global_key_value_heads=6,
-            attention_k_eq_v=True,
-            hidden_size_per_layer_input=0,
             layer_types=["sliding_attention", "full_attention"],
             enable_moe_block=True,
             num_experts=5,
