@@ -26,7 +26,9 @@ CELL = Cell("vanilla", 1e-4, 3)
 def leave(workdir, cell, benchmarks=("a", "b"), step=4, config=None):
     folder = cell.folder(workdir)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "config.json").write_text(json.dumps({"config": to_json(config or cell.config(BASE))}))
+    (folder / "config.json").write_text(
+        json.dumps({"kind": "TrainConfig", "config": to_json(config or cell.config(BASE))})
+    )
     write_lines(folder / "eval.jsonl", [{"model": "student", "step": step, "benchmark": name} for name in benchmarks])
 
 
@@ -52,6 +54,15 @@ def test_the_error_for_another_config_names_the_field(tmp_path):
     leave(tmp_path, CELL, config=Cell("vanilla", 2e-4, 3).config(BASE))
     with pytest.raises(UserError, match=r"seed-3: made with another config\.optimizer\.learning_rate; give the old"):
         is_finished(CELL, BASE, str(tmp_path))
+
+
+def test_a_cell_of_an_earlier_version_is_finished_too(tmp_path):
+    leave(tmp_path, CELL)
+    file = CELL.folder(str(tmp_path)) / "config.json"
+    record = json.loads(file.read_text())
+    del record["config"]["warm_up"]
+    file.write_text(json.dumps(record))
+    assert is_finished(CELL, BASE, str(tmp_path))
 
 
 def test_mistakes(command, tmp_path):

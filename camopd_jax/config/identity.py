@@ -50,6 +50,17 @@ def read_stored(file: epath.Path) -> tuple[str, dict[str, Any]]:
     return kind, values
 
 
+def with_new_fields(kind: str, values: dict[str, Any]) -> dict[str, Any]:
+    """The values of a config.json with the default of every field that an earlier version did not have.
+
+    Unchanged if the file has values that this version refuses.
+    """
+    try:
+        return to_json(build(_KINDS[kind], values, "config", MOVED))
+    except (UserError, KeyError):
+        return values
+
+
 def _free_fields(cls: type, prefix: str = "") -> set[str]:
     """Names of the `Free` fields of a config class, as "optimizer.micro_batch"."""
     names: set[str] = set()

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 from camopd_jax.analysis import study
-from camopd_jax.config.identity import changed, different_fields, to_json
+from camopd_jax.config.identity import changed, different_fields, read_stored, to_json, with_new_fields
 from camopd_jax.config.methods import INTERPOLATION, METHODS
 from camopd_jax.config.schema import AUTO, TrainConfig
 from camopd_jax.errors import UserError
@@ -248,8 +248,8 @@ def is_finished(cell: Cell, base: TrainConfig, workdir: str) -> bool:
     file = cell.folder(workdir) / "config.json"
     if not file.exists():
         return False
-    before, now = json.loads(file.read_text())["config"], to_json(cell.config(base))
-    if names := different_fields(before, now):
+    kind, before = read_stored(epath.Path(file))
+    if names := different_fields(with_new_fields(kind, before), to_json(cell.config(base))):
         raise UserError(f"{cell.folder(workdir)}: made with another {names[0]}; give the old value, or a new --workdir")
     return len(student_results(cell, base, workdir)) == len(base.evaluation.benchmarks)
 

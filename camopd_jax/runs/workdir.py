@@ -8,7 +8,7 @@ from typing import Any
 
 from etils import epath
 
-from camopd_jax.config.identity import different_fields, fingerprint, to_json
+from camopd_jax.config.identity import different_fields, fingerprint, to_json, with_new_fields
 from camopd_jax.config.schema import Config
 from camopd_jax.data import dates
 from camopd_jax.errors import UserError
@@ -59,8 +59,8 @@ def check_owner(workdir: epath.Path, config: Config) -> bool:
             raise UserError(
                 f"{workdir}: it belongs to a run of `{command}`, not of `{_COMMANDS[kind]}`; give a new --workdir"
             )
-        if owner["fingerprint"] != fingerprint(config):
-            fields = ", ".join(different_fields(owner["config"], to_json(config))) or "written by another version"
+        before = with_new_fields(kind, owner["config"])
+        if fields := ", ".join(different_fields(before, to_json(config))):
             raise UserError(
                 f"{workdir}: it belongs to a run with another config ({fields}); give that config, or a new --workdir"
             )

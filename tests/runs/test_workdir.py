@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from etils import epath
 
-from camopd_jax.config.schema import MeshConfig, Optimizer, SftConfig, Stream, TrainConfig
+from camopd_jax.config.schema import MeshConfig, Optimizer, SftConfig, Stream, TrainConfig, WarmUp
 from camopd_jax.errors import UserError
 from camopd_jax.runs.workdir import claim_workdir
 
@@ -41,6 +41,26 @@ def test_a_workdir_with_another_config_is_an_error(tmp_path, changes, named):
     with pytest.raises(UserError, match=f"belongs to a run with another config.*{named}.*new --workdir"):
         claim(tmp_path, train_config(**changes))
     assert (tmp_path / "config.json").read_bytes() == before
+
+
+def test_a_workdir_of_an_earlier_version_is_continued(tmp_path):
+    """A field that its config.json does not have counts with its default."""
+    now = claim(tmp_path, train_config())
+    before = json.loads(json.dumps(now)) | {"fingerprint": "of the fields it had"}
+    del before["config"]["method"]["normalise"], before["config"]["warm_up"]
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"another config \(config\.warm_up\.steps\)"):
+        claim(tmp_path, train_config(warm_up=WarmUp(steps=3)))
+    again = claim(tmp_path, train_config())
+    assert (again["config"], again["fingerprint"]) == (now["config"], now["fingerprint"])
+
+
+def test_a_workdir_with_a_field_that_no_longer_exists_is_refused(tmp_path):
+    before = claim(tmp_path, train_config())
+    before["config"]["method"]["shape"] = "round"
+    (tmp_path / "config.json").write_text(json.dumps(before))
+    with pytest.raises(UserError, match=r"another config \(config\.method\.shape\)"):
+        claim(tmp_path, train_config())
 
 
 def test_with_a_cosine_schedule_steps_must_not_change(tmp_path):
