@@ -8,8 +8,9 @@ from safetensors.numpy import load_file
 ROOT = Path(__file__).parents[1]
 QUICKSTART = ROOT / "examples" / "quickstart"
 STEPS = 8
+PAPER_CONFIG = f"--config={ROOT / 'configs/quickstart.py'}:camopd"  # the paper's settings
 SMALL = [
-    f"--config={ROOT / 'configs/quickstart.py'}:camopd", f"--config.steps={STEPS}", "--config.rollout.batch_size=16",
+    PAPER_CONFIG, f"--config.steps={STEPS}", "--config.rollout.batch_size=16",
     "--config.optimizer.micro_batch=8", "--config.checkpoints.every=3", "--config.checkpoints.keep_last=9",
     "--config.evaluation.benchmarks=()", "--config.log.report=false",
     "--config.optimizer.schedule=constant",  # a run may then go on for more steps

@@ -1,13 +1,11 @@
 """Short runs on two random models of a family, which have the quickstart's tokenizer."""
 
-from pathlib import Path
-
 import torch
 import transformers
+from quickstart import PAPER_CONFIG, QUICKSTART
 
-ROOT = Path(__file__).parents[1]
 FLAGS = [
-    f"--config={ROOT / 'configs/quickstart.py'}:camopd", "--config.branches.recovery.steps=1",
+    PAPER_CONFIG, "--config.branches.recovery.steps=1",
     "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8", "--config.optimizer.schedule=constant",
     "--config.optimizer.learning_rate=1e-3", "--config.optimizer.eps=1e-5", "--config.compute.remat=none",
     "--config.evaluation.benchmarks=()", "--config.log.report=false",
@@ -30,7 +28,7 @@ TEXT = dict(
 
 def save_pair(model, folder, text_model=None):
     """Saves a model and a copy with other weights in its text model; flags that name the two folders."""
-    tokenizer = transformers.AutoTokenizer.from_pretrained(ROOT / "examples" / "quickstart" / "generalist")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(QUICKSTART / "generalist")
     for name in ("general", "specialised"):
         model.save_pretrained(folder / name)
         tokenizer.save_pretrained(folder / name)

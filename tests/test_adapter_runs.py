@@ -4,7 +4,6 @@ import dataclasses
 import json
 import shutil
 import signal
-from pathlib import Path
 
 import jax
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 import transformers
 from etils import epath
 from lm_eval.api.instance import Instance
+from quickstart import PAPER_CONFIG, QUICKSTART
 from rows import edit_json, read_lines, write_lines
 from safetensors.numpy import load_file
 from scoring import log_probs, torch_log_probs
@@ -29,8 +29,6 @@ from camopd_jax.models.peft_settings import CONFIG
 from camopd_jax.runs.export import write_folder
 from camopd_jax.runtime.mesh import make_mesh
 
-ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples" / "quickstart"
 GENERALIST, SPECIALIST = QUICKSTART / "generalist", QUICKSTART / "specialist"
 SFT = f"""
 from camopd_jax.config import SftConfig, default
@@ -49,7 +47,7 @@ def get_config():
     return config
 """
 SMALL = [
-    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    PAPER_CONFIG,
     "--config.steps=4", "--config.rollout.batch_size=16",
     "--config.optimizer.micro_batch=8", "--config.checkpoints.every=2", "--config.evaluation.benchmarks=()",
     "--config.log.report=false", "--config.optimizer.schedule=constant", "--config.optimizer.learning_rate=1e-3",
@@ -183,11 +181,10 @@ def test_generate_and_evaluate_read_the_folder_of_an_adapter(adapted, command, t
     answer = from_peft(folder, GENERALIST).generate(input_ids=ids, max_new_tokens=12, do_sample=False)
     assert row["response_ids"] == answer[0, ids.shape[1] :].tolist()
 
-    config = f"--config={ROOT / 'configs/quickstart.py'}:camopd"
     results = {}
     for teacher in ("float32", "int8"):
         flags = [f"--workdir={tmp_path / teacher}", f"--checkpoint={folder}", f"--config.compute.teacher={teacher}"]
-        ended = command("evaluate", config, *flags)
+        ended = command("evaluate", PAPER_CONFIG, *flags)
         assert ended.code == 0, ended.err
         results[teacher] = read_lines(tmp_path / teacher / "eval.jsonl")
     assert [row.keys() for row in results["int8"]] == [row.keys() for row in results["float32"]]

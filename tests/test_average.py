@@ -1,15 +1,14 @@
 """A run whose result is the exponential average of the weights."""
 
 import shutil
-from pathlib import Path
 
 import numpy as np
 import pytest
+from quickstart import PAPER_CONFIG
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).parents[1]
 FLAGS = [
-    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    PAPER_CONFIG,
     "--config.steps=3", "--config.rollout.batch_size=16",
     "--config.optimizer.micro_batch=8", "--config.optimizer.schedule=constant", "--config.checkpoints.every=1",
     "--config.checkpoints.keep_last=9", "--config.evaluation.benchmarks=()", "--config.log.report=false",

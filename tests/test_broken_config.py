@@ -1,17 +1,14 @@
 """A mistake in a checkpoint's config.json is told by every command as one, with the field, before anything is made."""
 
 import shutil
-from pathlib import Path
 
 import pytest
+from quickstart import PAPER_CONFIG, QUICKSTART
 from rows import chat_row, edit_json, write_lines
 
 from camopd_jax.errors import UserError
 from camopd_jax.inference import loading
 
-ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples" / "quickstart"
-CONFIG = f"--config={ROOT / 'configs/quickstart.py'}:camopd"
 SFT = f"""
 from camopd_jax.config import SftConfig, default
 
@@ -22,14 +19,14 @@ def get_config():
     return config
 """
 FLAGS = {
-    "train": [CONFIG, "--config.specialised_model=MODEL", "--workdir=OUT"],
+    "train": [PAPER_CONFIG, "--config.specialised_model=MODEL", "--workdir=OUT"],
     "sft": ["--config=FOLDER/sft.py", "--workdir=OUT"],
-    "evaluate": [CONFIG, "--checkpoint=MODEL", "--workdir=OUT"],
+    "evaluate": [PAPER_CONFIG, "--checkpoint=MODEL", "--workdir=OUT"],
     "generate": ["--model=MODEL", "--input=FOLDER/x.jsonl", "--output=OUT"],
     "score": ["--model=MODEL", "--input=FOLDER/x.jsonl", "--output=OUT"],
-    "interpolate": [CONFIG, "--config.specialised_model=MODEL", "--weight=0.5", "--out=OUT"],
-    "plan": [CONFIG, "--topology=local", "--specialised_config=MODEL"],
-    "doctor": [CONFIG, "--config.general_model=MODEL", "--workdir=OUT"],
+    "interpolate": [PAPER_CONFIG, "--config.specialised_model=MODEL", "--weight=0.5", "--out=OUT"],
+    "plan": [PAPER_CONFIG, "--topology=local", "--specialised_config=MODEL"],
+    "doctor": [PAPER_CONFIG, "--config.general_model=MODEL", "--workdir=OUT"],
     "lm_eval": ["--model", "camopd_jax", "--model_args", "path=MODEL", "--tasks", "arc_easy"],
 }
 

@@ -6,6 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
+from quickstart import PAPER_CONFIG
 from rows import read_lines, write_lines
 
 from camopd_jax.config.identity import to_json
@@ -73,7 +74,7 @@ def test_mistakes(command, tmp_path):
         ([config, f"--workdir={tmp_path}", "--rates=1e-4,fast"], "--rates=1e-4,fast: give numbers separated by commas"),
         ([config, f"--workdir={tmp_path}", "--methods=,"], "--methods names no method; give some of camopd"),
         ([config, f"--workdir={tmp_path}", "--rates=1e-4,-1"], "--rates=1e-4,-1: give numbers > 0"),
-        ([f"--config={ROOT / 'configs/quickstart.py'}:camopd", "--config.evaluation.benchmarks=()",
+        ([PAPER_CONFIG, "--config.evaluation.benchmarks=()",
           f"--workdir={tmp_path}", "--workers=1"], "config.evaluation.benchmarks is empty, so"),
     ):  # fmt: skip
         ended = command("compare", *flags)

@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 from etils import epath
 from peft import LoraConfig, get_peft_model
+from quickstart import PAPER_CONFIG, QUICKSTART
 from rows import add_tokens, chat_row, edit_json, swap_tokens, write_lines
 from safetensors.numpy import load_file, save_file
 from transformers import LlamaForCausalLM
@@ -34,7 +35,6 @@ from camopd_jax.planning.memory import check_memory, device_memory
 from camopd_jax.runs.workdir import claim_workdir
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples/quickstart"
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +87,7 @@ def test_a_valid_config_has_no_errors_or_warnings(config, here, tmp_path):
 
 def test_all_errors_are_reported_at_once(command, tmp_path):
     ended = command(
-        "doctor", f"--config={ROOT / 'configs/quickstart.py'}:camopd", "--config.specialised_model=/no/model",
+        "doctor", PAPER_CONFIG, "--config.specialised_model=/no/model",
         "--config.mesh.fsdp=3", f"--workdir={tmp_path / 'run'}",
         '--config.evaluation.benchmarks=({"name": "mine", "source": "/no/questions.jsonl"},)',
     )  # fmt: skip
@@ -104,7 +104,7 @@ def test_what_takes_long_is_shown(command, tmp_path):
     rows = (ROOT / "examples/quickstart/general_prompts.jsonl").read_text()
     (tmp_path / "many.jsonl").write_text(25 * rows)
     ended = command(
-        "doctor", f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+        "doctor", PAPER_CONFIG,
         f"--config.branches.recovery.prompts.source={tmp_path / 'many.jsonl'}",
     )  # fmt: skip
     assert ended.code == 0 and re.search(r"^checking, \d+ s", ended.out, re.M), ended.out

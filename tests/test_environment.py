@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 from commands import QUICKLY_COMPILED
+from quickstart import PAPER_CONFIG
 from rows import read_lines
 
 pytestmark = pytest.mark.slow
 ROOT = Path(__file__).parents[1]
 STEPS = 6
 SMALL = [
-    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    PAPER_CONFIG,
     "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
     "--config.checkpoints.every=2", "--config.checkpoints.keep_last=9", "--config.evaluation.benchmarks=()",
     "--config.optimizer.schedule=constant",  # a run may then go on for more steps

@@ -2,12 +2,12 @@
 
 import csv
 import json
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from quickstart import QUICKSTART
 from rows import read_lines, write_lines
 
 from camopd_jax.config.build import from_flags
@@ -15,7 +15,7 @@ from camopd_jax.config.schema import Sampling
 from camopd_jax.errors import UserError
 from camopd_jax.inference.files import FileJob, answer_file
 
-FOLDER = Path(__file__).parents[1] / "examples" / "quickstart" / "generalist"
+FOLDER = QUICKSTART / "generalist"
 ROWS = [
     {"messages": [{"role": "user", "content": "reverse abcd"}], "id": 7},
     {"prompt": "sort b"},

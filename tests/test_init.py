@@ -8,7 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from quickstart import one_line
+from quickstart import QUICKSTART, one_line
 from rows import chat_row, edit_json, read_lines, write_lines
 from safetensors.numpy import load_file, save_file
 
@@ -23,7 +23,6 @@ from camopd_jax.planning.costs import memory_estimate
 from camopd_jax.planning.survey import find_task, hold_out, survey
 
 ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples" / "quickstart"
 MODELS = {"general": str(QUICKSTART / "generalist"), "specialised": str(QUICKSTART / "specialist")}
 GIB = 2**30
 

@@ -2,19 +2,15 @@
 
 import json
 import shutil
-from pathlib import Path
 
 import numpy as np
+from quickstart import PAPER_CONFIG, QUICKSTART
 from rows import edit_json
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples" / "quickstart"
-CONFIG = f"--config={ROOT / 'configs/quickstart.py'}:camopd"
-
 
 def test_the_weighted_mean_of_every_parameter(command, tmp_path):
-    ended = command("interpolate", CONFIG, "--weight=0.25", f"--out={tmp_path / 'between'}")
+    ended = command("interpolate", PAPER_CONFIG, "--weight=0.25", f"--out={tmp_path / 'between'}")
     assert ended.code == 0 and "written: " in ended.out, ended.err
     general, specialised, between = (
         load_file(folder / "model.safetensors")
@@ -29,10 +25,12 @@ def test_the_weighted_mean_of_every_parameter(command, tmp_path):
 
 def test_mistakes(command, tmp_path):
     (tmp_path / "there").mkdir()
-    ended = command("interpolate", CONFIG, f"--out={tmp_path / 'there'}")
+    ended = command("interpolate", PAPER_CONFIG, f"--out={tmp_path / 'there'}")
     assert ended.code == 2 and "--out" in ended.err and "exists; give a new folder" in ended.err
     shutil.copytree(QUICKSTART / "generalist", tmp_path / "other")
     edit_json(tmp_path / "other" / "config.json", rope_theta=5000.0)
-    ended = command("interpolate", CONFIG, f"--config.general_model={tmp_path / 'other'}", f"--out={tmp_path / 'x'}")
+    ended = command(
+        "interpolate", PAPER_CONFIG, f"--config.general_model={tmp_path / 'other'}", f"--out={tmp_path / 'x'}"
+    )
     assert ended.code == 2 and "config.specialised_model: its architecture is not that of" in ended.err
     assert not (tmp_path / "x").exists()

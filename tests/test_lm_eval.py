@@ -14,13 +14,14 @@ import torch
 import transformers
 from lm_eval.api.instance import Instance
 from lm_eval.models.huggingface import HFLM
+from quickstart import QUICKSTART
 from rows import add_tokens, chat_row, read_lines, write_lines
 
 from camopd_jax.errors import UserError
 from camopd_jax.evals.harness import CamopdLM
 
 ROOT = Path(__file__).parents[1]
-FOLDER = ROOT / "examples" / "quickstart" / "generalist"
+FOLDER = QUICKSTART / "generalist"
 PAIRS = [("reverse: abc", " cba"), ("sort: cab", " abc and more"), ("add: 12 and 3 ", "15"), ("", "double: abc")]
 
 

@@ -13,6 +13,7 @@ from pathlib import Path
 import jax
 import numpy as np
 import pytest
+from quickstart import PAPER_CONFIG
 from rows import read_lines
 from safetensors.numpy import load_file
 
@@ -22,7 +23,7 @@ from camopd_jax.runtime import cluster, termination
 ROOT = Path(__file__).parents[1]
 STEPS = 3
 SMALL = [
-    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    PAPER_CONFIG,
     "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
     "--config.rollout.max_response_tokens=16", "--config.rollout.smallest_bucket=64", "--config.checkpoints.every=2",
     "--config.checkpoints.keep_last=9", "--config.compute.remat=none", "--config.evaluation.batch_size=8",

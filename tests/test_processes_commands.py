@@ -2,17 +2,15 @@
 
 import json
 import re
-from pathlib import Path
 
 import numpy as np
 import pytest
+from quickstart import PAPER_CONFIG, QUICKSTART
 from rows import chat_row, read_lines, write_lines
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples/quickstart"
 CONFIG = [
-    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    PAPER_CONFIG,
     "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
     "--config.rollout.max_response_tokens=16", "--config.evaluation.batch_size=8", "--config.log.report=false",
     "--config.diagnostics.rows=8", "--config.mesh.data=1", "--config.mesh.fsdp=8",

@@ -2,15 +2,14 @@
 
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 from documented import documented_keys
+from quickstart import QUICKSTART
 from rows import chat_row, edit_json, read_lines, write_lines
 from safetensors.numpy import load_file
 
-QUICKSTART = Path(__file__).parents[1] / "examples" / "quickstart"
 CONFIG = f"""
 from camopd_jax.config import SftConfig, default
 

@@ -2,12 +2,12 @@
 
 import shutil
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import transformers
+from quickstart import PAPER_CONFIG, QUICKSTART
 from rows import read_lines
 from safetensors.numpy import load_file
 
@@ -17,10 +17,8 @@ from camopd_jax.evals.results import summarise
 from camopd_jax.evals.task import Grade
 from camopd_jax.runs.start import rank_by_likelihood
 
-ROOT = Path(__file__).parents[1]
-QUICKSTART = ROOT / "examples" / "quickstart"
 SMALL = [
-    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    PAPER_CONFIG,
     "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
     "--config.evaluation.benchmarks=()", "--config.log.report=false", "--config.optimizer.schedule=constant",
 ]  # fmt: skip

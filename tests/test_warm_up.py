@@ -1,16 +1,15 @@
 """Runs that begin with cross-entropy on the teachers' answers."""
 
 import signal
-from pathlib import Path
 
 import numpy as np
 import pytest
+from quickstart import PAPER_CONFIG
 from rows import read_lines
 from safetensors.numpy import load_file
 
-ROOT = Path(__file__).parents[1]
 QUICKSTART = [
-    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    PAPER_CONFIG,
     "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8",
     "--config.evaluation.benchmarks=()", "--config.checkpoints.every=3", "--config.checkpoints.keep_last=9",
 ]  # fmt: skip

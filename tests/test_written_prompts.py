@@ -4,13 +4,13 @@ import json
 import shutil
 import signal
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
 from builders import train_config
 from etils import epath
+from quickstart import PAPER_CONFIG, QUICKSTART
 from rows import read_lines
 
 from camopd_jax.config.schema import RolloutConfig, Stream, Template, Writing
@@ -21,8 +21,7 @@ from camopd_jax.inference.answer import Answer
 from camopd_jax.models.checksums import sha256
 from camopd_jax.runs import self_prompts, written_prompts
 
-ROOT = Path(__file__).parents[1]
-GENERALIST = ROOT / "examples" / "quickstart" / "generalist"
+GENERALIST = QUICKSTART / "generalist"
 CONFIG = train_config(
     recovery={"prompts": Stream("self", writing=Writing(rows=2))}, rollout=RolloutConfig(max_prompt_tokens=24)
 )
@@ -86,7 +85,7 @@ def test_files_of_other_settings_or_with_changes_are_refused(tmp_path):
 
 WRITING = "--config.branches.recovery.prompts.writing"
 WRITES = [
-    f"--config={ROOT / 'configs/quickstart.py'}:camopd",
+    PAPER_CONFIG,
     "--config.branches.recovery.prompts.source=self", f"{WRITING}.rows=6",
     f"{WRITING}.shortest=1", f"{WRITING}.scripts=latin", "--config.rollout.batch_size=16",
     "--config.optimizer.micro_batch=8", "--config.evaluation.benchmarks=()", "--config.steps=3",

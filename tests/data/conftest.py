@@ -1,13 +1,11 @@
 """The quickstart's tokenizer, and files of rows."""
 
 import json
-from pathlib import Path
 
 import pytest
+from quickstart import QUICKSTART
 
 from camopd_jax.data import templates
-
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 
 
 @pytest.fixture(scope="session")

@@ -2,16 +2,16 @@
 
 from dataclasses import replace
 from datetime import datetime
-from pathlib import Path
 
 import pytest
+from quickstart import QUICKSTART
 from rows import chat_row, write_lines
 
 from camopd_jax.config.schema import Stream, Template
 from camopd_jax.data import dates, pipeline, templates, token_cache
 from camopd_jax.data.templates import Reader, Tokenizers
 
-GENERALIST = Path(__file__).parents[2] / "examples" / "quickstart" / "generalist"
+GENERALIST = QUICKSTART / "generalist"
 
 
 @pytest.fixture

@@ -11,6 +11,7 @@ import jax
 import numpy as np
 import pytest
 from etils import epath
+from quickstart import QUICKSTART
 from rows import read_lines, write_lines
 
 from camopd_jax.config.schema import Benchmark, Compute, Evaluation, Judge
@@ -23,7 +24,6 @@ from camopd_jax.inference import loading
 from camopd_jax.rollout import generate
 from camopd_jax.runtime.mesh import make_mesh
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 CONFIG = Path(__file__).parents[2] / "configs" / "quickstart.py"
 SETTINGS = Evaluation(batch_size=8)
 COVERED = Benchmark("covered", "exact", str(QUICKSTART / "eval_covered.jsonl"), limit=20, max_response_tokens=32)

@@ -3,28 +3,27 @@
 import threading
 import types
 from functools import partial
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from jax.experimental.compilation_cache import compilation_cache
+from quickstart import QUICKSTART
 
 from camopd_jax.config import TrainConfig, default
 from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.planning import ahead
 from camopd_jax.runs.session import open_session
 
-FILES = Path(__file__).parents[2] / "examples/quickstart"
 OF_STEPS = {"begin", "advance", "score_rows", "_select", "add_gradient", "recovery_update", "review_update"}
 
 
 def one_width():
     """A run whose prompts and answers are always padded to the cap, so that all shapes are known before."""
     config = default(TrainConfig)
-    config.general_model, config.specialised_model = str(FILES / "generalist"), str(FILES / "specialist")
-    config.branches.recovery.prompts.source = str(FILES / "general_prompts.jsonl")
-    config.branches.review.prompts.source = str(FILES / "domain_prompts.jsonl")
+    config.general_model, config.specialised_model = str(QUICKSTART / "generalist"), str(QUICKSTART / "specialist")
+    config.branches.recovery.prompts.source = str(QUICKSTART / "general_prompts.jsonl")
+    config.branches.review.prompts.source = str(QUICKSTART / "domain_prompts.jsonl")
     config.branches.recovery.steps = 1
     config.rollout.batch_size, config.optimizer.micro_batch = 8, 8
     config.rollout.max_prompt_tokens = config.rollout.max_response_tokens = 64

@@ -1,12 +1,11 @@
 """The plan of a run with adapters: one set of base weights, and the shapes that the run itself has."""
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import peft
 import pytest
 import transformers
+from quickstart import QUICKSTART
 
 from camopd_jax.config.schema import Adapter, BranchConfig, Compute, Stream, TrainConfig
 from camopd_jax.method.branches import load_models
@@ -17,7 +16,6 @@ from camopd_jax.planning.costs import memory_estimate, weights
 from camopd_jax.planning.programs import programs, residents
 from camopd_jax.planning.report import read_models
 
-QUICKSTART = Path(__file__).parents[2] / "examples" / "quickstart"
 BASE = 52 * 96 + 96 + 3 * (2 * 96 + 4 * 96 * 96 + 3 * 96 * 256)  # parameters of the quickstart's models
 # Of rank 5 on q_proj and up_proj in 3 layers, and 3 scales for each
 MATRICES, SCALES = 3 * 5 * (96 + 96 + 96 + 256), 2 * 3

@@ -12,6 +12,7 @@ import jax
 import pytest
 from builders import train_config
 from etils import epath
+from quickstart import QUICKSTART
 from rows import edit_json
 from safetensors.numpy import load_file
 
@@ -23,7 +24,7 @@ from camopd_jax.models import hf
 from camopd_jax.runs import export
 from camopd_jax.runtime.mesh import make_mesh
 
-GENERALIST = Path(__file__).parents[2] / "examples" / "quickstart" / "generalist"
+GENERALIST = QUICKSTART / "generalist"
 PROVENANCE = {"method": "copying", "model": "generalist"}
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from quickstart import QUICKSTART, ROOT, SMALL, one_line, same_weights
+from quickstart import PAPER_CONFIG, QUICKSTART, SMALL, one_line, same_weights
 from rows import read_lines
 
 from camopd_jax.config.schema import BranchConfig, Compute, RolloutConfig, Stream, TrainConfig
@@ -169,7 +169,7 @@ def test_a_run_that_weights_by_gap_makes_the_map_once_and_resumes(command, tmp_p
     made = maps.read(once / "prompt_map_recovery.json", "f")
     draws = made.draws()
     file = tmp_path / "map.json"
-    ended = command("prompts", "map", f"--config={ROOT / 'configs/quickstart.py'}:camopd", f"{recovery}.limit=160",
+    ended = command("prompts", "map", PAPER_CONFIG, f"{recovery}.limit=160",
                     "--config.rollout.batch_size=16", "--config.optimizer.micro_batch=8", f"--out={file}")  # fmt: skip
     assert ended.code == 0 and "nats per token" in ended.out, ended.err
     assert maps.read(file, "f") == made, "the command and the run make the same map"

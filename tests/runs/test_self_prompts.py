@@ -3,11 +3,11 @@
 import dataclasses
 import hashlib
 import json
-from pathlib import Path
 
 import pytest
 import torch
 import transformers
+from quickstart import QUICKSTART
 from rows import chat_row, read_lines, write_lines
 
 from camopd_jax.config.schema import Compute, Sampling
@@ -19,7 +19,7 @@ from camopd_jax.runs import self_prompts
 from camopd_jax.runs.self_prompts import Filters, OpenTurn, SelfPrompting, cut, open_turn
 from camopd_jax.runtime.mesh import make_mesh
 
-GENERALIST = Path(__file__).parents[2] / "examples" / "quickstart" / "generalist"
+GENERALIST = QUICKSTART / "generalist"
 SETTINGS = SelfPrompting(str(GENERALIST), 3, 20, 3, Sampling(), None, 8, 0)
 PLAIN = "{% for m in messages %}ask {{ m['content'] }} done{% endfor %}"
 

@@ -7,6 +7,7 @@ import jax
 import numpy as np
 import pytest
 from jax._src import compiler
+from quickstart import QUICKSTART
 
 from camopd_jax.config.schema import Compute
 from camopd_jax.inference import answer, loading, log_probs
@@ -15,7 +16,7 @@ from camopd_jax.runtime import tuning
 from camopd_jax.runtime.mesh import make_mesh
 
 UNTUNED = {"xla_gpu_autotune_level": 0}
-GENERALIST = Path(__file__).parents[2] / "examples/quickstart/generalist"
+GENERALIST = QUICKSTART / "generalist"
 
 
 @pytest.fixture
