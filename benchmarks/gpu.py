@@ -141,7 +141,12 @@ def parts() -> list[Part]:
         step("0.6B", "256 x 2048", 145, prediction="step 40 s, rollout 27 s"),
         step("1.7B", "256 x 2048", 190, prediction="step 58 s, rollout 29 s, peak 90 GiB: 60 of cache"),
     ]  # fmt: skip
-    return [part for part in several if not v.only or part.name.startswith(tuple(v.only))]
+    chosen = [part for part in several if not v.only or part.name.startswith(tuple(v.only))]
+    if not chosen:
+        raise app.UsageError(
+            f"--only={','.join(v.only)} is no part; the parts are {'; '.join(p.name for p in several)}"
+        )
+    return chosen
 
 
 def peers() -> list[Part]:
