@@ -13,7 +13,7 @@ from camopd_jax.config.identity import to_json
 from camopd_jax.config.methods import METHOD_NAMES
 from camopd_jax.config.schema import Benchmark, BranchConfig, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.runs.grid import INTERPOLATION, Cell, is_finished
+from camopd_jax.runs.grid import INTERPOLATION, Cell, is_finished, keep_programs_of
 
 ROOT = Path(__file__).parents[1]
 BRANCHES = {"recovery": BranchConfig(Stream("g")), "review": BranchConfig(Stream("d"), teacher="specialised")}
@@ -64,6 +64,15 @@ def test_a_cell_of_an_earlier_version_is_finished_too(tmp_path):
     del record["config"]["warm_up"]
     file.write_text(json.dumps(record))
     assert is_finished(CELL, BASE, str(tmp_path))
+
+
+def test_runs_of_one_method_share_compiled_programs(monkeypatch):
+    keep_programs_of.cache_clear()
+    freed = []
+    monkeypatch.setattr("jax.clear_caches", lambda: freed.append(True))
+    for method, times in (("camopd", 1), ("camopd", 1), ("vanilla", 2), ("camopd", 3)):
+        keep_programs_of(method)
+        assert len(freed) == times
 
 
 def test_mistakes(command, tmp_path):

@@ -5,6 +5,7 @@ A cell with results is not run again, so the same command continues an interrupt
 
 import concurrent.futures
 import contextlib
+import functools
 import json
 import shutil
 import time
@@ -262,10 +263,17 @@ def _score_teachers(base: TrainConfig, folder: str) -> None:
         evaluate(base, [], folder)
 
 
+@functools.lru_cache(1)
+def keep_programs_of(method: str) -> None:
+    """Frees compiled programs when the method changes: those of hundreds of runs would fill the memory."""
+    jax.clear_caches()
+
+
 def _run_cell(cell: Cell, base: TrainConfig, workdir: str) -> float:
     """Runs or resumes a cell; returns the seconds it took."""
     started, folder = time.perf_counter(), cell.folder(workdir)
     config = cell.config(base)
+    keep_programs_of(cell.method)
     if not base.evaluation.answers:
         shutil.copytree(Path(workdir) / "teachers" / "answers", folder / "answers", dirs_exist_ok=True)
     with _output_to_log(folder):
@@ -273,7 +281,6 @@ def _run_cell(cell: Cell, base: TrainConfig, workdir: str) -> float:
             _interpolate(config, cell.setting, folder)
         else:
             train(config, str(folder))
-    jax.clear_caches()  # the compiled programs of hundreds of runs would fill the memory
     return time.perf_counter() - started
 
 
