@@ -1,9 +1,11 @@
-"""The three figures of docs/results.md on the laptop study.
+"""The figures of docs/results.md on studies.
 
     python benchmarks/figures.py --study=runs/sandbox --diagnosed=runs/diagnosed
+    python benchmarks/figures.py --study=runs/objectives --prefix=objectives_
 
 --study is a finished grid of camopd_jax.compare; --diagnosed one whose runs have a diagnostics.jsonl (several seeds of
-camopd and vanilla). Writes docs/figures/{methods,differences,gradients}.svg. Needs matplotlib: pip install '.[bench]'.
+camopd and vanilla). Writes docs/figures/PREFIX{methods,differences,gradients}.svg, the last for --diagnosed. Needs
+matplotlib: pip install '.[bench]'.
 """
 
 import json
@@ -21,7 +23,8 @@ matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
 flags.DEFINE_string("study", None, "Work directory of a finished grid.", required=True)
-flags.DEFINE_string("diagnosed", None, "Work directory of a grid with diagnostics.", required=True)
+flags.DEFINE_string("diagnosed", None, "Work directory of a grid with diagnostics; none: no figure of gradients.")
+flags.DEFINE_string("prefix", "", "Begins the names of the files.")
 flags.DEFINE_string("out", str(Path(__file__).parents[1] / "docs" / "figures"), "Folder of the figures.")
 
 INK, FAINT, COLOURS = "#222222", "#9a9a9a", {"camopd": "#2f6f2f", "vanilla": "#c02f5b"}
@@ -123,14 +126,12 @@ def main(_) -> None:
     found = json.loads((Path(values.study) / "study.json").read_text())
     plt.rcParams.update({"axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.alpha": 0.2,
                          "svg.hashsalt": "camopd_jax", "font.size": 9})  # fmt: skip
-    drawn = {
-        "methods": methods(found),
-        "differences": differences(found),
-        "gradients": gradients(Path(values.diagnosed)),
-    }
+    drawn = {"methods": methods(found), "differences": differences(found)}
+    if values.diagnosed:
+        drawn["gradients"] = gradients(Path(values.diagnosed))
     for name, figure in drawn.items():
         figure.tight_layout()
-        figure.savefig(Path(values.out) / f"{name}.svg", metadata={"Date": None}, facecolor="white")
+        figure.savefig(Path(values.out) / f"{values.prefix}{name}.svg", metadata={"Date": None}, facecolor="white")
 
 
 if __name__ == "__main__":
