@@ -1,19 +1,25 @@
 """The grid of methods, learning rates and seeds: finished and unfinished cells, and the command."""
 
+import concurrent.futures
 import json
+import runpy
 import signal
 import time
 from pathlib import Path
 
+import jax
 import pytest
 from quickstart import PAPER_CONFIG
 from rows import read_lines, write_lines
 
-from camopd_jax.config.identity import to_json
-from camopd_jax.config.methods import METHOD_NAMES
+from camopd_jax.config.consistency import from_config_dict
+from camopd_jax.config.identity import changed, to_json
+from camopd_jax.config.methods import METHOD_NAMES, METHODS
 from camopd_jax.config.schema import Benchmark, BranchConfig, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
-from camopd_jax.runs.grid import INTERPOLATION, Cell, is_finished, keep_programs_of
+from camopd_jax.method.branches import load_models, make_branches, make_teachers
+from camopd_jax.method.setup import resolve
+from camopd_jax.runs.grid import INTERPOLATION, Cell, Grid, is_finished, keep_programs_of
 
 ROOT = Path(__file__).parents[1]
 BRANCHES = {"recovery": BranchConfig(Stream("g")), "review": BranchConfig(Stream("d"), teacher="specialised")}
@@ -73,6 +79,38 @@ def test_runs_of_one_method_share_compiled_programs(monkeypatch):
     for method, times in (("camopd", 1), ("camopd", 1), ("vanilla", 2), ("camopd", 3)):
         keep_programs_of(method)
         assert len(freed) == times
+
+
+def test_a_run_that_fails_leaves_the_others(monkeypatch, tmp_path):
+    def train(config, workdir):
+        if config.method.schedule == "mixed":
+            raise OverflowError("too long\nby far")
+        if config.seed:
+            raise UserError("a file is missing")
+
+    monkeypatch.setattr("camopd_jax.runs.grid.train", train)
+    (tmp_path / "teachers" / "answers").mkdir(parents=True)
+    cells = [CELL, Cell("camopd", 1e-4, 0), Cell("camopd", 1e-4, 1)]
+    with concurrent.futures.ThreadPoolExecutor(1) as pool, Grid(pool, BASE, str(tmp_path)) as grid:
+        assert grid.run(cells, "runs") == [cells[1]]
+    folders = [cell.folder(str(tmp_path)) for cell in cells]
+    assert grid.failed == {
+        str(folders[0]): "OverflowError: too long (log.txt has more)", str(folders[2]): "a file is missing",
+    }  # fmt: skip
+    assert "by far" in (folders[0] / "log.txt").read_text() and "in train" in (folders[0] / "log.txt").read_text()
+    assert "Traceback" not in (folders[2] / "log.txt").read_text(), "one clear line is enough"
+
+
+def test_every_method_has_a_first_batch():
+    """Streams of each size that a method uses, with the quickstart's models and prompts."""
+    base = from_config_dict(TrainConfig, runpy.run_path(str(ROOT / "configs/sandbox.py"))["get_config"]())
+    base = changed(base, {f"branches.{name}.prompts.limit": 70 for name in base.branches})
+    models = load_models(resolve(base, jax.devices()[:1]))
+    for name, method in METHODS.items():
+        setup = resolve(changed(base, method.changes), jax.devices()[:1])
+        branches = make_branches(setup, models, make_teachers(setup.config, models), setup.rows, seed=0)
+        rows = {branch: len(next(branches[branch].prompts).index) for branch in branches}
+        assert rows == setup.rows, name
 
 
 def test_mistakes(command, tmp_path):

@@ -65,7 +65,8 @@ class BatchStream(Generic[BatchT]):
 
     def _serve(self, order: grain.MapDataset[int]) -> None:
         """Starts with the first batch of this order of row numbers."""
-        batches = order.batch(self._batch_size).map(lambda numbers: self._make(np.asarray(numbers)))
+        # drop_remainder: else grain's number of batches, a float, overflows for batches of one row
+        batches = order.batch(self._batch_size, drop_remainder=True).map(lambda rows: self._make(np.asarray(rows)))
         self._iterator = iter(batches.to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
     def __iter__(self) -> "BatchStream[BatchT]":

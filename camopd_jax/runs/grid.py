@@ -9,6 +9,7 @@ import functools
 import json
 import shutil
 import time
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -209,9 +210,12 @@ class Grid:
             try:
                 message = f"{cell}: {future.result():.0f} s"
                 done.append(cell)
-            except UserError as error:
-                message = f"{cell}: {error}"
-                self.failed[str(cell.folder(self._workdir))] = str(error)
+            except concurrent.futures.BrokenExecutor:
+                raise
+            except Exception as error:  # a run that fails, whatever the reason, leaves the others
+                reason = str(error) if isinstance(error, UserError) else f"{_in_a_line(error)} (log.txt has more)"
+                message = f"{cell}: {reason}"
+                self.failed[str(cell.folder(self._workdir))] = reason
             self._bar.update(task, completed=len(done) + len(self.failed), last=message)
             self._print_plain(f"{title}: {len(done)} of {len(cells)}, {message}")
         return done
@@ -229,6 +233,11 @@ class Grid:
         """Prints a line if there is no terminal for the progress bar."""
         if not self._console.is_terminal:
             self._console.print(line)
+
+
+def _in_a_line(error: Exception) -> str:
+    """An exception's class and the first line of its text."""
+    return ": ".join([type(error).__name__, *str(error).splitlines()[:1]])
 
 
 def student_results(cell: Cell, base: TrainConfig, workdir: str) -> list[Result]:
@@ -277,10 +286,16 @@ def _run_cell(cell: Cell, base: TrainConfig, workdir: str) -> float:
     if not base.evaluation.answers:
         shutil.copytree(Path(workdir) / "teachers" / "answers", folder / "answers", dirs_exist_ok=True)
     with _output_to_log(folder):
-        if cell.method == INTERPOLATION:
-            _interpolate(config, cell.setting, folder)
-        else:
-            train(config, str(folder))
+        try:
+            if cell.method == INTERPOLATION:
+                _interpolate(config, cell.setting, folder)
+            else:
+                train(config, str(folder))
+        except UserError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            raise
     return time.perf_counter() - started
 
 

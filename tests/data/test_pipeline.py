@@ -248,6 +248,12 @@ def test_a_stream_of_anything():
     assert isinstance(made.get_state(), dict) and next(made) >= 3
 
 
+def test_a_stream_of_one_row_at_a_time():
+    """As of replay with 1 % of a batch of 64."""
+    made = BatchStream(3, 1, 0, lambda numbers: numbers.tolist())
+    assert [sorted(next(made)[0] for _ in range(3)) for _ in range(2)] == [[0, 1, 2]] * 2
+
+
 def test_given_answers_come_with_their_prompts():
     """Two of the three rows of a batch belong to this process; the widths are those of the complete batch."""
     rows = [
