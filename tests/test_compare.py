@@ -14,7 +14,7 @@ from rows import read_lines, write_lines
 
 from camopd_jax.config.consistency import from_config_dict
 from camopd_jax.config.identity import changed, to_json
-from camopd_jax.config.methods import METHOD_NAMES, METHODS
+from camopd_jax.config.methods import METHOD_NAMES, METHODS, changes_of
 from camopd_jax.config.schema import Benchmark, BranchConfig, Evaluation, Optimizer, RolloutConfig, Stream, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.method.branches import load_models, make_branches, make_teachers
@@ -106,8 +106,8 @@ def test_every_method_has_a_first_batch():
     base = from_config_dict(TrainConfig, runpy.run_path(str(ROOT / "configs/sandbox.py"))["get_config"]())
     base = changed(base, {f"branches.{name}.prompts.limit": 70 for name in base.branches})
     models = load_models(resolve(base, jax.devices()[:1]))
-    for name, method in METHODS.items():
-        setup = resolve(changed(base, method.changes), jax.devices()[:1])
+    for name in METHODS:
+        setup = resolve(changed(base, changes_of(name, base)), jax.devices()[:1])
         branches = make_branches(setup, models, make_teachers(setup.config, models), setup.rows, seed=0)
         rows = {branch: len(next(branches[branch].prompts).index) for branch in branches}
         assert rows == setup.rows, name

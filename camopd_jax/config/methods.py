@@ -43,6 +43,9 @@ _START = {"start.interpolation": 0.1}
 _RECOVER = {**_both("objective", "reverse_kl"), **_ONE_TO_ONE, **_START}
 _VANILLA = {**_MIXED, **_EVERY_ANSWER, **_EQUAL_PULL}
 _TOKEN_MEAN = {"method.normalise": "token"}
+_EXPLORED = {
+    "rollout.answers_per_prompt": 4, "rollout.exploration": (1.5, 0.9), **_both("selection.keep", "density"),
+}  # fmt: skip
 
 
 def _vanilla(
@@ -130,6 +133,14 @@ _NEIGHBOURS = {
     "tide-excess": _vanilla("TIDE's excess on a fifth of the tokens (arXiv 2608.09836)", weights=("tide_excess",)),
     "iw-opd": _vanilla("weights that fall along the answer (IW-OPD)", weights=("iw_opd",)),
     "uc-mopd": _vanilla("UC-MOPD's random mask (arXiv 2608.26735), without its explorations", weights=("uc_mopd",)),
+    "uc-mopd-explored": NamedMethod(
+        "vanilla with UC-MOPD's mask, a quarter of the prompts, 3 explorations of each (arXiv 2608.26735)",
+        {**_VANILLA, **_both("weights", ("uc_mopd",)), **_EXPLORED},
+    ),
+    "dapo": NamedMethod(
+        "vanilla with DAPO's mean over tokens and its penalty on answers over 16,384 tokens (arXiv 2503.14476)",
+        {**_VANILLA, **_both("weights", ("overlong",)), **_TOKEN_MEAN},
+    ),
     "hardest": _vanilla("the half of the tokens with the largest gaps (after AdaKD, arXiv 2510.11615)",
                         weights=("hardest",)),
     "adakd": NamedMethod(
@@ -183,6 +194,17 @@ STUDY_METHODS = (*_STUDY, INTERPOLATION)
 REFERENCE_METHODS = ("vanilla", "camopd")  # every method is compared with these two
 
 
+def changes_of(name: str, base: TrainConfig) -> dict[str, Any]:
+    """The fields of a config to change for a method. A method with several answers to a prompt has as many answers in a
+    step as the config, to fewer prompts.
+    """
+    changes = METHODS[name].changes
+    if answers := changes.get("rollout.answers_per_prompt"):
+        total = base.rollout.batch_size * base.rollout.answers_per_prompt
+        changes = changes | {"rollout.batch_size": total // answers}
+    return changes
+
+
 _BLOCKS = {"method": Method, "start": Start, "warm_up": WarmUp}  # that make a method, with `branches`
 
 
@@ -210,7 +232,7 @@ def _samples(rollout: dict[str, Any], method: NamedMethod) -> bool:
     }
     if wanted["sampler"] != "student":
         wanted["teacher_sampling"] = asdict(TeacherSampling())
-    return all(rollout[name] == value for name, value in wanted.items())
+    return all(_plain(rollout)[name] == value for name, value in _plain(wanted).items())
 
 
 def description(config: TrainConfig) -> str:

@@ -23,7 +23,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from camopd_jax.analysis import study
 from camopd_jax.config.identity import changed, different_fields, read_stored, to_json, with_new_fields
-from camopd_jax.config.methods import INTERPOLATION, METHODS
+from camopd_jax.config.methods import INTERPOLATION, changes_of
 from camopd_jax.config.schema import AUTO, TrainConfig
 from camopd_jax.errors import UserError
 from camopd_jax.evals.results import Result
@@ -58,7 +58,7 @@ class Cell:
             return base
         own = {"optimizer.learning_rate": self.setting, "seed": self.seed}
         always = {"evaluation.every": 0, "log.report": False}
-        return cast(TrainConfig, changed(base, own | METHODS[self.method].changes | always))
+        return cast(TrainConfig, changed(base, own | changes_of(self.method, base) | always))
 
 
 # ------------------------------------------------------------------------------------ the study

@@ -7,7 +7,7 @@ import pytest
 from builders import train_config
 
 from camopd_jax.config.identity import changed, to_json
-from camopd_jax.config.methods import METHODS, QUICK, description, method_of
+from camopd_jax.config.methods import METHODS, QUICK, changes_of, description, method_of
 from camopd_jax.config.schema import Method, Optimizer, RolloutConfig
 from camopd_jax.method import schedule
 from camopd_jax.method.setup import resolve
@@ -16,7 +16,7 @@ BASE = train_config(rollout=RolloutConfig(batch_size=64), optimizer=Optimizer(mi
 
 
 def of(name):
-    return changed(BASE, METHODS[name].changes)
+    return changed(BASE, changes_of(name, BASE))
 
 
 def test_each_method_is_a_different_run_with_the_same_budget():
@@ -24,8 +24,12 @@ def test_each_method_is_a_different_run_with_the_same_budget():
     assert made["camopd"] == BASE and BASE.method == Method()
     assert len({str(to_json(config)) for config in made.values()}) == len(METHODS)
     for config in made.values():
-        # Not the same in teacher-top-k, minillm and speculative-kd
-        sampled = dataclasses.replace(config.rollout, top_p=1.0, temperature=1.0, sampler="student")
+        # Not the same in teacher-top-k, minillm, speculative-kd and uc-mopd-explored
+        answers = config.rollout.batch_size * config.rollout.answers_per_prompt
+        sampled = dataclasses.replace(
+            config.rollout, top_p=1.0, temperature=1.0, sampler="student", batch_size=answers, answers_per_prompt=1,
+            exploration=None,
+        )  # fmt: skip
         assert (config.steps, sampled, config.seed) == (BASE.steps, BASE.rollout, BASE.seed)
         rows = schedule.batch_rows(config)
         assert sum(rows[name] for name in schedule.active_branches(config, 0)) == 64
@@ -100,6 +104,8 @@ def test_each_method_is_a_different_run_with_the_same_budget():
         ),
         ("minillm", {"schedule": "mixed", "recovery.objective": "minillm", "review.objective": "minillm"}),
         ("speculative-kd", {"schedule": "mixed", "recovery.objective": "forward_kl", "review.mass": 1}),
+        ("uc-mopd-explored", {"schedule": "mixed", "recovery.weights": ("uc_mopd",), "review.keep": "density"}),
+        ("dapo", {"normalise": "token", "review.weights": ("overlong",), "recovery.mass": 1}),
         ("replay-12", {"answers": "teacher", "schedule": "mixed", "recovery.steps": 1, "review.steps": 7}),
     ],
 )
