@@ -57,7 +57,7 @@ def with_new_fields(kind: str, values: dict[str, Any]) -> dict[str, Any]:
     """
     try:
         return to_json(build(_KINDS[kind], values, "config", MOVED))
-    except (UserError, KeyError):
+    except UserError:
         return values
 
 

@@ -64,7 +64,7 @@ def check_owner(workdir: epath.Path, config: Config) -> bool:
             raise UserError(
                 f"{workdir}: it belongs to a run with another config ({fields}); give that config, or a new --workdir"
             )
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file}: not the config.json of a run; move it away, or give a new --workdir") from error
     return True
 

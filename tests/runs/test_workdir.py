@@ -76,7 +76,7 @@ def test_a_workdir_of_another_command_is_refused(tmp_path):
         claim(tmp_path, train_config())
 
 
-@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "TrainConfig"}'])
+@pytest.mark.parametrize("text", ["{", "[]", '{"kind": "TrainConfig"}', '{"kind": "TrainConfig", "config": []}'])
 def test_an_invalid_config_json(tmp_path, text):
     (tmp_path / "config.json").write_text(text)
     with pytest.raises(UserError, match=r"config\.json: not the config\.json of a run"):
