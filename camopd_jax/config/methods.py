@@ -232,7 +232,8 @@ def _samples(rollout: dict[str, Any], method: NamedMethod) -> bool:
     }
     if wanted["sampler"] != "student":
         wanted["teacher_sampling"] = asdict(TeacherSampling())
-    return all(_plain(rollout)[name] == value for name, value in _plain(wanted).items())
+    actual = _plain(rollout)
+    return all(actual[name] == value for name, value in _plain(wanted).items())
 
 
 def description(config: TrainConfig) -> str:

@@ -286,16 +286,10 @@ def _run_cell(cell: Cell, base: TrainConfig, workdir: str) -> float:
     if not base.evaluation.answers:
         shutil.copytree(Path(workdir) / "teachers" / "answers", folder / "answers", dirs_exist_ok=True)
     with _output_to_log(folder):
-        try:
-            if cell.method == INTERPOLATION:
-                _interpolate(config, cell.setting, folder)
-            else:
-                train(config, str(folder))
-        except UserError:
-            raise
-        except Exception:
-            traceback.print_exc()
-            raise
+        if cell.method == INTERPOLATION:
+            _interpolate(config, cell.setting, folder)
+        else:
+            train(config, str(folder))
     return time.perf_counter() - started
 
 
@@ -309,7 +303,13 @@ def _interpolate(config: TrainConfig, weight: float, folder: Path) -> None:
 
 @contextlib.contextmanager
 def _output_to_log(folder: Path) -> Iterator[None]:
-    """Redirects stdout and stderr to log.txt in the folder."""
+    """Redirects stdout and stderr to log.txt in the folder. An unexpected error is written there too."""
     folder.mkdir(parents=True, exist_ok=True)
     with (folder / "log.txt").open("a") as log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        yield
+        try:
+            yield
+        except UserError:
+            raise
+        except Exception:
+            traceback.print_exc()
+            raise
